@@ -1,0 +1,64 @@
+# OpenHelix: `make help` lists what this does.
+SHELL := /bin/bash
+GPU ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+LOCK := requirements/$(if $(GPU),gpu,cpu).lock
+STAMP := $(VENV)/.installed
+PYTHON ?= python3.11
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+export TOKENIZERS_PARALLELISM = false
+export RAY_USAGE_STATS_ENABLED = 0
+
+HZ2 ?= 1
+STEPS ?= 60
+SEQ ?= 0
+SCENE ?= D
+CLOCK ?= realtime
+CONFIG ?= configs/run.yaml
+
+.PHONY: help setup run-sim test test-slow test-gpu check format lock clean
+
+help: ## Show this help.
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(STAMP) ## Create .venv and install the locked packages (GPU=1 for CUDA).
+
+$(STAMP): $(LOCK) pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is not on PATH; install Python 3.11 or say PYTHON=/path/to/python3.11"; exit 2; }
+	@if command -v uv >/dev/null; then \
+	  { [ -x $(PY) ] || uv venv -q --python $(PYTHON) $(VENV); } && \
+	  uv pip install -q --no-deps -r $(LOCK) --python $(PY) && \
+	  uv pip install -q --no-deps --no-build-isolation -e . --python $(PY); \
+	else \
+	  { [ -x $(PY) ] || $(PYTHON) -m venv $(VENV); } && \
+	  $(PY) -m pip install -q --no-deps -r $(LOCK) && \
+	  $(PY) -m pip install -q --no-deps --no-build-isolation -e .; \
+	fi || { echo "setup: could not install $(LOCK); torch==2.13.0+cpu comes from PyTorch's CPU wheel index: name it in PIP_EXTRA_INDEX_URL (and UV_EXTRA_INDEX_URL), or a folder with the wheel in PIP_FIND_LINKS"; exit 2; }
+	@touch $@
+
+test: setup ## Run the tests (under 15 minutes on 2 cores).
+	$(PY) -m pytest -q -m "not slow and not gpu" tests
+
+test-slow: setup ## Run the slow tests too.
+	$(PY) -m pytest -q -m "not gpu" --timeout=3600 tests
+
+test-gpu: ## Run the GPU tests (skipped with a reason where there is no GPU).
+	$(PY) -m pytest -q -m gpu tests
+
+check: setup ## Lint, types and layers.
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+format: setup ## Format the code.
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+lock: ## Compile requirements/*.in into the locks (needs uv).
+	uv pip compile -q -U --no-header --no-annotate --python-version 3.11 --override requirements/overrides.txt requirements/cpu.in -o requirements/cpu.lock
+	UV_FIND_LINKS= uv pip compile -q -U --no-header --no-annotate --python-version 3.11 --override requirements/overrides-gpu.txt requirements/gpu.in -o requirements/gpu.lock
+
+clean: ## Remove outputs and caches of this checkout (not .venv).
+	rm -rf outputs build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,121 @@
+"""What each side promises and what it expects; a mismatch refuses to start.
+
+A wrong rotation layout or an inverted gripper costs a policy everything and crashes
+nothing, so producer and consumer state their conventions as data and `check_*` compares
+them before the first step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from runtime.types import CameraFrame
+
+
+class SpecMismatch(ValueError):
+    """Producer and consumer disagree; the message names the field and both values."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """What System 2 publishes and what System 1 was trained on."""
+
+    kind: str  # the read-out, for example "act_last"; see system2.latents
+    n_tokens: int
+    dim: int
+    model_id: str = ""  # hash of the weights that shape the latent; "" accepts any
+
+    @property
+    def spec_id(self) -> str:
+        """Twelve hexadecimal digits that travel with every latent."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, slots=True)
+class CameraSpec:
+    """One camera as a policy wants it or a robot delivers it."""
+
+    name: str
+    height: int
+    width: int
+    depth: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ActionSpec:
+    """How targets are written; see `runtime.types.ActionChunk`."""
+
+    frame: Literal["world"] = "world"
+    rotation: Literal["quat_xyzw"] = "quat_xyzw"
+    gripper: Literal["openness01"] = "openness01"
+    hz: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySpec:
+    """What a System 1 policy expects and promises."""
+
+    cameras: tuple[CameraSpec, ...]
+    latent: LatentSpec | None  # None: the policy runs without System 2
+    action: ActionSpec
+    horizon: int  # rows of a chunk
+
+
+@dataclass(frozen=True, slots=True)
+class RobotSpec:
+    """What a robot delivers and accepts."""
+
+    cameras: tuple[CameraSpec, ...]
+    action: ActionSpec
+
+
+def check_latent(produced: LatentSpec, expected: LatentSpec) -> None:
+    """Raise `SpecMismatch` unless System 2's latent is the one System 1 was trained on."""
+    for name in ("kind", "n_tokens", "dim", "model_id"):
+        have, want = getattr(produced, name), getattr(expected, name)
+        if name == "model_id" and not want:
+            continue
+        if have != want:
+            raise SpecMismatch(f"latent.{name}: System 2 gives {have!r}, System 1 needs {want!r}")
+
+
+def check_robot(robot: RobotSpec, policy: PolicySpec) -> None:
+    """Raise `SpecMismatch` unless the robot has every camera and convention the policy needs."""
+    have = {camera.name: camera for camera in robot.cameras}
+    for want in policy.cameras:
+        got = have.get(want.name)
+        if got is None:
+            names = ", ".join(sorted(have)) or "none"
+            raise SpecMismatch(f"camera {want.name!r}: the robot has {names}")
+        if (got.height, got.width) != (want.height, want.width):
+            raise SpecMismatch(
+                f"camera {want.name!r}: the robot gives {got.height}x{got.width} pixels, "
+                f"the policy needs {want.height}x{want.width}"
+            )
+        if want.depth and not got.depth:
+            raise SpecMismatch(f"camera {want.name!r}: the policy needs depth, the robot has none")
+    for name in ("frame", "rotation", "gripper", "hz"):
+        a, b = getattr(robot.action, name), getattr(policy.action, name)
+        if a != b:
+            raise SpecMismatch(f"action.{name}: the robot takes {a!r}, the policy gives {b!r}")
+
+
+def check_frame(frame: CameraFrame, spec: CameraSpec) -> None:
+    """Raise `SpecMismatch` unless a live frame has the promised shapes and dtypes."""
+    if frame.rgb.shape != (spec.height, spec.width, 3) or frame.rgb.dtype != "uint8":
+        raise SpecMismatch(
+            f"camera {spec.name!r}: rgb is {frame.rgb.dtype}{frame.rgb.shape}, "
+            f"promised uint8{(spec.height, spec.width, 3)}"
+        )
+    if not spec.depth:
+        return
+    depth = frame.depth
+    if depth is None or depth.shape != (spec.height, spec.width) or depth.dtype != "float32":
+        got = "missing" if depth is None else f"{depth.dtype}{depth.shape}"
+        raise SpecMismatch(
+            f"camera {spec.name!r}: depth is {got}, promised float32{(spec.height, spec.width)}"
+        )
