@@ -1,4 +1,4 @@
-"""What flows between the two systems, the loop and a robot: four frozen records.
+"""What flows between the two systems, the loop and a robot: frozen records.
 
 Every array has one shape, one dtype, one unit and one frame, written beside it here and
 nowhere else. `W` is the world frame (metres, z up). Poses are 7-vectors: position xyz in
@@ -44,6 +44,22 @@ class Observation:
     gripper_open: bool  # the last commanded gripper state
     joints: F64  # (n,) radians
     epoch: int = 0  # instruction counter; see `LatentGoal.epoch`
+
+
+@dataclass(frozen=True, slots=True)
+class GoalRequest:
+    """System 2's input: one third-person image and what to do, for one robot.
+
+    A robot publishes one per observation that System 2 may use; the newest wins.
+    """
+
+    rgb: U8  # (H, W, 3)
+    instruction: str
+    robot: str  # the robot's name, also the topic its latents come back on
+    seq: int  # counts the requests of one robot, from 0
+    epoch: int  # instruction counter; System 2 copies it into the latent
+    t_obs_ns: int  # capture time of the image
+    source: str = ""  # identity of the requesting process, new at every start
 
 
 @dataclass(frozen=True, slots=True)
