@@ -73,6 +73,7 @@ class LatentGoal:
     t_pub_ns: int  # time of publication
     spec_id: str  # identity of the producing model; see `runtime.spec.LatentSpec`
     source: str = ""  # identity of the publishing process, new at every start
+    compute_s: float = 0.0  # what the engine took for it
 
     def age_s(self, now_ns: int) -> float:
         """Seconds from the capture of the image to `now_ns`."""
@@ -102,4 +103,5 @@ class Action:
     pose: F64  # (7,) TCP target in W
     gripper: float  # openness, 0 closed to 1 open
     epoch: int = 0
+    t_ns: int = 0  # when the target is to be reached; 0 for as soon as possible
     info: Mapping[str, float] = field(default_factory=dict)  # what limited it, if anything
