@@ -1,0 +1,231 @@
+"""Messages to frames and back: a small msgpack header, then raw array buffers.
+
+Frame 0 is the header: `PREFIX` (magic and protocol version), then msgpack of
+`[kind, schema fingerprint, values]`. Arrays above `INLINE_BYTES` follow as frames of their
+own and are received without a copy (and therefore read-only); smaller ones ride in the
+header, because a frame costs more than a kilobyte does. Whatever arrives, `decode` returns a
+checked message or raises `WireError` with one of `REASONS`. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import msgpack
+import numpy as np
+
+from runtime.schema import (
+    MAX_FRAME_BYTES,
+    REASONS,
+    Buffer,
+    Inbox,
+    Plan,
+    WireError,
+    array_in,
+    array_out,
+)
+from runtime.types import Action, ActionChunk, CameraFrame, GoalRequest, LatentGoal, Observation
+
+__all__ = [
+    "MAX_FRAMES",
+    "MAX_FRAME_BYTES",
+    "MAX_HEADER_BYTES",
+    "PREFIX",
+    "REASONS",
+    "VERSION",
+    "Buffer",
+    "WireError",
+    "decode",
+    "decode_dict",
+    "encode",
+    "encode_dict",
+    "kind_of",
+    "register",
+]
+
+VERSION: Final = 1
+PREFIX: Final = b"OH" + bytes([VERSION])
+MAX_HEADER_BYTES: Final = 256 * 1024
+MAX_FRAMES: Final = 256
+_ARRAY_EXT: Final = 1
+_DICT: Final = "dict:"  # kinds of free-form messages begin with it
+T = TypeVar("T")
+
+# Filled at import by `register`, constant afterwards.
+_BY_KIND: dict[str, type[Any]] = {}
+_KIND_OF: dict[type[Any], str] = {}
+_PLANS: dict[type[Any], Plan] = {}
+
+
+def register(
+    kind: str,
+    cls: type[T],
+    *,
+    shapes: Mapping[str, tuple[int | str, ...]] | None = None,
+    finite: Sequence[str] = (),
+) -> type[T]:
+    """Let a frozen dataclass travel under the name `kind`; call it where the class is defined.
+
+    Args:
+        kind: the name on the wire, for example "latent".
+        cls: fields may be int, float, bool, str, arrays with a declared dtype, other records,
+            `Mapping[str, ...]`, `tuple[..., ...]` or `Literal` of these, each `| None`.
+        shapes: by field, a size per dimension; a letter means "any, but the same throughout".
+        finite: fields in which NaN and infinity are refused.
+
+    Raises:
+        ValueError: another class has that kind, or the class another kind.
+        TypeError: a field's annotation cannot travel.
+    """
+    if _BY_KIND.get(kind) is cls:
+        return cls
+    if kind in _BY_KIND or cls in _KIND_OF or kind.startswith(_DICT):
+        raise ValueError(f"register: {kind!r} or {cls.__name__} is already taken")
+    _PLANS[cls] = Plan(cls, shapes or {}, finite, _PLANS)
+    _BY_KIND[kind], _KIND_OF[cls] = cls, kind
+    return cls
+
+
+def kind_of(cls: type[Any]) -> str:
+    """Return the wire name of a registered class; `WireError("kind")` for any other."""
+    kind = _KIND_OF.get(cls)
+    if kind is None:
+        raise WireError("kind", f"{cls.__name__} is not registered")
+    return kind
+
+
+def encode(message: Any) -> list[Buffer]:
+    """Write a record as frames: the header, then one buffer per large array.
+
+    The buffers are views of the message's own arrays; do not change those before the frames
+    are sent.
+
+    Raises:
+        WireError: the message breaks its own schema (type, dtype, shape, size, finiteness).
+    """
+    kind = kind_of(type(message))
+    plan = _PLANS[type(message)]
+    frames: list[Buffer] = [b""]
+    row = plan.enc(message, frames)
+    return _finish(frames, [kind, plan.fingerprint, row])
+
+
+def decode(frames: Sequence[Buffer], expect: type[T]) -> T:
+    """Read a record of class `expect` from frames.
+
+    Arrays of the result are read-only and share memory with `frames` where they can.
+
+    Raises:
+        WireError: anything at all is wrong with the frames.
+    """
+    kind = kind_of(expect)
+    plan = _PLANS[expect]
+    head = _open(frames, None)
+    if head[0] != kind:
+        raise WireError("kind", f"{head[0]!r:.60}, expected {kind!r}")
+    if head[1] != plan.fingerprint:
+        raise WireError("field", f"the sender's {kind!r} has other fields than ours")
+    inbox = Inbox(frames)
+    message: T = plan.dec(head[2], inbox)
+    inbox.close()
+    return message
+
+
+def encode_dict(kind: str, body: Mapping[str, Any]) -> list[Buffer]:
+    """Write a free-form message: nested dicts and lists of scalars, str, bytes and arrays.
+
+    Raises:
+        WireError: something in it cannot travel.
+    """
+    frames: list[Buffer] = [b""]
+
+    def default(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return msgpack.ExtType(_ARRAY_EXT, msgpack.packb(array_out(value, frames, kind)))
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise WireError("field", f"{kind}: a {type(value).__name__} cannot travel")
+
+    return _finish(frames, [_DICT + kind, 0, dict(body)], default)
+
+
+def decode_dict(frames: Sequence[Buffer], kind: str) -> dict[str, Any]:
+    """Undo `encode_dict`; tuples come back as lists.
+
+    Raises:
+        WireError: anything at all is wrong with the frames.
+    """
+    inbox = Inbox(frames)
+
+    def hook(code: int, data: bytes) -> Any:
+        if code != _ARRAY_EXT:
+            raise WireError("dtype", f"{kind}: extension {code}")
+        try:
+            spec = msgpack.unpackb(data, strict_map_key=True)
+        except Exception as error:  # msgpack's errors share no base class
+            raise WireError("header", f"{type(error).__name__}") from None
+        return array_in(spec, inbox, kind, None)
+
+    head = _open(frames, hook)
+    if head[0] != _DICT + kind:
+        raise WireError("kind", f"{head[0]!r:.60}, expected {_DICT + kind!r}")
+    body = head[2]
+    if type(body) is not dict:
+        raise WireError("field", f"{kind} is not a dict")
+    inbox.close()
+    return body
+
+
+def _finish(frames: list[Buffer], head: list[Any], default: Any = None) -> list[Buffer]:
+    try:
+        header = PREFIX + msgpack.packb(head, default=default)
+    except WireError:
+        raise
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise WireError("field", str(error)) from None
+    if len(header) > MAX_HEADER_BYTES:
+        raise WireError("oversize", f"the header has {len(header)} bytes")
+    if len(frames) > MAX_FRAMES:
+        raise WireError("oversize", f"{len(frames)} frames, at most {MAX_FRAMES}")
+    frames[0] = header
+    return frames
+
+
+def _open(frames: Sequence[Buffer], hook: Any) -> list[Any]:
+    """Check the outer limits and return [kind, fingerprint, values]."""
+    if not frames or len(frames[0]) < len(PREFIX):
+        raise WireError("truncated", "no header")
+    if len(frames) > MAX_FRAMES or len(frames[0]) > MAX_HEADER_BYTES:
+        raise WireError("oversize", f"{len(frames)} frames, header of {len(frames[0])} bytes")
+    header = memoryview(frames[0])
+    if header[:2] != PREFIX[:2]:
+        raise WireError("header", "not an OpenHelix message")
+    if header[2] != VERSION:
+        raise WireError("version", f"{header[2]}, this side speaks {VERSION}")
+    options: dict[str, Any] = {} if hook is None else {"ext_hook": hook}
+    try:
+        head = msgpack.unpackb(header[3:], strict_map_key=True, **options)
+    except WireError:
+        raise
+    except Exception as error:  # msgpack's errors share no base class
+        raise WireError("header", f"{type(error).__name__}: {error}"[:120]) from None
+    if type(head) is not list or len(head) != 3:
+        raise WireError("header", "not [kind, fingerprint, values]")
+    return head
+
+
+register(
+    "camera",
+    CameraFrame,
+    shapes={"rgb": ("H", "W", 3), "depth": ("H", "W"), "K": (3, 3), "T_world_cam": (4, 4)},
+)
+register("observation", Observation, shapes={"tcp_pose": (7,), "joints": ("n",)})
+register("goal_request", GoalRequest, shapes={"rgb": ("H", "W", 3)})
+register("latent", LatentGoal, shapes={"z": ("n", "d")}, finite=("z",))
+register(
+    "chunk", ActionChunk, shapes={"poses": ("H", 7), "gripper": ("H",)}, finite=("poses", "gripper")
+)
+register("action", Action, shapes={"pose": (7,)}, finite=("pose", "gripper"))

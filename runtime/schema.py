@@ -1,0 +1,320 @@
+"""A record's annotations, compiled into an encoder and a decoder.
+
+Nothing on the wire says what to construct: the receiver names the class it expects and the
+class says what each value has to be. Every size that a message claims is compared with the
+bytes that are really there before anything is allocated. `runtime.codec` is the way in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import types
+import typing
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal, Union
+
+import numpy as np
+import numpy.typing as npt
+
+INLINE_BYTES: Final = 1024  # arrays up to this size ride in the header
+MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
+MAX_ENTRIES: Final = 4096  # of one mapping or tuple
+MAX_NDIM: Final = 6
+MAX_DIM: Final = 1 << 26
+
+Reason = Literal[
+    "version", "kind", "dtype", "shape", "truncated", "oversize", "header", "field", "nonfinite"
+]
+REASONS: Final[tuple[str, ...]] = typing.get_args(Reason)
+Buffer = bytes | memoryview
+
+_DTYPES: Final[dict[int, np.dtype[Any]]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("<f4"),
+    3: np.dtype("<f8"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    6: np.dtype("?"),
+    7: np.dtype("<u2"),
+    8: np.dtype("<f2"),
+}
+_CODES: Final[dict[np.dtype[Any], int]] = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+class WireError(ValueError):
+    """A message cannot be encoded or decoded; `reason` is one of `REASONS`."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason: Reason = reason
+
+
+class Inbox:
+    """The array frames of one message, taken in order, each exactly once."""
+
+    __slots__ = ("frames", "used")
+
+    def __init__(self, frames: Sequence[Buffer]) -> None:
+        self.frames = frames
+        self.used = 1  # frame 0 is the header
+
+    def take(self) -> Buffer:
+        if self.used >= len(self.frames):
+            raise WireError("truncated", f"{len(self.frames)} frames, more are referred to")
+        self.used += 1
+        return self.frames[self.used - 1]
+
+    def close(self) -> None:
+        if self.used != len(self.frames):
+            raise WireError("oversize", f"{len(self.frames) - self.used} frames nobody refers to")
+
+
+def array_out(array: npt.NDArray[Any], out: list[Buffer], name: str) -> list[Any]:
+    """Describe an array as [dtype code, shape, bytes or None]; None: it is the next frame."""
+    code = _CODES.get(array.dtype)
+    if code is None:
+        raise WireError("dtype", f"{name} has dtype {array.dtype}, which does not travel")
+    if array.nbytes <= INLINE_BYTES:
+        return [code, array.shape, array.tobytes()]
+    if array.nbytes > MAX_FRAME_BYTES:
+        raise WireError("oversize", f"{name} has {array.nbytes} bytes, at most {MAX_FRAME_BYTES}")
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    out.append(memoryview(array).cast("B"))  # type: ignore[arg-type]
+    return [code, array.shape, None]
+
+
+def array_in(value: Any, inbox: Inbox, name: str, want: np.dtype[Any] | None) -> npt.NDArray[Any]:
+    """Undo `array_out`; every claim is checked against the bytes that are really there."""
+    if type(value) is not list or len(value) != 3:
+        raise WireError("field", f"{name} is not an array")
+    code, shape, data = value
+    dtype = _DTYPES.get(code) if type(code) is int else None
+    if dtype is None or (want is not None and dtype != want):
+        raise WireError("dtype", f"{name} is {dtype}, expected {want}")
+    if type(shape) is not list or len(shape) > MAX_NDIM:
+        raise WireError("shape", f"{name} has no usable shape")
+    count = 1
+    for dim in shape:
+        if type(dim) is not int or not 0 <= dim <= MAX_DIM:
+            raise WireError("shape", f"{name} has a dimension of {dim!r}")
+        count *= dim
+    if data is None:
+        data = inbox.take()
+    elif type(data) is not bytes:
+        raise WireError("field", f"{name} has no bytes")
+    nbytes = count * dtype.itemsize
+    if len(data) != nbytes:
+        reason: Reason = "truncated" if len(data) < nbytes else "oversize"
+        raise WireError(reason, f"{name} has {len(data)} bytes, its shape says {nbytes}")
+    try:
+        if count == 0:
+            return np.empty(shape, dtype)
+        array = np.frombuffer(data, dtype).reshape(shape)
+    except ValueError as error:
+        raise WireError("shape", f"{name}: {error}") from None
+    # libzmq may hand out a message at any offset of its receive buffer.
+    return array if array.flags.aligned else array.copy()
+
+
+Enc = Callable[[Any, list[Buffer]], Any]
+Dec = Callable[[Any, Inbox], Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Field:
+    """How one annotation is written and read, and the text that its fingerprint covers."""
+
+    enc: Enc
+    dec: Dec
+    text: str
+
+
+def _scalar(name: str, kind: type) -> Field:
+    def fail(value: Any) -> WireError:
+        return WireError("field", f"{name} is {value!r:.60}, expected {kind.__name__}")
+
+    def whole(value: Any) -> int:
+        number = operator.index(value)
+        if isinstance(value, (bool, np.bool_)) or not -(1 << 63) <= number < 1 << 63:
+            raise fail(value)
+        return number
+
+    def enc(value: Any, _: list[Buffer]) -> Any:
+        if type(value) is kind and kind is not int:
+            return value
+        try:
+            if kind is int:
+                return whole(value)
+            if kind is float and isinstance(value, (int, float, np.number)):
+                return float(value)
+        except (TypeError, OverflowError):
+            raise fail(value) from None
+        if kind is bool and isinstance(value, np.bool_):
+            return bool(value)
+        if kind is str and isinstance(value, str):
+            return str(value)
+        raise fail(value)
+
+    def dec(value: Any, _: Inbox) -> Any:
+        if type(value) is kind:
+            return whole(value) if kind is int else value
+        raise fail(value)
+
+    return Field(enc, dec, kind.__name__)
+
+
+def _array(name: str, dtype: np.dtype[Any]) -> Field:
+    def enc(value: Any, out: list[Buffer]) -> Any:
+        if not isinstance(value, np.ndarray) or value.dtype != dtype:
+            have = getattr(value, "dtype", type(value).__name__)
+            raise WireError("dtype", f"{name} is {have}, expected {dtype}")
+        return array_out(value, out, name)
+
+    def dec(value: Any, inbox: Inbox) -> Any:
+        return array_in(value, inbox, name, dtype)
+
+    return Field(enc, dec, f"array[{dtype.str}]")
+
+
+def _optional(inner: Field) -> Field:
+    return Field(
+        lambda value, out: None if value is None else inner.enc(value, out),
+        lambda value, inbox: None if value is None else inner.dec(value, inbox),
+        f"{inner.text}?",
+    )
+
+
+def _mapping(name: str, inner: Field) -> Field:
+    def enc(value: Any, out: list[Buffer]) -> Any:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise WireError("field", f"{name} is not a mapping with str keys")
+        return {key: inner.enc(item, out) for key, item in value.items()}
+
+    def dec(value: Any, inbox: Inbox) -> Any:
+        if type(value) is not dict or len(value) > MAX_ENTRIES:
+            raise WireError("field", f"{name} is not a mapping of at most {MAX_ENTRIES}")
+        if not all(type(key) is str for key in value):
+            raise WireError("field", f"{name} has a key that is not a str")
+        return {key: inner.dec(item, inbox) for key, item in value.items()}
+
+    return Field(enc, dec, f"map[{inner.text}]")
+
+
+def _sequence(name: str, inner: Field) -> Field:
+    def enc(value: Any, out: list[Buffer]) -> Any:
+        if not isinstance(value, tuple):
+            raise WireError("field", f"{name} is not a tuple")
+        return [inner.enc(item, out) for item in value]
+
+    def dec(value: Any, inbox: Inbox) -> Any:
+        if type(value) is not list or len(value) > MAX_ENTRIES:
+            raise WireError("field", f"{name} is not a tuple of at most {MAX_ENTRIES}")
+        return tuple(inner.dec(item, inbox) for item in value)
+
+    return Field(enc, dec, f"tuple[{inner.text}]")
+
+
+def _field(name: str, hint: Any, plans: Mapping[type[Any], Plan]) -> Field:
+    """Choose how to write and read an annotation.
+
+    Raises:
+        TypeError: the annotation cannot travel.
+    """
+    if hint in (int, float, bool, str):
+        return _scalar(name, hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType) and len(args) == 2 and type(None) in args:
+        return _optional(_field(name, args[0] if args[1] is type(None) else args[1], plans))
+    if origin is np.ndarray:
+        dtype = np.dtype(typing.get_args(args[1])[0])
+        if dtype in _CODES:
+            return _array(name, dtype)
+    if isinstance(origin, type) and issubclass(origin, Mapping) and args[0] is str:
+        return _mapping(name, _field(name, args[1], plans))
+    if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
+        return _sequence(name, _field(name, args[0], plans))
+    if origin is Literal and all(isinstance(arg, str) for arg in args):
+        return _literal(name, args)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        plan = plans.get(hint) or Plan(hint, {}, (), plans)
+        return Field(plan.enc, plan.dec, plan.text)
+    raise TypeError(f"{name}: {hint!r} cannot travel; see runtime.codec")
+
+
+def _literal(name: str, options: tuple[str, ...]) -> Field:
+    def check(value: Any, _: Any) -> Any:
+        if type(value) is not str or value not in options:
+            raise WireError("field", f"{name} is {value!r:.60}, expected one of {options}")
+        return value
+
+    return Field(check, check, f"literal{sorted(options)}")
+
+
+class Plan:
+    """One record class, compiled."""
+
+    def __init__(
+        self,
+        cls: type[Any],
+        shapes: Mapping[str, tuple[int | str, ...]],
+        finite: Sequence[str],
+        plans: Mapping[type[Any], Plan],
+    ) -> None:
+        self.cls = cls
+        hints = typing.get_type_hints(cls)
+        self.names = [field.name for field in dataclasses.fields(cls)]
+        if any(not field.init or field.kw_only for field in dataclasses.fields(cls)):
+            raise TypeError(f"{cls.__name__}: fields must be positional")
+        fields = [_field(f"{cls.__name__}.{name}", hints[name], plans) for name in self.names]
+        self.encs = [field.enc for field in fields]
+        self.decs = [field.dec for field in fields]
+        self.shapes = [(self.names.index(name), dims) for name, dims in shapes.items()]
+        self.finite = [self.names.index(name) for name in finite]
+        pairs = ",".join(f"{n}:{f.text}" for n, f in zip(self.names, fields, strict=True))
+        self.text = f"{cls.__name__}({pairs})"
+        self.fingerprint = zlib.crc32(self.text.encode())
+
+    def check(self, values: Sequence[Any]) -> None:
+        """Compare arrays with their declared shapes; a letter means the same size throughout."""
+        sizes: dict[str, int] = {}
+        for index, dims in self.shapes:
+            array = values[index]
+            if array is None:
+                continue
+            wanted = [sizes.get(d) if isinstance(d, str) else d for d in dims]
+            good = len(wanted) == array.ndim and all(
+                want is None or want == have for want, have in zip(wanted, array.shape, strict=True)
+            )
+            if not good:
+                where = f"{self.cls.__name__}.{self.names[index]}"
+                raise WireError("shape", f"{where} has shape {array.shape}, expected {dims}")
+            sizes.update((d, n) for d, n in zip(dims, array.shape, strict=True) if type(d) is str)
+        for index in self.finite:
+            value = values[index]
+            if value is None:
+                continue
+            scalar = isinstance(value, float)
+            if not (math.isfinite(value) if scalar else bool(np.isfinite(value).all())):
+                raise WireError("nonfinite", f"{self.cls.__name__}.{self.names[index]}")
+
+    def enc(self, message: Any, out: list[Buffer]) -> list[Any]:
+        if type(message) is not self.cls:
+            raise WireError("kind", f"{type(message).__name__}, expected {self.cls.__name__}")
+        values = [getattr(message, name) for name in self.names]
+        row = [enc(value, out) for enc, value in zip(self.encs, values, strict=True)]
+        self.check(values)
+        return row
+
+    def dec(self, row: Any, inbox: Inbox) -> Any:
+        if type(row) is not list or len(row) != len(self.decs):
+            raise WireError("field", f"{self.cls.__name__} needs {len(self.decs)} fields")
+        values = [dec(value, inbox) for dec, value in zip(self.decs, row, strict=True)]
+        self.check(values)
+        try:
+            return self.cls(*values)
+        except (ValueError, TypeError) as error:  # the record's own __post_init__ refused
+            raise WireError("field", f"{self.cls.__name__}: {error}") from None
