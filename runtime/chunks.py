@@ -151,7 +151,7 @@ class ChunkBuffer:
             self.counters.chunks_used += 1
         self._consume(t_ns)
         x, y, z, (qx, qy, qz, qw), openness = row
-        return Action(np.array((x, y, z, qx, qy, qz, qw)), openness, self._epoch)
+        return Action(np.array((x, y, z, qx, qy, qz, qw)), openness, self._epoch, t_ns=t_ns)
 
     def remaining_s(self, t_ns: int) -> float:
         """Return the seconds of plan left after `t_ns`; 0 when it has run out."""
