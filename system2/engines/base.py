@@ -1,0 +1,204 @@
+"""What the engines share: options, checks, and the way from hidden states to a latent.
+
+An engine differs only in how hidden states are computed; everything before (prompt, images)
+and after (read-out, projector) is here, so that two engines cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from runtime.spec import LatentSpec
+from runtime.types import F32
+from system2.checkpoint import LatentHead, check_fit, head_for, with_act
+from system2.images import as_batch
+from system2.model import SHIPPED, CheckpointError, open_checkpoint
+from system2.prompt import BadInstruction, Prompt
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class EncodeError(RuntimeError):
+    """The model gave a latent that is not finite."""
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """Return the named dtype; "auto" is bfloat16 where the machine computes it natively.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name != "auto":
+        if name not in DTYPES:
+            raise ValueError(f"dtype: {name!r}, want auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if capable.get("avx512_bf16") else torch.float32
+
+
+class EngineBase:
+    """An engine without its model; see `runtime.interfaces.Engine`.
+
+    Args:
+        model: "laptop", a LLaVA folder, or a hub name.
+        kind, n_act, layer, text_rows, vision: the read-out, see `latents.LatentConfig`; what
+            is None comes from `latent_projector`, or is the default.
+        latent_projector: file with `<ACT>` and projector; None takes the shipped one for the
+            laptop model when there is one, else untrained weights.
+        raw: return the hidden states without the projector.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        threads: CPU threads; 0 leaves torch's own number.
+        max_instruction_tokens: longer instructions are refused.
+        seed: of untrained weights.
+    """
+
+    def __init__(
+        self,
+        model: str = "laptop",
+        *,
+        kind: str | None = None,
+        n_act: int | None = None,
+        layer: int | None = None,
+        text_rows: int | None = None,
+        vision: bool | None = None,
+        latent_projector: LatentHead | Path | str | None = None,
+        raw: bool = False,
+        dtype: str = "auto",
+        threads: int = 0,
+        max_instruction_tokens: int = 96,
+        seed: int = 0,
+    ) -> None:
+        config = with_act(
+            None, kind=kind, n_act=n_act, layer=layer, text_rows=text_rows, vision=vision
+        )
+        if latent_projector is None and model == "laptop" and config is None:
+            shipped = SHIPPED / "latent.safetensors"
+            latent_projector = shipped if shipped.is_file() else None
+        if latent_projector is not None and not isinstance(latent_projector, LatentHead):
+            latent_projector = LatentHead.load(latent_projector)
+        self._dtype = pick_dtype(dtype)
+        self._raw = raw
+        wanted = latent_projector.config if latent_projector is not None else config
+        self.checkpoint = open_checkpoint(model, wanted.n_act if wanted is not None else 1)
+        if threads:
+            torch.set_num_threads(threads)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._check_support(wanted.kind if wanted is not None else "act_last")
+        self._load(wanted, max_instruction_tokens)
+        self._max_instruction_tokens = max_instruction_tokens
+        # Without the padding that an engine may add, so that every engine starts alike.
+        words = self._table()[: self.checkpoint.act_ids[0]]
+        head = head_for(self.checkpoint, config, latent_projector, words, seed)
+        self._adopt(head)
+
+    # What a subclass supplies.
+
+    def _check_support(self, kind: str) -> None:
+        """Raise `BadLatent` if this engine cannot give that read-out."""
+
+    def _load(self, config: Any, max_instruction_tokens: int) -> None:
+        raise TypeError("an engine says how its model is loaded")
+
+    def _table(self) -> Tensor:
+        """Return the embedding table (V, hidden)."""
+        raise TypeError("an engine says where its embedding table is")
+
+    def _write_act(self, rows: Sequence[int], act: Tensor) -> None:
+        """Write `<ACT>` (n, hidden) into the rows of the embedding table."""
+        raise TypeError("an engine says how <ACT> is written")
+
+    def _hidden(self, images: list[Image.Image], prompts: list[Prompt]) -> list[Tensor]:
+        """Return each sequence's states (T, hidden), or only the last (1, hidden) if that is read."""
+        raise TypeError("an engine says how hidden states are computed")
+
+    # What users call.
+
+    @property
+    def spec(self) -> LatentSpec:
+        """What this engine's latents are; changes when `swap` changes the weights."""
+        return self._spec
+
+    @property
+    def head(self) -> LatentHead:
+        """`<ACT>`, projector and pooling in use."""
+        return self._head
+
+    def swap(self, latent_projector: LatentHead | Path | str) -> LatentSpec:
+        """Take other `<ACT>` and projector weights without a restart; return the new spec.
+
+        Calls of `encode` see either the old weights or the new ones, never a mixture.
+
+        Raises:
+            CheckpointError: they do not fit this model or need another read-out.
+        """
+        if not isinstance(latent_projector, LatentHead):
+            latent_projector = LatentHead.load(latent_projector)
+        check_fit(latent_projector, self.checkpoint)
+        if latent_projector.config != self._head.config:
+            raise CheckpointError(
+                f"latent_projector: for {latent_projector.config}, "
+                f"this engine was started with {self._head.config}"
+            )
+        with self._lock:
+            self._adopt(latent_projector.eval().requires_grad_(False))
+        return self._spec
+
+    def warm_up(self) -> None:
+        """Encode one made-up request, so that the first real one is not the slow one."""
+        side = np.zeros((64, 64, 3), dtype=np.uint8)
+        self.encode([side], ["move"])
+
+    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
+        """Return latents (B, n_tokens, dim) float32; see `runtime.interfaces.Engine`.
+
+        Raises:
+            ValueError: an image or instruction is unusable; the message names which.
+            EncodeError: the model's output is not finite.
+        """
+        if self._closed:
+            raise EncodeError("the engine is closed")
+        checked, texts = as_batch(images, instructions)
+        with self._lock, torch.inference_mode():
+            prompts = []
+            for index, text in enumerate(texts):
+                try:
+                    prompts.append(self._prompts(text))
+                except BadInstruction as error:
+                    raise BadInstruction(f"instructions[{index}]: {error}") from error
+            hidden = self._hidden(checked, prompts)
+            rows = [self._read(states, p) for states, p in zip(hidden, prompts, strict=True)]
+            latents = torch.stack(rows).to("cpu", torch.float32).numpy()
+        if not np.isfinite(latents).all():
+            raise EncodeError("the latent is not finite")
+        return latents
+
+    def close(self) -> None:
+        """Let go of the model; later calls of `encode` fail."""
+        self._closed = True
+
+    def _adopt(self, head: LatentHead) -> None:
+        self._head = head
+        config = head.config
+        self._prompts = self.checkpoint.prompts(
+            config.n_act, config.vision, self._max_instruction_tokens
+        )
+        self._write_act(self.checkpoint.act_ids[: config.n_act], head.act.detach())
+        self._spec = head.spec(self.checkpoint, self._raw)
+
+    def _read(self, states: Tensor, prompt: Prompt) -> Tensor:
+        head, layout = self._head, prompt.layout
+        states = states.to("cpu", torch.float32)
+        if head.config.last_token_only and states.shape[0] == 1:
+            return states if self._raw else head.projector(states)
+        return head(states, layout, raw=self._raw)

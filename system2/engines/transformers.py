@@ -1,0 +1,83 @@
+"""The plain engine: transformers' own LLaVA, one forward pass, no generation.
+
+It gives every read-out, including middle layers, runs wherever torch runs, and is what the
+served engine is checked against. Prompts of a batch are padded on the right: with causal
+attention no real token can see the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from system2.engines.base import EngineBase
+from system2.prompt import Prompt
+
+
+class TransformersEngine(EngineBase):
+    """System 2 on `LlavaForConditionalGeneration`; options as in `EngineBase`.
+
+    Args:
+        device: "auto" (CUDA when there is one), "cpu", or any torch device.
+    """
+
+    def __init__(self, model: str = "laptop", *, device: str = "auto", **options: Any) -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(device)
+        super().__init__(model, **options)
+
+    def _load(self, config: Any, max_instruction_tokens: int) -> None:
+        from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+        model = LlavaForConditionalGeneration.from_pretrained(
+            self.checkpoint.path, dtype=self._dtype
+        )
+        # The vocabulary's output layer is never read: the latent is a hidden state.
+        self._model = model.model.to(self._device).eval().requires_grad_(False)
+        self._image_processor = AutoProcessor.from_pretrained(self.checkpoint.path).image_processor
+
+    def _table(self) -> Tensor:
+        return self._model.language_model.embed_tokens.weight.detach()
+
+    def _write_act(self, rows: Sequence[int], act: Tensor) -> None:
+        table = self._table()
+        with torch.no_grad():
+            table[list(rows)] = act.to(table)
+
+    def _hidden(self, images: list[Image.Image], prompts: list[Prompt]) -> list[Tensor]:
+        config = self._head.config
+        longest = max(prompt.layout.length for prompt in prompts)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, : prompt.layout.length] = torch.tensor(
+                prompt.expanded(self.checkpoint.image_token_id)
+            )
+        embeddings = self._model.get_input_embeddings()(ids.to(self._device))
+        if config.vision:
+            features = self.image_features(images)
+            start, stop = prompts[0].layout.image
+            embeddings[:, start:stop] = features
+        layer = config.layer_of(self.checkpoint.layers)
+        final = layer == self.checkpoint.layers
+        output = self._model.language_model(
+            inputs_embeds=embeddings, use_cache=False, output_hidden_states=not final
+        )
+        states = output.last_hidden_state if final else output.hidden_states[layer]
+        return [states[row, : prompt.layout.length] for row, prompt in enumerate(prompts)]
+
+    def image_features(self, images: list[Image.Image]) -> Tensor:
+        """Return the projected image tokens (B, n_image, hidden)."""
+        pixels = self._image_processor(images, return_tensors="pt")["pixel_values"]
+        output = self._model.get_image_features(
+            pixel_values=pixels.to(self._device, self._dtype), return_dict=True
+        )
+        return torch.stack(list(output.pooler_output))
+
+    def close(self) -> None:
+        super().close()
+        self._model = None

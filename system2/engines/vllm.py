@@ -1,0 +1,134 @@
+"""The served engine: vLLM's pooling runner, one prefill, no decoding.
+
+vLLM runs in this process (no engine-core process beside it): System 2 has an actor of its
+own already, and `<ACT>` can then be swapped in place. Requests of several robots go in one
+call and vLLM batches them. Middle layers cannot be had here: vLLM returns the state after
+the final norm only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from system2.engines.base import EngineBase
+from system2.latents import BadLatent, LatentConfig
+from system2.prompt import Prompt
+
+
+class VllmEngine(EngineBase):
+    """System 2 on vLLM; options as in `EngineBase`.
+
+    Args:
+        max_batch: most requests computed together.
+        kv_cache_mb: memory for keys and values, MiB; 0 takes what `max_batch` needs.
+        eager: False lets vLLM compile and capture CUDA graphs (slower start, faster calls).
+    """
+
+    def __init__(
+        self,
+        model: str = "laptop",
+        *,
+        max_batch: int = 8,
+        kv_cache_mb: int = 0,
+        eager: bool = True,
+        **options: Any,
+    ) -> None:
+        self._max_batch, self._kv_cache_mb, self._eager = max_batch, kv_cache_mb, eager
+        super().__init__(model, **options)
+
+    def _check_support(self, kind: str) -> None:
+        if kind == "act_mid":
+            raise BadLatent(
+                "latent.kind: vLLM returns the last layer only; "
+                "'act_mid' is served by system2.engines.transformers:TransformersEngine"
+            )
+
+    def _load(self, config: LatentConfig | None, max_instruction_tokens: int) -> None:
+        config = config or LatentConfig()
+        # Read when vllm is imported or the engine is built; a value set by the user stands.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        from vllm import LLM
+        from vllm.config import PoolerConfig
+
+        self._task = "embed" if config.last_token_only else "token_embed"
+        length = self.checkpoint.prompts(
+            config.n_act, config.vision, max_instruction_tokens
+        ).max_length
+        budget = max(length * self._max_batch, 2048)
+        self._llm = LLM(
+            model=self.checkpoint.path,
+            runner="pooling",
+            convert="embed",
+            dtype=str(self._dtype).removeprefix("torch."),
+            pooler_config=PoolerConfig(
+                task=self._task,
+                seq_pooling_type="LAST",
+                tok_pooling_type="ALL",
+                use_activation=False,
+            ),
+            max_model_len=length,
+            max_num_seqs=self._max_batch,
+            max_num_batched_tokens=budget,
+            limit_mm_per_prompt={"image": 1 if config.vision else 0},
+            enable_prefix_caching=False,
+            enable_chunked_prefill=False,
+            mm_processor_cache_gb=0,
+            kv_cache_memory_bytes=self._kv_bytes(length),
+            distributed_executor_backend="uni",
+            enforce_eager=self._eager,
+            disable_log_stats=True,
+            seed=0,
+        )
+
+    def _kv_bytes(self, length: int) -> int:
+        if self._kv_cache_mb:
+            return self._kv_cache_mb << 20
+        from transformers import AutoConfig
+
+        text = AutoConfig.from_pretrained(self.checkpoint.path).text_config
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        a_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
+        blocks = (length // 128 + 2) * 128  # vLLM's largest CPU block is 128 tokens
+        return max(64 << 20, a_token * self._dtype.itemsize * blocks * self._max_batch)
+
+    def _table(self) -> Tensor:
+        return self._llm.apply_model(_embedding)[0].weight.detach()
+
+    def _write_act(self, rows: Sequence[int], act: Tensor) -> None:
+        def write(model: Any) -> None:
+            layer = _embedding(model)
+            shard = getattr(layer, "shard_indices", None)
+            first = shard.org_vocab_start_index if shard is not None else 0
+            with torch.no_grad():
+                for row, value in zip(rows, act, strict=True):
+                    if first <= row < first + layer.weight.shape[0]:
+                        layer.weight[row - first] = value.to(layer.weight)
+
+        self._llm.apply_model(write)
+
+    def _hidden(self, images: list[Image.Image], prompts: list[Prompt]) -> list[Tensor]:
+        requests: list[dict[str, Any]] = []
+        for image, prompt in zip(images, prompts, strict=True):
+            request: dict[str, Any] = {"prompt_token_ids": list(prompt.ids)}
+            if self._head.config.vision:
+                request["multi_modal_data"] = {"image": image}
+            requests.append(request)
+        outputs = self._llm.encode(requests, pooling_task=self._task, use_tqdm=False)
+        return [torch.atleast_2d(output.outputs.data) for output in outputs]
+
+    def close(self) -> None:
+        super().close()
+        self._llm = None
+
+
+def _embedding(model: Any) -> Any:
+    return model.language_model.model.embed_tokens

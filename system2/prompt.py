@@ -1,0 +1,172 @@
+"""Instruction to token ids, in one place, so that every engine sees the same sequence.
+
+The prompt is the paper's (Sec. 5.2, Appendix A.4): image, instruction, and `<ACT>` last.
+Ids are made here and handed to the engines as ids: strings with special tokens in them are
+read differently by different processors, and then two engines disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Text to ids and to the (start, stop) character range of each, without special tokens added.
+Tokenize = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
+
+
+class BadInstruction(ValueError):
+    """An instruction that cannot be encoded; the message says which and why."""
+
+
+class BadImage(ValueError):
+    """An image that cannot be encoded; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The words around the image, the instruction and `<ACT>`."""
+
+    name: str
+    head: str  # before the image
+    body: str  # between image and instruction
+    tail: str  # between instruction and <ACT>
+
+
+_VICUNA = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant "
+    "gives helpful, detailed, and polite answers to the human's questions. USER: "
+)
+TEMPLATES = {
+    template.name: template
+    for template in (
+        # LLaVA 1.5's conversation format, as the paper uses it.
+        Template("llava_v1", _VICUNA, "\n", " ASSISTANT: "),
+        # The chat format that SmolLM2 was tuned on, without a system message: 9 tokens.
+        Template("chatml", "<|im_start|>user\n", "\n", "<|im_end|>\n<|im_start|>assistant\n"),
+    )
+}
+# The two questions of the public training recipe; the first is the one asked at run time.
+QUESTIONS = ("Can you {x}?", "Can you control the robot to {x}?")
+
+_RESERVED = ("<act", "<image", "<pad>", "<s>", "</s>", "<unk>", "<|")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the parts of one prompt lie in the sequence of the language model.
+
+    Half-open ranges of positions after the image placeholder has been expanded; `act` is
+    always the end of the sequence.
+    """
+
+    length: int
+    image: tuple[int, int]
+    text: tuple[int, int]  # the instruction alone
+    act: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids with a single image placeholder, and where things lie once it is expanded."""
+
+    ids: tuple[int, ...]
+    layout: Layout
+    image_at: int  # index of the placeholder in `ids`; -1 without vision
+    n_image: int
+
+    def expanded(self, image_token_id: int) -> list[int]:
+        """Return the ids with the placeholder repeated once for every image token."""
+        if self.image_at < 0:
+            return list(self.ids)
+        head, tail = self.ids[: self.image_at], self.ids[self.image_at + 1 :]
+        return [*head, *([image_token_id] * self.n_image), *tail]
+
+
+def clean_instruction(text: Any, special: Sequence[str] = ()) -> str:
+    """Return the instruction without surrounding white space and closing punctuation.
+
+    Args:
+        text: what the user asked for.
+        special: every added token of the tokenizer; none may appear in an instruction.
+
+    Raises:
+        BadInstruction: not a string, empty, or containing a control token or character.
+    """
+    if not isinstance(text, str):
+        raise BadInstruction(f"instruction: want a string, got {type(text).__name__}")
+    clean = text.strip().rstrip(".?! \t\n")
+    if not any(character.isalnum() for character in clean):
+        raise BadInstruction("instruction: empty; say what the robot is to do")
+    lowered = clean.lower()
+    for token in (*_RESERVED, *(s.lower() for s in special)):
+        if token in lowered:
+            raise BadInstruction(f"instruction: contains the control token {token!r}")
+    for character in clean:
+        if not character.isprintable() and character not in "\t\n":
+            raise BadInstruction(f"instruction: contains the control character {character!r}")
+    return " ".join(clean.split())
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBuilder:
+    """Makes prompts for one checkpoint.
+
+    `tokenize` returns ids without special tokens added; `bos` is prepended when not None.
+    """
+
+    tokenize: Tokenize
+    template: Template
+    image_token_id: int
+    n_image: int
+    act_ids: tuple[int, ...]
+    bos: int | None = None
+    special: tuple[str, ...] = ()
+    max_instruction_tokens: int = 96
+    vision: bool = True
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence that `__call__` can return, in language-model positions."""
+        layout = self("move").layout
+        return layout.length - (layout.text[1] - layout.text[0]) + self.max_instruction_tokens
+
+    def __call__(self, instruction: Any, question: str = QUESTIONS[0]) -> Prompt:
+        """Return the prompt for one instruction.
+
+        Raises:
+            BadInstruction: see `clean_instruction`; or more than `max_instruction_tokens`.
+        """
+        clean = clean_instruction(instruction, self.special)
+        prompt = self.assemble(question.format(x=clean), self.act_ids)
+        n_text = prompt.layout.text[1] - prompt.layout.text[0]
+        if n_text > self.max_instruction_tokens:
+            raise BadInstruction(
+                f"instruction: {n_text} tokens, at most {self.max_instruction_tokens} are allowed"
+            )
+        return prompt
+
+    def assemble(self, text: str, end: Sequence[int]) -> Prompt:
+        """Join frame, image, `text` and the closing tokens `end` (usually `<ACT>`)."""
+        head = [] if self.bos is None else [self.bos]
+        head += self.tokenize(self.template.head)[0] if self.template.head else []
+        n_image = self.n_image if self.vision else 0
+        body = self.template.body if self.vision else ""
+        rest, spans = self.tokenize(body + text + self.template.tail)
+        first, last = len(body), len(body) + len(text)
+        inside = [i for i, (a, b) in enumerate(spans) if b > first and a < last]
+        placeholder = [self.image_token_id] if self.vision else []
+        ids = [*head, *placeholder, *rest, *end]
+        offset = len(head) + n_image
+        length = offset + len(rest) + len(end)
+        return Prompt(
+            ids=tuple(ids),
+            layout=Layout(
+                length=length,
+                image=(len(head), offset),
+                text=(offset + inside[0], offset + inside[-1] + 1),
+                act=(length - len(end), length),
+            ),
+            image_at=len(head) if self.vision else -1,
+            n_image=n_image,
+        )
