@@ -1,0 +1,227 @@
+"""What a robot is to the runtime: LeRobot's verbs, plus a stop and a hold.
+
+`send_action` returns the action actually sent, `spec` and the feature lists can be read while
+disconnected, and `hold_action` has no default, because what keeps an arm still is for its
+driver to know (the last target sags on one arm and is right on another). Drivers register in
+the entry-point group `openhelix.robots`; the loop never names one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+
+from runtime.quaternion import QuaternionError, normalise
+from runtime.resolve import resolve
+from runtime.spec import RobotSpec
+from runtime.types import Action, Observation
+
+GROUP = "openhelix.robots"
+Features = Mapping[str, type | tuple[int, ...]]
+
+
+class RobotError(RuntimeError):
+    """The robot cannot do what was asked; the message says what and why."""
+
+
+class NotConnected(RobotError):
+    """A call that needs a connection came before `connect` or after `disconnect`."""
+
+
+class UnknownRobot(ValueError):
+    """No driver of that name; the message lists those there are."""
+
+
+class Robot(ABC):
+    """One arm with its cameras. A driver implements the verbs below and nothing else.
+
+    All calls come from one thread, the control loop's. `get_observation` and `send_action`
+    must return well within a control period: what is slow (a camera) belongs in a thread or
+    process of the driver's, which stamps what it delivers.
+    """
+
+    @property
+    @abstractmethod
+    def spec(self) -> RobotSpec:
+        """Cameras and action conventions; readable while disconnected."""
+
+    @property
+    @abstractmethod
+    def n_joints(self) -> int:
+        """Length of `Observation.joints`; readable while disconnected."""
+
+    @property
+    @abstractmethod
+    def is_connected(self) -> bool: ...
+
+    @abstractmethod
+    def connect(self) -> None:
+        """Open the connection; a second call does nothing.
+
+        Raises:
+            RobotError: it cannot be reached; the message says what to do.
+        """
+
+    @abstractmethod
+    def disconnect(self) -> None:
+        """Stop the arm and close the connection; safe to call at any time, also twice."""
+
+    @abstractmethod
+    def get_observation(self) -> Observation:
+        """Return the newest state and the newest frame of each camera, without waiting for one.
+
+        Raises:
+            NotConnected: there is no connection.
+            RobotError: the robot does not answer.
+        """
+
+    @abstractmethod
+    def send_action(self, action: Action) -> Action:
+        """Send one target; return the action actually sent, after the driver's own limits.
+
+        Raises:
+            NotConnected: there is no connection.
+            ValueError: the action is malformed or not finite; nothing was sent.
+            RobotError: the robot does not answer.
+        """
+
+    @abstractmethod
+    def stop(self, reason: str) -> None:
+        """Bring the arm to a standstill now and keep it there until the next `send_action`.
+
+        Never raises: it is called when things are already wrong.
+        """
+
+    @abstractmethod
+    def hold_action(self, last: Action | None) -> Action:
+        """Return the action that keeps the arm where it is.
+
+        Args:
+            last: the action sent last; None if none was sent since `connect`.
+        """
+
+    @property
+    def observation_features(self) -> Features:
+        """Names and shapes of what `get_observation` delivers, as LeRobot lists them."""
+        features: dict[str, type | tuple[int, ...]] = {
+            "tcp_pose": (7,),
+            "gripper_width": float,
+            "gripper_open": bool,
+            "joints": (self.n_joints,),
+        }
+        for camera in self.spec.cameras:
+            features[f"{camera.name}.rgb"] = (camera.height, camera.width, 3)
+            if camera.depth:
+                features[f"{camera.name}.depth"] = (camera.height, camera.width)
+        return features
+
+    @property
+    def action_features(self) -> Features:
+        """Names and shapes of what `send_action` takes."""
+        return {"pose": (7,), "gripper": float}
+
+    def __enter__(self) -> Self:
+        self.connect()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.disconnect()
+
+
+@runtime_checkable
+class World(Protocol):
+    """What a robot in a simulator can do besides: set the scene and judge tasks."""
+
+    def reset_world(
+        self, robot_obs: Sequence[float] | None, scene_obs: Sequence[float] | None
+    ) -> None:
+        """Put arm and scene into a state (CALVIN's 15 and 24 numbers); None: the default."""
+
+    def begin_task(self, task: str, instruction: str) -> None:
+        """Remember the state of the world as the one that `task` starts from."""
+
+    def completed(self) -> frozenset[str]:
+        """Return the tasks that the world's change since `begin_task` amounts to."""
+
+    def env_steps(self) -> int:
+        """Return the environment steps made since `reset_world`."""
+
+
+def check_action(action: Action) -> None:
+    """Raise a one-line ValueError unless `action` has the shapes and finite numbers it must."""
+    pose = np.asarray(action.pose)
+    if pose.shape != (7,):
+        raise ValueError(f"action.pose: shape {pose.shape}, expected (7,): xyz, quaternion xyzw")
+    if not np.isfinite(pose).all():
+        raise ValueError(f"action.pose: {pose.tolist()} is not finite")
+    try:
+        normalise(pose[3:].tolist())
+    except QuaternionError as error:
+        raise ValueError(f"action.pose: {error}") from None
+    if not 0.0 <= action.gripper <= 1.0:
+        raise ValueError(f"action.gripper: {action.gripper} is not between 0 (closed) and 1 (open)")
+
+
+def robot_names() -> list[str]:
+    """Return the names of the installed drivers."""
+    return sorted({entry.name for entry in entry_points(group=GROUP)})
+
+
+def robot_class(name: str) -> Any:
+    """Return the driver class called `name`, or named as `"package.module:Class"`.
+
+    Raises:
+        UnknownRobot: there is no such driver; the message lists those there are.
+        runtime.resolve.ResolveError: the module or class does not exist.
+    """
+    if ":" in name:
+        return resolve(name)
+    for entry in entry_points(group=GROUP):
+        if entry.name == name:
+            return resolve(entry.value)
+    known = ", ".join(robot_names()) or "none (is the package installed?)"
+    raise UnknownRobot(f"robot: no driver {name!r}; there are: {known}")
+
+
+def make_robot(name: str, **options: Any) -> Robot:
+    """Build a driver; it is not connected yet.
+
+    Args:
+        name: an entry point of the group `openhelix.robots`, or `"package.module:Class"`.
+        options: the driver's own constructor arguments.
+
+    Raises:
+        UnknownRobot: no such driver.
+        ValueError: an option that the driver does not have, or one of a bad value.
+    """
+    cls = robot_class(name)
+    parameters = inspect.signature(cls).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for option in options:
+            if option not in parameters:
+                valid = ", ".join(parameters) or "none"
+                raise ValueError(f"robot.options.{option}: {name!r} has no such option; {valid}")
+    missing = [
+        key
+        for key, p in parameters.items()
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and key not in options
+    ]
+    if missing:
+        raise ValueError(f"robot.options.{missing[0]}: {name!r} needs it")
+    robot = cls(**options)
+    if not isinstance(robot, Robot):
+        raise ValueError(f"robot: {name!r} is a {cls.__name__}, which is not a Robot")
+    return robot
