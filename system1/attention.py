@@ -1,0 +1,213 @@
+"""Attention parts shared by all heads: rotary 3D codes, projections that can be cached, AdaLN.
+
+`Attention` keeps the parameter names of the published checkpoints (`in_proj_weight`,
+`out_proj`) and splits its work into `query`, `key_value` and `attend`, because during a
+denoising loop the keys and values of the scene never change: they are made once a call and
+handed back in.
+
+A rotary code is stored as complex numbers in fp32: rotating a vector is then one
+multiplication over pairs of channels. 3D Diffuser Actor rotates before the heads are split,
+a third of all channels for each axis, so a head sees one axis or two; `head_code` lays the
+code out so that every head sees all three.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear, relu, scaled_dot_product_attention, silu
+
+
+def official_frequencies(dim: int) -> Tensor:
+    """Return 10000^(-2i/c) for the c = dim/3 channels of an axis, (c/2,)."""
+    channels = dim // 3
+    return torch.exp(torch.arange(0, channels, 2).float() * (-math.log(10000.0) / channels))
+
+
+def metric_frequencies(head_dim: int, longest_m: float = 2.0, shortest_m: float = 0.05) -> Tensor:
+    """Return geometric frequencies for positions in metres, (head_dim/6,) radians a metre."""
+    count = head_dim // 6
+    if count == 1:
+        return torch.tensor([2 * math.pi / longest_m])
+    waves = torch.logspace(math.log10(longest_m), math.log10(shortest_m), count)
+    return 2 * math.pi / waves
+
+
+def rotary_code(xyz: Tensor, frequencies: Tensor, repeat: int = 1) -> Tensor:
+    """Return unit complex numbers (B, N, dim/2) that code positions.
+
+    Args:
+        xyz: (B, N, 3).
+        frequencies: (F,) radians a unit; an axis gets F complex channels.
+        repeat: how many times the 3F channels are laid side by side, once for every head
+            where heads are to see all axes.
+    """
+    angle = (xyz.float().unsqueeze(-1) * frequencies).flatten(-2)
+    code = torch.complex(angle.cos(), angle.sin())
+    return code.repeat(1, 1, repeat) if repeat > 1 else code
+
+
+def rotate(x: Tensor, code: Tensor) -> Tensor:
+    """Rotate pairs of neighbouring channels of x (B, N, dim) by a code (B, N, dim/2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * code).flatten(-2).to(x.dtype)
+
+
+def sinusoid(position: Tensor, dim: int) -> Tensor:
+    """Return the sine and cosine code (N, dim) of positions (N,), as in 3D Diffuser Actor."""
+    half = dim // 2
+    rate = torch.exp(
+        torch.arange(half, device=position.device, dtype=torch.float32)
+        * -(math.log(10000.0) / (half - 1))
+    )
+    angle = position.float()[:, None] * rate[None]
+    return torch.cat((angle.sin(), angle.cos()), -1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separable parts; batch first, (B, N, dim)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.dim, self.heads = dim, heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def query(self, x: Tensor, code: Tensor | None = None) -> Tensor:
+        """Return queries (B, N, dim), rotated when a code is given."""
+        q = linear(x, self.in_proj_weight[: self.dim], self.in_proj_bias[: self.dim])
+        return q if code is None else rotate(q, code)
+
+    def key_value(self, x: Tensor, code: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return keys (rotated when a code is given) and values, each (B, N, dim)."""
+        both = linear(x, self.in_proj_weight[self.dim :], self.in_proj_bias[self.dim :])
+        k, v = both.chunk(2, -1)
+        return (k if code is None else rotate(k, code)), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the attention's output (B, N, dim), projected.
+
+        Args:
+            q: (B, N, dim); k, v: (B, M, dim).
+            k: keys.
+            v: values.
+            mask: (B, M) bool, True where a key may be seen; None for all.
+        """
+        split = (self.heads, self.dim // self.heads)
+        qh, kh, vh = (t.unflatten(-1, split).transpose(1, 2) for t in (q, k, v))
+        bias = None if mask is None else mask[:, None, None, :]
+        out = scaled_dot_product_attention(qh, kh, vh, attn_mask=bias)
+        return self.out_proj(out.transpose(1, 2).flatten(-2))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        x_code: Tensor | None = None,
+        context_code: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from x to `context` (x itself when None)."""
+        if context is None:
+            context, context_code = x, x_code
+        k, v = self.key_value(context, context_code)
+        return self.attend(self.query(x, x_code), k, v, mask)
+
+
+class AdaLN(nn.Module):
+    """Scale and shift from a condition: x (1 + s) + b, both zero at the start."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        nn.init.zeros_(self.modulation[1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.modulation[1].bias)  # type: ignore[arg-type]
+
+    def table(self, signal: Tensor) -> tuple[Tensor, Tensor]:
+        """Return 1 + scale and shift (..., 1, dim) for signals (..., dim)."""
+        scale, shift = self.modulation(signal).unsqueeze(-2).chunk(2, -1)
+        return 1 + scale, shift
+
+
+def modulate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply `AdaLN.table` to x (B, N, dim)."""
+    return torch.addcmul(table[1], x, table[0])
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with modulated parts: self, cross, feed-forward.
+
+    The shape of DiT blocks (Peebles and Xie 2023, Sec. 3.2) with a cross-attention between;
+    gates start at one instead of zero, which trains faster in the few hours a CPU has.
+    `cross=False` leaves the cross-attention out. The modulation vectors of a step come from
+    `tables`, made for all steps at once. Several noise draws of one observation share its
+    keys and values: x may have k times the batch of `context`, draws of one observation
+    side by side.
+    """
+
+    def __init__(self, dim: int, heads: int, ffn_mult: int, cross: bool = True) -> None:
+        super().__init__()
+        self.parts = 3 if cross else 2
+        self.self_attn = Attention(dim, heads)
+        self.cross_attn = Attention(dim, heads) if cross else None
+        self.up = nn.Linear(dim, ffn_mult * dim)
+        self.down = nn.Linear(ffn_mult * dim, dim)
+        self.modulation = nn.Linear(dim, 3 * self.parts * dim)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def key_value(self, context: Tensor, code: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the cross-attention's keys and values of context tokens (B, M, dim)."""
+        if self.cross_attn is None:
+            raise ValueError("context: this block has no cross-attention")
+        return self.cross_attn.key_value(context, code)
+
+    def tables(self, signal: Tensor) -> tuple[Tensor, ...]:
+        """Return 3 x parts tensors (..., 1, dim): scale, shift and gate of each part."""
+        return self.modulation(silu(signal)).unsqueeze(-2).chunk(3 * self.parts, -1)
+
+    def forward(
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, ...],
+        code: Tensor | None,
+        context: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Return x (B, T, dim) after the block.
+
+        Args:
+            x: tokens.
+            tables: from `tables`, for this step.
+            code: rotary code of the tokens.
+            context: keys and values of the scene, from `cross_attn.key_value`.
+            mask: (B, M) valid scene tokens.
+        """
+
+        def normed(part: int) -> Tensor:
+            scale, shift = tables[3 * part], tables[3 * part + 1]
+            return torch.addcmul(shift, layer_norm(x, x.shape[-1:]), 1 + scale)
+
+        y = normed(0)
+        own = mask if context is None else None  # without a context the mask is of x itself
+        x = x + (1 + tables[2]) * self.self_attn(y, x_code=code, mask=own)
+        part = 1
+        if self.cross_attn is not None and context is not None:
+            q = self.cross_attn.query(normed(1), code)
+            folded = q.reshape(len(context[0]), -1, q.shape[-1])
+            seen = self.cross_attn.attend(folded, *context, mask).view_as(x)
+            x = x + (1 + tables[5]) * seen
+            part = 2
+        y = normed(part)
+        return x + (1 + tables[3 * part + 2]) * self.down(relu(self.up(y)))
+
+
+def blocks_of(modules: nn.ModuleList) -> list[Block]:
+    """Return a module list's blocks with their type."""
+    return cast(list[Block], list(modules))

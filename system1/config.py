@@ -1,0 +1,169 @@
+"""Every number of a System 1 policy in one frozen dataclass, with the presets beside it.
+
+The presets are the documentation: `official_calvin` is what a published checkpoint needs to
+be read, `small` is what two CPU cores can train and run. A checkpoint carries its
+configuration as JSON, so a field is never renamed without a reader for the old name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from runtime.spec import ActionSpec, CameraSpec, LatentSpec, PolicySpec
+
+Head = Literal["diffuser_actor", "trajectory", "plain", "dit", "lstm"]
+Prediction = Literal["epsilon", "sample", "v"]
+SamplerName = Literal["ddpm", "ddim", "dpmpp"]
+
+# Bounds of the gripper-relative workspace on which the published CALVIN checkpoints were
+# trained (the union over scenes A to D with a buffer of 1 cm), metres.
+OFFICIAL_BOUNDS_M = (
+    (-0.30205888509750366, -0.25688798189163208, -0.21557966828346252),
+    (0.36127854347229004, 0.3377084231376648, 0.18373555898666382),
+)
+
+
+class ConfigError(ValueError):
+    """A configuration that no policy can be built from; the message names the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class CameraConfig:
+    """One camera: what the robot delivers and what the encoder works on."""
+
+    name: str
+    height: int  # pixels, as delivered
+    width: int
+    work_height: int  # pixels, as encoded
+    work_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """A policy's architecture, diffusion and interface."""
+
+    head: Head = "trajectory"
+    cameras: tuple[CameraConfig, ...] = (
+        CameraConfig("static", 200, 200, 100, 100),
+        CameraConfig("gripper", 84, 84, 84, 84),
+    )
+    # interface
+    horizon: int = 16  # rows of a chunk
+    hz: float = 30.0  # rows a second
+    nhist: int = 1  # proprioceptive readings, newest last
+    # condition
+    latent_kind: str = "act_last"
+    latent_tokens: int = 1
+    latent_dim: int = 512
+    latent_memory: int = 1  # how many recent latents are looked at
+    latent_model_id: str = ""  # hash of the System 2 weights trained with; "" accepts any
+    use_latent: bool = True  # False: null latent and the task table only
+    n_tasks: int = 34  # rows of the learned table for "policy only"
+    # widths
+    dim: int = 144
+    heads: int = 6
+    encoder_width: int = 32
+    context_layers: int = 1
+    layers: int = 4
+    ffn_mult: int = 2
+    scene_tokens: int = 0  # farthest-point-sampled scene tokens; 0 keeps all
+    dropout: float = 0.0
+    # diffusion
+    train_steps: int = 100
+    position_schedule: str = "squaredcos_cap_v2"
+    rotation_schedule: str = "squaredcos_cap_v2"
+    prediction: Prediction = "sample"
+    sampler: SamplerName = "ddim"
+    sample_steps: int = 5
+    clip_sample: float = 0.0  # clamp of the predicted clean sample; 0 for none
+    rotation: Literal["so3", "euler"] = "so3"
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ConfigError(f"dim: {self.dim} is not a multiple of heads={self.heads}")
+        if (self.dim // self.heads) % 6 and self.head == "trajectory":
+            raise ConfigError(
+                f"heads: dim/heads is {self.dim // self.heads}, needs a multiple of 6"
+            )
+        if not 1 <= self.sample_steps <= self.train_steps:
+            raise ConfigError(f"sample_steps: {self.sample_steps} is not in 1..{self.train_steps}")
+        for name in ("horizon", "nhist", "latent_tokens", "latent_dim", "latent_memory", "n_tasks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} is below 1")
+        if not self.cameras:
+            raise ConfigError("cameras: at least one is needed")
+
+    @property
+    def dt_ns(self) -> int:
+        """Nanoseconds between two rows of a chunk."""
+        return round(1e9 / self.hz)
+
+    def spec(self) -> PolicySpec:
+        """Return what the policy expects and promises; see `runtime.spec`."""
+        latent = None
+        if self.use_latent:
+            latent = LatentSpec(
+                self.latent_kind, self.latent_tokens, self.latent_dim, self.latent_model_id
+            )
+        cameras = tuple(CameraSpec(c.name, c.height, c.width) for c in self.cameras)
+        return PolicySpec(cameras, latent, ActionSpec(hz=self.hz), self.horizon)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, ready for `json.dumps`."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> PolicyConfig:
+        """Read `to_json`'s output.
+
+        Raises:
+            ConfigError: a field is unknown or a value is out of range.
+        """
+        known = {f.name for f in fields(PolicyConfig)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ConfigError(f"{unknown[0]}: no such field; valid are {', '.join(sorted(known))}")
+        values = dict(data)
+        if "cameras" in values:
+            values["cameras"] = tuple(CameraConfig(**c) for c in values["cameras"])
+        return PolicyConfig(**values)
+
+
+def small(**changes: Any) -> PolicyConfig:
+    """Return the preset for two CPU cores: a few million parameters, its own light encoder."""
+    return replace(PolicyConfig(), **changes)
+
+
+def official_calvin(nhist: int = 1, latent_tokens: int = 1, **changes: Any) -> PolicyConfig:
+    """Return the preset that published CALVIN checkpoints are read into.
+
+    `nhist` 1 or 3 and `latent_tokens` 1 (OpenHelix) or 16 (3D Diffuser Actor) are in use.
+    """
+    base = PolicyConfig(
+        head="diffuser_actor",
+        cameras=(
+            CameraConfig("static", 200, 200, 160, 160),
+            CameraConfig("gripper", 84, 84, 160, 160),
+        ),
+        horizon=19,
+        nhist=nhist,
+        latent_kind="act_last" if latent_tokens == 1 else "clip_text",
+        latent_tokens=latent_tokens,
+        dim=192,
+        heads=8,
+        layers=4,
+        ffn_mult=1,
+        train_steps=25,
+        position_schedule="scaled_linear",
+        rotation_schedule="squaredcos_cap_v2",
+        prediction="epsilon",
+        sampler="ddpm",
+        sample_steps=25,
+        clip_sample=1.0,
+        rotation="euler",
+    )
+    return replace(base, **changes)
+
+
+PRESETS = {"small": small, "official_calvin": official_calvin}

@@ -1,0 +1,22 @@
+"""From a head's name in the configuration to the module."""
+
+from __future__ import annotations
+
+from system1.config import ConfigError, PolicyConfig
+from system1.heads.base import DiffusionHead, DirectHead
+from system1.heads.trajectory import TrajectoryHead
+
+HEADS: dict[str, type[DiffusionHead | DirectHead]] = {
+    "trajectory": TrajectoryHead,
+}
+
+
+def build_head(config: PolicyConfig) -> DiffusionHead | DirectHead:
+    """Return the head that `config.head` names.
+
+    Raises:
+        ConfigError: no head of our own policies has that name.
+    """
+    if config.head not in HEADS:
+        raise ConfigError(f"head: {config.head!r} is not one of {', '.join(sorted(HEADS))}")
+    return HEADS[config.head](config)

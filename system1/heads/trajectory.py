@@ -1,0 +1,100 @@
+"""The default head of our own policies: a small transformer over trajectory tokens.
+
+What it keeps of 3D Diffuser Actor: trajectory tokens placed in 3D by the rotary code of
+where the noisy trajectory is, attending to scene tokens placed in 3D. What it drops: scene
+tokens are not updated inside the denoising loop, so a step costs T rows instead of T + 266,
+their keys and values are computed once, and several noise draws of one observation cost
+little more than one in training.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from system1.attention import Block, blocks_of, metric_frequencies, rotary_code, sinusoid
+from system1.config import PolicyConfig
+from system1.heads.base import DiffusionHead, Step
+from system1.scene import Scene, merge_masks
+
+Tables = list[tuple[Tensor, ...]]
+
+
+class TrajectoryHead(DiffusionHead):
+    """Denoise a chunk while looking at the scene's tokens."""
+
+    frequencies: Tensor
+    metres: Tensor
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.dim, self.heads = dim, config.heads
+        self.embed = nn.Linear(9, dim)
+        self.row = nn.Parameter(0.02 * torch.randn(config.horizon, dim))
+        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, config.heads, config.ffn_mult) for _ in range(config.layers)
+        )
+        self.final = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, 9)
+        self.openness = nn.Linear(dim, 1)
+        nn.init.zeros_(self.final.weight)
+        nn.init.zeros_(self.final.bias)
+        self.register_buffer(
+            "frequencies", metric_frequencies(dim // config.heads), persistent=False
+        )
+        # Metres from normalised positions, set by the policy from its normaliser.
+        self.register_buffer("metres", torch.ones(config.horizon, 3), persistent=False)
+
+    def context(self, scene: Scene) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+        """Return each block's keys and values of scene and condition, and their mask."""
+        tokens = torch.cat((scene.tokens, scene.condition), 1)
+        home = torch.zeros_like(scene.xyz[:, :1]).expand(-1, scene.condition.shape[1], -1)
+        code = rotary_code(torch.cat((scene.xyz, home), 1), self.frequencies, self.heads)
+        full = None if scene.condition.shape[1] == 1 else scene.condition_mask
+        mask = merge_masks([(scene.mask, scene.tokens), (full, scene.condition)])
+        normed = layer_norm(tokens, (self.dim,))
+        return [b.key_value(normed, code) for b in blocks_of(self.blocks)], mask
+
+    def tables(self, signal: Tensor) -> tuple[Tables, tuple[Tensor, Tensor]]:
+        """Return the modulation of every block and of the output, for signals (..., dim)."""
+        scale, shift = self.final(signal).unsqueeze(-2).chunk(2, -1)
+        return [block.tables(signal) for block in blocks_of(self.blocks)], (1 + scale, shift)
+
+    def denoise(
+        self,
+        x: Tensor,
+        tables: Tables,
+        final: tuple[Tensor, Tensor],
+        context: list[tuple[Tensor, Tensor]],
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the blocks on one noisy trajectory a row."""
+        code = rotary_code(x[..., :3] * self.metres, self.frequencies, self.heads)
+        h = self.embed(x) + self.row
+        for block, table, kv in zip(self.blocks, tables, context, strict=True):
+            h = block(h, table, code, kv, mask)
+        h = torch.addcmul(final[1], layer_norm(h, (self.dim,)), final[0])
+        return self.out(h), self.openness(h)
+
+    def forward(self, x: Tensor, t: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
+        """See `DiffusionHead.forward`."""
+        draws = len(x) // len(scene.signal)
+        signal = self.time(sinusoid(t, self.dim)) + scene.signal.repeat_interleave(draws, 0)
+        tables, final = self.tables(signal)
+        context, mask = self.context(scene)
+        return self.denoise(x, tables, final, context, mask)
+
+    def prepare(self, scene: Scene, timesteps: Tensor) -> Step:
+        """See `DiffusionHead.prepare`."""
+        signal = self.time(sinusoid(timesteps, self.dim)).unsqueeze(1) + scene.signal
+        tables, (scale, shift) = self.tables(signal)
+        context, mask = self.context(scene)
+        steps = [[tuple(part[i] for part in table) for table in tables] for i in range(len(signal))]
+
+        def step(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.denoise(x, steps[i], (scale[i], shift[i]), context, mask)
+
+        return step

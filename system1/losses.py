@@ -1,0 +1,96 @@
+"""Losses: L1 on the position and the rotation target, cross-entropy on the gripper.
+
+Weights 30, 10 and 1 (paper Sec. 4.2: omega_3 = 30, omega_4 = 10), over real rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from system1.config import Prediction
+from system1.sampler import add_noise, target_of
+
+POSITION_WEIGHT, ROTATION_WEIGHT, GRIPPER_WEIGHT = 30.0, 10.0, 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LossParts:
+    """The three parts, unweighted, and their weighted sum; scalars."""
+
+    position: Tensor
+    rotation: Tensor
+    gripper: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """30 position + 10 rotation + gripper."""
+        return (
+            POSITION_WEIGHT * self.position
+            + ROTATION_WEIGHT * self.rotation
+            + GRIPPER_WEIGHT * self.gripper
+        )
+
+
+def trajectory_loss(
+    predicted: Tensor, target: Tensor, logits: Tensor, openness: Tensor, mask: Tensor
+) -> LossParts:
+    """Compare predictions with targets.
+
+    Args:
+        predicted: (B, T, 9).
+        target: (B, T, 9).
+        logits: (B, T, 1).
+        openness: (B, T), 0 to 1.
+        mask: (B, T) bool, rows that count.
+    """
+    weight = mask.to(torch.float32)
+    rows = weight.sum().clamp_min(1.0)
+    gap = (predicted.float() - target.float()).abs()
+    gripper = binary_cross_entropy_with_logits(
+        logits[..., 0].float(), openness.float(), reduction="none"
+    )
+    return LossParts(
+        (gap[..., :3].mean(-1) * weight).sum() / rows,
+        (gap[..., 3:].mean(-1) * weight).sum() / rows,
+        (gripper * weight).sum() / rows,
+    )
+
+
+def diffusion_loss(
+    model: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    clean: Tensor,
+    openness: Tensor,
+    mask: Tensor,
+    alphas: Tensor,
+    prediction: Prediction,
+    draws: int,
+    generator: torch.Generator | None,
+) -> LossParts:
+    """Noise the clean trajectories, predict, compare.
+
+    Args:
+        model: (x (B * draws, T, 9), t (B * draws,)) to (prediction, logits).
+        clean: (B, T, 9) in the diffusion's space.
+        openness: (B, T).
+        mask: (B, T) bool; masked rows are noised from zero and never counted.
+        alphas: (train_steps, 9) cumulative.
+        prediction: what the model predicts.
+        draws: noise draws an observation; timesteps are spread over them evenly.
+        generator: source of randomness, on the CPU; the global one when None.
+    """
+    clean = torch.where(mask.unsqueeze(-1), clean, 0.0)
+    clean, openness, mask = (x.repeat_interleave(draws, 0) for x in (clean, openness, mask))
+    count, total = len(clean), len(alphas)
+    # Stratified over the draws of one observation: less variance for the same work.
+    start = torch.rand(count, generator=generator)
+    stratum = torch.arange(count) % draws
+    t = ((stratum + start) * (total / draws)).long().clamp_max(total - 1).to(clean.device)
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    predicted, logits = model(add_noise(alphas, clean, noise, t), t)
+    target = target_of(prediction, alphas, clean, noise, t)
+    return trajectory_loss(predicted, target, logits, openness, mask)

@@ -1,0 +1,205 @@
+"""Our own policy network: light encoder, condition, one of the heads, one normaliser.
+
+`sample` and `loss` are the whole interface, the same for every head, so a study that
+compares heads changes one word of the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from system1.config import PolicyConfig
+from system1.encoder_light import LightEncoder
+from system1.heads.base import DirectHead
+from system1.heads.registry import build_head
+from system1.heads.trajectory import TrajectoryHead
+from system1.losses import LossParts, diffusion_loss, trajectory_loss
+from system1.normalizer import Normalizer
+from system1.points import clean_points
+from system1.rotations import matrix_from_6d, matrix_to_quat
+from system1.sampler import Noise, Plan, draw_noise, make_plan, row_alphas, run_plan
+from system1.scene import Inputs, Scene
+
+
+def gaussian(generator: torch.Generator | None, device: torch.device) -> Noise:
+    """Return a noise source; it draws on the CPU, so a seed means the same on every device."""
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    return draw
+
+
+def rows_to_poses(rows: Tensor, logits: Tensor) -> Tensor:
+    """Return (B, T, 8): xyz, quaternion wxyz, openness, of rows (B, T, 9) in metres and 6D."""
+    quat = matrix_to_quat(matrix_from_6d(rows[..., 3:9]))
+    return torch.cat((rows[..., :3], quat, logits.sigmoid()), -1)
+
+
+class VisuomotorPolicy(nn.Module):
+    """Observation and latent to a trajectory relative to the gripper."""
+
+    alphas: Tensor
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(self, config: PolicyConfig, normalizer: Normalizer | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = LightEncoder(config)
+        self.head = build_head(config)
+        self.register_buffer("alphas", row_alphas(config), persistent=False)
+        normalizer = normalizer or Normalizer.default(config)
+        self.register_buffer("offset", normalizer.offset.clone(), persistent=False)
+        self.register_buffer("scale", normalizer.scale.clone(), persistent=False)
+        self.set_normalizer(normalizer)
+        self._plan = make_plan(config)
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """The normaliser, on the model's device."""
+        return Normalizer(self.offset, self.scale)
+
+    def set_normalizer(self, normalizer: Normalizer) -> None:
+        """Take over a normaliser fitted to data."""
+        self.offset.copy_(normalizer.offset.expand_as(self.offset))
+        self.scale.copy_(normalizer.scale.expand_as(self.scale))
+        if isinstance(self.head, TrajectoryHead):
+            self.head.metres.copy_(self.scale[:, :3])
+
+    def use_sampler(self, sampler: str | None = None, steps: int | None = None) -> None:
+        """Choose another sampler or number of steps for `sample`."""
+        self._plan = make_plan(self.config, sampler, steps)  # type: ignore[arg-type]
+
+    @property
+    def plan(self) -> Plan:
+        """The sampler in use, on the model's device."""
+        if self._plan.clean_out.device != self.offset.device:
+            self._plan = self._plan.to(self.offset.device)
+        return self._plan
+
+    def encode(self, inputs: Inputs) -> Scene:
+        """Encode a batch of observations once, for as many draws or steps as wanted."""
+        return self.encoder(inputs)
+
+    def loss(
+        self,
+        inputs: Inputs,
+        rows: Tensor,
+        openness: Tensor,
+        mask: Tensor,
+        draws: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> LossParts:
+        """Return the training loss of one batch.
+
+        Args:
+            inputs: B observations.
+            rows: (B, T, 9) relative trajectories in metres and 6D.
+            openness: (B, T), 0 closed to 1 open.
+            mask: (B, T) bool, True where a row is real.
+            draws: noise draws an observation; the observation is encoded once.
+            generator: source of timesteps and noise; the global one when None.
+        """
+        scene = self.encode(inputs)
+        clean = self.normalizer.normalize(rows)
+        if isinstance(self.head, DirectHead):
+            predicted, logits = self.head(scene, rows.shape[1])
+            return trajectory_loss(predicted, clean, logits, openness, mask)
+        return diffusion_loss(
+            lambda x, t: self.head(x, t, scene),
+            clean,
+            openness,
+            mask,
+            self.alphas,
+            self.config.prediction,
+            draws,
+            generator,
+        )
+
+    @torch.inference_mode()
+    def sample_inputs(self, inputs: Inputs, noise: Noise | None = None) -> Tensor:
+        """Return trajectories (B, T, 8) relative to the gripper; see `sample`."""
+        source = noise or gaussian(None, self.offset.device)
+        plan = self.plan
+        first, drawn = draw_noise(plan, inputs.batch, self.config.horizon, source)
+        rows, logits = self.denoise(inputs, first, drawn)
+        return rows_to_poses(self.normalizer.denormalize(rows.float()), logits.float())
+
+    def denoise(self, inputs: Inputs, first: Tensor, drawn: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Encode, then run the sampler from `first`; everything a CUDA graph captures."""
+        plan = self.plan
+        scene = self.encode(inputs)
+        times = torch.tensor(plan.timesteps, device=first.device)
+        if isinstance(self.head, DirectHead):
+            return self.head(scene, first.shape[1])
+        step = self.head.prepare(scene, times)
+        return run_plan(plan, step, first, drawn)
+
+    def sample(
+        self,
+        rgb: Tensor | Sequence[Tensor],
+        pcd: Tensor | Sequence[Tensor],
+        gripper: Tensor,
+        latent: Tensor | None,
+        noise: Noise | None = None,
+        task: Tensor | None = None,
+    ) -> Tensor:
+        """Sample trajectories from plain tensors.
+
+        Args:
+            rgb: (B, ncam, 3, H, W) in [0, 1], or one (B, 3, h, w) a camera.
+            pcd: world points in metres, of the same shapes; NaN marks an invalid point.
+            gripper: (B, nhist, 7 or 8): xyz, quaternion wxyz, openness; newest last.
+            latent: (B, n, d), or None for the null latent.
+            noise: source of every Gaussian draw; see `system1.sampler.draw_noise`.
+            task: (B,) rows of the task table, -1 for none.
+
+        Returns:
+            (B, T, 8): xyz in metres and rotation (quaternion wxyz) relative to the newest
+            gripper pose, both along world axes, then openness in [0, 1].
+
+        Raises:
+            ValueError: a shape does not fit the configuration.
+        """
+        return self.sample_inputs(self.inputs_of(rgb, pcd, gripper, latent, task), noise)
+
+    def inputs_of(
+        self,
+        rgb: Tensor | Sequence[Tensor],
+        pcd: Tensor | Sequence[Tensor],
+        gripper: Tensor,
+        latent: Tensor | None,
+        task: Tensor | None = None,
+    ) -> Inputs:
+        """Return `Inputs` for the plain tensors that `sample` takes."""
+        images = list(rgb.unbind(1)) if isinstance(rgb, Tensor) else list(rgb)
+        clouds = list(pcd.unbind(1)) if isinstance(pcd, Tensor) else list(pcd)
+        cameras = self.config.cameras
+        if len(images) != len(cameras) or len(clouds) != len(cameras):
+            names = ", ".join(c.name for c in cameras)
+            raise ValueError(
+                f"rgb: {len(images)} cameras, the policy needs {len(cameras)}: {names}"
+            )
+        if gripper.shape[1] != self.config.nhist:
+            raise ValueError(f"gripper: {gripper.shape[1]} readings, needs {self.config.nhist}")
+        points, valid = [], []
+        for i, camera in enumerate(cameras):
+            size = (camera.work_height, camera.work_width)
+            if images[i].shape[-2:] != size:
+                images[i] = interpolate(images[i], size, mode="bilinear", antialias=True)
+                clouds[i] = interpolate(clouds[i], size, mode="nearest")
+            xyz, seen = clean_points(clouds[i])
+            points.append(xyz)
+            valid.append(seen)
+        quat = torch.roll(gripper[..., 3:7], -1, -1)
+        opened = gripper[..., 7:8] if gripper.shape[-1] > 7 else torch.ones_like(gripper[..., :1])
+        proprio = torch.cat((gripper[..., :3], quat, 0.08 * opened, opened), -1)
+        if task is None:
+            task = torch.full((len(gripper),), -1, device=gripper.device)
+        wide = None if latent is None else latent.unsqueeze(1)
+        return Inputs(tuple(images), tuple(points), tuple(valid), proprio, wide, None, None, task)

@@ -1,0 +1,269 @@
+"""`DiffusionPolicy`: what the runtime calls, around a network of any of our kinds.
+
+It turns an `Observation` into tensors on its device, hands them to the network, and turns
+the relative trajectory into absolute world poses. It is the last place where something wrong
+can be stopped: frames that break the promised spec are refused, invalid points and unusable
+latents are masked and counted, and a result that is not finite is never returned.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from runtime.spec import PolicySpec, SpecMismatch, check_frame
+from runtime.types import ActionChunk, CameraFrame, LatentGoal, Observation
+from system1.checkpoint import build_model, load_policy
+from system1.config import CameraConfig, PolicyConfig, small
+from system1.model import gaussian
+from system1.points import deproject, shrink
+from system1.rotations import (
+    euler_to_matrix,
+    matrix_to_euler,
+    matrix_to_quat,
+    quat_to_matrix,
+    wxyz_to_xyzw,
+    xyzw_to_wxyz,
+)
+from system1.scene import Inputs
+
+
+class PolicyFault(RuntimeError):
+    """The network's output was not finite; nothing was returned."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What went wrong without stopping the policy."""
+
+    invalid_points: int = 0  # pixels without a finite depth, over all calls
+    bad_latents: int = 0  # latents that were not finite
+    faults: int = 0  # outputs that were not finite
+    calls: int = 0
+
+
+def to_absolute(rows: Tensor, tcp: Tensor, rotation: str) -> tuple[Tensor, Tensor]:
+    """Return absolute positions (T, 3) and quaternions (T, 4) xyzw.
+
+    Args:
+        rows: (T, 8) relative xyz, quaternion wxyz, openness.
+        tcp: (7,) current pose, xyz and quaternion xyzw.
+        rotation: "so3": R = R_relative R_now; "euler": CALVIN angles add, as the published
+            checkpoints were trained.
+    """
+    now = quat_to_matrix(xyzw_to_wxyz(tcp[3:7]))
+    relative = quat_to_matrix(rows[:, 3:7])
+    if rotation == "euler":
+        absolute = euler_to_matrix(matrix_to_euler(relative) + matrix_to_euler(now))
+    else:
+        absolute = relative @ now
+    return rows[:, :3] + tcp[:3], wxyz_to_xyzw(matrix_to_quat(absolute))
+
+
+class DiffusionPolicy:
+    """A System 1 policy; implements `runtime.interfaces.Policy`."""
+
+    def __init__(self, model: nn.Module, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.config: PolicyConfig = model.config  # type: ignore[assignment]
+        self.counters = Counters()
+        self._spec = self.config.spec()
+        self._generator = torch.Generator()
+        self._history: deque[np.ndarray] = deque(maxlen=self.config.nhist)
+        self._epoch = 0
+        self._task = -1
+        self.reset(0)
+
+    @staticmethod
+    def load(
+        path: str | Path | None,
+        device: str = "cpu",
+        sampler: str | None = None,
+        steps: int | None = None,
+    ) -> DiffusionPolicy:
+        """Read a checkpoint folder; None gives the untrained `small` policy, seed 0.
+
+        Args:
+            path: a folder that `system1.checkpoint.save_policy` wrote.
+            device: "cpu", "cuda" or "cuda:N".
+            sampler: "ddpm", "ddim" or "dpmpp" instead of the configuration's.
+            steps: denoising steps instead of the configuration's.
+        """
+        if path is None:
+            policy = DiffusionPolicy.build(small(), 0, device)
+        else:
+            policy = DiffusionPolicy(load_policy(path), device)
+        if sampler is not None or steps is not None:
+            policy.model.use_sampler(sampler, steps)  # type: ignore[operator]
+        return policy
+
+    @staticmethod
+    def build(config: PolicyConfig, seed: int, device: str = "cpu") -> DiffusionPolicy:
+        """Return a policy with random weights; the same seed gives the same weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build_model(config)
+        return DiffusionPolicy(model, device)
+
+    @property
+    def spec(self) -> PolicySpec:
+        """What the policy expects and promises."""
+        return self._spec
+
+    def set_task(self, task: int) -> None:
+        """Name the task for a policy without System 2: a row of its table, -1 for none.
+
+        Raises:
+            ValueError: the table has no such row.
+        """
+        if not -1 <= task < self.config.n_tasks:
+            raise ValueError(f"task: {task} is not in -1..{self.config.n_tasks - 1}")
+        self._task = task
+
+    def warm_up(self) -> None:
+        """Run twice on made-up input: allocators, kernels and caches are then warm."""
+        task, counters, state = self._task, self.counters, self._generator.get_state()
+        self.counters = Counters()
+        latents: list[LatentGoal] = []
+        if self._spec.latent is not None:
+            z = np.zeros((self._spec.latent.n_tokens, self._spec.latent.dim), np.float32)
+            latents = [LatentGoal(z, 0, 0, 0, 0, self._spec.latent.spec_id)]
+        for _ in range(2):
+            self.act(self._made_up(), latents)
+        self.reset()
+        self._task, self.counters = task, counters
+        self._generator.set_state(state)
+
+    def reset(self, seed: int | None = None) -> None:
+        """Forget the past; with a seed, what follows is deterministic."""
+        self._history.clear()
+        if seed is not None:
+            self._generator.manual_seed(seed)
+
+    def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
+        """Return a trajectory of `horizon` rows; row i is for `t_ns + (i + 1) * dt`.
+
+        Raises:
+            SpecMismatch: a frame or a latent is not what the spec promised.
+            PolicyFault: the network's output was not finite.
+        """
+        if observation.epoch != self._epoch:
+            self._history.clear()
+            self._epoch = observation.epoch
+        usable = self._usable(latents, observation.epoch)
+        inputs = self.prepare(observation, usable)
+        noise = gaussian(self._generator, self.device)
+        rows = self.model.sample_inputs(inputs, noise)[0]  # type: ignore[operator]
+        self.counters.calls += 1
+        tcp = torch.as_tensor(observation.tcp_pose, dtype=torch.float64)
+        position, quat = to_absolute(rows.cpu().double(), tcp, self.config.rotation)
+        poses = torch.cat((position, quat), -1).numpy()
+        gripper = rows[:, 7].cpu().double().numpy()
+        if not (np.isfinite(poses).all() and np.isfinite(gripper).all()):
+            self.counters.faults += 1
+            raise PolicyFault("the policy's output is not finite: the chunk was discarded")
+        dt_ns = self.config.dt_ns
+        return ActionChunk(
+            t_start_ns=observation.t_ns + dt_ns,
+            dt_ns=dt_ns,
+            poses=poses,
+            gripper=gripper,
+            epoch=observation.epoch,
+            latent_seq=usable[-1].seq if usable else -1,
+            t_obs_ns=observation.t_ns,
+        )
+
+    def prepare(self, observation: Observation, latents: Sequence[LatentGoal]) -> Inputs:
+        """Return the network's inputs on the policy's device, remembering the reading."""
+        reading = np.concatenate(
+            (observation.tcp_pose, [observation.gripper_width, float(observation.gripper_open)])
+        )
+        if not np.isfinite(reading).all():
+            raise SpecMismatch("tcp_pose: the robot reports a pose that is not finite")
+        self._history.append(reading)
+        past = list(self._history)
+        past = [past[0]] * (self.config.nhist - len(past)) + past
+        proprio = torch.as_tensor(np.stack(past)[None], dtype=torch.float32)
+        images = [self._camera(observation, camera) for camera in self.config.cameras]
+        rgb, xyz, valid = zip(*images, strict=True)
+        latent, age, mask = self._latents(observation, latents)
+        return Inputs(
+            rgb=rgb,
+            xyz=xyz,
+            valid=valid,
+            proprio=proprio.to(self.device),
+            latent=latent,
+            latent_age_s=age,
+            latent_mask=mask,
+            task=torch.tensor([self._task], device=self.device),
+        )
+
+    def _camera(self, observation: Observation, camera: CameraConfig) -> tuple[Tensor, ...]:
+        frame = observation.frames.get(camera.name)
+        if frame is None:
+            have = ", ".join(sorted(observation.frames)) or "none"
+            raise SpecMismatch(f"camera {camera.name!r}: the observation has {have}")
+        want = next(c for c in self._spec.cameras if c.name == camera.name)
+        check_frame(frame, want)
+        rgb = torch.from_numpy(np.ascontiguousarray(frame.rgb)).to(self.device)
+        depth = torch.from_numpy(np.ascontiguousarray(frame.depth)).to(self.device)
+        k = torch.as_tensor(frame.K, dtype=torch.float32).to(self.device)
+        t_world_cam = torch.as_tensor(frame.T_world_cam, dtype=torch.float32).to(self.device)
+        image = rgb.permute(2, 0, 1)[None].float() / 255
+        image, depth, k = shrink(image, depth[None], k[None], camera.work_height, camera.work_width)
+        xyz, valid = deproject(depth, k, t_world_cam[None])
+        if self.device.type == "cpu":  # counting on a GPU would wait for it
+            self.counters.invalid_points += int(valid.numel() - valid.sum())
+        return image, xyz, valid
+
+    def _usable(self, latents: Sequence[LatentGoal], epoch: int) -> list[LatentGoal]:
+        if self._spec.latent is None:
+            return []
+        usable = []
+        for latent in latents:
+            want = (self._spec.latent.n_tokens, self._spec.latent.dim)
+            if latent.z.shape != want:
+                raise SpecMismatch(f"latent.z: shape {latent.z.shape}, the policy needs {want}")
+            if not np.isfinite(latent.z).all():
+                self.counters.bad_latents += 1
+            elif latent.epoch == epoch:
+                usable.append(latent)
+        return usable[-self.config.latent_memory :]
+
+    def _latents(
+        self, observation: Observation, latents: Sequence[LatentGoal]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if not latents:
+            return None, None, None
+        memory = self.config.latent_memory
+        z = np.zeros((1, memory, *latents[0].z.shape), np.float32)
+        age = np.zeros((1, memory), np.float32)
+        mask = np.zeros((1, memory), bool)
+        for slot, latent in zip(range(memory - len(latents), memory), latents, strict=True):
+            z[0, slot] = latent.z
+            age[0, slot] = max(0.0, latent.age_s(observation.t_ns))
+            mask[0, slot] = True
+        tensors = (torch.from_numpy(a).to(self.device) for a in (z, age, mask))
+        first, second, third = tensors
+        return first, second, third
+
+    def _made_up(self) -> Observation:
+        frames = {
+            c.name: CameraFrame(
+                0,
+                np.zeros((c.height, c.width, 3), np.uint8),
+                np.ones((c.height, c.width), np.float32),
+                np.array([[c.width, 0, c.width / 2], [0, c.width, c.height / 2], [0, 0, 1.0]]),
+                np.eye(4),
+            )
+            for c in self.config.cameras
+        }
+        pose = np.array([0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 1.0])
+        return Observation(0, frames, pose, 0.08, True, np.zeros(7), self._epoch)

@@ -1,0 +1,244 @@
+"""Noise schedules and samplers, each reduced to a table of coefficients.
+
+Every sampler here is linear in the current state, the predicted clean sample, the one
+predicted a step earlier, and fresh noise. So a sampler is a table with one row a step and
+one column a trajectory number (position and rotation have schedules of their own), and one
+loop runs them all: nothing is computed in the loop that the table can hold, and a CUDA graph
+can capture it.
+
+Sources: DDPM (Ho et al. 2020, eq. 6-7, variance "fixed small"), DDIM (Song et al. 2021,
+eq. 12, eta = 0), DPM-Solver++ 2M (Lu et al. 2022, algorithm 2). Tests hold them against the
+diffusers schedulers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from system1.config import PolicyConfig, Prediction, SamplerName
+
+POSITION, ROTATION = 3, 6  # numbers a row
+ROW = POSITION + ROTATION
+
+Noise = Callable[[tuple[int, ...]], Tensor]
+
+
+def alphas_cumprod(schedule: str, steps: int) -> Tensor:
+    """Return the products of (1 - beta), (steps,) float64 computed from float32 betas.
+
+    Raises:
+        ValueError: the schedule has no such name.
+    """
+    if schedule == "scaled_linear":
+        betas = torch.linspace(1e-4**0.5, 0.02**0.5, steps, dtype=torch.float32) ** 2
+    elif schedule == "linear":
+        betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float32)
+    elif schedule == "squaredcos_cap_v2":
+        bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+        betas = torch.tensor([min(1 - bar[i + 1] / bar[i], 0.999) for i in range(steps)])
+    else:
+        raise ValueError(
+            f"schedule: {schedule!r} is not scaled_linear, linear or squaredcos_cap_v2"
+        )
+    return torch.cumprod(1.0 - betas.float(), 0).double()
+
+
+def row_alphas(config: PolicyConfig) -> Tensor:
+    """Return the cumulative alphas of each trajectory number, (train_steps, 9) float64."""
+    position = alphas_cumprod(config.position_schedule, config.train_steps)
+    rotation = alphas_cumprod(config.rotation_schedule, config.train_steps)
+    columns = (position[:, None].expand(-1, POSITION), rotation[:, None].expand(-1, ROTATION))
+    return torch.cat(columns, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One sampler, tabulated: step i turns x into the state of the next timestep.
+
+    clean = state_in * x + out_in * output, clamped to `clip` when that is positive;
+    x' = clean_out * clean + state_out * x + before_out * clean_before + noise_out * noise.
+    """
+
+    timesteps: tuple[int, ...]
+    state_in: Tensor  # (S, 9), like all below
+    out_in: Tensor
+    clean_out: Tensor
+    state_out: Tensor
+    before_out: Tensor
+    noise_out: Tensor
+    clip: float
+    stochastic: bool  # whether steps draw noise
+    multistep: bool  # whether `clean_before` is read
+
+    def to(self, device: torch.device | str) -> Plan:
+        """Return a copy on a device."""
+        return replace(
+            self,
+            state_in=self.state_in.to(device),
+            out_in=self.out_in.to(device),
+            clean_out=self.clean_out.to(device),
+            state_out=self.state_out.to(device),
+            before_out=self.before_out.to(device),
+            noise_out=self.noise_out.to(device),
+        )
+
+
+def spread_timesteps(train_steps: int, steps: int) -> tuple[int, ...]:
+    """Return `steps` timesteps from train_steps - 1 downwards, evenly ("trailing") spaced."""
+    return tuple(round(train_steps * (1 - i / steps)) - 1 for i in range(steps))
+
+
+def clean_from_output(
+    prediction: Prediction, alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the factors of state and model output that give the clean sample."""
+    if prediction == "epsilon":
+        return 1 / alpha, -sigma / alpha
+    if prediction == "v":
+        return alpha, -sigma
+    return torch.zeros_like(alpha), torch.ones_like(alpha)
+
+
+def make_plan(
+    config: PolicyConfig, sampler: SamplerName | None = None, steps: int | None = None
+) -> Plan:
+    """Tabulate a sampler.
+
+    Args:
+        config: gives schedules, prediction type, clipping and the defaults of the rest.
+        sampler: "ddpm", "ddim" or "dpmpp".
+        steps: how many model evaluations.
+
+    Raises:
+        ValueError: `steps` is out of range or the sampler has no such name.
+    """
+    sampler = sampler or config.sampler
+    steps = steps or config.sample_steps
+    if not 1 <= steps <= config.train_steps:
+        raise ValueError(f"steps: {steps} is not in 1..{config.train_steps}")
+    bars = row_alphas(config)
+    times = spread_timesteps(config.train_steps, steps)
+    now = bars[list(times)]
+    following = torch.cat((bars[list(times[1:])], torch.ones(1, ROW, dtype=bars.dtype)))
+    alpha, sigma = now.sqrt(), (1 - now).sqrt()
+    alpha_to, sigma_to = following.sqrt(), (1 - following).sqrt()
+    state_in, out_in = clean_from_output(config.prediction, alpha, sigma)
+    before = torch.zeros_like(alpha)
+    noise = torch.zeros_like(alpha)
+    if sampler == "ddpm":
+        kept = now / following  # alpha_t between the two timesteps
+        clean = alpha_to * (1 - kept) / (1 - now)
+        state = kept.sqrt() * (1 - following) / (1 - now)
+        noise = ((1 - following) / (1 - now) * (1 - kept)).clamp_min(1e-20).sqrt()
+        noise[-1] = 0  # the step to the clean sample adds none, and draws none
+    elif sampler == "ddim":
+        state = sigma_to / sigma
+        clean = alpha_to - state * alpha
+    elif sampler == "dpmpp":
+        state = sigma_to / sigma
+        log_snr = (alpha / sigma).log()
+        step = torch.cat((log_snr[1:] - log_snr[:-1], torch.full_like(log_snr[:1], torch.inf)))
+        clean = -alpha_to * torch.expm1(-step)
+        for i in range(1, steps - 1):  # the last step is of first order: it ends at sigma = 0
+            ahead = step[i] / (2 * step[i - 1])
+            before[i] = -clean[i] * ahead
+            clean[i] = clean[i] * (1 + ahead)
+    else:
+        raise ValueError(f"sampler: {sampler!r} is not ddpm, ddim or dpmpp")
+    return Plan(
+        timesteps=times,
+        state_in=state_in.float(),
+        out_in=out_in.float(),
+        clean_out=clean.float(),
+        state_out=state.float(),
+        before_out=before.float(),
+        noise_out=noise.float(),
+        clip=config.clip_sample,
+        stochastic=sampler == "ddpm",
+        multistep=sampler == "dpmpp",
+    )
+
+
+def draw_noise(plan: Plan, batch: int, rows: int, noise: Noise) -> tuple[Tensor, Tensor | None]:
+    """Draw every Gaussian number of one sample, in the fixed order that makes runs comparable.
+
+    The initial state (B, T, 9) first; then, for each step that adds noise, position (B, T, 3)
+    and rotation (B, T, 6). DDPM's last step adds none and draws none, and deterministic
+    samplers draw only the initial state.
+
+    Returns:
+        The initial state, and the step noise (S, B, T, 9) or None.
+    """
+    first = noise((batch, rows, ROW))
+    if not plan.stochastic:
+        return first, None
+    drawn = torch.zeros(
+        len(plan.timesteps), batch, rows, ROW, dtype=first.dtype, device=first.device
+    )
+    for i in range(len(plan.timesteps) - 1):
+        drawn[i, ..., :POSITION] = noise((batch, rows, POSITION))
+        drawn[i, ..., POSITION:] = noise((batch, rows, ROTATION))
+    return first, drawn
+
+
+def run_plan(
+    plan: Plan,
+    model: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+    first: Tensor,
+    step_noise: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Denoise.
+
+    Args:
+        plan: on the device of `first`.
+        model: (step index, state (B, T, 9)) to (output (B, T, 9), openness logit (B, T, 1)).
+        first: the initial state (B, T, 9).
+        step_noise: (S, B, T, 9) or None, from `draw_noise`.
+
+    Returns:
+        The clean trajectory (B, T, 9) in the diffusion's space and the last openness logits
+        (B, T, 1).
+    """
+    x, logits, before = first, first[..., :1], None
+    for i in range(len(plan.timesteps)):
+        output, logits = model(i, x)
+        clean = output * plan.out_in[i] + x * plan.state_in[i]
+        if plan.clip > 0:
+            clean = clean.clamp(-plan.clip, plan.clip)
+        following = clean * plan.clean_out[i] + x * plan.state_out[i]
+        if plan.multistep and before is not None:
+            following = following + before * plan.before_out[i]
+        if step_noise is not None:
+            following = following + step_noise[i] * plan.noise_out[i]
+        x, before = following, clean
+    return x, logits
+
+
+def add_noise(bars: Tensor, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Return the noisy trajectory at timesteps `t`.
+
+    Args:
+        bars: `row_alphas`, (train_steps, 9).
+        clean: (B, T, 9).
+        noise: (B, T, 9).
+        t: (B,) int64.
+    """
+    bar = bars[t].unsqueeze(1)
+    return (bar.sqrt() * clean + (1 - bar).sqrt() * noise).to(clean.dtype)
+
+
+def target_of(
+    prediction: Prediction, bars: Tensor, clean: Tensor, noise: Tensor, t: Tensor
+) -> Tensor:
+    """Return what the model is to predict, (B, T, 9)."""
+    if prediction == "epsilon":
+        return noise
+    if prediction == "sample":
+        return clean
+    bar = bars[t].unsqueeze(1)
+    return (bar.sqrt() * noise - (1 - bar).sqrt() * clean).to(clean.dtype)
