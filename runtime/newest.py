@@ -202,7 +202,7 @@ class AgeLimit:
     """Refuses messages that are too old, or too far in the future to be believed."""
 
     def __init__(
-        self, max_age_ns: int | None, clock: Clock, to_local: Callable[[int], int] | None
+        self, max_age_ns: int | None, clock: Clock, to_local: Callable[[int], int | None] | None
     ) -> None:
         if max_age_ns is not None and max_age_ns <= 0:
             raise ValueError(f"max_age_ns: {max_age_ns}, must be above 0 or None")
@@ -213,7 +213,10 @@ class AgeLimit:
             return None
         sent_ns = envelope.t_pub_ns
         if self._to_local is not None:
-            sent_ns = self._to_local(sent_ns)
+            local_ns = self._to_local(sent_ns)
+            if local_ns is None:
+                return "unsynced"
+            sent_ns = local_ns
         age_ns = self._clock.now_ns() - sent_ns
         if age_ns > self._max_age_ns:
             return "expired"

@@ -156,7 +156,8 @@ class NewestReader(Generic[T]):
     restart) takes over at once; the one it replaced is not heard again until the new one has
     been silent for `TAKEOVER_NS`. Everything that is not delivered is counted in
     `stats.dropped` by reason: those of `WireError`, "stale" (an earlier number), "stale_source"
-    (a replaced publisher), "expired" and "future" (see `max_age_ns`).
+    (a replaced publisher), "expired" and "future" (see `max_age_ns`), "unsynced" (`to_local`
+    cannot say yet).
 
     Args:
         endpoint: one, or a list of which each may have a publisher.
@@ -182,7 +183,7 @@ class NewestReader(Generic[T]):
         keys: Keys | None = None,
         max_age_ns: int | None = None,
         clock: Clock | None = None,
-        to_local: Callable[[int], int] | None = None,
+        to_local: Callable[[int], int | None] | None = None,
         hwm: int = 1000,
         max_drain: int = 256,
     ) -> None:
