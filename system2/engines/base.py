@@ -130,6 +130,11 @@ class EngineBase:
         return self._spec
 
     @property
+    def device(self) -> str:
+        """Where the model runs, in words."""
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+    @property
     def head(self) -> LatentHead:
         """`<ACT>`, projector and pooling in use."""
         return self._head

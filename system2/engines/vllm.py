@@ -9,6 +9,7 @@ the final norm only.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from system2.engines.base import EngineBase
+from system2.engines.vllm_plugin import register
 from system2.latents import BadLatent, LatentConfig
 from system2.prompt import Prompt
 
@@ -59,6 +61,7 @@ class VllmEngine(EngineBase):
         from vllm import LLM
         from vllm.config import PoolerConfig
 
+        _accept_new_tower_names()
         self._task = "embed" if config.last_token_only else "token_embed"
         length = self.checkpoint.prompts(
             config.n_act, config.vision, max_instruction_tokens
@@ -128,6 +131,21 @@ class VllmEngine(EngineBase):
     def close(self) -> None:
         super().close()
         self._llm = None
+
+
+def _accept_new_tower_names() -> None:
+    """Let vLLM read checkpoints that transformers 5 saved: they lack one level in the tower."""
+    register()  # before the plugin would run, since the module is imported here already
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    names = "embeddings|encoder|pre_layrnorm|post_layernorm|head"
+    pattern = re.compile(rf"^(model\.)?vision_tower\.({names})\.")
+    known = LlavaForConditionalGeneration.hf_to_vllm_mapper
+    if pattern not in known.orig_to_new_regex:
+        LlavaForConditionalGeneration.hf_to_vllm_mapper = known | WeightsMapper(
+            orig_to_new_regex={pattern: r"\1vision_tower.vision_model.\2."}
+        )
 
 
 def _embedding(model: Any) -> Any:

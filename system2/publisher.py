@@ -1,0 +1,170 @@
+"""System 2's process: builds the engine, warms it up, then serves robots over ZeroMQ.
+
+Requests come in on one bound socket from any number of robots, each on a topic of its own;
+latents go out on one bound socket, on the topic `latents/<robot>`. Nothing here waits for a
+robot, and no robot can make the process fail: what is wrong with a request is counted, told
+in `health`, and the next one is served.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import zmq
+
+from runtime.clock import Clock, MonotonicClock
+from runtime.codec import encode
+from runtime.interfaces import Engine
+from runtime.newest import ENVELOPE, topic_bytes
+from runtime.resolve import resolve
+from runtime.sockets import Port
+from runtime.types import GoalRequest, LatentGoal
+from runtime.wire import NewestPerTopic
+from system2.scheduler import GoalScheduler, Limits
+
+log = logging.getLogger(__name__)
+IDLE_S = 0.05  # how often to look for a stop while nothing is due
+
+
+class LatentOutlet:
+    """One bound PUB socket with a topic and a sequence for every robot.
+
+    `runtime.wire.Publisher` has one topic a socket; many robots subscribe to this one
+    address, each exactly to its own topic.
+    """
+
+    def __init__(self, endpoint: str, keys: Any = None, clock: Clock | None = None) -> None:
+        # Latents are few and small; a reader that is gone for minutes needs only the newest.
+        self._port = Port(zmq.PUB, endpoint, bind=True, keys=keys, options={zmq.SNDHWM: 1000})
+        self._clock = clock or MonotonicClock()
+        self._source = int.from_bytes(os.urandom(8), "little")
+        self._seq: dict[str, int] = {}
+
+    @property
+    def bound(self) -> str:
+        """The endpoint really bound."""
+        return self._port.bound
+
+    @property
+    def source(self) -> str:
+        """Identity of this publisher since its start."""
+        return f"{self._source:016x}"
+
+    def send(self, robot: str, goal: LatentGoal) -> None:
+        """Publish a latent on `latents/<robot>`."""
+        seq = self._seq.get(robot, 0)
+        self._seq[robot] = seq + 1
+        frames = encode(goal)
+        envelope = ENVELOPE.pack(self._source, seq, self._clock.now_ns())
+        head = topic_bytes(f"latents/{robot}") + b"\0" + envelope
+        self._port.socket.send_multipart([head + bytes(frames[0]), *frames[1:]], zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._port.close()
+
+
+class PublisherNode:
+    """The node "system2" of a run's graph; see `runtime.node.Node`.
+
+    Args:
+        engine: {"target": "module:Class", "options": {…}}.
+        hz: latents a second for each robot (HZ2).
+        requests: endpoint to bind for requests.
+        latents: endpoint to bind for latents.
+        limits: fields of `scheduler.Limits` that differ from the defaults.
+        keys: folder of CURVE keys, off this host.
+    """
+
+    def __init__(
+        self,
+        engine: Mapping[str, Any],
+        hz: float,
+        requests: str,
+        latents: str,
+        limits: Mapping[str, Any] | None = None,
+        keys: str | None = None,
+    ) -> None:
+        self._engine_part = engine
+        self._hz, self._requests, self._latents = hz, requests, latents
+        self._limits = Limits(**(limits or {}))
+        self._keys = keys
+        self._engine: Engine | None = None
+        self._scheduler: GoalScheduler | None = None
+        self._reader: NewestPerTopic[GoalRequest] | None = None
+        self._outlet: LatentOutlet | None = None
+
+    def setup(self) -> None:
+        """Build and warm up the engine, bind; ready when it returns."""
+        engine: Engine = resolve(self._engine_part["target"])(
+            **self._engine_part.get("options", {})
+        )
+        self._engine = engine
+        engine.warm_up()
+        clock = MonotonicClock()
+        self._outlet = LatentOutlet(self._latents, self._keys, clock)
+        self._reader = NewestPerTopic(
+            self._requests,
+            GoalRequest,
+            bind=True,
+            keys=self._keys,
+            max_topics=self._limits.max_robots,
+        )
+        self._scheduler = GoalScheduler(
+            engine, self._outlet, clock, self._hz, self._limits, self._outlet.source
+        )
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until `stop` is set."""
+        assert self._reader is not None
+        assert self._scheduler is not None
+        reader, scheduler, clock = self._reader, self._scheduler, MonotonicClock()
+        while not stop.is_set():
+            for request in reader.poll().values():
+                scheduler.offer(request)
+            scheduler.forget_silent()
+            due = scheduler.next_due_ns()
+            if due is not None and due <= clock.now_ns():
+                scheduler.serve()
+                continue
+            wait_s = IDLE_S if due is None else min(IDLE_S, (due - clock.now_ns()) * 1e-9)
+            if due is None:
+                reader.wait(wait_s)
+            else:
+                # Until its deadline a robot's request may still be replaced by a newer one.
+                stop.wait(wait_s)
+
+    def health(self) -> dict[str, Any]:
+        """Return counters, times, and what the latents are."""
+        scheduler, engine, reader = self._scheduler, self._engine, self._reader
+        if scheduler is None or engine is None or reader is None:
+            return {}
+        return scheduler.health() | {
+            "latent_spec": asdict(engine.spec),
+            "spec_id": engine.spec.spec_id,
+            "device": str(getattr(engine, "device", "cpu")),
+            "dropped": dict(reader.stats.dropped),
+            "gaps": reader.stats.gaps,
+        }
+
+    def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+        """Questions: `swap` takes other latent weights without a restart."""
+        return {"swap": self._swap}
+
+    def _swap(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        swap = getattr(self._engine, "swap", None)
+        if swap is None:
+            raise ValueError("swap: this engine has no latent weights to swap")
+        return {"latent_spec": asdict(swap(str(arguments["path"])))}
+
+    def close(self) -> None:
+        """Release sockets and engine; safe to call twice."""
+        for part in (self._reader, self._outlet, self._engine):
+            if part is not None:
+                part.close()
+        self._reader, self._outlet, self._engine = None, None, None

@@ -1,0 +1,307 @@
+"""One System 2 for one robot or many: newest request in, latent out, at a set cadence.
+
+`GoalScheduler` decides who is served when, on a clock it is given; it knows no socket and
+no model. Every robot has its own grid of absolute deadlines `t_first + i / hz`. At a
+deadline its newest request is due; robots that are due together go through the engine as
+one batch, the longest overdue first. One batch at a time: deadlines that pass by a whole
+period while the engine is busy are skipped and counted, never caught up. A new epoch is due
+at once, since the robot is waiting for it. `system2.publisher` is the process around it.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from runtime.clock import Clock
+from runtime.interfaces import Engine
+from runtime.types import F32, GoalRequest, LatentGoal
+
+log = logging.getLogger(__name__)
+
+
+class EngineBroken(RuntimeError):
+    """The engine failed several times in a row on usable input; the process should restart."""
+
+
+class Sink(Protocol):
+    """Where latents go; one topic a robot."""
+
+    def send(self, robot: str, goal: LatentGoal) -> None: ...
+
+
+@dataclass(slots=True)
+class RobotState:
+    """What is remembered of one robot."""
+
+    epoch: int
+    source: str
+    due_ns: int  # the next deadline
+    heard_ns: int
+    pending: GoalRequest | None = None
+    seq: int = 0  # latents published, and so the next one's number
+    superseded: int = 0  # requests replaced by a newer one before they were due
+    skipped: int = 0  # deadlines that passed while the engine was busy
+    refused: int = 0
+    failed: int = 0
+    last_error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds the load.
+
+    Attributes:
+        max_batch: most requests in one engine call.
+        max_robots: requests of further robots are shed ("too_many_robots").
+        max_wait_s: a request that waited longer than this for its turn is shed ("too_old").
+        forget_s: a robot that was silent for so long gives its place back.
+        max_failures: engine calls that may fail in a row on usable input.
+    """
+
+    max_batch: int = 8
+    max_robots: int = 64
+    max_wait_s: float = 5.0
+    forget_s: float = 30.0
+    max_failures: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_robots", "max_wait_s", "forget_s", "max_failures"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"limits.{name}: {getattr(self, name)}, must be above 0")
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counters over all robots."""
+
+    published: int = 0
+    batches: int = 0
+    refused: int = 0
+    failed: int = 0
+    skipped: int = 0
+    shed: Counter[str] = field(default_factory=Counter)
+    compute_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+    wait_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+
+
+class GoalScheduler:
+    """Serves requests at `hz` a robot; see the module's text.
+
+    Args:
+        engine: images and instructions to latents.
+        sink: where latents go.
+        clock: a monotonic clock.
+        hz: latents a second for each robot.
+        limits: bounds on the load.
+        source: identity of this publisher, new at every start.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sink: Sink,
+        clock: Clock,
+        hz: float,
+        limits: Limits | None = None,
+        source: str = "",
+    ) -> None:
+        if not (np.isfinite(hz) and hz > 0):
+            raise ValueError(f"hz: {hz}, must be above 0")
+        self._engine, self._sink, self._clock = engine, sink, clock
+        self._period_ns = max(1, round(1e9 / hz))
+        self._limits = limits or Limits()
+        self._source = source or uuid.uuid4().hex[:12]
+        self.robots: dict[str, RobotState] = {}
+        self.totals = Totals()
+        self._failures = 0
+
+    def offer(self, request: GoalRequest) -> bool:
+        """Take a request in place of the robot's older one; False when it was shed or stale."""
+        now = self._clock.now_ns()
+        robot = self.robots.get(request.robot)
+        if robot is None:
+            if len(self.robots) >= self._limits.max_robots and not self._make_room(now):
+                self.totals.shed["too_many_robots"] += 1
+                return False
+            robot = RobotState(request.epoch, request.source, due_ns=now, heard_ns=now)
+            self.robots[request.robot] = robot
+        robot.heard_ns = now
+        fresh = (request.epoch, request.source) != (robot.epoch, robot.source)
+        if not fresh and robot.pending is not None and request.seq < robot.pending.seq:
+            self.totals.shed["out_of_order"] += 1
+            return False
+        if fresh:
+            robot.epoch, robot.source = request.epoch, request.source
+            robot.due_ns = now
+        if robot.pending is not None:
+            robot.superseded += 1
+        robot.pending = request
+        return True
+
+    def next_due_ns(self) -> int | None:
+        """Return when the next robot with a request is due; None while nobody waits."""
+        return min((r.due_ns for r in self.robots.values() if r.pending is not None), default=None)
+
+    def serve(self) -> int:
+        """Serve the robots that are due, at most one batch; return how many latents went out.
+
+        Raises:
+            EngineBroken: see `Limits.max_failures`.
+        """
+        now = self._clock.now_ns()
+        names = [n for n, r in self.robots.items() if r.pending is not None and r.due_ns <= now]
+        names.sort(key=lambda name: (self.robots[name].due_ns, self.robots[name].seq))
+        batch: list[GoalRequest] = []
+        for name in names:
+            if len(batch) == self._limits.max_batch:
+                break
+            request = self._take(name, now)
+            if request is not None:
+                batch.append(request)
+        if not batch:
+            return 0
+        self.totals.batches += 1
+        try:
+            return self._compute(batch)
+        finally:
+            self._skip_passed(now)
+
+    def forget_silent(self) -> None:
+        """Drop robots not heard of for `forget_s`."""
+        limit = self._clock.now_ns() - round(self._limits.forget_s * 1e9)
+        for name in [n for n, robot in self.robots.items() if robot.heard_ns < limit]:
+            del self.robots[name]
+
+    def _make_room(self, now: int) -> bool:
+        self.forget_silent()
+        return len(self.robots) < self._limits.max_robots
+
+    def _take(self, name: str, now: int) -> GoalRequest | None:
+        """Move a robot to its next deadline and return the request it is due for."""
+        robot = self.robots[name]
+        request, robot.pending = robot.pending, None
+        waited_s = (now - robot.heard_ns) * 1e-9
+        self.totals.wait_s.append(min(now - robot.due_ns, now - robot.heard_ns) * 1e-9)
+        # Deadlines at which a silent robot had nothing to ask for are no fault of anybody.
+        robot.due_ns += ((now - robot.due_ns) // self._period_ns + 1) * self._period_ns
+        if waited_s > self._limits.max_wait_s:
+            self.totals.shed["too_old"] += 1
+            return None
+        return request
+
+    def _skip_passed(self, start_ns: int) -> None:
+        """Skip and count deadlines that went by, by a whole period, while the engine worked."""
+        now = self._clock.now_ns()
+        for robot in self.robots.values():
+            late = (now - robot.due_ns) // self._period_ns
+            active = robot.heard_ns >= start_ns - 2 * self._period_ns
+            if late > 0 and active:
+                robot.due_ns += late * self._period_ns
+                robot.skipped += late
+                self.totals.skipped += late
+
+    def _compute(self, batch: Sequence[GoalRequest]) -> int:
+        start = self._clock.now_ns()
+        try:
+            latents = self._encode(batch)
+        except ValueError as error:
+            if len(batch) > 1:  # find out whose request it is; the others are served
+                return sum(self._compute([request]) for request in batch)
+            self._refuse(batch[0], str(error))
+            return 0
+        except Exception as error:
+            if len(batch) > 1:
+                return sum(self._compute([request]) for request in batch)
+            self._fail(batch[0], error)
+            return 0
+        self._failures = 0
+        took = (self._clock.now_ns() - start) * 1e-9
+        self.totals.compute_s.append(took)
+        for request, z in zip(batch, latents, strict=True):
+            self._publish(request, z, took)
+        return len(batch)
+
+    def _encode(self, batch: Sequence[GoalRequest]) -> F32:
+        latents = self._engine.encode([r.rgb for r in batch], [r.instruction for r in batch])
+        if latents.shape[0] != len(batch) or not np.isfinite(latents).all():
+            raise RuntimeError(
+                f"engine: gave {latents.shape} for {len(batch)} requests, or not finite"
+            )
+        return latents
+
+    def _publish(self, request: GoalRequest, z: F32, compute_s: float) -> None:
+        robot = self.robots[request.robot]
+        now = self._clock.now_ns()
+        goal = LatentGoal(
+            z=z,
+            seq=robot.seq,
+            epoch=request.epoch,
+            t_obs_ns=request.t_obs_ns,
+            t_pub_ns=now,
+            spec_id=self._engine.spec.spec_id,
+            source=self._source,
+            compute_s=compute_s,
+        )
+        robot.seq += 1
+        robot.last_error = ""
+        self.totals.published += 1
+        self._sink.send(request.robot, goal)
+
+    def _refuse(self, request: GoalRequest, reason: str) -> None:
+        robot = self.robots[request.robot]
+        robot.refused += 1
+        self.totals.refused += 1
+        if robot.last_error != reason:  # once, not at every deadline
+            log.warning("robot %s, request %d refused: %s", request.robot, request.seq, reason)
+        robot.last_error = reason
+
+    def _fail(self, request: GoalRequest, error: Exception) -> None:
+        robot = self.robots[request.robot]
+        robot.failed += 1
+        self.totals.failed += 1
+        robot.last_error = f"{type(error).__name__}: {error}"
+        log.error("robot %s, request %d failed: %s", request.robot, request.seq, robot.last_error)
+        self._failures += 1
+        if self._failures >= self._limits.max_failures:
+            raise EngineBroken(f"{self._failures} engine calls failed in a row: {robot.last_error}")
+
+    def health(self) -> dict[str, Any]:
+        """Return counters and times; safe to call from another thread."""
+        totals = self.totals
+        return {
+            "hz": 1e9 / self._period_ns,
+            "published": totals.published,
+            "batches": totals.batches,
+            "skipped": totals.skipped,
+            "refused": totals.refused,
+            "failed": totals.failed,
+            "shed": dict(totals.shed),
+            "compute_s": percentiles(list(totals.compute_s)),
+            "wait_s": percentiles(list(totals.wait_s)),
+            "robots": {
+                name: {
+                    "epoch": robot.epoch,
+                    "published": robot.seq,
+                    "skipped": robot.skipped,
+                    "superseded": robot.superseded,
+                    "refused": robot.refused,
+                    "error": robot.last_error,
+                }
+                for name, robot in list(self.robots.items())
+            },
+        }
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Return p50, p99 and max; empty without values."""
+    if not values:
+        return {}
+    p50, p99 = np.percentile(values, (50, 99), method="higher")
+    return {"p50": float(p50), "p99": float(p99), "max": float(max(values))}

@@ -1,0 +1,100 @@
+"""vLLM gives what transformers gives, swaps `<ACT>` in place, and survives bad requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from system2.checkpoint import LatentHead
+from system2.engines.transformers import TransformersEngine
+from system2.engines.vllm import VllmEngine
+from system2.latents import BadLatent
+from system2.prompt import BadImage, BadInstruction
+from tests.system2 import tiny
+from tests.system2.conftest import TEXTS
+
+
+@pytest.fixture(scope="module")
+def vllm(tiny_model: str) -> Iterator[VllmEngine]:
+    engine = VllmEngine(tiny_model, dtype="float32", max_batch=4)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: str) -> TransformersEngine:
+    return TransformersEngine(tiny_model, dtype="float32", device="cpu")
+
+
+def test_equal_to_transformers(vllm, plain, images) -> None:
+    a, b = plain.encode(images, TEXTS), vllm.encode(images, TEXTS)
+    assert a.shape == (3, 1, 512)
+    assert a.dtype == b.dtype == np.float32
+    assert np.abs(a - b).max() < 1e-4
+    assert vllm.spec == plain.spec
+
+
+def test_a_request_does_not_depend_on_its_batch(vllm, images) -> None:
+    together = vllm.encode(images, TEXTS)
+    alone = np.concatenate([vllm.encode([i], [t]) for i, t in zip(images, TEXTS, strict=True)])
+    assert np.abs(together - alone).max() < 1e-4
+
+
+def test_bad_requests_leave_the_engine_working(vllm, images) -> None:
+    before = vllm.encode(images[:1], TEXTS[:1])
+    with pytest.raises(BadImage, match=r"images\[1\].*float32.*want uint8"):
+        vllm.encode([images[0], images[1].astype(np.float32)], TEXTS[:2])
+    with pytest.raises(BadInstruction, match=r"instructions\[0\].*<image"):
+        vllm.encode(images[:1], ["lift <image> the block"])
+    assert np.abs(vllm.encode(images[:1], TEXTS[:1]) - before).max() < 1e-5
+
+
+def test_swap_changes_the_latent_on_both(vllm, plain, images, tmp_path: Path) -> None:
+    old, old_spec = vllm.encode(images, TEXTS), vllm.spec
+    head = LatentHead.fresh(vllm.head.config, plain._table(), seed=7)
+    head.save(tmp_path / "head.safetensors")
+    original = vllm.head
+    try:
+        assert vllm.swap(tmp_path / "head.safetensors") == plain.swap(head)
+        a, b = plain.encode(images, TEXTS), vllm.encode(images, TEXTS)
+        assert np.abs(a - b).max() < 1e-4
+        assert np.abs(b - old).max() > 1e-2
+        assert vllm.spec.spec_id != old_spec.spec_id
+    finally:
+        vllm.swap(original)
+        plain.swap(original)
+    assert np.abs(vllm.encode(images, TEXTS) - old).max() < 1e-5
+
+
+def test_what_vllm_cannot_give_is_said(tiny_model: str) -> None:
+    with pytest.raises(BadLatent, match="transformers:TransformersEngine"):
+        VllmEngine(tiny_model, kind="act_mid")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["act_lang", "hidden_all", "pool_max", "pool_map", "lang"])
+def test_every_token_kind_equals_transformers(kind: str, tiny_model: str, images) -> None:
+    options = {"kind": kind, "n_act": 2, "dtype": "float32"}
+    a = TransformersEngine(tiny_model, device="cpu", **options).encode(images, TEXTS)
+    b = VllmEngine(tiny_model, **options).encode(images, TEXTS)
+    assert np.abs(a - b).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_a_full_size_layout_without_vision_tower_level(tmp_path: Path, images) -> None:
+    path = str(tiny.write_llava_15_like(tmp_path / "llava", vocab=384))
+    a = TransformersEngine(path, dtype="float32", device="cpu").encode(images, TEXTS)
+    b = VllmEngine(path, dtype="float32").encode(images, TEXTS)
+    assert np.abs(a - b).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_without_vision(tiny_model: str, images) -> None:
+    options = {"vision": False, "dtype": "float32"}
+    a = TransformersEngine(tiny_model, device="cpu", **options).encode(images, TEXTS)
+    b = VllmEngine(tiny_model, **options).encode(images, TEXTS)
+    assert np.abs(a - b).max() < 1e-4
+    assert np.abs(a[0] - a[1]).max() > 1e-3
