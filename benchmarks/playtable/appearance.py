@@ -1,0 +1,127 @@
+"""How a scene looks: wood, light and camera noise, as one small record.
+
+The default of each scene is CALVIN's look; `Appearance.random` draws another one from a
+seed, so that training sees many worlds whose shapes and physics are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from benchmarks.playtable.scene import Scene, get_scene
+
+Colour = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Wood:
+    """A wood: mean colour in [0, 1], contrast of its grain, streaks a metre across it."""
+
+    colour: Colour
+    contrast: float
+    streaks_per_m: float
+
+
+WOODS = {
+    "red_brown": Wood((0.47, 0.275, 0.18), 0.13, 70.0),
+    "pale": Wood((0.957, 0.77, 0.55), 0.055, 55.0),
+    "mid_brown": Wood((0.62, 0.42, 0.25), 0.10, 45.0),
+    "olive_brown": Wood((0.61, 0.46, 0.305), 0.17, 30.0),
+}
+LIGHT_DIRECTION = (-50.0, 30.0, 100.0)  # from the scene towards the light, W, any length
+
+
+@dataclass(frozen=True, slots=True)
+class Appearance:
+    """Everything about the look that is not geometry.
+
+    Attributes:
+        wood, panel_wood: table; door and drawer.
+        texture_seed: seed of the grain.
+        floor: the two tile colours.
+        handle, robot: colour of handles; tint of the arm.
+        light_direction: towards the light, W.
+        ambient, diffuse, specular: strengths; 0.6, 0.35, 0.05 is CALVIN's CPU renderer.
+        light_colour: multiplies everything.
+        rgb_noise, depth_noise_m: standard deviations, of colour in [0, 1] and of depth.
+        camera_shift_m, camera_turn_rad: standard deviation of a fixed error of each camera's
+            pose, drawn from `noise_seed`; frames carry the true pose.
+        noise_seed: seed of noise and pose errors.
+    """
+
+    wood: Wood
+    panel_wood: Wood
+    texture_seed: int = 0
+    floor: tuple[Colour, Colour] = ((1.0, 1.0, 1.0), (0.87, 0.87, 0.87))
+    handle: Colour = (0.4, 0.4, 0.4)
+    robot: Colour = (1.0, 1.0, 1.0)
+    light_direction: tuple[float, float, float] = LIGHT_DIRECTION
+    ambient: float = 0.6
+    diffuse: float = 0.35
+    specular: float = 0.05
+    light_colour: Colour = (1.0, 1.0, 1.0)
+    rgb_noise: float = 0.0
+    depth_noise_m: float = 0.0
+    camera_shift_m: float = 0.0
+    camera_turn_rad: float = 0.0
+    noise_seed: int = 0
+
+    @staticmethod
+    def of(scene: str | Scene) -> Appearance:
+        """The look of CALVIN's scene of that name."""
+        found = get_scene(scene)
+        return Appearance(
+            wood=WOODS[found.wood],
+            panel_wood=WOODS[found.panel_wood],
+            texture_seed=ord(found.name[0]),
+        )
+
+    @staticmethod
+    def random(seed: int, scene: str | Scene = "D") -> Appearance:
+        """A look drawn from `seed`: other woods, grain, tiles, light and sensor noise."""
+        rng = np.random.default_rng(seed)
+        base = Appearance.of(scene)
+        wood = _random_wood(rng)
+        same = rng.uniform() < 0.6
+        grey = rng.uniform(0.15, 0.6)
+        angle, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 3.0)
+        warmth = rng.normal(0.0, 0.04)
+        tile = rng.uniform(0.6, 1.0)
+        tint = rng.uniform(0.85, 1.0)
+        return replace(
+            base,
+            wood=wood,
+            panel_wood=wood if same else _random_wood(rng),
+            texture_seed=int(rng.integers(1 << 30)),
+            floor=(
+                (tile, tile, tile),
+                _three(tile * rng.uniform(0.7, 1.0, 3).clip(0, 1)),
+            ),
+            handle=(grey, grey, grey),
+            robot=(tint, tint, tint),
+            light_direction=(float(np.cos(angle)), float(np.sin(angle)), height),
+            ambient=float(rng.uniform(0.45, 0.7)),
+            diffuse=float(rng.uniform(0.2, 0.45)),
+            light_colour=_three(np.clip([1 + warmth, 1.0, 1 - warmth], 0, 1)),
+            rgb_noise=float(rng.uniform(0.0, 0.02)),
+            depth_noise_m=float(rng.uniform(0.0, 0.003)),
+            camera_shift_m=0.003,
+            camera_turn_rad=0.002,
+            noise_seed=int(rng.integers(1 << 30)),
+        )
+
+
+def _three(values: np.ndarray) -> Colour:
+    r, g, b = (float(v) for v in values)
+    return r, g, b
+
+
+def _random_wood(rng: np.random.Generator) -> Wood:
+    value, warmth, yellow = rng.uniform(0.35, 1.0), rng.uniform(0.15, 0.45), rng.uniform(0.4, 0.75)
+    blue = 1 - warmth
+    colour = np.array([1.0, blue + (1 - blue) * yellow * 0.6, blue - 0.1]) * value
+    return Wood(
+        _three(colour.clip(0.05, 1)), float(rng.uniform(0.03, 0.2)), float(rng.uniform(25, 80))
+    )

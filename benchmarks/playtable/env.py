@@ -1,0 +1,366 @@
+"""PlayTable: CALVIN's world with calvin_env's own interface.
+
+`reset`, `step`, `get_obs`, `get_info` and `close` take and return what calvin_env's do, so
+code written against it runs unchanged; beyond that an env can be copied (`state`,
+`restore`), many live in one process, equal inputs give equal bits, and what the cameras see
+is a plain vector (`visual_state`) that any process can draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from benchmarks.playtable.actions import parse_action
+from benchmarks.playtable.appearance import Appearance
+from benchmarks.playtable.cameras import RenderedFrame, SceneRenderer
+from benchmarks.playtable.physics import (
+    BUTTON,
+    DRAWER,
+    SLIDE,
+    SWITCH,
+    SubstepHook,
+    World,
+    euler_from_quaternion,
+    quaternion_from_euler,
+)
+from benchmarks.playtable.robot import FINGER_OPEN_M, Arm
+from benchmarks.playtable.scene import (
+    BUTTON_THRESHOLD_M,
+    ROBOT_Q0_RAD,
+    SUBSTEPS,
+    SWITCH_THRESHOLD_M,
+    TABLE_LINKS,
+    Scene,
+    get_scene,
+)
+from runtime.types import F64, CameraFrame
+
+ROBOT_OBS_SIZE, SCENE_OBS_SIZE = 15, 24
+PLACEMENT_TRIES = 1000
+
+
+class ObservationError(ValueError):
+    """A robot_obs or scene_obs that cannot be reset to."""
+
+
+class PlayTableEnv:
+    """One PlayTable.
+
+    Args:
+        scene: "A" to "D" (or "calvin_scene_A" ...), or a `Scene`.
+        cameras: which cameras observations carry, of "static" and "gripper"; with none,
+            nothing is ever drawn.
+        seed: seeds the block placement of `reset()` without arguments.
+        appearance: textures, light and noise; None for the scene's own look.
+        use_scene_info: whether info carries "scene_info".
+
+    Raises:
+        SceneError: unknown scene.
+        CameraError: unknown camera.
+    """
+
+    def __init__(
+        self,
+        scene: str | Scene = "D",
+        cameras: Sequence[str] = ("static", "gripper"),
+        *,
+        seed: int | None = 0,
+        appearance: Appearance | None = None,
+        use_scene_info: bool = True,
+    ) -> None:
+        self.scene = get_scene(scene)
+        self.use_scene_info = use_scene_info
+        self.renderer = SceneRenderer(self.scene, cameras, appearance) if cameras else None
+        self.world = World(self.scene)
+        self.robot = Arm(self.world)
+        self.seed(seed)
+        self._start_logic()
+        self.reset()
+
+    # -- calvin_env's interface --------------------------------------------------------
+
+    def seed(self, seed: int | None = None) -> list[int | None]:
+        """Seed the block placement of a default reset."""
+        self.np_random = np.random.default_rng(seed)
+        return [seed]
+
+    def reset(self, robot_obs: Any = None, scene_obs: Any = None) -> dict[str, Any]:
+        """Start an episode and return its first observation.
+
+        Args:
+            robot_obs: (15,) of which the joints and the gripper width are read; None for the
+                initial pose.
+            scene_obs: (24,) doors, button, switch, lights and block poses (euler; a (27,)
+                with quaternions is taken too); None places the blocks at random.
+
+        Raises:
+            ObservationError: wrong length, NaN, or a light that is neither 0 nor 1; the
+                world keeps its state.
+        """
+        joints, finger_m = _parse_robot_obs(robot_obs)
+        parsed = None if scene_obs is None else _parse_scene_obs(scene_obs)
+        self.world.rebuild()
+        self._start_logic()
+        if parsed is None:
+            self._place_blocks()
+        else:
+            self._set_scene(*parsed)
+        self.robot.reset(joints, finger_m)
+        self.world.substep()
+        return self.get_obs()
+
+    def step(self, action: Any) -> tuple[dict[str, Any], int, bool, dict[str, Any]]:
+        """Run one control step (1/30 s).
+
+        Args:
+            action: see `benchmarks.playtable.actions`.
+
+        Raises:
+            ActionError: a bad action; the world keeps its state.
+        """
+        self.advance(action)
+        return self.get_obs(), 0, False, self.get_info()
+
+    def advance(self, action: Any) -> None:
+        """`step` without gathering an observation: physics and mechanism logic alone."""
+        command = parse_action(action)
+        self.robot.apply(command)
+        for _ in range(SUBSTEPS):
+            self.world.substep()
+        self._step_logic()
+
+    def get_obs(self) -> dict[str, Any]:
+        """Return `rgb_obs`, `depth_obs`, `robot_obs` (15,) and `scene_obs` (24,)."""
+        frames = self.render() if self.renderer is not None else {}
+        return {
+            "rgb_obs": {f"rgb_{name}": frame.rgb for name, frame in frames.items()},
+            "depth_obs": {f"depth_{name}": frame.depth for name, frame in frames.items()},
+            **self.get_state_obs(),
+        }
+
+    def proprioception(self) -> tuple[F64, F64]:
+        """Return `robot_obs` (15,) and the TCP's quaternion xyzw (4,), f64."""
+        tcp_pos, tcp_quat = self.robot.tcp()
+        robot_obs = np.array(
+            [
+                *tcp_pos,
+                *euler_from_quaternion(tcp_quat),
+                sum(self.robot.fingers()),
+                *self.robot.joints(),
+                self.robot.gripper_action,
+            ]
+        )
+        return robot_obs, np.array(tcp_quat)
+
+    def get_state_obs(self) -> dict[str, F64]:
+        """Return `robot_obs` (15,) and `scene_obs` (24,) f64."""
+        robot_obs, _ = self.proprioception()
+        scene_obs = [self.world.table_joint(j) for j in (SLIDE, DRAWER, BUTTON, SWITCH)]
+        scene_obs += [float(self.bulb), float(self.led)]
+        for name in self.scene.blocks:
+            position, quaternion = self.world.block_pose(name)
+            scene_obs += [*position, *euler_from_quaternion(quaternion)]
+        return {"robot_obs": robot_obs, "scene_obs": np.array(scene_obs)}
+
+    def get_info(self) -> dict[str, Any]:
+        """Return calvin_env's info: `robot_info` and, if wanted, `scene_info`."""
+        tcp_pos, tcp_quat = self.robot.tcp()
+        info: dict[str, Any] = {
+            "robot_info": {
+                "tcp_pos": tcp_pos,
+                "tcp_orn": euler_from_quaternion(tcp_quat),
+                "gripper_opening_width": sum(self.robot.fingers()),
+                "arm_joint_states": self.robot.joints(),
+                "gripper_action": self.robot.gripper_action,
+                "uid": self.world.robot,
+                "contacts": self.world.contacts(self.world.robot),
+            }
+        }
+        if self.use_scene_info:
+            info["scene_info"] = self._scene_info()
+        return info
+
+    def _scene_info(self) -> dict[str, Any]:
+        w = self.world
+        blocks = {}
+        for name, uid in w.blocks.items():
+            position, quaternion = w.block_pose(name)
+            linear, angular = w.block_velocity(name)
+            blocks[name] = {
+                "current_pos": position,
+                "current_orn": quaternion,
+                "current_lin_vel": linear,
+                "current_ang_vel": angular,
+                "contacts": w.contacts(uid),
+                "uid": uid,
+            }
+        return {
+            "fixed_objects": {
+                "table": {
+                    "uid": w.table,
+                    "links": dict(TABLE_LINKS),
+                    "contacts": w.contacts(w.table),
+                }
+            },
+            "movable_objects": blocks,
+            "doors": {
+                "base__slide": {"current_state": w.table_joint(SLIDE)},
+                "base__drawer": {"current_state": w.table_joint(DRAWER)},
+            },
+            "buttons": {
+                "base__button": {
+                    "joint_state": w.table_joint(BUTTON),
+                    "logical_state": int(self.button_on),
+                }
+            },
+            "switches": {
+                "base__switch": {
+                    "joint_state": w.table_joint(SWITCH),
+                    "logical_state": int(self.switch_on),
+                }
+            },
+            "lights": {
+                "lightbulb": {"logical_state": int(self.bulb)},
+                "led": {"logical_state": int(self.led)},
+            },
+        }
+
+    def close(self) -> None:
+        """Release the physics client; safe to call twice, and when construction failed."""
+        world = getattr(self, "world", None)
+        if world is not None:
+            world.close()
+
+    def __enter__(self) -> PlayTableEnv:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    # -- mechanisms --------------------------------------------------------------------
+
+    def _start_logic(self) -> None:
+        self.bulb = self.led = False
+        self.button_on = self.switch_on = False
+        self._button_was_down = False
+
+    def _step_logic(self) -> None:
+        """Button: each press toggles the LED. Switch: the bulb follows its position."""
+        down = self.world.table_joint(BUTTON) > BUTTON_THRESHOLD_M
+        if down and not self._button_was_down:
+            self.button_on = not self.button_on
+            self.led = self.button_on
+        self._button_was_down = down
+        up = self.world.table_joint(SWITCH) > SWITCH_THRESHOLD_M
+        if up and not self.switch_on:
+            self.bulb = True
+        elif self.switch_on and not up:
+            self.bulb = False
+        self.switch_on = up
+
+    def _set_scene(self, joints: F64, lights: F64, poses: F64) -> None:
+        """In calvin_env's order: doors, lights, button, switch, blocks."""
+        slide, drawer, button, switch = joints
+        self.world.set_table_joint(SLIDE, slide)
+        self.world.set_table_joint(DRAWER, drawer)
+        self.bulb, self.led = bool(lights[0]), bool(lights[1])
+        self.world.set_table_joint(BUTTON, button)
+        self.button_on = self.led
+        self._button_was_down = bool(button > BUTTON_THRESHOLD_M)
+        self.world.set_table_joint(SWITCH, switch)
+        self.switch_on = False
+        for name, pose in zip(self.scene.blocks, poses, strict=True):
+            rotation = pose[3:]
+            quaternion = quaternion_from_euler(rotation) if len(rotation) == 3 else rotation
+            self.world.set_block_pose(name, pose[:3], quaternion)
+
+    def _place_blocks(self) -> None:
+        """Draw a surface, a position and a yaw for each block until none touch."""
+        surfaces = [surface for _, surface in self.scene.surfaces]
+        for _ in range(PLACEMENT_TRIES):
+            for name in self.scene.blocks:
+                surface = surfaces[self.np_random.integers(len(surfaces))]
+                x, y = self.np_random.uniform(*surface.x), self.np_random.uniform(*surface.y)
+                yaw = self.np_random.uniform(-np.pi, np.pi)
+                self.world.set_block_pose(
+                    name, (x, y, surface.z), quaternion_from_euler((0.0, 0.0, yaw))
+                )
+            self.world.substep()
+            uids = list(self.world.blocks.values())
+            if not any(
+                self.world.touching(a, b) for i, a in enumerate(uids) for b in uids[i + 1 :]
+            ):
+                return
+        raise RuntimeError(f"blocks still touch after {PLACEMENT_TRIES} placements")
+
+    # -- beyond calvin_env -------------------------------------------------------------
+
+    def visual_state(self) -> F64:
+        """Everything that can be seen, (36,) f64; see `benchmarks.playtable.cameras`."""
+        w = self.world
+        values = [*self.robot.joints(), *self.robot.fingers()]
+        values += [w.table_joint(j) for j in (SLIDE, DRAWER, BUTTON, SWITCH)]
+        values += [float(self.bulb), float(self.led)]
+        for name in self.scene.blocks:
+            position, quaternion = w.block_pose(name)
+            values += [*position, *quaternion]
+        return np.array(values)
+
+    def render(self) -> dict[str, RenderedFrame]:
+        """Draw the cameras this env was made with."""
+        if self.renderer is None:
+            return {}
+        return self.renderer.render(self.visual_state())
+
+    def camera_frames(self, t_ns: int) -> Mapping[str, CameraFrame]:
+        """The cameras' frames with intrinsics and extrinsics, stamped `t_ns`."""
+        return {name: frame.camera_frame(t_ns) for name, frame in self.render().items()}
+
+    def add_substep_hook(self, hook: SubstepHook) -> None:
+        """Call `hook(world)` before every physics substep, from now on."""
+        self.world.hooks.append(hook)
+
+    def remove_substep_hook(self, hook: SubstepHook) -> None:
+        """Stop calling `hook`; unknown hooks are ignored."""
+        if hook in self.world.hooks:
+            self.world.hooks.remove(hook)
+
+
+def _vector(value: Any, name: str, sizes: tuple[int, ...]) -> F64:
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ObservationError(f"{name}: not numbers") from error
+    if array.ndim != 1 or array.shape[0] not in sizes:
+        wanted = " or ".join(f"({n},)" for n in sizes)
+        raise ObservationError(f"{name}: shape {array.shape}, must be {wanted}")
+    if not np.isfinite(array).all():
+        raise ObservationError(f"{name}: contains NaN or infinity")
+    return array
+
+
+def _parse_robot_obs(robot_obs: Any) -> tuple[Any, float]:
+    if robot_obs is None:
+        return ROBOT_Q0_RAD, FINGER_OPEN_M
+    values = _vector(robot_obs, "robot_obs", (ROBOT_OBS_SIZE, ROBOT_OBS_SIZE + 1))
+    return values[-8:-1], float(values[-9]) / 2
+
+
+def _parse_scene_obs(scene_obs: Any) -> tuple[F64, F64, F64]:
+    values = _vector(scene_obs, "scene_obs", (SCENE_OBS_SIZE, SCENE_OBS_SIZE + 3))
+    lights = values[4:6]
+    if not np.isin(lights, (0.0, 1.0)).all():
+        raise ObservationError(f"scene_obs: lights {lights.tolist()} must be 0 or 1")
+    return values[:4], lights, values[6:].reshape(3, -1)

@@ -1,0 +1,143 @@
+"""The arm inside a world: state, inverse kinematics, motors.
+
+Control as CALVIN's: one Bullet null-space IK call a control step with the initial joints as
+rest pose, joint position motors with bounded force and speed, fingers driven to open with a
+weak and to close with a strong motor. Relative actions move a stored target that only
+`reset` synchronises with the arm; absolute actions leave that target alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pybullet as p
+
+from benchmarks.playtable.actions import Command
+from benchmarks.playtable.physics import (
+    ARM_JOINTS,
+    World,
+    euler_from_quaternion,
+    quaternion_from_euler,
+)
+from benchmarks.playtable.scene import ROBOT_Q0_RAD
+from runtime.types import F64
+
+LOWER_RAD = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
+UPPER_RAD = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
+ARM_FORCE_N, ARM_SPEED_RAD_S = 200.0, 2.0
+FINGER_OPEN_M, FINGER_SPEED_M_S = 0.04, 1.0
+OPEN_FORCE_N, CLOSE_FORCE_N = 2.0, 200.0
+MAX_STEP_M, MAX_STEP_RAD = 0.02, 0.05
+
+_DOF = 9
+_IK_LOWER, _IK_UPPER, _IK_RANGE = [-7.0] * _DOF, [7.0] * _DOF, [7.0] * _DOF
+_IK_REST = [*ROBOT_Q0_RAD, FINGER_OPEN_M, FINGER_OPEN_M]
+
+
+class Arm:
+    """The Panda of one world.
+
+    Attributes:
+        gripper_action: the last commanded gripper state, 1 open or -1 closed.
+        target_pos, target_euler: what relative actions add to; m and rad in W.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.gripper_action = 1
+        self.target_pos: F64 = np.zeros(3)
+        self.target_euler: F64 = np.zeros(3)
+
+    def reset(self, joints: Any, finger_m: float) -> None:
+        """Put the arm at `joints` (7) rad and each finger at `finger_m`, and hold it there."""
+        w = self.world
+        for joint, angle in zip(ARM_JOINTS, joints, strict=True):
+            p.resetJointState(w.robot, joint, angle, physicsClientId=w.client)
+            self._arm_motor(joint, angle)
+        for finger in w.fingers:
+            p.resetJointState(w.robot, finger, finger_m, physicsClientId=w.client)
+            self._finger_motor(finger, finger_m, CLOSE_FORCE_N)
+        self.gripper_action = 1
+        position, quaternion = self.tcp()
+        self.target_pos = np.array(position)
+        self.target_euler = np.array(euler_from_quaternion(quaternion))
+
+    def _arm_motor(self, joint: int, angle: float) -> None:
+        p.setJointMotorControl2(
+            self.world.robot,
+            joint,
+            p.POSITION_CONTROL,
+            targetPosition=angle,
+            force=ARM_FORCE_N,
+            maxVelocity=ARM_SPEED_RAD_S,
+            physicsClientId=self.world.client,
+        )
+
+    def _finger_motor(self, finger: int, position_m: float, force_n: float) -> None:
+        p.setJointMotorControl2(
+            self.world.robot,
+            finger,
+            p.POSITION_CONTROL,
+            targetPosition=position_m,
+            force=force_n,
+            maxVelocity=FINGER_SPEED_M_S,
+            physicsClientId=self.world.client,
+        )
+
+    def apply(self, command: Command) -> None:
+        """Set the motors for one control step."""
+        values = command.values
+        if command.kind == "joint_abs":
+            joints: Any = values
+        elif command.kind == "joint_rel":
+            joints = np.array(self.joints()) + values
+        elif command.kind == "cartesian_rel":
+            self.target_pos = self.target_pos + MAX_STEP_M * values[:3]
+            self.target_euler = self.target_euler + MAX_STEP_RAD * values[3:6]
+            joints = self.solve_ik(self.target_pos, quaternion_from_euler(self.target_euler))
+        else:
+            rotation = values[3:]
+            quaternion = quaternion_from_euler(rotation) if len(rotation) == 3 else rotation
+            joints = self.solve_ik(values[:3], quaternion)
+        for joint in ARM_JOINTS:
+            self._arm_motor(joint, joints[joint])
+        self.gripper_action = command.gripper
+        opening = command.gripper == 1
+        for finger in self.world.fingers:
+            if opening:
+                self._finger_motor(finger, FINGER_OPEN_M, OPEN_FORCE_N)
+            else:
+                self._finger_motor(finger, 0.0, CLOSE_FORCE_N)
+
+    def solve_ik(self, position_m: Any, quaternion: Any) -> F64:
+        """Joints (7) rad that bring the TCP towards a pose in W, within the joint limits."""
+        w = self.world
+        joints = p.calculateInverseKinematics(
+            w.robot,
+            w.tcp,
+            position_m,
+            quaternion,
+            _IK_LOWER,
+            _IK_UPPER,
+            _IK_RANGE,
+            _IK_REST,
+            physicsClientId=w.client,
+        )
+        return np.minimum(np.maximum(joints[:7], LOWER_RAD), UPPER_RAD)
+
+    def tcp(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Position (3) m and quaternion xyzw (4) of the tool centre point in W."""
+        state = p.getLinkState(self.world.robot, self.world.tcp, physicsClientId=self.world.client)
+        return state[0], state[1]
+
+    def joints(self) -> list[float]:
+        """The seven arm joints, rad."""
+        w = self.world
+        return [s[0] for s in p.getJointStates(w.robot, ARM_JOINTS, physicsClientId=w.client)]
+
+    def fingers(self) -> tuple[float, float]:
+        """Positions of the two fingers, m."""
+        w = self.world
+        left, right = p.getJointStates(w.robot, w.fingers, physicsClientId=w.client)
+        return left[0], right[0]

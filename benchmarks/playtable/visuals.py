@@ -1,0 +1,279 @@
+"""All triangles of a scene in flat arrays, and where their links are for a given state.
+
+Links: 0 is what never moves (floor, robot stand, table); then the table's moving parts, the
+three blocks, and the arm. The arm's kinematics are read from the same URDF that Bullet
+loads, so picture and physics agree.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from benchmarks.playtable import geometry, urdf
+from benchmarks.playtable.meshes import Mesh, from_obj, from_piece, from_triangles, hull_triangles
+from benchmarks.playtable.scene import (
+    BLOCK_COLOURS,
+    BLOCK_SIDE_M,
+    ROBOT_BASE_M,
+    TABLE_LINKS,
+    Scene,
+)
+from runtime.types import F32, F64
+
+VISUAL_STATE_SIZE = 36
+WOOD, PANEL, FLOOR = 0, 1, 2  # textures
+ROBOT_ID, STAND_ID, TABLE_ID, FLOOR_ID = 0, 1, 5, 6  # bodies, as `physics.World` numbers them
+FIRST_BLOCK_ID = 2
+MOVING = ("slide_link", "drawer_link", "button_link", "switch_link")  # as in visual_state
+STAND_RADIUS_M = 0.13
+ARM_CELL_M, HAND_CELL_M = 0.008, 0.004
+FLOOR_HALF_M = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class ArmJoint:
+    """One joint of the arm's chain: parent and child link numbers, origin, motion."""
+
+    parent: int
+    child: int
+    T_parent_joint: F64
+    axis: tuple[float, float, float]
+    kind: str
+    state: int  # index into visual_state, -1 if fixed
+
+
+@dataclass(frozen=True, slots=True)
+class Visuals:
+    """The triangles of a scene, the `n_fixed` that never change first.
+
+    Attributes:
+        position, normal, uv, link, material, segment: per triangle, see `raster.draw`.
+        materials, colours, texture: per material.
+        n_links: number of link transforms.
+        joints: the table's joints; `arm`: the arm's; `camera_link`: the gripper camera's.
+    """
+
+    position: F32
+    normal: F32
+    uv: F32
+    link: np.ndarray
+    material: np.ndarray
+    segment: np.ndarray
+    n_fixed: int
+    materials: tuple[str, ...]
+    colours: tuple[tuple[float, float, float], ...]
+    texture: np.ndarray
+    n_links: int
+    joints: tuple[geometry.Joint, ...]
+    arm: tuple[ArmJoint, ...]
+    camera_link: int
+
+
+def segment_id(body: int, link: int = -1) -> int:
+    """Segmentation value of a body's link, as Bullet codes it."""
+    return body + ((link + 1) << 24)
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self.parts: list[tuple[bool, int, int, int, Mesh]] = []
+        self.names: list[str] = []
+        self.colours: list[tuple[float, float, float]] = []
+        self.texture: list[int] = []
+
+    def material(
+        self, name: str, colour: tuple[float, float, float] = (1.0, 1.0, 1.0), texture: int = -1
+    ) -> int:
+        key = (name, colour)
+        for i, known in enumerate(zip(self.names, self.colours, strict=True)):
+            if known == key:
+                return i
+        self.names.append(name)
+        self.colours.append(colour)
+        self.texture.append(texture)
+        return len(self.names) - 1
+
+    def add(self, mesh: Mesh, link: int, material: int, segment: int, fixed: bool = False) -> None:
+        self.parts.append((not fixed, link, material, segment, mesh))
+
+    def add_coloured(self, mesh: Mesh, link: int, segment: int) -> None:
+        """A mesh with its own colours: one material for each."""
+        rounded = (mesh.colour * 50).round() / 50
+        for colour in np.unique(rounded, axis=0):
+            faces = (rounded == colour).all(axis=1)
+            part = Mesh(
+                mesh.position[faces], mesh.normal[faces], mesh.uv[faces], mesh.colour[faces]
+            )
+            r, g, b = (float(c) for c in colour)
+            self.add(part, link, self.material("robot", (r, g, b)), segment)
+
+
+def _add_table(builder: _Builder, scene: Scene) -> None:
+    wood, panel = builder.material("wood", texture=WOOD), builder.material("panel", texture=PANEL)
+    places = {joint.link: joint for joint in geometry.joints(scene)}
+    for piece in geometry.pieces(scene):
+        if not piece.material:
+            continue
+        mesh = from_piece(piece)
+        material = {"wood": wood, "panel": panel}.get(piece.material)
+        if material is None:
+            material = builder.material(piece.material)
+        segment = segment_id(TABLE_ID, TABLE_LINKS[piece.link])
+        if piece.link in MOVING:
+            builder.add(mesh, 1 + MOVING.index(piece.link), material, segment)
+        else:
+            joint = places.get(piece.link)
+            if joint is not None:
+                moved = mesh.position + np.array(joint.origin, np.float32)
+                mesh = Mesh(moved, mesh.normal, mesh.uv, mesh.colour)
+            builder.add(mesh, 0, material, segment, fixed=piece.material in ("wood", "slot"))
+
+
+def _add_room(builder: _Builder, scene: Scene) -> None:
+    h = FLOOR_HALF_M
+    corners = np.array([[h, -h, 0], [h, h, 0], [-h, h, 0], [-h, -h, 0]])
+    floor = from_triangles(corners[[[0, 1, 2], [0, 2, 3]]], smooth=False)
+    builder.add(floor, 0, builder.material("floor", texture=FLOOR), FLOOR_ID, fixed=True)
+    x, y, z = ROBOT_BASE_M
+    stand = geometry.disc("", (x - 0.05, y, 0.0), STAND_RADIUS_M, z, "", sides=32)
+    mesh = from_triangles(hull_triangles(stand.vertices), smooth=True)
+    builder.add(mesh, 0, builder.material("stand"), STAND_ID, fixed=True)
+    for i, (name, length) in enumerate(scene.block_lengths):
+        half = np.array([length, BLOCK_SIDE_M, BLOCK_SIDE_M]) / 2
+        sides = np.array([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)])
+        cube = from_triangles(hull_triangles(sides * half), smooth=False)
+        material = builder.material(name, BLOCK_COLOURS[name])
+        builder.add(cube, 1 + len(MOVING) + i, material, FIRST_BLOCK_ID + i)
+
+
+def _add_arm(builder: _Builder, first: int) -> tuple[tuple[ArmJoint, ...], int, int]:
+    root = ET.fromstring(urdf.panda_urdf().read_text())
+    names = [link.get("name", "") for link in root.iter("link")]
+    number = {name: first + i for i, name in enumerate(names)}
+    source = urdf.panda_source() / "meshes"
+    for i in range(8):
+        kind = "collision" if i in (0, 7) else "visual"
+        mesh = from_obj(source / kind / f"link{i}.obj", ARM_CELL_M)
+        builder.add_coloured(mesh, number[f"panda_link{i}"], segment_id(ROBOT_ID, i - 1))
+    hand = from_obj(source / "visual" / "hand.obj", HAND_CELL_M)
+    builder.add_coloured(hand, number["panda_hand"], segment_id(ROBOT_ID, 8))
+    white = builder.material("robot")
+    finger = hull_triangles(urdf.finger_vertices())
+    pad = geometry.box("", urdf.PAD_LO, urdf.PAD_HI)
+    flip = np.array([-1.0, -1.0, 1.0])  # half a turn about z
+    for link, segment, sign in (
+        ("panda_leftfinger", 9, np.ones(3)),
+        ("panda_rightfinger", 11, flip),
+    ):
+        for shape in (finger, hull_triangles(pad.vertices)):
+            mesh = from_triangles(shape * sign, smooth=False)
+            builder.add(mesh, number[link], white, segment_id(ROBOT_ID, segment))
+    mount = geometry.box("", (-0.04, -0.0125, -0.005), (0.04, 0.0125, 0.005))
+    builder.add(from_piece(mount), number["gripper_cam"], white, segment_id(ROBOT_ID, 14))
+    moving = iter(range(9))
+    joints = []
+    for joint in root.iter("joint"):
+        kind = joint.get("type", "fixed")
+        state = -1 if kind == "fixed" else next(moving)
+        joints.append(_arm_joint(joint, number, kind, state))
+    return tuple(joints), number["gripper_cam"], first + len(names)
+
+
+def _arm_joint(joint: ET.Element, number: dict[str, int], kind: str, state: int) -> ArmJoint:
+    def numbers(tag: str, key: str, default: str = "0 0 0") -> list[float]:
+        node = joint.find(tag)
+        return [float(v) for v in (default if node is None else node.get(key, default)).split()]
+
+    def name(tag: str) -> str:
+        node = joint.find(tag)
+        return "" if node is None else node.get("link", "")
+
+    T = np.eye(4)
+    T[:3, :3] = rpy_matrix(numbers("origin", "rpy"))
+    T[:3, 3] = numbers("origin", "xyz")
+    x, y, z = numbers("axis", "xyz")
+    return ArmJoint(number[name("parent")], number[name("child")], T, (x, y, z), kind, state)
+
+
+def rpy_matrix(rpy: list[float] | tuple[float, ...]) -> F64:
+    """Rotation (3, 3) of roll, pitch, yaw about fixed axes (URDF's convention)."""
+    (cr, cp, cy), (sr, sp, sy) = np.cos(rpy), np.sin(rpy)
+    return np.array(
+        [
+            [cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr],
+            [sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr],
+            [-sp, cp * sr, cp * cr],
+        ]
+    )
+
+
+@cache
+def scene_visuals(scene: Scene) -> Visuals:
+    """Assemble the triangles of `scene`; once a process."""
+    builder = _Builder()
+    _add_room(builder, scene)
+    _add_table(builder, scene)
+    arm, camera_link, n_links = _add_arm(builder, 1 + len(MOVING) + len(scene.blocks))
+    parts = sorted(builder.parts, key=lambda part: part[0])
+    meshes = [part[-1] for part in parts]
+    sizes = [len(mesh.position) for mesh in meshes]
+
+    def each(values: list[int]) -> np.ndarray:
+        return np.repeat(values, sizes).astype(np.int32)
+
+    return Visuals(
+        position=np.ascontiguousarray(np.concatenate([m.position for m in meshes])),
+        normal=np.ascontiguousarray(np.concatenate([m.normal for m in meshes])),
+        uv=np.ascontiguousarray(np.concatenate([m.uv for m in meshes])),
+        link=each([part[1] for part in parts]),
+        material=each([part[2] for part in parts]),
+        segment=each([part[3] for part in parts]),
+        n_fixed=sum(size for size, part in zip(sizes, parts, strict=True) if not part[0]),
+        materials=tuple(builder.names),
+        colours=tuple(builder.colours),
+        texture=np.array(builder.texture, np.int32),
+        n_links=n_links,
+        joints=tuple(j for name in MOVING for j in geometry.joints(scene) if j.link == name),
+        arm=arm,
+        camera_link=camera_link,
+    )
+
+
+def quaternion_matrix(quaternion: F64) -> F64:
+    """Rotation (3, 3) of a quaternion xyzw."""
+    x, y, z, w = quaternion / np.linalg.norm(quaternion)
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def link_transforms(visuals: Visuals, state: F64) -> F64:
+    """Where every link is, (L, 4, 4) link to W, for a visual state (36,)."""
+    T = np.zeros((visuals.n_links, 4, 4))
+    T[:] = np.eye(4)
+    for i, joint in enumerate(visuals.joints):
+        rotation = geometry.roll_matrix(joint.roll_rad)
+        T[1 + i, :3, :3] = rotation
+        travel = np.array(joint.axis or (0.0, 0.0, 0.0)) * state[9 + i]
+        T[1 + i, :3, 3] = rotation @ travel + joint.origin
+    for i in range(3):
+        pose = state[15 + 7 * i : 22 + 7 * i]
+        T[5 + i, :3, :3], T[5 + i, :3, 3] = quaternion_matrix(pose[3:]), pose[:3]
+    T[visuals.arm[0].parent, :3, 3] = ROBOT_BASE_M
+    for arm in visuals.arm:
+        T[arm.child] = T[arm.parent] @ arm.T_parent_joint
+        if arm.kind == "revolute":  # every revolute joint of the Panda turns about its z
+            c, s = np.cos(state[arm.state]), np.sin(state[arm.state])
+            turn = np.array([[c, -s], [s, c]])
+            T[arm.child, :3, :2] = T[arm.child, :3, :2] @ turn
+        elif arm.kind == "prismatic":
+            T[arm.child, :3, 3] += T[arm.child, :3, :3] @ np.array(arm.axis) * state[arm.state]
+    return T
