@@ -1,0 +1,183 @@
+"""The process in which the real calvin_env lives; run by path, never imported by the bench.
+
+It may run under another interpreter than the project's (calvin_env wants gym and hydra,
+which the project does not), so it uses the standard library, NumPy and calvin_env only.
+calvin_env and Bullet print to standard output, hence a socket of its own for the replies: a
+length, a JSON header, then the arrays' raw bytes. Nothing on the wire can run code.
+
+Arguments: descriptor of the socket, folder of the calvin_env checkout, scene, and the
+cameras with commas between them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PREFIX = struct.Struct("<IQ")  # bytes of the header, bytes of the buffers
+ARRAY = "__array__"
+
+
+def pack(message: Any) -> bytes:
+    """A tree of dicts, sequences, numbers, strings and arrays as bytes.
+
+    Tuples become lists; arrays keep dtype, shape and every bit.
+    """
+    buffers: list[bytes] = []
+
+    def encode(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            data = np.ascontiguousarray(value)
+            buffers.append(data.tobytes())
+            return {ARRAY: [data.dtype.str, list(data.shape)]}
+        if isinstance(value, np.generic):
+            return value.item()
+        raise TypeError(f"message: {type(value).__name__} cannot be sent")
+
+    header = json.dumps(message, default=encode, separators=(",", ":")).encode()
+    body = b"".join(buffers)
+    return PREFIX.pack(len(header), len(body)) + header + body
+
+
+def unpack(header: bytes, body: bytes) -> Any:
+    """The inverse of `pack`; arrays come back writable, tuples as lists."""
+    offset = 0
+
+    def decode(node: dict[str, Any]) -> Any:
+        nonlocal offset
+        if set(node) != {ARRAY}:
+            return node
+        dtype, shape = np.dtype(node[ARRAY][0]), tuple(node[ARRAY][1])
+        count = int(np.prod(shape, dtype=np.int64))
+        array = np.frombuffer(body, dtype, count, offset).reshape(shape).copy()
+        offset += count * dtype.itemsize
+        return array
+
+    # json calls the hook in the order in which the arrays were written
+    return json.loads(header, object_hook=decode)
+
+
+def receive(pipe: socket.socket) -> Any:
+    """Wait for one message.
+
+    Raises:
+        EOFError: The other side is gone.
+    """
+    header, body = PREFIX.unpack(_exactly(pipe, PREFIX.size))
+    return unpack(_exactly(pipe, header), _exactly(pipe, body))
+
+
+def _exactly(pipe: socket.socket, count: int) -> bytes:
+    data = bytearray(count)
+    view, done = memoryview(data), 0
+    while done < count:
+        got = pipe.recv_into(view[done:])
+        if not got:
+            raise EOFError("the other process closed the connection")
+        done += got
+    return bytes(data)
+
+
+def make_env(checkout: Path, scene: str, cameras: list[str]) -> Any:
+    """Construct calvin_env's own play table with its own configuration."""
+    sys.path.insert(0, str(checkout))
+    warnings.filterwarnings("ignore")
+    import hydra
+
+    overrides = [
+        *("cameras=static_and_gripper", f"scene=calvin_scene_{scene}", "use_vr=false"),
+        # the configuration asks for coloured logs, one package more that nobody needs
+        *("hydra/job_logging=default", "hydra/hydra_logging=default"),
+        *(f"~cameras.{name}" for name in ("static", "gripper") if name not in cameras),
+    ]
+    with hydra.initialize_config_dir(str(checkout / "conf"), version_base="1.1"):
+        cfg = hydra.compose("config_data_collection", overrides=overrides)
+    return hydra.utils.instantiate(
+        cfg.env, show_gui=False, use_vr=False, use_scene_info=True, use_egl=False
+    )
+
+
+def _views(env: Any) -> dict[str, Any]:
+    """Field of view (degrees) and OpenGL view matrix (column-major) of each camera."""
+    return {
+        camera.name: {
+            "fov_deg": float(camera.fov),
+            "size": [int(camera.height), int(camera.width)],
+            "view": np.array(
+                getattr(camera, "viewMatrix", getattr(camera, "view_matrix", None)), np.float64
+            ),
+        }
+        for camera in env.cameras
+    }
+
+
+def _action(message: dict[str, Any]) -> Any:
+    """The checked action in one of calvin_env's own forms."""
+    kind, values, gripper = message["kind"], message["values"], int(message["gripper"])
+    if kind == "cartesian_rel":
+        return np.append(values, gripper)
+    if kind == "cartesian_abs":
+        return tuple(values[:3].tolist()), tuple(values[3:].tolist()), gripper
+    return {"type": kind, "action": [*values.tolist(), gripper]}
+
+
+def answer(env: Any, message: dict[str, Any]) -> Any:
+    """Carry out one request."""
+    call = message["call"]
+    if call == "reset":
+        return {"obs": env.reset(robot_obs=message["robot_obs"], scene_obs=message["scene_obs"])}
+    if call == "step":
+        obs, reward, done, info = env.step(_action(message))
+        return {"obs": obs, "reward": reward, "done": done, "info": info}
+    if call == "get_obs":
+        return {"obs": env.get_obs()}
+    if call == "get_info":
+        return {"info": env.get_info()}
+    if call == "frames":
+        return {"obs": env.get_obs(), "views": _views(env)}
+    raise ValueError(f"call: {call!r} is unknown")
+
+
+def serve(pipe: socket.socket, checkout: Path, scene: str, cameras: list[str]) -> None:
+    """Answer requests until told to close or until the parent is gone."""
+    try:
+        env = make_env(checkout, scene, cameras)
+    except Exception as error:
+        traceback.print_exc()
+        pipe.sendall(pack({"error": f"{type(error).__name__}: {error}"}))
+        return
+    pipe.sendall(pack({"ready": True}))
+    while True:
+        try:
+            message = receive(pipe)
+        except (EOFError, ConnectionError):
+            return
+        if message["call"] == "close":
+            return
+        try:
+            reply = answer(env, message)
+        except Exception as error:
+            traceback.print_exc()
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        pipe.sendall(pack(reply))
+
+
+def main(arguments: list[str]) -> None:
+    descriptor, checkout, scene, cameras = arguments
+    with socket.socket(fileno=int(descriptor)) as pipe:
+        serve(pipe, Path(checkout), scene, [name for name in cameras.split(",") if name])
+    sys.stderr.flush()
+    os._exit(0)  # calvin_env's destructor fails in an interpreter that is shutting down
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
