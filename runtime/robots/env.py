@@ -1,0 +1,215 @@
+"""Any world with calvin_env's contract as a robot: each action sent is one environment step.
+
+Time stands still between two actions, so this is the driver of the lockstep clock, and of a
+wall clock that may wait for its world. The real-time simulator, whose physics and cameras run
+in processes of their own, is `runtime.robots.sim`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.clock import Clock, MonotonicClock
+from runtime.quaternion import from_euler_xyz, normalise
+from runtime.resolve import resolve
+from runtime.robots.base import NotConnected, Robot, RobotError, check_action
+from runtime.spec import ActionSpec, CameraSpec, RobotSpec
+from runtime.types import Action, Observation
+
+log = logging.getLogger(__name__)
+
+CONTROL_HZ = 30.0  # calvin_env's; its step has no other length
+CAMERA_SIZES: Mapping[str, tuple[int, int]] = {"static": (200, 200), "gripper": (84, 84)}
+ORACLE = "benchmarks.playtable.tasks:completed"
+
+
+class EnvRobot(Robot):
+    """Wraps an env; also a `World`.
+
+    Args:
+        make_env: builds the env; called by `connect`. The env has calvin_env's `reset`,
+            `step`, `get_info` and `close`, and `camera_frames(t_ns)`, which returns a
+            `CameraFrame` by camera name. One that has `advance(action)` (a step that draws
+            nothing) is stepped with that.
+        cameras: names, of "static" and "gripper".
+        clock: stamps the observations; the host's monotonic clock by default.
+        oracle: `"module:function"`, start info and end info to completed tasks.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[[], Any],
+        cameras: Sequence[str] = ("static", "gripper"),
+        clock: Clock | None = None,
+        oracle: str = ORACLE,
+    ) -> None:
+        for name in cameras:
+            if name not in CAMERA_SIZES:
+                valid = ", ".join(CAMERA_SIZES)
+                raise ValueError(f"robot.options.cameras: no camera {name!r}; there are: {valid}")
+        self._spec = RobotSpec(
+            cameras=tuple(CameraSpec(name, *CAMERA_SIZES[name]) for name in cameras),
+            action=ActionSpec(hz=CONTROL_HZ),
+        )
+        self._make_env = make_env
+        self._now_ns = (clock or MonotonicClock()).now_ns
+        self._oracle: Callable[[Any, Any], set[str]] = resolve(oracle)
+        self._env: Any = None
+        self._info: Mapping[str, Any] = {}
+        self._start_info: Mapping[str, Any] = {}
+        self._steps = 0
+
+    # -- Robot --------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> RobotSpec:
+        return self._spec
+
+    @property
+    def n_joints(self) -> int:
+        return 7
+
+    @property
+    def is_connected(self) -> bool:
+        return self._env is not None
+
+    def connect(self) -> None:
+        """Build the env.
+
+        Raises:
+            ValueError: the env refuses its options, or is not installed.
+            RobotError: it does not start.
+        """
+        if self._env is not None:
+            return
+        try:
+            self._env = self._make_env()
+        except RuntimeError as error:
+            raise RobotError(str(error)) from error
+        self._begin()
+
+    def disconnect(self) -> None:
+        env, self._env = self._env, None
+        if env is not None:
+            env.close()
+
+    def get_observation(self) -> Observation:
+        """Return the world's state, and its cameras' view of just this state."""
+        env = self._connected()
+        t_ns = self._now_ns()
+        robot = self._info["robot_info"]
+        names = {camera.name for camera in self._spec.cameras}
+        frames = self._ask(lambda: env.camera_frames(t_ns=t_ns)) if names else {}
+        return Observation(
+            t_ns=t_ns,
+            frames={name: frame for name, frame in frames.items() if name in names},
+            tcp_pose=_tcp_pose(robot),
+            gripper_width=float(robot["gripper_opening_width"]),
+            gripper_open=float(robot["gripper_action"]) > 0,
+            joints=np.array(robot["arm_joint_states"], np.float64),
+        )
+
+    def send_action(self, action: Action) -> Action:
+        """Make one environment step towards the target; the gripper opens from 0.5 on."""
+        env = self._connected()
+        check_action(action)
+        x, y, z, *q = np.asarray(action.pose, np.float64).tolist()
+        rotation = normalise(q)
+        opens = action.gripper >= 0.5
+        command = ((x, y, z), rotation, 1 if opens else -1)
+        if hasattr(env, "advance"):
+            self._ask(lambda: env.advance(command))
+            self._info = self._ask(env.get_info)
+        else:
+            self._info = self._ask(lambda: env.step(command))[3]
+        self._steps += 1
+        return Action(
+            pose=np.array((x, y, z, *rotation)),
+            gripper=1.0 if opens else 0.0,
+            epoch=action.epoch,
+            t_ns=action.t_ns,
+        )
+
+    def stop(self, reason: str) -> None:
+        """The world stands still until the next action, so there is nothing to send."""
+        log.info("world stands still: %s", reason)
+
+    def hold_action(self, last: Action | None) -> Action:
+        """Repeat the last target: commanding the measured pose would sag with the arm."""
+        if last is not None:
+            return Action(np.array(last.pose), last.gripper, last.epoch)
+        self._connected()
+        robot = self._info["robot_info"]
+        return Action(_tcp_pose(robot), 1.0 if float(robot["gripper_action"]) > 0 else 0.0)
+
+    # -- World --------------------------------------------------------------------------
+
+    def reset_world(
+        self, robot_obs: Sequence[float] | None, scene_obs: Sequence[float] | None
+    ) -> None:
+        """Reset the env; ValueError when it cannot take the state."""
+        env = self._connected()
+        self._ask(lambda: env.reset(robot_obs=robot_obs, scene_obs=scene_obs))
+        self._begin()
+
+    def begin_task(self, task: str, instruction: str) -> None:
+        self._connected()
+        self._start_info = self._info
+
+    def completed(self) -> frozenset[str]:
+        self._connected()
+        return frozenset(self._oracle(self._start_info, self._info))
+
+    def env_steps(self) -> int:
+        return self._steps
+
+    # -- inside ---------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._steps = 0
+        self._info = self._start_info = self._ask(self._env.get_info)
+
+    def _connected(self) -> Any:
+        if self._env is None:
+            raise NotConnected(f"{type(self).__name__}: connect() first")
+        return self._env
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        """Run `call`; a world that failed (not one that refused its input) is a RobotError."""
+        try:
+            return call()
+        except RuntimeError as error:
+            raise RobotError(str(error)) from error
+
+
+class PlayTableRobot(EnvRobot):
+    """PlayTable inside this process.
+
+    Args:
+        scene: "A" to "D".
+        cameras: names, of "static" and "gripper".
+        clock: see `EnvRobot`.
+        seed: of the placement of blocks in a default reset.
+    """
+
+    def __init__(
+        self,
+        scene: str = "D",
+        cameras: Sequence[str] = ("static", "gripper"),
+        clock: Clock | None = None,
+        seed: int = 0,
+    ) -> None:
+        def make_env() -> Any:
+            env = resolve("benchmarks.playtable.env:PlayTableEnv")
+            return env(scene=scene, cameras=tuple(cameras), seed=seed)
+
+        super().__init__(make_env, cameras, clock)
+
+
+def _tcp_pose(robot_info: Mapping[str, Any]) -> Any:
+    """Return calvin_env's TCP position and euler angles as a pose (7,)."""
+    return np.array((*robot_info["tcp_pos"], *from_euler_xyz(robot_info["tcp_orn"])), np.float64)

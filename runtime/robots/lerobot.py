@@ -1,0 +1,288 @@
+"""Any LeRobot robot as a robot of this runtime.
+
+LeRobot speaks in flat dictionaries whose keys, units and frames differ from arm to arm, so
+what is what is stated once, as a mapping in the configuration, and checked against the
+robot's own feature lists before anything moves. An arm that takes joint targets needs a
+kinematics class besides. LeRobot does not stamp its data: state is stamped on return, frames
+too, less the camera's stated latency.
+
+    robot:
+      name: lerobot
+      options:
+        target: lerobot.robots.so101_follower:SO101Follower
+        config_target: lerobot.robots.so101_follower:SO101FollowerConfig
+        config: {port: /dev/ttyACM0, id: left, use_degrees: true}
+        mapping:
+          joints: [shoulder_pan.pos, shoulder_lift.pos, elbow_flex.pos, wrist_flex.pos, wrist_roll.pos]
+          joint_unit_rad: 0.017453292519943295
+          kinematics: my_package.so101:Kinematics
+          gripper: {key: gripper.pos, closed: 0, open: 100, width_open_m: 0.08}
+          cameras:
+            static: {key: front, height: 480, width: 640, K: [...], T_world_cam: [...]}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from runtime.clock import Clock, MonotonicClock
+from runtime.quaternion import (
+    IDENTITY,
+    conjugate,
+    from_rotation_vector,
+    matrix,
+    multiply,
+    normalise,
+    rotation_vector,
+)
+from runtime.resolve import ResolveError, resolve
+from runtime.robots.base import NotConnected, Robot, RobotError, check_action
+from runtime.robots.lerobot_mapping import CameraMapping, LeRobotMapping, rigid, validated
+from runtime.spec import ActionSpec, CameraSpec, RobotSpec
+from runtime.types import F64, Action, CameraFrame, Observation
+
+log = logging.getLogger(__name__)
+
+
+class Kinematics(Protocol):
+    """Joints (rad) to the TCP in the arm's base frame, and back."""
+
+    def forward(self, joints: F64) -> F64:
+        """Return the TCP pose (7,): xyz in metres, quaternion xyzw."""
+
+    def inverse(self, pose: F64, joints: F64) -> F64:
+        """Return joints (n,) that reach `pose`, near `joints`; ValueError if there are none."""
+
+
+class LeRobotAdapter(Robot):
+    """A LeRobot `Robot` object, driven by end-effector targets.
+
+    Args:
+        mapping: which feature is what; see `LeRobotMapping`.
+        robot: the LeRobot object; or, from a configuration,
+        target: `"module:Class"` of it,
+        config_target: `"module:Class"` of its config, made of `config`; without one,
+            `config` is given to `target` itself.
+        config: keyword arguments.
+        hz: control rate.
+        clock: stamps the observations; the host's monotonic clock by default.
+
+    Raises:
+        ValueError: lerobot is not installed, or the mapping does not fit the robot's features.
+    """
+
+    def __init__(
+        self,
+        mapping: LeRobotMapping | Mapping[str, Any],
+        robot: Any = None,
+        target: str | None = None,
+        config_target: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        hz: float = 30.0,
+        clock: Clock | None = None,
+    ) -> None:
+        self._map = validated(mapping)
+        self._robot = robot if robot is not None else _make(target, config_target, config or {})
+        self._kinematics: Kinematics | None = None
+        if not self._map.tcp and self._map.kinematics:
+            self._kinematics = resolve(self._map.kinematics)(**self._map.kinematics_options)
+        self._T_world_base = rigid(self._map.T_world_base)
+        self._now_ns = (clock or MonotonicClock()).now_ns
+        self._opens = True
+        self._tcp: F64 | None = None
+        self._near: F64 | None = None
+        self._spec = RobotSpec(
+            cameras=tuple(
+                CameraSpec(name, camera.height, camera.width, depth=camera.depth_key is not None)
+                for name, camera in self._map.cameras.items()
+            ),
+            action=ActionSpec(hz=hz),
+        )
+        self._check_features()
+
+    @property
+    def spec(self) -> RobotSpec:
+        return self._spec
+
+    @property
+    def n_joints(self) -> int:
+        return len(self._map.joints)
+
+    @property
+    def is_connected(self) -> bool:
+        return bool(self._robot.is_connected)
+
+    def connect(self) -> None:
+        """Connect; an uncalibrated arm is refused, since calibrating moves it by hand."""
+        if self.is_connected:
+            return
+        try:
+            self._robot.connect(calibrate=False)
+        except (OSError, RuntimeError) as error:
+            raise RobotError(f"lerobot: {error}") from error
+        if not self._robot.is_calibrated:
+            self._robot.disconnect()
+            raise RobotError("lerobot: the arm is not calibrated; run lerobot-calibrate first")
+
+    def disconnect(self) -> None:
+        if self.is_connected:
+            self.stop("disconnect")
+            self._robot.disconnect()
+
+    def get_observation(self) -> Observation:
+        data = self._read()
+        t_ns = self._now_ns()
+        joints = self._near = self._joints(data)
+        self._tcp = self._to_world(self._pose(data, joints))
+        openness = self._map.gripper.openness(float(data[self._map.gripper.key]))
+        return Observation(
+            t_ns=t_ns,
+            frames={
+                name: self._frame(camera, data, t_ns) for name, camera in self._map.cameras.items()
+            },
+            tcp_pose=self._tcp,
+            gripper_width=openness * self._map.gripper.width_open_m,
+            gripper_open=self._opens,
+            joints=joints,
+        )
+
+    def send_action(self, action: Action) -> Action:
+        if not self.is_connected:
+            raise NotConnected("lerobot: connect() first")
+        check_action(action)
+        pose = np.asarray(action.pose, np.float64)
+        command = self._command(self._to_base(pose))
+        command[self._map.gripper.key] = self._map.gripper.value(action.gripper)
+        try:
+            sent = self._robot.send_action(command)
+        except (OSError, RuntimeError) as error:
+            raise RobotError(f"lerobot: {error}") from error
+        self._opens = action.gripper >= 0.5
+        sent = command | dict(sent or {})
+        return Action(
+            pose=self._to_world(self._pose(sent, self._joints(sent))),
+            gripper=self._map.gripper.openness(float(sent[self._map.gripper.key])),
+            epoch=action.epoch,
+            t_ns=action.t_ns,
+        )
+
+    def stop(self, reason: str) -> None:
+        """Command the positions that the arm has now; LeRobot has no stop of its own."""
+        log.warning("lerobot: stopping: %s", reason)
+        with contextlib.suppress(Exception):
+            data = self._read()
+            keys = self._map.tcp or self._map.joints
+            self._robot.send_action({key: data[key] for key in (*keys, self._map.gripper.key)})
+
+    def hold_action(self, last: Action | None) -> Action:
+        """Repeat the last target, which a position-controlled arm holds without sagging."""
+        if last is not None:
+            return Action(np.array(last.pose), last.gripper, last.epoch)
+        pose = self._tcp if self._tcp is not None else self.get_observation().tcp_pose
+        return Action(np.array(pose), 1.0 if self._opens else 0.0)
+
+    # -- inside ---------------------------------------------------------------------------
+
+    def _check_features(self) -> None:
+        """Refuse a mapping that names what the robot does not have."""
+        has, takes = self._robot.observation_features, self._robot.action_features
+        driven = (*(self._map.tcp or self._map.joints), self._map.gripper.key)
+        read = {*driven, *self._map.joints}
+        for camera in self._map.cameras.values():
+            read |= {camera.key} | ({camera.depth_key} if camera.depth_key else set())
+        for features, keys, verb in ((has, sorted(read), "has"), (takes, driven, "takes")):
+            for key in keys:
+                if key not in features:
+                    valid = ", ".join(features)
+                    raise ValueError(f"robot.options.mapping: no {key!r}; the robot {verb} {valid}")
+        left = set(takes) - set(driven)
+        if left:
+            raise ValueError(
+                f"robot.options.mapping: the robot also takes {', '.join(sorted(left))}, which "
+                "nothing drives"
+            )
+
+    def _read(self) -> dict[str, Any]:
+        if not self.is_connected:
+            raise NotConnected("lerobot: connect() first")
+        try:
+            return dict(self._robot.get_observation())
+        except (OSError, RuntimeError) as error:
+            raise RobotError(f"lerobot: {error}") from error
+
+    def _joints(self, data: Mapping[str, Any]) -> F64:
+        values = [float(data[key]) for key in self._map.joints if key in data]
+        return np.array(values, np.float64) * self._map.joint_unit_rad
+
+    def _pose(self, data: Mapping[str, Any], joints: F64) -> F64:
+        """Return the TCP (7,) in the base frame."""
+        if self._kinematics is not None:
+            return np.asarray(self._kinematics.forward(joints), np.float64)
+        values = [float(data[key]) for key in self._map.tcp]
+        rotation = values[3:]
+        q = normalise(rotation) if len(rotation) == 4 else from_rotation_vector(rotation)
+        return np.array((*values[:3], *q))
+
+    def _command(self, pose: F64) -> dict[str, float]:
+        """Return the robot's own action for a TCP target (7,) in the base frame."""
+        if self._kinematics is not None:
+            # The last observation's joints: asking the arm again would cost a bus round trip.
+            near = self._near if self._near is not None else self._joints(self._read())
+            joints = np.asarray(self._kinematics.inverse(pose, near)) / self._map.joint_unit_rad
+            return dict(zip(self._map.joints, joints.tolist(), strict=True))
+        q = normalise(pose[3:].tolist())
+        rotation = q if len(self._map.tcp) == 7 else rotation_vector(IDENTITY, q)
+        return dict(zip(self._map.tcp, (*pose[:3].tolist(), *rotation), strict=True))
+
+    def _to_world(self, pose: F64) -> F64:
+        T, q = self._T_world_base
+        turned = multiply(q, normalise(pose[3:].tolist()))
+        return np.array((*(T[:3, :3] @ pose[:3] + T[:3, 3]), *turned))
+
+    def _to_base(self, pose: F64) -> F64:
+        T, q = self._T_world_base
+        turned = multiply(conjugate(q), normalise(pose[3:].tolist()))
+        return np.array((*(T[:3, :3].T @ (pose[:3] - T[:3, 3])), *turned))
+
+    def _frame(self, camera: CameraMapping, data: Mapping[str, Any], t_ns: int) -> CameraFrame:
+        depth = None
+        if camera.depth_key is not None:
+            raw = np.squeeze(np.asarray(data[camera.depth_key]))
+            depth = raw.astype(np.float32) * np.float32(camera.depth_unit_m)
+        if camera.T_world_cam is not None:
+            T: F64 = np.array(camera.T_world_cam, np.float64)
+        else:
+            assert self._tcp is not None  # set by get_observation just before
+            T_world_tcp = np.eye(4)
+            T_world_tcp[:3, :3] = matrix(normalise(self._tcp[3:].tolist()))
+            T_world_tcp[:3, 3] = self._tcp[:3]
+            T = T_world_tcp @ np.array(camera.T_tcp_cam, np.float64)
+        return CameraFrame(
+            t_ns=t_ns - round(camera.latency_s * 1e9),
+            rgb=np.asarray(data[camera.key], np.uint8),
+            depth=depth,
+            K=np.array(camera.K, np.float64),
+            T_world_cam=T,
+        )
+
+
+def _make(target: str | None, config_target: str | None, config: Mapping[str, Any]) -> Any:
+    """Build the LeRobot object that a configuration names."""
+    if not target:
+        raise ValueError("robot.options.target: name the robot's class as 'module:Class'")
+    try:
+        if config_target is None:
+            return resolve(target)(**config)
+        return resolve(target)(resolve(config_target)(**config))
+    except ResolveError as error:
+        if "no module named 'lerobot'" in str(error):
+            raise ValueError(
+                "robot: lerobot is not installed; `pip install lerobot`, with the extra of your "
+                "arm (its own environment is best: it pins other versions of torch)"
+            ) from None
+        raise
