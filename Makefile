@@ -16,6 +16,7 @@ SEQ ?= 0
 SCENE ?= D
 CLOCK ?= realtime
 CONFIG ?= configs/run.yaml
+ARGS ?=
 
 .PHONY: help setup run-sim test test-slow test-gpu check format lock clean
 
@@ -36,6 +37,10 @@ $(STAMP): $(LOCK) pyproject.toml
 	  $(PY) -m pip install -q --no-deps --no-build-isolation -e .; \
 	fi || { echo "setup: could not install $(LOCK); torch==2.13.0+cpu comes from PyTorch's CPU wheel index: name it in PIP_EXTRA_INDEX_URL (and UV_EXTRA_INDEX_URL), or a folder with the wheel in PIP_FIND_LINKS"; exit 2; }
 	@touch $@
+
+run-sim: setup ## Run one five-task sequence: HZ2= STEPS= SEQ= SCENE= CLOCK=realtime|lockstep CONFIG= ARGS=
+	$(VENV)/bin/openhelix run --config $(CONFIG) system2.hz=$(HZ2) tasks.steps_limit=$(STEPS) \
+	  tasks.sequence=$(SEQ) world.scene=$(SCENE) control.clock=$(CLOCK) $(ARGS)
 
 test: setup ## Run the tests (under 15 minutes on 2 cores).
 	$(PY) -m pytest -q -m "not slow and not gpu" tests

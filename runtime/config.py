@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from runtime.safety import SafetyLimits
+
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -72,6 +74,7 @@ class ControlConfig(_Section):
     fifo_priority: Annotated[int, Field(ge=0, le=99)] = 50  # 0: no SCHED_FIFO
     spin_us: NonNegative = 300.0  # sleep until this long before a deadline, then spin
     cpu: Annotated[int, Field(ge=0)] | None = None  # pin the control thread to this core
+    hold_limit_s: Positive = 60.0  # how long one instruction may wait, all in all
     placement: Placement = Placement(cpus=0.5, threads=1)
 
 
@@ -80,22 +83,6 @@ class LockstepConfig(_Section):
 
     interval_steps: Count | None = None  # System 2 refreshes every so many steps; None: hz / HZ2
     latency_steps: Annotated[int, Field(ge=0)] = 0  # steps from a refresh to its arrival
-
-
-class SafetyConfig(_Section):
-    """Limits; see `runtime.safety`."""
-
-    box_min_m: tuple[float, float, float] = (-0.6, -0.6, 0.25)
-    box_max_m: tuple[float, float, float] = (0.6, 0.4, 1.0)
-    linear_speed_m_s: Positive = 1.1
-    angular_speed_rad_s: Positive = 3.0
-    linear_accel_m_s2: Positive = 60.0
-    angular_accel_rad_s2: Positive = 180.0
-    camera_age_s: Positive = 0.5
-    proprioception_age_s: Positive = 0.2
-    latent_age_s: Positive = 3.0  # older than this, System 2 counts as silent
-    latent_grace_s: NonNegative = 20.0  # how long System 1 may go on with its last latent
-    first_latent_s: Positive = 60.0  # how long an instruction may wait for its first latent
 
 
 class RobotConfig(_Section):
@@ -138,7 +125,8 @@ class OutputConfig(_Section):
 class TransportConfig(_Section):
     """How the processes reach one another."""
 
-    host: str = "ipc"  # "ipc", or an address to bind for other hosts
+    host: str = "ipc"  # "ipc", or the address at which the nodes reach one another
+    hosts: dict[str, str] = {}  # addresses of single nodes, for example {system2: 10.0.0.2}
     base_port: Annotated[int, Field(ge=1024, le=65000)] = 5700
     keys: Path | None = None  # folder of CURVE keys; required off loopback
 
@@ -154,7 +142,7 @@ class RunConfig(_Section):
     system2: System2Config = System2Config()
     control: ControlConfig = ControlConfig()
     lockstep: LockstepConfig = LockstepConfig()
-    safety: SafetyConfig = SafetyConfig()
+    safety: SafetyLimits = SafetyLimits()
     transport: TransportConfig = TransportConfig()
     output: OutputConfig = OutputConfig()
     ray: bool = True
@@ -228,7 +216,7 @@ def validate(model: type[M], data: dict[str, Any]) -> M:
 
 def _explain(model: type[BaseModel], error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: unknown key{_suggestion(model, error['loc'])}"
     value = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
     return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}{value}"
@@ -239,7 +227,7 @@ def _suggestion(model: type[BaseModel], loc: Sequence[Any]) -> str:
     for name in loc[:-1]:
         field = getattr(section, "model_fields", {}).get(name)
         section = field.annotation if field is not None else None
-    names = list(getattr(section, "model_fields", {}))
+    names = list(getattr(section, "model_fields", getattr(section, "__dataclass_fields__", {})))
     near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
     if near:
         return f"; did you mean {near[0]!r}?"

@@ -103,5 +103,5 @@ class Action:
     pose: F64  # (7,) TCP target in W
     gripper: float  # openness, 0 closed to 1 open
     epoch: int = 0
-    t_ns: int = 0  # when the target is to be reached; 0 for as soon as possible
     info: Mapping[str, float] = field(default_factory=dict)  # what limited it, if anything
+    t_ns: int = 0  # when the target is to be reached; 0 for as soon as possible

@@ -1,20 +1,43 @@
-"""Lets vLLM load LLaVA on a machine without torchvision.
+"""Lets vLLM load LLaVA on a machine without torchvision, and beside numba.
 
 vLLM's LLaVA imports its Pixtral module, which imports an image processor that needs
 torchvision; CPU-only torch has no torchvision of the same build. transformers has a PIL
 version of that processor with the same function, so it is put in the other's place, only
-where torchvision is absent. vLLM calls `register` in each of its processes.
+where torchvision is absent.
+
+vLLM also looks through every global of every loaded module for Triton kernels, with
+`vars(value)`. llvmlite (numba's) has an object that answers *any* attribute with a function,
+`__dict__` too, and the search fails on it; it is given `vars` that admits only real ones.
+vLLM calls `register` in each of its processes.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 _FAST = "transformers.models.pixtral.image_processing_pixtral"
+_KERNEL_SEARCH = "vllm.triton_utils.dispatcher"
 
 
 def register() -> None:
+    """Mend both, each only where it is needed."""
+    _use_pil_images()
+    if importlib.util.find_spec(_KERNEL_SEARCH) is not None:
+        # A module's global comes before the builtin of the same name.
+        importlib.import_module(_KERNEL_SEARCH).__dict__["vars"] = real_vars
+
+
+def real_vars(value: object) -> Mapping[str, Any]:
+    """Return `vars(value)`; empty where what calls itself `__dict__` is no mapping."""
+    found = getattr(value, "__dict__", None)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _use_pil_images() -> None:
     """Put the PIL image processor in the place of the one that needs torchvision."""
     if importlib.util.find_spec("torchvision") is not None or _FAST in sys.modules:
         return

@@ -1,0 +1,138 @@
+"""Builds a control loop from a configuration; the one place where its parts meet.
+
+Both clocks use the same classes and differ only in four of them: the clock, the planner
+(thread or inside the tick), the goals (another process or a schedule) and the robot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.chunks import ChunkBuffer
+from runtime.clock import Clock, FakeClock, MonotonicClock, Pacer
+from runtime.config import Part, RunConfig
+from runtime.director import Director
+from runtime.goals import Goals, LockstepGoals, WireGoals
+from runtime.interfaces import Engine, Policy
+from runtime.loop import ControlLoop
+from runtime.planner import Planner, SyncPlanner, ThreadPlanner
+from runtime.realtime import SlackCollector
+from runtime.resolve import resolve
+from runtime.robots.base import Robot, World
+from runtime.safety import SafetyFilter, StopMachine, Watchdog
+from runtime.spec import check_latent, check_robot
+from runtime.types import LatentGoal
+from runtime.wire import NewestReader, Publisher
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """A loop with all that belongs to it."""
+
+    loop: ControlLoop
+    pacer: Pacer
+    policy: Policy
+    director: Director
+
+    def close(self) -> None:
+        self.loop.planner.close()
+        if self.loop.goals is not None:
+            self.loop.goals.close()
+
+
+def make(part: Part) -> Any:
+    """Return `target(**options)`."""
+    return resolve(part.target)(**part.options)
+
+
+def period_ns(config: RunConfig) -> int:
+    """One control period."""
+    return round(1e9 / config.control.hz)
+
+
+def build_rig(
+    config: RunConfig, robot: Robot, policy: Policy, goals: Goals | None, clock: Clock
+) -> Rig:
+    """Join the parts; `robot` is connected. Raises SpecMismatch when they do not fit."""
+    check_robot(robot.spec, policy.spec)
+    period = period_ns(config)
+    replan_ns = config.system1.replan_steps * period
+    planner: Planner
+    if isinstance(clock, FakeClock):
+        planner = SyncPlanner(policy, replan_ns)
+    else:
+        planner = ThreadPlanner(policy, replan_ns)
+    names = tuple(camera.name for camera in policy.spec.cameras)
+    loop = ControlLoop(
+        robot=robot,
+        goals=goals,
+        planner=planner,
+        chunks=ChunkBuffer(config.system1.blend_s),
+        limits=SafetyFilter(config.safety),
+        watchdog=Watchdog(config.safety, names, use_latent=goals is not None),
+        machine=StopMachine(),
+        clock=clock,
+        period_ns=period,
+        seed=config.seed,
+    )
+    pacer = Pacer(clock, period)
+    director = Director(
+        loop=loop,
+        world=robot if isinstance(robot, World) else None,
+        steps_limit=config.tasks.steps_limit,
+        stop_at_failure=config.tasks.stop_at_failure,
+        wait=pacer.wait if isinstance(clock, FakeClock) else _waiter(pacer),
+        hold_limit=round(config.control.hold_limit_s * config.control.hz),
+    )
+    return Rig(loop, pacer, policy, director)
+
+
+def wire_goals(config: RunConfig, requests: str, latents: str, robot_name: str) -> WireGoals:
+    """Return System 2 in another process, reached over two endpoints."""
+    keys = str(config.transport.keys) if config.transport.keys else None
+    return WireGoals(
+        sender=Publisher(requests, robot_name, bind=False, keys=keys),
+        reader=NewestReader(latents, f"latents/{robot_name}", LatentGoal, keys=keys),
+        robot=robot_name,
+        camera=config.system2.camera,
+        # Twice System 2's rate, so that its newest image is never a whole period old.
+        min_interval_ns=round(0.5e9 / max(config.system2.hz, 1.0)),
+        memory=config.system1.latent_memory,
+    )
+
+
+def lockstep_goals(config: RunConfig, engine: Engine, policy: Policy) -> LockstepGoals:
+    """Return System 2 on a schedule of environment steps."""
+    if policy.spec.latent is not None:
+        check_latent(engine.spec, policy.spec.latent)
+    return LockstepGoals(
+        engine=engine,
+        camera=config.system2.camera,
+        interval=config.interval_steps,
+        latency=config.lockstep.latency_steps,
+        memory=config.system1.latent_memory,
+    )
+
+
+def make_clock(config: RunConfig) -> Clock:
+    """Return the clock that the configuration names."""
+    if config.control.clock == "lockstep":
+        return FakeClock()
+    return MonotonicClock(spin_ns=round(config.control.spin_us * 1000))
+
+
+def _waiter(pacer: Pacer) -> Callable[[], object]:
+    """Wait for the next tick, and collect garbage in the time that is left until then.
+
+    On the control thread the automatic collector is off (`runtime.realtime.enter`), because
+    it would run whenever an allocation happens to trip it.
+    """
+    collector = SlackCollector()
+
+    def wait() -> object:
+        collector.collect(pacer.slack_ns())
+        return pacer.wait()
+
+    return wait

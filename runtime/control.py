@@ -1,0 +1,172 @@
+"""The control process: one robot, System 1 and the control loop, run in real time.
+
+`setup` does all that is slow (loading, connecting, warming up); `run` waits for the word to
+start, then paces the loop and keeps the figures of the run. A robot is stopped on every way
+out: the end, Ctrl-C, an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.assembly import Rig, build_rig, make, make_clock, wire_goals
+from runtime.config import RunConfig, validate
+from runtime.director import Assignment
+from runtime.interfaces import Policy
+from runtime.realtime import RealtimeStatus, enter, leave
+from runtime.report import percentiles, task_rows
+from runtime.robots.base import Robot, World, make_robot
+from runtime.spec import LatentSpec, check_latent
+from runtime.statistics import LoopStatistics
+from runtime.subscribers import Subscribers
+
+log = logging.getLogger(__name__)
+
+
+class ControlNode:
+    """System 1 and the control loop, with the driver of one robot.
+
+    Args:
+        config: `RunConfig` as JSON data.
+        channels: endpoints by channel name; see `runtime.graph`.
+        assignments: [{"task": ..., "instruction": ...}, ...].
+        initial: {"robot_obs": [...], "scene_obs": [...]} for a world that can be reset.
+        folder: where video and recording go.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        channels: dict[str, str],
+        assignments: Sequence[dict[str, str]],
+        initial: dict[str, Any] | None = None,
+        folder: str = "outputs",
+    ) -> None:
+        self._config = validate(RunConfig, config)
+        self._channels = channels
+        self._assignments = [Assignment(**row) for row in assignments]
+        self._initial = initial
+        self._folder = Path(folder)
+        self._start = threading.Event()
+        self._finished = threading.Event()
+        self._stop = threading.Event()
+        self._report: dict[str, Any] = {}
+        self._robot: Robot | None = None
+        self._rig: Rig | None = None
+        self._realtime: RealtimeStatus | None = None
+        self._subscribers: Subscribers | None = None
+
+    def setup(self) -> None:
+        config = self._config
+        clock = make_clock(config)
+        policy: Policy = make(config.system1.policy)
+        policy.warm_up()
+        self._robot = self._make_robot()
+        self._robot.connect()
+        if self._initial is not None and isinstance(self._robot, World):
+            self._robot.reset_world(self._initial["robot_obs"], self._initial["scene_obs"])
+        goals = None
+        if policy.spec.latent is not None:
+            channels = self._channels
+            goals = wire_goals(config, channels["requests"], channels["latents"], "robot0")
+        self._rig = build_rig(config, self._robot, policy, goals, clock)
+        self._statistics = LoopStatistics(self._rig)
+        self._subscribers = Subscribers(config, self._folder, self._rig)
+        self._rig.loop.subscribers += [self._statistics, *self._subscribers]
+
+    def run(self, stop: threading.Event) -> None:
+        self._stop = stop
+        while not self._start.wait(0.02):
+            if stop.is_set():
+                return
+        assert self._rig is not None and self._robot is not None
+        control = self._config.control
+        self._realtime = enter(
+            priority=control.fifo_priority or None,
+            cpus=None if control.cpu is None else (control.cpu,),
+        )
+        try:
+            self._rig.loop.arm()
+            self._rig.pacer.start()
+            self._rig.director.run(self._assignments, stop)
+        finally:
+            self._robot.stop("the run has ended")
+            leave(self._realtime)
+            self._report = self._make_report()
+            self._finished.set()
+        stop.wait()  # stay until the report has been fetched
+
+    def health(self) -> dict[str, Any]:
+        rig = self._rig
+        if rig is None:
+            return {}
+        director = rig.director
+        current = director.current
+        return {
+            "finished": self._finished.is_set(),
+            "task": current.task if current else "",
+            "instruction": current.instruction if current else "",
+            "steps": director.steps,
+            **task_rows(director.results),
+            **self._statistics.live(),
+        }
+
+    def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+        return {"start": self._on_start, "report": lambda _: self._report}
+
+    def close(self) -> None:
+        if self._rig is not None:
+            self._rig.close()
+        if self._subscribers is not None:
+            self._subscribers.close()
+        if self._robot is not None:
+            self._robot.disconnect()
+
+    def _make_robot(self) -> Robot:
+        options = dict(self._config.robot.options)
+        if self._config.robot.name == "sim":
+            names = ("actions", "states", "frames", "world_control")
+            options |= {name: self._channels[name] for name in names}
+            options["cameras"] = self._config.world.cameras
+            options["hz"] = self._config.control.hz
+            options["keys"] = str(self._config.transport.keys or "") or None
+        return make_robot(self._config.robot.name, **options)
+
+    def _on_start(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Compare what System 2 gives with what System 1 needs, then go."""
+        assert self._rig is not None
+        expected = self._rig.policy.spec.latent
+        if expected is not None:
+            check_latent(LatentSpec(**arguments["latent_spec"]), expected)
+        self._start.set()
+        return {}
+
+    def _make_report(self) -> dict[str, Any]:
+        assert self._rig is not None and self._realtime is not None
+        rig = self._rig
+        lateness = rig.pacer.summary()
+        goals = rig.loop.goals
+        return {
+            "clock": "realtime",
+            "hz2": self._config.system2.hz,
+            "steps_limit": self._config.tasks.steps_limit,
+            **task_rows(rig.director.results),
+            **self._statistics.report(),
+            "deadline_missed": lateness.missed,
+            "tick_lateness_s": lateness.as_seconds() if lateness.ticks else None,
+            "latents_received": goals.received if goals else 0,
+            "latents_void": goals.void if goals else 0,
+            "latents_missed": goals.missed if goals else 0,
+            "s1_latency_s": percentiles(rig.loop.planner.latencies_s, ("p50", "p99")),
+            "s2_latency_s": percentiles(goals.latencies_s if goals else (), ("p50", "p99")),
+            "safe_stops": dict(rig.loop.machine.stops),
+            "realtime": {
+                "fifo": self._realtime.fifo,
+                "reason": self._realtime.reason,
+                "cpus": list(self._realtime.cpus),
+            },
+        }

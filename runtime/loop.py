@@ -1,0 +1,197 @@
+"""The control loop: observe, condition, act, apply, notify.
+
+One tick never waits: the robot's newest state is read, the newest latent and the newest
+chunk are taken if they are there, one target is sampled, limited and sent. System 1 and
+System 2 work beside it. Logging, recording and viewing are subscribers, never `if`s in here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from runtime.chunks import ChunkBuffer
+from runtime.clock import Clock
+from runtime.goals import Goals
+from runtime.planner import Planner
+from runtime.robots.base import Robot
+from runtime.safety import Mode, SafetyFilter, StopMachine, Watchdog
+from runtime.types import Action, ActionChunk, LatentGoal, Observation
+
+State = Literal["wait", "run", "hold", "stop"]
+_STATES: dict[Mode, State] = {Mode.RUN: "run", Mode.HOLD: "hold", Mode.STOP: "stop"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """What happened in one tick, as subscribers are told."""
+
+    index: int
+    t_ns: int
+    observation: Observation
+    state: State  # wait: no plan yet for this instruction; run: a planned target was sent
+    reason: str  # why it is not running
+    sent: Action
+    new_latent: LatentGoal | None
+    new_chunk: ActionChunk | None
+    latent_age_s: float | None  # of the newest latent of this instruction
+    duration_s: float  # the tick's own work
+
+
+Subscriber = Callable[[Tick], None]
+
+
+class ControlLoop:
+    """Joins one robot, System 1 and System 2.
+
+    Args:
+        robot: connected; gives observations, takes targets.
+        goals: where latents come from; None for a policy without System 2.
+        planner: System 1, beside the loop or inside the tick.
+        chunks: the plan on its time line.
+        limits: bounds every target before it is sent.
+        watchdog: knows the age of every source and what is too old.
+        machine: turns its findings into run, hold or stop.
+        clock: whose time this is.
+        period_ns: one control period.
+        seed: of the policy's randomness; every instruction draws from a stream of its own.
+        subscribers: told of every tick, after the action is sent.
+    """
+
+    def __init__(
+        self,
+        robot: Robot,
+        goals: Goals | None,
+        planner: Planner,
+        chunks: ChunkBuffer,
+        limits: SafetyFilter,
+        watchdog: Watchdog,
+        machine: StopMachine,
+        clock: Clock,
+        period_ns: int,
+        seed: int = 0,
+        subscribers: Sequence[Subscriber] = (),
+    ) -> None:
+        self.robot, self.goals, self.planner = robot, goals, planner
+        self.chunks, self.limits = chunks, limits
+        self.watchdog, self.machine = watchdog, machine
+        self.clock, self.period_ns, self.seed = clock, period_ns, seed
+        self.subscribers = list(subscribers)
+        self.epoch = 0
+        self.ticks = 0
+        self._last: Action | None = None
+        self._planned = False  # this instruction has had a plan
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the robot stands stopped for good."""
+        return self.machine.stop is not None and self.machine.stop.latched
+
+    def arm(self) -> None:
+        """Call once before the first tick: every source counts as seen now."""
+        self.watchdog.arm(self.clock.now_ns())
+        self.limits.rest()
+        self._last = None
+
+    def begin(self, instruction: str) -> int:
+        """Follow a new instruction: what belonged to the old one is void. Returns the epoch."""
+        self.epoch += 1
+        self._planned = False
+        self.watchdog.expect_latent(self.clock.now_ns())
+        if self.goals is not None:
+            self.goals.begin(self.epoch, instruction)
+        self.planner.reset(self.seed + self.epoch)
+        self.chunks.void(self.epoch)
+        return self.epoch
+
+    def tick(self) -> Tick:
+        """Do one control period's work and tell the subscribers."""
+        start_s = time.perf_counter()
+        now_ns = self.clock.now_ns()
+        observation = self.observe()
+        latent = self.condition(observation, now_ns)
+        chunk = self.plan(observation, now_ns)
+        state, target = self.decide(now_ns)
+        sent = self.apply(state, target, observation, now_ns)
+        self.ticks += 1
+        tick = Tick(
+            index=self.ticks,
+            t_ns=now_ns,
+            observation=observation,
+            state=state,
+            reason=self.machine.reason,
+            sent=sent,
+            new_latent=latent,
+            new_chunk=chunk,
+            latent_age_s=self._latent_age_s(now_ns),
+            duration_s=time.perf_counter() - start_s,
+        )
+        for subscriber in self.subscribers:
+            subscriber(tick)
+        return tick
+
+    def fail(self, why: str) -> str:
+        """The robot does not answer: stop it for good. Returns the reason."""
+        self.machine.trip("robot_error", why)
+        self.robot.stop(self.machine.reason)
+        return self.machine.reason
+
+    def observe(self) -> Observation:
+        """Read the robot's newest state, stamped with the instruction it is seen under."""
+        observation = replace(self.robot.get_observation(), epoch=self.epoch)
+        now_ns = self.clock.now_ns()
+        self.watchdog.saw("proprioception", observation.t_ns, now_ns)
+        for name, frame in observation.frames.items():
+            self.watchdog.saw_frame(name, frame, observation.tcp_pose, now_ns)
+        return observation
+
+    def condition(self, observation: Observation, now_ns: int) -> LatentGoal | None:
+        """Offer the newest image to System 2; return a latent that has just arrived."""
+        if self.goals is None:
+            return None
+        latent = self.goals.update(observation)
+        if latent is not None:
+            self.watchdog.saw("latent", latent.t_obs_ns, now_ns)
+        return latent
+
+    def plan(self, observation: Observation, now_ns: int) -> ActionChunk | None:
+        """Offer System 1 its input once there is a latent; join a finished chunk."""
+        if self.goals is None or self.goals.recent:
+            self.planner.offer(observation, tuple(self.goals.recent) if self.goals else ())
+        chunk = self.planner.poll()
+        if chunk is None or not self.chunks.put(chunk, now_ns):
+            return None
+        self._planned = True
+        return chunk
+
+    def decide(self, now_ns: int) -> tuple[State, Action | None]:
+        """Return what to do, and the planned target for the end of this period."""
+        target = self.chunks.sample(now_ns + self.period_ns)
+        hold = ""
+        if target is None:
+            hold = "chunk_ran_out" if self._planned else "first_plan_due"
+        mode = self.machine.update(self.watchdog.check(now_ns), hold)
+        if mode is Mode.HOLD and not self._planned:
+            return "wait", None
+        return _STATES[mode], target if mode is Mode.RUN else None
+
+    def apply(
+        self, state: State, target: Action | None, observation: Observation, now_ns: int
+    ) -> Action:
+        """Limit and send the target, or hold; a stopped robot is told to stop, every tick."""
+        if state == "stop":
+            self.robot.stop(self.machine.reason)
+        if target is None:
+            target = self.robot.hold_action(self._last)
+        reference = self._last if self._last is not None else observation.tcp_pose
+        limited = self.limits.limit(target, reference, self.period_ns * 1e-9)
+        due_ns = now_ns + self.period_ns
+        self._last = self.robot.send_action(replace(limited, epoch=self.epoch, t_ns=due_ns))
+        return self._last
+
+    def _latent_age_s(self, now_ns: int) -> float | None:
+        if self.goals is None or not self.goals.recent:
+            return None
+        return self.goals.recent[-1].age_s(now_ns)

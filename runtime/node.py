@@ -1,0 +1,141 @@
+"""One process of the graph: builds its part, says when it is ready, answers questions.
+
+`NodeRunner` is the same whether a Ray actor or a plain process hosts it; both reach it
+over the node's own ZeroMQ control endpoint, so Ray carries no message of the run at all.
+
+States: `starting` -> `ready` -> `done`, or `refused` (wrong input: starting it again would
+not help, so it stays and says why) or `failed` (a crash: the host lets it be restarted).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from runtime.resolve import resolve
+from runtime.rpc import RpcServer
+
+log = logging.getLogger(__name__)
+Handler = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class Node(Protocol):
+    """A part that fills a process: built with its options, then driven by `NodeRunner`."""
+
+    def setup(self) -> None:
+        """Load, connect, bind, warm up. Ready when it returns."""
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until `stop` is set."""
+
+    def health(self) -> dict[str, Any]:
+        """Small and quick: called from another thread while `run` works."""
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """More questions that this part answers."""
+
+    def close(self) -> None:
+        """Release everything; safe to call twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """All that a host needs to start a node; plain data, so that it travels as JSON."""
+
+    name: str
+    target: str  # "module:Class"
+    control: str  # endpoint of the node's control channel
+    options: dict[str, Any] = field(default_factory=dict)
+    cpus: float = 0.5
+    gpus: float = 0.0
+    resources: dict[str, float] = field(default_factory=dict)
+    threads: int = 1
+    nice: int = 0
+    restart: bool = True
+    keys: str | None = None  # folder of CURVE keys, off loopback
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> NodeSpec:
+        return cls(**json.loads(text))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Thread counts, set before any library reads them, so that processes do not fight."""
+        count = str(self.threads)
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+        return {name: count for name in names} | {"TOKENIZERS_PARALLELISM": "false"}
+
+
+class NodeRunner:
+    """Drives one node through its states."""
+
+    def __init__(self, spec: NodeSpec) -> None:
+        self._spec = spec
+        self._stop = threading.Event()
+        self._node: Node | None = None
+        self.state = "starting"
+        self.error = ""
+        self._server: RpcServer | None = None
+
+    def run(self) -> str:
+        """Block until the node is done; return its last state."""
+        if self._spec.nice:
+            os.nice(self._spec.nice)
+        self._server = RpcServer(
+            self._spec.control,
+            {"health": self._health, "stop": self._on_stop, "ask": self._ask},
+            keys=self._spec.keys,
+        )
+        self._server.start()
+        try:
+            self._drive()
+        finally:
+            if self._node is not None:
+                self._node.close()
+            if self.state == "refused":
+                self._stop.wait()  # stay, so that the reason can be read
+            self._server.close()
+        return self.state
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _drive(self) -> None:
+        try:
+            self._node = resolve(self._spec.target)(**self._spec.options)
+            self._node.setup()
+            self.state = "ready"
+            self._node.run(self._stop)
+            self.state = "done"
+        except ValueError as error:  # includes SpecMismatch, ConfigError, refused input
+            self.state, self.error = "refused", " ".join(str(error).split())
+            log.error("%s refuses to start: %s", self._spec.name, self.error)
+        except Exception as error:
+            self.state, self.error = "failed", f"{type(error).__name__}: {error}"
+            log.exception("%s failed", self._spec.name)
+
+    def _health(self, _: dict[str, Any]) -> dict[str, Any]:
+        health = {"name": self._spec.name, "state": self.state, "error": self.error}
+        if self._node is not None and self.state == "ready":
+            health |= self._node.health()
+        return health | {"pid": os.getpid()}
+
+    def _on_stop(self, _: dict[str, Any]) -> dict[str, Any]:
+        self._stop.set()
+        return {}
+
+    def _ask(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Pass a question on to the node, once it is there."""
+        question = str(arguments.get("question"))
+        handlers = self._node.handlers() if self._node is not None else {}
+        if question not in handlers:
+            raise ValueError(f"{self._spec.name} does not answer {question!r} ({self.state})")
+        return handlers[question](arguments)

@@ -1,0 +1,90 @@
+"""The graph as plain processes (`--no-ray`): for debugging, and where Ray is not wanted.
+
+`python -m runtime.processes '<NodeSpec as JSON>'` is one process. The parent restarts a
+node that died; when the parent dies, the kernel ends the children.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime.node import NodeRunner, NodeSpec
+
+log = logging.getLogger(__name__)
+PR_SET_PDEATHSIG = 1
+
+
+class ProcessHost:
+    """Starts nodes as child processes and restarts those that die."""
+
+    def __init__(self, log_folder: Path) -> None:
+        self._log_folder = log_folder
+        self._specs: dict[str, NodeSpec] = {}
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._closing = threading.Event()
+        self._watch = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+        self.restarts = 0
+
+    def start(self, specs: Sequence[NodeSpec]) -> None:
+        self._log_folder.mkdir(parents=True, exist_ok=True)
+        for spec in specs:
+            self._specs[spec.name] = spec
+            self._children[spec.name] = self._spawn(spec)
+        self._watch.start()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """End every child: politely, then for certain."""
+        self._closing.set()
+        for child in self._children.values():
+            child.terminate()
+        for child in self._children.values():
+            try:
+                child.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+    def _spawn(self, spec: NodeSpec) -> subprocess.Popen[bytes]:
+        with (self._log_folder / f"{spec.name}.log").open("ab") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", "runtime.processes", spec.to_json()],
+                env=os.environ | spec.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which stops in order
+            )
+
+    def _supervise(self) -> None:
+        while not self._closing.wait(0.2):
+            for name, child in list(self._children.items()):
+                if child.poll() in (None, 0) or not self._specs[name].restart:
+                    continue
+                log.warning("%s ended with code %s; starting it again", name, child.returncode)
+                self.restarts += 1
+                self._children[name] = self._spawn(self._specs[name])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Be one node until told to stop; 0 when done, 1 after a crash."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    runner = NodeRunner(NodeSpec.from_json(argv[0]))
+    signal.signal(signal.SIGTERM, lambda *_: runner.stop())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return 0 if runner.run() == "done" else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,118 @@
+"""A run on the wall clock: start the graph, give the word, watch, fetch the report, end all."""
+
+from __future__ import annotations
+
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from runtime.config import ConfigError, RunConfig
+from runtime.director import Assignment
+from runtime.display import Display
+from runtime.graph import Graph, GraphError
+from runtime.report import versions
+from runtime.rpc import RpcError
+
+READY_TIMEOUT_S = 300.0  # the first start builds the laptop model; later ones take seconds
+
+
+class RunFailed(RuntimeError):
+    """The run could not be completed; one line says why."""
+
+
+def run_realtime(
+    config: RunConfig,
+    assignments: Sequence[Assignment],
+    initial: dict[str, Any] | None,
+    folder: Path,
+    display: Display,
+) -> dict[str, Any]:
+    """Run on real processes; return the report.
+
+    Raises:
+        ConfigError: a part refused its configuration.
+        RunFailed: a part failed and the run could not go on.
+    """
+    control_options = {
+        "assignments": [asdict(assignment) for assignment in assignments],
+        "initial": initial,
+        "folder": str(folder),
+    }
+    started_s = time.monotonic()
+    graph = Graph(config, control_options, folder / "logs")
+    with interruptible() as interrupted, display:
+        try:
+            display.say("starting the processes" + (" as Ray actors" if config.ray else ""))
+            graph.start()
+            graph.wait_ready(READY_TIMEOUT_S, display.states, interrupted)
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            system2 = graph.health("system2")
+            graph.ask("control", "start", latent_spec=system2["latent_spec"])
+            ready_s = time.monotonic() - started_s
+            report = _watch(graph, config, display, interrupted)
+            system2 = graph.health("system2")
+        except (GraphError, RpcError) as error:
+            raise RunFailed(str(error)) from error
+        finally:
+            graph.close()
+    return report | {
+        "latents_published": system2.get("published"),
+        "latents_skipped": system2.get("skipped"),
+        "ready_s": ready_s,
+        "device": f"{platform.machine()}, {system2.get('device', 'cpu')}",
+        "versions": versions(),
+        "seed": config.seed,
+    }
+
+
+def _watch(
+    graph: Graph, config: RunConfig, display: Display, interrupted: threading.Event
+) -> dict[str, Any]:
+    """Follow the control process until it has finished; return its report."""
+    silent_since_s: float | None = None
+    while True:
+        health = graph.health("control")
+        if health["state"] == "unreachable":
+            silent_since_s = silent_since_s or time.monotonic()
+            if time.monotonic() - silent_since_s > 10.0:
+                raise GraphError("control: has not answered for 10 s; its log is in logs/")
+        elif health["state"] in ("failed", "refused"):
+            raise GraphError(f"control {health['state']}: {health['error']}")
+        else:
+            silent_since_s = None
+            display.progress(health, config.tasks.steps_limit)
+            if health.get("finished"):
+                return graph.ask("control", "report", timeout_s=10.0)
+        if interrupted.is_set():
+            # The loop ends its tick, holds, stops the robot and reports what it did.
+            graph.tell_stop("control")
+            interrupted.clear()
+        time.sleep(0.15)
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Turn Ctrl-C and SIGTERM into an event; a second Ctrl-C ends the program at once."""
+    event = threading.Event()
+
+    def handle(number: int, _: object) -> None:
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["ConfigError", "RunFailed", "run_realtime"]

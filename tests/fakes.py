@@ -1,0 +1,77 @@
+"""Small stand-ins for System 1 and System 2, honest about the same contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.spec import ActionSpec, CameraSpec, LatentSpec, PolicySpec
+from runtime.types import ActionChunk, LatentGoal, Observation
+
+LATENT = LatentSpec("act_last", n_tokens=1, dim=8)
+PERIOD_NS = round(1e9 / 30)
+
+
+class ReachPolicy:
+    """Moves in a straight line to the point in the first three numbers of the newest latent."""
+
+    def __init__(
+        self,
+        horizon: int = 16,
+        speed_m: float = 0.01,
+        cameras: Sequence[CameraSpec] = (),
+        fail_at: int | None = None,
+    ) -> None:
+        self.spec = PolicySpec(tuple(cameras), LATENT, ActionSpec(), horizon)
+        self.speed_m, self.fail_at = speed_m, fail_at
+        self.calls = 0
+        self.seeds: list[int | None] = []
+
+    def warm_up(self) -> None: ...
+
+    def reset(self, seed: int | None = None) -> None:
+        self.seeds.append(seed)
+
+    def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise RuntimeError("the policy fails as configured")
+        goal = np.asarray(latents[-1].z[0, :3], np.float64)
+        here = observation.tcp_pose[:3]
+        way = goal - here
+        length = float(np.linalg.norm(way))
+        steps = np.minimum(np.arange(1, self.spec.horizon + 1) * self.speed_m, length)
+        positions = here + np.outer(steps, way / max(length, 1e-9))
+        return ActionChunk(
+            t_start_ns=observation.t_ns + PERIOD_NS,
+            dt_ns=PERIOD_NS,
+            poses=np.hstack((positions, np.tile(observation.tcp_pose[3:], (len(steps), 1)))),
+            gripper=np.ones(len(steps)),
+            epoch=observation.epoch,
+            latent_seq=latents[-1].seq,
+            t_obs_ns=observation.t_ns,
+        )
+
+
+class PointEngine:
+    """Reads the goal out of the instruction: "reach x y z"."""
+
+    def __init__(self, spec: LatentSpec = LATENT) -> None:
+        self.spec = spec
+        self.calls = 0
+
+    def warm_up(self) -> None: ...
+
+    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> np.ndarray:
+        self.calls += 1
+        z = np.zeros((len(instructions), self.spec.n_tokens, self.spec.dim), np.float32)
+        for row, text in zip(z, instructions, strict=True):
+            word, *numbers = text.split()
+            if word != "reach" or len(numbers) != 3:
+                raise ValueError(f"instruction: {text!r} is not 'reach x y z'")
+            row[0, :3] = [float(n) for n in numbers]
+        return z
+
+    def close(self) -> None: ...

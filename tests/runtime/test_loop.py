@@ -1,0 +1,133 @@
+"""The control loop in lockstep on a fake arm: it gets there, it waits, it holds, it stops."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.assembly import Rig, build_rig, lockstep_goals
+from runtime.clock import FakeClock
+from runtime.config import RunConfig, load
+from runtime.director import Assignment
+from runtime.robots.fake import FakeRobot
+from runtime.spec import CameraSpec, LatentSpec, SpecMismatch
+from tests.fakes import PointEngine, ReachPolicy
+
+GOAL = {"near": (0.15, -0.1, 0.6), "far": (0.1, 0.2, 0.8)}
+TASKS = [Assignment(name, f"reach {x} {y} {z}") for name, (x, y, z) in GOAL.items()]
+
+
+def make(*overrides: str, policy: ReachPolicy | None = None, **robot: Any) -> Rig:
+    config: RunConfig = load(None, ["control.clock=lockstep", "tasks.steps_limit=80", *overrides])
+    clock = FakeClock()
+    policy = policy or ReachPolicy(cameras=[CameraSpec("static", 200, 200)])
+    arm = FakeRobot(clock=clock, goals=GOAL, lag_s=0.02, **robot)
+    arm.connect()
+    rig = build_rig(config, arm, policy, lockstep_goals(config, PointEngine(), policy), clock)
+    rig.loop.arm()
+    return rig
+
+
+def run(rig: Rig, stop: threading.Event | None = None) -> list[Any]:
+    return rig.director.run(TASKS, stop or threading.Event())
+
+
+def test_a_chain_of_instructions_is_carried_out() -> None:
+    rig = make()
+    results = run(rig)
+    assert [r.success for r in results] == [True, True]
+    assert [r.reason for r in results] == ["success", "success"]
+    # 19 cm less 3 at 1 cm a step, then 36 less 3: the arm can be no quicker than the plan.
+    assert 15 <= results[0].env_steps <= 25
+    assert 30 <= results[1].env_steps <= 45
+    assert all(r.hold_steps == 0 for r in results)
+
+
+def test_two_runs_are_identical() -> None:
+    first, second = make(), make()
+    assert run(first) != []
+    run(second)
+
+    def sent(rig: Rig) -> np.ndarray:
+        return np.array([a.pose for a in rig.loop.robot.sent])  # type: ignore[attr-defined]
+
+    np.testing.assert_array_equal(sent(first), sent(second))
+    strip = [{**vars_of(r), "duration_s": 0} for r in first.director.results]
+    assert strip == [{**vars_of(r), "duration_s": 0} for r in second.director.results]
+
+
+def vars_of(result: Any) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in result.__dataclass_fields__}
+
+
+@pytest.mark.parametrize(("interval", "latency"), [(1, 0), (5, 0), (30, 0), (10, 7)])
+def test_refresh_interval_and_latency_count_environment_steps(interval: int, latency: int) -> None:
+    rig = make(f"lockstep.interval_steps={interval}", f"lockstep.latency_steps={latency}")
+    ages: list[float] = []
+    rig.loop.subscribers.append(lambda t: ages.append(t.latent_age_s) if t.latent_age_s else None)
+    results = run(rig)
+    assert all(r.success for r in results)
+    # Until the first latent of an instruction has come the robot holds, for `latency` steps.
+    assert [r.hold_steps for r in results] == [latency, latency]
+    oldest = (interval + latency - 1) / 30 if interval > 1 or latency else 0.0
+    assert max(ages, default=0.0) == pytest.approx(oldest, abs=1e-6)
+
+
+def test_step_limit_ends_an_attempt() -> None:
+    rig = make("tasks.steps_limit=5")
+    results = run(rig)
+    assert [(r.success, r.env_steps, r.reason) for r in results] == [(False, 5, "step limit")] * 2
+
+
+def test_stop_at_failure_is_calvins_protocol() -> None:
+    rig = make("tasks.steps_limit=5", "tasks.stop_at_failure=true")
+    assert len(run(rig)) == 1
+
+
+def test_a_camera_that_freezes_stops_the_robot_for_good() -> None:
+    rig = make()
+    arm = rig.loop.robot
+    assert isinstance(arm, FakeRobot)
+
+    def freeze(tick: Any) -> None:
+        if tick.index == 5:
+            arm.freeze_camera("static")
+
+    rig.loop.subscribers.append(freeze)
+    results = rig.director.run([Assignment("", "reach 0.5 0.3 0.9")], threading.Event())
+    assert "camera" in results[0].reason and "static" in results[0].reason
+    assert rig.loop.stopped
+    assert any("camera" in reason for reason in arm.stops)
+
+
+@pytest.mark.parametrize("option", [{"fail_observe_at": 6}, {"fail_send_at": 6}])
+def test_a_robot_that_does_not_answer_is_stopped(option: dict[str, int]) -> None:
+    rig = make(**option)
+    results = run(rig)
+    assert len(results) == 1 and results[0].reason.startswith("safe stop: robot error")
+    assert rig.loop.stopped and rig.loop.robot.stops  # type: ignore[attr-defined]
+
+
+def test_a_stop_event_ends_the_run_between_ticks() -> None:
+    rig, stop = make(), threading.Event()
+    rig.loop.subscribers.append(lambda t: stop.set() if t.index == 3 else None)
+    results = run(rig, stop)
+    assert [r.reason for r in results] == ["interrupted"] and rig.loop.ticks == 3
+
+
+def test_every_instruction_has_a_seed_of_its_own() -> None:
+    policy = ReachPolicy()
+    rig = make("seed=7", policy=policy)
+    run(rig)
+    assert policy.seeds == [8, 9]
+
+
+def test_parts_that_do_not_fit_refuse_to_start() -> None:
+    with pytest.raises(SpecMismatch, match="wrist"):
+        make(policy=ReachPolicy(cameras=[CameraSpec("wrist", 84, 84)]))
+    config = load(None, ["control.clock=lockstep"])
+    with pytest.raises(SpecMismatch, match=r"latent\.dim"):
+        lockstep_goals(config, PointEngine(LatentSpec("act_last", 1, 9)), ReachPolicy())
