@@ -9,6 +9,7 @@ is a plain vector (`visual_state`) that any process can draw.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -45,6 +46,26 @@ PLACEMENT_TRIES = 1000
 
 class ObservationError(ValueError):
     """A robot_obs or scene_obs that cannot be reset to."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A `PlayTableEnv` at one instant, as what led to it since the last reset.
+
+    Attributes:
+        scene: its name.
+        journal: everything that was done to the world, `physics.World.journal`.
+        target_pos, target_euler, gripper_action: what relative actions add to, and the last
+            commanded gripper state.
+        logic: bulb, LED, button on, switch on, button down.
+    """
+
+    scene: str
+    journal: tuple[tuple[Any, ...], ...]
+    target_pos: tuple[float, ...]
+    target_euler: tuple[float, ...]
+    gripper_action: int
+    logic: tuple[bool, bool, bool, bool, bool]
 
 
 class PlayTableEnv:
@@ -327,6 +348,37 @@ class PlayTableEnv:
     def camera_frames(self, t_ns: int) -> Mapping[str, CameraFrame]:
         """The cameras' frames with intrinsics and extrinsics, stamped `t_ns`."""
         return {name: frame.camera_frame(t_ns) for name, frame in self.render().items()}
+
+    def state(self) -> State:
+        """A copy of the whole env; an env that restores it goes on to the same bits.
+
+        Hooks are not part of it; what they did to the world is.
+        """
+        arm = self.robot
+        return State(
+            scene=self.scene.name,
+            journal=tuple(self.world.journal),
+            target_pos=tuple(arm.target_pos.tolist()),
+            target_euler=tuple(arm.target_euler.tolist()),
+            gripper_action=arm.gripper_action,
+            logic=(self.bulb, self.led, self.button_on, self.switch_on, self._button_was_down),
+        )
+
+    def restore(self, state: State) -> None:
+        """Go back to a state of this env, or to one of another env of the same scene.
+
+        Takes about as long as simulating the episode up to there.
+
+        Raises:
+            ObservationError: the state is of another scene; the world keeps its state.
+        """
+        if state.scene != self.scene.name:
+            raise ObservationError(f"state.scene: {state.scene!r}, this is {self.scene.name!r}")
+        self.world.replay(state.journal)
+        self.robot.target_pos = np.array(state.target_pos)
+        self.robot.target_euler = np.array(state.target_euler)
+        self.robot.gripper_action = state.gripper_action
+        self.bulb, self.led, self.button_on, self.switch_on, self._button_was_down = state.logic
 
     def add_substep_hook(self, hook: SubstepHook) -> None:
         """Call `hook(world)` before every physics substep, from now on."""

@@ -25,8 +25,7 @@ from runtime.types import F64
 
 LOWER_RAD = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
 UPPER_RAD = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
-ARM_FORCE_N, ARM_SPEED_RAD_S = 200.0, 2.0
-FINGER_OPEN_M, FINGER_SPEED_M_S = 0.04, 1.0
+FINGER_OPEN_M = 0.04
 OPEN_FORCE_N, CLOSE_FORCE_N = 2.0, 200.0
 MAX_STEP_M, MAX_STEP_RAD = 0.02, 0.05
 
@@ -51,39 +50,12 @@ class Arm:
 
     def reset(self, joints: Any, finger_m: float) -> None:
         """Put the arm at `joints` (7) rad and each finger at `finger_m`, and hold it there."""
-        w = self.world
-        for joint, angle in zip(ARM_JOINTS, joints, strict=True):
-            p.resetJointState(w.robot, joint, angle, physicsClientId=w.client)
-            self._arm_motor(joint, angle)
-        for finger in w.fingers:
-            p.resetJointState(w.robot, finger, finger_m, physicsClientId=w.client)
-            self._finger_motor(finger, finger_m, CLOSE_FORCE_N)
+        self.world.put_arm(joints, finger_m)
+        self.world.drive_arm(joints, finger_m, CLOSE_FORCE_N)
         self.gripper_action = 1
         position, quaternion = self.tcp()
         self.target_pos = np.array(position)
         self.target_euler = np.array(euler_from_quaternion(quaternion))
-
-    def _arm_motor(self, joint: int, angle: float) -> None:
-        p.setJointMotorControl2(
-            self.world.robot,
-            joint,
-            p.POSITION_CONTROL,
-            targetPosition=angle,
-            force=ARM_FORCE_N,
-            maxVelocity=ARM_SPEED_RAD_S,
-            physicsClientId=self.world.client,
-        )
-
-    def _finger_motor(self, finger: int, position_m: float, force_n: float) -> None:
-        p.setJointMotorControl2(
-            self.world.robot,
-            finger,
-            p.POSITION_CONTROL,
-            targetPosition=position_m,
-            force=force_n,
-            maxVelocity=FINGER_SPEED_M_S,
-            physicsClientId=self.world.client,
-        )
 
     def apply(self, command: Command) -> None:
         """Set the motors for one control step."""
@@ -100,15 +72,11 @@ class Arm:
             rotation = values[3:]
             quaternion = quaternion_from_euler(rotation) if len(rotation) == 3 else rotation
             joints = self.solve_ik(values[:3], quaternion)
-        for joint in ARM_JOINTS:
-            self._arm_motor(joint, joints[joint])
         self.gripper_action = command.gripper
-        opening = command.gripper == 1
-        for finger in self.world.fingers:
-            if opening:
-                self._finger_motor(finger, FINGER_OPEN_M, OPEN_FORCE_N)
-            else:
-                self._finger_motor(finger, 0.0, CLOSE_FORCE_N)
+        if command.gripper == 1:
+            self.world.drive_arm(joints, FINGER_OPEN_M, OPEN_FORCE_N)
+        else:
+            self.world.drive_arm(joints, 0.0, CLOSE_FORCE_N)
 
     def solve_ik(self, position_m: Any, quaternion: Any) -> F64:
         """Joints (7) rad that bring the TCP towards a pose in W, within the joint limits."""
