@@ -142,7 +142,7 @@ def test_actions_arrive_in_calvins_own_forms(env: CalvinEnv) -> None:
 def test_frames_carry_their_geometry(env: CalvinEnv) -> None:
     frame = env.camera_frames(5)["static"]
     assert frame.t_ns == 5
-    np.testing.assert_allclose(frame.K, [[2, 0, 3], [0, 2, 2], [0, 0, 1]])
+    np.testing.assert_allclose(frame.K, [[2, 0, 3.5], [0, 2, 1.5], [0, 0, 1]])
     # an unrotated OpenGL camera at (1, 2, 3) looks down -z
     np.testing.assert_allclose(frame.T_world_cam[:3, 3], [1, 2, 3])
     np.testing.assert_allclose(frame.T_world_cam[:3, :3], np.diag([1, -1, -1]), atol=1e-12)
@@ -289,3 +289,20 @@ def test_the_real_calvin_env() -> None:
             obs, _, _, info = env.step([0, 0, 1, 0, 0, 0, 1])
         assert obs["robot_obs"][2] > start["robot_info"]["tcp_pos"][2] + 0.05
         assert completed(start, info) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not calvin.is_installed(), reason="calvin_env is not installed")
+def test_point_clouds_land_on_the_table() -> None:
+    with CalvinEnv() as env:
+        env.reset()
+        for frame in env.camera_frames(0).values():
+            assert frame.depth is not None
+            height, width = frame.depth.shape
+            u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+            rays = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(frame.K).T
+            points = rays * frame.depth[..., None] @ frame.T_world_cam[:3, :3].T
+            x, y, z = np.moveaxis(points + frame.T_world_cam[:3, 3], -1, 0)
+            top = (abs(z - 0.44) < 0.006) & (abs(x - 0.2) < 0.2) & (abs(y + 0.1) < 0.06)
+            assert top.sum() > 300
+            assert abs(z[top].mean() - 0.44) < 2e-4
