@@ -127,6 +127,11 @@ class LatenessStats:
         self._count += 1
         self.missed += missed
 
+    @property
+    def last_ns(self) -> int:
+        """The lateness recorded last; 0 before the first tick."""
+        return self._ring[(self._count - 1) % len(self._ring)] if self._count else 0
+
     def summary(self) -> LatenessSummary:
         """Return the figures; all zero before the first tick."""
         kept = min(self._count, len(self._ring))

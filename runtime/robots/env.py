@@ -132,6 +132,7 @@ class EnvRobot(Robot):
             gripper=1.0 if opens else 0.0,
             epoch=action.epoch,
             t_ns=action.t_ns,
+            info=action.info,
         )
 
     def stop(self, reason: str) -> None:

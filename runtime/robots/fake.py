@@ -128,6 +128,7 @@ class FakeRobot(Robot):
             gripper=self._target[2],
             epoch=action.epoch,
             t_ns=action.t_ns,
+            info=action.info,
         )
         self.sent.append(sent)
         self._steps += 1

@@ -169,6 +169,7 @@ class LeRobotAdapter(Robot):
             gripper=self._map.gripper.openness(float(sent[self._map.gripper.key])),
             epoch=action.epoch,
             t_ns=action.t_ns,
+            info=action.info,
         )
 
     def stop(self, reason: str) -> None:

@@ -1,0 +1,255 @@
+"""Turns the state of the runtime's parts into metrics, when somebody scrapes.
+
+Each class here is given living objects and has `collect()`; pass them to
+`runtime.metrics.serve`. What is read is read from another thread than the one that counts:
+single integers and copies of small dictionaries, which the interpreter gives whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Protocol
+
+from prometheus_client.core import Metric
+
+from runtime.metrics import Histogram, counter, gauge
+
+if TYPE_CHECKING:  # these are only looked at, never built
+    from runtime.clock import Pacer
+    from runtime.director import Director
+    from runtime.loop import ControlLoop, Tick
+    from runtime.newest import ReaderStats
+    from runtime.realtime import RealtimeStatus
+    from runtime.wire import Publisher
+
+# What `SafetyFilter` writes to `Action.info`; other keys there are not metrics.
+LIMITS = (
+    *("box", "speed", "angular_speed", "acceleration", "angular_acceleration"),
+    *("gripper", "not_finite"),
+)
+CHUNK_OUTCOMES = ("accepted", "void", "late", "stale", "bad")
+ROW_FATES = ("consumed", "expired", "replaced", "voided")
+
+
+class LoopMetrics:
+    """A subscriber of the control loop that is also a collector.
+
+    Args:
+        loop: the loop.
+        pacer: what paces it.
+        director: who gives it its instructions, if anybody does.
+        realtime: what the system granted, when it is known.
+    """
+
+    def __init__(
+        self,
+        loop: ControlLoop,
+        pacer: Pacer | None = None,
+        director: Director | None = None,
+        realtime: Callable[[], RealtimeStatus | None] = lambda: None,
+    ) -> None:
+        self._loop, self._pacer, self._director = loop, pacer, director
+        self._realtime = realtime
+        self._states: dict[str, int] = dict.fromkeys(("wait", "run", "hold", "stop"), 0)
+        self._limited = dict.fromkeys(LIMITS, 0)
+        self._lateness = Histogram("loop_tick_lateness_seconds")
+        self._duration = Histogram("loop_tick_duration_seconds")
+        self._age = Histogram("latent_age_seconds")
+        self._delay = Histogram("latent_delay_seconds")
+        self._system1 = Histogram("system1_latency_seconds")
+        self._steps = Histogram("task_env_steps")
+        self._tasks: dict[tuple[str, ...], float] = {}
+        self._judged = 0
+        loop.planner.latencies_s = self._system1.tap(loop.planner.latencies_s)
+
+    def __call__(self, tick: Tick) -> None:
+        """Take one tick; a few microseconds."""
+        self._states[tick.state] += 1
+        self._duration.observe(tick.duration_s)
+        if self._pacer is not None:
+            self._lateness.observe(self._pacer.stats.last_ns * 1e-9)
+        if tick.latent_age_s is not None and tick.state == "run":
+            self._age.observe(tick.latent_age_s)
+        if tick.new_latent is not None:
+            self._delay.observe((tick.t_ns - tick.new_latent.t_obs_ns) * 1e-9)
+        for name in tick.sent.info:
+            if name in self._limited:
+                self._limited[name] += 1
+
+    def collect(self) -> Iterable[Metric]:
+        """Return all families of the loop."""
+        loop = self._loop
+        yield counter("loop_ticks", dict(self._states))
+        yield gauge("loop_period_seconds", loop.period_ns * 1e-9)
+        yield gauge("loop_epoch", loop.epoch)
+        if self._pacer is not None:
+            yield counter("loop_deadlines_missed", self._pacer.stats.missed)
+            yield self._lateness.family()
+        yield self._duration.family()
+        yield from self._chunks()
+        yield from self._latents()
+        yield self._system1.family()
+        yield counter("system1_failures", loop.planner.failures)
+        yield from self._safety()
+        yield from self._attempts()
+        status = self._realtime()
+        if status is not None:
+            granted = {
+                "fifo": status.fifo,
+                "memory_lock": status.memory_locked,
+                "gc_freeze": status.gc_frozen,
+            }
+            yield gauge("realtime_granted", {name: float(v) for name, v in granted.items()})
+
+    def _chunks(self) -> Iterable[Metric]:
+        chunks = self._loop.chunks
+        count = asdict(chunks.counters)
+        yield counter("chunks", {name: count[f"chunks_{name}"] for name in CHUNK_OUTCOMES})
+        yield counter("chunks_used", count["chunks_used"])
+        yield counter("chunk_rows", {name: count[f"rows_{name}"] for name in ROW_FATES})
+        yield counter("chunk_rows_blended", count["rows_blended"])
+        yield counter("chunk_run_outs", count["runs_out"])
+        yield gauge("chunk_remaining_seconds", chunks.remaining_s(self._loop.clock.now_ns()))
+
+    def _latents(self) -> Iterable[Metric]:
+        goals = self._loop.goals
+        if goals is None:
+            return
+        yield counter("latents_received", goals.received)
+        yield counter("latents_void", goals.void)
+        yield counter("latents_missed", goals.missed)
+        yield self._age.family()
+        yield self._delay.family()
+
+    def _safety(self) -> Iterable[Metric]:
+        machine, watchdog = self._loop.machine, self._loop.watchdog
+        yield gauge(
+            "safety_mode",
+            {mode: float(machine.mode.value == mode) for mode in ("run", "hold", "stop")},
+        )
+        yield counter("safety_stops", dict(machine.stops))
+        yield counter("safety_holds", dict(machine.holds))
+        yield counter("safety_limited", dict(self._limited))
+        yield gauge("source_age_seconds", watchdog.ages_s(self._loop.clock.now_ns()))
+        yield counter("future_stamps", watchdog.future_refused)
+
+    def _attempts(self) -> Iterable[Metric]:
+        if self._director is None:
+            return
+        results = list(self._director.results)
+        for result in results[self._judged :]:
+            key = (result.task or "free", "success" if result.success else "failure")
+            self._tasks[key] = self._tasks.get(key, 0) + 1
+            if result.success:
+                self._steps.observe(result.env_steps)
+        self._judged = len(results)
+        yield counter("tasks", dict(self._tasks))
+        yield self._steps.family()
+
+
+class _Totals(Protocol):
+    published: int
+    batches: int
+    refused: int
+    failed: int
+    skipped: int
+    shed: Any
+    compute_s: Any
+    wait_s: Any
+
+
+class _Scheduler(Protocol):
+    totals: Any
+    robots: Any
+
+
+class System2Metrics:
+    """System 2's scheduler: `system2.scheduler.GoalScheduler`, or anything that counts alike.
+
+    Args:
+        scheduler: has `robots` (by name, each with `pending`) and `totals`.
+        hz: latents a second promised to each robot.
+    """
+
+    def __init__(self, scheduler: _Scheduler, hz: float) -> None:
+        self._scheduler, self._hz = scheduler, hz
+        self._latency = Histogram("system2_latency_seconds")
+        self._wait = Histogram("system2_wait_seconds")
+        totals = scheduler.totals
+        totals.compute_s = self._latency.tap(totals.compute_s)
+        totals.wait_s = self._wait.tap(totals.wait_s)
+
+    def collect(self) -> Iterable[Metric]:
+        """Return all families of System 2."""
+        totals: _Totals = self._scheduler.totals
+        robots = list(self._scheduler.robots.values())
+        yield self._latency.family()
+        yield self._wait.family()
+        yield counter("system2_published", totals.published)
+        yield counter("system2_batches", totals.batches)
+        yield counter("system2_skipped", totals.skipped)
+        yield counter("system2_refused", totals.refused)
+        yield counter("system2_failed", totals.failed)
+        yield counter("system2_shed", dict(totals.shed))
+        yield gauge("system2_queue", sum(robot.pending is not None for robot in robots))
+        yield gauge("system2_robots", len(robots))
+        yield gauge("system2_rate_hertz", self._hz)
+
+
+class WireMetrics:
+    """Channels of `runtime.wire`.
+
+    Args:
+        readers: statistics by channel name.
+        publishers: by channel name.
+    """
+
+    def __init__(
+        self,
+        readers: Mapping[str, ReaderStats] | None = None,
+        publishers: Mapping[str, Publisher] | None = None,
+    ) -> None:
+        self._readers, self._publishers = dict(readers or {}), dict(publishers or {})
+
+    def collect(self) -> Iterable[Metric]:
+        """Return all families of the wire."""
+        readers = self._readers
+        if readers:
+            yield counter("wire_received", {n: s.received for n, s in readers.items()})
+            yield counter("wire_delivered", {n: s.delivered for n, s in readers.items()})
+            yield counter("wire_gaps", {n: s.gaps for n, s in readers.items()})
+            yield counter("wire_restarts", {n: s.restarts for n, s in readers.items()})
+            dropped: dict[tuple[str, ...], float] = {
+                (name, reason): count
+                for name, stats in readers.items()
+                for reason, count in dict(stats.dropped).items()
+            }
+            yield counter("wire_dropped", dropped)
+        if self._publishers:
+            yield counter("wire_sent", {n: p.sent for n, p in self._publishers.items()})
+            yield counter("wire_send_dropped", {n: p.dropped for n, p in self._publishers.items()})
+
+
+class Sink(Protocol):
+    """What is written beside the loop: a recorder, a video, a viewer."""
+
+    @property
+    def written(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
+    @property
+    def queued(self) -> int: ...
+
+
+class SinkMetrics:
+    """Recording, video and viewer by name."""
+
+    def __init__(self, sinks: Mapping[str, Sink]) -> None:
+        self._sinks = dict(sinks)
+
+    def collect(self) -> Iterable[Metric]:
+        """Return all families of the sinks."""
+        yield counter("sink_written", {n: s.written for n, s in self._sinks.items()})
+        yield counter("sink_dropped", {n: s.dropped for n, s in self._sinks.items()})
+        yield gauge("sink_queue", {n: s.queued for n, s in self._sinks.items()})
