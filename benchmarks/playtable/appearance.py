@@ -25,10 +25,10 @@ class Wood:
 
 
 WOODS = {
-    "red_brown": Wood((0.47, 0.275, 0.18), 0.13, 70.0),
-    "pale": Wood((0.957, 0.77, 0.55), 0.055, 55.0),
-    "mid_brown": Wood((0.62, 0.42, 0.25), 0.10, 45.0),
-    "olive_brown": Wood((0.61, 0.46, 0.305), 0.17, 30.0),
+    "red_brown": Wood((0.477, 0.278, 0.184), 0.15, 60.0),
+    "pale": Wood((0.957, 0.767, 0.547), 0.042, 48.0),
+    "mid_brown": Wood((0.632, 0.43, 0.255), 0.12, 40.0),
+    "olive_brown": Wood((0.62, 0.465, 0.308), 0.17, 26.0),
 }
 LIGHT_DIRECTION = (-50.0, 30.0, 100.0)  # from the scene towards the light, W, any length
 
@@ -54,7 +54,7 @@ class Appearance:
     wood: Wood
     panel_wood: Wood
     texture_seed: int = 0
-    floor: tuple[Colour, Colour] = ((1.0, 1.0, 1.0), (0.87, 0.87, 0.87))
+    floor: tuple[Colour, Colour] = ((0.87, 0.87, 0.87), (1.0, 1.0, 1.0))
     handle: Colour = (0.4, 0.4, 0.4)
     robot: Colour = (1.0, 1.0, 1.0)
     light_direction: tuple[float, float, float] = LIGHT_DIRECTION

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from benchmarks.playtable import raster
 from benchmarks.playtable.appearance import Appearance
 from benchmarks.playtable.scene import Scene, get_scene
-from benchmarks.playtable.textures import floor_texture, wood_texture
+from benchmarks.playtable.textures import TILE_M, floor_texture, wood_texture
 from benchmarks.playtable.visuals import VISUAL_STATE_SIZE, Visuals, link_transforms, scene_visuals
 from runtime.types import F32, F64, U8, CameraFrame
 
@@ -150,7 +150,7 @@ class SceneRenderer:
         tiles = floor_texture(appearance.floor)
         repeat = woods[0].shape[0] // tiles.shape[0]
         self._texels = np.stack([*woods, tiles.repeat(repeat, 0).repeat(repeat, 1)])
-        self._texture_m = np.ones(3, np.float32)
+        self._texture_m = np.array([1.0, 1.0, 2 * TILE_M], np.float32)
         direction = np.array(appearance.light_direction, float)
         direction /= np.linalg.norm(direction)
         strengths = (appearance.ambient, appearance.diffuse, appearance.specular)
@@ -195,7 +195,7 @@ class SceneRenderer:
         look_, names = self.appearance, self._visuals.materials
         table = {
             "handle": look_.handle,
-            "slot": tuple(0.55 * c for c in look_.wood.colour),
+            "slot": tuple(0.8 * c for c in look_.wood.colour),
             "button": (0.0, 0.0, 0.0),
             "led": (0.0, 1.0, 0.0) if led else (1.0, 1.0, 1.0),
             "bulb": (1.0, 1.0, 0.0) if bulb else (1.0, 1.0, 1.0),

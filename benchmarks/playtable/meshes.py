@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from scipy.spatial import ConvexHull
 
 from benchmarks.playtable.assets import cache_dir
 from benchmarks.playtable.geometry import Piece
-from runtime.types import F32, F64
+from runtime.types import F32, F64, U8
 
 CREASE_COS = 0.75  # corners are shaded smooth across edges flatter than this
 
@@ -117,7 +118,7 @@ def from_obj(path: Path, cell_m: float) -> Mesh:
             "colour": mesh.colour,
         }
 
-    key = f"{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}-{path.stem}-{cell_m * 1e3:g}mm-2"
+    key = f"{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}-{path.stem}-{cell_m * 1e3:g}mm-3"
     return Mesh(**_cached(key, build))
 
 
@@ -136,39 +137,54 @@ def _cached(key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
         return {name: data[name] for name in data.files}
 
 
-def _read_mtl(path: Path) -> dict[str, F64]:
+def _read_materials(path: Path) -> tuple[dict[str, F64], U8 | None]:
+    """Plain colours by material name, and the one texture that the materials share."""
     colours: dict[str, F64] = {}
-    name = ""
+    texture, name = None, ""
     for line in path.read_text().splitlines() if path.exists() else []:
         words = line.split()
         if words and words[0] == "newmtl":
             name = words[1]
         elif words and words[0] == "Kd":
             colours[name] = np.array([float(w) for w in words[1:4]])
-    return colours
+        elif words and words[0] == "map_Kd":
+            texture = np.asarray(Image.open(path.parent / words[1]).convert("RGB"))
+    return colours, texture
 
 
 def _read_obj(path: Path) -> tuple[F64, np.ndarray, F64]:
-    """Vertices (n, 3), faces (T, 3) and face colours (T, 3) of an OBJ with its MTL."""
+    """Vertices (n, 3), faces (T, 3) and face colours (T, 3) of an OBJ with its materials."""
     colours: dict[str, F64] = {}
+    image: U8 | None = None
     current = np.ones(3)
-    vertices, faces, face_colour = [], [], []
+    vertices, coordinates, faces, face_uv, face_colour = [], [], [], [], []
     for line in path.read_text().splitlines():
         words = line.split()
         if not words:
             continue
         if words[0] == "v":
             vertices.append([float(w) for w in words[1:4]])
+        elif words[0] == "vt":
+            coordinates.append([float(w) for w in words[1:3]])
         elif words[0] == "mtllib":
-            colours = _read_mtl(path.parent / words[1])
+            colours, image = _read_materials(path.parent / words[1])
         elif words[0] == "usemtl":
             current = colours.get(words[1], np.ones(3))
         elif words[0] == "f":
-            corner = [int(w.split("/")[0]) - 1 for w in words[1:]]
+            corner = [w.split("/") for w in words[1:]]
             for i in range(1, len(corner) - 1):
-                faces.append([corner[0], corner[i], corner[i + 1]])
+                three = (corner[0], corner[i], corner[i + 1])
+                faces.append([int(c[0]) - 1 for c in three])
+                face_uv.append([int(c[1]) - 1 if len(c) > 1 and c[1] else 0 for c in three])
                 face_colour.append(current)
-    return np.array(vertices), np.array(faces), np.array(face_colour)
+    colour = np.array(face_colour)
+    if image is not None and coordinates:
+        # Bullet paints a textured mesh with its texture and leaves the plain colour aside.
+        centre = np.array(coordinates)[np.array(face_uv)].mean(axis=1) % 1.0
+        column = (centre[:, 0] * image.shape[1]).astype(int)
+        row = ((1 - centre[:, 1]) * image.shape[0]).astype(int).clip(0, image.shape[0] - 1)
+        colour = image[row, column] / 255.0
+    return np.array(vertices), np.array(faces), colour
 
 
 def _cluster(vertices: F64, faces: np.ndarray, colour: F64, cell_m: float) -> tuple[F64, F64]:

@@ -1,7 +1,7 @@
 """Procedural textures: wood grain and floor tiles, tileable, from a seed.
 
-Wood is a sum of tileable noise stretched along the grain (u): wide bands bent by slow
-noise, fine streaks and pores. A texture is 1 m by 1 m.
+Wood is a sum of tileable noise stretched along the grain (u): wide bands and thin dark
+lines bent by slow noise, fine streaks and pores. A texture is 1 m by 1 m.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from benchmarks.playtable.appearance import Colour, Wood
 from runtime.types import F64, U8
 
 TEXELS_PER_M = 512
+TILE_M = 0.5
 
 
 def _noise(rng: np.random.Generator, rows: int, columns: int, size: int) -> F64:
@@ -42,11 +43,12 @@ def wood_texture(wood: Wood, seed: int) -> U8:
     across = np.arange(size)[:, None] / size
     bend = 0.035 * _noise(rng, 4, 2, size) + 0.012 * _noise(rng, 12, 4, size)
     bands = np.sin(2 * np.pi * round(streaks / 4) * (across + bend))
-    fine = _noise(rng, 3 * streaks, 6, size) + 0.7 * _noise(rng, size, 14, size)
-    medium = _noise(rng, streaks, 4, size)
+    lines = -np.clip(np.sin(2 * np.pi * streaks * (across + bend)) - 0.6, 0.0, None)
+    fine = _noise(rng, 3 * streaks, 12, size) + _noise(rng, size // 2, 40, size)
+    medium = _noise(rng, streaks, 6, size)
     cloud = _noise(rng, 5, 3, size)
-    pores = np.minimum(_noise(rng, size // 2, 24, size) + 0.45, 0.0)
-    value = 0.45 * bands + 0.5 * medium + 0.45 * fine + 0.4 * cloud + 1.2 * pores
+    pores = np.minimum(_noise(rng, size // 2, 64, size) + 0.3, 0.0)
+    value = 0.4 * bands + 1.6 * lines + 0.4 * medium + 0.5 * fine + 0.35 * cloud + 1.6 * pores
     value = (value - value.mean()) / value.std()
     colour = np.array(wood.colour)
     # Darker grain is also redder: green and blue vary more than red.

@@ -25,6 +25,7 @@ HAND_TO_TCP_M = 0.14
 HAND_TO_FINGER_M = 0.0584
 CAMERA_MOUNT = ((-0.1, 0.0, 0.0), (1.3, 0.0, -1.57))  # xyz, rpy in the hand's frame
 
+Sections = tuple[tuple[float, float, float, float], ...]
 # Finger: cross-sections (z, half width in x, inner y, outer y), m, in the finger's frame.
 FINGER_SECTIONS = (
     (0.0, 0.0104, 0.0062, 0.0269),
@@ -33,18 +34,18 @@ FINGER_SECTIONS = (
     (0.0905, 0.0087, 0.0040, 0.0067),
     (0.0962, 0.0055, 0.0040, 0.0067),
 )
+# What is seen of it: a block at the hand and a blade below.
+FINGER_SEEN = (
+    ((0.0, 0.0100, 0.0030, 0.0280), (0.020, 0.0100, 0.0125, 0.0268), (0.034, 0.0100, 0.0130, 0.0215)),
+    ((0.030, 0.0095, 0.0036, 0.0180), (0.070, 0.0092, 0.0004, 0.0115), (0.0962, 0.0085, 0.0004, 0.0048)),
+)  # fmt: skip
 PAD_LO, PAD_HI = (-0.0092, -0.0001, 0.0707), (0.0092, 0.0050, 0.0957)
 
 
-def finger_vertices() -> F64:
+def finger_vertices(sections: Sections = FINGER_SECTIONS) -> F64:
     """Corners (n, 3) of the left finger's hull, m, in the finger's frame."""
     return np.array(
-        [
-            [sx * half, y, z]
-            for z, half, lo, hi in FINGER_SECTIONS
-            for sx in (-1, 1)
-            for y in (lo, hi)
-        ]
+        [[sx * half, y, z] for z, half, lo, hi in sections for sx in (-1, 1) for y in (lo, hi)]
     )
 
 

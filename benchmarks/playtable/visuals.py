@@ -8,7 +8,7 @@ loads, so picture and physics agree.
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -137,6 +137,7 @@ def _add_room(builder: _Builder, scene: Scene) -> None:
     h = FLOOR_HALF_M
     corners = np.array([[h, -h, 0], [h, h, 0], [-h, h, 0], [-h, -h, 0]])
     floor = from_triangles(corners[[[0, 1, 2], [0, 2, 3]]], smooth=False)
+    floor = replace(floor, uv=np.ascontiguousarray(floor.position[:, :, :2]))
     builder.add(floor, 0, builder.material("floor", texture=FLOOR), FLOOR_ID, fixed=True)
     x, y, z = ROBOT_BASE_M
     stand = geometry.disc("", (x - 0.05, y, 0.0), STAND_RADIUS_M, z, "", sides=32)
@@ -162,14 +163,13 @@ def _add_arm(builder: _Builder, first: int) -> tuple[tuple[ArmJoint, ...], int, 
     hand = from_obj(source / "visual" / "hand.obj", HAND_CELL_M)
     builder.add_coloured(hand, number["panda_hand"], segment_id(ROBOT_ID, 8))
     white = builder.material("robot")
-    finger = hull_triangles(urdf.finger_vertices())
-    pad = geometry.box("", urdf.PAD_LO, urdf.PAD_HI)
+    fingers = [hull_triangles(urdf.finger_vertices(part)) for part in urdf.FINGER_SEEN]
     flip = np.array([-1.0, -1.0, 1.0])  # half a turn about z
     for link, segment, sign in (
         ("panda_leftfinger", 9, np.ones(3)),
         ("panda_rightfinger", 11, flip),
     ):
-        for shape in (finger, hull_triangles(pad.vertices)):
+        for shape in fingers:
             mesh = from_triangles(shape * sign, smooth=False)
             builder.add(mesh, number[link], white, segment_id(ROBOT_ID, segment))
     mount = geometry.box("", (-0.04, -0.0125, -0.005), (0.04, 0.0125, 0.005))
