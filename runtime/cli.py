@@ -1,6 +1,7 @@
 """`openhelix`: one word a command, each in a module of its own that is imported when asked for.
 
-A user's mistake ends in one line on standard error and exit code 2; Ctrl-C in 130.
+A user's mistake ends in one line on standard error and exit code 2, a failure that is not
+theirs in one line and 1; Ctrl-C in 130.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from runtime.errors import CommandFailed
 from runtime.resolve import resolve
 
 COMMANDS = {
@@ -50,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"openhelix {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except CommandFailed as error:
+        print(f"openhelix {name}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

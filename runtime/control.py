@@ -53,7 +53,6 @@ class ControlNode:
         self._folder = Path(folder)
         self._start = threading.Event()
         self._finished = threading.Event()
-        self._stop = threading.Event()
         self._report: dict[str, Any] = {}
         self._robot: Robot | None = None
         self._rig: Rig | None = None
@@ -79,11 +78,11 @@ class ControlNode:
         self._rig.loop.subscribers += [self._statistics, *self._subscribers]
 
     def run(self, stop: threading.Event) -> None:
-        self._stop = stop
-        while not self._start.wait(0.02):
+        assert self._rig is not None and self._robot is not None
+        while not self._start.wait(0.05):
             if stop.is_set():
                 return
-        assert self._rig is not None and self._robot is not None
+            self._robot.get_observation()  # keeps its queues empty while System 2 starts
         control = self._config.control
         self._realtime = enter(
             priority=control.fifo_priority or None,

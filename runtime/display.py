@@ -86,7 +86,7 @@ class Display:
 
 def _live_table(health: dict[str, Any], steps_limit: int) -> Table:
     table = Table.grid(padding=(0, 2))
-    state = health["state"] + (f" ({health['reason']})" if health["reason"] else "")
+    state = health["loop_state"] + (f" ({health['loop_reason']})" if health["loop_reason"] else "")
     table.add_row("instruction", f"[bold]{health['instruction']}[/bold]")
     table.add_row("step", f"{health['steps']} of {steps_limit}")
     table.add_row("state", state)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,8 @@ class ProcessHost:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._closing = threading.Event()
         self._watch = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
-        self.restarts = 0
+        self.restarts: dict[str, int] = {}
+        self._not_before_s: dict[str, float] = {}
 
     def start(self, specs: Sequence[NodeSpec]) -> None:
         self._log_folder.mkdir(parents=True, exist_ok=True)
@@ -68,8 +70,13 @@ class ProcessHost:
             for name, child in list(self._children.items()):
                 if child.poll() in (None, 0) or not self._specs[name].restart:
                     continue
+                now_s = time.monotonic()
+                if now_s < self._not_before_s.get(name, 0.0):
+                    continue
+                count = self.restarts[name] = self.restarts.get(name, 0) + 1
+                # What fails at once would fail again at once: wait longer each time.
+                self._not_before_s[name] = now_s + min(0.5 * 2**count, 30.0)
                 log.warning("%s ended with code %s; starting it again", name, child.returncode)
-                self.restarts += 1
                 self._children[name] = self._spawn(self._specs[name])
 
 

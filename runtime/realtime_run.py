@@ -12,9 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runtime.config import ConfigError, RunConfig
+from runtime.config import RunConfig
 from runtime.director import Assignment
 from runtime.display import Display
+from runtime.errors import CommandFailed
 from runtime.graph import Graph, GraphError
 from runtime.report import versions
 from runtime.rpc import RpcError
@@ -22,7 +23,7 @@ from runtime.rpc import RpcError
 READY_TIMEOUT_S = 300.0  # the first start builds the laptop model; later ones take seconds
 
 
-class RunFailed(RuntimeError):
+class RunFailed(CommandFailed):
     """The run could not be completed; one line says why."""
 
 
@@ -113,6 +114,3 @@ def interruptible() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-__all__ = ["ConfigError", "RunFailed", "run_realtime"]

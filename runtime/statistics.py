@@ -51,8 +51,8 @@ class LoopStatistics:
         return {
             "ticks": self._ticks,
             "control_hz": self.control_hz,
-            "state": tick.state if tick else "wait",
-            "reason": tick.reason if tick else "",
+            "loop_state": tick.state if tick else "wait",
+            "loop_reason": tick.reason if tick else "",
             "latent_age_s": tick.latent_age_s if tick else None,
         }
 
