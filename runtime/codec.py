@@ -111,18 +111,23 @@ def encode(message: Any) -> list[Buffer]:
     return _finish(frames, [kind, plan.fingerprint, row])
 
 
-def decode(frames: Sequence[Buffer], expect: type[T]) -> T:
+def decode(frames: Sequence[Buffer], expect: type[T], start: int = 0) -> T:
     """Read a record of class `expect` from frames.
 
     Arrays of the result are read-only and share memory with `frames` where they can.
 
+    Args:
+        frames: the header, then the array buffers.
+        expect: the class to build; any other kind of message is refused.
+        start: where the header begins in the first frame.
+
     Raises:
         WireError: anything at all is wrong with the frames.
     """
+    plan = _PLANS.get(expect)
     kind = kind_of(expect)
-    plan = _PLANS[expect]
-    head = _open(frames, None)
-    if head[0] != kind:
+    head = _open(frames, start, None)
+    if plan is None or head[0] != kind:
         raise WireError("kind", f"{head[0]!r:.60}, expected {kind!r}")
     if head[1] != plan.fingerprint:
         raise WireError("field", f"the sender's {kind!r} has other fields than ours")
@@ -169,7 +174,7 @@ def decode_dict(frames: Sequence[Buffer], kind: str) -> dict[str, Any]:
             raise WireError("header", f"{type(error).__name__}") from None
         return array_in(spec, inbox, kind, None)
 
-    head = _open(frames, hook)
+    head = _open(frames, 0, hook)
     if head[0] != _DICT + kind:
         raise WireError("kind", f"{head[0]!r:.60}, expected {_DICT + kind!r}")
     body = head[2]
@@ -194,20 +199,22 @@ def _finish(frames: list[Buffer], head: list[Any], default: Any = None) -> list[
     return frames
 
 
-def _open(frames: Sequence[Buffer], hook: Any) -> list[Any]:
+def _open(frames: Sequence[Buffer], start: int, hook: Any) -> list[Any]:
     """Check the outer limits and return [kind, fingerprint, values]."""
-    if not frames or len(frames[0]) < len(PREFIX):
+    if not frames or len(frames[0]) < start + len(PREFIX):
         raise WireError("truncated", "no header")
     if len(frames) > MAX_FRAMES or len(frames[0]) > MAX_HEADER_BYTES:
         raise WireError("oversize", f"{len(frames)} frames, header of {len(frames[0])} bytes")
-    header = memoryview(frames[0])
-    if header[:2] != PREFIX[:2]:
-        raise WireError("header", "not an OpenHelix message")
-    if header[2] != VERSION:
-        raise WireError("version", f"{header[2]}, this side speaks {VERSION}")
-    options: dict[str, Any] = {} if hook is None else {"ext_hook": hook}
+    body = memoryview(frames[0])[start:]
+    if body[:3] != PREFIX:
+        if body[:2] != PREFIX[:2]:
+            raise WireError("header", "not an OpenHelix message")
+        raise WireError("version", f"{body[2]}, this side speaks {VERSION}")
     try:
-        head = msgpack.unpackb(header[3:], strict_map_key=True, **options)
+        if hook is None:
+            head = msgpack.unpackb(body[3:], strict_map_key=True)
+        else:
+            head = msgpack.unpackb(body[3:], strict_map_key=True, ext_hook=hook)
     except WireError:
         raise
     except Exception as error:  # msgpack's errors share no base class

@@ -10,12 +10,12 @@ import struct
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import zmq
 
 from runtime.clock import Clock
-from runtime.codec import MAX_FRAMES, PREFIX, Buffer, WireError, decode
+from runtime.codec import MAX_FRAMES, Buffer, WireError, decode
 from runtime.curve import Keys
 from runtime.sockets import Port
 
@@ -24,6 +24,7 @@ ENVELOPE: Final = struct.Struct("<QQq")
 NOBLOCK: Final = int(zmq.NOBLOCK)
 _POLLIN: Final = int(zmq.POLLIN)
 _CANDIDATES: Final = 8  # of one drain; the others are older than what is worth decoding
+_MAX_JUMP: Final = 1 << 32  # more messages than a publisher sends in years were not lost
 TAKEOVER_NS: Final = 2_000_000_000  # silence after which an earlier publisher may return
 MAX_TOPIC_BYTES: Final = 128
 
@@ -55,71 +56,88 @@ class ReaderStats:
     dropped: Counter[str] = field(default_factory=Counter)  # by reason, see `NewestReader`
 
 
-class Candidate(NamedTuple):
-    envelope: Envelope
-    frames: list[Buffer]  # [header, buffers...]
+class AgeLimit:
+    """Refuses messages that are too old, or too far in the future to be believed."""
+
+    def __init__(
+        self, max_age_ns: int | None, clock: Clock, to_local: Callable[[int], int | None] | None
+    ) -> None:
+        if max_age_ns is not None and max_age_ns <= 0:
+            raise ValueError(f"max_age_ns: {max_age_ns}, must be above 0 or None")
+        self._max_age_ns, self._clock, self._to_local = max_age_ns, clock, to_local
+
+    def refusal(self, sent_ns: int) -> str | None:
+        """Return why a message sent then is refused; None when it is not."""
+        if self._max_age_ns is None:
+            return None
+        if self._to_local is not None:
+            local_ns = self._to_local(sent_ns)
+            if local_ns is None:
+                return "unsynced"
+            sent_ns = local_ns
+        age_ns = self._clock.now_ns() - sent_ns
+        if age_ns > self._max_age_ns:
+            return "expired"
+        return "future" if age_ns < -self._max_age_ns else None
+
+
+# (source, seq, t_pub_ns), the frames, and where the header begins in the first of them. A
+# plain tuple: this is made for every message, and only the newest is ever looked at closely.
+Candidate = tuple[tuple[int, int, int], list[Buffer], int]
 
 
 class Track(Generic[T]):
     """The newest-wins rule for one topic."""
 
-    def __init__(self, expect: type[T], stats: ReaderStats, clock: Clock) -> None:
-        self._expect, self._stats, self._clock = expect, stats, clock
+    def __init__(self, expect: type[T], stats: ReaderStats, limit: AgeLimit, clock: Clock) -> None:
+        self._expect, self._stats, self._limit, self._clock = expect, stats, limit, clock
         self._source: int | None = None
         self._seq = -1
         self._retired: deque[int] = deque(maxlen=64)
-        self._new: deque[Candidate] = deque(maxlen=_CANDIDATES)
-        self._arrived: list[tuple[int, int]] = []  # (source, seq) of this drain
-        self.heard_ns = 0
+        self.new: list[Candidate] = []  # of this drain, in order of arrival
+        self.heard_ns = clock.now_ns()
         self.envelope: Envelope | None = None
 
-    def offer(self, candidate: Candidate) -> None:
-        """Take note of a message; `settle` chooses."""
-        self._new.append(candidate)
-        self._arrived.append(candidate.envelope[:2])
-
-    def settle(self, limit: Callable[[Envelope], str | None]) -> T | None:
+    def settle(self) -> T | None:
         """Return the newest acceptable message since the last call, if there is one."""
-        if not self._new:
+        new = self.new
+        if not new:
             return None
         message = None
-        dropped = self._stats.dropped
-        while self._new and message is None:
-            candidate = self._new.pop()
-            refusal = self._refusal(candidate.envelope) or limit(candidate.envelope)
+        for stamp, frames, start in reversed(new[-_CANDIDATES:]):
+            refusal = self._refusal(stamp)
             if refusal is None:
                 try:
-                    message = decode(candidate.frames, self._expect)
-                    self._accept(candidate.envelope)
+                    message = decode(frames, self._expect, start)
+                    break
                 except WireError as error:
                     refusal = error.reason
-            if refusal is not None:
-                dropped[refusal] += 1
-        self._new.clear()
-        self._arrived.clear()
+            self._stats.dropped[refusal] += 1
+        if message is not None:
+            self._accept(stamp)
+        new.clear()
         return message
 
-    def _refusal(self, envelope: Envelope) -> str | None:
-        if envelope.source == self._source:
-            return None if envelope.seq > self._seq else "stale"
-        if envelope.source in self._retired and self._clock.now_ns() - self.heard_ns < TAKEOVER_NS:
-            return "stale_source"
-        return None
-
-    def _accept(self, envelope: Envelope) -> None:
-        source, seq, _ = envelope
-        self.heard_ns = self._clock.now_ns()
-        self.envelope = envelope
-        numbers = {n for s, n in self._arrived if s == source and n > self._seq}
+    def _refusal(self, stamp: tuple[int, int, int]) -> str | None:
+        source, seq, t_pub_ns = stamp
         if source == self._source:
-            newest = max(numbers)
-            self._stats.gaps += newest - self._seq - len(numbers)
-            self._seq = newest
-            return
-        if self._source is not None:
+            if not 0 < seq - self._seq <= _MAX_JUMP:
+                return "stale"
+        elif source in self._retired and self._clock.now_ns() - self.heard_ns < TAKEOVER_NS:
+            return "stale_source"
+        return self._limit.refusal(t_pub_ns)
+
+    def _accept(self, stamp: tuple[int, int, int]) -> None:
+        self.heard_ns = self._clock.now_ns()
+        self.envelope = Envelope._make(stamp)
+        source, seq, _ = stamp
+        if source == self._source:
+            numbers = {n for (s, n, _), _, _ in self.new if s == source and self._seq < n <= seq}
+            self._stats.gaps += seq - self._seq - len(numbers)
+        elif self._source is not None:
             self._retired.append(self._source)
             self._stats.restarts += 1
-        # What a publisher sent before we joined is not a loss.
+        # What a publisher sent before we first heard it is not a loss.
         self._source, self._seq = source, seq
 
 
@@ -146,78 +164,51 @@ class Inlet:
         self._recv = self.port.socket.recv
         self._get = self.port.socket.get
 
-    def drain(self, offer: Callable[[bytes, Candidate], None]) -> None:
-        """Hand over what is queued, at most `max_drain` messages, fewer of many frames."""
-        if not self._get(zmq.EVENTS) & _POLLIN:  # type: ignore[operator]
-            return
+    def drain(self, find: Callable[[bytes], Track[Any] | None]) -> None:
+        """Hand what is queued to the tracks that `find` names by topic.
+
+        Takes at most `max_drain` messages, fewer if they have many frames.
+        """
         budget = self._max_drain
-        while budget > 0:
-            try:
-                frames = self._take()
-            except zmq.Again:
+        # Asking is several times cheaper than catching zmq.Again.
+        while self._get(zmq.EVENTS) & _POLLIN:  # type: ignore[operator]
+            if budget <= 0:
+                self.stats.backlogs += 1
                 return
+            frames = self._take()
             if frames is None:
-                budget -= 1 + MAX_FRAMES // 8
+                budget -= MAX_FRAMES // 8
                 continue
             budget -= 1 + len(frames) // 8
             self.stats.received += 1
-            self._open(frames, offer)
-        self.stats.backlogs += 1
+            head = frames[0]
+            cut = head.find(b"\0", 0, MAX_TOPIC_BYTES + 1)
+            start = cut + 1 + ENVELOPE.size
+            if cut < 1 or len(head) < start:
+                self.stats.dropped["truncated"] += 1
+                continue
+            track = find(head[:cut])
+            if track is None:
+                self.stats.dropped["topics"] += 1
+            else:
+                track.new.append((ENVELOPE.unpack_from(head, cut + 1), frames, start))
 
-    def _take(self) -> list[zmq.Frame] | None:
+    def _take(self) -> list[Any] | None:
         """Receive one message; None for one (or a stretch of one) with too many frames."""
-        frame = self._recv(NOBLOCK, False)
-        frames = [frame]
-        while frame.more:
-            if len(frames) > MAX_FRAMES:
-                # Endless messages are thrown away piece by piece, within the same bound.
-                self._skip()
-                return None
+        try:
             frame = self._recv(NOBLOCK, False)
-            frames.append(frame)
+            frames: list[Any] = [frame.bytes]
+            while frame.more:
+                if len(frames) >= MAX_FRAMES:
+                    # Endless messages are thrown away piece by piece, within the same bound.
+                    self.stats.dropped["oversize"] += not self._skipping
+                    self._skipping = True
+                    return None
+                frame = self._recv(NOBLOCK, False)
+                frames.append(frame.buffer)
+        except zmq.Again:  # the queue was taken away between asking and receiving
+            return None
         if self._skipping:
             self._skipping = False
             return None
         return frames
-
-    def _skip(self) -> None:
-        if not self._skipping:
-            self._skipping = True
-            self.stats.dropped["oversize"] += 1
-
-    def _open(self, frames: list[zmq.Frame], offer: Callable[[bytes, Candidate], None]) -> None:
-        head = frames[0].bytes
-        cut = head.find(b"\0", 0, MAX_TOPIC_BYTES + 1)
-        start = cut + 1 + ENVELOPE.size
-        if cut < 1 or len(head) < start + len(PREFIX):
-            self.stats.dropped["truncated"] += 1
-            return
-        envelope = Envelope._make(ENVELOPE.unpack_from(head, cut + 1))
-        buffers: list[Buffer] = [memoryview(head)[start:]]
-        buffers += [frame.buffer for frame in frames[1:]]
-        offer(head[:cut], Candidate(envelope, buffers))
-
-
-class AgeLimit:
-    """Refuses messages that are too old, or too far in the future to be believed."""
-
-    def __init__(
-        self, max_age_ns: int | None, clock: Clock, to_local: Callable[[int], int | None] | None
-    ) -> None:
-        if max_age_ns is not None and max_age_ns <= 0:
-            raise ValueError(f"max_age_ns: {max_age_ns}, must be above 0 or None")
-        self._max_age_ns, self._clock, self._to_local = max_age_ns, clock, to_local
-
-    def __call__(self, envelope: Envelope) -> str | None:
-        if self._max_age_ns is None:
-            return None
-        sent_ns = envelope.t_pub_ns
-        if self._to_local is not None:
-            local_ns = self._to_local(sent_ns)
-            if local_ns is None:
-                return "unsynced"
-            sent_ns = local_ns
-        age_ns = self._clock.now_ns() - sent_ns
-        if age_ns > self._max_age_ns:
-            return "expired"
-        return "future" if age_ns < -self._max_age_ns else None

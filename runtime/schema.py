@@ -24,6 +24,8 @@ MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
 MAX_ENTRIES: Final = 4096  # of one mapping or tuple
 MAX_NDIM: Final = 6
 MAX_DIM: Final = 1 << 26
+INT_MIN: Final = -(1 << 63)
+INT_MAX: Final = (1 << 63) - 1
 
 Reason = Literal[
     "version", "kind", "dtype", "shape", "truncated", "oversize", "header", "field", "nonfinite"
@@ -93,31 +95,32 @@ def array_in(value: Any, inbox: Inbox, name: str, want: np.dtype[Any] | None) ->
         raise WireError("field", f"{name} is not an array")
     code, shape, data = value
     dtype = _DTYPES.get(code) if type(code) is int else None
-    if dtype is None or (want is not None and dtype != want):
+    if dtype is None or (want is not None and dtype is not want):
         raise WireError("dtype", f"{name} is {dtype}, expected {want}")
     if type(shape) is not list or len(shape) > MAX_NDIM:
         raise WireError("shape", f"{name} has no usable shape")
-    count = 1
+    nbytes = dtype.itemsize
     for dim in shape:
         if type(dim) is not int or not 0 <= dim <= MAX_DIM:
             raise WireError("shape", f"{name} has a dimension of {dim!r}")
-        count *= dim
+        nbytes *= dim
     if data is None:
         data = inbox.take()
     elif type(data) is not bytes:
         raise WireError("field", f"{name} has no bytes")
-    nbytes = count * dtype.itemsize
     if len(data) != nbytes:
         reason: Reason = "truncated" if len(data) < nbytes else "oversize"
         raise WireError(reason, f"{name} has {len(data)} bytes, its shape says {nbytes}")
     try:
-        if count == 0:
-            return np.empty(shape, dtype)
-        array = np.frombuffer(data, dtype).reshape(shape)
-    except ValueError as error:
+        array = np.ndarray(shape, dtype, data)
+    except (ValueError, TypeError) as error:
         raise WireError("shape", f"{name}: {error}") from None
-    # libzmq may hand out a message at any offset of its receive buffer.
-    return array if array.flags.aligned else array.copy()
+    flags = array.flags
+    if not flags.aligned:  # libzmq may hand out a message at any offset of its buffer
+        array = array.copy()
+        flags = array.flags
+    flags.writeable = False
+    return array
 
 
 Enc = Callable[[Any, list[Buffer]], Any]
@@ -131,21 +134,20 @@ class Field:
     enc: Enc
     dec: Dec
     text: str
+    plain: type[Any] | None = None  # values of exactly this type travel as they are
 
 
-def _scalar(name: str, kind: type) -> Field:
+def _scalar(name: str, kind: type[Any]) -> Field:
     def fail(value: Any) -> WireError:
         return WireError("field", f"{name} is {value!r:.60}, expected {kind.__name__}")
 
     def whole(value: Any) -> int:
-        number = operator.index(value)
-        if isinstance(value, (bool, np.bool_)) or not -(1 << 63) <= number < 1 << 63:
+        number: int = operator.index(value)
+        if isinstance(value, (bool, np.bool_)) or not INT_MIN <= number <= INT_MAX:
             raise fail(value)
         return number
 
     def enc(value: Any, _: list[Buffer]) -> Any:
-        if type(value) is kind and kind is not int:
-            return value
         try:
             if kind is int:
                 return whole(value)
@@ -153,18 +155,18 @@ def _scalar(name: str, kind: type) -> Field:
                 return float(value)
         except (TypeError, OverflowError):
             raise fail(value) from None
-        if kind is bool and isinstance(value, np.bool_):
+        if kind is bool and isinstance(value, (bool, np.bool_)):
             return bool(value)
         if kind is str and isinstance(value, str):
             return str(value)
         raise fail(value)
 
     def dec(value: Any, _: Inbox) -> Any:
-        if type(value) is kind:
-            return whole(value) if kind is int else value
-        raise fail(value)
+        if type(value) is not kind or (kind is int and not INT_MIN <= value <= INT_MAX):
+            raise fail(value)
+        return value
 
-    return Field(enc, dec, kind.__name__)
+    return Field(enc, dec, kind.__name__, kind)
 
 
 def _array(name: str, dtype: np.dtype[Any]) -> Field:
@@ -232,7 +234,7 @@ def _field(name: str, hint: Any, plans: Mapping[type[Any], Plan]) -> Field:
     if origin is np.ndarray:
         dtype = np.dtype(typing.get_args(args[1])[0])
         if dtype in _CODES:
-            return _array(name, dtype)
+            return _array(name, _DTYPES[_CODES[dtype]])
     if isinstance(origin, type) and issubclass(origin, Mapping) and args[0] is str:
         return _mapping(name, _field(name, args[1], plans))
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
@@ -254,6 +256,14 @@ def _literal(name: str, options: tuple[str, ...]) -> Field:
     return Field(check, check, f"literal{sorted(options)}")
 
 
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    flat = value.reshape(-1)
+    # A sum of squares is finite only if every value is; where it overflows, look at each.
+    return math.isfinite(float(flat.dot(flat))) or bool(np.isfinite(flat).all())
+
+
 class Plan:
     """One record class, compiled."""
 
@@ -270,10 +280,18 @@ class Plan:
         if any(not field.init or field.kw_only for field in dataclasses.fields(cls)):
             raise TypeError(f"{cls.__name__}: fields must be positional")
         fields = [_field(f"{cls.__name__}.{name}", hints[name], plans) for name in self.names]
-        self.encs = [field.enc for field in fields]
-        self.decs = [field.dec for field in fields]
-        self.shapes = [(self.names.index(name), dims) for name, dims in shapes.items()]
-        self.finite = [self.names.index(name) for name in finite]
+        self._fields = fields
+        self._declared = shapes
+        self._shapes = [
+            (
+                self.names.index(name),
+                len(dims),
+                [(axis, dim) for axis, dim in enumerate(dims) if isinstance(dim, int)],
+                [(axis, dim) for axis, dim in enumerate(dims) if isinstance(dim, str)],
+            )
+            for name, dims in shapes.items()
+        ]
+        self._finite = [self.names.index(name) for name in finite]
         pairs = ",".join(f"{n}:{f.text}" for n, f in zip(self.names, fields, strict=True))
         self.text = f"{cls.__name__}({pairs})"
         self.fingerprint = zlib.crc32(self.text.encode())
@@ -281,38 +299,50 @@ class Plan:
     def check(self, values: Sequence[Any]) -> None:
         """Compare arrays with their declared shapes; a letter means the same size throughout."""
         sizes: dict[str, int] = {}
-        for index, dims in self.shapes:
+        for index, ndim, fixed, letters in self._shapes:
             array = values[index]
             if array is None:
                 continue
-            wanted = [sizes.get(d) if isinstance(d, str) else d for d in dims]
-            good = len(wanted) == array.ndim and all(
-                want is None or want == have for want, have in zip(wanted, array.shape, strict=True)
-            )
+            shape = array.shape
+            good = len(shape) == ndim
+            if good:
+                for axis, size in fixed:
+                    good &= shape[axis] == size
+                for axis, letter in letters:
+                    good &= sizes.setdefault(letter, shape[axis]) == shape[axis]
             if not good:
-                where = f"{self.cls.__name__}.{self.names[index]}"
-                raise WireError("shape", f"{where} has shape {array.shape}, expected {dims}")
-            sizes.update((d, n) for d, n in zip(dims, array.shape, strict=True) if type(d) is str)
-        for index in self.finite:
+                name = self.names[index]
+                expected = self._declared[name]
+                raise WireError("shape", f"{self.cls.__name__}.{name} is {shape}, not {expected}")
+        for index in self._finite:
             value = values[index]
-            if value is None:
-                continue
-            scalar = isinstance(value, float)
-            if not (math.isfinite(value) if scalar else bool(np.isfinite(value).all())):
+            if value is not None and not _is_finite(value):
                 raise WireError("nonfinite", f"{self.cls.__name__}.{self.names[index]}")
 
     def enc(self, message: Any, out: list[Buffer]) -> list[Any]:
         if type(message) is not self.cls:
             raise WireError("kind", f"{type(message).__name__}, expected {self.cls.__name__}")
         values = [getattr(message, name) for name in self.names]
-        row = [enc(value, out) for enc, value in zip(self.encs, values, strict=True)]
+        row = []
+        for value, field in zip(values, self._fields, strict=True):
+            kind = field.plain
+            if type(value) is kind and (kind is not int or INT_MIN <= value <= INT_MAX):
+                row.append(value)
+            else:
+                row.append(field.enc(value, out))
         self.check(values)
         return row
 
     def dec(self, row: Any, inbox: Inbox) -> Any:
-        if type(row) is not list or len(row) != len(self.decs):
-            raise WireError("field", f"{self.cls.__name__} needs {len(self.decs)} fields")
-        values = [dec(value, inbox) for dec, value in zip(self.decs, row, strict=True)]
+        if type(row) is not list or len(row) != len(self._fields):
+            raise WireError("field", f"{self.cls.__name__} needs {len(self._fields)} fields")
+        values = []
+        for value, field in zip(row, self._fields, strict=True):
+            kind = field.plain  # most fields are; a call for each would cost more than all else
+            if type(value) is kind and (kind is not int or INT_MIN <= value <= INT_MAX):
+                values.append(value)
+            else:
+                values.append(field.dec(value, inbox))
         self.check(values)
         try:
             return self.cls(*values)

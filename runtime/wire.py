@@ -28,7 +28,6 @@ from runtime.newest import (
     NOBLOCK,
     TAKEOVER_NS,
     AgeLimit,
-    Candidate,
     Envelope,
     Inlet,
     ReaderStats,
@@ -190,12 +189,12 @@ class NewestReader(Generic[T]):
         kind_of(expect)
         clock = clock or MonotonicClock()
         self._topic = topic_bytes(topic)
-        self._limit = AgeLimit(max_age_ns, clock, to_local)
         self._inlet = Inlet(
             endpoint, self._topic + b"\0", bind=bind, keys=keys, hwm=hwm, max_drain=max_drain
         )
         self.stats = self._inlet.stats
-        self._track = Track(expect, self.stats, clock)
+        limit = AgeLimit(max_age_ns, clock, to_local)
+        self._track = Track(expect, self.stats, limit, clock)
 
     @property
     def gaps(self) -> int:
@@ -214,8 +213,8 @@ class NewestReader(Generic[T]):
 
     def poll(self) -> T | None:
         """Return the newest message since the last call, or None; never blocks or raises."""
-        self._inlet.drain(self._offer)
-        message = self._track.settle(self._limit)
+        self._inlet.drain(self._find)
+        message = self._track.settle()
         if message is not None:
             self.stats.delivered += 1
         return message
@@ -224,8 +223,8 @@ class NewestReader(Generic[T]):
         """Sleep until something arrives, at most `timeout_s`; for threads without deadlines."""
         return bool(self._inlet.port.socket.poll(max(0, round(timeout_s * 1e3))))
 
-    def _offer(self, topic: bytes, candidate: Candidate) -> None:
-        self._track.offer(candidate)
+    def _find(self, topic: bytes) -> Track[T] | None:
+        return self._track
 
     def close(self) -> None:
         """Close the socket."""
@@ -268,10 +267,10 @@ class NewestPerTopic(Generic[T]):
 
     def poll(self) -> dict[str, T]:
         """Return the newest message of each topic that has one; never blocks or raises."""
-        self._inlet.drain(self._offer)
+        self._inlet.drain(self._find)
         found: dict[str, T] = {}
         for topic, track in self._tracks.items():
-            message = track.settle(self._limit)
+            message = track.settle()
             if message is not None:
                 found[topic.decode()] = message
         self.stats.delivered += len(found)
@@ -281,14 +280,8 @@ class NewestPerTopic(Generic[T]):
         """Sleep until something arrives, at most `timeout_s`."""
         return bool(self._inlet.port.socket.poll(max(0, round(timeout_s * 1e3))))
 
-    def _offer(self, topic: bytes, candidate: Candidate) -> None:
-        track = self._tracks.get(topic)
-        if track is None:
-            track = self._admit(topic)
-        if track is None:
-            self.stats.dropped["topics"] += 1
-        else:
-            track.offer(candidate)
+    def _find(self, topic: bytes) -> Track[T] | None:
+        return self._tracks.get(topic) or self._admit(topic)
 
     def _admit(self, topic: bytes) -> Track[T] | None:
         try:
@@ -301,7 +294,7 @@ class NewestPerTopic(Generic[T]):
             if quiet_ns < 10 * TAKEOVER_NS:
                 return None
             del self._tracks[quietest]
-        track = self._tracks[topic] = Track(self._expect, self.stats, self._clock)
+        track = self._tracks[topic] = Track(self._expect, self.stats, self._limit, self._clock)
         return track
 
     def close(self) -> None:
