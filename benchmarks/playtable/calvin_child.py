@@ -16,6 +16,7 @@ import os
 import socket
 import struct
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -142,6 +143,12 @@ def answer(env: Any, message: dict[str, Any]) -> Any:
         return {"obs": env.get_obs()}
     if call == "get_info":
         return {"info": env.get_info()}
+    if call == "time_steps":
+        hold = np.array([0.0, 0, 0, 0, 0, 0, 1])
+        start = time.perf_counter()
+        for _ in range(message["count"]):
+            env.step(hold)
+        return {"seconds": time.perf_counter() - start}
     if call == "frames":
         return {"obs": env.get_obs(), "views": _views(env)}
     raise ValueError(f"call: {call!r} is unknown")
