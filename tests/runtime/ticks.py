@@ -1,0 +1,72 @@
+"""Made-up ticks for the tests of what listens to the loop."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runtime.loop import Tick
+from runtime.types import Action, ActionChunk, CameraFrame, LatentGoal, Observation
+
+PERIOD_NS = 33_333_333
+
+
+def frame(t_ns, size, shade):
+    rgb = np.full((size, size, 3), 40, np.uint8)
+    rgb[: size // 2, :, 0] = shade % 256
+    K = np.array([[size, 0, size / 2], [0, size, size / 2], [0, 0, 1.0]])
+    T = np.diag([1.0, -1.0, -1.0, 1.0])
+    T[2, 3] = 1.5
+    return CameraFrame(t_ns, rgb, np.ones((size, size), np.float32), K, T)
+
+
+def latent(seq, epoch, t_ns):
+    z = np.full((1, 8), seq, np.float32)
+    return LatentGoal(z=z, seq=seq, epoch=epoch, t_obs_ns=t_ns, t_pub_ns=t_ns, spec_id="x")
+
+
+def chunk_for(observation, latents):
+    """What the fake policy answers: a function of exactly what it was given."""
+    seq = latents[-1].seq if latents else -1
+    poses = np.tile(observation.tcp_pose, (4, 1))
+    poses[:, 1] += 0.01 * seq
+    poses[:, 2] += 1e-4 * float(observation.frames["static"].rgb[0, 0, 0])
+    return ActionChunk(
+        t_start_ns=observation.t_ns + PERIOD_NS,
+        dt_ns=PERIOD_NS,
+        poses=poses,
+        gripper=np.full(4, 0.5),
+        epoch=observation.epoch,
+        latent_seq=seq,
+        t_obs_ns=observation.t_ns,
+    )
+
+
+def ticks(count, camera_every=3, latent_every=5, chunk_every=4, delay=2, epochs=1):
+    """A run: cameras slower than the loop, chunks that come `delay` ticks after their input."""
+    made, frames, recent, waiting = [], {}, [], []
+    for i in range(count):
+        t, epoch = 10**9 + i * PERIOD_NS, i * epochs // count
+        if i % camera_every == 0:
+            frames = {"static": frame(t, 64, 3 * i), "gripper": frame(t, 32, 5 * i)}
+        pose = np.array([0.01 * i, 0, 0.5, 0, 0, 0, 1.0])
+        observation = Observation(t, frames, pose, 0.05, True, np.zeros(7), epoch)
+        new_latent = latent(i // latent_every, epoch, t) if i % latent_every == 0 else None
+        recent = [new_latent] if new_latent else recent
+        if i % chunk_every == 0 and recent and recent[0].epoch == epoch:
+            waiting.append((i + delay, chunk_for(observation, recent)))
+        ready = [chunk for due, chunk in waiting if due == i and chunk.epoch == epoch]
+        made.append(
+            Tick(
+                index=i + 1,
+                t_ns=t,
+                observation=observation,
+                state="run",
+                reason="",
+                sent=Action(pose, 1.0, epoch, t_ns=t + PERIOD_NS),
+                new_latent=new_latent,
+                new_chunk=ready[0] if ready else None,
+                latent_age_s=0.25,
+                duration_s=1e-4,
+            )
+        )
+    return made
