@@ -72,7 +72,8 @@ def register(
         cls: fields may be int, float, bool, str, arrays with a declared dtype, other records,
             `Mapping[str, ...]`, `tuple[..., ...]` or `Literal` of these, each `| None`.
         shapes: by field, a size per dimension; a letter means "any, but the same throughout".
-        finite: fields in which NaN and infinity are refused.
+        finite: fields in which NaN and infinity are refused, by the sender always, by the
+            receiver in scalars and in arrays up to `INLINE_BYTES`.
 
     Raises:
         ValueError: another class has that kind, or the class another kind.

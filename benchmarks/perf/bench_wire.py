@@ -35,7 +35,7 @@ from runtime.types import CameraFrame, LatentGoal, Observation
 from runtime.wire import NewestReader, Publisher, ipc_endpoint
 
 BLOCK = 200  # messages of one kind before the other has its turn
-GAP_S = 0.002
+GAP_S = 0.005
 KINDS = ("bare", "wire")
 
 
@@ -70,7 +70,9 @@ def payload_bytes(message: LatentGoal | Observation) -> int:
     )
 
 
-def latency_publisher(run_dir: str, what: str, rounds: int, sent: Any, seen: Any) -> None:
+def latency_publisher(
+    run_dir: str, what: str, rounds: int, gap_s: float, sent: Any, seen: Any
+) -> None:
     """Child: publish blocks of bare and wire messages, each when the last has been seen."""
     message = latent(0) if what == "latent" else observation(0)
     publisher = Publisher(ipc_endpoint(run_dir, f"wire-{what}"), "bench")
@@ -80,8 +82,9 @@ def latency_publisher(run_dir: str, what: str, rounds: int, sent: Any, seen: Any
     time.sleep(0.5)  # subscriptions arrive
     for index in range(2 * rounds):
         while seen.value < index:
-            time.sleep(0.0002)
-        time.sleep(GAP_S)
+            time.sleep(0.0)
+        if gap_s:
+            time.sleep(gap_s)
         if index // BLOCK % 2 == 0:
             sent.value = now = time.monotonic_ns()
             bare.send(struct.pack("<q", now) + data)
@@ -94,7 +97,7 @@ def latency_publisher(run_dir: str, what: str, rounds: int, sent: Any, seen: Any
     bare.close(linger=0)
 
 
-def measure_latency(run_dir: str, what: str, rounds: int, spin: bool) -> dict[str, Any]:
+def measure_latency(run_dir: str, what: str, rounds: int, gap_s: float) -> dict[str, Any]:
     """Return one-way latencies in microseconds, bare and wire, and the ratio of medians."""
     context = multiprocessing.get_context("spawn")
     sent, seen = context.Value(ctypes.c_longlong, 0), context.Value(ctypes.c_longlong, 0)
@@ -103,20 +106,20 @@ def measure_latency(run_dir: str, what: str, rounds: int, spin: bool) -> dict[st
     bare: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
     bare.connect(ipc_endpoint(run_dir, f"bare-{what}"))
     bare.subscribe(b"")
-    child = context.Process(target=latency_publisher, args=(run_dir, what, rounds, sent, seen))
+    child = context.Process(
+        target=latency_publisher, args=(run_dir, what, rounds, gap_s, sent, seen)
+    )
     child.start()
 
     def get_bare() -> object:
-        if not spin:
-            bare.poll(1000)
+        bare.poll(1000)
         try:
             return bare.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
 
     def get_wire() -> object:
-        if not spin:
-            reader.wait(1.0)
+        reader.wait(1.0)
         return reader.poll()
 
     times: dict[str, list[int]] = {kind: [] for kind in KINDS}
@@ -210,9 +213,8 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as run_dir:
         for what in ("latent", "rgbd"):
-            for spin in (False, True):
-                name = f"{what}_{'spinning' if spin else 'waiting'}"
-                figures[name] = measure_latency(run_dir, what, args.rounds, spin)
+            for name, gap_s in (("in_a_row", 0.0), ("paced", GAP_S)):
+                figures[f"{what}_{name}"] = measure_latency(run_dir, what, args.rounds, gap_s)
         figures["bursts"] = measure_loss(run_dir, args.messages, 64)
         figures["back_to_back"] = measure_loss(run_dir, args.messages, args.messages)
     args.out.parent.mkdir(parents=True, exist_ok=True)
