@@ -21,7 +21,6 @@ from runtime.realtime import RealtimeStatus, enter, leave
 from runtime.report import percentiles, task_rows
 from runtime.robots.base import Robot, World, make_robot
 from runtime.spec import LatentSpec, check_latent
-from runtime.statistics import LoopStatistics
 from runtime.subscribers import Subscribers
 
 log = logging.getLogger(__name__)
@@ -73,9 +72,7 @@ class ControlNode:
             channels = self._channels
             goals = wire_goals(config, channels["requests"], channels["latents"], "robot0")
         self._rig = build_rig(config, self._robot, policy, goals, clock)
-        self._statistics = LoopStatistics(self._rig)
-        self._subscribers = Subscribers(config, self._folder, self._rig)
-        self._rig.loop.subscribers += [self._statistics, *self._subscribers]
+        self._subscribers = Subscribers(config, self._folder, self._rig, lambda: self._realtime)
 
     def run(self, stop: threading.Event) -> None:
         assert self._rig is not None and self._robot is not None
@@ -95,13 +92,13 @@ class ControlNode:
         finally:
             self._robot.stop("the run has ended")
             leave(self._realtime)
-            self._report = self._make_report()
+            self._report = self._make_report()  # which waits for the video to be finished
             self._finished.set()
         stop.wait()  # stay until the report has been fetched
 
     def health(self) -> dict[str, Any]:
         rig = self._rig
-        if rig is None:
+        if rig is None or self._subscribers is None:
             return {}
         director = rig.director
         current = director.current
@@ -111,7 +108,8 @@ class ControlNode:
             "instruction": current.instruction if current else "",
             "steps": director.steps,
             **task_rows(director.results),
-            **self._statistics.live(),
+            **self._subscribers.statistics.live(),
+            "metrics_url": self._subscribers.metrics_url,
         }
 
     def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
@@ -146,6 +144,7 @@ class ControlNode:
 
     def _make_report(self) -> dict[str, Any]:
         assert self._rig is not None and self._realtime is not None
+        assert self._subscribers is not None
         rig = self._rig
         lateness = rig.pacer.summary()
         goals = rig.loop.goals
@@ -154,7 +153,7 @@ class ControlNode:
             "hz2": self._config.system2.hz,
             "steps_limit": self._config.tasks.steps_limit,
             **task_rows(rig.director.results),
-            **self._statistics.report(),
+            **self._subscribers.statistics.report(),
             "deadline_missed": lateness.missed,
             "tick_lateness_s": lateness.as_seconds() if lateness.ticks else None,
             "latents_received": goals.received if goals else 0,
@@ -162,6 +161,8 @@ class ControlNode:
             "latents_missed": goals.missed if goals else 0,
             "s1_latency_s": percentiles(rig.loop.planner.latencies_s, ("p50", "p99")),
             "s2_latency_s": percentiles(goals.latencies_s if goals else (), ("p50", "p99")),
+            "stopped": str(rig.loop.machine.stop) if rig.loop.stopped else None,
+            "sinks": self._subscribers.close(),
             "safe_stops": dict(rig.loop.machine.stops),
             "realtime": {
                 "fifo": self._realtime.fifo,

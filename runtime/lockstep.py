@@ -43,9 +43,9 @@ def run_lockstep(
     if policy.spec.latent is not None:
         goals = lockstep_goals(config, make(config.system2.engine), policy)
     rig = build_rig(config, robot, policy, goals, clock)
-    statistics = LoopStatistics(rig)
     subscribers = Subscribers(config, folder, rig)
-    rig.loop.subscribers += [statistics, *subscribers, _Progress(rig, statistics, config, display)]
+    statistics = subscribers.statistics
+    rig.loop.subscribers.append(_Progress(rig, statistics, config, display))
     stop = threading.Event()
     try:
         with display:
@@ -60,7 +60,7 @@ def run_lockstep(
         subscribers.close()
         rig.close()
         robot.disconnect()
-    return _report(config, rig, statistics) | {"ready_s": ready_s}
+    return _report(config, rig, statistics) | {"ready_s": ready_s, "sinks": subscribers.close()}
 
 
 def _embedded(config: RunConfig, clock: object) -> tuple[str, dict[str, Any]]:
@@ -113,6 +113,7 @@ def _report(config: RunConfig, rig: Rig, statistics: LoopStatistics) -> dict[str
         "latents_missed": goals.missed if goals else 0,
         "s1_latency_s": percentiles(rig.loop.planner.latencies_s, ("p50", "p99")),
         "s2_latency_s": percentiles(goals.latencies_s if goals else (), ("p50", "p99")),
+        "stopped": str(rig.loop.machine.stop) if rig.loop.stopped else None,
         "safe_stops": dict(rig.loop.machine.stops),
         "device": platform.machine(),
         "versions": versions(),
