@@ -56,7 +56,7 @@ def _gripper(value: Any, name: str = "gripper") -> int:
     except (TypeError, ValueError) as error:
         raise ActionError(f"{name}: {value!r} is not 1 (open) or -1 (close)") from error
     if array.size != 1 or float(array.reshape(-1)[0]) not in (1.0, -1.0):
-        raise ActionError(f"{name}: {value!r} is not 1 (open) or -1 (close)")
+        raise ActionError(f"{name}: {array.tolist()} is not 1 (open) or -1 (close)")
     return int(array.reshape(-1)[0])
 
 

@@ -31,6 +31,9 @@ SLOPE_Y, SLOPE_TOP_Y, BACK_Z = 0.02, 0.14, 0.6478  # foot and top of the leaning
 CABINET_HALF_X, CABINET_FLOOR_Z, CABINET_TOP_Z, CABINET_BACK_Y = 0.26, 0.42, 0.6278, 0.16
 APRON_Z = (0.30, 0.40)
 DOOR_SIZE_X, DOOR_HALF_Y = 0.28, 0.12
+# Boxes touch only where they overlap: surfaces collide this much higher than blocks are
+# placed, so that a block put down by a reset is in contact after the first substep.
+REST_M = 5e-5
 
 Vec3 = tuple[float, float, float]
 
@@ -188,7 +191,8 @@ def _base(scene: Scene) -> list[Piece]:
     hole = (scene.drawer_x - 0.20, scene.drawer_x + 0.20)
     low, high = APRON_Z
     pieces = [
-        box(base, (-HALF_X, -HALF_Y, 0.40), (HALF_X, SLOPE_Y, TABLE_TOP_Z_M)),
+        box(base, (-HALF_X, -HALF_Y, 0.40), (HALF_X, SLOPE_Y, TABLE_TOP_Z_M + REST_M), ""),
+        box(base, (-HALF_X, -HALF_Y, 0.40), (HALF_X, SLOPE_Y, TABLE_TOP_Z_M), solid=False),
         box(base, (-HALF_X, SLOPE_Y, 0.40), (HALF_X, HALF_Y, CABINET_FLOOR_Z)),
         prism(base, (-HALF_X, left), wedge),
         prism(base, (right, HALF_X), wedge),
@@ -235,7 +239,7 @@ def _drawer() -> list[Piece]:
     """The drawer: in W's axes about (drawer_x, 0, 0.32); the front panel's face is at y -0.18."""
     link = "drawer_link"
     pieces = [
-        box(link, (-0.18, -0.16, -0.001), (0.18, 0.04, 0.022), ""),
+        box(link, (-0.18, -0.16, -0.001), (0.18, 0.04, 0.022 + REST_M), ""),
         box(link, (-0.18, -0.16, 0.0), (0.18, 0.04, 0.0205), "panel", solid=False),
         box(link, (-0.20, -0.16, 0.0), (-0.18, 0.06, 0.08), "panel", grain=1),
         box(link, (0.18, -0.16, 0.0), (0.20, 0.06, 0.08), "panel", grain=1),
@@ -264,7 +268,7 @@ def _small_parts() -> list[Piece]:
         bar(switch, (-0.06, -0.008, 0.044), (0.06, 0.024, 0.064), 0.008, 0),
         box("led_link", (-0.08, -0.02, 0.0), (0.08, 0.02, 0.016), "led"),
         dome("light_link", (0, 0, 0.0216), 0.028, 0.0216, "bulb"),
-        box("plank_link", (-0.26, -0.07, 0.0), (0.26, 0.07, 0.021), ""),
+        box("plank_link", (-0.26, -0.07, 0.0), (0.26, 0.07, 0.021 + REST_M), ""),
         box("plank_link", (-0.26, -0.07, 0.0), (0.26, 0.07, 0.02), "wood", solid=False),
     ]
 
