@@ -130,11 +130,9 @@ class SceneRenderer:
         cameras: Sequence[str] = ("static", "gripper"),
         appearance: Appearance | None = None,
     ) -> None:
-        unknown = [name for name in cameras if name not in CAMERAS]
-        if unknown or isinstance(cameras, str):
-            raise CameraError(
-                f"cameras: {unknown or cameras!r}; give a list out of {', '.join(CAMERAS)}"
-            )
+        wrong = cameras if isinstance(cameras, str) else [c for c in cameras if c not in CAMERAS]
+        if wrong:
+            raise CameraError(f"cameras: {wrong!r}; give a list out of {', '.join(CAMERAS)}")
         self.scene = get_scene(scene)
         self.cameras = tuple(CAMERAS[name] for name in cameras)
         self._visuals: Visuals = scene_visuals(self.scene)
