@@ -34,6 +34,7 @@ class RerunViewer:
         path: write an `.rrd` file there; None opens the viewer's window.
         points: keep every n-th pixel of the point cloud, in both directions; 0 for no cloud.
         queue_size: ticks that may wait.
+        lossless: wait instead of dropping (the lockstep clock).
         name: of the recording.
 
     Raises:
@@ -45,6 +46,7 @@ class RerunViewer:
         path: Path | None = None,
         points: int = 2,
         queue_size: int = 8,
+        lossless: bool = False,
         name: str = "openhelix",
     ) -> None:
         self._rr = _rerun()
@@ -56,7 +58,9 @@ class RerunViewer:
         self._points = points
         self._seen_ns: dict[str, int] = {}
         self._start_ns: int | None = None
-        self._work: Background[Tick] = Background("viewer", self._show, self._end, queue_size)
+        self._work: Background[Tick] = Background(
+            "viewer", self._show, self._end, queue_size, lossless
+        )
 
     @property
     def written(self) -> int:

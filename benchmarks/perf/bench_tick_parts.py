@@ -1,0 +1,142 @@
+"""What the parts of a control tick cost, one by one, without inference or wire.
+
+A tick has 300 µs. Each part is called many times on made-up but full-size input (two RGB-D
+cameras, 16-row chunks); the parts take turns in one run, so that they can be compared on a
+busy machine.
+
+    python -m benchmarks.perf.bench_tick_parts [--rounds 600] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from runtime.chunks import ChunkBuffer
+from runtime.clock import FakeClock, Pacer
+from runtime.collectors import LoopMetrics
+from runtime.loop import Tick
+from runtime.recorder import Recorder
+from runtime.safety import SafetyFilter, SafetyLimits, StopMachine, Watchdog
+from runtime.types import Action, ActionChunk, CameraFrame, Observation
+from runtime.video import VideoRecorder
+
+PERIOD_NS = 33_333_333
+REPLAN_TICKS = 8
+
+
+def observation(t_ns: int, shade: int) -> Observation:
+    """CALVIN's two RGB-D cameras (329 KB) and an arm that moves."""
+    frames = {}
+    for name, size in (("static", 200), ("gripper", 84)):
+        rgb = np.full((size, size, 3), shade % 256, np.uint8)
+        depth = np.ones((size, size), np.float32)
+        frames[name] = CameraFrame(t_ns, rgb, depth, np.eye(3), np.eye(4))
+    s = np.sin(shade / 30)
+    pose = np.array([0.1 * s, -0.2 + 0.05 * s, 0.5, np.cos(s / 2), np.sin(s / 2), 0.0, 0.0])
+    return Observation(t_ns, frames, pose, 0.05, True, np.zeros(7))
+
+
+class Parts:
+    """The parts of one control loop, fed by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clock = FakeClock()
+        self.chunks, self.limits = ChunkBuffer(), SafetyFilter()
+        self.watchdog = Watchdog(SafetyLimits(), ("static", "gripper"))
+        self.machine, self.pacer = StopMachine(), Pacer(self.clock, PERIOD_NS)
+        self.watchdog.arm(self.clock.now_ns())
+        loop: Any = SimpleNamespace(planner=SimpleNamespace(latencies_s=deque(maxlen=64)))
+        self.metrics = LoopMetrics(loop, self.pacer)
+        self.recorder = Recorder(folder / "recording", queue_size=100_000)
+        self.video = VideoRecorder(folder / "video.mp4", queue_size=100_000)
+        self.sent: Action | None = None
+        self.took: dict[str, list[int]] = {}
+
+    def timed(self, name: str, call: Callable[[], Any]) -> Any:
+        """Call, and keep how long it took."""
+        start = time.perf_counter_ns()
+        result = call()
+        self.took.setdefault(name, []).append(time.perf_counter_ns() - start)
+        return result
+
+    def tick(self, index: int) -> None:
+        """One tick's worth of every part."""
+        self.clock.advance(PERIOD_NS)
+        now, timed = self.clock.now_ns(), self.timed
+        seen = observation(now, index)
+        timed("watchdog", lambda: self._watch(seen, now))
+        if index % REPLAN_TICKS == 0:
+            rows = np.tile(seen.tcp_pose, (16, 1))
+            rows[:, 0] += np.linspace(0, 0.1, 16)
+            start = now - 4 * PERIOD_NS  # as late as a slow System 1
+            chunk = ActionChunk(start, PERIOD_NS, rows, np.ones(16), 0, t_obs_ns=start)
+            timed("chunk_put", lambda: self.chunks.put(chunk, now))
+        target = timed("chunk_sample", lambda: self.chunks.sample(now + PERIOD_NS // 2))
+        timed("stop_machine", lambda: self.machine.update(None, ""))
+        reference = self.sent if self.sent is not None else seen.tcp_pose
+        assert target is not None
+        self.sent = timed("limits", lambda: self.limits.limit(target, reference, 1 / 30))
+        tick = Tick(index, now, seen, "run", "", self.sent, None, None, 0.3, 1e-4)
+        timed("metrics", lambda: self.metrics(tick))
+        timed("recorder", lambda: self.recorder(tick))
+        timed("video", lambda: self.video(tick))
+        # A real tick is followed by a wait, in which the threads do their work.
+        while self.recorder.queued or self.video.queued:
+            time.sleep(0.002)
+        time.sleep(0.01)
+
+    def _watch(self, seen: Observation, now: int) -> None:
+        self.watchdog.saw("proprioception", seen.t_ns, now)
+        self.watchdog.saw("latent", now, now)
+        for name, frame in seen.frames.items():
+            self.watchdog.saw_frame(name, frame, seen.tcp_pose, now)
+        self.watchdog.check(now)
+
+    def close(self) -> None:
+        self.recorder.close()
+        self.video.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=600)
+    default = Path(__file__).parent / "results" / "tick_parts.json"
+    parser.add_argument("--out", type=Path, default=default)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        parts = Parts(Path(folder))
+        try:
+            for index in range(arguments.rounds):
+                parts.tick(index)
+        finally:
+            parts.close()
+    rows = {
+        name: {"p50_us": np.percentile(t, 50) / 1e3, "p99_us": np.percentile(t, 99) / 1e3}
+        for name, t in parts.took.items()
+    }
+    each_tick = sum(row["p50_us"] for name, row in rows.items() if name != "chunk_put")
+    result = {
+        "rounds": arguments.rounds,
+        "parts": rows,
+        "sum_p50_us": each_tick + rows["chunk_put"]["p50_us"] / REPLAN_TICKS,
+        "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
