@@ -1,7 +1,7 @@
 """Builds a control loop from a configuration; the one place where its parts meet.
 
-Both clocks use the same classes and differ only in four of them: the clock, the planner
-(thread or inside the tick), the goals (another process or a schedule) and the robot.
+Both clocks use the same classes and differ only in four of them: the clock, the planner and
+the goals (other processes, or inside the tick), and the robot.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from runtime.clock import Clock, FakeClock, MonotonicClock, Pacer
 from runtime.config import Part, RunConfig
 from runtime.director import Director
 from runtime.goals import Goals, LockstepGoals, WireGoals
-from runtime.interfaces import Engine, Policy
+from runtime.interfaces import Engine
 from runtime.loop import ControlLoop
-from runtime.planner import Planner, SyncPlanner, ThreadPlanner
+from runtime.planner import Planner, PlanReply, RemotePlanner
 from runtime.realtime import SlackCollector
 from runtime.resolve import resolve
 from runtime.robots.base import Robot, World
 from runtime.safety import SafetyFilter, StopMachine, Watchdog
-from runtime.spec import check_latent, check_robot
+from runtime.spec import LatentSpec, PolicySpec, check_latent, check_robot
 from runtime.types import LatentGoal
 from runtime.wire import NewestReader, Publisher
 
@@ -33,7 +33,6 @@ class Rig:
 
     loop: ControlLoop
     pacer: Pacer
-    policy: Policy
     director: Director
 
     def close(self) -> None:
@@ -52,19 +51,23 @@ def period_ns(config: RunConfig) -> int:
     return round(1e9 / config.control.hz)
 
 
+def replan_ns(config: RunConfig) -> int:
+    """Time from one chunk's observation to the next one's."""
+    return config.system1.replan_steps * period_ns(config)
+
+
 def build_rig(
-    config: RunConfig, robot: Robot, policy: Policy, goals: Goals | None, clock: Clock
+    config: RunConfig,
+    robot: Robot,
+    spec: PolicySpec,
+    planner: Planner,
+    goals: Goals | None,
+    clock: Clock,
 ) -> Rig:
     """Join the parts; `robot` is connected. Raises SpecMismatch when they do not fit."""
-    check_robot(robot.spec, policy.spec)
+    check_robot(robot.spec, spec)
     period = period_ns(config)
-    replan_ns = config.system1.replan_steps * period
-    planner: Planner
-    if isinstance(clock, FakeClock):
-        planner = SyncPlanner(policy, replan_ns)
-    else:
-        planner = ThreadPlanner(policy, replan_ns)
-    names = tuple(camera.name for camera in policy.spec.cameras)
+    names = tuple(camera.name for camera in spec.cameras)
     loop = ControlLoop(
         robot=robot,
         goals=goals,
@@ -86,7 +89,7 @@ def build_rig(
         wait=pacer.wait if isinstance(clock, FakeClock) else _waiter(pacer),
         hold_limit=round(config.control.hold_limit_s * config.control.hz),
     )
-    return Rig(loop, pacer, policy, director)
+    return Rig(loop, pacer, director)
 
 
 def wire_goals(config: RunConfig, requests: str, latents: str, robot_name: str) -> WireGoals:
@@ -103,10 +106,19 @@ def wire_goals(config: RunConfig, requests: str, latents: str, robot_name: str) 
     )
 
 
-def lockstep_goals(config: RunConfig, engine: Engine, policy: Policy) -> LockstepGoals:
+def remote_planner(config: RunConfig, plans: str, chunks: str) -> RemotePlanner:
+    """Return System 1 in another process, reached over two endpoints."""
+    keys = str(config.transport.keys) if config.transport.keys else None
+    return RemotePlanner(
+        Publisher(plans, "plans", bind=False, keys=keys),
+        NewestReader(chunks, "chunks", PlanReply, keys=keys),
+        replan_ns(config),
+    )
+
+
+def lockstep_goals(config: RunConfig, engine: Engine, expected: LatentSpec) -> LockstepGoals:
     """Return System 2 on a schedule of environment steps."""
-    if policy.spec.latent is not None:
-        check_latent(engine.spec, policy.spec.latent)
+    check_latent(engine.spec, expected)
     return LockstepGoals(
         engine=engine,
         camera=config.system2.camera,

@@ -7,18 +7,17 @@ queue may make the caller wait instead (`lossless`).
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-NICE = 10  # of the worker's thread: below control and both systems
+POLL_S = 0.001  # how often a lossless caller looks for room
 
 
 class Background(Generic[T]):
@@ -46,13 +45,20 @@ class Background(Generic[T]):
         if size < 1:
             raise ValueError(f"size: {size}, must be at least 1")
         self.written = 0
-        self.dropped = 0
+        self._refused = 0  # counted by the caller's thread,
+        self._lost = 0  # and by the worker's: one counter for both would lose counts
         self.error: BaseException | None = None
         self._handle, self._finish, self._lossless = handle, finish, lossless
-        self._queue: queue.Queue[T | None] = queue.Queue(size)
+        self._queue: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        self._size = size
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+
+    @property
+    def dropped(self) -> int:
+        """Items lost: the queue was full, or the work had failed."""
+        return self._refused + self._lost
 
     @property
     def queued(self) -> int:
@@ -61,37 +67,32 @@ class Background(Generic[T]):
 
     def offer(self, item: T) -> bool:
         """Queue an item; False when it was dropped. Never raises, never waits (but lossless)."""
-        if self._closed or self.error is not None:
-            self.dropped += 1
+        while self._lossless and self._queue.qsize() >= self._size and self.error is None:
+            time.sleep(POLL_S)
+        if self._closed or self.error is not None or self._queue.qsize() >= self._size:
+            self._refused += 1
             return False
-        try:
-            self._queue.put(item, block=self._lossless)
-        except queue.Full:
-            self.dropped += 1
-            return False
+        self._queue.put(item)
         return True
 
     def close(self, timeout_s: float = 30.0) -> bool:
         """Work off the queue and end the thread; False if that took too long. Twice is fine."""
         if not self._closed:
             self._closed = True
-            with contextlib.suppress(queue.Full):
-                self._queue.put(None, timeout=timeout_s)
+            self._queue.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # Linux has it for each thread
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while (item := self._queue.get()) is not None:
             if self.error is not None:
-                self.dropped += 1
+                self._lost += 1
                 continue
             try:
                 self._handle(item)
                 self.written += 1
             except Exception as error:
-                self.dropped += 1
+                self._lost += 1
                 self.error = error
                 log.exception("%s failed; nothing more is written", self._thread.name)
         try:

@@ -1,40 +1,43 @@
-"""The control process: one robot, System 1 and the control loop, run in real time.
+"""The control process: one robot's driver and the control loop, run in real time.
 
-`setup` does all that is slow (loading, connecting, warming up); `run` waits for the word to
-start, then paces the loop and keeps the figures of the run. A robot is stopped on every way
-out: the end, Ctrl-C, an error.
+Nothing else lives here: System 1, System 2 and all that looks on have processes of their
+own. `setup` connects; `run` waits for the word to start, then paces the loop and keeps the
+figures of the run. A robot is stopped on every way out: the end, Ctrl-C, an error.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.assembly import Rig, build_rig, make, make_clock, wire_goals
+from runtime.assembly import Rig, build_rig, make_clock, remote_planner, wire_goals
 from runtime.config import RunConfig, validate
 from runtime.director import Assignment
-from runtime.interfaces import Policy
 from runtime.realtime import RealtimeStatus, enter, leave
 from runtime.report import percentiles, task_rows
-from runtime.robots.base import Robot, World, make_robot
-from runtime.spec import LatentSpec, check_latent
+from runtime.robots.base import Robot, RobotError, World, make_robot
+from runtime.rpc import RpcClient, RpcError
+from runtime.sinks import Sinks
+from runtime.spec import LatentSpec, PolicySpec, check_latent
 from runtime.subscribers import Subscribers
 
 log = logging.getLogger(__name__)
+SYSTEM1_TIMEOUT_S = 240.0
+HELPERS_FIFO_PRIORITY = 5  # of this process's threads other than the control thread
 
 
 class ControlNode:
-    """System 1 and the control loop, with the driver of one robot.
+    """The control loop with the driver of one robot.
 
     Args:
         config: `RunConfig` as JSON data.
         channels: endpoints by channel name; see `runtime.graph`.
         assignments: [{"task": ..., "instruction": ...}, ...].
         initial: {"robot_obs": [...], "scene_obs": [...]} for a world that can be reset.
-        folder: where video and recording go.
     """
 
     def __init__(
@@ -43,13 +46,11 @@ class ControlNode:
         channels: dict[str, str],
         assignments: Sequence[dict[str, str]],
         initial: dict[str, Any] | None = None,
-        folder: str = "outputs",
     ) -> None:
         self._config = validate(RunConfig, config)
         self._channels = channels
         self._assignments = [Assignment(**row) for row in assignments]
         self._initial = initial
-        self._folder = Path(folder)
         self._start = threading.Event()
         self._finished = threading.Event()
         self._report: dict[str, Any] = {}
@@ -59,20 +60,24 @@ class ControlNode:
         self._subscribers: Subscribers | None = None
 
     def setup(self) -> None:
-        config = self._config
-        clock = make_clock(config)
-        policy: Policy = make(config.system1.policy)
-        policy.warm_up()
+        config, channels = self._config, self._channels
+        # Threads inherit this, ZeroMQ's among them: a normal thread that holds the
+        # interpreter or a socket while others use the core would stop the control thread.
+        if config.control.fifo_priority > HELPERS_FIFO_PRIORITY:
+            enter(priority=HELPERS_FIFO_PRIORITY, gc_mode="leave")
+        spec = self._policy_spec()
         self._robot = self._make_robot()
         self._robot.connect()
         if self._initial is not None and isinstance(self._robot, World):
             self._robot.reset_world(self._initial["robot_obs"], self._initial["scene_obs"])
         goals = None
-        if policy.spec.latent is not None:
-            channels = self._channels
+        if spec.latent is not None:
             goals = wire_goals(config, channels["requests"], channels["latents"], "robot0")
-        self._rig = build_rig(config, self._robot, policy, goals, clock)
-        self._subscribers = Subscribers(config, self._folder, self._rig, lambda: self._realtime)
+        planner = remote_planner(config, channels["plans"], channels["chunks"])
+        rig = build_rig(config, self._robot, spec, planner, goals, make_clock(config))
+        self._rig, self._spec = rig, spec
+        ticks = channels["ticks"] if Sinks.wanted(config) else None
+        self._subscribers = Subscribers(config, Path(), rig, ticks, lambda: self._realtime)
 
     def run(self, stop: threading.Event) -> None:
         assert self._rig is not None and self._robot is not None
@@ -92,7 +97,7 @@ class ControlNode:
         finally:
             self._robot.stop("the run has ended")
             leave(self._realtime)
-            self._report = self._make_report()  # which waits for the video to be finished
+            self._report = self._make_report()
             self._finished.set()
         stop.wait()  # stay until the report has been fetched
 
@@ -123,6 +128,27 @@ class ControlNode:
         if self._robot is not None:
             self._robot.disconnect()
 
+    def _policy_spec(self) -> PolicySpec:
+        """Ask System 1 what it needs, once it is ready."""
+        client = RpcClient(self._channels["system1_control"], keys=self._keys())
+        try:
+            deadline_s = time.monotonic() + SYSTEM1_TIMEOUT_S
+            while time.monotonic() < deadline_s:
+                try:
+                    health = client.call("health", {}, 1.0)
+                except RpcError:
+                    health = {}
+                if "policy_spec" in health:
+                    return PolicySpec.from_dict(health["policy_spec"])
+                time.sleep(0.1)
+        finally:
+            client.close()
+        raise RobotError(f"system1: not ready after {SYSTEM1_TIMEOUT_S:.0f} s")
+
+    def _keys(self) -> str | None:
+        keys = self._config.transport.keys
+        return str(keys) if keys else None
+
     def _make_robot(self) -> Robot:
         options = dict(self._config.robot.options)
         if self._config.robot.name == "sim":
@@ -130,15 +156,13 @@ class ControlNode:
             options |= {name: self._channels[name] for name in names}
             options["cameras"] = self._config.world.cameras
             options["hz"] = self._config.control.hz
-            options["keys"] = str(self._config.transport.keys or "") or None
+            options["keys"] = self._keys()
         return make_robot(self._config.robot.name, **options)
 
     def _on_start(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Compare what System 2 gives with what System 1 needs, then go."""
-        assert self._rig is not None
-        expected = self._rig.policy.spec.latent
-        if expected is not None:
-            check_latent(LatentSpec(**arguments["latent_spec"]), expected)
+        if self._spec.latent is not None:
+            check_latent(LatentSpec(**arguments["latent_spec"]), self._spec.latent)
         self._start.set()
         return {}
 
@@ -162,7 +186,6 @@ class ControlNode:
             "s1_latency_s": percentiles(rig.loop.planner.latencies_s, ("p50", "p99")),
             "s2_latency_s": percentiles(goals.latencies_s if goals else (), ("p50", "p99")),
             "stopped": str(rig.loop.machine.stop) if rig.loop.stopped else None,
-            "sinks": self._subscribers.close(),
             "safe_stops": dict(rig.loop.machine.stops),
             "realtime": {
                 "fifo": self._realtime.fifo,

@@ -1,10 +1,14 @@
 """Which processes a run consists of, where they listen, and who starts them.
 
-    system2  -- latents -->  control  -- actions -->  world  -- states -->  camera
-       ^---- goal requests ----'  ^------ states, frames ------'-----------------'
+    system2 <- requests -- control -- plans ---> system1
+            -- latents --> control <-- chunks --
+                           control -- actions -> world -- states -> camera
+                           control <- states --- world
+                           control <- frames ------------------------'
+                           control -- ticks ---> observer
 
-Every channel is bound by the side that others depend on (System 2, the world, the camera),
-so a robot or a restarted process only ever connects. `Graph` starts the nodes through a host
+Every channel is bound by the side that control depends on, so that the control process and a
+restarted one only ever connect. `Graph` starts the nodes through a host
 (Ray actors or plain processes), waits until all are ready and ends them in order.
 """
 
@@ -22,9 +26,26 @@ from typing import Any, Protocol
 from runtime.config import ConfigError, Placement, RunConfig
 from runtime.node import NodeSpec
 from runtime.rpc import RpcClient, RpcError
+from runtime.sinks import Sinks
 
-CHANNELS = ("requests", "latents", "actions", "states", "frames")
-NODES = ("system2", "control", "world", "camera")
+# Each channel and the node that binds it.
+CHANNELS = {
+    "requests": "system2",
+    "latents": "system2",
+    "plans": "system1",
+    "chunks": "system1",
+    "actions": "world",
+    "states": "world",
+    "frames": "camera",
+    "ticks": "observer",
+}
+NODES = ("control", "observer", "camera", "world", "system1", "system2")  # in order of ending
+
+
+# A control loop that crashed must not start again by itself beside a moving arm, and a world
+# that did would have forgotten its state.
+RESTARTED = ("system1", "system2", "camera")
+OBSERVER = Placement(cpus=0.2, nice=10)
 
 
 class GraphError(RuntimeError):
@@ -56,95 +77,90 @@ class Endpoints:
     @classmethod
     def network(cls, hosts: dict[str, str], base_port: int) -> Endpoints:
         """TCP ports; `hosts` says at which address each node is reached."""
-        owner = dict(zip(CHANNELS, ("system2", "system2", "world", "world", "camera"), strict=True))
 
         def address(node: str, offset: int) -> str:
             return f"tcp://{hosts.get(node, '127.0.0.1')}:{base_port + offset}"
 
         return cls(
-            {name: address(owner[name], i) for i, name in enumerate(CHANNELS)},
+            {name: address(owner, i) for i, (name, owner) in enumerate(CHANNELS.items())},
             {name: address(name, len(CHANNELS) + i) for i, name in enumerate(NODES)},
         )
 
 
-def build(config: RunConfig, ends: Endpoints, control_options: dict[str, Any]) -> list[NodeSpec]:
-    """Return the nodes of a run; the simulator's two only for the `sim` driver."""
+def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) -> list[NodeSpec]:
+    """Return the nodes of a run.
+
+    Args:
+        config: of the run.
+        ends: where everything listens.
+        job: what the control node is to do: `assignments` and `initial`.
+        folder: where files go.
+    """
     channels = ends.channels
     keys = str(config.transport.keys) if config.transport.keys else None
+    data = config.model_dump(mode="json")
+    system1, system2, world = config.system1, config.system2, config.world
 
-    def node(
-        name: str, target: str, placement: Placement, options: dict[str, Any], restart: bool
-    ) -> NodeSpec:
-        return NodeSpec(
+    def own(name: str, **options: Any) -> dict[str, Any]:
+        """Return a node's options with the channels that it binds."""
+        bound = {channel: channels[channel] for channel, owner in CHANNELS.items() if owner == name}
+        return options | bound | {"keys": keys}
+
+    engine, policy = system2.engine.model_dump(), system1.policy.model_dump()
+    reach = channels | {f"{name}_control": ends.control[name] for name in ("world", "system1")}
+    parts: list[tuple[str, str, Placement, dict[str, Any]]] = [
+        (
+            "system2",
+            "system2.publisher:PublisherNode",
+            system2.placement,
+            own("system2", engine=engine, hz=system2.hz),
+        ),
+        (
+            "system1",
+            "runtime.planning:PlannerNode",
+            system1.placement,
+            own("system1", policy=policy),
+        ),
+        (
+            "control",
+            "runtime.control:ControlNode",
+            config.control.placement,
+            {"config": data, "channels": reach} | job,
+        ),
+    ]
+    if Sinks.wanted(config):
+        look = own("observer", config=data, cameras=world.cameras, folder=folder)
+        parts.append(("observer", "runtime.sinks:ObserverNode", OBSERVER, look))
+    if config.robot.name == "sim":
+        scene = own("world", scene=world.scene)
+        view = own(
+            "camera",
+            scene=world.scene,
+            cameras=world.cameras,
+            hz=world.camera_hz,
+            states=channels["states"],
+        )
+        host = "benchmarks.playtable.host"
+        parts.append(("world", f"{host}:WorldNode", world.placement, scene))
+        parts.append(("camera", f"{host}:CameraNode", world.camera_placement, view))
+    return [
+        NodeSpec(
             name=name,
             target=target,
             control=ends.control[name],
             options=options,
-            restart=restart,
+            restart=name in RESTARTED,
             keys=keys,
             **placement.model_dump(),
         )
-
-    nodes = [
-        node(
-            "system2",
-            "system2.publisher:PublisherNode",
-            config.system2.placement,
-            {
-                "engine": config.system2.engine.model_dump(),
-                "hz": config.system2.hz,
-                "requests": channels["requests"],
-                "latents": channels["latents"],
-            },
-            restart=True,
-        ),
-        # A control loop that crashed must not start again by itself beside a moving arm.
-        node(
-            "control",
-            "runtime.control:ControlNode",
-            config.control.placement,
-            {
-                "config": config.model_dump(mode="json"),
-                "channels": channels | {"world_control": ends.control["world"]},
-            }
-            | control_options,
-            restart=False,
-        ),
-    ]
-    if config.robot.name != "sim":
-        return nodes
-    world, scene = config.world, config.world.scene
-    return [
-        *nodes,
-        node(
-            "world",
-            "benchmarks.playtable.host:WorldNode",
-            world.placement,
-            {"scene": scene, "actions": channels["actions"], "states": channels["states"]},
-            restart=False,
-        ),
-        node(
-            "camera",
-            "benchmarks.playtable.host:CameraNode",
-            world.camera_placement,
-            {
-                "scene": scene,
-                "cameras": world.cameras,
-                "hz": world.camera_hz,
-                "states": channels["states"],
-                "frames": channels["frames"],
-            },
-            restart=True,
-        ),
+        for name, target, placement, options in parts
     ]
 
 
 class Graph:
     """The running processes of one run."""
 
-    def __init__(
-        self, config: RunConfig, control_options: dict[str, Any], log_folder: Path
-    ) -> None:
+    def __init__(self, config: RunConfig, job: dict[str, Any], folder: Path) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="openhelix-"))
         transport = config.transport
         if transport.host == "ipc":
@@ -152,10 +168,10 @@ class Graph:
         else:
             hosts = dict.fromkeys(NODES, transport.host) | transport.hosts
             self.endpoints = Endpoints.network(hosts, transport.base_port)
-        self.specs = build(config, self.endpoints, control_options)
+        self.specs = build(config, self.endpoints, job, str(folder))
         self._keys = str(transport.keys) if transport.keys else None
         self._clients: dict[str, RpcClient] = {}
-        self._config, self._log_folder = config, log_folder
+        self._config, self._log_folder = config, folder / "logs"
         self._host: Host | None = None
 
     def start(self) -> None:
@@ -184,6 +200,10 @@ class Graph:
     ) -> dict[str, Any]:
         """Put a question to a node's part."""
         return self._client(name).call("ask", {"question": question, **arguments}, timeout_s)
+
+    def has(self, name: str) -> bool:
+        """Whether the run has that node."""
+        return any(spec.name == name for spec in self.specs)
 
     def tell_stop(self, name: str) -> None:
         """Ask a node to end; it may be gone already."""
@@ -222,8 +242,8 @@ class Graph:
 
     def close(self) -> None:
         """End all nodes, the control loop first, so that the robot is stopped by its own loop."""
-        for name in ("control", "camera", "world", "system2"):
-            if self._host is not None and any(spec.name == name for spec in self.specs):
+        for name in NODES:
+            if self._host is not None and self.has(name):
                 self.tell_stop(name)
         if self._host is not None:
             self._host.close()

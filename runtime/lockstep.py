@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.assembly import Rig, build_rig, lockstep_goals, make, make_clock
+from runtime.assembly import Rig, build_rig, lockstep_goals, make, make_clock, replan_ns
 from runtime.config import RunConfig
 from runtime.director import Assignment
 from runtime.display import Display
+from runtime.interfaces import Policy
 from runtime.loop import Tick
+from runtime.planner import SyncPlanner
 from runtime.report import percentiles, task_rows, versions
 from runtime.robots.base import World, make_robot
 from runtime.statistics import LoopStatistics
@@ -35,14 +37,15 @@ def run_lockstep(
     started_s = time.monotonic()
     display.say("loading System 1 and System 2")
     clock = make_clock(config)
-    policy: Any = make(config.system1.policy)
+    policy: Policy = make(config.system1.policy)
     name, options = _embedded(config, clock)
     robot = make_robot(name, **options)
     robot.connect()
     goals = None
     if policy.spec.latent is not None:
-        goals = lockstep_goals(config, make(config.system2.engine), policy)
-    rig = build_rig(config, robot, policy, goals, clock)
+        goals = lockstep_goals(config, make(config.system2.engine), policy.spec.latent)
+    planner = SyncPlanner(policy, replan_ns(config))
+    rig = build_rig(config, robot, policy.spec, planner, goals, clock)
     subscribers = Subscribers(config, folder, rig)
     statistics = subscribers.statistics
     rig.loop.subscribers.append(_Progress(rig, statistics, config, display))

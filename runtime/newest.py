@@ -131,13 +131,16 @@ class Track(Generic[T]):
         self.heard_ns = self._clock.now_ns()
         self.envelope = Envelope._make(stamp)
         source, seq, _ = stamp
+        numbers = {n for (s, n, _), _, _ in self.new if s == source and n <= seq}
         if source == self._source:
-            numbers = {n for (s, n, _), _, _ in self.new if s == source and self._seq < n <= seq}
-            self._stats.gaps += seq - self._seq - len(numbers)
-        elif self._source is not None:
-            self._retired.append(self._source)
-            self._stats.restarts += 1
-        # What a publisher sent before we first heard it is not a loss.
+            before = self._seq
+            numbers = {n for n in numbers if n > before}
+        else:
+            before = min(numbers) - 1  # what it sent before we first heard it is not a loss
+            if self._source is not None:
+                self._retired.append(self._source)
+                self._stats.restarts += 1
+        self._stats.gaps += seq - before - len(numbers)
         self._source, self._seq = source, seq
 
 

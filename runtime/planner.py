@@ -1,25 +1,53 @@
-"""When System 1 runs: beside the loop (`ThreadPlanner`) or inside a tick (`SyncPlanner`).
+"""How the loop asks System 1: another process (`RemotePlanner`) or the tick (`SyncPlanner`).
 
 Both take the newest observation when a new chunk is due and hand finished chunks back
-without blocking, so the control loop is the same on both clocks. A chunk is due
-`replan_steps` control periods after the observation of the last one, and at once when the
-instruction has changed.
+without blocking, so the control loop is the same on both clocks. A chunk is due a fixed time
+after the observation of the last one, and at once when the instruction has changed.
+
+On the wall clock System 1 has a process of its own, because threads of one Python process
+share one interpreter: a policy's thread that holds it when the scheduler takes its core away
+stops a control thread of any priority.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+from runtime.codec import register
 from runtime.interfaces import Policy
 from runtime.types import ActionChunk, LatentGoal, Observation
+from runtime.wire import NewestReader, Publisher
 
-log = logging.getLogger(__name__)
 LATENCIES_KEPT = 4096
+EARLY_NS = 500_000  # a tick may come a little early; half a millisecond is still due
+LOST_AFTER_NS = 1_000_000_000  # an answer this late is not waited for: System 1 may have died
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What System 1 needs for one chunk."""
+
+    observation: Observation  # its epoch says for which instruction
+    latents: tuple[LatentGoal, ...]  # newest last
+    seed: int  # of this epoch's randomness
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReply:
+    """What System 1 made of it."""
+
+    epoch: int
+    t_obs_ns: int  # of the request's observation
+    chunk: ActionChunk | None  # None: the policy failed
+    compute_s: float
+
+
+register("plan_request", PlanRequest)
+register("plan_reply", PlanReply)
 
 
 class Planner(Protocol):
@@ -34,7 +62,7 @@ class Planner(Protocol):
     def poll(self) -> ActionChunk | None:
         """Return a finished chunk once, or None."""
 
-    def reset(self, seed: int | None = None) -> None:
+    def reset(self, seed: int) -> None:
         """A new instruction: the next offer is due at once."""
 
     def close(self) -> None: ...
@@ -45,19 +73,18 @@ class _Due:
 
     def __init__(self, replan_ns: int) -> None:
         self._replan_ns = replan_ns
-        self._last: tuple[int, int] | None = None  # epoch and time of the last plan's observation
+        self._last_ns: int | None = None  # time of the last plan's observation
 
     def __call__(self, observation: Observation) -> bool:
-        if self._last is None or self._last[0] != observation.epoch:
+        if self._last_ns is None:
             return True
-        # A tick's time stamp may be a little early: half a millisecond of grace.
-        return observation.t_ns - self._last[1] >= self._replan_ns - 500_000
+        return observation.t_ns - self._last_ns >= self._replan_ns - EARLY_NS
 
     def mark(self, observation: Observation) -> None:
-        self._last = (observation.epoch, observation.t_ns)
+        self._last_ns = observation.t_ns
 
     def clear(self) -> None:
-        self._last = None
+        self._last_ns = None
 
 
 class SyncPlanner:
@@ -74,15 +101,15 @@ class SyncPlanner:
         if not self._due(observation):
             return
         self._due.mark(observation)
-        start = time.perf_counter()
+        start_s = time.perf_counter()
         self._chunk = self._policy.act(observation, latents)
-        self.latencies_s.append(time.perf_counter() - start)
+        self.latencies_s.append(time.perf_counter() - start_s)
 
     def poll(self) -> ActionChunk | None:
         chunk, self._chunk = self._chunk, None
         return chunk
 
-    def reset(self, seed: int | None = None) -> None:
+    def reset(self, seed: int) -> None:
         self._due.clear()
         self._chunk = None
         self._policy.reset(seed)
@@ -91,65 +118,48 @@ class SyncPlanner:
         """Nothing to release."""
 
 
-class ThreadPlanner:
-    """System 1 in a thread beside the loop, which never waits for it."""
+class RemotePlanner:
+    """System 1 in another process; see `runtime.planning.PlannerNode`.
 
-    def __init__(self, policy: Policy, replan_ns: int) -> None:
-        self._policy = policy
+    A request is out until its reply comes or `LOST_AFTER_NS` have passed, so that a slow
+    policy is given a fresh observation when it is free instead of a queue of old ones.
+    """
+
+    def __init__(self, sender: Publisher, reader: NewestReader[PlanReply], replan_ns: int) -> None:
+        self._sender, self._reader = sender, reader
         self._due = _Due(replan_ns)
-        self._job: tuple[Observation, tuple[LatentGoal, ...]] | None = None
-        self._reset: list[int | None] = []
-        self._done: deque[ActionChunk] = deque(maxlen=4)
-        self._wake = threading.Event()
-        self._closing = False
-        self._busy = False
+        self._out: tuple[int, int] | None = None  # epoch and observation time of the request
+        self._seed = 0
         self.latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.failures = 0
-        self._thread = threading.Thread(target=self._run, name="system1", daemon=True)
-        self._thread.start()
 
     def offer(self, observation: Observation, latents: Sequence[LatentGoal]) -> None:
-        if self._busy or not self._due(observation):
+        if self._out is not None and observation.t_ns - self._out[1] < LOST_AFTER_NS:
+            return
+        if not self._due(observation):
             return
         self._due.mark(observation)
-        self._busy = True
-        self._job = (observation, tuple(latents))
-        self._wake.set()
+        self._out = (observation.epoch, observation.t_ns)
+        self._sender.send(PlanRequest(observation, tuple(latents), self._seed))
 
     def poll(self) -> ActionChunk | None:
-        return self._done.popleft() if self._done else None
+        reply = self._reader.poll()
+        if reply is None:
+            return None
+        if self._out == (reply.epoch, reply.t_obs_ns):
+            self._out = None
+        if reply.chunk is None:
+            self.failures += 1
+        else:
+            self.latencies_s.append(reply.compute_s)
+        return reply.chunk
 
-    def reset(self, seed: int | None = None) -> None:
+    def reset(self, seed: int) -> None:
         self._due.clear()
-        self._done.clear()
-        self._reset.append(seed)  # applied by the thread, between two plans
+        self._out = None
+        self._seed = seed
 
     def close(self) -> None:
-        self._closing = True
-        self._wake.set()
-        self._thread.join(timeout=5.0)
-
-    def _run(self) -> None:
-        while True:
-            self._wake.wait()
-            self._wake.clear()
-            if self._closing:
-                return
-            job, self._job = self._job, None
-            if job is not None:
-                self._plan(*job)
-            self._busy = False
-
-    def _plan(self, observation: Observation, latents: tuple[LatentGoal, ...]) -> None:
-        start = time.perf_counter()
-        try:
-            while self._reset:
-                self._policy.reset(self._reset.pop(0))
-            chunk = self._policy.act(observation, latents)
-        except Exception:
-            # The loop must outlive a failing policy: it runs out of actions and holds.
-            self.failures += 1
-            log.exception("System 1 failed; the loop goes on without a new chunk")
-            return
-        self.latencies_s.append(time.perf_counter() - start)
-        self._done.append(chunk)
+        """Close both channels."""
+        self._sender.close()
+        self._reader.close()

@@ -40,13 +40,9 @@ def run_realtime(
         ConfigError: a part refused its configuration.
         RunFailed: a part failed and the run could not go on.
     """
-    control_options = {
-        "assignments": [asdict(assignment) for assignment in assignments],
-        "initial": initial,
-        "folder": str(folder),
-    }
+    job = {"assignments": [asdict(a) for a in assignments], "initial": initial}
     started_s = time.monotonic()
-    graph = Graph(config, control_options, folder / "logs")
+    graph = Graph(config, job, folder)
     with interruptible() as interrupted, display:
         try:
             display.say("starting the processes" + (" as Ray actors" if config.ray else ""))
@@ -58,6 +54,8 @@ def run_realtime(
             graph.ask("control", "start", latent_spec=system2["latent_spec"])
             ready_s = time.monotonic() - started_s
             report = _watch(graph, config, display, interrupted)
+            if graph.has("observer"):
+                report["sinks"] = graph.ask("observer", "finish", timeout_s=70.0)
             system2 = graph.health("system2")
         except (GraphError, RpcError) as error:
             raise RunFailed(str(error)) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from runtime.types import CameraFrame
 
@@ -63,6 +63,17 @@ class PolicySpec:
     latent: LatentSpec | None  # None: the policy runs without System 2
     action: ActionSpec
     horizon: int  # rows of a chunk
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PolicySpec:
+        """Return the spec that `dataclasses.asdict` gave, for example after it was JSON."""
+        latent = data["latent"]
+        return cls(
+            cameras=tuple(CameraSpec(**camera) for camera in data["cameras"]),
+            latent=None if latent is None else LatentSpec(**latent),
+            action=ActionSpec(**data["action"]),
+            horizon=int(data["horizon"]),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,4 @@
-"""The subscribers that a configuration asks for: figures, metrics, recording, video, viewer.
-
-Each does its work off the control thread and drops, counted, rather than delay a tick; on the
-lockstep clock, where nothing is late, they wait instead and lose nothing.
-"""
+"""Gives a run's loop the subscribers that its configuration asks for, and ends them."""
 
 from __future__ import annotations
 
@@ -11,22 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from runtime.assembly import Rig
-from runtime.collectors import LoopMetrics, Sink, SinkMetrics
+from runtime.collectors import LoopMetrics, SinkMetrics
 from runtime.config import RunConfig
 from runtime.metrics import Endpoint, serve
 from runtime.realtime import RealtimeStatus
-from runtime.recorder import Recorder
+from runtime.sinks import Sinks
 from runtime.statistics import LoopStatistics
-from runtime.video import Caption, VideoRecorder
+from runtime.stream import TOPIC, TickPublisher
+from runtime.video import Caption
+from runtime.wire import Publisher
 
 
 class Subscribers:
-    """Builds the subscribers of one run, gives them to its loop and ends them.
+    """Figures and metrics always; sinks inside the process (lockstep) or a tick stream.
 
     Args:
         config: what is wanted.
         folder: where files go.
         rig: whose loop they subscribe to.
+        ticks: endpoint of the process that looks on; None keeps the sinks in this one.
         realtime: what the system granted to the control thread, once that is known.
 
     Raises:
@@ -38,39 +37,29 @@ class Subscribers:
         config: RunConfig,
         folder: Path,
         rig: Rig,
+        ticks: str | None = None,
         realtime: Callable[[], RealtimeStatus | None] = lambda: None,
     ) -> None:
-        output = config.output
-        patient = config.control.clock == "lockstep"
+        self._rig = rig
         self.statistics = LoopStatistics(rig)
-        self._rig, self._total = rig, 0
-        self._sinks: dict[str, Any] = {}
+        rig.loop.subscribers.append(self.statistics)
+        self._sinks: Sinks | None = None
+        self._publisher: Publisher | None = None
         self._endpoint: Endpoint | None = None
-        self._summaries: dict[str, Any] | None = None
-        if output.video:
-            self._sinks["video"] = VideoRecorder(
-                folder / "video.mp4",
-                [camera.name for camera in rig.loop.robot.spec.cameras],
-                self._caption,
-                fps=config.control.hz if patient else config.world.camera_hz,
-                lossless=patient,
-            )
-        if output.record:
-            self._sinks["recording"] = Recorder(
-                folder / "recording",
-                {"config": config.model_dump(mode="json"), "seed": config.seed},
-                lossless=patient,
-            )
-        if output.viewer:
-            # Rerun is an extra of half a gigabyte: imported only here.
-            from runtime.viewer import RerunViewer
-
-            self._sinks["viewer"] = RerunViewer()
-        rig.loop.subscribers += [self.statistics, *self._sinks.values()]
-        if output.metrics_port is not None and not patient:
+        if ticks is not None:
+            keys = str(config.transport.keys) if config.transport.keys else None
+            self._publisher = Publisher(ticks, TOPIC, bind=False, keys=keys)
+            rig.loop.subscribers.append(TickPublisher(self._publisher, rig.director))
+        else:
+            cameras = [camera.name for camera in rig.loop.robot.spec.cameras]
+            self._sinks = Sinks(config, folder, cameras, self._caption, patient=True)
+            rig.loop.subscribers += self._sinks.parts.values()
+        port = config.output.metrics_port
+        if port is not None and config.control.clock == "realtime":
             metrics = LoopMetrics(rig.loop, rig.pacer, rig.director, realtime)
             rig.loop.subscribers.append(metrics)
-            self._endpoint = serve(output.metrics_port, metrics, SinkMetrics(self._sinks))
+            sinks = SinkMetrics(self._sinks.parts if self._sinks else {})
+            self._endpoint = serve(port, metrics, sinks)
 
     @property
     def metrics_url(self) -> str | None:
@@ -78,14 +67,14 @@ class Subscribers:
         return self._endpoint.url if self._endpoint else None
 
     def close(self) -> dict[str, Any]:
-        """Finish files and threads; return what each sink wrote and dropped. Twice is fine."""
-        if self._summaries is None:
-            for sink in self._sinks.values():
-                sink.close()
-            self._summaries = {name: _summary(sink) for name, sink in self._sinks.items()}
-            if self._endpoint is not None:
-                self._endpoint.close()
-        return self._summaries
+        """End them; return what each sink inside this process wrote. Twice is fine."""
+        if self._endpoint is not None:
+            self._endpoint.close()
+            self._endpoint = None
+        if self._publisher is not None:
+            self._publisher.close()
+            self._publisher = None
+        return self._sinks.close() if self._sinks else {}
 
     def _caption(self) -> Caption:
         director = self._rig.director
@@ -94,7 +83,3 @@ class Subscribers:
             return Caption()
         number = len(director.results) + 1
         return Caption(current.task, current.instruction, f"task {number}, step {director.steps}")
-
-
-def _summary(sink: Sink) -> dict[str, int]:
-    return {"written": sink.written, "dropped": sink.dropped}

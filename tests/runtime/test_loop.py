@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.assembly import Rig, build_rig, lockstep_goals
+from runtime.assembly import Rig, build_rig, lockstep_goals, replan_ns
 from runtime.clock import FakeClock
 from runtime.config import RunConfig, load
 from runtime.director import Assignment
+from runtime.planner import SyncPlanner
 from runtime.robots.fake import FakeRobot
 from runtime.spec import CameraSpec, LatentSpec, SpecMismatch
-from tests.fakes import PointEngine, ReachPolicy
+from tests.fakes import LATENT, PointEngine, ReachPolicy
 
 GOAL = {"near": (0.15, -0.1, 0.6), "far": (0.1, 0.2, 0.8)}
 TASKS = [Assignment(name, f"reach {x} {y} {z}") for name, (x, y, z) in GOAL.items()]
@@ -26,7 +27,9 @@ def make(*overrides: str, policy: ReachPolicy | None = None, **robot: Any) -> Ri
     policy = policy or ReachPolicy(cameras=[CameraSpec("static", 200, 200)])
     arm = FakeRobot(clock=clock, goals=GOAL, lag_s=0.02, **robot)
     arm.connect()
-    rig = build_rig(config, arm, policy, lockstep_goals(config, PointEngine(), policy), clock)
+    goals = lockstep_goals(config, PointEngine(), LATENT)
+    planner = SyncPlanner(policy, replan_ns(config))
+    rig = build_rig(config, arm, policy.spec, planner, goals, clock)
     rig.loop.arm()
     return rig
 
@@ -130,4 +133,4 @@ def test_parts_that_do_not_fit_refuse_to_start() -> None:
         make(policy=ReachPolicy(cameras=[CameraSpec("wrist", 84, 84)]))
     config = load(None, ["control.clock=lockstep"])
     with pytest.raises(SpecMismatch, match=r"latent\.dim"):
-        lockstep_goals(config, PointEngine(LatentSpec("act_last", 1, 9)), ReachPolicy())
+        lockstep_goals(config, PointEngine(LatentSpec("act_last", 1, 9)), LATENT)

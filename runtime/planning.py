@@ -1,0 +1,93 @@
+"""System 1's process: the policy, asked over ZeroMQ, always with the newest request.
+
+A policy that raises is answered for (`PlanReply.chunk` is None) and asked again at the next
+request: the loop runs out of actions and holds, it does not die.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from runtime.config import Part
+from runtime.interfaces import Policy
+from runtime.planner import PlanReply, PlanRequest
+from runtime.resolve import resolve
+from runtime.types import ActionChunk
+from runtime.wire import NewestReader, Publisher
+
+log = logging.getLogger(__name__)
+
+
+class PlannerNode:
+    """The node "system1" of a run's graph; see `runtime.node.Node`.
+
+    Args:
+        policy: {"target": "module:Class", "options": {...}}.
+        plans: endpoint on which requests arrive (bound here).
+        chunks: endpoint on which replies go out (bound here).
+        keys: folder of CURVE keys, off loopback.
+    """
+
+    def __init__(
+        self, policy: dict[str, Any], plans: str, chunks: str, keys: str | None = None
+    ) -> None:
+        self._part = Part(**policy)
+        self._endpoints, self._keys = (plans, chunks), keys
+        self._epoch: tuple[int, int] | None = None  # epoch and seed the policy was reset for
+        self._planned = 0
+        self._failed = 0
+        self._compute_s = 0.0
+
+    def setup(self) -> None:
+        self._policy: Policy = resolve(self._part.target)(**self._part.options)
+        self._policy.warm_up()
+        plans, chunks = self._endpoints
+        self._reader = NewestReader(plans, "plans", PlanRequest, bind=True, keys=self._keys)
+        self._replies = Publisher(chunks, "chunks", keys=self._keys)
+
+    def run(self, stop: threading.Event) -> None:
+        while not stop.is_set():
+            self._reader.wait(0.05)
+            request = self._reader.poll()
+            if request is not None:
+                self._answer(request)
+
+    def health(self) -> dict[str, Any]:
+        return {
+            "planned": self._planned,
+            "failed": self._failed,
+            "compute_s": self._compute_s,
+            "policy_spec": asdict(self._policy.spec),
+            "device": str(getattr(self._policy, "device", "cpu")),
+            "dropped": dict(self._reader.stats.dropped),
+        }
+
+    def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+        return {}
+
+    def close(self) -> None:
+        for part in ("_reader", "_replies"):
+            if hasattr(self, part):
+                getattr(self, part).close()
+
+    def _answer(self, request: PlanRequest) -> None:
+        observation = request.observation
+        start_s = time.perf_counter()
+        chunk: ActionChunk | None = None
+        try:
+            # A restarted control process counts its epochs from 1 again, with another seed.
+            if self._epoch != (observation.epoch, request.seed):
+                self._epoch = (observation.epoch, request.seed)
+                self._policy.reset(request.seed)
+            chunk = self._policy.act(observation, request.latents)
+            self._planned += 1
+        except Exception:
+            self._failed += 1
+            log.exception("System 1 failed; the loop goes on without this chunk")
+        self._compute_s = time.perf_counter() - start_s
+        self._replies.send(PlanReply(observation.epoch, observation.t_ns, chunk, self._compute_s))
