@@ -27,6 +27,7 @@ from runtime.chunks import ChunkBuffer
 from runtime.clock import FakeClock, Pacer
 from runtime.collectors import LoopMetrics
 from runtime.loop import Tick
+from runtime.realtime import enter, leave
 from runtime.recorder import Recorder
 from runtime.safety import SafetyFilter, SafetyLimits, StopMachine, Watchdog
 from runtime.types import Action, ActionChunk, CameraFrame, Observation
@@ -117,10 +118,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         parts = Parts(Path(folder))
+        status = enter()
         try:
             for index in range(arguments.rounds):
                 parts.tick(index)
         finally:
+            leave(status)
             parts.close()
     rows = {
         name: {"p50_us": np.percentile(t, 50) / 1e3, "p99_us": np.percentile(t, 99) / 1e3}
@@ -131,6 +134,7 @@ def main() -> None:
         "rounds": arguments.rounds,
         "parts": rows,
         "sum_p50_us": each_tick + rows["chunk_put"]["p50_us"] / REPLAN_TICKS,
+        "sched_fifo": status.fifo,
         "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
