@@ -42,9 +42,9 @@ class VisionShape:
 
     image_size: int = 128  # pixels
     patch_size: int = 16  # pixels; 128 / 16 squared = 64 image tokens
-    width: int = 256
-    layers: int = 6
-    heads: int = 4
+    width: int = 192
+    layers: int = 5
+    heads: int = 3
 
     @property
     def n_tokens(self) -> int:

@@ -1,0 +1,310 @@
+"""System 2's side of training: what is learned, by which regime, and its own losses.
+
+The paper compares four ways to train the multimodal model (Tables 2 and 3): frozen, prompt
+tuning (its choice), LoRA and full fine-tuning. Here they differ only in which parameters
+require gradients. The losses of System 2 are the auxiliary action head (Eq. 1 and 2) and the
+CLIP-style alignment of earlier work; the policy's loss is a callable on the latent, so that
+this package need not know System 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from system2.checkpoint import LatentHead
+from system2.latents import read_out
+from system2.model import Checkpoint
+from system2.prefix import Prefix, compute_prefix, embed, states_after
+from system2.prompt import QUESTIONS
+
+Regime = Literal["frozen", "prompt", "lora", "full"]
+REGIMES = ("frozen", "prompt", "lora", "full")
+
+
+class RegimeError(ValueError):
+    """A way of training that does not exist or does not fit the read-out."""
+
+
+class ActionHead(nn.Module):
+    """The auxiliary head: two-layer MLP from the state at `<ACT>` to one action (Sec. 6).
+
+    The hidden layer is half the model's width, as in the paper's recipe (4096 to 2048).
+    """
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(hidden, hidden // 2), nn.ReLU())
+        self.position = nn.Linear(hidden // 2, 3)
+        self.rotation = nn.Linear(hidden // 2, 6)
+        self.gripper = nn.Linear(hidden // 2, 1)
+
+    def forward(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, hidden) to position (B, 3) m, rotation (B, 6), gripper logit (B,)."""
+        trunk = self.trunk(state)
+        return self.position(trunk), self.rotation(trunk), self.gripper(trunk).squeeze(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class ActionTarget:
+    """What the auxiliary head is to predict: the target action of the dataset.
+
+    position (B, 3) m, rotation (B, 6), gripper (B,) 0 closed or 1 open.
+    """
+
+    position: Tensor
+    rotation: Tensor
+    gripper: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LossWeights:
+    """Weights of Eq. 1 and 2 (omega_1 = 6, omega_2 = 2) and of the terms beside them.
+
+    The paper's equation has no gripper term though its head predicts the gripper; 0.2 is the
+    ratio of its auxiliary to its policy terms (6 / 30), applied to the policy's gripper loss.
+    """
+
+    position: float = 6.0
+    rotation: float = 2.0
+    gripper: float = 0.2
+    clip: float = 0.0
+
+
+def action_loss(
+    predicted: tuple[Tensor, Tensor, Tensor], target: ActionTarget, weights: LossWeights
+) -> dict[str, Tensor]:
+    """Return L_lm of Eq. 1 as its terms: L1 of position and rotation, cross-entropy of the gripper."""
+    position, rotation, gripper = predicted
+    return {
+        "aux_position": weights.position * F.l1_loss(position, target.position),
+        "aux_rotation": weights.rotation * F.l1_loss(rotation, target.rotation),
+        "aux_gripper": weights.gripper
+        * F.binary_cross_entropy_with_logits(gripper, target.gripper.to(gripper)),
+    }
+
+
+def clip_loss(latent: Tensor, text: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
+    """Symmetric contrastive loss between latents and embeddings of their instructions.
+
+    Args:
+        latent: (B, d).
+        text: (B, d), the instruction's embedding in the policy's own text space.
+        labels: (B,) equal for equal instructions, which are then no negatives of each other.
+        temperature: of the cosine similarities.
+    """
+    similar = F.normalize(latent, dim=-1) @ F.normalize(text, dim=-1).T / temperature
+    same = (labels[:, None] == labels[None, :]).to(similar)
+    target = same / same.sum(dim=1, keepdim=True)
+    one = -(target * F.log_softmax(similar, dim=1)).sum(dim=1).mean()
+    other = -(target * F.log_softmax(similar.T, dim=1)).sum(dim=1).mean()
+    return (one + other) / 2
+
+
+@dataclass(slots=True)
+class Sample:
+    """What one batch gives to the losses.
+
+    Attributes:
+        state: (B, n_tokens, hidden) raw read-out.
+        z: (B, n_tokens, dim) latent goal, as the policy gets it.
+    """
+
+    state: Tensor
+    z: Tensor
+
+
+@dataclass(slots=True)
+class Learned:
+    """Which parameters a regime trains, by the group that they belong to."""
+
+    head: list[nn.Parameter] = field(default_factory=list)
+    act: list[nn.Parameter] = field(default_factory=list)
+    language: list[nn.Parameter] = field(default_factory=list)
+
+
+class System2Learner(nn.Module):
+    """A LLaVA with its latent head and auxiliary head, under one training regime.
+
+    Args:
+        model: transformers' `LlavaModel` (without the vocabulary layer).
+        checkpoint: what it was loaded from.
+        head: `<ACT>`, projector and pooling; trained in place.
+        regime: "frozen" trains projector (and pooling) alone, "prompt" also `<ACT>`, "lora"
+            also low-rank adapters in the language model, "full" also the whole language
+            model and the vision projector; the vision tower is always frozen, as in LLaVA.
+        lora_rank: of "lora".
+
+    Raises:
+        RegimeError: an unknown regime.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        head: LatentHead,
+        regime: Regime = "prompt",
+        lora_rank: int = 16,
+    ) -> None:
+        super().__init__()
+        if regime not in REGIMES:
+            raise RegimeError(f"regime: {regime!r}, want one of {', '.join(REGIMES)}")
+        self.regime = regime
+        self.checkpoint = checkpoint
+        self.head = head.requires_grad_(True)
+        self.aux = ActionHead(checkpoint.hidden)
+        self.model = model.requires_grad_(False)
+        self._prompts = checkpoint.prompts(head.config.n_act, head.config.vision)
+        if regime == "frozen":
+            head.act.requires_grad_(False)
+        elif regime == "lora":
+            self._add_lora(lora_rank)
+        elif regime == "full":
+            self.model.language_model.requires_grad_(True)
+            self.model.multi_modal_projector.requires_grad_(True)
+
+    def _add_lora(self, rank: int) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
+        inject_adapter_in_model(config, self.model.language_model)
+        for name, parameter in self.model.language_model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether samples can go through a cached prefix: nothing before `<ACT>` learns."""
+        kinds = ("act_last",)
+        return self.regime in ("frozen", "prompt") and self.head.config.kind in kinds
+
+    def learned(self) -> Learned:
+        """Return the trainable parameters by group; the paper gives them different rates."""
+        act = [self.head.act] if self.head.act.requires_grad else []
+        rest = [p for n, p in self.head.named_parameters() if n != "act"]
+        language = [p for p in self.model.parameters() if p.requires_grad]
+        return Learned(head=[*rest, *self.aux.parameters()], act=act, language=language)
+
+    @torch.no_grad()
+    def prefix(self, images: Sequence[Image.Image] | Tensor, texts: Sequence[str]) -> Prefix:
+        """Return the cacheable part of samples; compute it once and keep it.
+
+        Args:
+            images: PIL images, or projected image tokens (B, n_image, hidden).
+            texts: instructions.
+
+        Raises:
+            RegimeError: something before `<ACT>` is being trained, so nothing may be kept.
+        """
+        if not self.cacheable:
+            raise RegimeError(
+                f"prefix: with regime {self.regime!r} and read-out {self.head.config.kind!r} "
+                "the prefix changes as training goes on"
+            )
+        embeddings, lengths = self._embed(images, texts)
+        n_act = self.head.config.n_act
+        return compute_prefix(
+            self.model.language_model, embeddings[:, : int(lengths.max()) - n_act], lengths - n_act
+        )
+
+    def from_prefix(self, prefix: Prefix) -> Sample:
+        """Return read-out and latent of cached samples, with exact gradients."""
+        act = self.head.act.to(self.model.dtype)
+        state = states_after(self.model.language_model, prefix, act).float()
+        return Sample(state, self.head.projector(state))
+
+    def forward(
+        self, images: Sequence[Image.Image] | Tensor, texts: Sequence[str], question: int = 0
+    ) -> Sample:
+        """Return read-out and latent with gradients to everything that the regime trains."""
+        embeddings, lengths = self._embed(images, texts, question)
+        config = self.head.config
+        prompts = [self._prompts(text, QUESTIONS[question]) for text in texts]
+        # <ACT> in the table is a copy; put the learned one in its place.
+        rows = torch.arange(len(texts), device=embeddings.device)[:, None]
+        places = lengths[:, None] - config.n_act + torch.arange(config.n_act, device=lengths.device)
+        act = self.head.act.to(embeddings.dtype).expand(len(texts), -1, -1)
+        embeddings = embeddings.index_put((rows, places), act)
+        layer = config.layer_of(self.checkpoint.layers)
+        final = layer == self.checkpoint.layers
+        output = self.model.language_model(
+            inputs_embeds=embeddings, use_cache=False, output_hidden_states=not final
+        )
+        states = output.last_hidden_state if final else output.hidden_states[layer]
+        raw, filled = zip(
+            *(
+                read_out(config, states[row, : p.layout.length].float(), p.layout, self.head.pool)
+                for row, p in enumerate(prompts)
+            ),
+            strict=True,
+        )
+        state = torch.stack(raw)
+        return Sample(state, self.head.project(state, torch.stack(filled)))
+
+    def _embed(
+        self, images: Sequence[Image.Image] | Tensor, texts: Sequence[str], question: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        prompts = [self._prompts(text, QUESTIONS[question]) for text in texts]
+        features = None
+        if self.head.config.vision:
+            features = images if isinstance(images, Tensor) else self.image_tokens(images)
+        return embed(self.model, prompts, self.checkpoint.image_token_id, features)
+
+    def image_tokens(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return projected image tokens (B, n_image, hidden)."""
+        from transformers import AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(self.checkpoint.path).image_processor
+        pixels = processor(list(images), return_tensors="pt")["pixel_values"]
+        weight = self.model.multi_modal_projector.linear_1.weight
+        output = self.model.get_image_features(pixel_values=pixels.to(weight), return_dict=True)
+        return torch.stack(list(output.pooler_output))
+
+    @torch.no_grad()
+    def text_embedding(self, texts: Sequence[str]) -> Tensor:
+        """Embed instructions with the language model alone: mean of the final states (B, hidden).
+
+        For the alignment loss where no CLIP text encoder is at hand.
+        """
+        rows = []
+        for text in texts:
+            ids = torch.tensor([self._prompts.tokenize(text)[0]], device=self.model.device)
+            rows.append(self.model.language_model(input_ids=ids).last_hidden_state[0].mean(dim=0))
+        return torch.stack(rows).float()
+
+    def losses(
+        self,
+        sample: Sample,
+        target: ActionTarget | None = None,
+        policy_loss: Callable[[Tensor], Tensor] | None = None,
+        text: Tensor | None = None,
+        labels: Tensor | None = None,
+        weights: LossWeights | None = None,
+    ) -> dict[str, Tensor]:
+        """Return every term of the total loss (Eq. 4) as a weighted scalar; their sum is the loss.
+
+        Args:
+            sample: of `forward` or `from_prefix`.
+            target: for the auxiliary action head.
+            policy_loss: latent (B, n_tokens, dim) to the policy's weighted loss.
+            text, labels: for `clip_loss`, with `weights.clip` above 0.
+            weights: of the terms.
+        """
+        weights = weights or LossWeights()
+        terms: dict[str, Tensor] = {}
+        if target is not None:
+            terms |= action_loss(self.aux(sample.state[:, 0]), target, weights)
+        if weights.clip > 0:
+            if text is None or labels is None:
+                raise RegimeError("clip: the alignment loss needs `text` and `labels`")
+            terms["clip"] = weights.clip * clip_loss(sample.z[:, 0], text, labels)
+        if policy_loss is not None:
+            terms["policy"] = policy_loss(sample.z)
+        return terms
