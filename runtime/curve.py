@@ -24,7 +24,7 @@ from zmq.auth.thread import ThreadAuthenticator
 SERVER: Final = "server"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _KEY: Final = re.compile(rb"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
-_DOMAIN: Final = b"openhelix"
+_DOMAIN: Final = "openhelix"
 log = logging.getLogger(__name__)
 
 
@@ -117,7 +117,7 @@ class CurveServer:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._gate = ThreadAuthenticator(self.context, log=log)
         self._gate.start()
-        self._gate.configure_curve_callback("*", credentials_provider=self)
+        self._gate.configure_curve_callback(_DOMAIN, credentials_provider=self)
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -129,7 +129,8 @@ class CurveServer:
         name = self._clients.get(key)
         if name is None:
             self.refused += 1
-            log.warning("refused a client with an unknown key")
+            if self.refused & (self.refused - 1) == 0:  # it will try again and again
+                log.warning("refused a client with an unknown key, %d times now", self.refused)
             return False
         self.admitted[name] += 1
         return True
@@ -139,7 +140,7 @@ class CurveServer:
         socket.curve_server = True
         socket.curve_secretkey = self._keys.secret
         socket.curve_publickey = self._keys.public
-        socket.zap_domain = _DOMAIN
+        socket.zap_domain = _DOMAIN.encode()
 
     def close(self) -> None:
         """Stop the gatekeeper; sockets of `context` must be closed already."""

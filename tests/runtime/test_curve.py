@@ -1,0 +1,143 @@
+"""Right keys get in, wrong ones and none do not, and both are counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+from runtime.curve import CurveClient, CurveServer, KeyFileError, generate, load
+from runtime.rpc import RpcClient, RpcServer, RpcTimeout
+from runtime.types import LatentGoal
+from runtime.wire import NewestReader, Publisher
+
+PATIENCE_S = 20.0
+LATENT = LatentGoal(np.zeros((1, 4), np.float32), 0, 0, 0, 0, "")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    """The folders of a server and of clients: known, unknown, and of another server."""
+    found = {name: tmp_path / name for name in ("server", "known", "unknown", "misled")}
+    server = generate(found["server"], "server")
+    other = generate(tmp_path / "other", "server")
+    for name in ("known", "unknown", "misled"):
+        pair = generate(found[name], name)
+        trusted = other if name == "misled" else server
+        (found[name] / "server.public").write_bytes(trusted.public)
+        if name != "unknown":
+            (found["server"] / f"{name}.public").write_bytes(pair.public)
+    return found
+
+
+def until(condition: Callable[[], Any]) -> None:
+    give_up = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < give_up, "it never happened"
+        time.sleep(0.005)
+
+
+def test_keys_are_written_for_their_owner_alone(tmp_path: Path) -> None:
+    pair = generate(tmp_path / "keys", "arm1")
+    secret = tmp_path / "keys" / "arm1.secret"
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert load(tmp_path / "keys", "arm1") == pair
+    assert pair.secret.decode() not in repr(pair)
+    with pytest.raises(KeyFileError, match="exists already"):
+        generate(tmp_path / "keys", "arm1")
+    assert load(tmp_path / "keys", "arm1") == pair
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a b", "x" * 65])
+def test_names_are_plain(tmp_path: Path, name: str) -> None:
+    with pytest.raises(KeyFileError, match="name"):
+        generate(tmp_path, name)
+
+
+def test_unusable_keys_are_named(tmp_path: Path) -> None:
+    with pytest.raises(KeyFileError, match=r"server\.secret.*openhelix keys"):
+        CurveServer(tmp_path)
+    with pytest.raises(KeyFileError, match=r"server\.public"):
+        CurveClient(tmp_path)
+    generate(tmp_path, "a")
+    (tmp_path / "a.secret").chmod(0o644)
+    with pytest.raises(KeyFileError, match="chmod 600"):
+        load(tmp_path, "a")
+    (tmp_path / "a.secret").chmod(0o600)
+    (tmp_path / "a.public").write_bytes(zmq.curve_keypair()[0])
+    with pytest.raises(KeyFileError, match="does not belong"):
+        load(tmp_path, "a")
+    (tmp_path / "b.secret").write_text("short")
+    with pytest.raises(KeyFileError, match="40 characters"):
+        load(tmp_path, "b")
+
+
+def test_a_client_with_several_secrets_must_choose(folders: dict[str, Path]) -> None:
+    generate(folders["known"], "second")
+    with pytest.raises(KeyFileError, match="known, second"):
+        CurveClient(folders["known"])
+    CurveClient(folders["known"], "known").close()
+
+
+def test_only_listed_clients_are_answered(folders: dict[str, Path]) -> None:
+    gate = CurveServer(folders["server"])
+    assert gate.clients == ("known", "misled")
+    server = RpcServer("tcp://127.0.0.1:*", {"echo": lambda args: args}, keys=gate)
+    server.start()
+    known = RpcClient(server.bound, keys=folders["known"])
+    assert known.call("echo", {"n": 1}, timeout_s=PATIENCE_S) == {"n": 1}
+    assert gate.admitted["known"] >= 1
+    for keys in (folders["unknown"], folders["misled"], None):
+        with pytest.raises(RpcTimeout):
+            RpcClient(server.bound, keys=keys).call("echo", {"n": 2}, timeout_s=0.4)
+    until(lambda: gate.refused >= 1)
+    assert gate.admitted.keys() == {"known"}
+    assert known.call("echo", {"n": 3}, timeout_s=PATIENCE_S) == {"n": 3}
+    known.close()
+    server.close()
+    gate.close()
+    gate.close()  # twice is fine
+
+
+def test_only_listed_readers_hear_a_publisher(folders: dict[str, Path]) -> None:
+    publisher = Publisher("tcp://127.0.0.1:*", "z", keys=folders["server"])
+    known = NewestReader(publisher.bound, "z", LatentGoal, keys=folders["known"])
+    others = [
+        NewestReader(publisher.bound, "z", LatentGoal, keys=keys)
+        for keys in (folders["unknown"], folders["misled"], None)
+    ]
+    heard = 0
+
+    def often() -> bool:
+        nonlocal heard
+        publisher.send(LATENT)
+        heard += known.poll() is not None
+        assert all(reader.poll() is None for reader in others)
+        return heard > 20
+
+    until(often)
+    for port in (publisher, known, *others):
+        port.close()
+
+
+def test_robots_reach_a_server_that_binds_the_readers(folders: dict[str, Path]) -> None:
+    reader = NewestReader("tcp://127.0.0.1:*", "z", LatentGoal, bind=True, keys=folders["server"])
+    stranger = Publisher(reader.bound, "z", bind=False, keys=folders["unknown"])
+    known = Publisher(reader.bound, "z", bind=False, keys=folders["known"])
+
+    def heard() -> bool:
+        stranger.send(LATENT)
+        known.send(LATENT)
+        return reader.poll() is not None and reader.stats.delivered > 20
+
+    until(heard)
+    assert reader.stats.restarts == 0  # one publisher only was ever heard
+    assert reader.envelope is not None
+    assert f"{reader.envelope.source:016x}" == known.source
+    for port in (reader, stranger, known):
+        port.close()
