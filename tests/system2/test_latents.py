@@ -1,0 +1,94 @@
+"""Read-outs: shapes, padding, and what each may look at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from system2.checkpoint import LatentHead
+from system2.latents import KINDS, NEEDS_VISION, BadLatent, LatentConfig, MapPool, read_out
+from system2.model import CheckpointError
+from system2.prompt import Layout
+
+LAYOUT = Layout(length=20, image=(2, 10), text=(11, 16), act=(18, 20))
+HIDDEN = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_as_promised(kind: str) -> None:
+    config = LatentConfig(kind=kind, n_act=2, text_rows=9)
+    latent, filled = read_out(config, HIDDEN, LAYOUT, MapPool(12))
+    assert latent.shape == (config.n_tokens(8), 12)
+    assert filled.shape == (config.n_tokens(8),)
+    assert bool((latent[~filled] == 0).all())
+
+
+def test_values_come_from_the_right_places() -> None:
+    act, _ = read_out(LatentConfig(n_act=2), HIDDEN, LAYOUT)
+    assert torch.equal(act, HIDDEN[18:20])
+    lang, filled = read_out(LatentConfig(kind="lang", text_rows=6), HIDDEN, LAYOUT)
+    assert torch.equal(lang[:5], HIDDEN[11:16])
+    assert filled.tolist() == [True] * 5 + [False]
+    pooled, _ = read_out(LatentConfig(kind="pool_max"), HIDDEN, LAYOUT)
+    assert torch.equal(pooled[0], torch.cat([HIDDEN[2:10], HIDDEN[11:16]]).amax(0))
+    both, _ = read_out(LatentConfig(kind="act_lang", n_act=2, text_rows=4), HIDDEN, LAYOUT)
+    assert torch.equal(both, torch.cat([HIDDEN[18:20], HIDDEN[11:15]]))
+
+
+def test_an_untrained_map_pool_averages() -> None:
+    pool = MapPool(12)
+    expected = pool.value(torch.cat([HIDDEN[2:10], HIDDEN[11:16]])).mean(0)
+    pooled, _ = read_out(LatentConfig(kind="pool_map"), HIDDEN, LAYOUT, pool)
+    assert torch.allclose(pooled[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"kind": "cls"}, "kind"),
+        ({"n_act": 0}, "n_act"),
+        ({"text_rows": 0}, "text_rows"),
+        ({"layer": 3}, "layer"),
+        *(({"kind": kind, "vision": False}, "vision") for kind in NEEDS_VISION),
+    ],
+)
+def test_impossible_read_outs_are_refused(options, field: str) -> None:
+    with pytest.raises(BadLatent, match=f"latent.{field}"):
+        LatentConfig(**options)
+
+
+def test_a_layer_the_model_lacks_is_refused() -> None:
+    with pytest.raises(BadLatent, match="1 to 3"):
+        LatentConfig(kind="act_mid", layer=9).layer_of(4)
+    assert LatentConfig(kind="act_mid").layer_of(4) == 2
+
+
+def test_names_tell_what_changes_the_meaning() -> None:
+    names = {
+        LatentConfig().name,
+        LatentConfig(vision=False).name,
+        LatentConfig(kind="act_mid").name,
+        LatentConfig(kind="act_mid", layer=7).name,
+    }
+    assert len(names) == 4
+
+
+def test_head_round_trip(tmp_path) -> None:
+    head = LatentHead.fresh(LatentConfig(kind="pool_map", n_act=3), torch.randn(50, 12), seed=1)
+    head.save(tmp_path / "h.safetensors", base="x")
+    again = LatentHead.load(tmp_path / "h.safetensors")
+    assert again.config == head.config
+    for name, value in head.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+
+
+def test_a_damaged_head_is_refused(tmp_path) -> None:
+    path = tmp_path / "h.safetensors"
+    path.write_bytes(b"not a tensor file")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        LatentHead.load(path)
+    head = LatentHead.fresh(LatentConfig(), torch.randn(50, 12))
+    head.act.data[0, 0] = float("nan")
+    head.save(path)
+    with pytest.raises(CheckpointError, match="not finite"):
+        LatentHead.load(path)

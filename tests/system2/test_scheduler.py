@@ -1,0 +1,246 @@
+"""Who is served when, with an engine that takes time on a clock that only it moves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.clock import FakeClock
+from runtime.spec import LatentSpec
+from runtime.types import GoalRequest, LatentGoal
+from system2.prompt import BadInstruction
+from system2.scheduler import EngineBroken, GoalScheduler, Limits
+
+S = 1_000_000_000
+RGB = np.zeros((4, 4, 3), dtype=np.uint8)
+
+
+class FakeEngine:
+    """Takes `cost_s` a call plus `each_s` a request; refuses "bad", breaks on "broken"."""
+
+    spec = LatentSpec("act_last", 1, 4, "fake")
+
+    def __init__(self, clock: FakeClock, cost_s: float = 0.1, each_s: float = 0.0) -> None:
+        self.clock, self.cost_s, self.each_s = clock, cost_s, each_s
+        self.batches: list[list[str]] = []
+        self.running = False
+
+    def warm_up(self) -> None: ...
+    def close(self) -> None: ...
+
+    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> Any:
+        assert not self.running, "two requests at once"
+        self.running = True
+        try:
+            if "bad" in instructions:
+                raise BadInstruction("instruction: bad")
+            if "broken" in instructions:
+                raise RuntimeError("device lost")
+            self.batches.append(list(instructions))
+            self.clock.advance(round((self.cost_s + self.each_s * len(instructions)) * S))
+            return np.ones((len(images), 1, 4), dtype=np.float32)
+        finally:
+            self.running = False
+
+
+class Out:
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, LatentGoal]] = []
+
+    def send(self, robot: str, goal: LatentGoal) -> None:
+        self.sent.append((robot, goal))
+
+
+class Rig:
+    def __init__(
+        self, hz: float = 1.0, cost_s: float = 0.1, each_s: float = 0.0, **limits: Any
+    ) -> None:
+        self.clock = FakeClock(0)
+        self.engine = FakeEngine(self.clock, cost_s, each_s)
+        self.out = Out()
+        self.scheduler = GoalScheduler(
+            self.engine, self.out, self.clock, hz, Limits(**limits), source="me"
+        )
+        self.seq: Counter[str] = Counter()
+
+    def offer(self, robot: str = "a", epoch: int = 0, text: str = "move") -> bool:
+        request = GoalRequest(RGB, text, robot, self.seq[robot], epoch, self.clock.now_ns(), "r")
+        self.seq[robot] += 1
+        return self.scheduler.offer(request)
+
+    def run(self, seconds: float, robots: Sequence[str] = ("a",), every_s: float = 0.1) -> None:
+        """Let robots send every `every_s` and serve whenever somebody is due."""
+        end, step = self.clock.now_ns() + round(seconds * S), round(every_s * S)
+        while self.clock.now_ns() < end:
+            for robot in robots:
+                self.offer(robot)
+            due = self.scheduler.next_due_ns()
+            if due is not None and due <= self.clock.now_ns():
+                self.scheduler.serve()
+            else:
+                self.clock.advance(step)
+
+
+def test_publishes_at_hz_and_echoes() -> None:
+    rig = Rig(hz=2.0)
+    rig.run(10.0)
+    goals = [goal for _, goal in rig.out.sent]
+    assert 19 <= len(goals) <= 21
+    assert [goal.seq for goal in goals] == list(range(len(goals)))
+    assert all(goal.t_pub_ns >= goal.t_obs_ns for goal in goals)
+    assert {goal.spec_id for goal in goals} == {rig.engine.spec.spec_id}
+    starts = np.array([goal.t_pub_ns for goal in goals[1:]]) - round(0.1 * S)
+    # On the grid of half seconds, however long the work took: no drift.
+    assert (np.abs(starts - np.round(starts / (S / 2)) * (S / 2)) <= 0.1 * S).all()
+    assert rig.scheduler.totals.skipped == 0
+
+
+def test_the_newest_request_wins_and_the_older_are_counted() -> None:
+    rig = Rig()
+    rig.offer()
+    rig.scheduler.serve()
+    for _ in range(5):
+        rig.clock.advance(S // 20)
+        rig.offer()
+    newest_ns = rig.clock.now_ns()
+    rig.clock.advance(S)
+    rig.scheduler.serve()
+    assert rig.out.sent[-1][1].t_obs_ns == newest_ns
+    assert rig.scheduler.robots["a"].superseded == 4
+
+
+def test_deadlines_missed_by_a_slow_engine_are_skipped_and_counted() -> None:
+    rig = Rig(hz=10.0, cost_s=0.35)
+    rig.run(7.0, every_s=0.01)
+    totals = rig.scheduler.totals
+    assert 18 <= totals.published <= 21  # one at a time, none caught up
+    assert totals.skipped >= 2 * totals.published
+    assert totals.skipped + totals.published <= 72
+
+
+def test_a_silent_robot_is_no_missed_deadline() -> None:
+    rig = Rig(hz=10.0)
+    rig.offer()
+    rig.scheduler.serve()
+    rig.clock.advance(5 * S)
+    rig.offer()
+    assert rig.scheduler.serve() == 1
+    assert rig.scheduler.totals.skipped == 0
+
+
+def test_a_new_epoch_is_served_at_once() -> None:
+    rig = Rig(hz=0.5)
+    rig.offer(epoch=1)
+    rig.scheduler.serve()
+    rig.clock.advance(S // 10)
+    rig.offer(epoch=1)
+    assert rig.scheduler.serve() == 0
+    rig.offer(epoch=2)
+    assert rig.scheduler.serve() == 1
+    assert rig.out.sent[-1][1].epoch == 2
+
+
+def test_robots_due_together_share_a_batch() -> None:
+    rig = Rig(max_batch=3)
+    for name in "abcd":
+        rig.offer(name, text=name)
+    rig.scheduler.serve()
+    rig.scheduler.serve()
+    assert [sorted(batch) for batch in rig.engine.batches] == [["a", "b", "c"], ["d"]]
+    assert [robot for robot, _ in rig.out.sent] == ["a", "b", "c", "d"]
+
+
+def test_overload_is_shared_evenly() -> None:
+    rig = Rig(hz=10.0, cost_s=0.2, max_batch=2)
+    rig.run(30.0, robots="abcdefg", every_s=0.01)
+    served = Counter(robot for robot, _ in rig.out.sent)
+    assert max(served.values()) - min(served.values()) <= 1
+
+
+def test_a_bad_request_is_refused_and_the_others_are_served() -> None:
+    rig = Rig()
+    for name, text in (("a", "move"), ("b", "bad"), ("c", "push")):
+        rig.offer(name, text=text)
+    assert rig.scheduler.serve() == 2
+    assert [robot for robot, _ in rig.out.sent] == ["a", "c"]
+    health = rig.scheduler.health()
+    assert health["refused"] == 1
+    assert "bad" in health["robots"]["b"]["error"]
+    rig.clock.advance(S)
+    rig.offer("b", text="good")
+    rig.scheduler.serve()
+    assert rig.scheduler.health()["robots"]["b"]["error"] == ""
+
+
+def test_a_failing_engine_is_tried_again_then_given_up() -> None:
+    rig = Rig(max_failures=3)
+    for _ in range(2):
+        rig.offer(text="broken")
+        assert rig.scheduler.serve() == 0
+        rig.clock.advance(S)
+    rig.offer(text="move")
+    assert rig.scheduler.serve() == 1  # one success forgives
+    for _ in range(2):
+        rig.clock.advance(S)
+        rig.offer(text="broken")
+        rig.scheduler.serve()
+    rig.clock.advance(S)
+    rig.offer(text="broken")
+    with pytest.raises(EngineBroken, match="3 engine calls"):
+        rig.scheduler.serve()
+
+
+def test_load_is_shed_with_a_counted_reason() -> None:
+    rig = Rig(max_robots=2, max_wait_s=1.0, forget_s=30.0)
+    assert rig.offer("a")
+    assert rig.offer("b")
+    assert not rig.offer("c")
+    rig.clock.advance(2 * S)
+    assert rig.scheduler.serve() == 0
+    assert rig.scheduler.totals.shed == {"too_many_robots": 1, "too_old": 2}
+    rig.clock.advance(31 * S)
+    assert rig.offer("c")  # the silent ones gave their places back
+    assert set(rig.scheduler.robots) == {"c"}
+
+
+def test_nonsense_limits_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"limits\.max_batch"):
+        Limits(max_batch=0)
+    with pytest.raises(ValueError, match="hz"):
+        Rig(hz=0.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.floats(0, 0.7), st.booleans()),
+        max_size=40,
+    ),
+    st.floats(0.01, 1.5),
+)
+def test_whatever_comes_every_latent_is_of_the_robots_epoch_and_newer(
+    events: list[tuple[str, int, float, bool]], cost_s: float
+) -> None:
+    rig = Rig(hz=3.0, cost_s=cost_s, max_batch=2)
+    for robot, epoch, wait_s, serve in events:
+        rig.clock.advance(round(wait_s * S))
+        rig.offer(robot, epoch=epoch, text=f"{robot} {epoch}")
+        if serve:
+            rig.scheduler.serve()
+    last: dict[str, LatentGoal] = {}
+    for robot, goal in rig.out.sent:
+        if robot in last:
+            assert goal.t_obs_ns > last[robot].t_obs_ns
+            assert goal.seq == last[robot].seq + 1
+        last[robot] = goal
+    offered = sum(rig.seq.values())
+    pending = sum(r.pending is not None for r in rig.scheduler.robots.values())
+    superseded = sum(r.superseded for r in rig.scheduler.robots.values())
+    shed = sum(rig.scheduler.totals.shed.values())
+    assert offered == len(rig.out.sent) + pending + superseded + shed
