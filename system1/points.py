@@ -12,13 +12,16 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 
-def deproject(depth: Tensor, k: Tensor, t_world_cam: Tensor) -> tuple[Tensor, Tensor]:
+def deproject(
+    depth: Tensor, k: Tensor, t_world_cam: Tensor, center: float = 0.5
+) -> tuple[Tensor, Tensor]:
     """Lift depth images into the world frame.
 
     Args:
         depth: (..., H, W) metres along the optical axis.
         k: (..., 3, 3) intrinsics in pixels, pixel centres at +0.5.
         t_world_cam: (..., 4, 4) camera to world; x right, y down, z forward.
+        center: where in its pixel a ray is; 0 reproduces the published CALVIN code.
 
     Returns:
         xyz (..., 3, H, W) in metres in the world frame, zero where invalid, and the mask of
@@ -27,8 +30,8 @@ def deproject(depth: Tensor, k: Tensor, t_world_cam: Tensor) -> tuple[Tensor, Te
     height, width = depth.shape[-2:]
     valid = torch.isfinite(depth) & (depth > 0)
     z = torch.where(valid, depth, 0.0)
-    u = torch.arange(width, device=depth.device, dtype=z.dtype) + 0.5
-    v = torch.arange(height, device=depth.device, dtype=z.dtype) + 0.5
+    u = torch.arange(width, device=depth.device, dtype=z.dtype) + center
+    v = torch.arange(height, device=depth.device, dtype=z.dtype) + center
     k, t_world_cam = k.to(z.dtype), t_world_cam.to(z.dtype)
 
     def entry(m: Tensor, i: int, j: int) -> Tensor:

@@ -26,6 +26,7 @@ from system1.points import deproject, shrink
 from system1.rotations import (
     euler_to_matrix,
     matrix_to_euler,
+    matrix_to_intrinsic_xyz,
     matrix_to_quat,
     quat_to_matrix,
     wxyz_to_xyzw,
@@ -54,13 +55,14 @@ def to_absolute(rows: Tensor, tcp: Tensor, rotation: str) -> tuple[Tensor, Tenso
     Args:
         rows: (T, 8) relative xyz, quaternion wxyz, openness.
         tcp: (7,) current pose, xyz and quaternion xyzw.
-        rotation: "so3": R = R_relative R_now; "euler": CALVIN angles add, as the published
-            checkpoints were trained.
+        rotation: "so3": R = R_relative R_now; "euler": CALVIN's angles add, as the published
+            checkpoints were trained; their code writes the difference of two angle triples
+            as the rotation Rx Ry Rz, although CALVIN's own order is Rz Ry Rx.
     """
     now = quat_to_matrix(xyzw_to_wxyz(tcp[3:7]))
     relative = quat_to_matrix(rows[:, 3:7])
     if rotation == "euler":
-        absolute = euler_to_matrix(matrix_to_euler(relative) + matrix_to_euler(now))
+        absolute = euler_to_matrix(matrix_to_euler(now) + matrix_to_intrinsic_xyz(relative))
     else:
         absolute = relative @ now
     return rows[:, :3] + tcp[:3], wxyz_to_xyzw(matrix_to_quat(absolute))

@@ -90,3 +90,15 @@ def matrix_to_euler(m: Tensor) -> Tensor:
     b = torch.atan2(-m[..., 2, 0], torch.hypot(m[..., 0, 0], m[..., 1, 0]))
     c = torch.atan2(m[..., 1, 0], m[..., 0, 0])
     return torch.stack((a, b, c), -1)
+
+
+def matrix_to_intrinsic_xyz(m: Tensor) -> Tensor:
+    """Return angles (..., 3) with m = Rx(a) Ry(b) Rz(c), the middle one in [-pi/2, pi/2].
+
+    The published checkpoints' relative rotations are differences of CALVIN angles written in
+    this order; see `system1.policy.to_absolute`.
+    """
+    a = torch.atan2(-m[..., 1, 2], m[..., 2, 2])
+    b = torch.asin(m[..., 0, 2].clamp(-1, 1))
+    c = torch.atan2(-m[..., 0, 1], m[..., 0, 0])
+    return torch.stack((a, b, c), -1)

@@ -131,6 +131,11 @@ def make_plan(
     before = torch.zeros_like(alpha)
     noise = torch.zeros_like(alpha)
     if sampler == "ddpm":
+        # In float32 on purpose: 1 - now / following cancels, checkpoints were trained and
+        # published with what float32 makes of it, and the difference reaches the output.
+        now, following = now.float(), following.float()
+        alpha, sigma, alpha_to = now.sqrt(), (1 - now).sqrt(), following.sqrt()
+        state_in, out_in = clean_from_output(config.prediction, alpha, sigma)
         kept = now / following  # alpha_t between the two timesteps
         clean = alpha_to * (1 - kept) / (1 - now)
         state = kept.sqrt() * (1 - following) / (1 - now)

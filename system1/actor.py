@@ -1,0 +1,196 @@
+"""`DiffuserActor`: the network of published 3D Diffuser Actor and OpenHelix checkpoints.
+
+Its `sample` reproduces the published inference: points and gripper relative to the newest
+gripper position, the workspace box to [-1, 1], DDPM with the published schedules, positions
+in metres and rotations as quaternions at the end. Relative rotations of these checkpoints
+are differences of Euler angles; `system1.policy.to_absolute` undoes that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from system1.config import PolicyConfig, official_calvin
+from system1.denoiser import DiffuserActorHead
+from system1.encoder import OfficialEncoder, OfficialScene
+from system1.losses import LossParts, diffusion_loss
+from system1.model import gaussian, rows_to_poses
+from system1.normalizer import Normalizer
+from system1.points import clean_points
+from system1.sampler import Noise, Plan, draw_noise, make_plan, row_alphas, run_plan
+from system1.scene import Inputs
+
+FULL = 200  # pixels of a CALVIN image before the crop
+CROP = slice(20, 180)
+
+
+class DiffuserActor(nn.Module):
+    """Images, points, gripper history and latent to a trajectory relative to the gripper."""
+
+    alphas: Tensor
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, config: PolicyConfig | None = None, normalizer: Normalizer | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config = config or official_calvin()
+        self.encoder = OfficialEncoder(config.dim, config.heads, config.nhist, config.latent_dim)
+        self.prediction_head = DiffuserActorHead(config)
+        normalizer = normalizer or Normalizer.official()
+        self.register_buffer("alphas", row_alphas(config), persistent=False)
+        self.register_buffer("offset", normalizer.offset.clone(), persistent=False)
+        self.register_buffer("scale", normalizer.scale.clone(), persistent=False)
+        self._plan = make_plan(config)
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """The normaliser, on the model's device."""
+        return Normalizer(self.offset, self.scale)
+
+    def use_sampler(self, sampler: str | None = None, steps: int | None = None) -> None:
+        """Choose another sampler or number of steps for `sample`."""
+        self._plan = make_plan(self.config, sampler, steps)  # type: ignore[arg-type]
+
+    @property
+    def plan(self) -> Plan:
+        """The sampler in use, on the model's device."""
+        if self._plan.clean_out.device != self.offset.device:
+            self._plan = self._plan.to(self.offset.device)
+        return self._plan
+
+    def encode(
+        self, rgb: Tensor, pcd: Tensor, gripper: Tensor, latent: Tensor, mask: bool = False
+    ) -> OfficialScene:
+        """Encode observations; see `sample` for the arguments.
+
+        Args:
+            rgb: colour.
+            pcd: points.
+            gripper: history.
+            latent: language.
+            mask: whether some points may be invalid and must be kept out of attention.
+        """
+        if rgb.shape[-2:] == (FULL, FULL):
+            rgb, pcd = rgb[..., CROP, CROP], pcd[..., CROP, CROP]
+        center, half = self.offset[0, :3], self.scale[0, :3]
+        home = gripper[:, -1, :3]
+        valid = None
+        if mask:
+            pcd, valid = clean_points(pcd)
+        points = (pcd - (home[:, None] + center)[..., None, None]) / half[:, None, None]
+        hands = (gripper[..., :3] - home[:, None] - center) / half
+        return self.encoder(rgb, points, hands, latent, valid)
+
+    def denoise(
+        self, scene: OfficialScene, first: Tensor, drawn: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the sampler from the state `first`; see `system1.sampler.run_plan`."""
+        times = torch.tensor(self.plan.timesteps, device=first.device)
+        return run_plan(self.plan, self.prediction_head.prepare(scene, times), first, drawn)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        rgb: Tensor,
+        pcd: Tensor,
+        gripper: Tensor,
+        latent: Tensor,
+        noise: Noise | None = None,
+    ) -> Tensor:
+        """Sample trajectories.
+
+        Args:
+            rgb: (B, ncam, 3, H, W) in [0, 1]; 200 x 200 is cropped to 20:180, other sizes
+                are taken as already cropped.
+            pcd: (B, ncam, 3, H, W) world points in metres; a point that is not finite is
+                masked out.
+            gripper: (B, nhist, 7 or 8): xyz, quaternion wxyz, openness; newest last. Only
+                the positions are read, as in the published code.
+            latent: (B, n, 512).
+            noise: source of every Gaussian draw; see `system1.sampler.draw_noise`.
+
+        Returns:
+            (B, T, 8): xyz in metres and quaternion wxyz, relative to the newest gripper
+            reading, and openness in [0, 1].
+
+        Raises:
+            ValueError: a shape does not fit the configuration.
+        """
+        self.check(rgb, pcd, gripper, latent)
+        source = noise or gaussian(None, self.offset.device)
+        first, drawn = draw_noise(self.plan, len(rgb), self.config.horizon, source)
+        # On a GPU the masked path always runs: looking would wait for the device.
+        mask = pcd.is_cuda or not bool(torch.isfinite(pcd).all())
+        rows, logits = self.denoise(self.encode(rgb, pcd, gripper, latent, mask), first, drawn)
+        return rows_to_poses(self.normalizer.denormalize(rows.float()), logits.float())
+
+    def check(self, rgb: Tensor, pcd: Tensor, gripper: Tensor, latent: Tensor) -> None:
+        """Raise `ValueError`, naming the argument, unless all shapes fit."""
+        c = self.config
+        if rgb.ndim != 5 or rgb.shape[1:3] != (len(c.cameras), 3) or rgb.shape != pcd.shape:
+            raise ValueError(
+                f"rgb, pcd: shapes {tuple(rgb.shape)} and {tuple(pcd.shape)}, "
+                f"both must be (B, {len(c.cameras)}, 3, H, W)"
+            )
+        if min(rgb.shape[-2:]) < 32 or rgb.shape[-1] % 8 or rgb.shape[-2] % 8:
+            raise ValueError(f"rgb: {tuple(rgb.shape[-2:])} pixels, need multiples of 8 above 31")
+        if gripper.shape[:2] != (len(rgb), c.nhist) or gripper.shape[-1] not in (7, 8):
+            raise ValueError(
+                f"gripper: shape {tuple(gripper.shape)}, must be (B, {c.nhist}, 7 or 8)"
+            )
+        if latent.ndim != 3 or latent.shape[-1] != c.latent_dim or len(latent) != len(rgb):
+            raise ValueError(f"latent: shape {tuple(latent.shape)}, must be (B, n, {c.latent_dim})")
+
+    def sample_inputs(self, inputs: Inputs, noise: Noise | None = None) -> Tensor:
+        """Return trajectories (B, T, 8) for the runtime's inputs.
+
+        Images are brought to 200 x 200 as the published code does for the gripper camera:
+        colour bilinear, points nearest; then the crop.
+        """
+        rgb, pcd = [], []
+        for image, xyz, valid in zip(inputs.rgb, inputs.xyz, inputs.valid, strict=True):
+            cloud = torch.where(valid.unsqueeze(1), xyz, torch.nan)
+            if image.shape[-2:] != (FULL, FULL):
+                image = interpolate(image, (FULL, FULL), mode="bilinear", align_corners=False)
+                cloud = interpolate(cloud, (FULL, FULL), mode="nearest")
+            rgb.append(image)
+            pcd.append(cloud)
+        latent = inputs.latent
+        if latent is None:
+            shape = (inputs.batch, self.config.latent_tokens, self.config.latent_dim)
+            latent = torch.zeros(shape, device=self.offset.device)
+        else:
+            latent = latent[:, -1]
+        return self.sample(
+            torch.stack(rgb, 1), torch.stack(pcd, 1), inputs.proprio[..., :7], latent, noise
+        )
+
+    def loss(
+        self,
+        rgb: Tensor,
+        pcd: Tensor,
+        gripper: Tensor,
+        latent: Tensor,
+        rows: Tensor,
+        openness: Tensor,
+        mask: Tensor,
+        draws: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> LossParts:
+        """Return the training loss; rows (B, T, 9) are relative, in metres and 6D."""
+        self.check(rgb, pcd, gripper, latent)
+        scene = self.encode(rgb, pcd, gripper, latent, not bool(torch.isfinite(pcd).all()))
+        return diffusion_loss(
+            lambda x, t: self.prediction_head(x, t, scene),
+            self.normalizer.normalize(rows),
+            openness,
+            mask,
+            self.alphas,
+            self.config.prediction,
+            draws,
+            generator,
+        )

@@ -1,0 +1,273 @@
+"""3D Diffuser Actor's denoiser, with everything cached that a denoising loop repeats.
+
+Sources: Ke et al. 2024, "3D Diffuser Actor", Sec. 3.3, and the shapes of the published
+checkpoints. One network evaluation: trajectory tokens attend to language, then to all scene
+tokens; trajectory and sampled scene tokens attend to each other in four layers, with
+language between; a rotation and a position branch of two layers each; the gripper reads the
+position branch.
+
+`prepare` computes once a call what depends on the observation alone (keys and values of the
+scene for cross-attention, keys and values of language for all layers, rotary codes, keys and
+values of the scene tokens in the first self-attention layer when language is one token) or
+on the timestep alone (all modulation tables). Inside the loop, rows that nobody reads are
+skipped: the last layer of each branch computes the trajectory's rows only. All of it is
+exact; the tests hold it against a plain implementation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from system1.attention import official_frequencies, rotary_code, sinusoid
+from system1.config import PolicyConfig
+from system1.encoder import OfficialScene
+from system1.heads.base import Step
+from system1.layers import CrossStack, KeyValue, LanguageStack, SelfStack, Table, join
+
+LANGUAGE_LAYERS = 3  # of the shared stack, from the first
+BRANCH_LAYERS = 2
+
+
+class StackTables(NamedTuple):
+    """The modulation of one stack: an entry a layer, each (..., 1, dim) twice."""
+
+    language: list[Table]
+    attention: list[Table]
+    feed: list[Table]
+
+    def at(self, i: int) -> StackTables:
+        """Return the tables of step i of tables made for all steps."""
+        return StackTables(*([(s[i], b[i]) for s, b in part] for part in self))
+
+
+class Tables(NamedTuple):
+    """The modulation of the whole head."""
+
+    cross: StackTables
+    shared: StackTables
+    rotation: StackTables
+    position: StackTables
+
+    def at(self, i: int) -> Tables:
+        """Return the tables of step i."""
+        return Tables(*(part.at(i) for part in self))
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """What depends on the observation alone."""
+
+    scene: OfficialScene
+    language: KeyValue  # of the trajectory's own language layer
+    context: list[KeyValue]  # of each cross-attention layer
+    shared_language: list[KeyValue]
+    rotation_language: list[KeyValue]
+    position_language: list[KeyValue]
+    first: tuple[Tensor, KeyValue] | None  # scene tokens after the first language layer
+
+
+class DiffuserActorHead(nn.Module):
+    """The denoiser; parameter names as in the published checkpoints."""
+
+    frequencies: Tensor
+    rows: Tensor
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        dim, heads = config.dim, config.heads
+        self.dim = dim
+        self.published_batching = False  # see `words_for`
+        self.traj_encoder = nn.Linear(9, dim)
+        self.time_emb = nn.Sequential(
+            nn.Identity(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)
+        )
+        self.curr_gripper_emb = nn.Sequential(
+            nn.Linear(dim * config.nhist, dim), nn.ReLU(), nn.Linear(dim, dim)
+        )
+        self.traj_lang_attention = nn.ModuleList([LanguageStack(dim, heads, 1)])
+        self.cross_attn = CrossStack(dim, heads, 2, adaln=True)
+        self.self_attn = SelfStack(dim, heads, config.layers, LANGUAGE_LAYERS)
+        self.rotation_proj = nn.Linear(dim, dim)
+        self.rotation_self_attn = SelfStack(dim, heads, BRANCH_LAYERS, 1)
+        self.rotation_predictor = predictor(dim, 6)
+        self.position_proj = nn.Linear(dim, dim)
+        self.position_self_attn = SelfStack(dim, heads, BRANCH_LAYERS, 1)
+        self.position_predictor = predictor(dim, 3)
+        self.openess_predictor = predictor(dim, 1)
+        self.register_buffer("frequencies", official_frequencies(dim), persistent=False)
+        rows = sinusoid(torch.arange(config.horizon), dim)
+        self.register_buffer("rows", rows, persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor, scene: OfficialScene) -> tuple[Tensor, Tensor]:
+        """Predict noise and openness for mixed timesteps; see `heads.base.DiffusionHead`."""
+        draws = len(x) // len(scene.context)
+        signal = self.time_emb(sinusoid(t, self.dim))
+        signal = signal + self.hand(scene).repeat_interleave(draws, 0)
+        return self.denoise(x, self.tables(signal), self.cache(scene))
+
+    def prepare(self, scene: OfficialScene, timesteps: Tensor) -> Step:
+        """Fill the caches for the given steps; see `heads.base.DiffusionHead`."""
+        signal = self.time_emb(sinusoid(timesteps, self.dim)).unsqueeze(1) + self.hand(scene)
+        tables = self.tables(signal)
+        steps = [tables.at(i) for i in range(len(timesteps))]
+        cache = self.cache(scene)
+
+        def step(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.denoise(x, steps[i], cache)
+
+        return step
+
+    def hand(self, scene: OfficialScene) -> Tensor:
+        """Return the gripper history's part of the modulation signal, (B, dim)."""
+        return self.curr_gripper_emb(scene.gripper.flatten(1))
+
+    def tables(self, signal: Tensor) -> Tables:
+        """Return all modulations for signals (..., dim)."""
+        pairs = self.cross_attn.pairs()
+        cross = StackTables(
+            [],
+            [attention.adaln.table(signal) for attention, _ in pairs],
+            [feed.adaln.table(signal) for _, feed in pairs],
+        )
+        stacks = (self.self_attn, self.rotation_self_attn, self.position_self_attn)
+        return Tables(cross, *(stack_tables(stack, signal) for stack in stacks))
+
+    def cache(self, scene: OfficialScene) -> Cache:
+        """Compute what depends on the observation alone."""
+        own: LanguageStack = self.traj_lang_attention[0]  # type: ignore[assignment]
+        words = self.words_for(scene.language)
+        shared = language_kv(self.self_attn, words)
+        first = None
+        if words.shape[1] == 1:
+            # One language token adds a constant, so the scene tokens that enter the first
+            # self-attention do not depend on the step, and neither do their keys and values.
+            language, attention, _ = self.self_attn.layers()[0]
+            if language is not None:
+                tokens = language(scene.sampled, shared[0])
+                first = (tokens, attention.multihead_attn.key_value(tokens, scene.sampled_code))
+        return Cache(
+            scene,
+            own.typed()[0].cross_12.key_value(scene.language),
+            [
+                attention.multihead_attn.key_value(scene.context, scene.code)
+                for attention, _ in self.cross_attn.pairs()
+            ],
+            shared,
+            language_kv(self.rotation_self_attn, words),
+            language_kv(self.position_self_attn, words),
+            first,
+        )
+
+    def words_for(self, language: Tensor) -> Tensor:
+        """Return the language tokens that the stacks attend to, (B, n, dim).
+
+        The published code hands these layers (batch, token) where they expect (token,
+        batch). With one observation or one token that changes nothing; otherwise sample b
+        reads tokens b, b + B, b + 2B, ... of the whole batch. We give every sample its own
+        tokens; `published_batching` reproduces the other.
+        """
+        if not self.published_batching:
+            return language
+        batch, count, dim = language.shape
+        return language.reshape(count, batch, dim).transpose(0, 1)
+
+    def denoise(self, x: Tensor, tables: Tables, cache: Cache) -> tuple[Tensor, Tensor]:
+        """Evaluate the network for noisy trajectories x (B * k, T, 9)."""
+        scene, rows = cache.scene, x.shape[1]
+        own: LanguageStack = self.traj_lang_attention[0]  # type: ignore[assignment]
+        place = rotary_code(x[..., :3], self.frequencies)
+        h = own.typed()[0].attend(self.traj_encoder(x), cache.language, self.rows) + self.rows
+        for i, (attention, feed) in enumerate(self.cross_attn.pairs()):
+            h = attention(h, cache.context[i], tables.cross.attention[i], place, scene.mask)
+            h = feed(h, tables.cross.feed[i])
+        code = join(place, scene.sampled_code)
+        mask = None
+        if scene.sampled_mask is not None:
+            every = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            mask = join(every, scene.sampled_mask)
+        h = self.shared(h, tables.shared, cache, code, mask)
+        branch = (code, mask, rows)
+        turn = run_branch(
+            self.rotation_self_attn, h, tables.rotation, cache.rotation_language, *branch
+        )
+        move = run_branch(
+            self.position_self_attn, h, tables.position, cache.position_language, *branch
+        )
+        move = self.position_proj(move)
+        rotation = self.rotation_predictor(self.rotation_proj(turn))
+        noise = torch.cat((self.position_predictor(move), rotation), -1)
+        return noise, self.openess_predictor(move)
+
+    def shared(
+        self, h: Tensor, tables: StackTables, cache: Cache, code: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Run the shared stack over trajectory and sampled scene tokens, (B * k, T + K, dim)."""
+        for i, (language, attention, feed) in enumerate(self.self_attn.layers()):
+            kv: KeyValue | None = None
+            if i == 0:
+                if cache.first is not None and language is not None:
+                    tokens, (k, v) = cache.first
+                    h = language(h, cache.shared_language[0])
+                    own_k, own_v = attention.multihead_attn.key_value(h, code[:, : h.shape[1]])
+                    kv = join(own_k, k), join(own_v, v)
+                    h = join(h, tokens)
+                    language = None
+                else:
+                    h = join(h, cache.scene.sampled)
+            if language is not None:
+                h = language(h, cache.shared_language[i], tables.language[i])
+            if kv is None:
+                kv = attention.multihead_attn.key_value(h, code)
+            h = attention(h, kv, tables.attention[i], code, mask)
+            h = feed(h, tables.feed[i])
+        return h
+
+
+def predictor(dim: int, out: int) -> nn.Sequential:
+    """Return the two-layer output network."""
+    return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, out))
+
+
+def stack_tables(stack: SelfStack, signal: Tensor) -> StackTables:
+    """Return one stack's modulations for signals (..., dim)."""
+    layers = stack.layers()
+    return StackTables(
+        [language.adaln.table(signal) for language, _, _ in layers if language is not None],
+        [attention.adaln.table(signal) for _, attention, _ in layers],
+        [feed.adaln.table(signal) for _, _, feed in layers],
+    )
+
+
+def language_kv(stack: SelfStack, words: Tensor) -> list[KeyValue]:
+    """Return the keys and values of language for a stack's layers."""
+    return [
+        language.multihead_attn.key_value(words)
+        for language, _, _ in stack.layers()
+        if language is not None
+    ]
+
+
+def run_branch(
+    stack: SelfStack,
+    h: Tensor,
+    tables: StackTables,
+    words: list[KeyValue],
+    code: Tensor,
+    mask: Tensor | None,
+    rows: int,
+) -> Tensor:
+    """Run an output branch; return the trajectory's rows only, (B * k, rows, dim)."""
+    layers = stack.layers()
+    for i, (language, attention, feed) in enumerate(layers):
+        if language is not None:
+            h = language(h, words[i], tables.language[i])
+        kv = attention.multihead_attn.key_value(h, code)
+        if i == len(layers) - 1:
+            h, code = h[:, :rows], code[:, :rows]
+        h = attention(h, kv, tables.attention[i], code, mask)
+        h = feed(h, tables.feed[i])
+    return h
