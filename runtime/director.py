@@ -114,7 +114,7 @@ class Director:
     def _verdict(self, success: bool, tick: Tick, holds: int, stop: threading.Event) -> str:
         if success:
             return "success"
-        if tick.state == "stop":
+        if self._loop.stopped:
             return f"safe stop: {tick.reason}"
         if stop.is_set():
             return "interrupted"

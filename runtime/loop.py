@@ -83,6 +83,7 @@ class ControlLoop:
         self.ticks = 0
         self._last: Action | None = None
         self._planned = False  # this instruction has had a plan
+        self._standing = False  # the robot was told to stop
 
     @property
     def stopped(self) -> bool:
@@ -180,9 +181,10 @@ class ControlLoop:
     def apply(
         self, state: State, target: Action | None, observation: Observation, now_ns: int
     ) -> Action:
-        """Limit and send the target, or hold; a stopped robot is told to stop, every tick."""
+        """Limit and send the target, or hold; a stopped robot is left to its own standstill."""
         if state == "stop":
-            self.robot.stop(self.machine.reason)
+            return self._stand(observation)
+        self._standing = False
         if target is None:
             target = self.robot.hold_action(self._last)
         reference = self._last if self._last is not None else observation.tcp_pose
@@ -190,6 +192,14 @@ class ControlLoop:
         due_ns = now_ns + self.period_ns
         self._last = self.robot.send_action(replace(limited, epoch=self.epoch, t_ns=due_ns))
         return self._last
+
+    def _stand(self, observation: Observation) -> Action:
+        """Stop the robot, once; if work resumes, it does so from where the arm then is."""
+        if not self._standing:
+            self.robot.stop(self.machine.reason)
+            self.limits.rest()
+            self._standing, self._last = True, None
+        return Action(observation.tcp_pose, float(observation.gripper_open), self.epoch)
 
     def _latent_age_s(self, now_ns: int) -> float | None:
         if self.goals is None or not self.goals.recent:

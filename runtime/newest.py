@@ -121,6 +121,8 @@ class Track(Generic[T]):
     def _refusal(self, stamp: tuple[int, int, int]) -> str | None:
         source, seq, t_pub_ns = stamp
         if source == self._source:
+            if seq == self._seq:
+                return "repeat"
             if not 0 < seq - self._seq <= _MAX_JUMP:
                 return "stale"
         elif source in self._retired and self._clock.now_ns() - self.heard_ns < TAKEOVER_NS:

@@ -57,4 +57,5 @@ def task_rows(results: Sequence[TaskResult]) -> dict[str, Any]:
         "tasks": [asdict(result) for result in results],
         "n_success": sum(result.success for result in results),
         "success_in_a_row": success_in_a_row(results),
+        "interrupted": any(result.reason == "interrupted" for result in results),
     }

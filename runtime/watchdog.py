@@ -58,7 +58,7 @@ class Watchdog:
         use_latent: whether System 2's silence matters.
     """
 
-    FUTURE_S = 0.05
+    FUTURE_S = 0.25  # a simulated state is stamped with the time it is meant for
 
     def __init__(
         self, limits: SafetyLimits, cameras: tuple[str, ...] = (), use_latent: bool = True

@@ -63,9 +63,9 @@ class Publisher:
         topic: what readers subscribe to, exactly.
         bind: False where the readers bind, for example at one System 2 for many robots.
         keys: CURVE keys; a folder, or an object that several sockets share.
-        hwm: messages to hold for each reader that does not keep up. Memory is at most
-            `hwm` messages a reader; keep it above any burst, because a full queue loses
-            the newest message.
+        hwm: messages to hold for each reader that does not keep up. Keep it above any
+            burst, because a full queue loses the newest message (see `repeat`); for images
+            remember that all of them are held in memory.
         clock: stamps the messages.
     """
 
@@ -83,10 +83,10 @@ class Publisher:
         self._clock = clock or MonotonicClock()
         self._source = int.from_bytes(os.urandom(8), "little")
         self._seq = 0
-        self._refused: list[Buffer] | None = None
+        self._last: list[Buffer] = []
         self.sent = 0
-        self.dropped = 0  # messages that at least one reader's full queue refused
-        # With NODROP a full queue is an error that can be counted, instead of silence.
+        self.stalls = 0  # times that a reader's queue was found to have filled up
+        # With NODROP a queue that fills up is an error that can be counted, not silence.
         options: dict[int, int | bytes] = {zmq.SNDHWM: hwm, zmq.XPUB_NODROP: 1}
         self._port = Port(zmq.PUB, endpoint, bind=bind, keys=keys, options=options)
         self._send = self._port.socket.send
@@ -102,7 +102,10 @@ class Publisher:
         return self._port.bound
 
     def send(self, message: object) -> bool:
-        """Send a record; return False where a reader's queue was full (others still got it).
+        """Send a record; return False where a reader's queue has just filled up.
+
+        That reader then misses messages, which it counts as gaps, until it has read on; the
+        others miss nothing.
 
         Raises:
             WireError: the message breaks its own schema.
@@ -111,29 +114,30 @@ class Publisher:
         envelope = ENVELOPE.pack(self._source, self._seq, self._clock.now_ns())
         frames[0] = b"".join((self._prefix, envelope, frames[0]))
         self._seq += 1
-        if self._put(frames):
-            self.sent += 1
-            self._refused = None
-            return True
-        # A slow reader must not cost the others this message: send it lossily.
-        self.dropped += 1
-        self._port.socket.set(zmq.XPUB_NODROP, 0)
-        self._put(frames)
-        self._port.socket.set(zmq.XPUB_NODROP, 1)
-        self._refused = [bytes(frame) for frame in frames]
-        return False
+        self._last = frames
+        self.sent += 1
+        return self._put(frames)
 
-    def flush(self) -> bool:
-        """Offer the last message again to the readers whose queues were full.
+    def repeat(self) -> bool:
+        """Send the last message again as it was; return False before there is one.
 
-        After a burst this makes sure that the newest message arrives; who has it already
-        drops the copy by its number. Return True when nothing is left to offer.
+        For readers that joined since, and for those whose queue was full, because a full
+        queue loses what is newest. Who has it already drops the copy by its number.
         """
-        if self._refused is not None and self._put(self._refused):
-            self._refused = None
-        return self._refused is None
+        if self._last:
+            self._put(self._last)
+        return bool(self._last)
 
     def _put(self, frames: list[Buffer]) -> bool:
+        if self._try(frames):
+            return True
+        self.stalls += 1
+        self._port.socket.set(zmq.XPUB_NODROP, 0)  # one slow reader must not hold up the others
+        self._try(frames)
+        self._port.socket.set(zmq.XPUB_NODROP, 1)
+        return False
+
+    def _try(self, frames: list[Buffer]) -> bool:
         last = len(frames) - 1
         try:
             # Copying beats zero-copy sends up to megabytes: those cost a helper thread.
@@ -154,7 +158,7 @@ class NewestReader(Generic[T]):
     Within one publisher an earlier number never follows a later one. Another publisher (a
     restart) takes over at once; the one it replaced is not heard again until the new one has
     been silent for `TAKEOVER_NS`. Everything that is not delivered is counted in
-    `stats.dropped` by reason: those of `WireError`, "stale" (an earlier number), "stale_source"
+    `stats.dropped` by reason: those of `WireError`, "repeat" (of the last one, harmless), "stale" (an earlier number), "stale_source"
     (a replaced publisher), "expired" and "future" (see `max_age_ns`), "unsynced" (`to_local`
     cannot say yet).
 

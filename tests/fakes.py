@@ -21,10 +21,11 @@ class ReachPolicy:
         self,
         horizon: int = 16,
         speed_m: float = 0.01,
-        cameras: Sequence[CameraSpec] = (),
+        cameras: Sequence[CameraSpec | Sequence[Any]] = (),
         fail_at: int | None = None,
     ) -> None:
-        self.spec = PolicySpec(tuple(cameras), LATENT, ActionSpec(), horizon)
+        specs = (c if isinstance(c, CameraSpec) else CameraSpec(*c) for c in cameras)
+        self.spec = PolicySpec(tuple(specs), LATENT, ActionSpec(), horizon)
         self.speed_m, self.fail_at = speed_m, fail_at
         self.calls = 0
         self.seeds: list[int | None] = []

@@ -15,6 +15,7 @@ from runtime.director import Assignment
 from runtime.display import Display
 from runtime.resolve import resolve
 
+EXIT_INTERRUPTED = 130  # by Ctrl-C; the robot was stopped and the report written
 EXIT_STOPPED = 3  # the robot was stopped for safety before the run was complete
 
 
@@ -55,7 +56,9 @@ def _run(argv: Sequence[str], record: bool) -> int:
         print(json.dumps(report))
     else:
         display.summary(report, folder)
-    return EXIT_STOPPED if report.get("stopped") else 0
+    if report["interrupted"]:
+        return EXIT_INTERRUPTED
+    return EXIT_STOPPED if report["stopped"] else 0
 
 
 def plan(config: RunConfig) -> tuple[list[Assignment], dict[str, Any] | None]:

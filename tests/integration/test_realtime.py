@@ -1,0 +1,107 @@
+"""Real processes on the wall clock: they run, and they survive or stop as they should."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import av
+import pytest
+
+from runtime.config import ConfigError
+from runtime.director import Assignment
+from tests.integration.session import FAR, session
+
+
+def test_a_run_moves_the_arm_and_reports_what_it_measured(tmp_path: Path) -> None:
+    tasks = (Assignment("", "reach 0.1 -0.2 0.6"), FAR)
+    with session(tmp_path, "tasks.steps_limit=45", "output.video=true", assignments=tasks) as run:
+        run.begin()
+        report = run.finished()
+        sinks = run.graph.ask("observer", "finish", timeout_s=30.0)
+    assert [row["env_steps"] for row in report["tasks"]] == [45, 45]
+    assert [row["reason"] for row in report["tasks"]] == ["step limit", "step limit"]
+    assert report["ticks_by_state"]["run"] == 90
+    assert report["ticks"] == sum(report["ticks_by_state"].values())
+    assert report["latents_received"] >= 5 and report["latents_missed"] == 0
+    assert 0.0 < report["latent_age_s"]["p50"] < 1.0
+    assert report["s1_latency_s"]["p50"] > 0 and report["stopped"] is None
+    assert sinks["ticks_lost"] == 0 and sinks["video"]["written"] > 10
+    with av.open(str(tmp_path / "video.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == sinks["video"]["written"]
+
+
+def test_killing_system2_is_survived_and_work_resumes(tmp_path: Path) -> None:
+    with session(tmp_path, "tasks.steps_limit=100000", "safety.latent_max_age_s=1.0") as run:
+        run.begin()
+        run.until("work", lambda h: h["steps"] > 10)
+        old = run.pid("system2")
+        run.signal("system2", signal.SIGKILL)
+        # The loop goes on with its last latent meanwhile, and its age says so.
+        run.until("an old latent", lambda h: (h["latent_age_s"] or 0) > 0.8)
+        assert run.graph.health("control")["loop_state"] == "run"
+        health = run.until("a fresh latent", lambda h: (h["latent_age_s"] or 9) < 0.5)
+        assert health["loop_state"] == "run"
+        assert run.pid("system2") != old
+
+
+def test_silence_of_system2_beyond_its_grace_stops_until_it_returns(tmp_path: Path) -> None:
+    limits = ("safety.latent_max_age_s=0.6", "safety.latent_grace_s=0.4")
+    with session(tmp_path, "tasks.steps_limit=100000", *limits) as run:
+        run.begin()
+        run.until("work", lambda h: h["steps"] > 10)
+        run.signal("system2", signal.SIGSTOP)
+        health = run.until("a stop", lambda h: h["loop_state"] == "stop")
+        assert "latent silent" in health["loop_reason"]
+        run.signal_again("system2", signal.SIGCONT)
+        run.until("work again", lambda h: h["loop_state"] == "run")
+
+
+def test_a_frozen_camera_stops_the_robot_for_good(tmp_path: Path) -> None:
+    with session(tmp_path, "tasks.steps_limit=100000", "safety.camera_max_age_s=0.7") as run:
+        run.begin()
+        run.until("work", lambda h: h["steps"] > 10)
+        run.signal("camera", signal.SIGSTOP)
+        report = run.finished()
+        run.signal_again("camera", signal.SIGCONT)
+    assert "camera stale" in report["stopped"]
+    assert report["safe_stops"] == {"camera_stale": 1}
+    assert report["tasks"][0]["reason"].startswith("safe stop")
+
+
+def test_a_dead_world_stops_the_run(tmp_path: Path) -> None:
+    with session(tmp_path, "tasks.steps_limit=100000") as run:
+        run.begin()
+        run.until("work", lambda h: h["steps"] > 10)
+        run.signal("world", signal.SIGKILL)
+        report = run.finished()
+    assert "proprioception stale" in report["stopped"]
+
+
+def test_a_failing_policy_makes_the_robot_hold_not_fall(tmp_path: Path) -> None:
+    policy = (
+        "system1.policy.options={cameras: [[static, 200, 200]], speed_m: 0.002, fail_at: 3}",
+        "tasks.steps_limit=60",
+    )
+    with session(tmp_path, *policy) as run:
+        run.begin()
+        report = run.finished()
+    assert report["s1_failures"] == 1
+    assert report["tasks"][0]["env_steps"] == 60 and report["stopped"] is None
+
+
+def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    wrong = "system1.policy.options={cameras: [[static, 100, 100]]}"
+    with session(tmp_path, wrong) as run, pytest.raises(ConfigError, match="100x100"):
+        run.begin()
+
+
+def test_the_world_goes_on_when_nobody_commands_it(tmp_path: Path) -> None:
+    with session(tmp_path, "tasks.steps_limit=20") as run:
+        run.begin()
+        run.finished()
+        before = run.graph.health("world")["starved_steps"]
+        time.sleep(1.0)
+        after = run.graph.health("world")["starved_steps"]
+    assert 20 <= after - before <= 40  # about 30 a second, on its own clock
