@@ -13,7 +13,7 @@ from benchmarks.playtable.experts import MAX_STEPS, Disturbance, Expert, Move
 from benchmarks.playtable.tasks import is_completed
 from runtime.types import F32, F64
 
-TAIL_STEPS = 3  # recorded after success, so that the last targets have a future
+TAIL_STEPS = 3  # by default; what follows a success gives the last targets a future
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,10 @@ class Demonstration:
         success: whether the oracle said so.
         steps: first step after which the oracle was true; -1 if never.
         states: (T + 1, 36) f64 visual states.
-        proprio: (T + 1, 9) f32 TCP position m, quaternion xyzw, width m, gripper +-1.
-        targets: (T, 8) f32 intended target position m, quaternion xyzw, gripper +-1.
-        relative: (T, 7) f32 CALVIN's relative actions.
+        proprio: (T + 1, 9) f32 TCP position m, quaternion xyzw, width m, commanded openness.
+        targets: (T, 8) f32 intended target position m, quaternion xyzw, openness (0 or 1).
+        relative: (T, 7) f32 CALVIN's relative actions, gripper +-1.
         clean: (T,) bool, whether what was executed is what was intended.
-        robot_obs, scene_obs: (T + 1, 15), (T + 1, 24) f64 as calvin_env's.
     """
 
     task: str
@@ -41,8 +40,6 @@ class Demonstration:
     targets: F32
     relative: F32
     clean: np.ndarray
-    robot_obs: F64
-    scene_obs: F64
 
 
 def random_expert(env: PlayTableEnv, task: str, rng: np.random.Generator) -> Expert:
@@ -55,8 +52,6 @@ class _Log:
 
     def __init__(self) -> None:
         self.states: list[F64] = []
-        self.robot_obs: list[F64] = []
-        self.scene_obs: list[F64] = []
         self.proprio: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
         self.relative: list[F64] = []
@@ -64,15 +59,12 @@ class _Log:
 
     def see(self, env: PlayTableEnv) -> None:
         self.states.append(env.visual_state())
-        obs = env.get_state_obs()
-        self.robot_obs.append(obs["robot_obs"])
-        self.scene_obs.append(obs["scene_obs"])
         position, quaternion = env.robot.tcp()
-        width, gripper = obs["robot_obs"][6], obs["robot_obs"][14]
-        self.proprio.append(np.array([*position, *quaternion, width, gripper]))
+        opened = float(env.robot.gripper_action > 0)
+        self.proprio.append(np.array([*position, *quaternion, sum(env.robot.fingers()), opened]))
 
     def did(self, move: Move, clean: bool) -> None:
-        self.targets.append(np.array([*move.position, *move.quaternion, move.gripper]))
+        self.targets.append(np.array([*move.position, *move.quaternion, float(move.gripper > 0)]))
         self.relative.append(move.relative)
         self.clean.append(clean)
 
@@ -83,6 +75,7 @@ def perform(
     max_steps: int = MAX_STEPS,
     disturbance: Disturbance | None = None,
     record: bool = False,
+    tail: int = TAIL_STEPS,
 ) -> Demonstration:
     """Let an expert do its task; stop a few steps after success.
 
@@ -92,6 +85,7 @@ def perform(
         max_steps: give up after so many steps.
         disturbance: a push on the arm, if any.
         record: keep states and observations (otherwise only the outcome).
+        tail: steps to go on for after success.
     """
     name = expert.task.name
     start: dict[str, Any] = env.get_info()
@@ -108,19 +102,16 @@ def perform(
             log.see(env)
         if reached < 0 and is_completed(name, start, info):
             reached = step + 1
-        if reached >= 0 and (step + 1 >= reached + TAIL_STEPS or expert.finished):
+        if reached >= 0 and (step + 1 >= reached + tail or expert.finished):
             break
-    ok = reached >= 0 and is_completed(name, start, info)
     return Demonstration(
         name,
         env.scene.name,
-        ok,
+        reached >= 0,
         reached,
         np.array(log.states),
         np.array(log.proprio, np.float32),
         np.array(log.targets, np.float32),
         np.array(log.relative, np.float32),
         np.array(log.clean, bool),
-        np.array(log.robot_obs),
-        np.array(log.scene_obs),
     )

@@ -84,7 +84,7 @@ class Variation:
         """Draw a variation within what the tasks allow."""
         x, y, z = np.clip(rng.normal(0.0, (0.004, 0.004, 0.0015)), -0.008, 0.008)
         return Variation(
-            speed=float(rng.uniform(0.85, 1.0)),
+            speed=float(rng.uniform(0.9, 1.0)),
             height_m=float(rng.uniform(-0.01, 0.03)),
             offset_m=(float(x), float(y), float(z)),
             yaw_rad=float(np.clip(rng.normal(0.0, 0.05), -0.12, 0.12)),
@@ -318,18 +318,28 @@ class Skill:
                 return
             last = self.view.width
 
-    def leave(self, gripper: int) -> Steps:
-        """Come out of wherever the last task ended, without dragging anything along."""
+    def leave(self, gripper: int, keep: bool = False) -> Steps:
+        """Come out of wherever the last task ended, without dragging anything along.
+
+        Args:
+            gripper: how the tool travels.
+            keep: a block in the hand is to stay there.
+        """
         view = self.view
-        start = view.position.copy()
         turned = view.quaternion
-        switch = abs(start[0] - self.scene.switch_x) < 0.10
-        for _ in range(12):
+        upright = view.tool_axis[2] < -0.93
+        switch = abs(view.position[0] - self.scene.switch_x) < 0.10
+        for _ in range(14):
             p = view.position
+            between = [n for n, b in view.blocks.items() if np.linalg.norm(b.position - p) < 0.045]
+            if between and not keep:
+                stuck = any(view.gripped(n) for n in between)
+                yield Goal(p - view.tool_axis * (0.0 if stuck else LEASH_M), turned, OPEN)
+                continue
             if p[2] < 0.455 and not self._over_table(p):
                 direction = UP
-            elif view.out_m < (0.125 if switch else 0.085) and p[2] < 0.66:
-                direction = OUT if switch else -view.tool_axis
+            elif view.out_m < 0.12 and p[2] < 0.66 and p[2] > 0.47:
+                direction = OUT if switch or upright else -view.tool_axis
             else:
                 return
             yield Goal(p + direction * LEASH_M, turned, gripper)
@@ -367,6 +377,8 @@ class Skill:
         need = max(need, height_m * min((turn - tolerance_rad) / 0.15, 1.0))
         need = min(max(need, 0.0), height_m)
         goal = target + axis * need
+        if abs(error[0]) > 0.10:  # pass in front of the handles
+            goal[1] = min(float(goal[1]), -0.06)
         if along < need - 0.03 and aside > 0.02:
             sideways = (goal - view.position) - axis * float((goal - view.position) @ axis)
             goal = view.position + axis * (need - along) + limit(sideways, 0.004)

@@ -38,6 +38,8 @@ class FixtureSkill(Skill):
             if aside < 0.03 and abs(gap[2]) < 0.03:
                 return
             goal = above.copy()
+            if abs(gap[0]) > 0.07:  # pass in front of the other handles
+                goal[1] = min(goal[1], -0.10)
             if aside > 0.06:  # stay over blocks until near
                 goal[2] = max(goal[2], 0.53 + self.v.height_m)
                 if p[2] < 0.50:

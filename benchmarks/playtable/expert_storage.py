@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from math import pi
+from math import pi, sin
 
 import numpy as np
 
-from benchmarks.playtable.expert_blocks import BlockSkill
+from benchmarks.playtable.expert_blocks import WIDEST_GRASP_M, BlockSkill
 from benchmarks.playtable.expert_control import (
     CLOSE,
     OPEN,
@@ -14,6 +14,7 @@ from benchmarks.playtable.expert_control import (
     Steps,
     hand,
     nearest_yaw,
+    sign,
     wrap,
 )
 from benchmarks.playtable.geometry import CABINET_HALF_X, DOOR_SIZE_X
@@ -46,20 +47,22 @@ class StorageSkill(BlockSkill):
         """Take a block out of the cabinet."""
         yield from self.leave(OPEN)
         for _ in range(3):
-            yaw = self.grasp_yaws(name)[0] + self.v.yaw_rad
+            yaw = self._cabinet_yaw(name) + self.v.yaw_rad
             ox, oy, oz = self.v.offset_m
+            askew = abs(sin(wrap(yaw - pi / 2, pi)))
+            oz += 0.004 + 0.012 * askew  # one finger comes lower than the other
             for _ in range(60):
                 block = self.block(name)
                 tool = self.cabinet_tool(block.position[0], yaw)
                 axis = -tool_axis(tool)
-                target = block.position + np.array([ox * 0.5, oy * 0.5, 0.004 + oz])
+                target = block.position + np.array([ox * 0.5, oy * 0.5, 0.003 + oz])
                 goal = self.approach(
                     target,
                     tool,
                     OPEN,
                     axis=axis,
                     height_m=0.10,
-                    tolerance_m=0.008,
+                    tolerance_m=0.010,
                     tolerance_rad=0.15,
                 )
                 if goal is None:
@@ -74,6 +77,18 @@ class StorageSkill(BlockSkill):
             yield from self.move(away, self.view.quaternion, CLOSE, tolerance_m=0.02)
             if self.view.held(name):
                 return
+
+    def _cabinet_yaw(self, name: str) -> float:
+        """The grasp whose fingers are most nearly side by side, as the tilted hand needs it."""
+        block = self.block(name)
+        options = [block.yaw]
+        if block.length < WIDEST_GRASP_M:
+            options.append(block.yaw + pi / 2)
+        best = min(options, key=lambda yaw: abs(wrap(yaw - pi / 2, pi)))
+        askew = wrap(best - pi / 2, pi)
+        straighter = best - sign(askew) * min(abs(askew), max(abs(askew) - 0.35, 0.0), 0.3)
+        turns = nearest_yaw([straighter], self.view.yaw, pi)
+        return turns[0] if turns else straighter
 
     def lift_drawer(self, name: str) -> Steps:
         """Take a block out of the open drawer."""
@@ -123,7 +138,7 @@ class StorageSkill(BlockSkill):
         """Let the held block fall into the open drawer."""
         x = self.scene.drawer_x + float(np.clip(self.v.offset_m[0] * 12, -0.09, 0.09))
         y = -0.27 + 2 * self.v.offset_m[1] + (0.22 - self.view.drawer) * 0.5
-        yield from self.leave(CLOSE)
+        yield from self.leave(CLOSE, keep=True)
         spot = np.array([x, y, 0.41])
         tool = hand(1.5 + wrap(self.view.yaw - 1.5) * 0.3)
         for _ in range(60):

@@ -116,7 +116,9 @@ class Expert:
         self.scene = get_scene(scene)
         self.variation = variation or Variation()
         self.view = View(self.scene, info)
-        self._servo = Servo(self.view, self.variation.speed)
+        # A turn of a block has no time to lose.
+        speed = 1.0 if self.task.family == "rotate" else self.variation.speed
+        self._servo = Servo(self.view, speed)
         self._goals = recipe(task, self.scene, self.view, self.variation)
         self._last: Goal | None = None
         self.finished = False

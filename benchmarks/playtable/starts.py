@@ -17,7 +17,8 @@ import numpy as np
 
 from benchmarks.dsvlabench.sequences import LAYOUTS, ROBOT_OBS, SWITCH_ON_M
 from benchmarks.playtable.env import PlayTableEnv
-from benchmarks.playtable.expert_control import ROBOT_XY_M, View, hand
+from benchmarks.playtable.expert_blocks import WIDEST_GRASP_M
+from benchmarks.playtable.expert_control import ROBOT_XY_M, View, hand, wrap
 from benchmarks.playtable.geometry import CABINET_HALF_X, DOOR_SIZE_X
 from benchmarks.playtable.scene import (
     BLOCK_SIDE_M,
@@ -31,6 +32,7 @@ from runtime.types import F64
 REACH_M = 0.83  # from the arm's base to a block, horizontally
 DRAWER_Z_M, SHELF_Z_M, TABLE_Z_M = 0.362, 0.461, 0.46
 APART_M = 0.105
+ASKEW_RAD = 1.0  # of the long block in the cabinet, at most, for the hand to fit
 PLACES = ("table", "slider_left", "slider_right")
 
 
@@ -170,8 +172,15 @@ def _block_pose(
         spot = _anywhere(place, layout, scene, rng)
         gaps = [np.linalg.norm(spot[:2] - other[:2]) for other in taken.values()]
         if all(gap > APART_M for gap in gaps) and _in_reach(spot):
-            return np.array([*spot, 0.0, 0.0, rng.uniform(-pi, pi)])
+            return np.array([*spot, 0.0, 0.0, _any_yaw(name, place, scene, rng)])
     return None
+
+
+def _any_yaw(name: str, place: str, scene: Scene, rng: np.random.Generator) -> float:
+    """Any yaw; but the long block has no room to be grasped lengthwise in the cabinet."""
+    if place.startswith("slider") and dict(scene.block_lengths)[name] > WIDEST_GRASP_M:
+        return float(pi / 2 + rng.uniform(-ASKEW_RAD, ASKEW_RAD) + rng.integers(2) * pi)
+    return float(rng.uniform(-pi, pi))
 
 
 def _anywhere(place: str, layout: Layout, scene: Scene, rng: np.random.Generator) -> F64:
@@ -274,7 +283,10 @@ def _can(task: str, view: View) -> bool:
         low, high = _opening(view)
         x = view.blocks[name].position[0]
         clear = low + 0.035 < x < high - 0.035 and not view.neighbours(name)
-        return bool(view.on(name, "plank_link") and clear)
+        block = view.blocks[name]
+        askew = abs(wrap(block.yaw - pi / 2, pi))
+        graspable = block.length < WIDEST_GRASP_M or askew < ASKEW_RAD
+        return bool(view.on(name, "plank_link") and clear and graspable)
     if task.endswith("block_drawer"):
         alone = view.on(name, "drawer_link") and not view.neighbours(name)
         y = view.blocks[name].position[1]
