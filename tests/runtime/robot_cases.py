@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 
 from runtime.clock import FakeClock
 from runtime.quaternion import IDENTITY, from_rotation_vector, rotation_vector
+from runtime.resolve import resolve
 from runtime.robots.base import Robot
 from runtime.robots.calvin import CalvinRobot
 from runtime.robots.env import EnvRobot, PlayTableRobot
 from runtime.robots.fake import FakeRobot
 from runtime.robots.lerobot import LeRobotAdapter
+from runtime.robots.sim import SimRobot
+from runtime.rpc import RpcServer
 from runtime.types import CameraFrame
 
 PERIOD_NS = 1_000_000_000 // 30
@@ -245,11 +251,71 @@ def calvin():
     return stepped(lambda clock: CalvinRobot(clock=clock))
 
 
+class SimHost:
+    """PlayTable's world and camera nodes, in threads instead of processes."""
+
+    def __init__(self, folder):
+        host = "benchmarks.playtable.host"
+        names = ("actions", "states", "frames", "world_control")
+        self.ends = {name: f"ipc://{folder}/{name}" for name in names}
+        ends = self.ends
+        world = resolve(f"{host}:WorldNode")("D", ends["actions"], ends["states"])
+        camera = resolve(f"{host}:CameraNode")(
+            "D", ("static", "gripper"), 30.0, ends["states"], ends["frames"]
+        )
+        self.stop = threading.Event()
+        self.nodes, self.threads = (world, camera), []
+        for node in self.nodes:
+            node.setup()
+            self.threads.append(threading.Thread(target=node.run, args=(self.stop,), daemon=True))
+        handlers = world.handlers()
+        self.rpc = RpcServer(
+            ends["world_control"], {"ask": lambda told: handlers[told["question"]](told)}
+        )
+        self.rpc.start()
+        for thread in self.threads:
+            thread.start()
+
+    def close(self):
+        self.rpc.close()
+        self.stop.set()
+        for thread, node in zip(self.threads, self.nodes, strict=True):
+            thread.join(5.0)
+            node.close()
+
+
+@contextmanager
+def sim():
+    if find_spec("pybullet") is None:
+        pytest.skip("pybullet is not installed")
+    with TemporaryDirectory() as folder:
+        host = SimHost(folder)
+        robot = SimRobot(**host.ends)
+
+        def tick():
+            """Wait until the world has stepped and its cameras have seen it."""
+            begun_ns = time.monotonic_ns()
+            while time.monotonic_ns() < begun_ns + 5_000_000_000:
+                time.sleep(0.005)
+                seen = robot.get_observation()
+                stamps = [seen.t_ns, *(frame.t_ns for frame in seen.frames.values())]
+                if min(stamps) > begun_ns:
+                    return
+            raise AssertionError("the world stands still")
+
+        try:
+            yield Case(robot, tick)
+        finally:
+            robot.disconnect()
+            host.close()
+
+
 CASES = {
     "fake": fake,
     "env": env,
     "lerobot-joints": lerobot_joints,
     "lerobot-end-effector": lerobot_end_effector,
     "playtable": playtable,
+    "sim": sim,
     "calvin": calvin,
 }

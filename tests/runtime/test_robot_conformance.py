@@ -27,10 +27,10 @@ def robot(case):
     return case.robot
 
 
-def target(observation, dx=0.0, gripper=1.0, epoch=0):
+def target(observation, dx=0.0, gripper=1.0, epoch=0, t_ns=0):
     pose = np.array(observation.tcp_pose)
     pose[0] += dx
-    return Action(pose, gripper, epoch=epoch, t_ns=5)
+    return Action(pose, gripper, epoch=epoch, t_ns=t_ns)
 
 
 def drive(case, action, ticks):
@@ -77,7 +77,8 @@ def test_an_observation_is_what_the_features_promise(case, robot):
     for camera in robot.spec.cameras:
         frame = observation.frames[camera.name]
         check_frame(frame, camera)
-        assert frame.t_ns <= observation.t_ns
+        # State and frames of a real-time robot are read one after the other.
+        assert frame.t_ns <= observation.t_ns + 100_000_000
         assert frame.K.shape == (3, 3)
         assert frame.T_world_cam.shape == (4, 4)
     assert observation.tcp_pose.shape == (7,)
@@ -97,14 +98,16 @@ def test_time_stamps_advance(case, robot):
 
 
 def test_send_action_returns_what_was_sent_and_leaves_its_argument_alone(case, robot):
-    wanted = target(robot.get_observation(), dx=0.01, epoch=4)
+    now = robot.get_observation()
+    due_ns = now.t_ns + 33_000_000
+    wanted = target(now, dx=0.01, epoch=4, t_ns=due_ns)
     before = wanted.pose.copy()
     sent = robot.send_action(wanted)
     np.testing.assert_array_equal(wanted.pose, before)
     assert sent.pose.shape == (7,)
     assert np.linalg.norm(sent.pose[3:]) == pytest.approx(1)
     assert 0.0 <= sent.gripper <= 1.0
-    assert (sent.epoch, sent.t_ns) == (4, 5)
+    assert (sent.epoch, sent.t_ns) == (4, due_ns)
 
 
 def test_the_arm_goes_to_its_target(case, robot):
@@ -168,7 +171,8 @@ def test_hold_has_no_default():
 def test_after_stop_the_arm_comes_to_rest(case, robot):
     drive(case, target(robot.get_observation(), dx=0.2), 2)
     robot.stop("test")
-    case.tick()
+    for _ in range(8):
+        case.tick()
     first = robot.get_observation()
     for _ in range(10):
         case.tick()
@@ -184,7 +188,7 @@ def test_a_world_resets_counts_steps_and_judges(case, robot):
     start = robot.get_observation()
     robot.begin_task("turn_on_led", "press the button")
     drive(case, target(start), 3)
-    assert robot.env_steps() == 3
+    assert robot.env_steps() >= 3  # a real-time world may step on its own
     assert robot.completed() == frozenset()
     robot.reset_world(None, None)
     assert robot.env_steps() == 0
