@@ -9,7 +9,6 @@ is a plain vector (`visual_state`) that any process can draw.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -18,54 +17,24 @@ import numpy as np
 from benchmarks.playtable.actions import parse_action
 from benchmarks.playtable.appearance import Appearance
 from benchmarks.playtable.cameras import RenderedFrame, SceneRenderer
+from benchmarks.playtable.mechanisms import Mechanisms
+from benchmarks.playtable.observations import (
+    ObservationError,
+    State,
+    parse_robot_obs,
+    parse_scene_obs,
+)
 from benchmarks.playtable.physics import (
-    BUTTON,
-    DRAWER,
-    SLIDE,
-    SWITCH,
     SubstepHook,
     World,
     euler_from_quaternion,
     quaternion_from_euler,
 )
-from benchmarks.playtable.robot import FINGER_OPEN_M, Arm
-from benchmarks.playtable.scene import (
-    BUTTON_THRESHOLD_M,
-    ROBOT_Q0_RAD,
-    SUBSTEPS,
-    SWITCH_THRESHOLD_M,
-    TABLE_LINKS,
-    Scene,
-    get_scene,
-)
+from benchmarks.playtable.robot import Arm
+from benchmarks.playtable.scene import SUBSTEPS, TABLE_LINKS, Scene, get_scene
 from runtime.types import F64, CameraFrame
 
-ROBOT_OBS_SIZE, SCENE_OBS_SIZE = 15, 24
 PLACEMENT_TRIES = 1000
-
-
-class ObservationError(ValueError):
-    """A robot_obs or scene_obs that cannot be reset to."""
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """A `PlayTableEnv` at one instant, as what led to it since the last reset.
-
-    Attributes:
-        scene: its name.
-        journal: everything that was done to the world, `physics.World.journal`.
-        target_pos, target_euler, gripper_action: what relative actions add to, and the last
-            commanded gripper state.
-        logic: bulb, LED, button on, switch on, button down.
-    """
-
-    scene: str
-    journal: tuple[tuple[Any, ...], ...]
-    target_pos: tuple[float, ...]
-    target_euler: tuple[float, ...]
-    gripper_action: int
-    logic: tuple[bool, bool, bool, bool, bool]
 
 
 class PlayTableEnv:
@@ -99,7 +68,7 @@ class PlayTableEnv:
         self.world = World(self.scene)
         self.robot = Arm(self.world)
         self.seed(seed)
-        self._start_logic()
+        self.mechanisms = Mechanisms(self.world)
         self.reset()
 
     # -- calvin_env's interface --------------------------------------------------------
@@ -122,14 +91,16 @@ class PlayTableEnv:
             ObservationError: wrong length, NaN, or a light that is neither 0 nor 1; the
                 world keeps its state.
         """
-        joints, finger_m = _parse_robot_obs(robot_obs)
-        parsed = None if scene_obs is None else _parse_scene_obs(scene_obs)
+        joints, finger_m = parse_robot_obs(robot_obs)
+        parsed = None if scene_obs is None else parse_scene_obs(scene_obs)
         self.world.rebuild()
-        self._start_logic()
+        self.mechanisms.clear()
         if parsed is None:
             self._place_blocks()
         else:
-            self._set_scene(*parsed)
+            joints_m, lights, poses = parsed
+            self.mechanisms.put(joints_m, lights)
+            self._put_blocks(poses)
         self.robot.reset(joints, finger_m)
         self.world.substep()
         return self.get_obs()
@@ -152,7 +123,7 @@ class PlayTableEnv:
         self.robot.apply(command)
         for _ in range(SUBSTEPS):
             self.world.substep()
-        self._step_logic()
+        self.mechanisms.step()
 
     def get_obs(self) -> dict[str, Any]:
         """Return `rgb_obs`, `depth_obs`, `robot_obs` (15,) and `scene_obs` (24,)."""
@@ -180,8 +151,7 @@ class PlayTableEnv:
     def get_state_obs(self) -> dict[str, F64]:
         """Return `robot_obs` (15,) and `scene_obs` (24,) f64."""
         robot_obs, _ = self.proprioception()
-        scene_obs = [self.world.table_joint(j) for j in (SLIDE, DRAWER, BUTTON, SWITCH)]
-        scene_obs += [float(self.bulb), float(self.led)]
+        scene_obs = self.mechanisms.values()
         for name in self.scene.blocks:
             position, quaternion = self.world.block_pose(name)
             scene_obs += [*position, *euler_from_quaternion(quaternion)]
@@ -228,26 +198,7 @@ class PlayTableEnv:
                 }
             },
             "movable_objects": blocks,
-            "doors": {
-                "base__slide": {"current_state": w.table_joint(SLIDE)},
-                "base__drawer": {"current_state": w.table_joint(DRAWER)},
-            },
-            "buttons": {
-                "base__button": {
-                    "joint_state": w.table_joint(BUTTON),
-                    "logical_state": int(self.button_on),
-                }
-            },
-            "switches": {
-                "base__switch": {
-                    "joint_state": w.table_joint(SWITCH),
-                    "logical_state": int(self.switch_on),
-                }
-            },
-            "lights": {
-                "lightbulb": {"logical_state": int(self.bulb)},
-                "led": {"logical_state": int(self.led)},
-            },
+            **self.mechanisms.info(),
         }
 
     def close(self) -> None:
@@ -270,38 +221,7 @@ class PlayTableEnv:
     def __del__(self) -> None:
         self.close()
 
-    # -- mechanisms --------------------------------------------------------------------
-
-    def _start_logic(self) -> None:
-        self.bulb = self.led = False
-        self.button_on = self.switch_on = False
-        self._button_was_down = False
-
-    def _step_logic(self) -> None:
-        """Button: each press toggles the LED. Switch: the bulb follows its position."""
-        down = self.world.table_joint(BUTTON) > BUTTON_THRESHOLD_M
-        if down and not self._button_was_down:
-            self.button_on = not self.button_on
-            self.led = self.button_on
-        self._button_was_down = down
-        up = self.world.table_joint(SWITCH) > SWITCH_THRESHOLD_M
-        if up and not self.switch_on:
-            self.bulb = True
-        elif self.switch_on and not up:
-            self.bulb = False
-        self.switch_on = up
-
-    def _set_scene(self, joints: F64, lights: F64, poses: F64) -> None:
-        """In calvin_env's order: doors, lights, button, switch, blocks."""
-        slide, drawer, button, switch = joints
-        self.world.set_table_joint(SLIDE, slide)
-        self.world.set_table_joint(DRAWER, drawer)
-        self.bulb, self.led = bool(lights[0]), bool(lights[1])
-        self.world.set_table_joint(BUTTON, button)
-        self.button_on = self.led
-        self._button_was_down = bool(button > BUTTON_THRESHOLD_M)
-        self.world.set_table_joint(SWITCH, switch)
-        self.switch_on = False
+    def _put_blocks(self, poses: F64) -> None:
         for name, pose in zip(self.scene.blocks, poses, strict=True):
             rotation = pose[3:]
             quaternion = quaternion_from_euler(rotation) if len(rotation) == 3 else rotation
@@ -328,12 +248,29 @@ class PlayTableEnv:
 
     # -- beyond calvin_env -------------------------------------------------------------
 
+    @property
+    def bulb(self) -> bool:
+        """Whether the light bulb is on; may be set."""
+        return self.mechanisms.bulb
+
+    @bulb.setter
+    def bulb(self, on: bool) -> None:
+        self.mechanisms.bulb = on
+
+    @property
+    def led(self) -> bool:
+        """Whether the LED is on; may be set."""
+        return self.mechanisms.led
+
+    @led.setter
+    def led(self, on: bool) -> None:
+        self.mechanisms.led = on
+
     def visual_state(self) -> F64:
         """Everything that can be seen, (36,) f64; see `benchmarks.playtable.cameras`."""
         w = self.world
-        values = [*self.robot.joints(), *self.robot.fingers()]
-        values += [w.table_joint(j) for j in (SLIDE, DRAWER, BUTTON, SWITCH)]
-        values += [float(self.bulb), float(self.led)]
+        values = list(w.arm_joints())
+        values += self.mechanisms.values()
         for name in self.scene.blocks:
             position, quaternion = w.block_pose(name)
             values += [*position, *quaternion]
@@ -361,7 +298,7 @@ class PlayTableEnv:
             target_pos=tuple(arm.target_pos.tolist()),
             target_euler=tuple(arm.target_euler.tolist()),
             gripper_action=arm.gripper_action,
-            logic=(self.bulb, self.led, self.button_on, self.switch_on, self._button_was_down),
+            logic=self.mechanisms.logic(),
         )
 
     def restore(self, state: State) -> None:
@@ -378,7 +315,7 @@ class PlayTableEnv:
         self.robot.target_pos = np.array(state.target_pos)
         self.robot.target_euler = np.array(state.target_euler)
         self.robot.gripper_action = state.gripper_action
-        self.bulb, self.led, self.button_on, self.switch_on, self._button_was_down = state.logic
+        self.mechanisms.set_logic(state.logic)
 
     def add_substep_hook(self, hook: SubstepHook) -> None:
         """Call `hook(world)` before every physics substep, from now on."""
@@ -388,31 +325,3 @@ class PlayTableEnv:
         """Stop calling `hook`; unknown hooks are ignored."""
         if hook in self.world.hooks:
             self.world.hooks.remove(hook)
-
-
-def _vector(value: Any, name: str, sizes: tuple[int, ...]) -> F64:
-    try:
-        array = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ObservationError(f"{name}: not numbers") from error
-    if array.ndim != 1 or array.shape[0] not in sizes:
-        wanted = " or ".join(f"({n},)" for n in sizes)
-        raise ObservationError(f"{name}: shape {array.shape}, must be {wanted}")
-    if not np.isfinite(array).all():
-        raise ObservationError(f"{name}: contains NaN or infinity")
-    return array
-
-
-def _parse_robot_obs(robot_obs: Any) -> tuple[Any, float]:
-    if robot_obs is None:
-        return ROBOT_Q0_RAD, FINGER_OPEN_M
-    values = _vector(robot_obs, "robot_obs", (ROBOT_OBS_SIZE, ROBOT_OBS_SIZE + 1))
-    return values[-8:-1], float(values[-9]) / 2
-
-
-def _parse_scene_obs(scene_obs: Any) -> tuple[F64, F64, F64]:
-    values = _vector(scene_obs, "scene_obs", (SCENE_OBS_SIZE, SCENE_OBS_SIZE + 3))
-    lights = values[4:6]
-    if not np.isin(lights, (0.0, 1.0)).all():
-        raise ObservationError(f"scene_obs: lights {lights.tolist()} must be 0 or 1")
-    return values[:4], lights, values[6:].reshape(3, -1)

@@ -35,7 +35,7 @@ Entry = tuple[Any, ...]
 ARM_JOINTS = tuple(range(7))
 ARM_FORCE_N, ARM_SPEED_RAD_S, FINGER_SPEED_M_S = 200.0, 2.0, 1.0
 GEAR_ERP, GEAR_FORCE_N = 0.1, 50.0
-BUTTON, SWITCH, SLIDE, DRAWER = 0, 1, 2, 3  # table joints
+BUTTON, SWITCH, SLIDE, DRAWER = TABLE_JOINTS = (0, 1, 2, 3)  # of the table
 
 
 class World:
@@ -54,12 +54,14 @@ class World:
             raise RuntimeError("Bullet gives no further physics client")
         self.hooks: list[SubstepHook] = []
         self.journal: list[Entry] = []
+        self._memo: dict[str, Any] = {}  # what was read since the world last changed
         self.rebuild()
 
     def rebuild(self) -> None:
         """Empty the client and load everything anew, as in a fresh process."""
         c = self.client
         self.journal = []
+        self._memo = {}
         p.resetSimulation(physicsClientId=c)
         p.setPhysicsEngineParameter(deterministicOverlappingPairs=1, physicsClientId=c)
         p.setTimeStep(1.0 / PHYSICS_HZ, physicsClientId=c)
@@ -125,12 +127,23 @@ class World:
             physicsClientId=self.client,
         )
 
+    def _note(self, entry: Entry) -> None:
+        self.journal.append(entry)
+        if self._memo:
+            self._memo = {}
+
+    def _read(self, key: str, read: Callable[[], Any]) -> Any:
+        """What `read` returns, asked of Bullet once for each state of the world."""
+        if key not in self._memo:
+            self._memo[key] = read()
+        return self._memo[key]
+
     def substep(self) -> None:
         """Advance one physics step (1/240 s), hooks first."""
         for hook in tuple(self.hooks):
             hook(self)
         p.stepSimulation(physicsClientId=self.client)
-        self.journal.append(("substep",))
+        self._note(("substep",))
 
     def drive_arm(self, joints_rad: Any, fingers_m: float, finger_force_n: float) -> None:
         """Set the position motors of the seven arm joints and of both fingers."""
@@ -155,7 +168,7 @@ class World:
                 maxVelocity=FINGER_SPEED_M_S,
                 physicsClientId=self.client,
             )
-        self.journal.append(("drive_arm", targets, fingers_m, finger_force_n))
+        self._note(("drive_arm", targets, fingers_m, finger_force_n))
 
     def put_arm(self, joints_rad: Any, finger_m: float) -> None:
         """Put the arm somewhere, at rest."""
@@ -164,7 +177,7 @@ class World:
             p.resetJointState(self.robot, joint, angle, physicsClientId=self.client)
         for finger in self.fingers:
             p.resetJointState(self.robot, finger, finger_m, physicsClientId=self.client)
-        self.journal.append(("put_arm", targets, finger_m))
+        self._note(("put_arm", targets, finger_m))
 
     def replay(self, journal: Sequence[Entry]) -> None:
         """Bring a world to the state that another one (of this scene) had with `journal`."""
@@ -187,17 +200,41 @@ class World:
 
     def table_joint(self, joint: int) -> float:
         """Position of one of the table's joints, m."""
-        return float(p.getJointState(self.table, joint, physicsClientId=self.client)[0])
+        states = self._read(
+            "table",
+            lambda: p.getJointStates(self.table, TABLE_JOINTS, physicsClientId=self.client),
+        )
+        return float(states[joint][0])
+
+    def arm_joints(self) -> tuple[float, ...]:
+        """The seven arm joints, rad, then the two fingers, m."""
+        states = self._read(
+            "arm",
+            lambda: p.getJointStates(
+                self.robot, (*ARM_JOINTS, *self.fingers), physicsClientId=self.client
+            ),
+        )
+        return tuple(state[0] for state in states)
+
+    def tcp_pose(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Position (3) m and quaternion xyzw (4) of the tool centre point in W."""
+        state = self._read(
+            "tcp", lambda: p.getLinkState(self.robot, self.tcp, physicsClientId=self.client)
+        )
+        return state[0], state[1]
 
     def set_table_joint(self, joint: int, position_m: float) -> None:
         """Put a joint of the table somewhere, at rest."""
         p.resetJointState(self.table, joint, position_m, physicsClientId=self.client)
-        self.journal.append(("set_table_joint", joint, float(position_m)))
+        self._note(("set_table_joint", joint, float(position_m)))
 
     def block_pose(self, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Position (3) m and quaternion xyzw (4) of a block."""
-        pos, orn = p.getBasePositionAndOrientation(self.blocks[name], physicsClientId=self.client)
-        return pos, orn
+        uid, client = self.blocks[name], self.client
+        position, quaternion = self._read(
+            name, lambda: p.getBasePositionAndOrientation(uid, physicsClientId=client)
+        )
+        return position, quaternion
 
     def set_block_pose(self, name: str, position_m: Any, quaternion: Any) -> None:
         """Put a block somewhere; it keeps its velocity."""
@@ -205,7 +242,7 @@ class World:
         p.resetBasePositionAndOrientation(
             self.blocks[name], position, rotation, physicsClientId=self.client
         )
-        self.journal.append(("set_block_pose", name, position, rotation))
+        self._note(("set_block_pose", name, position, rotation))
 
     def block_velocity(self, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Linear (3) m/s and angular (3) rad/s velocity of a block."""
@@ -216,7 +253,7 @@ class World:
         """Give a block a velocity."""
         v, w = _floats(linear), _floats(angular)
         p.resetBaseVelocity(self.blocks[name], v, w, physicsClientId=self.client)
-        self.journal.append(("set_block_velocity", name, v, w))
+        self._note(("set_block_velocity", name, v, w))
 
     def robot_touches(self, name: str) -> bool:
         """Whether any part of the arm touches the block."""

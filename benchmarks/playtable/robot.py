@@ -14,12 +14,7 @@ import numpy as np
 import pybullet as p
 
 from benchmarks.playtable.actions import Command
-from benchmarks.playtable.physics import (
-    ARM_JOINTS,
-    World,
-    euler_from_quaternion,
-    quaternion_from_euler,
-)
+from benchmarks.playtable.physics import World, euler_from_quaternion, quaternion_from_euler
 from benchmarks.playtable.scene import ROBOT_Q0_RAD
 from runtime.types import F64
 
@@ -96,16 +91,13 @@ class Arm:
 
     def tcp(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Position (3) m and quaternion xyzw (4) of the tool centre point in W."""
-        state = p.getLinkState(self.world.robot, self.world.tcp, physicsClientId=self.world.client)
-        return state[0], state[1]
+        return self.world.tcp_pose()
 
     def joints(self) -> list[float]:
         """The seven arm joints, rad."""
-        w = self.world
-        return [s[0] for s in p.getJointStates(w.robot, ARM_JOINTS, physicsClientId=w.client)]
+        return list(self.world.arm_joints()[:7])
 
     def fingers(self) -> tuple[float, float]:
         """Positions of the two fingers, m."""
-        w = self.world
-        left, right = p.getJointStates(w.robot, w.fingers, physicsClientId=w.client)
-        return left[0], right[0]
+        left, right = self.world.arm_joints()[7:]
+        return left, right
