@@ -85,7 +85,7 @@ class Publisher:
         self._seq = 0
         self._last: list[Buffer] = []
         self.sent = 0
-        self.stalls = 0  # times that a reader's queue was found to have filled up
+        self.dropped = 0  # sends that found a reader's queue just filled; see `send`
         # With NODROP a queue that fills up is an error that can be counted, not silence.
         options: dict[int, int | bytes] = {zmq.SNDHWM: hwm, zmq.XPUB_NODROP: 1}
         self._port = Port(zmq.PUB, endpoint, bind=bind, keys=keys, options=options)
@@ -131,7 +131,7 @@ class Publisher:
     def _put(self, frames: list[Buffer]) -> bool:
         if self._try(frames):
             return True
-        self.stalls += 1
+        self.dropped += 1
         self._port.socket.set(zmq.XPUB_NODROP, 0)  # one slow reader must not hold up the others
         self._try(frames)
         self._port.socket.set(zmq.XPUB_NODROP, 1)

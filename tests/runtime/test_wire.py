@@ -168,7 +168,7 @@ def test_numbers_never_go_back(pair: tuple[Raw, NewestReader[LatentGoal]]) -> No
     for seq in (3, 8, 7):
         raw.message(seq)
     assert settle(raw, reader) == []
-    assert reader.stats.dropped["stale"] == 3
+    assert (reader.stats.dropped["stale"], reader.stats.dropped["repeat"]) == (2, 1)
     raw.message(2**64 - 1)  # no publisher gets there; accepting it would deafen the reader
     raw.message(9, value=9)
     assert [m.seq for m in settle(raw, reader)] == [9]
@@ -340,24 +340,45 @@ def test_a_slow_reader_is_counted_costs_the_others_nothing_and_gets_the_newest(
     quick = NewestReader(endpoint, "z", LatentGoal, hwm=0)
     until(lambda: publisher.send(latent(0)) and quick.poll() and slow.poll())
     big = dataclasses.replace(latent(1), z=np.ones((1, 65536), np.float32))
-    seen = 0
     while publisher.send(big):  # until the slow one's queues are full
-        seen += quick.poll() is not None
-        assert seen < 10_000
+        until(quick.poll)  # the quick one's never are
+        assert publisher.sent < 10_000
+    until(quick.poll)
     assert publisher.dropped == 1
-    last = dataclasses.replace(big, seq=77)
-    publisher.send(last)
+    publisher.send(dataclasses.replace(big, seq=77))
 
     def reached(reader: NewestReader[LatentGoal]) -> bool:
-        publisher.flush()
         message = reader.poll()
         return message is not None and message.seq == 77
 
-    until(lambda: reached(quick))
-    until(lambda: reached(slow))
-    assert publisher.flush()
+    until(lambda: reached(quick))  # without any help
+    until(lambda: publisher.repeat() and reached(slow))
+    assert slow.gaps >= 1
+    assert quick.gaps == 0
     for port in (publisher, slow, quick):
         port.close()
+
+
+def test_who_joins_late_gets_the_last_message_from_a_repeat(tmp_path: Path) -> None:
+    endpoint = ipc_endpoint(tmp_path, "late")
+    publisher = Publisher(endpoint, "z")
+    assert not publisher.repeat()
+    publisher.send(latent(5))
+    reader = NewestReader(endpoint, "z", LatentGoal)
+    got: list[LatentGoal] = []
+
+    def heard() -> bool:
+        assert publisher.repeat()
+        message = reader.poll()
+        if message is not None:
+            got.append(message)
+        return reader.stats.dropped["repeat"] > 3
+
+    until(heard)
+    assert [message.seq for message in got] == [5]
+    assert reader.gaps == 0
+    publisher.close()
+    reader.close()
 
 
 def test_sending_what_breaks_the_schema_says_so(tmp_path: Path) -> None:
