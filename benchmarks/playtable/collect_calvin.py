@@ -27,7 +27,6 @@ from benchmarks.playtable.dataset import DatasetWriter
 from benchmarks.playtable.demonstrations import Demonstration
 from benchmarks.playtable.keyposes import keyposes
 from benchmarks.playtable.physics import euler_from_quaternion
-from benchmarks.playtable.tasks import sentence
 from runtime.types import F64
 
 Report = Callable[[int, int, int], None]
@@ -93,7 +92,7 @@ def _write_split(
                 for step in range(len(demonstration.states)):
                     episode.add(_observation(demonstration, step, renderer))
                 last = min(demonstration.steps, 63)
-                episode.annotate(0, last, demonstration.task, sentence(demonstration.task))
+                episode.annotate(0, last, demonstration.task, demonstration.instruction)
             if report is not None:
                 report(i + 1, len(found), 1)
         _write_keyposes(folder, found)

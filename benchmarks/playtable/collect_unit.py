@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.dsvlabench.phrases import choose, training
 from benchmarks.playtable.demonstrations import Demonstration, perform, random_expert
 from benchmarks.playtable.env import PlayTableEnv
 from benchmarks.playtable.expert_control import View
@@ -92,7 +93,13 @@ def _chain(
             unit.failed[task] += 1
             return
         unit.demonstrations.append(done)
-        unit.origin.append({"chain": place, "disturbed": push is not None})
+        unit.origin.append(
+            {
+                "instruction": choose(training(), task, rng),
+                "chain": place,
+                "disturbed": push is not None,
+            }
+        )
         wanted.remove(task)
         possible = [t for t in feasible(View(env.scene, env.get_info())) if t in wanted]
         if not possible:
@@ -159,6 +166,7 @@ def read_unit(path: Path) -> tuple[dict[str, Any], list[Demonstration]]:
                 arrays["states"][seen : seen + n + 1],
                 arrays["proprio"][seen : seen + n + 1],
                 *(arrays[name][at : at + n] for name in ("targets", "relative", "clean")),
+                row["instruction"],
             )
         )
         at, seen = at + n, seen + n + 1

@@ -29,6 +29,7 @@ class Demonstration:
         targets: (T, 8) f32 intended target position m, quaternion xyzw, openness (0 or 1).
         relative: (T, 7) f32 CALVIN's relative actions, gripper +-1.
         clean: (T,) bool, whether what was executed is what was intended.
+        instruction: a sentence for the task; empty until one was drawn.
     """
 
     task: str
@@ -40,6 +41,7 @@ class Demonstration:
     targets: F32
     relative: F32
     clean: np.ndarray
+    instruction: str = ""
 
 
 def random_expert(env: PlayTableEnv, task: str, rng: np.random.Generator) -> Expert:

@@ -30,6 +30,7 @@ from runtime.types import F64
 
 STEP_M, STEP_RAD = 0.02, 0.05  # CALVIN's largest relative action, per axis
 LEASH_M, LEASH_RAD = 0.045, 0.20
+GAIN = 1.25  # of what is left to go, so that little remains of the IK's own error
 OPEN, CLOSE = 1, -1
 TIP_BELOW_TCP_M = 0.0148
 YAW_RANGE_RAD = (-1.1, 4.9)  # beyond it a joint runs into its limit
@@ -256,7 +257,7 @@ class Servo:
         """Move the command towards the goal by one step."""
         pace = min(self.speed * goal.pace, 1.0)
         here = view.position + limit(self.position - view.position, LEASH_M)
-        wanted = view.position + limit(goal.position - view.position, LEASH_M)
+        wanted = view.position + limit(GAIN * (goal.position - view.position), LEASH_M)
         self.position = here + np.clip(wanted - here, -STEP_M * pace, STEP_M * pace)
         self.quaternion = self._turn(view.quaternion, goal.quaternion, STEP_RAD * pace)
 

@@ -62,7 +62,7 @@ class StorageSkill(BlockSkill):
                     OPEN,
                     axis=axis,
                     height_m=0.10,
-                    tolerance_m=0.010,
+                    tolerance_m=0.012,
                     tolerance_rad=0.15,
                 )
                 if goal is None:
