@@ -171,6 +171,13 @@ class EngineBase:
             ValueError: an image or instruction is unusable; the message names which.
             EncodeError: the model's output is not finite.
         """
+        return self._run(images, instructions, self._raw)
+
+    def states(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
+        """Return the read-out before the projector (B, n_tokens, hidden); as `encode` else."""
+        return self._run(images, instructions, raw=True)
+
+    def _run(self, images: Sequence[Any], instructions: Sequence[str], raw: bool) -> F32:
         if self._closed:
             raise EncodeError("the engine is closed")
         checked, texts = as_batch(images, instructions)
@@ -182,7 +189,7 @@ class EngineBase:
                 except BadInstruction as error:
                     raise BadInstruction(f"instructions[{index}]: {error}") from error
             hidden = self._hidden(checked, prompts)
-            rows = [self._read(states, p) for states, p in zip(hidden, prompts, strict=True)]
+            rows = [self._read(states, p, raw) for states, p in zip(hidden, prompts, strict=True)]
             latents = torch.stack(rows).to("cpu", torch.float32).numpy()
         if not np.isfinite(latents).all():
             raise EncodeError("the latent is not finite")
@@ -201,9 +208,9 @@ class EngineBase:
         self._write_act(self.checkpoint.act_ids[: config.n_act], head.act.detach())
         self._spec = head.spec(self.checkpoint, self._raw)
 
-    def _read(self, states: Tensor, prompt: Prompt) -> Tensor:
+    def _read(self, states: Tensor, prompt: Prompt, raw: bool) -> Tensor:
         head, layout = self._head, prompt.layout
         states = states.to("cpu", torch.float32)
         if head.config.last_token_only and states.shape[0] == 1:
-            return states if self._raw else head.projector(states)
-        return head(states, layout, raw=self._raw)
+            return states if raw else head.projector(states)
+        return head(states, layout, raw=raw)

@@ -1,0 +1,123 @@
+"""The plain engine: every read-out, batching, swapping, and input that is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from system2.checkpoint import LatentHead
+from system2.engines.transformers import TransformersEngine
+from system2.latents import KINDS, LatentConfig
+from system2.model import CheckpointError
+from system2.prompt import BadImage, BadInstruction
+from tests.system2.conftest import TEXTS
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: str) -> TransformersEngine:
+    return TransformersEngine(tiny_model, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_what_its_spec_says(kind: str, tiny_model: str, images) -> None:
+    made = TransformersEngine(tiny_model, kind=kind, n_act=2, dtype="float32", device="cpu")
+    z = made.encode(images, TEXTS)
+    assert z.shape == (3, made.spec.n_tokens, made.spec.dim)
+    assert z.dtype == np.float32
+    alone = np.concatenate([made.encode([i], [t]) for i, t in zip(images, TEXTS, strict=True)])
+    assert np.abs(z - alone).max() < 1e-4
+    assert made.states(images, TEXTS).shape == (3, made.spec.n_tokens, 64)
+
+
+def test_it_is_the_hidden_state_that_transformers_itself_gives(engine, images) -> None:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    path = engine.checkpoint.path
+    model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        row = engine.checkpoint.act_ids[0]
+        model.get_input_embeddings().weight[row] = engine.head.act[0]
+    text = "<|im_start|>user\n<image>\nCan you open the drawer?<|im_end|>\n<|im_start|>assistant\n<ACT>"
+    inputs = AutoProcessor.from_pretrained(path)(
+        images=Image.fromarray(images[0]), text=text, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        states = model(**inputs, output_hidden_states=True).hidden_states[-1][:, -1]
+    ours = engine.states(images[:1], ["open the drawer"])[:, 0]
+    assert np.abs(ours - states.numpy()).max() < 1e-4
+
+
+def test_image_and_text_both_matter(engine, images) -> None:
+    z = engine.encode([images[0], images[1], images[0]], ["push it", "push it", "lift it"])
+    assert np.abs(z[0] - z[1]).max() > 1e-4
+    assert np.abs(z[0] - z[2]).max() > 1e-3
+
+
+def test_arrays_and_pil_images_are_the_same(engine, images) -> None:
+    a = engine.encode(images[:1], TEXTS[:1])
+    b = engine.encode([Image.fromarray(images[0])], TEXTS[:1])
+    assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (np.zeros((32, 32, 3), dtype=np.float32), "float32"),
+        (np.zeros((32, 32), dtype=np.uint8), "shape"),
+        (np.zeros((3, 32, 32), dtype=np.uint8), "shape"),
+        (np.zeros((32, 32, 4), dtype=np.uint8), "shape"),
+        (np.zeros((5, 32, 3), dtype=np.uint8), "5x32"),
+        (np.zeros((32, 9000, 3), dtype=np.uint8), "32x9000"),
+        (Image.new("L", (32, 32)), "PIL mode 'L'"),
+        ("picture.png", "str"),
+        (None, "NoneType"),
+    ],
+)
+def test_bad_images(engine, images, image, reason: str) -> None:
+    with pytest.raises(BadImage, match=rf"images\[1\].*{reason}"):
+        engine.encode([images[0], image], TEXTS[:2])
+
+
+def test_lengths_must_agree(engine, images) -> None:
+    with pytest.raises(BadImage, match="2 images for 1"):
+        engine.encode(images[:2], TEXTS[:1])
+    with pytest.raises(BadImage, match="none given"):
+        engine.encode([], [])
+
+
+def test_bad_instructions_name_their_place(engine, images) -> None:
+    for text in ("", "do <ACT>", "x " * 500):
+        with pytest.raises(BadInstruction, match=r"instructions\[1\]"):
+            engine.encode(images[:2], ["push it", text])
+
+
+def test_bf16_is_close(tiny_model: str, engine, images) -> None:
+    half = TransformersEngine(tiny_model, dtype="bfloat16", device="cpu").encode(images, TEXTS)
+    full = engine.encode(images, TEXTS)
+    cosine = (half * full).sum(-1) / np.linalg.norm(half, axis=-1) / np.linalg.norm(full, axis=-1)
+    assert cosine.min() > 0.995
+
+
+def test_swap_refuses_what_does_not_fit(engine, images) -> None:
+    before = engine.encode(images, TEXTS)
+    with pytest.raises(CheckpointError, match="width 32"):
+        engine.swap(LatentHead(LatentConfig(), hidden=32))
+    with pytest.raises(CheckpointError, match="started with"):
+        engine.swap(LatentHead(LatentConfig(n_act=2), hidden=64))
+    with pytest.raises(CheckpointError, match="cannot read"):
+        engine.swap("/nowhere.safetensors")
+    assert np.array_equal(engine.encode(images, TEXTS), before)
+
+
+def test_raw_gives_the_hidden_state_and_another_identity(tiny_model: str, engine, images) -> None:
+    raw = TransformersEngine(tiny_model, dtype="float32", device="cpu", raw=True)
+    assert raw.spec.dim == 64
+    assert raw.spec.spec_id != engine.spec.spec_id
+    assert np.allclose(raw.encode(images, TEXTS), engine.states(images, TEXTS), atol=1e-5)
+
+
+def test_a_dtype_that_does_not_exist(tiny_model: str) -> None:
+    with pytest.raises(ValueError, match="dtype: 'int3'"):
+        TransformersEngine(tiny_model, dtype="int3")

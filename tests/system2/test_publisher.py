@@ -1,0 +1,141 @@
+"""The node over real sockets: robots keep apart, restarts are survived, bad input is told."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.spec import LatentSpec
+from runtime.types import GoalRequest, LatentGoal
+from runtime.wire import NewestReader, Publisher, ipc_endpoint
+from system2.prompt import clean_instruction
+from system2.publisher import PublisherNode
+
+
+class CountingEngine:
+    """A latent that says what it was made from: (red channel mean, words, calls)."""
+
+    spec = LatentSpec("act_last", 1, 3, "counting")
+    warmed = 0
+
+    def __init__(self) -> None:
+        self.calls = 0
+        CountingEngine.warmed = 0
+
+    def warm_up(self) -> None:
+        CountingEngine.warmed += 1
+
+    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> Any:
+        texts = [clean_instruction(text) for text in instructions]
+        self.calls += 1
+        rows = [
+            [i[..., 0].mean(), len(t.split()), self.calls]
+            for i, t in zip(images, texts, strict=True)
+        ]
+        return np.array(rows, dtype=np.float32)[:, None]
+
+    def close(self) -> None: ...
+
+
+class Robot:
+    def __init__(self, name: str, requests: str, latents: str) -> None:
+        self.name, self.seq = name, 0
+        self.out = Publisher(requests, f"requests/{name}", bind=False)
+        self.reader = NewestReader(latents, f"latents/{name}", LatentGoal)
+
+    def ask(self, text: str, red: int = 0, epoch: int = 0) -> None:
+        rgb = np.full((8, 8, 3), red, dtype=np.uint8)
+        self.out.send(GoalRequest(rgb, text, self.name, self.seq, epoch, time.monotonic_ns()))
+        self.seq += 1
+
+    def hear(self, text: str, red: int = 0, epoch: int = 0, timeout_s: float = 10.0) -> LatentGoal:
+        """Ask until a latent of that epoch comes."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            self.ask(text, red, epoch)
+            self.reader.wait(0.05)
+            goal = self.reader.poll()
+            if goal is not None and goal.epoch == epoch:
+                return goal
+        raise AssertionError(f"{self.name}: no latent of epoch {epoch}")
+
+    def close(self) -> None:
+        self.out.close()
+        self.reader.close()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[PublisherNode, str, str]]:
+    requests, latents = ipc_endpoint(tmp_path, "requests"), ipc_endpoint(tmp_path, "latents")
+    part = {"target": "tests.system2.test_publisher:CountingEngine", "options": {}}
+    node = PublisherNode(part, hz=50.0, requests=requests, latents=latents)
+    node.setup()
+    stop = threading.Event()
+    thread = threading.Thread(target=node.run, args=(stop,))
+    thread.start()
+    yield node, requests, latents
+    stop.set()
+    thread.join(5.0)
+    assert not thread.is_alive()
+    node.close()
+    node.close()
+
+
+def test_robots_get_their_own_latents(served) -> None:
+    _, requests, latents = served
+    robots = [Robot(name, requests, latents) for name in ("arm1", "arm10")]
+    try:
+        first, second = robots[0].hear("push", red=10), robots[1].hear("push it now", red=200)
+        assert first.z[0, :2].tolist() == [10.0, 1.0]
+        assert second.z[0, :2].tolist() == [200.0, 3.0]
+        later = robots[0].hear("open the drawer", red=30, epoch=7)
+        assert later.z[0, :2].tolist() == [30.0, 3.0]
+        assert later.source == first.source
+        assert later.seq > first.seq
+        assert later.spec_id == CountingEngine.spec.spec_id
+    finally:
+        for robot in robots:
+            robot.close()
+    assert CountingEngine.warmed == 1
+
+
+def test_a_refused_request_is_told_in_health_and_the_next_is_served(served) -> None:
+    node, requests, latents = served
+    robot = Robot("arm", requests, latents)
+    try:
+        robot.hear("push")
+        end = time.monotonic() + 10.0
+        while not node.health()["refused"] and time.monotonic() < end:
+            robot.ask("say <ACT> twice", epoch=1)
+            time.sleep(0.02)
+        health = node.health()
+        assert "control token" in health["robots"]["arm"]["error"]
+        robot.hear("push", epoch=2)
+    finally:
+        robot.close()
+    health = node.health()
+    assert health["published"] >= 2
+    assert health["latent_spec"]["model_id"] == "counting"
+
+
+def test_swap_is_refused_by_an_engine_without_weights(served) -> None:
+    node, _, _ = served
+    with pytest.raises(ValueError, match="swap"):
+        node.handlers()["swap"]({"path": "x"})
+
+
+def test_bad_options_refuse_to_start(tmp_path: Path) -> None:
+    part = {"target": "tests.system2.test_publisher:CountingEngine"}
+    ends = {"requests": ipc_endpoint(tmp_path, "r"), "latents": ipc_endpoint(tmp_path, "l")}
+    with pytest.raises(ValueError, match="max_batch"):
+        PublisherNode(part, 1.0, **ends, limits={"max_batch": 0})
+    node = PublisherNode(part, -1.0, **ends)
+    with pytest.raises(ValueError, match="hz"):
+        node.setup()
+    node.close()
