@@ -1,37 +1,42 @@
 """Messages to frames and back: a small msgpack header, then raw array buffers.
 
-Frame 0 is the header: `PREFIX` (magic and protocol version), then msgpack of
-`[kind, schema fingerprint, values]`. Arrays above `INLINE_BYTES` follow as frames of their
-own and are received without a copy (and therefore read-only); smaller ones ride in the
-header, because a frame costs more than a kilobyte does. Whatever arrives, `decode` returns a
-checked message or raises `WireError` with one of `REASONS`. Nothing is ever unpickled.
+The header is `HEAD` (magic, protocol version, length) and msgpack of `[kind, schema
+fingerprint, values]`. Arrays up to `INLINE_BYTES` are among the values. Larger ones are raw
+buffers: behind the header in the same frame if all together have at most `PACK_BYTES`, since
+up to there a copy is cheaper than another frame; otherwise each in a frame of its own, which
+is received without a copy. Decoded arrays are read-only. Whatever arrives, `decode` returns
+a checked message or raises `WireError` with one of `REASONS`. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import msgpack
 import numpy as np
 
-from runtime.schema import (
+from runtime.buffers import (
     MAX_FRAME_BYTES,
     REASONS,
     Buffer,
     Inbox,
-    Plan,
     WireError,
     array_in,
     array_out,
+    padded,
 )
+from runtime.schema import Plan
 from runtime.types import Action, ActionChunk, CameraFrame, GoalRequest, LatentGoal, Observation
 
 __all__ = [
+    "HEAD",
+    "MAGIC",
     "MAX_FRAMES",
     "MAX_FRAME_BYTES",
     "MAX_HEADER_BYTES",
-    "PREFIX",
+    "PACK_BYTES",
     "REASONS",
     "VERSION",
     "Buffer",
@@ -45,10 +50,13 @@ __all__ = [
 ]
 
 VERSION: Final = 1
-PREFIX: Final = b"OH" + bytes([VERSION])
+MAGIC: Final = b"OH"
+HEAD: Final = struct.Struct("<2sBxI")  # magic, version, bytes of msgpack that follow
+PACK_BYTES: Final = 64 * 1024
 MAX_HEADER_BYTES: Final = 256 * 1024
 MAX_FRAMES: Final = 256
 _ARRAY_EXT: Final = 1
+_PAD: Final = bytes(8)
 _DICT: Final = "dict:"  # kinds of free-form messages begin with it
 T = TypeVar("T")
 
@@ -96,11 +104,15 @@ def kind_of(cls: type[Any]) -> str:
     return kind
 
 
-def encode(message: Any) -> list[Buffer]:
-    """Write a record as frames: the header, then one buffer per large array.
+def encode(message: Any, prefix: bytes = b"") -> list[Buffer]:
+    """Write a record as frames: the header with small arrays, then one per large array.
 
     The buffers are views of the message's own arrays; do not change those before the frames
     are sent.
+
+    Args:
+        message: of a registered class.
+        prefix: what the first frame begins with, before the header.
 
     Raises:
         WireError: the message breaks its own schema (type, dtype, shape, size, finiteness).
@@ -109,7 +121,7 @@ def encode(message: Any) -> list[Buffer]:
     plan = _PLANS[type(message)]
     frames: list[Buffer] = [b""]
     row = plan.enc(message, frames)
-    return _finish(frames, [kind, plan.fingerprint, row])
+    return _finish(frames, [kind, plan.fingerprint, row], prefix)
 
 
 def decode(frames: Sequence[Buffer], expect: type[T], start: int = 0) -> T:
@@ -120,19 +132,19 @@ def decode(frames: Sequence[Buffer], expect: type[T], start: int = 0) -> T:
     Args:
         frames: the header, then the array buffers.
         expect: the class to build; any other kind of message is refused.
-        start: where the header begins in the first frame.
+        start: the length of the first frame's prefix.
 
     Raises:
         WireError: anything at all is wrong with the frames.
     """
     plan = _PLANS.get(expect)
     kind = kind_of(expect)
-    head = _open(frames, start, None)
+    head, at = _open(frames, start, None)
     if plan is None or head[0] != kind:
         raise WireError("kind", f"{head[0]!r:.60}, expected {kind!r}")
     if head[1] != plan.fingerprint:
         raise WireError("field", f"the sender's {kind!r} has other fields than ours")
-    inbox = Inbox(frames)
+    inbox = Inbox(frames, at)
     message: T = plan.dec(head[2], inbox)
     inbox.close()
     return message
@@ -155,7 +167,7 @@ def encode_dict(kind: str, body: Mapping[str, Any]) -> list[Buffer]:
             return dict(value)
         raise WireError("field", f"{kind}: a {type(value).__name__} cannot travel")
 
-    return _finish(frames, [_DICT + kind, 0, dict(body)], default)
+    return _finish(frames, [_DICT + kind, 0, dict(body)], b"", default)
 
 
 def decode_dict(frames: Sequence[Buffer], kind: str) -> dict[str, Any]:
@@ -164,18 +176,17 @@ def decode_dict(frames: Sequence[Buffer], kind: str) -> dict[str, Any]:
     Raises:
         WireError: anything at all is wrong with the frames.
     """
-    inbox = Inbox(frames)
+    inbox = Inbox(frames, 0)
 
     def hook(code: int, data: bytes) -> Any:
         if code != _ARRAY_EXT:
             raise WireError("dtype", f"{kind}: extension {code}")
-        try:
-            spec = msgpack.unpackb(data, strict_map_key=True)
-        except Exception as error:  # msgpack's errors share no base class
-            raise WireError("header", f"{type(error).__name__}") from None
-        return array_in(spec, inbox, kind, None)
+        return array_in(_unpack(data, None), inbox, kind, None)
 
-    head = _open(frames, 0, hook)
+    def begin(at: int) -> None:
+        inbox.at = at
+
+    head, _ = _open(frames, 0, hook, begin)
     if head[0] != _DICT + kind:
         raise WireError("kind", f"{head[0]!r:.60}, expected {_DICT + kind!r}")
     body = head[2]
@@ -185,9 +196,12 @@ def decode_dict(frames: Sequence[Buffer], kind: str) -> dict[str, Any]:
     return body
 
 
-def _finish(frames: list[Buffer], head: list[Any], default: Any = None) -> list[Buffer]:
+def _finish(
+    frames: list[Buffer], head: list[Any], prefix: bytes, default: Any = None
+) -> list[Buffer]:
+    """Put the header in front, and the arrays behind it where they are small."""
     try:
-        header = PREFIX + msgpack.packb(head, default=default)
+        header = msgpack.packb(head, default=default)
     except WireError:
         raise
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -196,33 +210,56 @@ def _finish(frames: list[Buffer], head: list[Any], default: Any = None) -> list[
         raise WireError("oversize", f"the header has {len(header)} bytes")
     if len(frames) > MAX_FRAMES:
         raise WireError("oversize", f"{len(frames)} frames, at most {MAX_FRAMES}")
-    frames[0] = header
-    return frames
+    parts: list[Buffer] = [prefix, HEAD.pack(MAGIC, VERSION, len(header)), header]
+    sizes = [len(frame) for frame in frames[1:]]
+    if not sizes or sum(sizes) > PACK_BYTES:
+        frames[0] = b"".join(parts)
+        return frames
+    end = len(prefix) + HEAD.size + len(header)
+    parts.append(_PAD[: padded(end) - end])
+    for size, frame in zip(sizes, frames[1:], strict=True):
+        parts.append(frame)
+        parts.append(_PAD[: padded(size) - size])
+    return [b"".join(parts)]
 
 
-def _open(frames: Sequence[Buffer], start: int, hook: Any) -> list[Any]:
-    """Check the outer limits and return [kind, fingerprint, values]."""
-    if not frames or len(frames[0]) < start + len(PREFIX):
+def _open(
+    frames: Sequence[Buffer], start: int, hook: Any, begin: Callable[[int], None] | None = None
+) -> tuple[list[Any], int]:
+    """Check the outer limits; return [kind, fingerprint, values] and where packed arrays begin."""
+    if not frames or len(frames[0]) < start + HEAD.size:
         raise WireError("truncated", "no header")
-    if len(frames) > MAX_FRAMES or len(frames[0]) > MAX_HEADER_BYTES:
-        raise WireError("oversize", f"{len(frames)} frames, header of {len(frames[0])} bytes")
-    body = memoryview(frames[0])[start:]
-    if body[:3] != PREFIX:
-        if body[:2] != PREFIX[:2]:
-            raise WireError("header", "not an OpenHelix message")
-        raise WireError("version", f"{body[2]}, this side speaks {VERSION}")
+    first = frames[0]
+    magic, version, size = HEAD.unpack_from(first, start)
+    if magic != MAGIC:
+        raise WireError("header", "not an OpenHelix message")
+    if version != VERSION:
+        raise WireError("version", f"{version}, this side speaks {VERSION}")
+    end = start + HEAD.size + size
+    if len(frames) > MAX_FRAMES or size > MAX_HEADER_BYTES:
+        raise WireError("oversize", f"{len(frames)} frames, header of {size} bytes")
+    if len(first) < end:
+        raise WireError("truncated", f"{len(first)} bytes of {end}")
+    at = end if end == len(first) else padded(end)
+    if len(frames) > 1 and end != len(first):
+        raise WireError("oversize", "bytes between header and frames")
+    if begin is not None:
+        begin(at)
+    head = _unpack(memoryview(first)[start + HEAD.size : end], hook)
+    if type(head) is not list or len(head) != 3:
+        raise WireError("header", "not [kind, fingerprint, values]")
+    return head, at
+
+
+def _unpack(data: Buffer, hook: Any) -> Any:
     try:
         if hook is None:
-            head = msgpack.unpackb(body[3:], strict_map_key=True)
-        else:
-            head = msgpack.unpackb(body[3:], strict_map_key=True, ext_hook=hook)
+            return msgpack.unpackb(data, strict_map_key=True)
+        return msgpack.unpackb(data, strict_map_key=True, ext_hook=hook)
     except WireError:
         raise
     except Exception as error:  # msgpack's errors share no base class
         raise WireError("header", f"{type(error).__name__}: {error}"[:120]) from None
-    if type(head) is not list or len(head) != 3:
-        raise WireError("header", "not [kind, fingerprint, values]")
-    return head
 
 
 register(

@@ -1,8 +1,7 @@
 """A record's annotations, compiled into an encoder and a decoder.
 
 Nothing on the wire says what to construct: the receiver names the class it expects and the
-class says what each value has to be. Every size that a message claims is compared with the
-bytes that are really there before anything is allocated. `runtime.codec` is the way in.
+class says what each value has to be. `runtime.codec` is the way in.
 """
 
 from __future__ import annotations
@@ -17,111 +16,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, Union
 
 import numpy as np
-import numpy.typing as npt
 
-INLINE_BYTES: Final = 1024  # arrays up to this size ride in the header
-MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
+from runtime.buffers import (
+    CODES,
+    DTYPES,
+    INLINE_BYTES,
+    Buffer,
+    Inbox,
+    WireError,
+    array_in,
+    array_out,
+)
+
 MAX_ENTRIES: Final = 4096  # of one mapping or tuple
-MAX_NDIM: Final = 6
-MAX_DIM: Final = 1 << 26
 INT_MIN: Final = -(1 << 63)
 INT_MAX: Final = (1 << 63) - 1
-
-Reason = Literal[
-    "version", "kind", "dtype", "shape", "truncated", "oversize", "header", "field", "nonfinite"
-]
-REASONS: Final[tuple[str, ...]] = typing.get_args(Reason)
-Buffer = bytes | memoryview
-
-_DTYPES: Final[dict[int, np.dtype[Any]]] = {
-    1: np.dtype("u1"),
-    2: np.dtype("<f4"),
-    3: np.dtype("<f8"),
-    4: np.dtype("<i4"),
-    5: np.dtype("<i8"),
-    6: np.dtype("?"),
-    7: np.dtype("<u2"),
-    8: np.dtype("<f2"),
-}
-_CODES: Final[dict[np.dtype[Any], int]] = {dtype: code for code, dtype in _DTYPES.items()}
-
-
-class WireError(ValueError):
-    """A message cannot be encoded or decoded; `reason` is one of `REASONS`."""
-
-    def __init__(self, reason: Reason, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason: Reason = reason
-
-
-class Inbox:
-    """The array frames of one message, taken in order, each exactly once."""
-
-    __slots__ = ("frames", "used")
-
-    def __init__(self, frames: Sequence[Buffer]) -> None:
-        self.frames = frames
-        self.used = 1  # frame 0 is the header
-
-    def take(self) -> Buffer:
-        if self.used >= len(self.frames):
-            raise WireError("truncated", f"{len(self.frames)} frames, more are referred to")
-        self.used += 1
-        return self.frames[self.used - 1]
-
-    def close(self) -> None:
-        if self.used != len(self.frames):
-            raise WireError("oversize", f"{len(self.frames) - self.used} frames nobody refers to")
-
-
-def array_out(array: npt.NDArray[Any], out: list[Buffer], name: str) -> list[Any]:
-    """Describe an array as [dtype code, shape, bytes or None]; None: it is the next frame."""
-    code = _CODES.get(array.dtype)
-    if code is None:
-        raise WireError("dtype", f"{name} has dtype {array.dtype}, which does not travel")
-    if array.nbytes <= INLINE_BYTES:
-        return [code, array.shape, array.tobytes()]
-    if array.nbytes > MAX_FRAME_BYTES:
-        raise WireError("oversize", f"{name} has {array.nbytes} bytes, at most {MAX_FRAME_BYTES}")
-    if not array.flags.c_contiguous:
-        array = np.ascontiguousarray(array)
-    out.append(memoryview(array).cast("B"))  # type: ignore[arg-type]
-    return [code, array.shape, None]
-
-
-def array_in(value: Any, inbox: Inbox, name: str, want: np.dtype[Any] | None) -> npt.NDArray[Any]:
-    """Undo `array_out`; every claim is checked against the bytes that are really there."""
-    if type(value) is not list or len(value) != 3:
-        raise WireError("field", f"{name} is not an array")
-    code, shape, data = value
-    dtype = _DTYPES.get(code) if type(code) is int else None
-    if dtype is None or (want is not None and dtype is not want):
-        raise WireError("dtype", f"{name} is {dtype}, expected {want}")
-    if type(shape) is not list or len(shape) > MAX_NDIM:
-        raise WireError("shape", f"{name} has no usable shape")
-    nbytes = dtype.itemsize
-    for dim in shape:
-        if type(dim) is not int or not 0 <= dim <= MAX_DIM:
-            raise WireError("shape", f"{name} has a dimension of {dim!r}")
-        nbytes *= dim
-    if data is None:
-        data = inbox.take()
-    elif type(data) is not bytes:
-        raise WireError("field", f"{name} has no bytes")
-    if len(data) != nbytes:
-        reason: Reason = "truncated" if len(data) < nbytes else "oversize"
-        raise WireError(reason, f"{name} has {len(data)} bytes, its shape says {nbytes}")
-    try:
-        array = np.ndarray(shape, dtype, data)
-    except (ValueError, TypeError) as error:
-        raise WireError("shape", f"{name}: {error}") from None
-    flags = array.flags
-    if not flags.aligned:  # libzmq may hand out a message at any offset of its buffer
-        array = array.copy()
-        flags = array.flags
-    flags.writeable = False
-    return array
-
 
 Enc = Callable[[Any, list[Buffer]], Any]
 Dec = Callable[[Any, Inbox], Any]
@@ -233,8 +142,8 @@ def _field(name: str, hint: Any, plans: Mapping[type[Any], Plan]) -> Field:
         return _optional(_field(name, args[0] if args[1] is type(None) else args[1], plans))
     if origin is np.ndarray:
         dtype = np.dtype(typing.get_args(args[1])[0])
-        if dtype in _CODES:
-            return _array(name, _DTYPES[_CODES[dtype]])
+        if dtype in CODES:
+            return _array(name, DTYPES[CODES[dtype]])
     if isinstance(origin, type) and issubclass(origin, Mapping) and args[0] is str:
         return _mapping(name, _field(name, args[1], plans))
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:

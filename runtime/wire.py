@@ -1,6 +1,6 @@
 """Data between processes: a publisher, and readers that keep only the newest message.
 
-Frame 0 of every message is `topic NUL envelope header`; array buffers follow. The envelope
+A message begins with `topic NUL envelope`, then come `runtime.codec`'s frames. The envelope
 (`Envelope`) says who sent it since which start, the how-manieth it is, and when, so that
 losses are counted for every kind of message alike. The NUL makes a subscription exact:
 ZeroMQ matches prefixes, and `arm1` must not receive `arm10`.
@@ -110,9 +110,8 @@ class Publisher:
         Raises:
             WireError: the message breaks its own schema.
         """
-        frames = encode(message)
         envelope = ENVELOPE.pack(self._source, self._seq, self._clock.now_ns())
-        frames[0] = b"".join((self._prefix, envelope, frames[0]))
+        frames = encode(message, self._prefix + envelope)
         self._seq += 1
         self._last = frames
         self.sent += 1

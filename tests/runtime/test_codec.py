@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import codec
+from runtime.buffers import INLINE_BYTES
 from runtime.codec import WireError, decode, decode_dict, encode, encode_dict, register
 from runtime.types import (
     F32,
@@ -199,7 +200,7 @@ def test_mutations_raise_only_wire_errors(message: Any, data: st.DataObject) -> 
 )
 def test_arbitrary_bytes_raise_wire_error(frames: list[bytes], prefix: bool, cls: type) -> None:
     if prefix and frames:
-        frames[0] = codec.PREFIX + frames[0]
+        frames[0] = headed(frames[0])
     with pytest.raises(WireError) as caught:
         decode(frames, cls)
     assert caught.value.reason in codec.REASONS
@@ -217,13 +218,21 @@ ROW = st.recursive(
 @settings(max_examples=200, deadline=None)
 @given(ROW, st.sampled_from([LatentGoal, Observation, Everything, Action]))
 def test_well_formed_nonsense_raises_wire_error(row: Any, cls: type) -> None:
-    head = msgpack.packb([codec.kind_of(cls), codec._PLANS[cls].fingerprint, row])
     with pytest.raises(WireError):
-        decode([codec.PREFIX + head], cls)
+        decode([header(row, cls)], cls)
+
+
+def headed(body: bytes) -> bytes:
+    return codec.HEAD.pack(codec.MAGIC, codec.VERSION, len(body)) + body
 
 
 def header(row: Any, cls: type = LatentGoal) -> bytes:
-    return codec.PREFIX + msgpack.packb([codec.kind_of(cls), codec._PLANS[cls].fingerprint, row])
+    return headed(msgpack.packb([codec.kind_of(cls), codec._PLANS[cls].fingerprint, row]))
+
+
+def packed(row: Any, tail: bytes) -> bytes:
+    head = header(row)
+    return head + b"\0" * (-len(head) % 8) + tail
 
 
 def latent_row(array: Any) -> list[Any]:
@@ -234,32 +243,42 @@ def latent_row(array: Any) -> list[Any]:
     ("frames", "reason"),
     [
         ([], "truncated"),
-        ([b"O"], "truncated"),
-        ([b"XY\x01\x90"], "header"),
-        ([b"OH\x02\x90"], "version"),
-        ([codec.PREFIX], "header"),
-        ([codec.PREFIX + b"\xdd\xff\xff\xff\xff"], "header"),
-        ([codec.PREFIX + b"\x91" * 5000], "header"),
+        ([b"OH\x01"], "truncated"),
+        ([b"XY\x01\0\1\0\0\0\x90"], "header"),
+        ([b"OH\x02\0\1\0\0\0\x90"], "version"),
+        ([b"OH\x01\0\2\0\0\0\x90"], "truncated"),
+        ([b"OH\x01\0\xff\xff\xff\xff\x90"], "oversize"),
+        ([headed(b"")], "header"),
+        ([headed(b"\xdd\xff\xff\xff\xff")], "header"),
+        ([headed(b"\x91" * 5000)], "header"),
+        ([headed(b"\x90")], "header"),
         ([header(latent_row([2, [1, 4], None]))], "truncated"),
+        ([packed(latent_row([2, [1, 4], None]), b"\0" * 8)], "truncated"),
+        ([packed(latent_row([2, [1, 4], None]), b"\0" * 24)], "oversize"),
+        ([packed(latent_row([2, [1, 4], None]), b"\0" * 16) + b"x", b"\0" * 16], "oversize"),
         ([header(latent_row([2, [1, 4], None])), b"\0" * 15], "truncated"),
         ([header(latent_row([2, [1, 4], None])), b"\0" * 17], "oversize"),
         ([header(latent_row([2, [1, 4], None])), b"\0" * 16, b""], "oversize"),
         ([header(latent_row([2, [1 << 26] * 6, None])), b""], "truncated"),
+        ([packed(latent_row([2, [1 << 26] * 6, None]), b"")], "truncated"),
         ([header(latent_row([2, [1 << 40, 1 << 40], None])), b""], "shape"),
         ([header(latent_row([2, [-1, 4], None])), b""], "shape"),
         ([header(latent_row([2, [0] + [1 << 26] * 5, None])), b""], "shape"),
+        ([header(latent_row([2, [1] * 7, None])), b"\0" * 4], "shape"),
         ([header(latent_row([2, [4], None])), b"\0" * 16], "shape"),
         ([header(latent_row([3, [1, 2], None])), b"\0" * 16], "dtype"),
         ([header(latent_row(["O", [1, 2], None])), b"\0" * 16], "dtype"),
         ([header(latent_row([True, [1, 2], None])), b"\0" * 16], "dtype"),
         ([header(latent_row([2, [1, 1], np.float32(np.nan).tobytes()]))], "nonfinite"),
+        ([header(latent_row([2, [1, 1], b"123"]))], "truncated"),
+        ([header(latent_row([2, [1, 1], "1234"]))], "truncated"),
         ([header(latent_row(None))], "field"),
         ([header([1])], "field"),
         ([header({}, LatentGoal)], "field"),
         ([header(latent_row([2, [1, 0], b""])), *[b""] * 300], "oversize"),
-        ([codec.PREFIX + b"\0" * (codec.MAX_HEADER_BYTES)], "oversize"),
-        ([codec.PREFIX + msgpack.packb(["action", 0, []])], "kind"),
-        ([codec.PREFIX + msgpack.packb(["latent", 0, []])], "field"),
+        ([headed(b"\0" * (codec.MAX_HEADER_BYTES + 1))], "oversize"),
+        ([headed(msgpack.packb(["action", 0, []]))], "kind"),
+        ([headed(msgpack.packb(["latent", 0, []]))], "field"),
     ],
 )
 def test_hostile_frames(frames: list[bytes], reason: str) -> None:
@@ -310,7 +329,7 @@ def test_numpy_scalars_and_strided_arrays_travel() -> None:
 
 
 def test_large_arrays_are_not_copied_and_cannot_be_written() -> None:
-    message = latent()
+    message = latent(z=np.ones((2, 32768), np.float32))
     frames = encode(message)
     assert np.shares_memory(np.frombuffer(frames[1], np.float32), message.z)
     received = [bytearray(frame) for frame in frames]
@@ -320,8 +339,34 @@ def test_large_arrays_are_not_copied_and_cannot_be_written() -> None:
         got.z[0, 0] = 1.0
 
 
+@pytest.mark.parametrize("prefix", [b"", b"topic\0", b"12345678"])
+@pytest.mark.parametrize("count", [1, 257, 4096, 16384, 16385])
+def test_how_arrays_travel_depends_on_their_size(prefix: bytes, count: int) -> None:
+    z = np.arange(count, dtype=np.float32)[None]
+    frames = [bytes(frame) for frame in encode(latent(z=z), prefix)]
+    inline, one_frame = z.nbytes <= INLINE_BYTES, z.nbytes <= codec.PACK_BYTES
+    assert len(frames) == (1 if one_frame else 2)
+    assert frames[0].startswith(prefix + codec.MAGIC)
+    got = decode(frames, LatentGoal, len(prefix))
+    assert (got.z == z).all()
+    assert got.z.flags.aligned
+    assert not got.z.flags.writeable
+    if not inline:
+        whole = np.frombuffer(frames[-1], np.uint8)
+        assert np.shares_memory(whole, got.z)
+
+
+def test_several_packed_arrays_keep_their_order_and_alignment() -> None:
+    chunk = ActionChunk(0, 1, np.arange(301 * 7.0).reshape(301, 7), np.arange(301.0), 3)
+    frames = on_the_wire(chunk)
+    assert len(frames) == 1
+    assert same(decode(frames, ActionChunk), chunk)
+    odd = GoalRequest(np.arange(7 * 61 * 3, dtype=np.uint8).reshape(7, 61, 3), "x", "y", 0, 0, 0)
+    assert same(decode(on_the_wire(odd), GoalRequest), odd)
+
+
 def test_an_unaligned_frame_gives_an_aligned_array() -> None:
-    frames = on_the_wire(latent())
+    frames = on_the_wire(latent(z=np.ones((2, 32768), np.float32)))
     shifted = memoryview(b"\0" + frames[1])[1:]
     got = decode([frames[0], shifted], LatentGoal)
     assert got.z.flags.aligned
@@ -343,7 +388,7 @@ def test_a_record_that_refuses_its_values_is_a_wire_error() -> None:
     good = on_the_wire(Picky(1))
     assert decode(good, Picky) == Picky(1)
     with pytest.raises(WireError, match="negative"):
-        decode([good[0][:-1] + b"\xff"], Picky)
+        decode([good[0][:-1] + b"\xff"], Picky)  # the last byte is n, now -1
 
 
 def test_register_refuses_what_cannot_travel() -> None:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime.clock import FakeClock, MonotonicClock
-from runtime.codec import MAX_FRAMES, encode
+from runtime.codec import HEAD, MAX_FRAMES, encode
 from runtime.newest import ENVELOPE
 from runtime.types import Action, GoalRequest, LatentGoal
 from runtime.wire import (
@@ -56,9 +56,8 @@ class Raw:
         self.socket.bind(endpoint)
 
     def message(self, seq: int, source: int = 1, sent_ns: int = 0, value: int = 0) -> None:
-        frames = [bytes(frame) for frame in encode(latent(value))]
-        frames[0] = b"t\0" + ENVELOPE.pack(source, seq, sent_ns) + frames[0]
-        self.socket.send_multipart(frames)
+        prefix = b"t\0" + ENVELOPE.pack(source, seq, sent_ns)
+        self.socket.send_multipart(encode(latent(value), prefix))
 
     def close(self) -> None:
         self.socket.close(linger=0)
@@ -240,12 +239,11 @@ def test_bad_messages_are_counted_and_the_last_good_one_wins(
 ) -> None:
     raw, reader = pair
     stamp = b"t\0" + ENVELOPE.pack(1, 99, 0)
-    action = encode(Action(np.zeros(7), 0.0))
     raw.message(4, value=4)
-    raw.socket.send(stamp + b"OH\x09")
-    raw.socket.send(stamp + bytes(action[0]))
+    raw.socket.send(stamp + b"OH\x09\0\0\0\0\0")
+    raw.socket.send_multipart(encode(Action(np.zeros(7), 0.0), stamp))
     raw.socket.send(b"t\0short")
-    raw.socket.send_multipart([stamp + bytes(encode(latent())[0]), b"cut off"])
+    raw.socket.send(bytes(encode(latent(), stamp)[0])[:-8])
     message = take_one(raw, reader)
     assert message is not None
     assert message.seq == 4
@@ -276,7 +274,9 @@ def test_arbitrary_frames_never_raise(
 ) -> None:
     raw, reader = pair
     for frames in messages:
-        head = b"t\0" + (ENVELOPE.pack(1, 0, 0) + b"OH\x01" if stamped else b"")
+        head = b"t\0" + (
+            ENVELOPE.pack(1, 0, 0) + HEAD.pack(b"OH", 1, 3) + b"\x93lat" if stamped else b""
+        )
         raw.socket.send_multipart([head, *frames] if frames else [head])
     assert settle(raw, reader) == []
 
