@@ -25,6 +25,7 @@ from benchmarks.playtable.scene import (
     GRAVITY,
     PHYSICS_HZ,
     ROBOT_BASE_M,
+    TABLE_LINKS,
     Scene,
 )
 
@@ -91,6 +92,7 @@ class World:
         )
         self._start_mechanisms()
         self.floor: int = p.loadURDF(str(urdf.floor_urdf()), useFixedBase=True, physicsClientId=c)
+        self._load_frame()
 
     def _couple_fingers(self) -> None:
         left, right = self.fingers
@@ -108,6 +110,19 @@ class World:
         p.changeConstraint(
             gear, gearRatio=-1, erp=GEAR_ERP, maxForce=GEAR_FORCE_N, physicsClientId=self.client
         )
+
+    def _load_frame(self) -> None:
+        """The table's fixed part; `contacts` reports it as the table's base link."""
+        self.frame: int = p.loadURDF(
+            str(urdf.table_urdf(self.scene).with_name("frame.urdf")),
+            useFixedBase=True,
+            useMaximalCoordinates=1,
+            physicsClientId=self.client,
+        )
+        for link in TABLE_LINKS.values():
+            p.setCollisionFilterPair(
+                self.table, self.frame, link, -1, 0, physicsClientId=self.client
+            )
 
     def _start_mechanisms(self) -> None:
         for joint in (SWITCH, SLIDE, DRAWER):
@@ -192,11 +207,21 @@ class World:
 
     def contacts(self, body: int) -> tuple[Contact, ...]:
         """Contact tuples of one body, seen from it: `c[2]` the other body, `c[4]` its link."""
-        return p.getContactPoints(bodyA=body, physicsClientId=self.client) or ()
+        c, table, frame = self.client, self.table, self.frame
+        found = p.getContactPoints(bodyA=body, physicsClientId=c) or ()
+        if body == table:
+            fixed = p.getContactPoints(bodyA=frame, physicsClientId=c) or ()
+            return (*found, *((k[0], table, *k[2:]) for k in fixed))
+        return tuple((*k[:2], table, *k[3:]) if k[2] == frame else k for k in found)
 
     def touching(self, body_a: int, body_b: int) -> bool:
         """Whether two bodies are in contact."""
-        return bool(p.getContactPoints(bodyA=body_a, bodyB=body_b, physicsClientId=self.client))
+        c, pairs = self.client, [(body_a, body_b)]
+        if body_a == self.table:
+            pairs.append((self.frame, body_b))
+        elif body_b == self.table:
+            pairs.append((body_a, self.frame))
+        return any(p.getContactPoints(bodyA=a, bodyB=b, physicsClientId=c) for a, b in pairs)
 
     def table_joint(self, joint: int) -> float:
         """Position of one of the table's joints, m."""

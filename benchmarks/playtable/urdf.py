@@ -79,13 +79,20 @@ def _link(name: str, mass: float, body: str) -> str:
 
 @cache
 def table_urdf(scene: Scene) -> Path:
-    """Write the table of `scene`; return the path of its URDF."""
+    """Write the table of `scene`; return the path of its URDF.
+
+    The folder also holds `frame.urdf`: what of the table never moves, as a body of its own.
+    Bullet solves contacts with a plain static body much faster than with the base of an
+    articulated one, and blocks rest on it all the time.
+    """
     files: dict[str, bytes] = {}
     shapes: dict[str, str] = {}
     for index, piece in enumerate(geometry.pieces(scene)):
         if piece.solid:
             shapes[piece.link] = shapes.get(piece.link, "") + _shape(piece, index, files)
-    parts = [_link("base_link", 0.0, shapes["base_link"])]
+    frame = _link("base_link", 0.0, shapes["base_link"])
+    files["frame.urdf"] = f'<robot name="frame">{frame}</robot>'.encode()
+    parts = [_link("base_link", 0.0, "")]
     for joint in geometry.joints(scene):
         parts.append(_link(joint.link, joint.mass_kg, shapes[joint.link]))
         kind = "fixed" if joint.axis is None else "prismatic"
