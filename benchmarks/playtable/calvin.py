@@ -194,11 +194,16 @@ class CalvinEnv:
         Raises:
             ActionError: A bad action; the world keeps its state.
         """
-        command = parse_action(action)
-        reply = self._call(
-            "step", kind=command.kind, values=command.values, gripper=command.gripper
-        )
+        reply = self._act("step", action)
         return reply["obs"], reply["reward"], reply["done"], _as_info(reply["info"])
+
+    def advance(self, action: Any) -> None:
+        """`step` without drawing or gathering an observation.
+
+        Raises:
+            ActionError: A bad action; the world keeps its state.
+        """
+        self._act("advance", action)
 
     def get_obs(self) -> dict[str, Any]:
         """`rgb_obs`, `depth_obs`, `robot_obs` (15,) and `scene_obs` (24,)."""
@@ -250,6 +255,10 @@ class CalvinEnv:
         return float(self._call("time_steps", count=count)["seconds"])
 
     # -- the process -------------------------------------------------------------------
+
+    def _act(self, name: str, action: Any) -> dict[str, Any]:
+        command = parse_action(action)
+        return self._call(name, kind=command.kind, values=command.values, gripper=command.gripper)
 
     def _call(self, name: str, **arguments: Any) -> dict[str, Any]:
         if not self._finalizer.alive:

@@ -139,6 +139,15 @@ def test_actions_arrive_in_calvins_own_forms(env: CalvinEnv) -> None:
     assert said[3] == "{'type': 'joint_abs', 'action': [" + "0.1, " * 7 + "1]}"
 
 
+def test_advance_steps_without_drawing(env: CalvinEnv) -> None:
+    env.advance(OPEN)
+    assert env.get_info()["scene_info"]["said"].startswith("array")
+    assert (env.get_obs()["rgb_obs"]["rgb_static"] == 1).all()  # the cameras are back
+    with pytest.raises(CalvinError, match="unreachable"):
+        env.advance(((99.0, 0, 0), (0, 0, 0), 1))
+    assert (env.get_obs()["rgb_obs"]["rgb_static"] == 2).all()
+
+
 def test_frames_carry_their_geometry(env: CalvinEnv) -> None:
     frame = env.camera_frames(5)["static"]
     assert frame.t_ns == 5
