@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.playtable.actions import parse_action
 from benchmarks.playtable.appearance import Appearance
-from benchmarks.playtable.cameras import RenderedFrame, SceneRenderer
 from benchmarks.playtable.mechanisms import Mechanisms
 from benchmarks.playtable.observations import (
     ObservationError,
@@ -33,6 +32,9 @@ from benchmarks.playtable.physics import (
 from benchmarks.playtable.robot import Arm
 from benchmarks.playtable.scene import SUBSTEPS, TABLE_LINKS, Scene, get_scene
 from runtime.types import F64, CameraFrame
+
+if TYPE_CHECKING:
+    from benchmarks.playtable.cameras import RenderedFrame, SceneRenderer
 
 PLACEMENT_TRIES = 1000
 
@@ -64,7 +66,7 @@ class PlayTableEnv:
     ) -> None:
         self.scene = get_scene(scene)
         self.use_scene_info = use_scene_info
-        self.renderer = SceneRenderer(self.scene, cameras, appearance) if cameras else None
+        self.renderer = _renderer(self.scene, cameras, appearance) if cameras else None
         self.world = World(self.scene)
         self.robot = Arm(self.world)
         self.seed(seed)
@@ -282,6 +284,11 @@ class PlayTableEnv:
             return {}
         return self.renderer.render(self.visual_state())
 
+    def set_appearance(self, appearance: Appearance | None) -> None:
+        """Change textures, light and noise; None for the scene's own look."""
+        if self.renderer is not None:
+            self.renderer.set_appearance(appearance or Appearance.of(self.scene))
+
     def camera_frames(self, t_ns: int) -> Mapping[str, CameraFrame]:
         """The cameras' frames with intrinsics and extrinsics, stamped `t_ns`."""
         return {name: frame.camera_frame(t_ns) for name, frame in self.render().items()}
@@ -325,3 +332,10 @@ class PlayTableEnv:
         """Stop calling `hook`; unknown hooks are ignored."""
         if hook in self.world.hooks:
             self.world.hooks.remove(hook)
+
+
+def _renderer(scene: Scene, cameras: Sequence[str], appearance: Appearance | None) -> SceneRenderer:
+    # Imported here: a world without cameras then needs no compiler, 100 MB and a second less.
+    from benchmarks.playtable.cameras import SceneRenderer
+
+    return SceneRenderer(scene, cameras, appearance)

@@ -110,7 +110,6 @@ def test_another_renderer_draws_the_same_bits_from_the_state_vector(env):
     state = env.visual_state()
     wanted = env.render()
     other = SceneRenderer("D", ("gripper", "static"))
-    other.render(np.zeros_like(state) + state[::-1] * 0 + state)
     found = other.render(np.frombuffer(state.tobytes()))
     for name, frame in wanted.items():
         for field in ("rgb", "depth", "segmentation", "K", "T_world_cam"):
@@ -176,6 +175,18 @@ def test_appearance_changes_colours_and_never_geometry(env):
     assert np.abs(np.median(points[high][:, 2]) - 0.44) < 0.003
     assert Appearance.random(5, "D") == look
     assert Appearance.random(6, "D") != look
+
+
+def test_an_env_changes_its_appearance_and_goes_back(env):
+    env.reset(ROBOT_OBS, scene_obs())
+    plain = env.render()
+    env.set_appearance(Appearance.random(2, "D"))
+    other = env.render()
+    env.set_appearance(None)
+    again = env.render()
+    for name in plain:
+        assert (plain[name].rgb == again[name].rgb).all()
+        assert (plain[name].rgb != other[name].rgb).any()
 
 
 def test_bad_input():
