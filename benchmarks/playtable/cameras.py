@@ -170,6 +170,11 @@ class SceneRenderer:
             pose = look(mount[:3, 3], mount[:3, 1], -mount[:3, 2])
         return np.asarray(pose @ self._errors[name])
 
+    def pose_at(self, name: str, visual_state: npt.ArrayLike) -> F64:
+        """Pose (4, 4) of a camera for a visual state, OpenCV axes."""
+        state = np.asarray(visual_state, dtype=np.float64)
+        return self.camera_pose(name, link_transforms(self._visuals, state))
+
     def render(self, visual_state: npt.ArrayLike) -> dict[str, RenderedFrame]:
         """Draw every camera of this renderer.
 
@@ -272,9 +277,10 @@ class SceneRenderer:
         if look_.rgb_noise <= 0 and look_.depth_noise_m <= 0:
             return rgb, depth
         rng = np.random.default_rng([look_.noise_seed, zlib.crc32(state.tobytes()), rgb.shape[0]])
-        noisy = rgb + rng.normal(0.0, 255 * look_.rgb_noise, rgb.shape)
-        depth = depth + rng.normal(0.0, look_.depth_noise_m, depth.shape).astype(np.float32)
-        return np.clip(noisy + 0.5, 0, 255).astype(np.uint8), depth
+        noisy = rng.standard_normal(rgb.shape, np.float32) * np.float32(255 * look_.rgb_noise)
+        noisy += rgb
+        far = depth + rng.standard_normal(depth.shape, np.float32) * np.float32(look_.depth_noise_m)
+        return np.clip(noisy + 0.5, 0, 255).astype(np.uint8), far
 
 
 def _blank(camera: CameraSpec) -> tuple[U8, F32, I32]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.playtable.actions import parse_action
 from benchmarks.playtable.appearance import Appearance
+from benchmarks.playtable.calvin_api import CalvinCamera
 from benchmarks.playtable.mechanisms import Mechanisms
 from benchmarks.playtable.observations import (
     ObservationError,
@@ -27,16 +28,14 @@ from benchmarks.playtable.physics import (
     SubstepHook,
     World,
     euler_from_quaternion,
-    quaternion_from_euler,
 )
+from benchmarks.playtable.placement import place_blocks, put_blocks
 from benchmarks.playtable.robot import Arm
 from benchmarks.playtable.scene import SUBSTEPS, TABLE_LINKS, Scene, get_scene
-from runtime.types import F64, CameraFrame
+from runtime.types import F32, F64, U8, CameraFrame
 
 if TYPE_CHECKING:
     from benchmarks.playtable.cameras import RenderedFrame, SceneRenderer
-
-PLACEMENT_TRIES = 1000
 
 
 class PlayTableEnv:
@@ -98,11 +97,11 @@ class PlayTableEnv:
         self.world.rebuild()
         self.mechanisms.clear()
         if parsed is None:
-            self._place_blocks()
+            place_blocks(self.world, self.np_random)
         else:
             joints_m, lights, poses = parsed
             self.mechanisms.put(joints_m, lights)
-            self._put_blocks(poses)
+            put_blocks(self.world, poses)
         self.robot.reset(joints, finger_m)
         self.world.substep()
         return self.get_obs()
@@ -129,12 +128,33 @@ class PlayTableEnv:
 
     def get_obs(self) -> dict[str, Any]:
         """Return `rgb_obs`, `depth_obs`, `robot_obs` (15,) and `scene_obs` (24,)."""
-        frames = self.render() if self.renderer is not None else {}
-        return {
-            "rgb_obs": {f"rgb_{name}": frame.rgb for name, frame in frames.items()},
-            "depth_obs": {f"depth_{name}": frame.depth for name, frame in frames.items()},
-            **self.get_state_obs(),
-        }
+        rgb_obs, depth_obs = self.get_camera_obs()
+        return {"rgb_obs": rgb_obs, "depth_obs": depth_obs, **self.get_state_obs()}
+
+    def get_camera_obs(self) -> tuple[dict[str, U8], dict[str, F32]]:
+        """Return `rgb_obs` and `depth_obs`, by "rgb_static", "depth_static" and so on."""
+        frames = self.render_frames()
+        rgb_obs = {f"rgb_{name}": frame.rgb for name, frame in frames.items()}
+        return rgb_obs, {f"depth_{name}": frame.depth for name, frame in frames.items()}
+
+    @property
+    def cameras(self) -> list[CalvinCamera]:
+        """The cameras with calvin_env's attributes."""
+        specs = () if self.renderer is None else self.renderer.cameras
+        return [CalvinCamera(self, spec.name) for spec in specs]
+
+    def render(self, mode: str = "rgb_array") -> U8:
+        """Return the static camera's picture (200, 200, 3); there is no window.
+
+        Raises:
+            ValueError: another mode, or an env without the static camera.
+        """
+        if mode != "rgb_array":
+            raise ValueError(f"mode: {mode!r}; only 'rgb_array' is drawn")
+        frames = self.render_frames()
+        if "static" not in frames:
+            raise ValueError("cameras: this env has no static camera to draw")
+        return frames["static"].rgb
 
     def proprioception(self) -> tuple[F64, F64]:
         """Return `robot_obs` (15,) and the TCP's quaternion xyzw (4,), f64."""
@@ -174,10 +194,11 @@ class PlayTableEnv:
             }
         }
         if self.use_scene_info:
-            info["scene_info"] = self._scene_info()
+            info["scene_info"] = self.get_scene_info()
         return info
 
-    def _scene_info(self) -> dict[str, Any]:
+    def get_scene_info(self) -> dict[str, Any]:
+        """Return the scene's part of info."""
         w = self.world
         blocks = {}
         for name, uid in w.blocks.items():
@@ -223,31 +244,6 @@ class PlayTableEnv:
     def __del__(self) -> None:
         self.close()
 
-    def _put_blocks(self, poses: F64) -> None:
-        for name, pose in zip(self.scene.blocks, poses, strict=True):
-            rotation = pose[3:]
-            quaternion = quaternion_from_euler(rotation) if len(rotation) == 3 else rotation
-            self.world.set_block_pose(name, pose[:3], quaternion)
-
-    def _place_blocks(self) -> None:
-        """Draw a surface, a position and a yaw for each block until none touch."""
-        surfaces = [surface for _, surface in self.scene.surfaces]
-        for _ in range(PLACEMENT_TRIES):
-            for name in self.scene.blocks:
-                surface = surfaces[self.np_random.integers(len(surfaces))]
-                x, y = self.np_random.uniform(*surface.x), self.np_random.uniform(*surface.y)
-                yaw = self.np_random.uniform(-np.pi, np.pi)
-                self.world.set_block_pose(
-                    name, (x, y, surface.z), quaternion_from_euler((0.0, 0.0, yaw))
-                )
-            self.world.substep()
-            uids = list(self.world.blocks.values())
-            if not any(
-                self.world.touching(a, b) for i, a in enumerate(uids) for b in uids[i + 1 :]
-            ):
-                return
-        raise RuntimeError(f"blocks still touch after {PLACEMENT_TRIES} placements")
-
     # -- beyond calvin_env -------------------------------------------------------------
 
     @property
@@ -278,7 +274,7 @@ class PlayTableEnv:
             values += [*position, *quaternion]
         return np.array(values)
 
-    def render(self) -> dict[str, RenderedFrame]:
+    def render_frames(self) -> dict[str, RenderedFrame]:
         """Draw the cameras this env was made with."""
         if self.renderer is None:
             return {}
@@ -291,7 +287,7 @@ class PlayTableEnv:
 
     def camera_frames(self, t_ns: int) -> Mapping[str, CameraFrame]:
         """The cameras' frames with intrinsics and extrinsics, stamped `t_ns`."""
-        return {name: frame.camera_frame(t_ns) for name, frame in self.render().items()}
+        return {name: frame.camera_frame(t_ns) for name, frame in self.render_frames().items()}
 
     def state(self) -> State:
         """A copy of the whole env; an env that restores it goes on to the same bits.

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.playtable.appearance import Appearance
-from benchmarks.playtable.cameras import CAMERAS, SceneRenderer
+from benchmarks.playtable.cameras import (
+    CAMERAS,
+    STATIC_EYE,
+    STATIC_TARGET,
+    STATIC_UP,
+    SceneRenderer,
+)
 from benchmarks.playtable.env import PlayTableEnv
 from benchmarks.playtable.scene import SCENES
 from benchmarks.playtable.visuals import TABLE_ID, link_transforms, scene_visuals, segment_id
@@ -31,7 +37,7 @@ def seen(frame, segment):
 @pytest.mark.parametrize("camera", sorted(CAMERAS))
 def test_points_lie_on_the_table_top(env, camera):
     env.reset(ROBOT_OBS, scene_obs())
-    frame = env.render()[camera]
+    frame = env.render_frames()[camera]
     points, eye = frame.points(), frame.T_world_cam[:3, 3]
     # Where each pixel's ray meets the plane of the table top, whatever the depth says.
     rays = points - eye
@@ -45,7 +51,7 @@ def test_points_lie_on_the_table_top(env, camera):
 
 def test_points_of_a_block_fill_its_box(env):
     env.reset(ROBOT_OBS, scene_obs())
-    frame = env.render()["static"]
+    frame = env.render_frames()["static"]
     position, quaternion = env.world.block_pose("block_red")
     points = frame.points()[seen(frame, BLOCK_IDS[0])] - position
     yaw = 2 * np.arctan2(quaternion[2], quaternion[3])
@@ -73,7 +79,7 @@ _CACHE: list = []
 def _static_frame():
     if not _CACHE:
         with PlayTableEnv("D", cameras=("static",)) as env:
-            _CACHE.append(env.render()["static"])
+            _CACHE.append(env.render_frames()["static"])
     return _CACHE[0]
 
 
@@ -96,10 +102,10 @@ def test_arm_stands_where_physics_says(env):
 
 def test_gripper_camera_moves_with_the_hand_and_the_static_one_stays(env):
     env.reset(ROBOT_OBS, scene_obs())
-    before = env.render()
+    before = env.render_frames()
     for _ in range(4):
         env.step([0, 0, 1, 0, 0, 0, 1])
-    after = env.render()
+    after = env.render_frames()
     assert (before["static"].T_world_cam == after["static"].T_world_cam).all()
     rise = after["gripper"].T_world_cam[2, 3] - before["gripper"].T_world_cam[2, 3]
     assert rise == pytest.approx(env.robot.tcp()[0][2] - ROBOT_OBS[2], abs=2e-3)
@@ -108,7 +114,7 @@ def test_gripper_camera_moves_with_the_hand_and_the_static_one_stays(env):
 def test_another_renderer_draws_the_same_bits_from_the_state_vector(env):
     env.reset(ROBOT_OBS, scene_obs(drawer=0.1, led=1))
     state = env.visual_state()
-    wanted = env.render()
+    wanted = env.render_frames()
     other = SceneRenderer("D", ("gripper", "static"))
     found = other.render(np.frombuffer(state.tobytes()))
     for name, frame in wanted.items():
@@ -118,9 +124,9 @@ def test_another_renderer_draws_the_same_bits_from_the_state_vector(env):
 
 def test_lights_blocks_and_drawer_show_in_the_picture(env):
     env.reset(ROBOT_OBS, scene_obs())
-    off = env.render()["static"]
+    off = env.render_frames()["static"]
     env.reset(ROBOT_OBS, scene_obs(led=1, bulb=1, switch=0.088, drawer=0.2))
-    on = env.render()["static"]
+    on = env.render_frames()["static"]
     led, bulb = seen(on, segment_id(TABLE_ID, 4)), seen(on, segment_id(TABLE_ID, 5))
     assert off.rgb[led].std(axis=1).max() < 2  # white
     assert on.rgb[led][:, 1].min() > 100
@@ -151,7 +157,7 @@ def test_scenes_differ_in_wood_and_layout():
     for name in SCENES:
         with PlayTableEnv(name, cameras=("static",)) as env:
             env.reset(ROBOT_OBS, scene_obs())
-            frame = env.render()["static"]
+            frame = env.render_frames()["static"]
         means[name] = frame.rgb[seen(frame, segment_id(TABLE_ID))].mean(axis=0)
     brightness = {name: mean.sum() for name, mean in means.items()}
     assert brightness["B"] > brightness["D"] > brightness["A"]
@@ -161,7 +167,7 @@ def test_scenes_differ_in_wood_and_layout():
 
 def test_appearance_changes_colours_and_never_geometry(env):
     env.reset(ROBOT_OBS, scene_obs())
-    state, plain = env.visual_state(), env.render()["static"]
+    state, plain = env.visual_state(), env.render_frames()["static"]
     look = Appearance.random(5, "D")
     renderer = SceneRenderer("D", ("static",), look)
     first, again = (renderer.render(state)["static"] for _ in range(2))
@@ -179,14 +185,45 @@ def test_appearance_changes_colours_and_never_geometry(env):
 
 def test_an_env_changes_its_appearance_and_goes_back(env):
     env.reset(ROBOT_OBS, scene_obs())
-    plain = env.render()
+    plain = env.render_frames()
     env.set_appearance(Appearance.random(2, "D"))
-    other = env.render()
+    other = env.render_frames()
     env.set_appearance(None)
-    again = env.render()
+    again = env.render_frames()
     for name in plain:
         assert (plain[name].rgb == again[name].rgb).all()
         assert (plain[name].rgb != other[name].rgb).any()
+
+
+def test_calvins_camera_objects_lift_and_project(env):
+    env.reset(ROBOT_OBS, scene_obs())
+    assert [camera.name for camera in env.cameras] == ["static", "gripper"]
+    frames = env.render_frames()
+    for camera in env.cameras:
+        frame = frames[camera.name]
+        rgb, depth = camera.render()
+        assert (rgb == frame.rgb).all()
+        points = frame.points()
+        for row, column in ((10, 20), (40, 40), (70, 60)):
+            point = camera.deproject((column, row), depth, homogeneous=True)
+            np.testing.assert_allclose(point[:3], points[row, column], atol=1e-9)
+            assert camera.project(point) == (column, row)
+            # Bullet's matrices say the same: clip space, then pixels.
+            view = np.reshape(camera.viewMatrix, (4, 4)).T
+            clip = np.reshape(camera.projectionMatrix, (4, 4)).T @ view @ point
+            u, v = (clip[:2] / clip[3] * (1, -1) + 1) / 2 * camera.width
+            assert (u, v) == pytest.approx((column + 0.5, row + 0.5), abs=1e-6)
+    assert (env.render(mode="rgb_array") == frames["static"].rgb).all()
+    with pytest.raises(ValueError, match="mode: 'human'"):
+        env.render("human")
+
+
+def test_static_matrices_are_bullets(env):
+    camera = env.cameras[0]
+    view = pybullet.computeViewMatrix(STATIC_EYE, STATIC_TARGET, STATIC_UP)
+    projection = pybullet.computeProjectionMatrixFOV(10, 1, 0.01, 10)
+    np.testing.assert_allclose(camera.viewMatrix, view, atol=1e-6)
+    np.testing.assert_allclose(camera.projectionMatrix, projection, atol=1e-5)
 
 
 def test_bad_input():
