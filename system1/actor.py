@@ -146,7 +146,11 @@ class DiffuserActor(nn.Module):
             raise ValueError(f"latent: shape {tuple(latent.shape)}, must be (B, n, {c.latent_dim})")
 
     def sample_inputs(self, inputs: Inputs, noise: Noise | None = None) -> Tensor:
-        """Return trajectories (B, T, 8) for the runtime's inputs.
+        """Return trajectories (B, T, 8) for the runtime's inputs; see `sample`."""
+        return self.sample(*self.tensors_of(inputs), noise)
+
+    def tensors_of(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return `sample`'s tensors for the runtime's inputs.
 
         Images are brought to 200 x 200 as the published code does for the gripper camera:
         colour bilinear, points nearest; then the crop.
@@ -157,33 +161,29 @@ class DiffuserActor(nn.Module):
             if image.shape[-2:] != (FULL, FULL):
                 image = interpolate(image, (FULL, FULL), mode="bilinear", align_corners=False)
                 cloud = interpolate(cloud, (FULL, FULL), mode="nearest")
-            rgb.append(image)
-            pcd.append(cloud)
+            rgb.append(image[..., CROP, CROP])
+            pcd.append(cloud[..., CROP, CROP])
         latent = inputs.latent
         if latent is None:
             shape = (inputs.batch, self.config.latent_tokens, self.config.latent_dim)
             latent = torch.zeros(shape, device=self.offset.device)
         else:
             latent = latent[:, -1]
-        return self.sample(
-            torch.stack(rgb, 1), torch.stack(pcd, 1), inputs.proprio[..., :7], latent, noise
-        )
+        return torch.stack(rgb, 1), torch.stack(pcd, 1), inputs.proprio[..., :7], latent
 
     def loss(
         self,
-        rgb: Tensor,
-        pcd: Tensor,
-        gripper: Tensor,
-        latent: Tensor,
+        inputs: Inputs,
         rows: Tensor,
         openness: Tensor,
         mask: Tensor,
         draws: int = 1,
         generator: torch.Generator | None = None,
     ) -> LossParts:
-        """Return the training loss; rows (B, T, 9) are relative, in metres and 6D."""
-        self.check(rgb, pcd, gripper, latent)
-        scene = self.encode(rgb, pcd, gripper, latent, not bool(torch.isfinite(pcd).all()))
+        """Return the training loss of one batch; see `system1.model.VisuomotorPolicy.loss`."""
+        tensors = self.tensors_of(inputs)
+        self.check(*tensors)
+        scene = self.encode(*tensors, mask=not bool(torch.isfinite(tensors[1]).all()))
         return diffusion_loss(
             lambda x, t: self.prediction_head(x, t, scene),
             self.normalizer.normalize(rows),
@@ -194,3 +194,8 @@ class DiffuserActor(nn.Module):
             draws,
             generator,
         )
+
+    def set_normalizer(self, normalizer: Normalizer) -> None:
+        """Take over a normaliser, (1, 9)."""
+        self.offset.copy_(normalizer.offset)
+        self.scale.copy_(normalizer.scale)

@@ -11,13 +11,17 @@ Nothing here unpickles.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from system1.config import PolicyConfig
+from system1.actor import DiffuserActor
+from system1.config import PolicyConfig, official_calvin
 from system1.model import VisuomotorPolicy
 from system1.normalizer import Normalizer
 
@@ -33,8 +37,13 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message names the file or the parameters."""
 
 
-def build_model(config: PolicyConfig, normalizer: Normalizer | None = None) -> nn.Module:
+Network = VisuomotorPolicy | DiffuserActor
+
+
+def build_model(config: PolicyConfig, normalizer: Normalizer | None = None) -> Network:
     """Return the network of a configuration with fresh weights."""
+    if config.head == "diffuser_actor":
+        return DiffuserActor(config, normalizer)
     return VisuomotorPolicy(config, normalizer)
 
 
@@ -79,7 +88,7 @@ def save_policy(
     place(CONFIG, lambda p: p.write_text(json.dumps(config.to_json(), indent=1) + "\n"))
 
 
-def load_policy(folder: Path | str) -> nn.Module:
+def load_policy(folder: Path | str) -> Network:
     """Read a checkpoint folder into a network.
 
     Raises:
@@ -93,4 +102,74 @@ def load_policy(folder: Path | str) -> nn.Module:
     scales = load_file(folder / NORMALIZER)
     model = build_model(config, Normalizer(scales["offset"], scales["scale"]))
     load_strict(model, load_file(folder / WEIGHTS), str(folder / WEIGHTS))
+    return model
+
+
+def read_official(source: Path | str | Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the bare state dict of a published checkpoint.
+
+    The `weight` wrapper and the `module.` prefix of distributed training are taken off.
+
+    Raises:
+        CheckpointError: the file is not a dictionary of tensors, or cannot be read without
+            unpickling code.
+    """
+    where = "state dict" if isinstance(source, Mapping) else str(source)
+    data: Any = source
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file")
+        if path.suffix == ".safetensors":
+            data = load_file(path)
+        else:
+            try:
+                data = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise CheckpointError(f"{path}: cannot be read as weights: {error}") from error
+    if isinstance(data, Mapping) and isinstance(data.get("weight"), Mapping):
+        data = data["weight"]
+    if not isinstance(data, Mapping) or not data:
+        raise CheckpointError(f"{where}: not a dictionary of parameters")
+    for name, value in data.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{where}: {name} is {type(value).__name__}, not a tensor")
+    return {str(name).removeprefix("module."): value for name, value in data.items()}
+
+
+def load_official(
+    source: Path | str | Mapping[str, Any], latent_tokens: int | None = None, **changes: Any
+) -> DiffuserActor:
+    """Read a published 3D Diffuser Actor or OpenHelix checkpoint of the CALVIN shape.
+
+    The gripper history is read from the shapes. Nothing in the weights tells how many latent
+    tokens the checkpoint was trained with: the network takes any number, and `latent_tokens`
+    only goes into the spec.
+
+    Args:
+        source: a `policy.pth`, a safetensors file, or the dictionary in one.
+        latent_tokens: 1 (OpenHelix, the default) or 16 (3D Diffuser Actor).
+        changes: other fields of the configuration.
+
+    Returns:
+        The network, in evaluation mode, frozen.
+
+    Raises:
+        CheckpointError: naming every parameter that is missing, extra or misshapen.
+    """
+    state = read_official(source)
+    where = "state dict" if isinstance(source, Mapping) else str(source)
+    embed = state.get("encoder.curr_gripper_embed.weight")
+    nhist = len(embed) if embed is not None and embed.ndim == 2 else 1
+    model = DiffuserActor(official_calvin(nhist, latent_tokens or 1, **changes))
+    load_strict(model, state, where)
+    return model.eval().requires_grad_(False)
+
+
+def convert_official(
+    source: Path | str | Mapping[str, Any], folder: Path | str, latent_tokens: int | None = None
+) -> DiffuserActor:
+    """Read a published checkpoint and write it as a checkpoint folder of ours."""
+    model = load_official(source, latent_tokens)
+    save_policy(folder, model.config, model.state_dict(), model.normalizer)
     return model

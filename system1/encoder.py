@@ -90,7 +90,7 @@ class OfficialEncoder(nn.Module):
         cameras = rgb.shape[1]
         pixels = (rgb.flatten(0, 1) - self.mean) / self.std
         with torch.no_grad():
-            maps = self.backbone(pixels.contiguous(memory_format=torch.channels_last))
+            maps = self.backbone(pixels)
         features = self.feature_pyramid(maps)
         grid = features.shape[-2:]
         points = interpolate(pcd.flatten(0, 1), grid, mode="bilinear")

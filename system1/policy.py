@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from runtime.spec import PolicySpec, SpecMismatch, check_frame
 from runtime.types import ActionChunk, CameraFrame, LatentGoal, Observation
-from system1.checkpoint import build_model, load_policy
+from system1.checkpoint import Network, build_model, load_policy
 from system1.config import CameraConfig, PolicyConfig, small
 from system1.model import gaussian
 from system1.points import deproject, shrink
@@ -71,12 +71,13 @@ def to_absolute(rows: Tensor, tcp: Tensor, rotation: str) -> tuple[Tensor, Tenso
 class DiffusionPolicy:
     """A System 1 policy; implements `runtime.interfaces.Policy`."""
 
-    def __init__(self, model: nn.Module, device: str | torch.device = "cpu") -> None:
+    def __init__(self, model: Network, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
-        self.config: PolicyConfig = model.config  # type: ignore[assignment]
+        self.config = model.config
         self.counters = Counters()
         self._spec = self.config.spec()
+        self._published = self.config.head == "diffuser_actor"
         self._generator = torch.Generator()
         self._history: deque[np.ndarray] = deque(maxlen=self.config.nhist)
         self._epoch = 0
@@ -103,7 +104,7 @@ class DiffusionPolicy:
         else:
             policy = DiffusionPolicy(load_policy(path), device)
         if sampler is not None or steps is not None:
-            policy.model.use_sampler(sampler, steps)  # type: ignore[operator]
+            policy.model.use_sampler(sampler, steps)
         return policy
 
     @staticmethod
@@ -162,7 +163,7 @@ class DiffusionPolicy:
         usable = self._usable(latents, observation.epoch)
         inputs = self.prepare(observation, usable)
         noise = gaussian(self._generator, self.device)
-        rows = self.model.sample_inputs(inputs, noise)[0]  # type: ignore[operator]
+        rows = self.model.sample_inputs(inputs, noise)[0]
         self.counters.calls += 1
         tcp = torch.as_tensor(observation.tcp_pose, dtype=torch.float64)
         position, quat = to_absolute(rows.cpu().double(), tcp, self.config.rotation)
@@ -219,6 +220,10 @@ class DiffusionPolicy:
         k = torch.as_tensor(frame.K, dtype=torch.float32).to(self.device)
         t_world_cam = torch.as_tensor(frame.T_world_cam, dtype=torch.float32).to(self.device)
         image = rgb.permute(2, 0, 1)[None].float() / 255
+        if self._published:
+            # The published code works on the full image and puts rays on pixel corners.
+            xyz, valid = deproject(depth[None], k[None], t_world_cam[None], center=0.0)
+            return image, xyz, valid
         image, depth, k = shrink(image, depth[None], k[None], camera.work_height, camera.work_width)
         xyz, valid = deproject(depth, k, t_world_cam[None])
         if self.device.type == "cpu":  # counting on a GPU would wait for it

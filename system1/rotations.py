@@ -102,3 +102,8 @@ def matrix_to_intrinsic_xyz(m: Tensor) -> Tensor:
     b = torch.asin(m[..., 0, 2].clamp(-1, 1))
     c = torch.atan2(-m[..., 0, 1], m[..., 0, 0])
     return torch.stack((a, b, c), -1)
+
+
+def intrinsic_xyz_to_matrix(e: Tensor) -> Tensor:
+    """Return Rx(a) Ry(b) Rz(c), (..., 3, 3), of angles (..., 3); see the inverse above."""
+    return euler_to_matrix(-e).transpose(-1, -2)

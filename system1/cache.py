@@ -1,0 +1,239 @@
+"""The training cache: what an expert saw and did, small enough to train from memory.
+
+A folder holds `cache.json` and shards `shard-00000.safetensors`, ... of at most 60 MiB. A
+shard's tensors have one row a frame; the frames of an episode follow each other in time and
+an episode never spans two shards.
+
+    rgb.<camera>     (N, h, w, 3) uint8, at the policy's working size
+    depth.<camera>   (N, h, w) uint16, units of 0.1 mm along the optical axis, 0 for none
+                     (float16 would round the static camera's distance to 4 mm)
+    K.<camera>       (N, 3, 3) float32, pixels of the stored image, centres at +0.5
+    T.<camera>       (N, 4, 4) float32, camera to world
+    proprio          (N, nhist, 9) float32: xyz (m), quaternion xyzw, gripper width (m),
+                     gripper open (0 or 1); newest last
+    target_pose      (N, H, 7) float32: row i is the TCP *target* in the world frame at
+                     t_obs + (i + 1) / hz, xyz and quaternion xyzw
+    target_open      (N, H) float32: openness commanded, 0 closed to 1 open
+    target_mask      (N, H) bool: False past the end of the episode
+    task             (N,) int32: index into `cache.json`'s tasks
+    instruction      (N,) int32: index into its instructions
+    episode, step    (N,) int32: which episode, and its environment step at 1 / hz
+
+`cache.json`: {"format": 1, "hz", "horizon", "nhist", "cameras": [{name, height, width,
+work_height, work_width}], "tasks": [...], "instructions": [...], "shards": [{"file",
+"frames"}], "notes": {...}}.
+
+Latents of one System 2 lie beside, in `latents-<name>/` with the same shard names and rows,
+so another System 2 needs no new images: `latent` (N, P, n, d) float16, for P instructions a
+frame, `instruction` (N, P) int32 which ones, and `latents.json` {"kind", "n_tokens", "dim",
+"model_id"}.
+
+`CacheWriter` makes all this; `shrunk` and `chunk_targets` make its arguments.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import save_file
+
+from runtime.spec import LatentSpec
+from runtime.types import CameraFrame
+from system1.config import CameraConfig, PolicyConfig
+from system1.points import shrink
+
+FORMAT = 1
+SHARD_BYTES = 56 * 2**20  # an upper bound of what is gathered before a shard is written
+DEPTH_UNIT_M = 1e-4
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class CacheError(ValueError):
+    """A cache that cannot be read or written as asked; the message names what is wrong."""
+
+
+def shrunk(frame: CameraFrame, camera: CameraConfig) -> Arrays:
+    """Return one frame as the cache keeps it: rgb, depth, K, T without the camera's name.
+
+    The same shrinking as at run time, so that training and acting see the same pixels.
+    """
+    if frame.depth is None:
+        raise CacheError(f"camera {camera.name!r}: the frame has no depth")
+    rgb = torch.from_numpy(np.ascontiguousarray(frame.rgb)).permute(2, 0, 1)[None].float()
+    depth = torch.from_numpy(np.ascontiguousarray(frame.depth))[None]
+    k = torch.as_tensor(frame.K, dtype=torch.float32)[None]
+    rgb, depth, k = shrink(rgb, depth, k, camera.work_height, camera.work_width)
+    units = torch.nan_to_num(depth[0] / DEPTH_UNIT_M, nan=0.0, posinf=0.0, neginf=0.0)
+    return {
+        "rgb": rgb[0].permute(1, 2, 0).round().to(torch.uint8).numpy(),
+        "depth": units.round().clamp(0, 65535).numpy().astype(np.uint16),
+        "K": k[0].numpy(),
+        "T": np.asarray(frame.T_world_cam, np.float32),
+    }
+
+
+def chunk_targets(
+    poses: npt.NDArray[Any], openness: npt.NDArray[Any], at: Sequence[int], horizon: int
+) -> Arrays:
+    """Cut an episode's commands into targets for some of its frames.
+
+    Args:
+        poses: (L, 7); entry s is the TCP target commanded *at* step s, to be reached by s + 1.
+        openness: (L,), commanded likewise.
+        at: the steps of the frames.
+        horizon: rows of a chunk.
+
+    Returns:
+        target_pose, target_open and target_mask. Past the end the last command is repeated
+        and masked out.
+    """
+    index = np.asarray(at)[:, None] + np.arange(horizon)[None]
+    inside = index < len(poses)
+    index = np.minimum(index, len(poses) - 1)
+    return {
+        "target_pose": np.asarray(poses, np.float32)[index],
+        "target_open": np.asarray(openness, np.float32)[index],
+        "target_mask": inside,
+    }
+
+
+class CacheWriter:
+    """Gathers episodes and writes shards."""
+
+    def __init__(
+        self,
+        folder: Path | str,
+        config: PolicyConfig,
+        tasks: Sequence[str],
+        instructions: Sequence[str],
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / "cache.json").exists():
+            raise CacheError(f"{self.folder}: holds a cache already")
+        self.config = config
+        self._meta: dict[str, Any] = {
+            "format": FORMAT,
+            "hz": config.hz,
+            "horizon": config.horizon,
+            "nhist": config.nhist,
+            "cameras": [asdict(c) for c in config.cameras],
+            "tasks": list(tasks),
+            "instructions": list(instructions),
+            "shards": [],
+            "notes": dict(notes or {}),
+        }
+        self._parts: list[Arrays] = []
+        self._bytes = 0
+        self._episodes = 0
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return every tensor's row shape and dtype."""
+        c = self.config
+        out: dict[str, tuple[tuple[int, ...], str]] = {
+            "proprio": ((c.nhist, 9), "float32"),
+            "target_pose": ((c.horizon, 7), "float32"),
+            "target_open": ((c.horizon,), "float32"),
+            "target_mask": ((c.horizon,), "bool"),
+            "task": ((), "int32"),
+            "instruction": ((), "int32"),
+            "step": ((), "int32"),
+        }
+        for camera in c.cameras:
+            size = (camera.work_height, camera.work_width)
+            out[f"rgb.{camera.name}"] = ((*size, 3), "uint8")
+            out[f"depth.{camera.name}"] = (size, "uint16")
+            out[f"K.{camera.name}"] = ((3, 3), "float32")
+            out[f"T.{camera.name}"] = ((4, 4), "float32")
+        return out
+
+    def add_episode(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Add one episode's frames, in time order.
+
+        Args:
+            arrays: every tensor of the module's list but `episode`, with one row a frame.
+
+        Raises:
+            CacheError: a tensor is missing, misshapen, of another dtype, or not finite.
+        """
+        rows = {len(a) for a in arrays.values()}
+        if len(rows) != 1:
+            raise CacheError(f"rows: the tensors have {sorted(rows)} frames")
+        part: Arrays = {}
+        for name, (shape, dtype) in self.shapes().items():
+            if name not in arrays:
+                raise CacheError(f"{name}: missing")
+            array = np.ascontiguousarray(arrays[name])
+            if array.shape[1:] != shape or array.dtype != dtype:
+                raise CacheError(
+                    f"{name}: {array.dtype}{array.shape[1:]} a frame, needs {dtype}{shape}"
+                )
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise CacheError(f"{name}: not finite")
+            part[name] = array
+        for name, table in (("task", "tasks"), ("instruction", "instructions")):
+            top = len(self._meta[table])
+            if len(part[name]) and not (0 <= part[name].min() <= part[name].max() < top):
+                raise CacheError(f"{name}: outside 0..{top - 1}")
+        count = rows.pop()
+        part["episode"] = np.full(count, self._episodes, np.int32)
+        size = sum(a.nbytes for a in part.values())
+        if self._parts and self._bytes + size > SHARD_BYTES:
+            self._flush()
+        self._parts.append(part)
+        self._bytes += size
+        self._episodes += 1
+
+    def close(self) -> None:
+        """Write what is left and the index."""
+        self._flush()
+        text = json.dumps(self._meta, indent=1)
+        (self.folder / "cache.json").write_text(text + "\n")
+
+    def _flush(self) -> None:
+        if not self._parts:
+            return
+        name = f"shard-{len(self._meta['shards']):05d}.safetensors"
+        whole = {k: np.concatenate([p[k] for p in self._parts]) for k in self._parts[0]}
+        save_file(whole, self.folder / name)
+        self._meta["shards"].append({"file": name, "frames": len(whole["task"])})
+        self._parts, self._bytes = [], 0
+
+
+def write_latents(
+    folder: Path | str,
+    name: str,
+    shard: str,
+    latent: npt.NDArray[Any],
+    instruction: npt.NDArray[Any],
+    spec: LatentSpec,
+) -> None:
+    """Write the latents of one shard.
+
+    Args:
+        folder: the cache.
+        name: of this System 2.
+        shard: the shard's file name.
+        latent: (N, P, n, d).
+        instruction: (N, P) which instruction each is for.
+        spec: of the latents; the same for all shards.
+    """
+    if latent.shape[2:] != (spec.n_tokens, spec.dim) or latent.shape[:2] != instruction.shape:
+        raise CacheError(
+            f"latent: shape {latent.shape} does not fit {spec.n_tokens} tokens of {spec.dim} "
+            f"and instructions {instruction.shape}"
+        )
+    place = Path(folder) / f"latents-{name}"
+    place.mkdir(parents=True, exist_ok=True)
+    tensors = {"latent": latent.astype(np.float16), "instruction": instruction.astype(np.int32)}
+    save_file(tensors, place / shard)
+    (place / "latents.json").write_text(json.dumps(asdict(spec), indent=1) + "\n")

@@ -1,0 +1,259 @@
+"""Batches from a training cache: random access, stale latents, augmentation.
+
+Everything random in a batch comes from one generator that the trainer seeds with the step
+number, so a run that was stopped and resumed sees the same batches as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from runtime.spec import LatentSpec
+from system1.cache import DEPTH_UNIT_M, FORMAT, CacheError
+from system1.points import deproject
+from system1.rotations import (
+    intrinsic_xyz_to_matrix,
+    matrix_to_6d,
+    matrix_to_euler,
+    quat_to_matrix,
+    xyzw_to_wxyz,
+)
+from system1.scene import Inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Observations and what the expert did next."""
+
+    inputs: Inputs
+    rows: Tensor  # (B, H, 9) relative, metres and 6D
+    openness: Tensor  # (B, H)
+    mask: Tensor  # (B, H) bool
+
+
+@dataclass(frozen=True, slots=True)
+class Augment:
+    """How a batch is varied."""
+
+    shift: int = 4  # pixels; image, points and mask move together, so geometry stays true
+    brightness: float = 0.2  # relative
+    channel: float = 0.1  # relative, a channel
+    latent_lag_steps: int = 0  # a latent may be this many environment steps old
+    null_latent: float = 0.1  # share of samples without latent, with their task named
+
+
+def relative_rows(poses: Tensor, now: Tensor, rotation: str = "so3") -> Tensor:
+    """Return trajectories relative to the current pose.
+
+    Args:
+        poses: (B, H, 7) world, quaternion xyzw.
+        now: (B, 7) current pose.
+        rotation: "so3": R R_now^T; "euler": the difference of CALVIN's angles, wrapped, as
+            the published checkpoints have it.
+
+    Returns:
+        (B, H, 9): xyz difference in metres along world axes, and 6D.
+    """
+    target = quat_to_matrix(xyzw_to_wxyz(poses[..., 3:7]))
+    base = quat_to_matrix(xyzw_to_wxyz(now[:, 3:7])).unsqueeze(1)
+    if rotation == "euler":
+        gap = matrix_to_euler(target) - matrix_to_euler(base)
+        gap = torch.remainder(gap + torch.pi, 2 * torch.pi) - torch.pi
+        turned = intrinsic_xyz_to_matrix(gap)
+    else:
+        turned = target @ base.transpose(-1, -2)
+    return torch.cat((poses[..., :3] - now[:, None, :3], matrix_to_6d(turned)), -1)
+
+
+class Cache:
+    """A training cache opened for reading; shards are mapped, not copied."""
+
+    def __init__(self, folder: Path | str, latents: str | None = None) -> None:
+        self.folder = Path(folder)
+        index = self.folder / "cache.json"
+        if not index.is_file():
+            raise CacheError(f"{self.folder}: no cache.json")
+        self.meta: dict[str, Any] = json.loads(index.read_text())
+        if self.meta["format"] != FORMAT:
+            raise CacheError(f"{index}: format {self.meta['format']}, this code reads {FORMAT}")
+        self.cameras = [c["name"] for c in self.meta["cameras"]]
+        self.hz = float(self.meta["hz"])
+        names = [s["file"] for s in self.meta["shards"]]
+        if not names:
+            raise CacheError(f"{self.folder}: has no frames")
+        self._shards = [read_shard(self.folder / name) for name in names]
+        self.latent_spec: LatentSpec | None = None
+        if latents is not None:
+            place = self.folder / f"latents-{latents}"
+            if not (place / "latents.json").is_file():
+                raise CacheError(f"{place}: no latents.json")
+            self.latent_spec = LatentSpec(**json.loads((place / "latents.json").read_text()))
+            for shard, name in zip(self._shards, names, strict=True):
+                extra = read_shard(place / name)
+                if len(extra["latent"]) != len(shard["task"]):
+                    raise CacheError(f"{place / name}: other frames than {name}")
+                shard["latent"], shard["latent_instruction"] = extra["latent"], extra["instruction"]
+        sizes = torch.tensor([len(s["task"]) for s in self._shards])
+        self._starts = torch.cumsum(sizes, 0) - sizes
+        self.episode = torch.cat([s["episode"].long() for s in self._shards])
+        self.step = torch.cat([s["step"].long() for s in self._shards])
+        self.task = torch.cat([s["task"].long() for s in self._shards])
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    def gather(self, name: str, frames: Tensor) -> Tensor:
+        """Return one tensor's rows for frames (B,), in order."""
+        shard = torch.searchsorted(self._starts, frames, right=True) - 1
+        rows = [
+            self._shards[int(s)][name][int(f - self._starts[s])]
+            for s, f in zip(shard, frames, strict=True)
+        ]
+        return torch.stack(rows)
+
+    def split(self, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Return training and validation frames, split by episode."""
+        ids = self.episode.unique()
+        order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+        held = order[: round(share * len(ids))]
+        validation = torch.isin(self.episode, held)
+        return torch.nonzero(~validation)[:, 0], torch.nonzero(validation)[:, 0]
+
+    def all_rows(self, frames: Tensor, rotation: str) -> tuple[Tensor, Tensor]:
+        """Return relative trajectories (N, H, 9) and masks (N, H), to fit a normaliser on."""
+        poses, now = self.gather("target_pose", frames), self.gather("proprio", frames)[:, -1, :7]
+        return relative_rows(poses, now, rotation), self.gather("target_mask", frames).bool()
+
+    def batch(
+        self,
+        frames: Tensor,
+        generator: torch.Generator,
+        augment: Augment | None = None,
+        rotation: str = "so3",
+        device: torch.device | str = "cpu",
+    ) -> Batch:
+        """Assemble one batch; without `augment` nothing is varied and no latent is stale."""
+        images = [self._camera(name, frames, device) for name in self.cameras]
+        rgb, xyz, valid = zip(*images, strict=True)
+        latent, age, mask = self._latents(frames, generator, augment)
+        proprio = self.gather("proprio", frames)
+        task = torch.full((len(frames),), -1)
+        if latent is None or mask is None:
+            task = self.task[frames]
+        elif augment is not None:
+            null = torch.rand(len(frames), generator=generator) < augment.null_latent
+            mask = mask & ~null[:, None]
+            task = torch.where(null, self.task[frames], task)
+        inputs = Inputs(
+            rgb=rgb,
+            xyz=xyz,
+            valid=valid,
+            proprio=proprio.to(device),
+            latent=None if latent is None else latent.to(device),
+            latent_age_s=None if age is None else age.to(device),
+            latent_mask=None if mask is None else mask.to(device),
+            task=task.to(device),
+        )
+        if augment is not None:
+            inputs = vary(inputs, augment, generator)
+        rows = relative_rows(self.gather("target_pose", frames), proprio[:, -1, :7], rotation)
+        openness, real = self.gather("target_open", frames), self.gather("target_mask", frames)
+        return Batch(inputs, rows.to(device), openness.to(device), real.bool().to(device))
+
+    def _camera(
+        self, name: str, frames: Tensor, device: torch.device | str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rgb = self.gather(f"rgb.{name}", frames).to(device)
+        depth = self.gather(f"depth.{name}", frames).to(device).float() * DEPTH_UNIT_M
+        k, t_world_cam = (self.gather(f"{x}.{name}", frames).to(device) for x in ("K", "T"))
+        xyz, valid = deproject(depth, k, t_world_cam)
+        return rgb.permute(0, 3, 1, 2).float() / 255, xyz, valid
+
+    def _latents(
+        self, frames: Tensor, generator: torch.Generator, augment: Augment | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return latents (B, 1, n, d), ages (B, 1) and mask (B, 1), or Nones."""
+        if self.latent_spec is None:
+            return None, None, None
+        source = frames
+        if augment is not None and augment.latent_lag_steps:
+            source = self._earlier(frames, augment.latent_lag_steps, generator)
+        stack = self.gather("latent", source)
+        which = torch.zeros(len(frames), dtype=torch.long)
+        if augment is not None:
+            which = torch.randint(stack.shape[1], (len(frames),), generator=generator)
+        latent = stack[torch.arange(len(frames)), which].float().unsqueeze(1)
+        age = (self.step[frames] - self.step[source]).float().unsqueeze(1) / self.hz
+        return latent, age, torch.ones(len(frames), 1, dtype=torch.bool)
+
+    def _earlier(self, frames: Tensor, lag: int, generator: torch.Generator) -> Tensor:
+        """Return for each frame one of its episode, at most `lag` environment steps older."""
+        wanted = self.step[frames] - torch.randint(lag + 1, frames.shape, generator=generator)
+        source = frames.clone()
+        for i, frame in enumerate(frames.tolist()):
+            at = frame
+            while (
+                at > 0
+                and self.step[at] > wanted[i]
+                and self.episode[at - 1] == self.episode[frame]
+                and self.step[at - 1] >= self.step[frame] - lag
+            ):
+                at -= 1
+            source[i] = at
+        return source
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """Map a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def vary(inputs: Inputs, augment: Augment, generator: torch.Generator) -> Inputs:
+    """Return augmented inputs: shifted views and other light."""
+    rgb, xyz, valid = [], [], []
+    for image, points, seen in zip(inputs.rgb, inputs.xyz, inputs.valid, strict=True):
+        batch = len(image)
+        gain = 1 + augment.brightness * (2 * torch.rand(batch, 1, generator=generator) - 1)
+        tint = 1 + augment.channel * (2 * torch.rand(batch, 3, generator=generator) - 1)
+        lit = (image * (gain * tint).to(image.device)[..., None, None]).clamp(0, 1)
+        if augment.shift:
+            moves = torch.randint(
+                -augment.shift, augment.shift + 1, (batch, 2), generator=generator
+            )
+            lit, points, seen = shift(lit, points, seen, moves)
+        rgb.append(lit)
+        xyz.append(points)
+        valid.append(seen)
+    return replace(inputs, rgb=tuple(rgb), xyz=tuple(xyz), valid=tuple(valid))
+
+
+def shift(rgb: Tensor, xyz: Tensor, valid: Tensor, moves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Move each image by whole pixels; what comes in from outside is black and invalid.
+
+    Args:
+        rgb: (B, 3, H, W); xyz: (B, 3, H, W); valid: (B, H, W).
+        xyz: points, which keep their world coordinates.
+        valid: mask.
+        moves: (B, 2) rows and columns.
+    """
+    height, width = rgb.shape[-2:]
+    device = rgb.device
+    rows = torch.arange(height, device=device) - moves[:, :1].to(device)
+    cols = torch.arange(width, device=device) - moves[:, 1:].to(device)
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((cols >= 0) & (cols < width))[:, None]
+    flat = rows.clamp(0, height - 1)[:, :, None] * width + cols.clamp(0, width - 1)[:, None]
+    index = flat.flatten(1)
+
+    def moved(x: Tensor) -> Tensor:
+        taken = x.flatten(-2).gather(-1, index.unsqueeze(1).expand(-1, x.shape[1], -1))
+        return taken.view_as(x) * inside.unsqueeze(1)
+
+    return moved(rgb), moved(xyz), valid.flatten(1).gather(1, index).view_as(valid) & inside

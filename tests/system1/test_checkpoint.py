@@ -1,0 +1,146 @@
+"""Checkpoints: round trips, published layouts, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from system1.actor import DiffuserActor
+from system1.checkpoint import (
+    CheckpointError,
+    convert_official,
+    load_official,
+    load_policy,
+    save_policy,
+)
+from system1.config import ConfigError, PolicyConfig, official_calvin, small
+from system1.normalizer import Normalizer
+from system1.policy import DiffusionPolicy
+from tests.system1.test_policy import goal, observe, tiny
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, torch.Tensor]:
+    """A state dict of the published layout, random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return dict(DiffuserActor(official_calvin(nhist=3)).state_dict())
+
+
+def test_the_published_wrapper_and_prefix_come_off(published, tmp_path):
+    path = tmp_path / "policy.pth"
+    torch.save({"weight": {f"module.{k}": v for k, v in published.items()}, "iter": 3}, path)
+    model = load_official(path)
+    assert model.config.nhist == 3
+    assert not model.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, published[name]), name
+
+
+def test_missing_extra_and_misshapen_are_all_named(published):
+    broken = dict(published)
+    del broken["prediction_head.traj_encoder.bias"]
+    broken["surprise"] = torch.zeros(1)
+    broken["encoder.instruction_encoder.bias"] = torch.zeros(7)
+    with pytest.raises(CheckpointError) as error:
+        load_official(broken)
+    text = str(error.value)
+    assert "3 parameters do not fit" in text
+    assert "missing prediction_head.traj_encoder.bias" in text
+    assert "extra surprise" in text
+    assert "encoder.instruction_encoder.bias has shape (7,), needs (192,)" in text
+
+
+class Evil:
+    """Something only unpickling would run."""
+
+    def __reduce__(self):
+        return (print, ("unpickled",))
+
+
+def test_nothing_is_unpickled(tmp_path, capsys):
+    path = tmp_path / "policy.pth"
+    torch.save({"weight": Evil()}, path)
+    with pytest.raises(CheckpointError, match="cannot be read as weights"):
+        load_official(path)
+    path.write_bytes(pickle.dumps({"weight": Evil()}))
+    with pytest.raises(CheckpointError):
+        load_official(path)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_values_that_are_not_tensors_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="epoch is int, not a tensor"):
+        load_official({"epoch": 3})
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_official(tmp_path / "absent.pth")
+
+
+def test_a_converted_checkpoint_drives_a_robot(published, tmp_path):
+    model = convert_official(published, tmp_path / "c")
+    names = {p.name for p in (tmp_path / "c").iterdir()}
+    assert names == {"config.json", "model.safetensors", "normalizer.safetensors", "spec.json"}
+    policy = DiffusionPolicy.load(tmp_path / "c", sampler="ddim", steps=2)
+    assert policy.spec.horizon == 19
+    assert [c.name for c in policy.spec.cameras] == ["static", "gripper"]
+    for name, tensor in policy.model.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    obs = observe(policy.config)
+    chunk = policy.act(obs, [goal(policy.config)])
+    assert chunk.poses.shape == (19, 7)
+    assert np.abs(chunk.poses[:, :3] - obs.tcp_pose[:3]).max() < 0.4
+
+
+def test_our_own_round_trip_gives_the_same_chunk(tmp_path):
+    config = tiny(latent_model_id="abc")
+    policy = DiffusionPolicy.build(config, 3)
+    scales = Normalizer(torch.zeros(6, 9), torch.full((6, 9), 0.07))
+    policy.model.set_normalizer(scales)
+    save_policy(tmp_path, config, policy.model.state_dict(), policy.model.normalizer)
+    again = DiffusionPolicy.load(tmp_path)
+    assert again.config == config
+    assert again.spec.latent.model_id == "abc"
+    obs = observe(config)
+    policy.reset(1)
+    again.reset(1)
+    first, second = policy.act(obs, [goal(config)]), again.act(obs, [goal(config)])
+    np.testing.assert_array_equal(first.poses, second.poses)
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load_policy(tmp_path)
+    config = tiny()
+    policy = DiffusionPolicy.build(config, 0)
+    save_policy(tmp_path, config, policy.model.state_dict(), policy.model.normalizer)
+    data = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**data, "layers": 3}))
+    with pytest.raises(CheckpointError, match=r"missing head\.blocks\.2"):
+        load_policy(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**data, "colour": 1}))
+    with pytest.raises(ConfigError, match="colour: no such field"):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"dim": 100}, "dim"),
+        ({"dim": 120, "heads": 8}, "heads"),
+        ({"sample_steps": 101}, "sample_steps"),
+        ({"horizon": 0}, "horizon"),
+        ({"cameras": ()}, "cameras"),
+    ],
+)
+def test_bad_configurations_name_the_field(changes, field):
+    with pytest.raises(ConfigError, match=f"^{field}"):
+        small(**changes)
+
+
+def test_configuration_round_trip():
+    for config in (small(nhist=2), official_calvin(3, 16)):
+        assert PolicyConfig.from_json(json.loads(json.dumps(config.to_json()))) == config

@@ -1,0 +1,165 @@
+"""Our tabulated samplers against the diffusers schedulers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.schedulers import scheduling_ddpm
+
+from system1.config import official_calvin, small
+from system1.sampler import (
+    add_noise,
+    alphas_cumprod,
+    draw_noise,
+    make_plan,
+    row_alphas,
+    run_plan,
+    spread_timesteps,
+    target_of,
+)
+
+KINDS = ("scaled_linear", "squaredcos_cap_v2", "linear")
+
+
+def toy(i: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A smooth "network" that depends on the step."""
+    return torch.tanh(0.7 * x + 0.1 * i) * 0.5, x[..., :1]
+
+
+def seeded(seed: int):
+    g = torch.Generator().manual_seed(seed)
+    return lambda shape: torch.randn(shape, generator=g)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [25, 100])
+def test_schedules(kind, steps):
+    theirs = DDPMScheduler(num_train_timesteps=steps, beta_schedule=kind).alphas_cumprod
+    torch.testing.assert_close(alphas_cumprod(kind, steps).float(), theirs, rtol=0, atol=0)
+
+
+def test_an_unknown_schedule_is_named():
+    with pytest.raises(ValueError, match="schedule: 'sine' is not"):
+        alphas_cumprod("sine", 10)
+
+
+@pytest.fixture
+def silent_scheduler(monkeypatch):
+    """Replace the scheduler's own noise with zeros; the test adds its own."""
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda shape, **_: torch.zeros(shape))
+
+
+@pytest.mark.usefixtures("silent_scheduler")
+def test_official_ddpm_is_diffusers_ddpm():
+    config = official_calvin()
+    plan = make_plan(config)
+    theirs = [
+        DDPMScheduler(num_train_timesteps=25, beta_schedule=k, prediction_type="epsilon")
+        for k in (config.position_schedule, config.rotation_schedule)
+    ]
+    for s in theirs:
+        s.set_timesteps(25)
+    assert plan.timesteps == tuple(theirs[0].timesteps.tolist())
+    first, drawn = draw_noise(plan, 2, 19, seeded(0))
+    ours, _ = run_plan(plan, toy, first, drawn)
+    x = first
+    for i, t in enumerate(plan.timesteps):
+        out, _ = toy(i, x)
+        parts = []
+        for scheduler, part in zip(theirs, (slice(0, 3), slice(3, 9)), strict=True):
+            mean = scheduler.step(out[..., part], t, x[..., part]).prev_sample
+            if t > 0:
+                mean = mean + scheduler._get_variance(t) ** 0.5 * drawn[i][..., part]
+            parts.append(mean)
+        x = torch.cat(parts, -1)
+    torch.testing.assert_close(ours, x, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [4, 5, 10])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
+def test_ddim_is_diffusers_ddim(steps, prediction):
+    config = small(prediction=prediction, position_schedule="linear", rotation_schedule="linear")
+    plan = make_plan(config, "ddim", steps)
+    theirs = DDIMScheduler(
+        num_train_timesteps=100,
+        beta_schedule="linear",
+        clip_sample=False,
+        prediction_type={"v": "v_prediction"}.get(prediction, prediction),
+        timestep_spacing="trailing",
+    )
+    theirs.set_timesteps(steps)
+    assert plan.timesteps == tuple(theirs.timesteps.tolist())
+    first, drawn = draw_noise(plan, 1, 6, seeded(1))
+    assert drawn is None
+    ours, _ = run_plan(plan, toy, first, None)
+    x = first
+    for i, t in enumerate(theirs.timesteps):
+        x = theirs.step(toy(i, x)[0], t, x).prev_sample
+    torch.testing.assert_close(ours, x, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5, 10, 20])
+def test_dpmpp_is_diffusers_dpmpp(steps):
+    config = small(position_schedule="linear", rotation_schedule="linear")
+    plan = make_plan(config, "dpmpp", steps)
+    theirs = DPMSolverMultistepScheduler(
+        num_train_timesteps=100,
+        beta_schedule="linear",
+        prediction_type="sample",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        lower_order_final=True,
+        final_sigmas_type="zero",
+        timestep_spacing="trailing",
+        euler_at_final=True,
+    )
+    theirs.set_timesteps(steps)
+    first, _ = draw_noise(plan, 1, 6, seeded(2))
+    ours, _ = run_plan(plan, toy, first, None)
+    x = first
+    for i, t in enumerate(theirs.timesteps):
+        x = theirs.step(toy(i, x)[0], t, x).prev_sample
+    torch.testing.assert_close(ours, x, atol=1e-5, rtol=1e-4)
+
+
+def test_timesteps_start_at_the_noisiest():
+    assert spread_timesteps(25, 25) == tuple(range(24, -1, -1))
+    assert spread_timesteps(100, 5) == (99, 79, 59, 39, 19)
+
+
+def test_our_schedule_reaches_noise_and_the_official_one_does_not():
+    assert row_alphas(small())[-1].max() < 1e-4
+    assert row_alphas(official_calvin())[-1, 0] == pytest.approx(0.832, abs=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
+def test_a_perfect_network_gives_the_clean_trajectory(prediction, sampler):
+    config = small(prediction=prediction, position_schedule="scaled_linear")
+    bars, plan = row_alphas(config), make_plan(config, sampler, 10)
+    clean = 0.5 * torch.randn(1, 6, 9, generator=torch.Generator().manual_seed(0))
+
+    def perfect(i: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        t = torch.tensor([plan.timesteps[i]])
+        bar = bars[t].unsqueeze(1)
+        noise = ((x - bar.sqrt() * clean) / (1 - bar).sqrt()).float()
+        return target_of(prediction, bars, clean, noise, t), x[..., :1]
+
+    out, _ = run_plan(plan, perfect, *draw_noise(plan, 1, 6, seeded(0)))
+    torch.testing.assert_close(out, clean, atol=2e-3, rtol=0)
+
+
+def test_noising_matches_diffusers():
+    bars = row_alphas(official_calvin())
+    theirs = DDPMScheduler(num_train_timesteps=25, beta_schedule="scaled_linear")
+    clean, noise = torch.randn(2, 3, 5, 9).unbind(0)
+    t = torch.tensor([0, 12, 24])
+    ours = add_noise(bars, clean, noise, t)[..., :3]
+    torch.testing.assert_close(ours, theirs.add_noise(clean[..., :3], noise[..., :3], t))
+
+
+@pytest.mark.parametrize("steps", [0, 101])
+def test_steps_out_of_range(steps):
+    with pytest.raises(ValueError, match="steps"):
+        make_plan(small(), "ddim", steps or -1)
