@@ -7,7 +7,7 @@ the goals (other processes, or inside the tick), and the robot.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.chunks import ChunkBuffer
@@ -21,7 +21,7 @@ from runtime.planner import Planner, PlanReply, RemotePlanner
 from runtime.realtime import SlackCollector
 from runtime.resolve import resolve
 from runtime.robots.base import Robot, World
-from runtime.safety import SafetyFilter, StopMachine, Watchdog
+from runtime.safety import SafetyFilter, SafetyLimits, StopMachine, Watchdog
 from runtime.spec import LatentSpec, PolicySpec, check_latent, check_robot
 from runtime.types import LatentGoal
 from runtime.wire import NewestReader, Publisher
@@ -56,6 +56,19 @@ def replan_ns(config: RunConfig) -> int:
     return config.system1.replan_steps * period_ns(config)
 
 
+def freshness(config: RunConfig) -> SafetyLimits:
+    """Return the limits with a maximum latent age that System 2's own cadence can keep.
+
+    At a slow cadence a latent is a period old before the next is even due.
+    """
+    slowest_s = 2.5 / config.system2.hz
+    if config.control.clock == "lockstep":
+        steps = 2.5 * config.interval_steps + config.lockstep.latency_steps
+        slowest_s = steps / config.control.hz
+    limits = config.safety
+    return replace(limits, latent_max_age_s=max(limits.latent_max_age_s, slowest_s))
+
+
 def build_rig(
     config: RunConfig,
     robot: Robot,
@@ -74,7 +87,7 @@ def build_rig(
         planner=planner,
         chunks=ChunkBuffer(config.system1.blend_s),
         limits=SafetyFilter(config.safety),
-        watchdog=Watchdog(config.safety, names, use_latent=goals is not None),
+        watchdog=Watchdog(freshness(config), names, use_latent=goals is not None),
         machine=StopMachine(),
         clock=clock,
         period_ns=period,

@@ -46,6 +46,7 @@ class Placement(_Section):
     resources: dict[str, float] = {}  # custom Ray resources, for example {robot: 1}
     threads: Count = 1  # OpenMP and torch threads
     nice: Annotated[int, Field(ge=0, le=19)] = 0
+    fifo: Annotated[int, Field(ge=0, le=49)] = 0  # SCHED_FIFO priority of all its threads
 
 
 class System2Config(_Section):
@@ -76,7 +77,9 @@ class ControlConfig(_Section):
     spin_us: NonNegative = 300.0  # sleep until this long before a deadline, then spin
     cpu: Annotated[int, Field(ge=0)] | None = None  # pin the control thread to this core
     hold_limit_s: Positive = 60.0  # how long one instruction may wait, all in all
-    placement: Placement = Placement(cpus=0.5, threads=1)
+    # All of its threads: a normal one that holds the interpreter or a socket while others use
+    # the core would stop the control thread, whatever its own priority.
+    placement: Placement = Placement(cpus=0.5, threads=1, fifo=5)
 
 
 class LockstepConfig(_Section):
@@ -99,7 +102,8 @@ class WorldConfig(_Section):
     scene: Literal["A", "B", "C", "D"] = "D"
     cameras: tuple[str, ...] = ("static", "gripper")
     camera_hz: Positive = 10.0
-    placement: Placement = Placement(cpus=0.3)
+    # A world that the machine is too busy to step looks like a robot that does not answer.
+    placement: Placement = Placement(cpus=0.3, fifo=5)
     camera_placement: Placement = Placement(cpus=0.3, nice=2)
 
 

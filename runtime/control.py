@@ -27,7 +27,6 @@ from runtime.subscribers import Subscribers
 
 log = logging.getLogger(__name__)
 SYSTEM1_TIMEOUT_S = 240.0
-HELPERS_FIFO_PRIORITY = 5  # of this process's threads other than the control thread
 
 
 class ControlNode:
@@ -52,6 +51,7 @@ class ControlNode:
         self._assignments = [Assignment(**row) for row in assignments]
         self._initial = initial
         self._start = threading.Event()
+        self._halt = threading.Event()
         self._finished = threading.Event()
         self._report: dict[str, Any] = {}
         self._robot: Robot | None = None
@@ -61,10 +61,6 @@ class ControlNode:
 
     def setup(self) -> None:
         config, channels = self._config, self._channels
-        # Threads inherit this, ZeroMQ's among them: a normal thread that holds the
-        # interpreter or a socket while others use the core would stop the control thread.
-        if config.control.fifo_priority > HELPERS_FIFO_PRIORITY:
-            enter(priority=HELPERS_FIFO_PRIORITY, gc_mode="leave")
         spec = self._policy_spec()
         self._robot = self._make_robot()
         self._robot.connect()
@@ -91,9 +87,10 @@ class ControlNode:
             cpus=None if control.cpu is None else (control.cpu,),
         )
         try:
+            log.info("the loop starts: %s", self._realtime.reason or "SCHED_FIFO")
             self._rig.loop.arm()
             self._rig.pacer.start()
-            self._rig.director.run(self._assignments, stop)
+            self._rig.director.run(self._assignments, lambda: self._halt.is_set() or stop.is_set())
         finally:
             self._robot.stop("the run has ended")
             leave(self._realtime)
@@ -118,7 +115,11 @@ class ControlNode:
         }
 
     def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
-        return {"start": self._on_start, "report": lambda _: self._report}
+        return {
+            "start": self._on_start,
+            "halt": self._on_halt,
+            "report": lambda _: self._report,
+        }
 
     def close(self) -> None:
         if self._rig is not None:
@@ -164,6 +165,11 @@ class ControlNode:
         if self._spec.latent is not None:
             check_latent(LatentSpec(**arguments["latent_spec"]), self._spec.latent)
         self._start.set()
+        return {}
+
+    def _on_halt(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Stop the robot at the end of this tick and finish the report."""
+        self._halt.set()
         return {}
 
     def _make_report(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ held still because the first latent of an instruction had not arrived are counte
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,19 +65,19 @@ class Director:
         self.current: Assignment | None = None
         self.steps = 0
 
-    def run(self, assignments: Sequence[Assignment], stop: threading.Event) -> list[TaskResult]:
+    def run(self, assignments: Sequence[Assignment], stop: Callable[[], bool]) -> list[TaskResult]:
         """Work through the list; ends early when stopped, or at a safe stop."""
         for assignment in assignments:
             result = self._attempt(assignment, stop)
             self.results.append(result)
-            if stop.is_set() or self._loop.stopped:
+            if stop() or self._loop.stopped:
                 break
             if self._stop_at_failure and not result.success:
                 break
         self.current = None
         return self.results
 
-    def _attempt(self, assignment: Assignment, stop: threading.Event) -> TaskResult:
+    def _attempt(self, assignment: Assignment, stop: Callable[[], bool]) -> TaskResult:
         self.current, self.steps = assignment, 0
         start_s = time.monotonic()
         self._loop.begin(assignment.instruction)
@@ -111,12 +110,12 @@ class Director:
     def _judged(self, assignment: Assignment) -> bool:
         return self._world is not None and assignment.task in self._world.completed()
 
-    def _verdict(self, success: bool, tick: Tick, holds: int, stop: threading.Event) -> str:
+    def _verdict(self, success: bool, tick: Tick, holds: int, stop: Callable[[], bool]) -> str:
         if success:
             return "success"
         if self._loop.stopped:
             return f"safe stop: {tick.reason}"
-        if stop.is_set():
+        if stop():
             return "interrupted"
         if self.steps >= self._steps_limit:
             return "step limit"

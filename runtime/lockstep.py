@@ -7,7 +7,6 @@ seed gives the same report on any machine (figures that measure this machine asi
 from __future__ import annotations
 
 import platform
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from runtime.config import RunConfig
 from runtime.director import Assignment
 from runtime.display import Display
 from runtime.interfaces import Policy
+from runtime.interrupts import interruptible
 from runtime.loop import Tick
 from runtime.planner import SyncPlanner
 from runtime.report import percentiles, task_rows, versions
@@ -49,14 +49,13 @@ def run_lockstep(
     subscribers = Subscribers(config, folder, rig)
     statistics = subscribers.statistics
     rig.loop.subscribers.append(_Progress(rig, statistics, config, display))
-    stop = threading.Event()
     try:
-        with display:
+        with interruptible() as interrupted, display:
             if initial is not None and isinstance(robot, World):
                 robot.reset_world(initial["robot_obs"], initial["scene_obs"])
             ready_s = time.monotonic() - started_s
             rig.loop.arm()
-            rig.director.run(assignments, stop)
+            rig.director.run(assignments, interrupted.is_set)
             display.progress(task_rows(rig.director.results), config.tasks.steps_limit)
     finally:
         robot.stop("the run has ended")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from runtime.realtime import enter
 from runtime.resolve import resolve
 from runtime.rpc import RpcServer
 
@@ -56,6 +57,7 @@ class NodeSpec:
     resources: dict[str, float] = field(default_factory=dict)
     threads: int = 1
     nice: int = 0
+    fifo: int = 0  # SCHED_FIFO priority, inherited by every thread the node starts; 0: normal
     restart: bool = True
     keys: str | None = None  # folder of CURVE keys, off loopback
 
@@ -89,6 +91,10 @@ class NodeRunner:
         """Block until the node is done; return its last state."""
         if self._spec.nice:
             os.nice(self._spec.nice)
+        self._build()
+        # After the imports, which would keep a core for seconds, and before the first thread.
+        if self._spec.fifo and not enter(priority=self._spec.fifo, gc_mode="leave").fifo:
+            log.warning("%s: SCHED_FIFO is not granted", self._spec.name)
         self._server = RpcServer(
             self._spec.control,
             {"health": self._health, "stop": self._on_stop, "ask": self._ask},
@@ -108,19 +114,31 @@ class NodeRunner:
     def stop(self) -> None:
         self._stop.set()
 
-    def _drive(self) -> None:
+    def _build(self) -> None:
         try:
             self._node = resolve(self._spec.target)(**self._spec.options)
+        except Exception as error:
+            self._note(error)
+
+    def _drive(self) -> None:
+        if self._node is None:
+            return
+        try:
             self._node.setup()
             self.state = "ready"
             self._node.run(self._stop)
             self.state = "done"
-        except ValueError as error:  # includes SpecMismatch, ConfigError, refused input
+        except Exception as error:
+            self._note(error)
+
+    def _note(self, error: Exception) -> None:
+        """Wrong input (any ValueError: SpecMismatch, ConfigError, ...) or a crash."""
+        if isinstance(error, ValueError):
             self.state, self.error = "refused", " ".join(str(error).split())
             log.error("%s refuses to start: %s", self._spec.name, self.error)
-        except Exception as error:
+        else:
             self.state, self.error = "failed", f"{type(error).__name__}: {error}"
-            log.exception("%s failed", self._spec.name)
+            log.error("%s failed", self._spec.name, exc_info=error)
 
     def _health(self, _: dict[str, Any]) -> dict[str, Any]:
         health = {"name": self._spec.name, "state": self.state, "error": self.error}

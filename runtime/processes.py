@@ -1,6 +1,6 @@
 """The graph as plain processes (`--no-ray`): for debugging, and where Ray is not wanted.
 
-`python -m runtime.processes '<NodeSpec as JSON>'` is one process. The parent restarts a
+`python -m runtime.processes '<NodeSpec as JSON>' <parent's pid>` is one process. The parent restarts a
 node that died; when the parent dies, the kernel ends the children.
 """
 
@@ -57,7 +57,7 @@ class ProcessHost:
     def _spawn(self, spec: NodeSpec) -> subprocess.Popen[bytes]:
         with (self._log_folder / f"{spec.name}.log").open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "runtime.processes", spec.to_json()],
+                [sys.executable, "-m", "runtime.processes", spec.to_json(), str(os.getpid())],
                 env=os.environ | spec.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -87,6 +87,8 @@ def main(argv: Sequence[str]) -> int:
     )
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(argv[1]):
+        return 1  # the parent died before the kernel was told to end us with it
     runner = NodeRunner(NodeSpec.from_json(argv[0]))
     signal.signal(signal.SIGTERM, lambda *_: runner.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import platform
-import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from runtime.director import Assignment
 from runtime.display import Display
 from runtime.errors import CommandFailed
 from runtime.graph import Graph, GraphError
+from runtime.interrupts import interruptible
 from runtime.report import versions
 from runtime.rpc import RpcError
 
@@ -91,24 +90,6 @@ def _watch(
                 return graph.ask("control", "report", timeout_s=10.0)
         if interrupted.is_set():
             # The loop ends its tick, holds, stops the robot and reports what it did.
-            graph.tell_stop("control")
+            graph.ask("control", "halt")
             interrupted.clear()
         time.sleep(0.15)
-
-
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """Turn Ctrl-C and SIGTERM into an event; a second Ctrl-C ends the program at once."""
-    event = threading.Event()
-
-    def handle(number: int, _: object) -> None:
-        if event.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        event.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -60,7 +60,8 @@ class Sinks:
             # Rerun is an extra of half a gigabyte: imported only here.
             from runtime.viewer import RerunViewer
 
-            self.parts["viewer"] = RerunViewer()
+            # A file that any Rerun viewer opens, also while it is being written.
+            self.parts["viewer"] = RerunViewer(path=folder / "run.rrd", lossless=patient)
 
     @staticmethod
     def wanted(config: RunConfig) -> bool:

@@ -170,12 +170,13 @@ class SimRobot(Robot):
     def _newest(self) -> WorldState:
         if not self._connected:
             raise NotConnected("sim: call connect() first")
-        state = self._states.poll()
-        if state is not None:
-            self._state = state
+        # Frames first: a frame must not be of a later step than the state beside it.
         frames = self._sets.poll()
         if frames is not None:
             self._frames = frames.frames
+        state = self._states.poll()
+        if state is not None:
+            self._state = state
         if self._state is None:
             raise RobotError("sim: the world has not sent a state yet")
         return self._state

@@ -35,7 +35,7 @@ def make(*overrides: str, policy: ReachPolicy | None = None, **robot: Any) -> Ri
 
 
 def run(rig: Rig, stop: threading.Event | None = None) -> list[Any]:
-    return rig.director.run(TASKS, stop or threading.Event())
+    return rig.director.run(TASKS, (stop or threading.Event()).is_set)
 
 
 def test_a_chain_of_instructions_is_carried_out() -> None:
@@ -100,7 +100,7 @@ def test_a_camera_that_freezes_stops_the_robot_for_good() -> None:
             arm.freeze_camera("static")
 
     rig.loop.subscribers.append(freeze)
-    results = rig.director.run([Assignment("", "reach 0.5 0.3 0.9")], threading.Event())
+    results = rig.director.run([Assignment("", "reach 0.5 0.3 0.9")], lambda: False)
     assert "camera" in results[0].reason and "static" in results[0].reason
     assert rig.loop.stopped
     assert any("camera" in reason for reason in arm.stops)
