@@ -216,6 +216,7 @@ class SceneRenderer:
     ) -> RenderedFrame:
         T_world_cam = self.camera_pose(camera.name, transforms)
         v = self._visuals
+        start, end = v.n_fixed, len(v.link)
         if camera.name == "static":
             if self._background is None:
                 self._background = _blank(camera)
@@ -227,11 +228,10 @@ class SceneRenderer:
                 self._background[1].copy(),
                 self._background[2].copy(),
             )
-            start = v.n_fixed
         else:
             rgb, depth, mask = _blank(camera)
-            start = 0
-        self._draw(start, len(v.link), camera, T_world_cam, transforms, colours, rgb, depth, mask)
+            start, end = 0, end - v.n_mount
+        self._draw(start, end, camera, T_world_cam, transforms, colours, rgb, depth, mask)
         rgb, depth = self._noise(rgb, depth, state)
         return RenderedFrame(rgb, depth, mask, camera.K, T_world_cam)
 

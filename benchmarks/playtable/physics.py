@@ -262,7 +262,7 @@ class World:
         return position, quaternion
 
     def set_block_pose(self, name: str, position_m: Any, quaternion: Any) -> None:
-        """Put a block somewhere; it keeps its velocity."""
+        """Put a block somewhere, at rest."""
         position, rotation = _floats(position_m), _floats(quaternion)
         p.resetBasePositionAndOrientation(
             self.blocks[name], position, rotation, physicsClientId=self.client

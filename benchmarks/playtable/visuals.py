@@ -48,7 +48,7 @@ class ArmJoint:
 
 @dataclass(frozen=True, slots=True)
 class Visuals:
-    """The triangles of a scene, the `n_fixed` that never change first.
+    """The triangles of a scene: the `n_fixed` that never change first, the mount last.
 
     Attributes:
         position, normal, uv, link, material, segment: per triangle, see `raster.draw`.
@@ -64,6 +64,7 @@ class Visuals:
     material: np.ndarray
     segment: np.ndarray
     n_fixed: int
+    n_mount: int  # triangles of the gripper camera's own body, which it does not see
     materials: tuple[str, ...]
     colours: tuple[tuple[float, float, float], ...]
     texture: np.ndarray
@@ -218,7 +219,7 @@ def scene_visuals(scene: Scene) -> Visuals:
     _add_room(builder, scene)
     _add_table(builder, scene)
     arm, camera_link, n_links = _add_arm(builder, 1 + len(MOVING) + len(scene.blocks))
-    parts = sorted(builder.parts, key=lambda part: part[0])
+    parts = sorted(builder.parts, key=lambda part: (part[0], part[1] == camera_link))
     meshes = [part[-1] for part in parts]
     sizes = [len(mesh.position) for mesh in meshes]
 
@@ -232,6 +233,7 @@ def scene_visuals(scene: Scene) -> Visuals:
         link=each([part[1] for part in parts]),
         material=each([part[2] for part in parts]),
         segment=each([part[3] for part in parts]),
+        n_mount=sum(s for s, p in zip(sizes, parts, strict=True) if p[1] == camera_link),
         n_fixed=sum(size for size, part in zip(sizes, parts, strict=True) if not part[0]),
         materials=tuple(builder.names),
         colours=tuple(builder.colours),

@@ -183,6 +183,16 @@ def test_appearance_changes_colours_and_never_geometry(env):
     assert Appearance.random(6, "D") != look
 
 
+def test_the_gripper_camera_never_sees_its_own_body(env):
+    env.reset(ROBOT_OBS, scene_obs())
+    mount = segment_id(0, 14)
+    assert seen(env.render_frames()["static"], mount).any()
+    for seed in range(6):
+        frame = SceneRenderer("D", ("gripper",), Appearance.random(seed)).render(env.visual_state())
+        assert not seen(frame["gripper"], mount).any()
+        assert frame["gripper"].depth.min() > 0.05
+
+
 def test_an_env_changes_its_appearance_and_goes_back(env):
     env.reset(ROBOT_OBS, scene_obs())
     plain = env.render_frames()
