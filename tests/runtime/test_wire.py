@@ -335,16 +335,17 @@ def test_a_slow_reader_is_counted_costs_the_others_nothing_and_gets_the_newest(
     tmp_path: Path,
 ) -> None:
     endpoint = ipc_endpoint(tmp_path, "slow")
-    publisher = Publisher(endpoint, "z", hwm=4)
+    publisher = Publisher(endpoint, "z", hwm=64)
     slow = NewestReader(endpoint, "z", LatentGoal, hwm=4)
     quick = NewestReader(endpoint, "z", LatentGoal, hwm=0)
-    until(lambda: publisher.send(latent(0)) and quick.poll() and slow.poll())
+    for reader in (slow, quick):
+        until(lambda reader=reader: publisher.send(latent(0)) and reader.poll())
     big = dataclasses.replace(latent(1), z=np.ones((1, 65536), np.float32))
     while publisher.send(big):  # until the slow one's queues are full
         until(quick.poll)  # the quick one's never are
         assert publisher.sent < 10_000
-    until(quick.poll)
     assert publisher.dropped == 1
+    until(lambda: quick.poll() is None and quick.stats.received > 64)
     publisher.send(dataclasses.replace(big, seq=77))
 
     def reached(reader: NewestReader[LatentGoal]) -> bool:
