@@ -123,7 +123,7 @@ class OutputConfig(_Section):
     video: bool = True
     record: bool = False
     viewer: bool = False
-    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = 9100  # None: no endpoint
+    metrics_port: Annotated[int, Field(ge=0, le=65000)] | None = 9108  # System 2: the next; 0: free
     live: bool = True
 
 

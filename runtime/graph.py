@@ -113,7 +113,7 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
             "system2",
             "system2.publisher:PublisherNode",
             system2.placement,
-            own("system2", engine=engine, hz=system2.hz),
+            own("system2", engine=engine, hz=system2.hz, metrics_port=_next_port(config)),
         ),
         (
             "system1",
@@ -155,6 +155,12 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
         )
         for name, target, placement, options in parts
     ]
+
+
+def _next_port(config: RunConfig) -> int | None:
+    """System 2's metrics are at the port after the control process's."""
+    port = config.output.metrics_port
+    return port + 1 if port else port
 
 
 class Graph:

@@ -19,7 +19,9 @@ import zmq
 
 from runtime.clock import Clock, MonotonicClock
 from runtime.codec import encode
+from runtime.collectors import System2Metrics, WireMetrics
 from runtime.interfaces import Engine
+from runtime.metrics import Endpoint, serve
 from runtime.newest import ENVELOPE, topic_bytes
 from runtime.resolve import resolve
 from runtime.sockets import Port
@@ -79,6 +81,8 @@ class PublisherNode:
         latents: endpoint to bind for latents.
         limits: fields of `scheduler.Limits` that differ from the defaults.
         keys: folder of CURVE keys, off this host.
+        metrics_port: where Prometheus finds this process's metrics; 0 for a free port, None
+            for no endpoint.
     """
 
     def __init__(
@@ -89,7 +93,10 @@ class PublisherNode:
         latents: str,
         limits: Mapping[str, Any] | None = None,
         keys: str | None = None,
+        metrics_port: int | None = None,
     ) -> None:
+        self._metrics_port = metrics_port
+        self._metrics: Endpoint | None = None
         self._engine_part = engine
         self._hz, self._requests, self._latents = hz, requests, latents
         self._limits = Limits(**(limits or {}))
@@ -118,6 +125,11 @@ class PublisherNode:
         self._scheduler = GoalScheduler(
             engine, self._outlet, clock, self._hz, self._limits, self._outlet.source
         )
+        if self._metrics_port is not None:
+            wire = WireMetrics({"requests": self._reader.stats})
+            self._metrics = serve(
+                self._metrics_port, System2Metrics(self._scheduler, self._hz), wire
+            )
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set."""
@@ -148,6 +160,7 @@ class PublisherNode:
             "latent_spec": asdict(engine.spec),
             "spec_id": engine.spec.spec_id,
             "device": str(getattr(engine, "device", "cpu")),
+            "metrics_url": self._metrics.url if self._metrics else None,
             "dropped": dict(reader.stats.dropped),
             "gaps": reader.stats.gaps,
         }
@@ -164,6 +177,9 @@ class PublisherNode:
 
     def close(self) -> None:
         """Release sockets and engine; safe to call twice."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
         for part in (self._reader, self._outlet, self._engine):
             if part is not None:
                 part.close()
