@@ -248,7 +248,8 @@ def caption(facts: Facts) -> str:
     return " ".join(words)
 
 
-Question = tuple[str, str, str, tuple[str, ...]]  # kind, question, answer, choices
+# Kind, question, how the answering sentence begins, its next word, and the choices for that.
+Question = tuple[str, str, str, str, tuple[str, ...]]
 
 _WHERE = (
     "Where is the {c} block?",
@@ -298,26 +299,40 @@ def questions(facts: Facts, rng: np.random.Generator) -> list[Question]:
 
     made: list[Question] = []
     for c in COLOURS:
-        made.append(("place", ask(_WHERE, c=c), facts.places[c], PLACES))
+        made.append(
+            ("place", ask(_WHERE, c=c), f"The {c} block is in the", facts.places[c], PLACES)
+        )
         side = facts.sides[c]
         if side is not None and side != "hidden":
-            made.append(("side", ask(_SIDE, c=c), side, SIDES))
+            made.append(("side", ask(_SIDE, c=c), f"The {c} block is on the", side, SIDES))
     for a, b in (("red", "blue"), ("blue", "pink"), ("pink", "red")):
         apart = abs(facts.x_m[a] - facts.x_m[b]) > 0.04
         if apart and "hidden" not in (facts.places[a], facts.places[b]):
             left = a if facts.x_m[a] < facts.x_m[b] else b
-            made.append(("order", ask(_ORDER, a=a, b=b), left, (a, b)))
+            made.append(
+                ("order", ask(_ORDER, a=a, b=b), "The block further left is the", left, (a, b))
+            )
     if facts.drawer:
-        made.append(("drawer", ask(_DRAWER), facts.drawer, ("open", "closed")))
+        made.append(("drawer", ask(_DRAWER), "The drawer is", facts.drawer, ("open", "closed")))
     if facts.slider:
-        made.append(("slider", ask(_SLIDER), facts.slider, ("left", "right")))
-    made.append(("bulb", ask(_LIGHT, light=BULB), facts.bulb, ("on", "off")))
-    made.append(("led", ask(_LIGHT, light=LED), facts.led, ("on", "off")))
-    made.append(("holds", ask(_HOLDS), facts.holds, (*COLOURS, "nothing")))
+        made.append(("slider", ask(_SLIDER), "The slider is", facts.slider, ("left", "right")))
+    made.append(("bulb", ask(_LIGHT, light=BULB), "The bulb is", facts.bulb, ("on", "off")))
+    made.append(("led", ask(_LIGHT, light=LED), "The LED is", facts.led, ("on", "off")))
+    made.append(
+        ("holds", ask(_HOLDS), "The gripper is holding", facts.holds, (*COLOURS, "nothing"))
+    )
     if facts.gripper_side:
-        made.append(("gripper side", ask(_GRIPPER), facts.gripper_side, SIDES))
+        made.append(("gripper side", ask(_GRIPPER), "The gripper is", facts.gripper_side, SIDES))
     if facts.gripper_height:
-        made.append(("gripper height", ask(_HEIGHT), facts.gripper_height, ("high", "low")))
+        made.append(
+            (
+                "gripper height",
+                ask(_HEIGHT),
+                "The gripper is",
+                facts.gripper_height,
+                ("high", "low"),
+            )
+        )
     return made
 
 
