@@ -184,6 +184,7 @@ class ControlNode:
             "steps_limit": self._config.tasks.steps_limit,
             **task_rows(rig.director.results),
             **self._subscribers.statistics.report(),
+            "first_action_ns": self._subscribers.statistics.first_action_ns,
             "deadline_missed": lateness.missed,
             "tick_lateness_s": lateness.as_seconds() if lateness.ticks else None,
             "latents_received": goals.received if goals else 0,

@@ -60,7 +60,10 @@ def run_realtime(
             raise RunFailed(str(error)) from error
         finally:
             graph.close()
+    # Both clocks are this host's: control runs beside the head.
+    first_ns = report.pop("first_action_ns")
     return report | {
+        "first_action_s": None if first_ns is None else first_ns * 1e-9 - started_s,
         "latents_published": system2.get("published"),
         "latents_skipped": system2.get("skipped"),
         "ready_s": ready_s,

@@ -21,6 +21,7 @@ class LoopStatistics:
         self._ages_s = array("d")
         self._durations_s = array("d")
         self._first_ns = 0
+        self.first_action_ns: int | None = None  # of the first planned target
         self._last_ns = 0
         self._ticks = 0
         self._states: dict[str, int] = {}
@@ -32,6 +33,8 @@ class LoopStatistics:
         self._ticks += 1
         self._last_ns = tick.t_ns
         self._newest = tick
+        if self.first_action_ns is None and tick.state == "run":
+            self.first_action_ns = tick.t_ns
         self._states[tick.state] = self._states.get(tick.state, 0) + 1
         if len(self._durations_s) < KEPT:
             self._durations_s.append(tick.duration_s)

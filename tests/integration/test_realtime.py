@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import signal
 import time
+import urllib.request
 from pathlib import Path
 
 import av
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.config import ConfigError
 from runtime.director import Assignment
 from tests.integration.session import FAR, session
 
 
+def scrape(url: str) -> set[str]:
+    """The names of the metrics that an endpoint serves."""
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return {family.name for family in text_string_to_metric_families(answer.read().decode())}
+
+
 def test_a_run_moves_the_arm_and_reports_what_it_measured(tmp_path: Path) -> None:
     tasks = (Assignment("", "reach 0.1 -0.2 0.6"), FAR)
     with session(tmp_path, "tasks.steps_limit=45", "output.video=true", assignments=tasks) as run:
         run.begin()
+        families = scrape(run.until("work", lambda h: h["steps"] > 10)["metrics_url"])
+        served = scrape(run.graph.health("system2")["metrics_url"])
         report = run.finished()
         sinks = run.graph.ask("observer", "finish", timeout_s=30.0)
     assert [row["env_steps"] for row in report["tasks"]] == [45, 45]
@@ -27,6 +37,8 @@ def test_a_run_moves_the_arm_and_reports_what_it_measured(tmp_path: Path) -> Non
     assert report["latents_received"] >= 5 and report["latents_missed"] == 0
     assert 0.0 < report["latent_age_s"]["p50"] < 1.0
     assert report["s1_latency_s"]["p50"] > 0 and report["stopped"] is None
+    assert {"openhelix_loop_ticks", "openhelix_latent_age_seconds"} <= families
+    assert {"openhelix_system2_published", "openhelix_wire_received"} <= served
     assert sinks["ticks_lost"] == 0 and sinks["video"]["written"] > 10
     with av.open(str(tmp_path / "video.mp4")) as video:
         assert sum(1 for _ in video.decode(video=0)) == sinks["video"]["written"]
