@@ -3,7 +3,8 @@
 A collection is a folder of unit files. A unit file appears whole or not at all, so a killed
 collection is continued by the same command; a folder that was begun with other settings, or
 that holds something else, is refused before anything is written. `card.json` says what is in
-it: counts, failures, step numbers, settings, and a SHA-256 of every file.
+it: counts, failures, step numbers, settings, and a SHA-256 of every file. Then the moments
+that training reads are drawn (`benchmarks.playtable.frames`), likewise file by file.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,13 @@ import numpy as np
 
 from benchmarks.playtable.annotations import replace_file
 from benchmarks.playtable.collect_config import CollectConfig
+from benchmarks.playtable.collect_frames import draw
+from benchmarks.playtable.collect_pool import UNITS, Report, pooled, unit_path
 from benchmarks.playtable.collect_unit import collect_unit, read_unit, unit_bytes
 from benchmarks.playtable.demonstrations import Demonstration
 from runtime.config import ConfigError, apply_overrides, read_yaml, validate
 
-SETTINGS, CARD, UNITS = "collection.json", "card.json", "units"
-
-
-def unit_path(folder: Path, scene: str, number: int) -> Path:
-    """Where a unit is kept."""
-    return folder / UNITS / f"{scene}_{number:05d}.npz"
+SETTINGS, CARD = "collection.json", "card.json"
 
 
 def open_folder(config: CollectConfig) -> Path:
@@ -49,16 +45,15 @@ def open_folder(config: CollectConfig) -> Path:
             before = {}
         for key, value in json.loads(json.dumps(config.identity())).items():
             if before.get(key) != value:
+                was = "others" if isinstance(value, list) else repr(before.get(key))
                 raise ConfigError(
-                    f"{key}: {folder} was begun with {before.get(key)!r}, not {value!r}; "
-                    "choose another folder with out=DIR"
+                    f"{key}: {folder} was begun with {was}; choose another folder with out=DIR"
                 )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"out: {folder} holds other data; choose an empty folder")
     else:
         replace_file(settings, json.dumps(config.identity(), indent=1).encode())
-    (folder / UNITS).mkdir(exist_ok=True)
-    for torn in (folder / UNITS).glob(".*.tmp"):
+    for torn in folder.glob(f"{UNITS}/.*.tmp"):
         torn.unlink()
     return folder
 
@@ -78,12 +73,12 @@ def write_unit(folder: str, scene: str, number: int, identity: dict[str, Any]) -
     return len(unit.demonstrations)
 
 
-def collect(config: CollectConfig, report: Any = None) -> dict[str, Any]:
+def collect(config: CollectConfig, report: Report | None = None) -> dict[str, Any]:
     """Collect what is missing; return the card.
 
     Args:
         config: what to collect.
-        report: called with (units done, units to do, demonstrations of the unit).
+        report: told of the progress.
 
     Raises:
         ConfigError: the folder cannot be used.
@@ -91,31 +86,15 @@ def collect(config: CollectConfig, report: Any = None) -> dict[str, Any]:
     folder = open_folder(config)
     todo = missing_units(config, folder)
     identity, begun = config.identity(), time.monotonic()
-    for done, count in enumerate(_run(folder, todo, identity, config.jobs), 1):
+    work = [(str(folder), scene, number, identity) for scene, number in todo]
+    for done, count in enumerate(pooled(write_unit, work, config.jobs), 1):
         if report is not None:
-            report(done, len(todo), count)
+            report(done, len(todo), f"{count} demonstrations")
     card = make_card(folder, identity)
     card["wall_s"] = round(time.monotonic() - begun, 1)
     card["new_units"] = len(todo)
     replace_file(folder / CARD, json.dumps(card, indent=1).encode())
     return card
-
-
-def _run(
-    folder: Path, todo: list[tuple[str, int]], identity: dict[str, Any], jobs: int
-) -> Iterator[int]:
-    if jobs == 1:
-        for scene, number in todo:
-            yield write_unit(str(folder), scene, number, identity)
-        return
-    with ProcessPoolExecutor(min(jobs, max(len(todo), 1)), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(write_unit, str(folder), s, n, identity) for s, n in todo]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def make_card(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -218,9 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, as_json = parse(sys.argv[1:] if argv is None else argv)
     begun = time.monotonic()
 
-    def report(done: int, total: int, count: int) -> None:
+    def report(done: int, total: int, what: str) -> None:
         left = (time.monotonic() - begun) / done * (total - done)
-        sys.stderr.write(f"unit {done} of {total}: {count} demonstrations, {left:.0f} s to go\n")
+        sys.stderr.write(f"{done} of {total}: {what}, {left:.0f} s to go\n")
 
     if config.format == "calvin":
         from benchmarks.playtable.collect_calvin import export_calvin
@@ -228,10 +207,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         card = export_calvin(config, report)
     else:
         card = collect(config, report)
+        if config.frames.every:
+            begun = time.monotonic()
+            card |= draw(config, report)
+            replace_file(config.folder / CARD, json.dumps(card, indent=1).encode())
     brief = {k: v for k, v in card.items() if k != "files"} | {"folder": str(config.folder)}
     sys.stdout.write(json.dumps(brief, indent=None if as_json else 1) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except ValueError as error:
+        sys.stderr.write(f"collect: {error}\n")
+        raise SystemExit(2) from None

@@ -8,7 +8,7 @@ beside other scenes becomes the `validation` split, as in CALVIN's ABC->D.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,12 @@ from benchmarks.playtable.collect import (
     open_folder,
 )
 from benchmarks.playtable.collect_config import CollectConfig
+from benchmarks.playtable.collect_pool import Report
 from benchmarks.playtable.dataset import DatasetWriter
 from benchmarks.playtable.demonstrations import Demonstration
 from benchmarks.playtable.keyposes import keyposes
 from benchmarks.playtable.physics import euler_from_quaternion
 from runtime.types import F64
-
-Report = Callable[[int, int, int], None]
 
 
 def robot_obs(demonstration: Demonstration, step: int) -> F64:
@@ -94,7 +93,7 @@ def _write_split(
                 last = min(demonstration.steps, 63)
                 episode.annotate(0, last, demonstration.task, demonstration.instruction)
             if report is not None:
-                report(i + 1, len(found), 1)
+                report(i + 1, len(found), "episodes")
         _write_keyposes(folder, found)
         return writer.n_frames
 

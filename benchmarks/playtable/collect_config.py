@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from benchmarks.playtable.frames import FramesConfig
 from benchmarks.playtable.scene import get_scene
 from benchmarks.playtable.tasks import TASK_NAMES, get_task
 
@@ -36,6 +37,7 @@ class CollectConfig(BaseModel):
         format: "states" keeps states and actions, from which `system1`'s training data is
             drawn; "calvin" writes CALVIN's layout, with rendered frames.
         compress: CALVIN's layout only: smaller files, slower.
+        frames: what is drawn for training (format "states"); `frames.every=0` draws nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -50,6 +52,7 @@ class CollectConfig(BaseModel):
     jobs: Count = 2
     format: Literal["states", "calvin"] = "states"
     compress: bool = True
+    frames: FramesConfig = FramesConfig()
 
     @field_validator("scenes")
     @classmethod

@@ -159,14 +159,16 @@ def read_unit(path: Path) -> tuple[dict[str, Any], list[Demonstration]]:
         n = row["steps"]
         found.append(
             Demonstration(
-                row["task"],
-                about["scene"],
-                True,
-                row["success_step"],
-                arrays["states"][seen : seen + n + 1],
-                arrays["proprio"][seen : seen + n + 1],
-                *(arrays[name][at : at + n] for name in ("targets", "relative", "clean")),
-                row["instruction"],
+                task=row["task"],
+                scene=about["scene"],
+                success=True,
+                steps=row["success_step"],
+                states=arrays["states"][seen : seen + n + 1],
+                proprio=arrays["proprio"][seen : seen + n + 1],
+                targets=arrays["targets"][at : at + n],
+                relative=arrays["relative"][at : at + n],
+                clean=arrays["clean"][at : at + n],
+                instruction=row["instruction"],
             )
         )
         at, seen = at + n, seen + n + 1
