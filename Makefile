@@ -18,7 +18,7 @@ CLOCK ?= realtime
 CONFIG ?= configs/run.yaml
 ARGS ?=
 
-.PHONY: help setup run-sim test test-slow test-gpu check format lock clean
+.PHONY: help setup run-sim test test-slow test-gpu check format lock clean bench-runtime bench-sim bench-s1 bench-s2
 
 help: ## Show this help.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -61,9 +61,27 @@ format: setup ## Format the code.
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-lock: ## Compile requirements/*.in into the locks (needs uv).
-	uv pip compile -q -U --no-header --no-annotate --python-version 3.11 --override requirements/overrides.txt requirements/cpu.in -o requirements/cpu.lock
-	UV_FIND_LINKS= uv pip compile -q -U --no-header --no-annotate --python-version 3.11 --override requirements/overrides-gpu.txt requirements/gpu.in -o requirements/gpu.lock
+lock: ## Compile requirements/*.in into the locks (needs uv; UPGRADE=1 for newer versions).
+	uv pip compile -q $(if $(UPGRADE),-U) --no-header --no-annotate --python-version 3.11 \
+	  --override requirements/overrides.txt requirements/cpu.in -o requirements/cpu.lock
+	UV_FIND_LINKS= uv pip compile -q $(if $(UPGRADE),-U) --no-header --no-annotate --python-version 3.11 \
+	  --override requirements/overrides-gpu.txt requirements/gpu.in -o requirements/gpu.lock
+
+bench-runtime: setup ## Wire, pacing, tick and whole-run figures as JSON (leave the machine alone meanwhile).
+	$(PY) -m benchmarks.perf.bench_wire
+	$(PY) -m benchmarks.perf.bench_loop
+	$(PY) -m benchmarks.perf.bench_tick_parts --out benchmarks/perf/results/tick_parts.json
+	$(PY) -m benchmarks.perf.bench_run
+
+bench-sim: setup ## Simulator figures as JSON, beside calvin_env where it is installed.
+	$(PY) -m benchmarks.perf.bench_sim
+	$(PY) -m benchmarks.perf.compare_worlds
+
+bench-s1: setup ## System 1 figures as JSON.
+	$(PY) -m benchmarks.perf.bench_s1
+
+bench-s2: setup ## System 2 figures as JSON.
+	$(PY) -m benchmarks.perf.bench_s2
 
 clean: ## Remove outputs and caches of this checkout (not .venv).
 	rm -rf outputs build .pytest_cache .mypy_cache .ruff_cache .hypothesis
