@@ -234,6 +234,9 @@ def write_latents(
         )
     place = Path(folder) / f"latents-{name}"
     place.mkdir(parents=True, exist_ok=True)
-    tensors = {"latent": latent.astype(np.float16), "instruction": instruction.astype(np.int32)}
+    tensors: Arrays = {
+        "latent": latent.astype(np.float16),
+        "instruction": instruction.astype(np.int32),
+    }
     save_file(tensors, place / shard)
     (place / "latents.json").write_text(json.dumps(asdict(spec), indent=1) + "\n")

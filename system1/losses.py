@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from system1.config import Prediction
-from system1.sampler import add_noise, target_of
+from system1.rotations import matrix_from_6d, quat_to_matrix
+from system1.sampler import POSITION, add_noise, target_of
 
 POSITION_WEIGHT, ROTATION_WEIGHT, GRIPPER_WEIGHT = 30.0, 10.0, 1.0
 
@@ -94,3 +95,23 @@ def diffusion_loss(
     predicted, logits = model(add_noise(alphas, clean, noise, t), t)
     target = target_of(prediction, alphas, clean, noise, t)
     return trajectory_loss(predicted, target, logits, openness, mask)
+
+
+def trajectory_errors(
+    out: Tensor, rows: Tensor, openness: Tensor, mask: Tensor
+) -> tuple[float, float, float]:
+    """Return summed position (m), rotation (rad) and gripper (0 or 1) errors of real rows.
+
+    Args:
+        out: (B, T, 8) sampled: xyz, quaternion wxyz, openness.
+        rows: (B, T, 9) wanted: xyz and 6D.
+        openness: (B, T) wanted.
+        mask: (B, T) bool.
+    """
+    position = (out[..., :POSITION] - rows[..., :POSITION]).norm(dim=-1)
+    gap = quat_to_matrix(out[..., 3:7]).mT @ matrix_from_6d(rows[..., POSITION:])
+    # From the chord, not the trace: acos near one loses half the digits.
+    chord = (gap - torch.eye(3, device=gap.device)).flatten(-2).norm(dim=-1)
+    angle = 2 * torch.asin((chord / 8**0.5).clamp(max=1))
+    wrong = (out[..., 7] > 0.5) != (openness > 0.5)
+    return float(position[mask].sum()), float(angle[mask].sum()), float(wrong[mask].sum())

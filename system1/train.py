@@ -1,0 +1,289 @@
+"""Training System 1 from a cache of expert data; on a CPU in hours, on a GPU in minutes.
+
+An observation is encoded once and gets `draws` noise draws (`system1.losses`): the encoder
+is most of the cost and the denoiser's draws share its keys and values, so a step of 8 draws
+costs little more than one of 1 and its gradient is far less noisy.
+
+`python -m system1.train --cache FOLDER --out FOLDER` trains; run again with the same
+arguments it goes on where it stopped. `--out` holds a checkpoint folder of the average
+weights (`system1.checkpoint`), the training state, `train.json` and `loss.png`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from system1.cache import CacheError
+from system1.checkpoint import Network, build_model, load_policy, save_policy
+from system1.config import PRESETS, CameraConfig, ConfigError, PolicyConfig
+from system1.data import Augment, Batch, Cache
+from system1.losses import trajectory_errors
+from system1.model import gaussian
+from system1.normalizer import Normalizer
+from system1.train_state import STATE, Ema, load_state, plot_history, save_state, trained
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """One training run."""
+
+    cache: Path
+    out: Path
+    latents: str | None = None  # name of a latents folder of the cache; None: policy only
+    preset: str = "small"
+    changes: dict[str, Any] = field(default_factory=dict)  # fields of PolicyConfig
+    init: Path | None = None  # a checkpoint folder to start from
+    freeze: tuple[str, ...] = ()  # prefixes of parameters that stay as they are
+    steps: int = 20_000
+    batch: int = 32
+    draws: int = 8
+    lr: float = 3e-4
+    weight_decay: float = 5e-3
+    warmup: int = 200
+    decay_to: float = 0.05  # the rate falls along a cosine to this share of itself
+    ema: float = 0.999
+    clip: float = 1.0
+    bf16: bool = False
+    device: str = "cpu"
+    seed: int = 0
+    validation: float = 0.05  # share of the episodes
+    eval_every: int = 500
+    eval_frames: int = 128
+    save_every: int = 500
+    log_every: int = 20
+    time_limit_s: float = 0.0  # stop after this long, saved; 0 for none
+    augment: Augment = field(default_factory=Augment)
+
+
+def policy_config(config: TrainConfig, cache: Cache) -> PolicyConfig:
+    """Return the policy's configuration: the preset, the cache's interface, the changes.
+
+    Raises:
+        ConfigError: the preset is unknown or a change contradicts the cache.
+    """
+    if config.preset not in PRESETS:
+        raise ConfigError(f"preset: {config.preset!r} is not one of {', '.join(sorted(PRESETS))}")
+    meta = cache.meta
+    taken: dict[str, Any] = {
+        "cameras": tuple(CameraConfig(**c) for c in meta["cameras"]),
+        "horizon": meta["horizon"],
+        "hz": meta["hz"],
+        "nhist": meta["nhist"],
+        "n_tasks": len(meta["tasks"]),
+        "use_latent": cache.latent_spec is not None,
+    }
+    if cache.latent_spec is not None:
+        spec = cache.latent_spec
+        taken |= {
+            "latent_kind": spec.kind,
+            "latent_tokens": spec.n_tokens,
+            "latent_dim": spec.dim,
+            "latent_model_id": spec.model_id,
+        }
+    for name, value in config.changes.items():
+        if name in taken and taken[name] != value:
+            raise ConfigError(f"{name}: {value!r} contradicts the cache, which has {taken[name]!r}")
+    return PRESETS[config.preset](**{**taken, **config.changes})
+
+
+class Trainer:
+    """A run: its data, network, optimiser and history."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.cache = Cache(config.cache, config.latents)
+        self.policy_config = policy_config(config, self.cache)
+        self.train_frames, self.val_frames = self.cache.split(config.validation, config.seed)
+        if len(self.train_frames) == 0:
+            raise CacheError(f"{config.cache}: no episode is left to train on")
+        self.device = torch.device(config.device)
+        self.model = self._network().to(self.device)
+        for name, p in self.model.named_parameters():
+            if name.startswith(tuple(config.freeze)):
+                p.requires_grad_(False)
+        self.ema = Ema(self.model, config.ema)
+        decayed = [p for p in trained(self.model).values() if p.ndim > 1]
+        plain = [p for p in trained(self.model).values() if p.ndim <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        config.out.mkdir(parents=True, exist_ok=True)
+        if (config.out / STATE).is_file():
+            self.step, self.history = load_state(config.out, self.model, self.ema, self.optimizer)
+            log.info("going on at step %d", self.step)
+
+    def _network(self) -> Network:
+        config = self.config
+        if config.init is not None:
+            model = load_policy(config.init)
+            self.policy_config = replace(
+                model.config,
+                latent_model_id=self.policy_config.latent_model_id,
+                use_latent=self.policy_config.use_latent,
+            )
+            model.config = self.policy_config
+            return model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = build_model(self.policy_config)
+        if self.policy_config.head != "diffuser_actor":
+            rows, mask = self.cache.all_rows(self.train_frames, self.policy_config.rotation)
+            model.set_normalizer(Normalizer.fit(rows, mask))
+        return model
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step: linear warm-up, then a cosine."""
+        c = self.config
+        if step < c.warmup:
+            return c.lr * (step + 1) / c.warmup
+        done = min(1.0, (step - c.warmup) / max(1, c.steps - c.warmup))
+        share = 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
+        return c.lr * (c.decay_to + (1 - c.decay_to) * share)
+
+    def generator(self, step: int, stream: int = 0) -> torch.Generator:
+        """Return the generator of a step; its numbers depend on nothing else."""
+        seed = (self.config.seed * 1_000_003 + step) * 4 + stream
+        return torch.Generator().manual_seed(seed)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the autocast context that the run asks for."""
+        if not self.config.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def train_step(self) -> dict[str, float]:
+        """Take one step; return its loss, parts, gradient norm and rate.
+
+        Raises:
+            FloatingPointError: the loss is not finite; the weights are as before.
+        """
+        c, generator = self.config, self.generator(self.step)
+        self.model.train()
+        picks = torch.randint(len(self.train_frames), (c.batch,), generator=generator)
+        batch = self._batch(self.train_frames[picks], generator, c.augment)
+        with self.precision():
+            parts = self.model.loss(
+                batch.inputs, batch.rows, batch.openness, batch.mask, c.draws, generator
+            )
+        loss = parts.total
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {self.step} is {loss.item()}")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(trained(self.model).values()), c.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.step)
+        self.optimizer.step()
+        self.ema.update(self.model, self.step)
+        self.step += 1
+        return {
+            "step": self.step,
+            "loss": float(loss.detach()),
+            "position": float(parts.position.detach()),
+            "rotation": float(parts.rotation.detach()),
+            "gripper": float(parts.gripper.detach()),
+            "grad_norm": float(norm),
+            "lr": self.rate(self.step - 1),
+        }
+
+    def _batch(self, frames: Tensor, generator: torch.Generator, augment: Augment | None) -> Batch:
+        return self.cache.batch(
+            frames, generator, augment, self.policy_config.rotation, self.device
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return validation loss and the errors of sampled trajectories, average weights.
+
+        Errors are means over real rows: metres, radians, share of wrong gripper states.
+        """
+        c = self.config
+        frames = self.val_frames if len(self.val_frames) else self.train_frames
+        generator = self.generator(0, stream=1)
+        picks = torch.randperm(len(frames), generator=generator)[: c.eval_frames]
+        self.ema.swap(self.model)
+        self.model.eval()
+        sums = torch.zeros(5, dtype=torch.float64)
+        for start in range(0, len(picks), c.batch):
+            chosen = frames[picks[start : start + c.batch]]
+            batch = self._batch(chosen, generator, None)
+            parts = self.model.loss(
+                batch.inputs, batch.rows, batch.openness, batch.mask, 4, generator
+            )
+            out = self.model.sample_inputs(batch.inputs, gaussian(generator, self.device))
+            errors = trajectory_errors(out, batch.rows, batch.openness, batch.mask)
+            real = float(batch.mask.sum())
+            values = (float(parts.total) * real, *errors, real)
+            sums += torch.tensor(values, dtype=torch.float64)
+        self.ema.swap(self.model)
+        loss, position, rotation, gripper = (sums[:4] / sums[4]).tolist()
+        return {
+            "val_loss": loss,
+            "val_position_m": position,
+            "val_rotation_rad": rotation,
+            "val_gripper_error": gripper,
+        }
+
+    def save(self) -> None:
+        """Write the checkpoint of the average weights, the state, the history and its plot."""
+        out = self.config.out
+        save_state(out, self.model, self.ema, self.optimizer, self.step, self.history)
+        self.ema.swap(self.model)
+        save_policy(out, self.policy_config, self.model.state_dict(), self.model.normalizer)
+        self.ema.swap(self.model)
+        try:
+            plot_history(out / "loss.png", self.history)
+        except ImportError:
+            log.warning("matplotlib is not installed: no loss.png")
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train to the last step or the time limit; return the history."""
+        c, begun = self.config, time.monotonic_ns()
+        while self.step < c.steps:
+            row: dict[str, Any] = self.train_step()
+            done = self.step >= c.steps
+            seconds = (time.monotonic_ns() - begun) * 1e-9
+            late = 0 < c.time_limit_s <= seconds
+            keep = self.step % c.log_every == 0
+            if self.step % c.eval_every == 0 or done or late:
+                row |= self.evaluate()
+                keep = True
+            if keep:
+                self.history.append({**row, "seconds": seconds})
+                log.info("%s", " ".join(f"{k}={v:.5g}" for k, v in row.items()))
+            if self.step % c.save_every == 0 or done or late:
+                self.save()
+            if late:
+                break
+        return self.history
+
+
+def train(config: TrainConfig) -> list[dict[str, Any]]:
+    """Run a training to its end; see `TrainConfig`."""
+    return Trainer(config).run()
+
+
+def main() -> None:
+    """Command line."""
+    import tyro
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    train(tyro.cli(TrainConfig))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What a training run must remember to go on as if it had never stopped.
+
+Weights, their exponential moving average, both moments of AdamW, the step and the history of
+losses; all in safetensors and JSON. Randomness needs no state: every step seeds its own
+generator from the run's seed and the step's number.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+STATE, LOG = "train_state.safetensors", "train.json"
+
+
+class Ema:
+    """An exponential moving average of a network's trained parameters.
+
+    It starts short and grows to `decay`, so that the first thousand steps do not weigh on it.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {n: p.detach().clone() for n, p in trained(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after step number `step`, counted from 0."""
+        keep = min(self.decay, (1 + step) / (10 + step))
+        for name, p in trained(model).items():
+            self.values[name].lerp_(p.detach(), 1 - keep)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the average and the network's weights; twice is no change."""
+        for name, p in trained(model).items():
+            kept = p.detach().clone()
+            p.copy_(self.values[name])
+            self.values[name] = kept
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that training changes, by name."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def save_state(
+    folder: Path,
+    model: nn.Module,
+    ema: Ema,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    history: list[dict[str, Any]],
+) -> None:
+    """Write the state, each file first under another name."""
+    tensors: dict[str, Tensor] = {f"model.{n}": t for n, t in model.state_dict().items()}
+    tensors |= {f"ema.{n}": t for n, t in ema.values.items()}
+    for name, p in trained(model).items():
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+    cpu = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
+    part = folder / f".{STATE}.part"
+    save_file(cpu, part, metadata={"step": str(step)})
+    part.replace(folder / STATE)
+    log = folder / f".{LOG}.part"
+    log.write_text(json.dumps({"step": step, "history": history}, indent=1) + "\n")
+    log.replace(folder / LOG)
+
+
+def load_state(
+    folder: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[dict[str, Any]]]:
+    """Read the state back; return the step to go on with and the history.
+
+    Raises:
+        ValueError: the state belongs to another network.
+    """
+    tensors = load_file(folder / STATE)
+    log = json.loads((folder / LOG).read_text())
+    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    if set(weights) != set(model.state_dict()):
+        raise ValueError(f"{folder / STATE}: belongs to another network")
+    model.load_state_dict(weights)
+    for name, p in trained(model).items():
+        ema.values[name] = tensors[f"ema.{name}"].to(p.device)
+        moments = {
+            key: tensors[f"optimizer.{key}.{name}"]
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"optimizer.{key}.{name}" in tensors
+        }
+        if moments:
+            optimizer.state[p] = {
+                key: value if key == "step" else value.to(p.device)
+                for key, value in moments.items()
+            }
+    return int(log["step"]), list(log["history"])
+
+
+def plot_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """Draw the loss curves as PNG; training and validation, and the validation errors."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for key, label in (("loss", "training"), ("val_loss", "validation (EMA)")):
+        points = [(row["step"], row[key]) for row in history if key in row]
+        if points:
+            left.plot(*zip(*points, strict=True), label=label)
+    left.set(xlabel="step", ylabel="30 position + 10 rotation + gripper", yscale="log")
+    if left.lines:
+        left.legend()
+    for key, factor, label in (
+        ("val_position_m", 1000.0, "position, mm"),
+        ("val_rotation_rad", 57.29578, "rotation, degrees"),
+        ("val_gripper_error", 100.0, "gripper wrong, %"),
+    ):
+        points = [(row["step"], factor * row[key]) for row in history if key in row]
+        if points:
+            right.plot(*zip(*points, strict=True), marker=".", label=label)
+    right.set(xlabel="step", title="sampled trajectories, mean error over rows")
+    if right.lines:
+        right.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,196 @@
+"""The training cache: what is written is what is read, and bad data is named."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+import system1.cache as cache_module
+from runtime.spec import LatentSpec
+from system1.cache import CacheError, CacheWriter, chunk_targets, shrunk, write_latents
+from system1.data import Augment, Cache, relative_rows, shift
+from system1.policy import DiffusionPolicy, to_absolute
+from system1.rotations import matrix_from_6d, matrix_to_euler, matrix_to_quat, quat_to_matrix
+from tests.system1.synthetic import make_cache
+from tests.system1.test_policy import observe, tiny
+
+CONFIG = tiny(n_tasks=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cache")
+    make_cache(path, CONFIG)
+    return path
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_frames_come_back(folder):
+    cache = Cache(folder, "fake")
+    raw = load_file(folder / "shard-00000.safetensors")
+    frames = torch.tensor([17, 3])
+    batch = cache.batch(frames, generator())
+    assert len(cache) == 96
+    for i, f in enumerate(frames):
+        rgb = batch.inputs.rgb[0][i].permute(1, 2, 0) * 255
+        np.testing.assert_allclose(rgb, raw["rgb.static"][f], atol=1e-3)
+        np.testing.assert_allclose(batch.inputs.proprio[i], raw["proprio"][f])
+    # the plane lies at z = 0, seen from above
+    seen = batch.inputs.valid[0]
+    assert (~seen).sum() == 2 * 4
+    torch.testing.assert_close(
+        batch.inputs.xyz[0][:, 2][seen], torch.zeros(int(seen.sum())), atol=1e-4, rtol=0
+    )
+    assert batch.inputs.latent.shape == (2, 1, 1, 12)
+    assert (batch.inputs.latent_age_s == 0).all()
+
+
+def test_training_sees_the_pixels_that_acting_sees():
+    obs, camera = observe(CONFIG), CONFIG.cameras[0]
+    kept = shrunk(obs.frames["static"], camera)
+    live = DiffusionPolicy.build(CONFIG, 0).prepare(obs, [])
+    np.testing.assert_allclose(
+        live.rgb[0][0].permute(1, 2, 0) * 255, kept["rgb"].astype(float), atol=0.51
+    )
+    from system1.points import deproject
+
+    depth = torch.from_numpy(kept["depth"].astype(np.float32)) * 1e-4
+    xyz, valid = deproject(depth, torch.from_numpy(kept["K"]), torch.from_numpy(kept["T"]))
+    torch.testing.assert_close(live.xyz[0][0], xyz, atol=2e-4, rtol=0)
+    assert torch.equal(live.valid[0][0], valid)
+
+
+@given(st.integers(0, 1000), st.sampled_from(["so3", "euler"]))
+def test_targets_undo_to_the_commanded_pose(seed, rotation):
+    g = generator(seed)
+    poses = torch.randn(1, 5, 7, dtype=torch.float64, generator=g)
+    poses[..., 3:] /= poses[..., 3:].norm(dim=-1, keepdim=True)
+    now = torch.randn(1, 7, dtype=torch.float64, generator=g)
+    now[:, 3:] /= now[:, 3:].norm()
+    if rotation == "euler":  # angles that differ by a quarter turn have no one difference
+        poses[..., 3:] = now[:, None, 3:] + 0.1 * poses[..., 3:]
+        poses[..., 3:] /= poses[..., 3:].norm(dim=-1, keepdim=True)
+        level = matrix_to_euler(quat_to_matrix(now[:, 3:].roll(1, -1)))[0, 1].abs()
+        assume(level < 1.2)
+    rows = relative_rows(poses, now, rotation)[0]
+    quat = matrix_to_quat(matrix_from_6d(rows[:, 3:]))
+    position, turned = to_absolute(torch.cat((rows[:, :3], quat), -1), now[0], rotation)
+    torch.testing.assert_close(position, poses[0, :, :3])
+    same = (turned * poses[0, :, 3:]).sum(-1).abs()
+    torch.testing.assert_close(same, torch.ones(5).double(), atol=1e-6, rtol=0)
+
+
+def test_targets_end_with_the_episode():
+    poses = np.arange(5 * 7, dtype=np.float64).reshape(5, 7)
+    out = chunk_targets(poses, np.arange(5.0), [0, 3], 4)
+    assert out["target_mask"].tolist() == [[True] * 4, [True, True, False, False]]
+    np.testing.assert_array_equal(out["target_pose"][0], poses[:4])
+    np.testing.assert_array_equal(out["target_pose"][1], poses[[3, 4, 4, 4]])
+    np.testing.assert_array_equal(out["target_open"][1], [3, 4, 4, 4])
+
+
+def test_stale_latents_are_of_the_same_episode_and_carry_their_age(folder):
+    cache = Cache(folder, "fake")
+    frames = torch.arange(96)
+    ages = []
+    for seed in range(5):
+        source = cache._earlier(frames, 5, generator(seed))
+        assert torch.equal(cache.episode[source], cache.episode)
+        lag = cache.step - cache.step[source]
+        assert lag.min() >= 0
+        assert lag.max() <= 5
+        ages.append(lag.max())
+    assert max(ages) == 5
+    batch = cache.batch(frames, generator(), Augment(latent_lag_steps=5, null_latent=0.5))
+    assert batch.inputs.latent_age_s.max() <= 5 / 30 + 1e-6
+    null = ~batch.inputs.latent_mask[:, 0]
+    assert 20 < null.sum() < 76
+    assert torch.equal(batch.inputs.task[null], cache.task[null])
+    assert (batch.inputs.task[~null] == -1).all()
+
+
+def test_without_latents_the_task_is_named(folder):
+    batch = Cache(folder).batch(torch.tensor([0, 8]), generator())
+    assert batch.inputs.latent is None
+    assert batch.inputs.task.tolist() == [0, 1]
+
+
+def test_a_split_keeps_episodes_whole(folder):
+    cache = Cache(folder)
+    train, held = cache.split(0.25)
+    assert len(train) + len(held) == 96
+    assert not set(cache.episode[train].tolist()) & set(cache.episode[held].tolist())
+    assert len(cache.episode[held].unique()) == 3
+
+
+def test_shifting_moves_points_with_pixels():
+    rgb = torch.rand(2, 3, 6, 7)
+    xyz, valid = torch.rand(2, 3, 6, 7), torch.rand(2, 6, 7) > 0.2
+    moved = shift(rgb, xyz, valid, torch.tensor([[2, -1], [0, 0]]))
+    for old, new in zip((rgb, xyz, valid), moved, strict=True):
+        assert torch.equal(new[1], old[1])
+        assert torch.equal(new[0][..., 2:, :-1], old[0][..., :-2, 1:])
+        assert (new[0][..., :2, :] == 0).all()
+        assert (new[0][..., -1] == 0).all()
+
+
+def test_large_caches_are_cut_into_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 60_000)
+    make_cache(tmp_path, CONFIG)
+    cache = Cache(tmp_path)
+    shards = json.loads((tmp_path / "cache.json").read_text())["shards"]
+    assert len(shards) > 1
+    assert len(cache) == sum(s["frames"] for s in shards) == 96
+    frames = torch.randperm(96, generator=generator())
+    assert torch.equal(cache.gather("step", frames).long(), cache.step[frames])
+    (tmp_path / "latents-fake" / shards[1]["file"]).write_bytes(
+        (tmp_path / "latents-fake" / shards[0]["file"]).read_bytes()
+    )
+    with pytest.raises(CacheError, match="other frames than"):
+        Cache(tmp_path, "fake")
+
+
+def episode(folder) -> dict[str, np.ndarray]:
+    raw = load_file(folder / "shard-00000.safetensors")
+    return {k: v[:8] for k, v in raw.items() if k != "episode"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("task"), "task: missing"),
+        (lambda a: a.update(task=a["task"] + 5), "task: outside"),
+        (lambda a: a.update(proprio=a["proprio"].astype(np.float64)), "proprio: float64"),
+        (lambda a: a.update(proprio=a["proprio"] * np.nan), "proprio: not finite"),
+        (lambda a: a.update(step=a["step"][:3]), "rows: the tensors have"),
+        (lambda a: a.update({"rgb.static": a["rgb.static"][:, :4]}), r"rgb\.static: uint8"),
+    ],
+)
+def test_bad_episodes_are_named(folder, tmp_path, change, message):
+    writer = CacheWriter(tmp_path, CONFIG, ["a", "b"], ["x", "y"])
+    arrays = episode(folder)
+    change(arrays)
+    with pytest.raises(CacheError, match=f"^{message}"):
+        writer.add_episode(arrays)
+
+
+def test_bad_folders_are_named(folder, tmp_path):
+    with pytest.raises(CacheError, match=r"no cache\.json"):
+        Cache(tmp_path)
+    with pytest.raises(CacheError, match=r"no latents\.json"):
+        Cache(folder, "other")
+    with pytest.raises(CacheError, match="holds a cache already"):
+        CacheWriter(folder, CONFIG, [], [])
+    with pytest.raises(CacheError, match="latent: shape"):
+        write_latents(
+            tmp_path, "x", "s", np.zeros((4, 1, 1, 3)), np.zeros((4, 1)), LatentSpec("k", 1, 5)
+        )

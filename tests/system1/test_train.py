@@ -1,0 +1,160 @@
+"""Training: the loss falls, a stopped run goes on as if it had not, bad runs stop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from system1.config import ConfigError
+from system1.data import Augment, Cache
+from system1.losses import LossParts, diffusion_loss, trajectory_loss
+from system1.policy import DiffusionPolicy
+from system1.sampler import row_alphas
+from system1.train import TrainConfig, Trainer, policy_config, train
+from tests.system1.synthetic import make_cache
+from tests.system1.test_policy import tiny
+
+SMALL = {"dim": 48, "heads": 4, "encoder_width": 8, "layers": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cache")
+    make_cache(path, tiny(n_tasks=2))
+    return path
+
+
+def run_config(folder, out, **changes) -> TrainConfig:
+    base = TrainConfig(
+        cache=folder,
+        out=out,
+        latents="fake",
+        changes=SMALL,
+        steps=6,
+        batch=8,
+        draws=4,
+        lr=3e-3,
+        warmup=2,
+        validation=0.2,
+        eval_every=6,
+        save_every=3,
+        log_every=1,
+        augment=Augment(shift=1),
+    )
+    return replace(base, **changes)
+
+
+def test_the_loss_falls_and_the_policy_learns_where_to_go(folder, tmp_path):
+    run = Trainer(run_config(folder, tmp_path, steps=60, eval_every=60, ema=0.9, validation=0.0))
+    before = run.evaluate()
+    history = run.run()
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert history[-1]["val_loss"] < 0.6 * before["val_loss"]
+    assert history[-1]["val_position_m"] < 0.7 * before["val_position_m"]
+    assert (tmp_path / "loss.png").stat().st_size > 5_000
+    assert json.loads((tmp_path / "train.json").read_text())["step"] == 60
+    policy = DiffusionPolicy.load(tmp_path)
+    assert policy.spec.latent.model_id == "fake0"
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(folder, tmp_path):
+    whole = Trainer(run_config(folder, tmp_path / "a"))
+    whole.run()
+    first = Trainer(run_config(folder, tmp_path / "b"))
+    for _ in range(3):
+        first.train_step()
+    first.save()
+    second = Trainer(run_config(folder, tmp_path / "b"))
+    assert second.step == 3
+    second.run()
+    for (name, a), b in zip(
+        whole.model.state_dict().items(), second.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    for name, value in whole.ema.values.items():
+        assert torch.equal(value, second.ema.values[name]), name
+
+
+def test_bf16_stays_close(folder, tmp_path):
+    exact = Trainer(run_config(folder, tmp_path / "a")).train_step()
+    half = Trainer(run_config(folder, tmp_path / "b", bf16=True)).train_step()
+    assert half["loss"] == pytest.approx(exact["loss"], rel=0.05)
+    assert half["loss"] != exact["loss"]
+
+
+def test_a_time_limit_stops_and_saves(folder, tmp_path):
+    train(run_config(folder, tmp_path, steps=1000, time_limit_s=1e-6))
+    assert json.loads((tmp_path / "train.json").read_text())["step"] == 1
+
+
+def test_frozen_parts_stay(folder, tmp_path):
+    run = Trainer(run_config(folder, tmp_path, freeze=("encoder.",)))
+    before = {n: t.clone() for n, t in run.model.state_dict().items()}
+    run.train_step()
+    after = run.model.state_dict()
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed
+    assert all(n.startswith("head.") for n in changed)
+
+
+def test_a_run_can_start_from_a_checkpoint(folder, tmp_path):
+    first = Trainer(run_config(folder, tmp_path / "a", latents=None))
+    first.train_step()
+    first.save()
+    second = Trainer(run_config(folder, tmp_path / "b", init=tmp_path / "a"))
+    weights = DiffusionPolicy.load(tmp_path / "a").model.state_dict()
+    for name, tensor in second.model.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    assert second.policy_config.use_latent
+    assert second.policy_config.latent_model_id == "fake0"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
+    run = Trainer(run_config(folder, tmp_path))
+    run.model.head.out.bias.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="the loss of step 0 is nan"):
+        run.train_step()
+
+
+def test_contradictions_are_named(folder, tmp_path):
+    cache = Cache(folder, "fake")
+    with pytest.raises(ConfigError, match="horizon: 9 contradicts the cache, which has 6"):
+        policy_config(run_config(folder, tmp_path, changes={"horizon": 9}), cache)
+    with pytest.raises(ConfigError, match="preset: 'big' is not one of"):
+        policy_config(run_config(folder, tmp_path, preset="big"), cache)
+
+
+def test_masked_rows_do_not_count():
+    g = torch.Generator().manual_seed(0)
+    target, predicted = torch.randn(2, 2, 4, 9, generator=g)
+    logits, opened = torch.randn(2, 4, 1, generator=g), torch.rand(2, 4, generator=g)
+    mask = torch.tensor([[True, True, False, False], [True, False, False, False]])
+    parts = trajectory_loss(predicted, target, logits, opened, mask)
+    gap = (predicted - target).abs()[mask]
+    torch.testing.assert_close(parts.position, gap[:, :3].mean())
+    torch.testing.assert_close(parts.rotation, gap[:, 3:].mean())
+    spoiled = target.clone()
+    spoiled[~mask] = 1e6
+    again = trajectory_loss(predicted, spoiled, logits, opened, mask)
+    torch.testing.assert_close(parts.total, again.total)
+    weighted = 30 * parts.position + 10 * parts.rotation + parts.gripper
+    torch.testing.assert_close(
+        LossParts(*(getattr(parts, n) for n in ("position", "rotation", "gripper"))).total, weighted
+    )
+
+
+def test_draws_spread_the_timesteps():
+    config, seen = tiny(), []
+
+    def model(x, t):
+        seen.append(t)
+        return x, x[..., :1]
+
+    clean = torch.zeros(3, 6, 9)
+    ones = torch.ones(3, 6)
+    diffusion_loss(model, clean, ones, ones.bool(), row_alphas(config), "sample", 4, None)
+    t = seen[0].view(3, 4)
+    assert ((t // 25) == torch.arange(4)).all()
