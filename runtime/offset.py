@@ -89,7 +89,9 @@ class OffsetEstimator:
             exchange.t_heard_ns >= exchange.t_asked_ns
             and exchange.t_answered_ns >= exchange.t_received_ns
         )
-        if not ordered or exchange.rtt_ns < 0:
+        # A remote clock that runs fast can make the way seem shorter than nothing.
+        slip_ns = self.slip_ns(exchange.t_heard_ns - exchange.t_asked_ns)
+        if not ordered or exchange.rtt_ns < -slip_ns:
             return False
         kept = [old for old in self._exchanges if not _within(exchange, old)]
         self._exchanges.clear()
@@ -108,7 +110,7 @@ class OffsetEstimator:
             return None
         low, high = self._bounds(at_ns)
         offset = (low + high) // 2
-        rtt = min(exchange.rtt_ns for exchange in self._exchanges)
+        rtt = max(0, min(exchange.rtt_ns for exchange in self._exchanges))
         return Offset(offset, high - offset, at_ns, rtt)
 
     def _bounds(self, at_ns: int) -> tuple[int, int]:
@@ -122,8 +124,11 @@ class OffsetEstimator:
         return max(lows), min(highs)
 
     def slip_ns(self, elapsed_ns: int) -> int:
-        """Return by how much the clocks may drift apart in that time, rounded up."""
-        return -(-elapsed_ns * self._drift_ppb // 1_000_000_000)
+        """Return by how much the clocks may drift apart in that time, rounded up and one more.
+
+        The one is for the rounding of the clocks' own readings.
+        """
+        return 1 - (-elapsed_ns * self._drift_ppb // 1_000_000_000)
 
 
 def _within(new: Exchange, old: Exchange) -> bool:

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runtime.clock import FakeClock
@@ -44,7 +44,8 @@ class Remote:
 DELAY = st.integers(0, 50 * MS)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=300)
+@example(0, 162.0, [(0, 3087, 0, 0)], 0)  # no delay, and a remote clock that runs fast
 @given(
     st.integers(-(10**15), 10**15),
     st.floats(-200, 200),
@@ -100,7 +101,8 @@ def test_one_sided_delays_intersect() -> None:
     estimator.add(remote.exchange(40 * MS, 0, 0))
     found = estimator.estimate(clock.now_ns())
     assert found is not None
-    assert (found.offset_ns, found.uncertainty_ns) == (-(10**12), 0)
+    assert found.offset_ns == -(10**12)
+    assert found.uncertainty_ns <= 1  # a reading's rounding
 
 
 def test_uncertainty_grows_with_age() -> None:
