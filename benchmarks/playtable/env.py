@@ -94,7 +94,8 @@ class PlayTableEnv:
         """
         joints, finger_m = parse_robot_obs(robot_obs)
         parsed = None if scene_obs is None else parse_scene_obs(scene_obs)
-        self.world.rebuild()
+        if self.world.journal:  # else it was just built
+            self.world.rebuild()
         self.mechanisms.clear()
         if parsed is None:
             place_blocks(self.world, self.np_random)
@@ -321,7 +322,7 @@ class PlayTableEnv:
         self.mechanisms.set_logic(state.logic)
 
     def add_substep_hook(self, hook: SubstepHook) -> None:
-        """Call `hook(world)` before every physics substep, from now on."""
+        """Call `hook(world)` before every physics substep, over resets, until it is removed."""
         self.world.hooks.append(hook)
 
     def remove_substep_hook(self, hook: SubstepHook) -> None:
