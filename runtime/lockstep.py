@@ -70,7 +70,7 @@ def _embedded(config: RunConfig, clock: object) -> tuple[str, dict[str, Any]]:
     options = dict(config.robot.options) | {"clock": clock}
     if config.robot.name != "sim":
         return config.robot.name, options
-    return "runtime.robots.env:PlayTableRobot", options | {
+    return "playtable", options | {
         "scene": config.world.scene,
         "cameras": config.world.cameras,
     }
