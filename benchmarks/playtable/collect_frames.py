@@ -14,11 +14,16 @@ from safetensors import safe_open
 from benchmarks.playtable.annotations import replace_file
 from benchmarks.playtable.collect_config import CollectConfig
 from benchmarks.playtable.collect_pool import Report, pooled, unit_path
-from benchmarks.playtable.frames import FramesConfig, draw_unit
+from benchmarks.playtable.frames import (
+    FramesConfig,
+    cache_index,
+    draw_for_system2,
+    draw_unit,
+)
 from runtime.config import ConfigError
 
-FRAMES, FRAMES_SETTINGS = "frames", "settings.json"
-FRAMES_EACH = 13  # moments of a demonstration with every=3, for the estimate of disk
+FRAMES, SYSTEM2, ABOUT = "frames", "system2", "moments.json"
+FRAMES_EACH = 10  # moments of a demonstration with every=4, for the estimate of disk
 
 
 def draw(config: CollectConfig, report: Report | None = None) -> dict[str, Any]:
@@ -28,68 +33,98 @@ def draw(config: CollectConfig, report: Report | None = None) -> dict[str, Any]:
         ConfigError: it would take more disk than allowed or free, or the folder's frames
             were drawn with other settings.
     """
-    folder, settings = config.folder / FRAMES, config.frames
-    begun = time.monotonic()
-    units = [
-        unit_path(config.folder, scene, n)
-        for n in range(config.per_task)
-        for scene in config.scenes
-    ]
-    todo = [u for u in units if u.exists() and not frames_path(u).exists()]
-    check_frames_folder(folder, settings, len(todo) * len(config.tasks))
-    work = [(str(unit), settings.model_dump_json()) for unit in todo]
-    counts: list[int] = []
-    for done, count in enumerate(pooled(write_frames, work, config.jobs), 1):
-        counts.append(count)
+    root, settings = config.folder, config.frames
+    folder, begun = root / FRAMES, time.monotonic()
+    units = [unit_path(root, s, n) for n in range(config.per_task) for s in config.scenes]
+    units = [unit for unit in units if unit.exists()]
+    todo = [u for u in units if not shard_path(u).exists()]
+    more = len(todo) * len(config.tasks) * FRAMES_EACH * 4 // settings.every
+    check_frames_folder(folder, settings, more * settings.bytes_per_frame())
+    text = settings.model_dump_json()
+    work: list[tuple[Any, ...]] = [(str(unit), text) for unit in todo]
+    for done, count in enumerate(pooled(write_shard, work, config.jobs), 1):
         if report is not None:
             report(done, len(todo), f"{count} frames")
-    files = sorted(folder.glob("*.safetensors"))
+    if settings.system2_px:
+        _draw_for_system2(config, units, report)
+    shards = [
+        {"file": shard_path(u).name, "frames": frames_in(shard_path(u))} for u in sorted(units)
+    ]
+    notes = {"collection": root.name, "moments": settings.moments()}
+    replace_file(folder / "cache.json", cache_index(shards, notes))
     return {
-        "frames": sum(frames_in(f) for f in files),
-        "frames_bytes": sum(f.stat().st_size for f in files),
-        "frames_files": len(files),
+        "frames": sum(int(str(shard["frames"])) for shard in shards),
+        "frames_bytes": sum(f.stat().st_size for f in folder.rglob("*.safetensors")),
+        "frames_files": len(shards),
         "frames_settings": settings.model_dump(mode="json"),
         "frames_wall_s": round(time.monotonic() - begun, 1),
     }
 
 
-def frames_path(unit: Path) -> Path:
+def _draw_for_system2(config: CollectConfig, units: list[Path], report: Report | None) -> None:
+    """System 2's images of every shard that has none yet."""
+    folder = config.folder / FRAMES / SYSTEM2
+    sizes = folder / "size.json"
+    if sizes.exists() and json.loads(sizes.read_text()) != config.frames.system2_px:
+        raise ConfigError(f"frames.system2_px: {folder} was drawn with another size")
+    replace_file(sizes, json.dumps(config.frames.system2_px).encode())
+    missing = [u for u in units if not (folder / shard_path(u).name).exists()]
+    text = config.frames.model_dump_json()
+    work: list[tuple[Any, ...]] = [(str(unit), text) for unit in missing]
+    for done, count in enumerate(pooled(write_system2, work, config.jobs), 1):
+        if report is not None:
+            report(done, len(missing), f"{count} images for System 2")
+
+
+def shard_path(unit: Path) -> Path:
     """Where the frames of a unit are kept."""
     return unit.parent.parent / FRAMES / f"{unit.stem}.safetensors"
 
 
-def frames_in(path: Path) -> int:
-    """How many moments a frames file holds."""
+def frames_in(path: Path, name: str = "task") -> int:
+    """How many rows a file holds."""
     with safe_open(path, "np") as stored:
-        return int(stored.get_slice("task").get_shape()[0])
+        return int(stored.get_slice(name).get_shape()[0])
 
 
-def check_frames_folder(folder: Path, settings: FramesConfig, demonstrations: int) -> None:
-    """Make the frames folder, or refuse before anything is written."""
-    about = folder / FRAMES_SETTINGS
-    mine = settings.model_dump(mode="json", exclude={"max_gb"})
-    if about.exists() and json.loads(about.read_text(encoding="utf-8")) != mine:
+def check_frames_folder(folder: Path, settings: FramesConfig, more: int) -> None:
+    """Make the frames folder, or refuse before anything is written.
+
+    Args:
+        folder: of the frames.
+        settings: of the frames.
+        more: bytes that are to come, estimated.
+    """
+    about = folder / ABOUT
+    if about.exists() and json.loads(about.read_text(encoding="utf-8")) != settings.moments():
         raise ConfigError(
-            f"frames: {folder} was drawn with other settings; remove it or use other ones"
+            f"frames: {folder} was drawn with other settings; remove it or use the same"
         )
-    there = sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder.exists() else 0
-    more = demonstrations * FRAMES_EACH * 3 // settings.every * settings.bytes_per_frame()
+    there = sum(f.stat().st_size for f in folder.rglob("*.safetensors")) if folder.exists() else 0
     if there + more > settings.max_gb * 1e9:
         raise ConfigError(
             f"frames.max_gb: {(there + more) / 1e9:.1f} GB are needed, {settings.max_gb} allowed"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder.parent).free
     if more > free:
         raise ConfigError(f"out: {more / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-    replace_file(about, json.dumps(mine, indent=1).encode())
-    for torn in folder.glob(".*.tmp"):
+    replace_file(about, json.dumps(settings.moments(), indent=1).encode())
+    for torn in folder.rglob(".*.tmp"):
         torn.unlink()
 
 
-def write_frames(unit: str, settings: str) -> int:
-    """Draw one unit's frames into their file; returns how many."""
+def write_shard(unit: str, settings: str) -> int:
+    """Draw one unit's frames into their shard; returns how many."""
     torch.set_num_threads(1)
-    path = frames_path(Path(unit))
+    path = shard_path(Path(unit))
     replace_file(path, draw_unit(Path(unit), FramesConfig.model_validate_json(settings)))
     return frames_in(path)
+
+
+def write_system2(unit: str, settings: str) -> int:
+    """Draw one unit's images for System 2; returns how many."""
+    torch.set_num_threads(1)
+    shard = shard_path(Path(unit))
+    path = shard.parent / SYSTEM2 / shard.name
+    replace_file(path, draw_for_system2(Path(unit), FramesConfig.model_validate_json(settings)))
+    return frames_in(path, "rgb")

@@ -2,33 +2,26 @@
 
 Only moments that training reads are drawn, at the size on which the policy's encoder works,
 each chain of demonstrations in a look of its own (woods, light, tiles, sensor noise, small
-errors of the cameras' poses). One file a unit of the collection, whole or not at all:
-`frames/<scene>_<number>.safetensors` with N samples.
+errors of the cameras' poses). The result is a training cache as `system1.cache` describes
+it, one shard a unit of the collection, whole or not at all, and an index made last.
 
-Tensors (W is the world frame; t the moment shown):
-    rgb_static (N, 100, 100, 3) u8, rgb_gripper (N, 84, 84, 3) u8
-    depth_static, depth_gripper (N, H, W) u16: tenths of a millimetre along the optical axis,
-        0 where there is none
-    K_static, K_gripper (3, 3) f32: intrinsics at the stored size, pixel centres at +0.5
-    T_static, T_gripper (N, 4, 4) f32: camera to W, OpenCV axes
-    proprio (N, 9) f32: TCP position m, quaternion xyzw, gripper width m, openness commanded
-    targets (N, 16, 8) f32: row i is the target sent at t + i/30 s, to be reached at
-        t + (i+1)/30 s: position m, quaternion xyzw, openness 0 or 1
-    mask (N, 16) bool: False past the end, and from the row after a push on the arm began
-    task (N,) i64: index into `tasks.TASK_NAMES`
-    demonstration, step (N,) i64: where in the unit the moment is; `steps_left` (N,) i64 to
-        the first success
-    rgb_system2 (N, P, P, 3) u8: the static camera as System 2 sees it (only with
-        `system2_px`)
-Metadata: `scene`, `number`, `instructions` (JSON list by demonstration), `settings` (JSON).
+What the cache leaves open is decided here: a pushed arm's moments keep the targets up to the
+one sent when the push began (later ones answer to something that the picture does not show)
+and are left out when fewer than four remain. `steps_left` (N,) int32 stands beside the
+cache's own tensors: steps to the first success, 0 and below once it is done.
+
+System 2's images are drawn apart, from the same moments in the same looks: `rgb` (N, P, P, 3)
+uint8 of the static camera, in `system2/` under the same file names.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -36,18 +29,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save
 from torch import Tensor
 
+from benchmarks.dsvlabench.phrases import training
 from benchmarks.playtable.appearance import Appearance
 from benchmarks.playtable.cameras import RenderedFrame, SceneRenderer
 from benchmarks.playtable.collect_unit import read_unit
 from benchmarks.playtable.demonstrations import Demonstration
+from benchmarks.playtable.scene import SCENES
 from benchmarks.playtable.tasks import TASK_NAMES
+from system1.cache import DEPTH_UNIT_M, FORMAT
+from system1.config import CameraConfig, PolicyConfig, small
 from system1.points import shrink
 
-HORIZON = 16
-DEPTH_UNIT_M = 1e-4
-FARTHEST_M = 6.5
+FARTHEST_M = 6.5  # as far as 16 bits of the cache's unit reach
 MIN_ROWS = 4  # a moment with fewer usable targets teaches too little for its picture
-FORMAT = 1
+MOST_UNITS, MOST_DEMONSTRATIONS = 100_000, 100  # room in an episode's number
 
 
 class FramesConfig(BaseModel):
@@ -57,26 +52,34 @@ class FramesConfig(BaseModel):
         every: draw every so many-th step; 0 draws nothing.
         near_grip: also draw steps this near to a change of the gripper (0 for none).
         plain: share of looks that are the scene's own.
-        static_px, gripper_px: stored image sizes.
-        system2_px: size of System 2's image; 0 stores none.
+        system2_px: size of System 2's images; 0 draws none.
+        seed: decides moments and looks.
         max_gb: refuse to start what would take more disk than this.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    every: Annotated[int, Field(ge=0)] = 3
-    near_grip: Annotated[int, Field(ge=0)] = 2
+    every: Annotated[int, Field(ge=0)] = 4
+    near_grip: Annotated[int, Field(ge=0)] = 1
     plain: Annotated[float, Field(ge=0, le=1)] = 0.25
-    static_px: Annotated[int, Field(ge=16, le=200)] = 100
-    gripper_px: Annotated[int, Field(ge=16, le=84)] = 84
     system2_px: Annotated[int, Field(ge=0, le=200)] = 0
     seed: Annotated[int, Field(ge=0)] = 0
     max_gb: Annotated[float, Field(gt=0)] = 16.0
 
+    def moments(self) -> dict[str, Any]:
+        """What must agree for two drawings to show the same moments in the same looks."""
+        return self.model_dump(include={"every", "near_grip", "plain", "seed"})
+
     def bytes_per_frame(self) -> int:
         """Disk that one moment takes."""
-        pixels = self.static_px**2 + self.gripper_px**2
-        return 5 * pixels + 3 * self.system2_px**2 + 900
+        pixels = sum(c.work_height * c.work_width for c in small().cameras)
+        return 5 * pixels + 3 * self.system2_px**2 + 1000
+
+
+@cache
+def instructions() -> tuple[str, ...]:
+    """All training sentences; a frame's `instruction` is an index into this."""
+    return tuple(sentence for task in TASK_NAMES for sentence in training()[task])
 
 
 def chosen_steps(
@@ -92,9 +95,9 @@ def chosen_steps(
     return [s for s in sorted(wanted) if usable_rows(demonstration, s) >= MIN_ROWS]
 
 
-def usable_rows(demonstration: Demonstration, step: int) -> int:
+def usable_rows(demonstration: Demonstration, step: int, horizon: int = 16) -> int:
     """How many targets from `step` on were meant for what came of the ones before."""
-    clean = demonstration.clean[step : step + HORIZON]
+    clean = demonstration.clean[step : step + horizon]
     pushed = np.flatnonzero(~clean)
     return int(pushed[0]) + 1 if len(pushed) else len(clean)
 
@@ -106,40 +109,71 @@ def look_of(scene: str, config: FramesConfig, rng: np.random.Generator) -> Appea
     return Appearance.random(int(rng.integers(1 << 31)), scene)
 
 
-def draw_unit(path: Path, config: FramesConfig) -> bytes:
-    """Draw the moments of one unit file; returns the content of its frames file."""
+def moments_of(path: Path, config: FramesConfig) -> list[tuple[Appearance, int, list[int]]]:
+    """Per demonstration of a unit: its look, its episode number, the steps to draw."""
     about, found = read_unit(path)
     scene, number = about["scene"], about["number"]
     rng = np.random.default_rng([zlib.crc32(f"frames {scene}".encode()), config.seed, number])
-    renderer = SceneRenderer(scene)
-    parts: dict[str, list[Tensor]] = {}
-    fixed: dict[str, Tensor] = {}
+    first = (sorted(SCENES).index(scene) * MOST_UNITS + number) * MOST_DEMONSTRATIONS
+    look, out = Appearance.of(scene), []
     for index, (row, demonstration) in enumerate(zip(about["demonstrations"], found, strict=True)):
         if row["chain"] == 0:
-            renderer.set_appearance(look_of(scene, config, rng))
-        steps = chosen_steps(demonstration, config, rng)
+            look = look_of(scene, config, rng)
+        out.append((look, first + index, chosen_steps(demonstration, config, rng)))
+    return out
+
+
+def draw_unit(path: Path, config: FramesConfig) -> bytes:
+    """Draw the moments of one unit file; returns the content of its shard."""
+    policy = small()
+    parts: dict[str, list[Tensor]] = {}
+    about, found = read_unit(path)
+    renderer = SceneRenderer(about["scene"], [c.name for c in policy.cameras])
+    moments = moments_of(path, config)
+    for demonstration, (look, episode, steps) in zip(found, moments, strict=True):
         if not steps:
             continue
+        if look is not renderer.appearance:
+            renderer.set_appearance(look)
         frames = [renderer.render(demonstration.states[s].astype(np.float64)) for s in steps]
-        for camera, size in (("static", config.static_px), ("gripper", config.gripper_px)):
-            images, K = _pictures([f[camera] for f in frames], camera, size)
-            fixed[f"K_{camera}"] = K
-            _append(parts, images)
-        if config.system2_px:
-            _append(parts, _for_system2([f["static"] for f in frames], config.system2_px))
-        _append(parts, _labels(demonstration, index, steps))
-    tensors = {name: torch.cat(rows) for name, rows in parts.items()} | fixed
-    instructions = [d.instruction for d in found]
-    return save(
-        tensors,
+        for camera in policy.cameras:
+            _append(parts, pictures([f[camera.name] for f in frames], camera))
+        _append(parts, labels(demonstration, episode, steps, policy))
+    tensors = {name: torch.cat(rows) for name, rows in parts.items()}
+    return save(tensors, {"scene": about["scene"], "settings": config.model_dump_json()})
+
+
+def draw_for_system2(path: Path, config: FramesConfig) -> bytes:
+    """System 2's images of the same moments, row by row."""
+    about, found = read_unit(path)
+    renderer = SceneRenderer(about["scene"], ["static"])
+    images = []
+    for demonstration, (look, _, steps) in zip(found, moments_of(path, config), strict=True):
+        if look is not renderer.appearance:
+            renderer.set_appearance(look)
+        for step in steps:
+            frame = renderer.render(demonstration.states[step].astype(np.float64))["static"]
+            images.append(_resized(frame.rgb, config.system2_px))
+    return save({"rgb": torch.stack(images)})
+
+
+def cache_index(shards: list[dict[str, Any]], notes: dict[str, Any]) -> bytes:
+    """The content of `cache.json` for shards [{"file", "frames"}]."""
+    policy = small()
+    return json.dumps(
         {
-            "format": str(FORMAT),
-            "scene": scene,
-            "number": str(number),
-            "instructions": json.dumps(instructions),
-            "settings": config.model_dump_json(),
+            "format": FORMAT,
+            "hz": policy.hz,
+            "horizon": policy.horizon,
+            "nhist": policy.nhist,
+            "cameras": [asdict(c) for c in policy.cameras],
+            "tasks": list(TASK_NAMES),
+            "instructions": list(instructions()),
+            "shards": shards,
+            "notes": notes,
         },
-    )
+        indent=1,
+    ).encode()
 
 
 def _append(parts: dict[str, list[Tensor]], rows: dict[str, Tensor]) -> None:
@@ -147,49 +181,51 @@ def _append(parts: dict[str, list[Tensor]], rows: dict[str, Tensor]) -> None:
         parts.setdefault(name, []).append(tensor)
 
 
-def _pictures(
-    frames: list[RenderedFrame], camera: str, size: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """One camera's frames at the stored size, and its intrinsics there."""
+def pictures(frames: list[RenderedFrame], camera: CameraConfig) -> dict[str, Tensor]:
+    """One camera's frames as the cache keeps them, shrunk as at run time."""
     rgb = torch.from_numpy(np.stack([f.rgb for f in frames])).permute(0, 3, 1, 2).float()
     depth = torch.from_numpy(np.stack([f.depth for f in frames]))
-    K = torch.as_tensor(np.stack([f.K for f in frames]), dtype=torch.float32)
-    rgb, depth, K = shrink(rgb, depth, K, size, size)
+    k = torch.as_tensor(np.stack([f.K for f in frames]), dtype=torch.float32)
+    rgb, depth, k = shrink(rgb, depth, k, camera.work_height, camera.work_width)
     seen = torch.isfinite(depth) & (depth > 0) & (depth < FARTHEST_M)
-    tenths = torch.where(seen, depth / DEPTH_UNIT_M, 0.0).round().to(torch.int32)
+    units = torch.where(seen, depth / DEPTH_UNIT_M, 0.0).round().to(torch.int32)
     poses = np.stack([f.T_world_cam for f in frames])
-    images = {
-        f"rgb_{camera}": rgb.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous(),
-        f"depth_{camera}": tenths.to(torch.uint16),
-        f"T_{camera}": torch.as_tensor(poses, dtype=torch.float32),
-    }
-    return images, K[0].contiguous()
-
-
-def _for_system2(frames: list[RenderedFrame], size: int) -> dict[str, Tensor]:
-    rgb = torch.from_numpy(np.stack([f.rgb for f in frames])).permute(0, 3, 1, 2).float()
-    small = torch.nn.functional.interpolate(
-        rgb, size=(size, size), mode="bilinear", antialias=True, align_corners=False
-    )
-    image = small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return {"rgb_system2": image.contiguous()}
-
-
-def _labels(demonstration: Demonstration, index: int, steps: list[int]) -> dict[str, Tensor]:
-    targets = np.zeros((len(steps), HORIZON, 8), np.float32)
-    mask = np.zeros((len(steps), HORIZON), bool)
-    for i, step in enumerate(steps):
-        rows = demonstration.targets[step : step + HORIZON]
-        targets[i, : len(rows)] = rows
-        targets[i, len(rows) :] = rows[-1]
-        mask[i, : usable_rows(demonstration, step)] = True
-    at = torch.tensor(steps)
+    whole = rgb.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     return {
-        "targets": torch.from_numpy(targets),
-        "mask": torch.from_numpy(mask),
-        "proprio": torch.from_numpy(demonstration.proprio[steps]),
-        "task": torch.full((len(steps),), TASK_NAMES.index(demonstration.task)),
-        "demonstration": torch.full((len(steps),), index),
+        f"rgb.{camera.name}": whole.contiguous(),
+        f"depth.{camera.name}": units.to(torch.uint16),
+        f"K.{camera.name}": k.contiguous(),
+        f"T.{camera.name}": torch.as_tensor(poses, dtype=torch.float32),
+    }
+
+
+def _resized(rgb: Any, size: int) -> Tensor:
+    image = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
+    small_ = torch.nn.functional.interpolate(
+        image, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
+    return small_[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+
+
+def labels(
+    demonstration: Demonstration, episode: int, steps: list[int], policy: PolicyConfig
+) -> dict[str, Tensor]:
+    """What belongs to the pictures of some steps of a demonstration."""
+    count, horizon = len(steps), policy.horizon
+    index = np.array(steps)[:, None] + np.arange(horizon)
+    rows = demonstration.targets[np.minimum(index, len(demonstration.targets) - 1)]
+    usable = np.array([usable_rows(demonstration, step, horizon) for step in steps])
+    past = np.array(steps)[:, None] + np.arange(1 - policy.nhist, 1)
+    sentence = instructions().index(demonstration.instruction)
+    at = torch.tensor(steps, dtype=torch.int32)
+    return {
+        "proprio": torch.from_numpy(demonstration.proprio[np.maximum(past, 0)]),
+        "target_pose": torch.from_numpy(np.ascontiguousarray(rows[..., :7])),
+        "target_open": torch.from_numpy(np.ascontiguousarray(rows[..., 7])),
+        "target_mask": torch.from_numpy(np.arange(horizon) < usable[:, None]),
+        "task": torch.full((count,), TASK_NAMES.index(demonstration.task), dtype=torch.int32),
+        "instruction": torch.full((count,), sentence, dtype=torch.int32),
+        "episode": torch.full((count,), episode, dtype=torch.int32),
         "step": at,
         "steps_left": demonstration.steps - at,
     }

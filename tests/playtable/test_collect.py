@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from benchmarks.dsvlabench.phrases import training
@@ -18,9 +19,10 @@ from benchmarks.playtable.collect_frames import draw
 from benchmarks.playtable.collect_unit import collect_unit, read_unit, unit_bytes
 from benchmarks.playtable.dataset import Dataset
 from benchmarks.playtable.demonstrations import Demonstration
-from benchmarks.playtable.frames import FramesConfig, chosen_steps, usable_rows
+from benchmarks.playtable.frames import FramesConfig, chosen_steps, instructions, usable_rows
 from benchmarks.playtable.tasks import TASK_NAMES
 from runtime.config import ConfigError
+from system1.data import Cache
 
 TASKS = ("turn_on_led", "open_drawer", "place_in_drawer")
 
@@ -34,7 +36,7 @@ def config(folder: Path, **changes: object) -> CollectConfig:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """A small collection of two units with its frames, and its card."""
     folder = tmp_path_factory.mktemp("collection") / "data"
-    settings = config(folder, per_task=2, frames=FramesConfig(every=6, system2_px=32))
+    settings = config(folder, per_task=2, frames=FramesConfig(every=6, system2_px=25))
     card = collect(settings)
     return folder, card | draw(settings)
 
@@ -101,39 +103,53 @@ def test_foreign_folders_are_left_alone(tmp_path: Path, made: tuple[Path, dict])
     assert sorted(p.name for p in made[0].rglob("*")) == before
 
 
-def test_frames_show_what_was_done(made: tuple[Path, dict]) -> None:
+def test_the_cache_shows_what_was_done(made: tuple[Path, dict]) -> None:
     folder, _ = made
+    cache = Cache(folder / "frames")
     tensors = load_file(folder / "frames" / "A_00000.safetensors")
     _, found = read_unit(folder / "units" / "A_00000.npz")
     n = len(tensors["task"])
-    assert tensors["rgb_static"].shape == (n, 100, 100, 3)
-    assert tensors["rgb_gripper"].shape == (n, 84, 84, 3)
-    assert tensors["rgb_system2"].shape == (n, 32, 32, 3)
+    assert tensors["rgb.static"].shape == (n, 100, 100, 3)
+    assert tensors["rgb.gripper"].shape == (n, 84, 84, 3)
     for i in range(n):
-        d, step = found[tensors["demonstration"][i]], int(tensors["step"][i])
-        rows = int(tensors["mask"][i].sum())
-        assert rows >= 4 and tensors["mask"][i, :rows].all()
-        assert np.array_equal(tensors["targets"][i, :rows], d.targets[step : step + rows])
-        assert np.array_equal(tensors["proprio"][i], d.proprio[step])
+        d, step = found[tensors["episode"][i] % 100], int(tensors["step"][i])
+        rows = int(tensors["target_mask"][i].sum())
+        assert rows >= 4 and tensors["target_mask"][i, :rows].all()
+        sent = d.targets[step : step + rows]
+        assert np.array_equal(tensors["target_pose"][i, :rows], sent[:, :7])
+        assert np.array_equal(tensors["target_open"][i, :rows], sent[:, 7])
+        assert np.array_equal(tensors["proprio"][i, 0], d.proprio[step])
         assert TASK_NAMES[tensors["task"][i]] == d.task
+        assert instructions()[tensors["instruction"][i]] == d.instruction
         assert tensors["steps_left"][i] == d.steps - step
+    assert cache.task[:n].tolist() == tensors["task"].tolist()
+    assert cache.meta["instructions"][int(tensors["instruction"][0])] in training()[found[0].task]
 
 
-def test_stored_depth_lifts_the_tool_to_where_it_is(made: tuple[Path, dict]) -> None:
-    """The gripper camera sees things between 5 cm and 1 m; the static one around 4 m."""
-    tensors = load_file(made[0] / "frames" / "A_00000.safetensors")
-    metres = tensors["depth_static"].astype(float) * 1e-4
-    assert 3.5 < np.median(metres) < 5.0
-    u, v = 50, 50
-    K, T = tensors["K_static"], tensors["T_static"][0]
-    z = metres[0, v, u]
-    point = T[:3, :3] @ [(u + 0.5 - K[0, 2]) / K[0, 0] * z, (v + 0.5 - K[1, 2]) / K[1, 1] * z, z]
-    assert np.linalg.norm(point + T[:3, 3] - [0.0, 0.0, 0.45]) < 0.45  # the middle of the table
+def test_a_batch_comes_out_of_the_cache(made: tuple[Path, dict]) -> None:
+    cache = Cache(made[0] / "frames")
+    batch = cache.batch(torch.arange(5), torch.Generator().manual_seed(0))
+    assert batch.rows.shape == (5, 16, 9) and batch.inputs.rgb[0].shape == (5, 3, 100, 100)
+    first = batch.rows[:, 0, :3].norm(dim=-1)
+    assert (first < 0.09).all()  # the next target is near the tool
+    points = batch.inputs.xyz[0].permute(0, 2, 3, 1)[:, 40:60, 40:60].reshape(-1, 3)
+    middle = points.median(0).values  # the static camera looks at the middle of the table
+    assert (middle - torch.tensor([0.0, -0.05, 0.45])).norm() < 0.25
+
+
+def test_system2_sees_the_same_moments(made: tuple[Path, dict]) -> None:
+    folder = made[0] / "frames"
+    for name in ("A_00000", "A_00001"):
+        ours = load_file(folder / f"{name}.safetensors")["rgb.static"].astype(float)
+        theirs = load_file(folder / "system2" / f"{name}.safetensors")["rgb"].astype(float)
+        assert theirs.shape == (len(ours), 25, 25, 3)
+        coarse = ours.reshape(len(ours), 25, 4, 25, 4, 3).mean((2, 4))
+        assert np.abs(coarse - theirs).mean() < 6.0
 
 
 def test_frames_are_not_drawn_twice_nor_beyond_the_limit(made: tuple[Path, dict]) -> None:
     folder, card = made
-    settings = config(folder, per_task=2, frames=FramesConfig(every=6, system2_px=32))
+    settings = config(folder, per_task=2, frames=FramesConfig(every=6, system2_px=25))
     stamps = {p: p.stat().st_mtime_ns for p in (folder / "frames").iterdir()}
     assert draw(settings)["frames"] == card["frames"]
     assert all(p.stat().st_mtime_ns == t for p, t in stamps.items() if p.suffix == ".safetensors")
