@@ -80,7 +80,9 @@ def build_rig(
     """Join the parts; `robot` is connected. Raises SpecMismatch when they do not fit."""
     check_robot(robot.spec, spec)
     period = period_ns(config)
-    names = tuple(camera.name for camera in spec.cameras)
+    # A frame that is drawn when it is looked at is never stale, and looking would draw it.
+    lively = not getattr(robot, "frames_on_demand", False)
+    names = tuple(camera.name for camera in spec.cameras) if lively else ()
     loop = ControlLoop(
         robot=robot,
         goals=goals,

@@ -144,8 +144,10 @@ class ControlLoop:
         observation = replace(self.robot.get_observation(), epoch=self.epoch)
         now_ns = self.clock.now_ns()
         self.watchdog.saw("proprioception", observation.t_ns, now_ns)
-        for name, frame in observation.frames.items():
-            self.watchdog.saw_frame(name, frame, observation.tcp_pose, now_ns)
+        for name in self.watchdog.cameras:
+            frame = observation.frames.get(name)
+            if frame is not None:
+                self.watchdog.saw_frame(name, frame, observation.tcp_pose, now_ns)
         return observation
 
     def condition(self, observation: Observation, now_ns: int) -> LatentGoal | None:

@@ -79,6 +79,11 @@ class Watchdog:
         self._cameras = {name: _Camera() for name in cameras}
         self.future_refused = 0
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The cameras that are watched; nobody need look at the others' frames."""
+        return tuple(self._cameras)
+
     def arm(self, now_ns: int) -> None:
         """Start anew: every source counts as seen now, no camera as frozen."""
         self._newest_ns = dict.fromkeys(self._max_age_s, now_ns)

@@ -21,6 +21,7 @@ class CalvinRobot(EnvRobot):
         scene: "A" to "D".
         cameras: names, of "static" and "gripper".
         clock: see `EnvRobot`.
+        frames_on_demand: see `EnvRobot`; it draws 38 + 20 ms for a step of 2 ms.
     """
 
     def __init__(
@@ -28,9 +29,10 @@ class CalvinRobot(EnvRobot):
         scene: str = "D",
         cameras: Sequence[str] = ("static", "gripper"),
         clock: Clock | None = None,
+        frames_on_demand: bool = False,
     ) -> None:
         def make_env() -> Any:
             env = resolve("benchmarks.playtable.calvin:CalvinEnv")
             return env(scene=scene, cameras=tuple(cameras))
 
-        super().__init__(make_env, cameras, clock)
+        super().__init__(make_env, cameras, clock, frames_on_demand=frames_on_demand)

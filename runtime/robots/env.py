@@ -3,12 +3,15 @@
 Time stands still between two actions, so this is the driver of the lockstep clock, and of a
 wall clock that may wait for its world. The real-time simulator, whose physics and cameras run
 in processes of their own, is `runtime.robots.sim`.
+
+Frames can be drawn on demand: a world that stands still between two actions has nothing to
+miss, and a policy that plans every eighth step leaves seven in eight images unseen.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +21,44 @@ from runtime.quaternion import from_euler_xyz, normalise
 from runtime.resolve import resolve
 from runtime.robots.base import NotConnected, Robot, RobotError, check_action
 from runtime.spec import ActionSpec, CameraSpec, RobotSpec
-from runtime.types import Action, Observation
+from runtime.types import Action, CameraFrame, Observation
 
 log = logging.getLogger(__name__)
 
 CONTROL_HZ = 30.0  # calvin_env's; its step has no other length
 CAMERA_SIZES: Mapping[str, tuple[int, int]] = {"static": (200, 200), "gripper": (84, 84)}
 ORACLE = "benchmarks.playtable.tasks:completed"
+
+
+class FramesOnDemand(Mapping[str, CameraFrame]):
+    """One instant's frames by camera name, drawn when the first of them is looked at.
+
+    Args:
+        names: of the cameras.
+        draw: draws all of them; called at most once.
+    """
+
+    def __init__(self, names: Sequence[str], draw: Callable[[], Mapping[str, CameraFrame]]) -> None:
+        self._names, self._draw = tuple(names), draw
+        self._frames: Mapping[str, CameraFrame] | None = None
+
+    @property
+    def drawn(self) -> bool:
+        """Whether anybody has looked."""
+        return self._frames is not None
+
+    def __getitem__(self, name: str) -> CameraFrame:
+        if name not in self._names:
+            raise KeyError(name)
+        if self._frames is None:
+            self._frames = self._draw()
+        return self._frames[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class EnvRobot(Robot):
@@ -38,6 +72,13 @@ class EnvRobot(Robot):
         cameras: names, of "static" and "gripper".
         clock: stamps the observations; the host's monotonic clock by default.
         oracle: `"module:function"`, start info and end info to completed tasks.
+        frames_on_demand: draw only when a frame is looked at, which is then possible until
+            the next action is sent (afterwards it is a RobotError: what was to be seen is
+            gone).
+
+    Attributes:
+        frames_on_demand: as above; may be changed at any time.
+        renders: how often the cameras were drawn.
     """
 
     def __init__(
@@ -46,6 +87,7 @@ class EnvRobot(Robot):
         cameras: Sequence[str] = ("static", "gripper"),
         clock: Clock | None = None,
         oracle: str = ORACLE,
+        frames_on_demand: bool = False,
     ) -> None:
         for name in cameras:
             if name not in CAMERA_SIZES:
@@ -58,6 +100,9 @@ class EnvRobot(Robot):
         self._make_env = make_env
         self._now_ns = (clock or MonotonicClock()).now_ns
         self._oracle: Callable[[Any, Any], set[str]] = resolve(oracle)
+        self.frames_on_demand = frames_on_demand
+        self.renders = 0
+        self._version = 0  # of the world's state
         self._env: Any = None
         self._info: Mapping[str, Any] = {}
         self._start_info: Mapping[str, Any] = {}
@@ -99,14 +144,16 @@ class EnvRobot(Robot):
 
     def get_observation(self) -> Observation:
         """Return the world's state, and its cameras' view of just this state."""
-        env = self._connected()
+        self._connected()
         t_ns = self._now_ns()
         robot = self._info["robot_info"]
-        names = {camera.name for camera in self._spec.cameras}
-        frames = self._ask(lambda: env.camera_frames(t_ns=t_ns)) if names else {}
+        names = [camera.name for camera in self._spec.cameras]
+        frames: Mapping[str, CameraFrame] = FramesOnDemand(names, self._drawing(t_ns))
+        if not self.frames_on_demand and names:
+            frames = {name: frames[name] for name in names}
         return Observation(
             t_ns=t_ns,
-            frames={name: frame for name, frame in frames.items() if name in names},
+            frames=frames,
             tcp_pose=_tcp_pose(robot),
             gripper_width=float(robot["gripper_opening_width"]),
             gripper_open=float(robot["gripper_action"]) > 0,
@@ -121,6 +168,7 @@ class EnvRobot(Robot):
         rotation = normalise(q)
         opens = action.gripper >= 0.5
         command = ((x, y, z), rotation, 1 if opens else -1)
+        self._version += 1
         if hasattr(env, "advance"):
             self._ask(lambda: env.advance(command))
             self._info = self._ask(env.get_info)
@@ -157,6 +205,12 @@ class EnvRobot(Robot):
         self._ask(lambda: env.reset(robot_obs=robot_obs, scene_obs=scene_obs))
         self._begin()
 
+    def prepare_world(self, prepare: Callable[[Any], object]) -> None:
+        """Let `prepare(env)` put the world into a state, and take that as the start."""
+        env = self._connected()
+        self._ask(lambda: prepare(env))
+        self._begin()
+
     def begin_task(self, task: str, instruction: str) -> None:
         self._connected()
         self._start_info = self._info
@@ -170,8 +224,21 @@ class EnvRobot(Robot):
 
     # -- inside ---------------------------------------------------------------------------
 
+    def _drawing(self, t_ns: int) -> Callable[[], Mapping[str, CameraFrame]]:
+        """Return what draws the world as it is now, for as long as it stays so."""
+        env, version = self._env, self._version
+
+        def draw() -> Mapping[str, CameraFrame]:
+            if self._env is not env or self._version != version:
+                raise RobotError("the world has moved on; its cameras no longer show that instant")
+            self.renders += 1
+            return self._ask(lambda: env.camera_frames(t_ns=t_ns))
+
+        return draw
+
     def _begin(self) -> None:
         self._steps = 0
+        self._version += 1
         self._info = self._start_info = self._ask(self._env.get_info)
 
     def _connected(self) -> Any:
@@ -189,6 +256,9 @@ class EnvRobot(Robot):
 
 class PlayTableRobot(EnvRobot):
     """PlayTable inside this process.
+
+    What its cameras see is a plain vector, so an instant can be drawn at any later time: its
+    frames are always drawn on demand.
 
     Args:
         scene: "A" to "D".
@@ -208,7 +278,18 @@ class PlayTableRobot(EnvRobot):
             env = resolve("benchmarks.playtable.env:PlayTableEnv")
             return env(scene=scene, cameras=tuple(cameras), seed=seed)
 
-        super().__init__(make_env, cameras, clock)
+        super().__init__(make_env, cameras, clock, frames_on_demand=True)
+
+    def _drawing(self, t_ns: int) -> Callable[[], Mapping[str, CameraFrame]]:
+        env = self._connected()
+        state = env.visual_state()
+
+        def draw() -> Mapping[str, CameraFrame]:
+            self.renders += 1
+            views = env.renderer.render(state)
+            return {name: view.camera_frame(t_ns) for name, view in views.items()}
+
+        return draw
 
 
 def _tcp_pose(robot_info: Mapping[str, Any]) -> Any:

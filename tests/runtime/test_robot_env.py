@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from runtime.assembly import build_rig
 from runtime.clock import FakeClock
+from runtime.config import RunConfig
+from runtime.planner import SyncPlanner
 from runtime.robots.base import RobotError, make_robot
 from runtime.robots.env import EnvRobot
-from runtime.types import Action
+from runtime.spec import PolicySpec
+from runtime.types import Action, ActionChunk
 from tests.runtime.robot_cases import TinyEnv
 
 ORACLE = "tests.runtime.robot_cases:tiny_oracle"
@@ -96,3 +100,73 @@ def test_calvin_says_how_to_get_it_where_it_is_missing(monkeypatch, tmp_path):
     robot = make_robot("calvin", scene="D")
     with pytest.raises(ValueError, match="calvin_env is not installed"):
         robot.connect()
+
+
+class Counting(TinyEnv):
+    """Counts how often its cameras are drawn."""
+
+    drawn = 0
+
+    def camera_frames(self, t_ns):
+        self.drawn += 1
+        return super().camera_frames(t_ns)
+
+
+def test_frames_on_demand_are_drawn_once_and_only_when_looked_at():
+    env = Counting()
+    robot = connected(env, frames_on_demand=True)
+    observation = robot.get_observation()
+    assert set(observation.frames) == {"static", "gripper"} and env.drawn == 0
+    assert observation.frames["static"].t_ns == 7
+    assert observation.frames["gripper"].rgb.shape == (84, 84, 3)
+    assert env.drawn == robot.renders == 1
+    assert observation.frames.get("wrist") is None
+
+
+def test_a_frame_that_nobody_looked_at_in_time_is_gone():
+    robot = connected(Counting(), frames_on_demand=True)
+    seen, unseen = robot.get_observation(), robot.get_observation()
+    rgb = seen.frames["static"].rgb
+    send(robot, 0.2)
+    assert seen.frames["static"].rgb is rgb
+    with pytest.raises(RobotError, match="moved on"):
+        unseen.frames["static"]
+
+
+def test_playtable_shows_an_instant_at_any_later_time():
+    robot = make_robot("runtime.robots.env:PlayTableRobot")
+    robot.connect()
+    early, late = robot.get_observation(), robot.get_observation()
+    want = early.frames["static"]
+    for _ in range(5):
+        send(robot, 0.2)
+    got = late.frames["static"]
+    assert np.array_equal(got.rgb, want.rgb) and np.array_equal(got.depth, want.depth)
+    assert not np.array_equal(robot.get_observation().frames["static"].rgb, want.rgb)
+    robot.disconnect()
+
+
+def test_a_loop_does_not_watch_frames_that_are_drawn_on_demand():
+    env = Counting()
+    robot = connected(env, frames_on_demand=True)
+    spec = PolicySpec(robot.spec.cameras, None, robot.spec.action, 16)
+    rig = build_rig(RunConfig(), robot, spec, SyncPlanner(Still(spec), 10**9), None, FakeClock(7))
+    rig.loop.begin("stay")
+    rig.loop.tick()
+    assert env.drawn == 0 and rig.loop.watchdog.cameras == ()
+    robot.frames_on_demand = False
+    rig = build_rig(RunConfig(), robot, spec, SyncPlanner(Still(spec), 10**9), None, FakeClock(7))
+    assert rig.loop.watchdog.cameras == ("static", "gripper")
+
+
+class Still:
+    """A policy that never looks."""
+
+    def __init__(self, spec):
+        self.spec = spec
+
+    def reset(self, seed=None): ...
+
+    def act(self, observation, latents):
+        poses = np.tile(observation.tcp_pose, (16, 1))
+        return ActionChunk(observation.t_ns + 1, 33_333_333, poses, np.ones(16), observation.epoch)
