@@ -54,11 +54,11 @@ class Inbox:
     """The arrays of one message in order, each taken exactly once.
 
     They are either frames of their own (all but the first), or packed behind the header in
-    the first and only frame, each at a multiple of 8 bytes.
+    the first and only frame, 8 bytes or a multiple of that apart.
 
     Args:
         frames: the message.
-        at: where packed arrays would begin in the first frame.
+        at: where packed arrays begin in the first frame.
     """
 
     __slots__ = ("at", "frames", "packed", "used")
@@ -72,7 +72,8 @@ class Inbox:
     def take(self, nbytes: int) -> tuple[Buffer, int]:
         """Return the buffer that has the next array, and where in it that begins."""
         if self.packed:
-            begin, self.at = self.at, padded(self.at + nbytes)
+            begin = self.at
+            self.at += padded(nbytes)
             if self.at > len(self.frames[0]):
                 raise WireError("truncated", "an array reaches beyond the message")
             return self.frames[0], begin

@@ -51,7 +51,8 @@ __all__ = [
 
 VERSION: Final = 1
 MAGIC: Final = b"OH"
-HEAD: Final = struct.Struct("<2sBxI")  # magic, version, bytes of msgpack that follow
+# Magic, version, bytes of padding before packed arrays, bytes of msgpack that follow.
+HEAD: Final = struct.Struct("<2sBBI")
 PACK_BYTES: Final = 64 * 1024
 MAX_HEADER_BYTES: Final = 256 * 1024
 MAX_FRAMES: Final = 256
@@ -112,7 +113,8 @@ def encode(message: Any, prefix: bytes = b"") -> list[Buffer]:
 
     Args:
         message: of a registered class.
-        prefix: what the first frame begins with, before the header.
+        prefix: what the first frame begins with, before the header. Putting it there
+            afterwards works too, and costs a copy on both sides.
 
     Raises:
         WireError: the message breaks its own schema (type, dtype, shape, size, finiteness).
@@ -210,13 +212,14 @@ def _finish(
         raise WireError("oversize", f"the header has {len(header)} bytes")
     if len(frames) > MAX_FRAMES:
         raise WireError("oversize", f"{len(frames)} frames, at most {MAX_FRAMES}")
-    parts: list[Buffer] = [prefix, HEAD.pack(MAGIC, VERSION, len(header)), header]
     sizes = [len(frame) for frame in frames[1:]]
     if not sizes or sum(sizes) > PACK_BYTES:
-        frames[0] = b"".join(parts)
+        frames[0] = b"".join((prefix, HEAD.pack(MAGIC, VERSION, 0, len(header)), header))
         return frames
     end = len(prefix) + HEAD.size + len(header)
-    parts.append(_PAD[: padded(end) - end])
+    pad = padded(end) - end
+    head_bytes = HEAD.pack(MAGIC, VERSION, pad, len(header))
+    parts: list[Buffer] = [prefix, head_bytes, header, _PAD[:pad]]
     for size, frame in zip(sizes, frames[1:], strict=True):
         parts.append(frame)
         parts.append(_PAD[: padded(size) - size])
@@ -230,7 +233,7 @@ def _open(
     if not frames or len(frames[0]) < start + HEAD.size:
         raise WireError("truncated", "no header")
     first = frames[0]
-    magic, version, size = HEAD.unpack_from(first, start)
+    magic, version, pad, size = HEAD.unpack_from(first, start)
     if magic != MAGIC:
         raise WireError("header", "not an OpenHelix message")
     if version != VERSION:
@@ -240,9 +243,9 @@ def _open(
         raise WireError("oversize", f"{len(frames)} frames, header of {size} bytes")
     if len(first) < end:
         raise WireError("truncated", f"{len(first)} bytes of {end}")
-    at = end if end == len(first) else padded(end)
-    if len(frames) > 1 and end != len(first):
+    if len(frames) > 1 and (pad or end != len(first)):
         raise WireError("oversize", "bytes between header and frames")
+    at = end + pad
     if begin is not None:
         begin(at)
     head = _unpack(memoryview(first)[start + HEAD.size : end], hook)

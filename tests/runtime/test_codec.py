@@ -222,8 +222,8 @@ def test_well_formed_nonsense_raises_wire_error(row: Any, cls: type) -> None:
         decode([header(row, cls)], cls)
 
 
-def headed(body: bytes) -> bytes:
-    return codec.HEAD.pack(codec.MAGIC, codec.VERSION, len(body)) + body
+def headed(body: bytes, pad: int = 0) -> bytes:
+    return codec.HEAD.pack(codec.MAGIC, codec.VERSION, pad, len(body)) + body
 
 
 def header(row: Any, cls: type = LatentGoal) -> bytes:
@@ -231,8 +231,8 @@ def header(row: Any, cls: type = LatentGoal) -> bytes:
 
 
 def packed(row: Any, tail: bytes) -> bytes:
-    head = header(row)
-    return head + b"\0" * (-len(head) % 8) + tail
+    body = msgpack.packb(["latent", codec._PLANS[LatentGoal].fingerprint, row])
+    return headed(body, pad=5) + bytes(5) + tail
 
 
 def latent_row(array: Any) -> list[Any]:
@@ -256,6 +256,8 @@ def latent_row(array: Any) -> list[Any]:
         ([packed(latent_row([2, [1, 4], None]), b"\0" * 8)], "truncated"),
         ([packed(latent_row([2, [1, 4], None]), b"\0" * 24)], "oversize"),
         ([packed(latent_row([2, [1, 4], None]), b"\0" * 16) + b"x", b"\0" * 16], "oversize"),
+        ([headed(msgpack.packb(["latent", 0, []]), pad=255)], "field"),
+        ([header(latent_row([2, [1, 0], b""])) + b"x"], "oversize"),
         ([header(latent_row([2, [1, 4], None])), b"\0" * 15], "truncated"),
         ([header(latent_row([2, [1, 4], None])), b"\0" * 17], "oversize"),
         ([header(latent_row([2, [1, 4], None])), b"\0" * 16, b""], "oversize"),
@@ -354,6 +356,15 @@ def test_how_arrays_travel_depends_on_their_size(prefix: bytes, count: int) -> N
     if not inline:
         whole = np.frombuffer(frames[-1], np.uint8)
         assert np.shares_memory(whole, got.z)
+
+
+def test_a_prefix_may_be_put_in_front_afterwards() -> None:
+    z = np.arange(4096, dtype=np.float32)[None]
+    for count in range(9):
+        frame = b"x" * count + bytes(encode(latent(z=z))[0])
+        got = decode([frame], LatentGoal, count)
+        assert (got.z == z).all()
+        assert got.z.flags.aligned
 
 
 def test_several_packed_arrays_keep_their_order_and_alignment() -> None:

@@ -275,7 +275,7 @@ def test_arbitrary_frames_never_raise(
     raw, reader = pair
     for frames in messages:
         head = b"t\0" + (
-            ENVELOPE.pack(1, 0, 0) + HEAD.pack(b"OH", 1, 3) + b"\x93lat" if stamped else b""
+            ENVELOPE.pack(1, 0, 0) + HEAD.pack(b"OH", 1, 0, 3) + b"\x93lat" if stamped else b""
         )
         raw.socket.send_multipart([head, *frames] if frames else [head])
     assert settle(raw, reader) == []
