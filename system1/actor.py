@@ -89,8 +89,14 @@ class DiffuserActor(nn.Module):
         self, scene: OfficialScene, first: Tensor, drawn: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Run the sampler from the state `first`; see `system1.sampler.run_plan`."""
-        times = torch.tensor(self.plan.timesteps, device=first.device)
-        return run_plan(self.plan, self.prediction_head.prepare(scene, times), first, drawn)
+        plan = self.plan
+        return run_plan(plan, self.prediction_head.prepare(scene, plan.times), first, drawn)
+
+    def denoise_inputs(
+        self, inputs: Inputs, first: Tensor, drawn: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Encode, then run the sampler from `first`; everything a CUDA graph captures."""
+        return self.denoise(self.encode(*self.tensors_of(inputs), mask=True), first, drawn)
 
     @torch.inference_mode()
     def sample(

@@ -105,13 +105,15 @@ class DiffuserActorHead(nn.Module):
     def forward(self, x: Tensor, t: Tensor, scene: OfficialScene) -> tuple[Tensor, Tensor]:
         """Predict noise and openness for mixed timesteps; see `heads.base.DiffusionHead`."""
         draws = len(x) // len(scene.context)
-        signal = self.time_emb(sinusoid(t, self.dim))
+        signal = self.time_emb(sinusoid(t, self.dim).to(self.dtype))
         signal = signal + self.hand(scene).repeat_interleave(draws, 0)
         return self.denoise(x, self.tables(signal), self.cache(scene))
 
     def prepare(self, scene: OfficialScene, timesteps: Tensor) -> Step:
         """Fill the caches for the given steps; see `heads.base.DiffusionHead`."""
-        signal = self.time_emb(sinusoid(timesteps, self.dim)).unsqueeze(1) + self.hand(scene)
+        signal = self.time_emb(sinusoid(timesteps, self.dim).to(self.dtype)).unsqueeze(
+            1
+        ) + self.hand(scene)
         tables = self.tables(signal)
         steps = [tables.at(i) for i in range(len(timesteps))]
         cache = self.cache(scene)
@@ -120,6 +122,11 @@ class DiffuserActorHead(nn.Module):
             return self.denoise(x, steps[i], cache)
 
         return step
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return self.traj_encoder.weight.dtype
 
     def hand(self, scene: OfficialScene) -> Tensor:
         """Return the gripper history's part of the modulation signal, (B, dim)."""
@@ -180,7 +187,9 @@ class DiffuserActorHead(nn.Module):
         scene, rows = cache.scene, x.shape[1]
         own: LanguageStack = self.traj_lang_attention[0]  # type: ignore[assignment]
         place = rotary_code(x[..., :3], self.frequencies)
-        h = own.typed()[0].attend(self.traj_encoder(x), cache.language, self.rows) + self.rows
+        rows_at = self.rows.to(self.dtype)
+        h = own.typed()[0].attend(self.traj_encoder(x.to(self.dtype)), cache.language, rows_at)
+        h = h + rows_at
         for i, (attention, feed) in enumerate(self.cross_attn.pairs()):
             h = attention(h, cache.context[i], tables.cross.attention[i], place, scene.mask)
             h = feed(h, tables.cross.feed[i])

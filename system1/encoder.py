@@ -70,7 +70,7 @@ class OfficialEncoder(nn.Module):
             valid: (B, ncam, H, W) bool, or None when every point is valid.
         """
         tokens, xyz, mask = self.images(rgb, pcd, valid)
-        language = self.instruction_encoder(latent)
+        language = self.instruction_encoder(latent.to(self.instruction_encoder.weight.dtype))
         context = self.see_language(tokens, language)
         code = rotary_code(xyz, self.frequencies)
         hands = self.see_context(gripper, context, code, mask)
@@ -89,6 +89,7 @@ class OfficialEncoder(nn.Module):
         """Return tokens (B, N, dim), their points (B, N, 3) and mask (B, N)."""
         cameras = rgb.shape[1]
         pixels = (rgb.flatten(0, 1) - self.mean) / self.std
+        pixels = pixels.to(self.instruction_encoder.weight.dtype)
         with torch.no_grad():
             maps = self.backbone(pixels)
         features = self.feature_pyramid(maps)

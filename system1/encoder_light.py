@@ -18,12 +18,11 @@ from system1.condition import Condition
 from system1.config import PolicyConfig
 from system1.points import farthest_point_sample, masked_pool
 from system1.rotations import matrix_to_6d, quat_to_matrix, xyzw_to_wxyz
-from system1.scene import Inputs, Scene
+from system1.scene import PROPRIO_FEATURES, Inputs, Scene
 
 POINT_UNIT_M = 0.3  # points relative to the gripper are divided by this
 WAVES_M = (0.4, 0.1)  # wavelengths of the sine channels
 CHANNELS = 3 + 3 + 1 + 6 * len(WAVES_M)
-PROPRIO_FEATURES = 14
 
 
 def groups(channels: int) -> int:
@@ -110,14 +109,15 @@ class LightEncoder(nn.Module):
         self.scene_tokens = config.scene_tokens
         self.heads = config.heads
         self.condition = Condition(config)
-        self.cameras = nn.ModuleList(CameraStack(config.encoder_width, dim) for _ in config.cameras)
-        self.camera_code = nn.Parameter(0.02 * torch.randn(len(config.cameras), dim))
+        seen = 0 if config.head == "lstm" else len(config.cameras)  # see `heads.lstm`
+        self.cameras = nn.ModuleList(CameraStack(config.encoder_width, dim) for _ in range(seen))
+        self.camera_code = nn.Parameter(0.02 * torch.randn(seen, dim))
         self.proprio = nn.Sequential(
             nn.Linear(config.nhist * PROPRIO_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
         self.context = nn.ModuleList(
             Block(dim, config.heads, config.ffn_mult, cross=False)
-            for _ in range(config.context_layers)
+            for _ in range(config.context_layers if seen else 0)
         )
         self.register_buffer(
             "frequencies", metric_frequencies(dim // config.heads), persistent=False
@@ -129,10 +129,14 @@ class LightEncoder(nn.Module):
         features = proprio_features(inputs.proprio).to(pooled.dtype)
         signal = pooled + self.proprio(features.flatten(1))
         center = inputs.proprio[:, -1, :3]
+        if not len(self.cameras):
+            none = condition[:, :0]
+            return Scene(none, none[..., :3], None, condition, condition_mask, signal, features)
         tokens, places, masks = [], [], []
         for i, stack in enumerate(self.cameras):
             pixels = pixel_channels(inputs.rgb[i], inputs.xyz[i], inputs.valid[i], center)
-            found, grid = stack(pixels.contiguous(memory_format=torch.channels_last), pooled)
+            pixels = pixels.to(pooled.dtype, memory_format=torch.channels_last)
+            found, grid = stack(pixels, pooled)
             mean, valid = masked_pool(inputs.xyz[i], inputs.valid[i], *grid)
             tokens.append(found + self.camera_code[i])
             places.append(mean.flatten(2).transpose(1, 2) - center.unsqueeze(1))

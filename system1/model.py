@@ -127,17 +127,18 @@ class VisuomotorPolicy(nn.Module):
         source = noise or gaussian(None, self.offset.device)
         plan = self.plan
         first, drawn = draw_noise(plan, inputs.batch, self.config.horizon, source)
-        rows, logits = self.denoise(inputs, first, drawn)
+        rows, logits = self.denoise_inputs(inputs, first, drawn)
         return rows_to_poses(self.normalizer.denormalize(rows.float()), logits.float())
 
-    def denoise(self, inputs: Inputs, first: Tensor, drawn: Tensor | None) -> tuple[Tensor, Tensor]:
+    def denoise_inputs(
+        self, inputs: Inputs, first: Tensor, drawn: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Encode, then run the sampler from `first`; everything a CUDA graph captures."""
         plan = self.plan
         scene = self.encode(inputs)
-        times = torch.tensor(plan.timesteps, device=first.device)
         if isinstance(self.head, DirectHead):
             return self.head(scene, first.shape[1])
-        step = self.head.prepare(scene, times)
+        step = self.head.prepare(scene, plan.times)
         return run_plan(plan, step, first, drawn)
 
     def sample(

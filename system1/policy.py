@@ -19,6 +19,7 @@ from torch import Tensor
 
 from runtime.spec import PolicySpec, SpecMismatch, check_frame
 from runtime.types import ActionChunk, CameraFrame, LatentGoal, Observation
+from system1.accelerate import GraphedSampler, to_bf16
 from system1.checkpoint import Network, build_model, load_policy
 from system1.config import CameraConfig, PolicyConfig, small
 from system1.model import gaussian
@@ -75,6 +76,7 @@ class DiffusionPolicy:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.config = model.config
+        self._sampler = GraphedSampler(self.model) if self.device.type == "cuda" else self.model
         self.counters = Counters()
         self._spec = self.config.spec()
         self._published = self.config.head == "diffuser_actor"
@@ -90,6 +92,7 @@ class DiffusionPolicy:
         device: str = "cpu",
         sampler: str | None = None,
         steps: int | None = None,
+        bf16: bool = False,
     ) -> DiffusionPolicy:
         """Read a checkpoint folder; None gives the untrained `small` policy, seed 0.
 
@@ -98,6 +101,7 @@ class DiffusionPolicy:
             device: "cpu", "cuda" or "cuda:N".
             sampler: "ddpm", "ddim" or "dpmpp" instead of the configuration's.
             steps: denoising steps instead of the configuration's.
+            bf16: run in bfloat16; see `system1.accelerate`.
         """
         if path is None:
             policy = DiffusionPolicy.build(small(), 0, device)
@@ -105,6 +109,8 @@ class DiffusionPolicy:
             policy = DiffusionPolicy(load_policy(path), device)
         if sampler is not None or steps is not None:
             policy.model.use_sampler(sampler, steps)
+        if bf16:
+            to_bf16(policy.model)
         return policy
 
     @staticmethod
@@ -114,6 +120,13 @@ class DiffusionPolicy:
             torch.manual_seed(seed)
             model = build_model(config)
         return DiffusionPolicy(model, device)
+
+    @property
+    def eager_reason(self) -> str:
+        """Why the chunk does not run as a CUDA graph; "" while it does."""
+        if isinstance(self._sampler, GraphedSampler):
+            return self._sampler.reason
+        return f"the policy is on {self.device.type}, graphs need cuda"
 
     @property
     def spec(self) -> PolicySpec:
@@ -131,15 +144,15 @@ class DiffusionPolicy:
         self._task = task
 
     def warm_up(self) -> None:
-        """Run twice on made-up input: allocators, kernels and caches are then warm."""
+        """Run a few times on made-up input: allocators, kernels and caches are then warm."""
         task, counters, state = self._task, self.counters, self._generator.get_state()
         self.counters = Counters()
         latents: list[LatentGoal] = []
         if self._spec.latent is not None:
             z = np.zeros((self._spec.latent.n_tokens, self._spec.latent.dim), np.float32)
             latents = [LatentGoal(z, 0, 0, 0, 0, self._spec.latent.spec_id)]
-        for _ in range(2):
-            self.act(self._made_up(), latents)
+        for given in (latents, latents, []):  # without a latent is another CUDA graph
+            self.act(self._made_up(), given)
         self.reset()
         self._task, self.counters = task, counters
         self._generator.set_state(state)
@@ -163,7 +176,7 @@ class DiffusionPolicy:
         usable = self._usable(latents, observation.epoch)
         inputs = self.prepare(observation, usable)
         noise = gaussian(self._generator, self.device)
-        rows = self.model.sample_inputs(inputs, noise)[0]
+        rows = self._sampler.sample_inputs(inputs, noise)[0]
         self.counters.calls += 1
         tcp = torch.as_tensor(observation.tcp_pose, dtype=torch.float64)
         position, quat = to_absolute(rows.cpu().double(), tcp, self.config.rotation)

@@ -65,6 +65,7 @@ class Plan:
     """
 
     timesteps: tuple[int, ...]
+    times: Tensor  # (S,) int64, the same on the device
     state_in: Tensor  # (S, 9), like all below
     out_in: Tensor
     clean_out: Tensor
@@ -79,6 +80,7 @@ class Plan:
         """Return a copy on a device."""
         return replace(
             self,
+            times=self.times.to(device),
             state_in=self.state_in.to(device),
             out_in=self.out_in.to(device),
             clean_out=self.clean_out.to(device),
@@ -157,6 +159,7 @@ def make_plan(
         raise ValueError(f"sampler: {sampler!r} is not ddpm, ddim or dpmpp")
     return Plan(
         timesteps=times,
+        times=torch.tensor(times),
         state_in=state_in.float(),
         out_in=out_in.float(),
         clean_out=clean.float(),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 PROPRIO = 9  # xyz (m, world), quaternion xyzw, gripper width (m), gripper open (0 or 1)
+PROPRIO_FEATURES = 14  # what the encoder makes of one reading
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ Step = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 class DiffusionHead(nn.Module, ABC):
-    """A network that denoises trajectories (B, T, 9)."""
+    """A network that denoises trajectories (B, T, 9); built from a configuration."""
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:

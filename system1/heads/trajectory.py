@@ -73,7 +73,7 @@ class TrajectoryHead(DiffusionHead):
     ) -> tuple[Tensor, Tensor]:
         """Run the blocks on one noisy trajectory a row."""
         code = rotary_code(x[..., :3] * self.metres, self.frequencies, self.heads)
-        h = self.embed(x) + self.row
+        h = self.embed(x.to(self.row.dtype)) + self.row
         for block, table, kv in zip(self.blocks, tables, context, strict=True):
             h = block(h, table, code, kv, mask)
         h = torch.addcmul(final[1], layer_norm(h, (self.dim,)), final[0])
@@ -82,14 +82,18 @@ class TrajectoryHead(DiffusionHead):
     def forward(self, x: Tensor, t: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
         """See `DiffusionHead.forward`."""
         draws = len(x) // len(scene.signal)
-        signal = self.time(sinusoid(t, self.dim)) + scene.signal.repeat_interleave(draws, 0)
+        signal = self.time(
+            sinusoid(t, self.dim).to(self.row.dtype)
+        ) + scene.signal.repeat_interleave(draws, 0)
         tables, final = self.tables(signal)
         context, mask = self.context(scene)
         return self.denoise(x, tables, final, context, mask)
 
     def prepare(self, scene: Scene, timesteps: Tensor) -> Step:
         """See `DiffusionHead.prepare`."""
-        signal = self.time(sinusoid(timesteps, self.dim)).unsqueeze(1) + scene.signal
+        signal = (
+            self.time(sinusoid(timesteps, self.dim).to(self.row.dtype)).unsqueeze(1) + scene.signal
+        )
         tables, (scale, shift) = self.tables(signal)
         context, mask = self.context(scene)
         steps = [[tuple(part[i] for part in table) for table in tables] for i in range(len(signal))]

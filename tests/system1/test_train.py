@@ -47,17 +47,28 @@ def run_config(folder, out, **changes) -> TrainConfig:
     return replace(base, **changes)
 
 
-def test_the_loss_falls_and_the_policy_learns_where_to_go(folder, tmp_path):
-    run = Trainer(run_config(folder, tmp_path, steps=60, eval_every=60, ema=0.9, validation=0.0))
+@pytest.mark.parametrize("head", ["trajectory", "plain", "dit", "lstm"])
+def test_the_loss_falls_with_every_head(folder, tmp_path, head):
+    changes = {**SMALL, "head": head}
+    run = Trainer(run_config(folder, tmp_path, steps=25, changes=changes, eval_every=25, ema=0.8))
     before = run.evaluate()
     history = run.run()
-    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
-    assert history[-1]["val_loss"] < 0.6 * before["val_loss"]
-    assert history[-1]["val_position_m"] < 0.7 * before["val_position_m"]
+    assert history[-1]["loss"] < 0.96 * history[0]["loss"]
+    assert history[-1]["val_loss"] < 0.97 * before["val_loss"]
     assert (tmp_path / "loss.png").stat().st_size > 5_000
-    assert json.loads((tmp_path / "train.json").read_text())["step"] == 60
+    assert json.loads((tmp_path / "train.json").read_text())["step"] == 25
     policy = DiffusionPolicy.load(tmp_path)
     assert policy.spec.latent.model_id == "fake0"
+    assert policy.config.head == head
+
+
+@pytest.mark.slow
+def test_the_policy_learns_where_to_go(tmp_path):
+    make_cache(tmp_path / "cache", tiny(n_tasks=2), episodes=60)
+    config = run_config(tmp_path / "cache", tmp_path / "run", steps=400, batch=16, eval_every=400)
+    history = Trainer(replace(config, warmup=10, validation=0.1, ema=0.95)).run()
+    assert history[-1]["val_position_m"] < 0.012  # of 35 mm moved on average
+    assert history[-1]["val_gripper_error"] < 0.05
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(folder, tmp_path):

@@ -1,0 +1,64 @@
+"""Fast modes on the CPU: how far bf16 strays, and that graphs say why they are not used."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from system1.accelerate import GraphedSampler, to_bf16
+from system1.policy import DiffusionPolicy
+from tests.system1.test_actor import make, seeded
+from tests.system1.test_actor import observe as observe_official
+from tests.system1.test_heads import ALL, batch_of, stirred
+from tests.system1.test_policy import goal, observe, tiny
+
+
+@pytest.mark.parametrize("head", ALL)
+def test_bf16_stays_near(head):
+    config = tiny(head=head)
+    exact, half = stirred(config), to_bf16(stirred(config))
+    inputs = batch_of(config, [0, 1])
+    a = exact.sample_inputs(inputs, lambda s: torch.full(s, 0.3))
+    b = half.sample_inputs(inputs, lambda s: torch.full(s, 0.3))
+    assert b.dtype == torch.float32
+    assert not torch.equal(a, b)
+    assert (a - b).abs().max() < 0.05
+    assert (a[..., :3] - b[..., :3]).abs().max() < 0.01
+
+
+def test_bf16_official_stays_near():
+    exact, half = make(1, 1), to_bf16(make(1, 1))
+    inputs = observe_official(1, 1, 1)
+    a, b = exact.sample(*inputs, seeded(0)), half.sample(*inputs, seeded(0))
+    assert not torch.equal(a, b)
+    # Random weights on random pixels: the sampled tokens differ, the trajectory hardly.
+    assert (a[..., :3] - b[..., :3]).abs().max() < 0.02
+
+
+def test_a_policy_in_bf16_acts():
+    config = tiny()
+    policy = DiffusionPolicy(to_bf16(DiffusionPolicy.build(config, 0).model))
+    policy.warm_up()
+    assert np.isfinite(policy.act(observe(config), [goal(config)]).poses).all()
+
+
+def test_graphs_on_a_cpu_fall_back_and_say_why():
+    config = tiny()
+    model, inputs = stirred(config), batch_of(config, [0])
+    graphed = GraphedSampler(model)
+    out = graphed.sample_inputs(inputs, seeded(0))
+    assert torch.equal(out, model.sample_inputs(inputs, seeded(0)))
+    assert graphed.reason == "the policy is on cpu, graphs need cuda"
+    assert DiffusionPolicy(model).eager_reason == graphed.reason
+
+
+@pytest.mark.slow
+def test_compiled_is_exact_enough():
+    from system1.accelerate import compile_denoiser
+
+    config = tiny()
+    model, inputs = stirred(config), batch_of(config, [0])
+    want = model.sample_inputs(inputs, seeded(0))
+    compiled = compile_denoiser(stirred(config))
+    torch.testing.assert_close(compiled.sample_inputs(inputs, seeded(0)), want, atol=1e-4, rtol=0)

@@ -1,0 +1,112 @@
+"""Heads behind one interface: the same inputs, the same outputs, caches that are exact."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from system1.heads.base import DiffusionHead
+from system1.heads.registry import HEADS
+from system1.model import VisuomotorPolicy
+from system1.normalizer import Normalizer
+from system1.policy import DiffusionPolicy
+from system1.scene import Inputs
+from tests.system1.test_policy import goal, observe, tiny
+
+ALL = sorted(HEADS)
+DIFFUSION = [name for name in ALL if issubclass(HEADS[name], DiffusionHead)]
+
+
+def stirred(config) -> VisuomotorPolicy:
+    policy = DiffusionPolicy.build(config, 1)
+    g = torch.Generator().manual_seed(0)
+    for p in policy.model.parameters():
+        p.add_(0.05 * torch.randn(p.shape, generator=g))
+    return policy.model
+
+
+def batch_of(config, seeds) -> Inputs:
+    policy = DiffusionPolicy.build(config, 0)
+    single = [policy.prepare(observe(config, seed=s), [goal(config, seq=s)]) for s in seeds]
+
+    def join(values):
+        if isinstance(values[0], tuple):
+            return tuple(join(v) for v in zip(*values, strict=True))
+        return None if values[0] is None else torch.cat(values)
+
+    names = [f.name for f in dataclasses.fields(Inputs)]
+    return Inputs(*(join([getattr(i, n) for i in single]) for n in names))
+
+
+@pytest.mark.parametrize("head", DIFFUSION)
+@pytest.mark.parametrize("changes", [{}, {"latent_tokens": 3, "latent_memory": 2}])
+def test_training_and_acting_compute_the_same(head, changes):
+    config = tiny(head=head, **changes)
+    model, inputs = stirred(config), batch_of(config, [0, 1])
+    with torch.inference_mode():
+        scene = model.encode(inputs)
+        x = torch.randn(6, 6, 9, generator=torch.Generator().manual_seed(1))
+        t = torch.tensor([5, 40, 99])
+        plain, logits = model.head(x, t.repeat(2), scene)
+        step = model.head.prepare(scene, t)
+        for i in range(3):
+            fast, fast_logits = step(i, x[[i, 3 + i]])
+            torch.testing.assert_close(plain[[i, 3 + i]], fast, atol=1e-5, rtol=0)
+            torch.testing.assert_close(logits[[i, 3 + i]], fast_logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("head", ALL)
+def test_a_batch_is_its_samples_side_by_side(head):
+    config = tiny(head=head)
+    model = stirred(config)
+    both = model.sample_inputs(batch_of(config, [3, 4]), lambda s: torch.full(s, 0.3))
+    for i, seed in enumerate((3, 4)):
+        alone = model.sample_inputs(batch_of(config, [seed]), lambda s: torch.full(s, 0.3))
+        torch.testing.assert_close(both[i : i + 1], alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("head", ALL)
+def test_what_a_head_looks_at(head):
+    config = tiny(head=head)
+    model = stirred(config)
+    model.set_normalizer(Normalizer(torch.zeros(6, 9), torch.ones(6, 9)))
+    inputs = batch_of(config, [0])
+
+    def run(changed: Inputs) -> torch.Tensor:
+        return model.sample_inputs(changed, lambda s: torch.full(s, 0.3))
+
+    base = run(inputs)
+    other = dataclasses.replace(inputs, rgb=tuple(1 - x for x in inputs.rgb))
+    assert torch.equal(run(other), base) == (head == "lstm")
+    assert not torch.equal(run(dataclasses.replace(inputs, latent=-inputs.latent)), base)
+    assert not torch.equal(run(inputs.without_latent()), base)
+    older = dataclasses.replace(inputs, latent_age_s=inputs.latent_age_s + 1)
+    assert not torch.equal(run(older), base)
+
+
+@pytest.mark.parametrize("head", ALL)
+def test_plain_tensors_and_the_null_latent(head):
+    config = tiny(head=head, cameras=tiny().cameras[:1])
+    model = stirred(config)
+    g = torch.Generator().manual_seed(0)
+    rgb, pcd = torch.rand(2, 1, 3, 16, 16, generator=g), torch.rand(2, 1, 3, 16, 16, generator=g)
+    gripper = torch.zeros(2, 1, 8)
+    gripper[..., 3] = 1
+    out = model.sample(rgb, pcd, gripper, None)
+    assert out.shape == (2, 6, 8)
+    torch.testing.assert_close(out[..., 3:7].norm(dim=-1), torch.ones(2, 6))
+    with pytest.raises(ValueError, match="rgb: 2 cameras, the policy needs 1: static"):
+        model.sample(rgb.repeat(1, 2, 1, 1, 1), pcd.repeat(1, 2, 1, 1, 1), gripper, None)
+    with pytest.raises(ValueError, match="latent: 2 tokens of width 12, the policy was trained"):
+        model.sample(rgb, pcd, gripper, torch.zeros(2, 2, 12))
+
+
+def test_fewer_scene_tokens():
+    config = tiny(scene_tokens=3)
+    model = stirred(config)
+    with torch.inference_mode():
+        scene = model.encode(batch_of(config, [0, 1]))
+    assert scene.tokens.shape[:2] == (2, 3)
+    assert torch.isfinite(model.sample_inputs(batch_of(config, [0, 1]))).all()
