@@ -17,38 +17,37 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from system2.assemble import (
+    MANIFEST,
+    MAX_ACT,
+    CheckpointError,
+    VisionShape,
+    act_token,
+    load_vision,
+    rename_tower,
+    vision_state,
+    write_llava,
+    write_manifest,
+)
 from system2.cache import build_once, cache_dir, sha256_file
 from system2.prompt import TEMPLATES, PromptBuilder, Template
 
-MANIFEST = "openhelix.json"
-IMAGE_TOKEN = "<image>"
-MAX_ACT = 8  # rows that a laptop checkpoint keeps for <ACT> tokens
+__all__ = [
+    "MANIFEST",
+    "Checkpoint",
+    "CheckpointError",
+    "VisionShape",
+    "act_token",
+    "build",
+    "load_tokenizer",
+    "load_vision",
+    "open_checkpoint",
+    "vision_state",
+    "write_llava",
+]
+
 _FORMAT = 3  # raise it when the same parts would give another folder
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "system2-laptop"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot serve; the message says what is missing."""
-
-
-def act_token(index: int) -> str:
-    """Return the name of the i-th `<ACT>` token."""
-    return "<ACT>" if index == 0 else f"<ACT_{index}>"
-
-
-@dataclass(frozen=True, slots=True)
-class VisionShape:
-    """The laptop tower: CLIP layout, so vLLM and transformers both know it."""
-
-    image_size: int = 128  # pixels
-    patch_size: int = 16  # pixels; 128 / 16 squared = 64 image tokens
-    width: int = 192
-    layers: int = 5
-    heads: int = 3
-
-    @property
-    def n_tokens(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +146,12 @@ def _cached_digest(path: Path) -> str:
     stat = path.stat()
     name = hashlib.sha256(f"{path}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache_dir() / "system2" / f"digest-{name}"
-    made = build_once(folder, lambda out: _write(out / "sha256", sha256_file(path)))
+    made = build_once(folder, lambda out: _remember(out / "sha256", path))
     return (made / "sha256").read_text()
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
+def _remember(digest: Path, path: Path) -> None:
+    digest.write_text(sha256_file(path))
 
 
 def _assemble(
@@ -178,151 +177,6 @@ def _assemble(
         del language.config.quantization_config
     weights = load_file(vision_weights) if vision_weights else None
     write_llava(out, language, tokenizer, shape, weights, seed, key, "chatml", recipe)
-
-
-def write_llava(
-    out: Path,
-    language: Any,
-    tokenizer: Any,
-    shape: VisionShape,
-    vision_weights: dict[str, Any] | None,
-    seed: int,
-    model_id: str,
-    template: str,
-    recipe: dict[str, Any] | None = None,
-) -> None:
-    """Join a causal language model, a tower and a projector into a LLaVA folder with `<ACT>`.
-
-    Args:
-        out: an empty folder.
-        language: a transformers causal model.
-        tokenizer: its fast tokenizer; the new tokens are added to it.
-        vision_weights: as in `build`; None for random ones.
-        model_id: what the manifest calls the weights.
-        template: name in `prompt.TEMPLATES`.
-        recipe: what it was made from, for the manifest.
-    """
-    import torch
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    names = [IMAGE_TOKEN, *(act_token(i) for i in range(MAX_ACT))]
-    tokenizer.add_special_tokens(
-        {"extra_special_tokens": names}, replace_extra_special_tokens=False
-    )
-    ids = tokenizer.convert_tokens_to_ids(names)
-    table = language.get_input_embeddings().weight.detach()
-    old_rows = table.shape[0]
-    mean = table.mean(dim=0)
-    language.resize_token_embeddings(max(len(tokenizer), old_rows), mean_resizing=False)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        table = language.get_input_embeddings().weight
-        noise = torch.randn(table.shape[0] - old_rows, table.shape[1]) * table[:old_rows].std()
-        table[old_rows:] = mean + noise
-        config = LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                hidden_size=shape.width,
-                intermediate_size=4 * shape.width,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                image_size=shape.image_size,
-                patch_size=shape.patch_size,
-                projection_dim=shape.width,
-            ),
-            text_config=language.config,
-            image_token_index=ids[0],
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="default",
-            image_seq_length=shape.n_tokens,
-            tie_word_embeddings=language.config.tie_word_embeddings,
-        )
-        model = LlavaForConditionalGeneration(config)
-    model.model.language_model = language.model
-    model.lm_head = language.lm_head
-    if vision_weights is not None:
-        load_vision(model, vision_weights)
-    model.to(torch.bfloat16).save_pretrained(out)
-    _rename_tower(out / "model.safetensors")
-    _processor(shape, tokenizer).save_pretrained(out)
-    manifest = {
-        "model_id": model_id,
-        "act_ids": ids[1:],
-        "template": template,
-        "recipe": recipe or {},
-    }
-    _write(out / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
-
-
-def load_vision(model: Any, weights: dict[str, Any]) -> None:
-    """Put tower and projector weights into a LLaVA, strictly.
-
-    Raises:
-        CheckpointError: a tensor is missing, extra or of another shape.
-    """
-    for name in ("vision_tower", "multi_modal_projector"):
-        part = {k.split(".", 1)[1]: v for k, v in weights.items() if k.startswith(name + ".")}
-        module = getattr(model.model, name)
-        have = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-        got = {k: tuple(v.shape) for k, v in part.items()}
-        have.pop("embeddings.position_ids", None)
-        if have != got:
-            odd = sorted(set(have.items()) ^ set(got.items()))[:3]
-            raise CheckpointError(f"vision weights: {name} does not fit, for example {odd}")
-        module.load_state_dict(part, strict=False)
-
-
-def vision_state(model: Any) -> dict[str, Any]:
-    """Return tower and projector of a LLaVA as `load_vision` takes them."""
-    state = {}
-    for name in ("vision_tower", "multi_modal_projector"):
-        for key, value in getattr(model.model, name).state_dict().items():
-            if key != "embeddings.position_ids":
-                state[f"{name}.{key}"] = value.detach().clone().contiguous()
-    return state
-
-
-def _rename_tower(file: Path) -> None:
-    """Give the tower's keys the older name that vLLM's loader knows (transformers knows both)."""
-    from safetensors.torch import load_file, save_file
-
-    state = load_file(file)
-    renamed = {}
-    for key, value in state.items():
-        old = "vision_tower."
-        at = key.find(old)
-        if at >= 0 and not key[at + len(old) :].startswith("vision_model."):
-            key = key[: at + len(old)] + "vision_model." + key[at + len(old) :]
-        renamed[key] = value
-    save_file(renamed, file, metadata={"format": "pt"})
-
-
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% elif part['type'] == 'text' %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def _processor(shape: VisionShape, tokenizer: Any) -> Any:
-    """The processor that both engines load: square resize, CLIP's mean and deviation."""
-    from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    side = {"height": shape.image_size, "width": shape.image_size}
-    # The PIL version wherever this runs: torchvision's resize gives other pixels.
-    images = CLIPImageProcessorPil(size=side, do_center_crop=False)
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=shape.patch_size,
-        vision_feature_select_strategy="default",
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,
-        chat_template=_CHAT_TEMPLATE,
-    )
 
 
 def open_checkpoint(model: str = "laptop", n_act: int = 1) -> Checkpoint:
@@ -418,10 +272,10 @@ def _with_act_rows(path: str, n_act: int) -> Path:
             model.resize_token_embeddings(taken + n_act, pad_to_multiple_of=64)
         model.save_pretrained(out)
         for file in out.glob("*.safetensors"):
-            _rename_tower(file)
+            rename_tower(file)
         processor.save_pretrained(out)
         manifest = {"model_id": key, "act_ids": list(range(taken, taken + n_act))}
         manifest |= {"template": _manifest(path).get("template", "llava_v1")}
-        _write(out / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
+        write_manifest(out, manifest)
 
     return build_once(cache_dir() / "system2" / f"act-{key}", make)

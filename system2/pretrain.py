@@ -95,35 +95,50 @@ class Captions:
 
 
 class VisionLearner(nn.Module):
-    """Tower and projector of a LLaVA, the frozen word table, and the two training heads."""
+    """Tower and projector of a LLaVA, what they are to write, and the read-out of numbers.
+
+    Args:
+        model: transformers' `LlavaForConditionalGeneration`.
+        processor: its image processor.
+        data: captions that the words are taken from.
+        wording: tuned embeddings (n_image, V, hidden) of `system2.wording`; None for the
+            words' own.
+    """
 
     vocabulary: Tensor  # (V,) ids of the words that captions use, ascending
-    table: Tensor  # (V, hidden) their input embeddings
+    table: Tensor  # (n_image, V, hidden) what each word's embedding is to be at each place
     candidates: Tensor  # (n_image, V) bool: which words stand at each place
     mean: Tensor
     std: Tensor
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, model: Any, processor: Any, data: Captions) -> None:
+    def __init__(
+        self, model: Any, processor: Any, data: Captions, wording: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
-        table = model.get_input_embeddings().weight.detach().float()
+        words = model.get_input_embeddings().weight.detach().float()
         vocabulary = data.words.unique()
-        self.register_buffer("vocabulary", vocabulary)
-        self.register_buffer("table", table[vocabulary])
-        self.register_buffer("mean", torch.tensor(processor.image_mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(processor.image_std).view(1, 3, 1, 1))
-        self.register_buffer("shift", data.numbers.mean(dim=0))
-        self.register_buffer("scale", data.numbers.std(dim=0) + 1e-3)
-        n_image, hidden = data.words.shape[1], table.shape[1]
-        self.read = nn.Linear(n_image * hidden, data.numbers.shape[1])
-        candidates = torch.zeros(n_image, len(vocabulary), dtype=torch.bool)
+        n_image, hidden = data.words.shape[1], words.shape[1]
         index = torch.searchsorted(vocabulary, data.words)
+        candidates = torch.zeros(n_image, len(vocabulary), dtype=torch.bool)
         for place in range(n_image):
             candidates[place, index[:, place].unique()] = True
-        self.register_buffer("candidates", candidates)
+        own = words[vocabulary].expand(n_image, -1, -1)
+        buffers = {
+            "vocabulary": vocabulary,
+            "candidates": candidates,
+            "table": own if wording is None else wording,
+            "mean": torch.tensor(processor.image_mean).view(1, 3, 1, 1),
+            "std": torch.tensor(processor.image_std).view(1, 3, 1, 1),
+            "shift": data.numbers.mean(dim=0),
+            "scale": data.numbers.std(dim=0) + 1e-3,
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, value, persistent=False)
+        self.read = nn.Linear(n_image * hidden, data.numbers.shape[1])
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) in [0, 1] to projected image tokens (B, n_image, hidden)."""
@@ -133,7 +148,8 @@ class VisionLearner(nn.Module):
     def word_scores(self, tokens: Tensor, temperature: float) -> Tensor:
         """Cosine scores (B, n_image, V); words that never stand at a place get -inf."""
         words = F.normalize(self.table, dim=-1)
-        scores = F.normalize(tokens.float(), dim=-1) @ words.T / temperature
+        scores = torch.einsum("bph,pvh->bpv", F.normalize(tokens.float(), dim=-1), words)
+        scores = scores / temperature
         return scores.masked_fill(~self.candidates, float("-inf"))
 
     def losses(self, tokens: Tensor, words: Tensor, numbers: Tensor, t: float) -> dict[str, Tensor]:
@@ -141,13 +157,13 @@ class VisionLearner(nn.Module):
         index = torch.searchsorted(self.vocabulary, words)
         open_places = self.candidates.sum(dim=1) > 1
         scores = self.word_scores(tokens, t)
-        target = self.table[index]
+        target = self.table[torch.arange(index.shape[1]), index]
         wanted = (numbers - self.shift) / self.scale
         return {
             "words": F.cross_entropy(
                 scores[:, open_places].flatten(0, 1), index[:, open_places].flatten()
             ),
-            "embed": F.mse_loss(tokens.float(), target) / self.table.var(),
+            "embed": F.mse_loss(tokens.float(), target) / target.var(),
             "numbers": F.smooth_l1_loss(self.read(tokens.float().flatten(1)), wanted),
         }
 
@@ -177,14 +193,18 @@ def train(
     config: PretrainConfig,
     out: Path,
     tell: Callable[[dict[str, float]], None] = lambda _: None,
+    wording: Tensor | None = None,
+    begin_from: Path | None = None,
 ) -> VisionLearner:
     """Train tower and projector of `model` in place; resumes from `out` where it stopped.
 
-    Writes `vision.safetensors` (what `model.build` takes), `state.safetensors` and `log.jsonl`.
+    `begin_from` is the folder of an earlier run whose weights this one starts with. Writes `vision.safetensors` (what `model.build` takes), `state.safetensors` and `log.jsonl`.
     """
     torch.manual_seed(config.seed)
-    learner = VisionLearner(model, processor, data)
+    learner = VisionLearner(model, processor, data, wording)
     learner.requires_grad_(True)
+    if begin_from is not None:
+        _load_weights(learner, load_file(begin_from / "state.safetensors"))
     decay = [p for p in learner.parameters() if p.ndim > 1]
     rest = [p for p in learner.parameters() if p.ndim <= 1]
     groups = [
@@ -249,12 +269,18 @@ def _save(
     (out / "state.part").rename(out / "state.safetensors")
 
 
+def _load_weights(learner: VisionLearner, state: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in learner.named_parameters():
+            parameter.copy_(state[f"learner.{name}"])
+
+
 def _resume(learner: VisionLearner, optimiser: Any, out: Path) -> int:
     file = out / "state.safetensors"
     if not file.is_file():
         return 0
     state = load_file(file)
-    learner.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("learner.")})
+    _load_weights(learner, state)
     for index, parameter in enumerate(learner.parameters()):
         prefix = f"optimiser.{index}."
         kept = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

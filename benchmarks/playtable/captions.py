@@ -9,6 +9,7 @@ has no place. `make_dataset` writes a folder that `system2.pretrain` reads.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -388,3 +389,19 @@ def make_dataset(
                 out.write(json.dumps(record) + "\n")
             maker.close()
     images.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the training set (scenes A-C) and two held-out sets (new states; scene D)."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--train", type=int, default=18000, help="pictures to train on")
+    options = parser.parse_args(argv)
+    make_dataset(options.out / "test-states", "ABC", 1200, seed=1001)
+    make_dataset(options.out / "test-scene", "D", 800, seed=1002)
+    make_dataset(options.out / "train", "ABC", options.train, seed=1, random_looks=0.5)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
