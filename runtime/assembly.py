@@ -107,13 +107,14 @@ def build_rig(
     return Rig(loop, pacer, director)
 
 
-def wire_goals(config: RunConfig, requests: str, latents: str, robot_name: str) -> WireGoals:
+def wire_goals(config: RunConfig, requests: str, latents: str) -> WireGoals:
     """Return System 2 in another process, reached over two endpoints."""
     keys = str(config.transport.keys) if config.transport.keys else None
+    robot = config.robot.id
     return WireGoals(
-        sender=Publisher(requests, robot_name, bind=False, keys=keys),
-        reader=NewestReader(latents, f"latents/{robot_name}", LatentGoal, keys=keys),
-        robot=robot_name,
+        sender=Publisher(requests, robot, bind=False, keys=keys),
+        reader=NewestReader(latents, f"latents/{robot}", LatentGoal, keys=keys),
+        robot=robot,
         camera=config.system2.camera,
         # Twice System 2's rate, so that its newest image is never a whole period old.
         min_interval_ns=round(0.5e9 / max(config.system2.hz, 1.0)),

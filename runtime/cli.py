@@ -17,6 +17,7 @@ COMMANDS = {
     "run": ("runtime.commands.run:main", "run the whole system on a robot or simulator"),
     "record": ("runtime.commands.run:record", "run, and record everything to disk"),
     "replay": ("runtime.commands.replay:main", "run recorded observations through System 1 again"),
+    "serve": ("runtime.commands.serve:main", "one System 2 for many robots"),
     "probe": ("system2.probe:main", "what System 2 makes of one image and instruction"),
     "keys": ("runtime.commands.keys:main", "make the CURVE keys that other hosts need"),
     "doctor": ("runtime.commands.doctor:main", "what this machine can do, and what to do about it"),

@@ -55,6 +55,7 @@ class System2Config(_Section):
     engine: Part = Part(target="system2.engines.vllm:VllmEngine")
     hz: Positive = 1.0
     camera: str = "static"
+    connect: str | None = None  # a System 2 that `openhelix serve` runs; None starts one
     placement: Placement = Placement(cpus=0.5, threads=1, nice=5)
 
 
@@ -93,6 +94,7 @@ class RobotConfig(_Section):
     """Which robot or simulator, by the name of its driver."""
 
     name: str = "sim"
+    id: str = Field(default="robot0", pattern=r"^[\w-]{1,64}$")  # unique at a shared System 2
     options: dict[str, Any] = {}
 
 

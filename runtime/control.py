@@ -17,6 +17,8 @@ from typing import Any
 from runtime.assembly import Rig, build_rig, make_clock, remote_planner, wire_goals
 from runtime.config import RunConfig, validate
 from runtime.director import Assignment
+from runtime.endpoints import is_local
+from runtime.offset import ClockSync
 from runtime.realtime import RealtimeStatus, enter, leave
 from runtime.report import percentiles, task_rows
 from runtime.robots.base import Robot, RobotError, World, make_robot
@@ -53,6 +55,7 @@ class ControlNode:
         self._start = threading.Event()
         self._halt = threading.Event()
         self._finished = threading.Event()
+        self._sync: ClockSync | None = None
         self._report: dict[str, Any] = {}
         self._robot: Robot | None = None
         self._rig: Rig | None = None
@@ -68,7 +71,8 @@ class ControlNode:
             self._robot.reset_world(self._initial["robot_obs"], self._initial["scene_obs"])
         goals = None
         if spec.latent is not None:
-            goals = wire_goals(config, channels["requests"], channels["latents"], "robot0")
+            goals = wire_goals(config, channels["requests"], channels["latents"])
+            self._sync = self._clock_sync(channels["system2_control"])
         planner = remote_planner(config, channels["plans"], channels["chunks"])
         rig = build_rig(config, self._robot, spec, planner, goals, make_clock(config))
         self._rig, self._spec = rig, spec
@@ -124,10 +128,20 @@ class ControlNode:
     def close(self) -> None:
         if self._rig is not None:
             self._rig.close()
+        if self._sync is not None:
+            self._sync.close()
+            self._sync_client.close()
         if self._subscribers is not None:
             self._subscribers.close()
         if self._robot is not None:
             self._robot.disconnect()
+
+    def _clock_offset_s(self) -> dict[str, float] | None:
+        """System 2's clock minus ours, true within the uncertainty; None on one host."""
+        offset = self._sync.offset if self._sync else None
+        if offset is None:
+            return None
+        return {"offset": offset.offset_ns * 1e-9, "uncertainty": offset.uncertainty_ns * 1e-9}
 
     def _policy_spec(self) -> PolicySpec:
         """Ask System 1 what it needs, once it is ready."""
@@ -145,6 +159,15 @@ class ControlNode:
         finally:
             client.close()
         raise RobotError(f"system1: not ready after {SYSTEM1_TIMEOUT_S:.0f} s")
+
+    def _clock_sync(self, endpoint: str) -> ClockSync | None:
+        """Estimate the offset to System 2's clock where that is another host's."""
+        if is_local(endpoint):
+            return None
+        self._sync_client = RpcClient(endpoint, keys=self._keys())
+        sync = ClockSync(self._sync_client)
+        sync.start(period_s=2.0)
+        return sync
 
     def _keys(self) -> str | None:
         keys = self._config.transport.keys
@@ -194,6 +217,7 @@ class ControlNode:
             "s2_latency_s": percentiles(goals.latencies_s if goals else (), ("p50", "p99")),
             "stopped": str(rig.loop.machine.stop) if rig.loop.stopped else None,
             "safe_stops": dict(rig.loop.machine.stops),
+            "clock_offset_s": self._clock_offset_s(),
             "realtime": {
                 "fifo": self._realtime.fifo,
                 "reason": self._realtime.reason,

@@ -133,3 +133,24 @@ def is_listening(endpoint: str) -> bool:
         except OSError:
             return True  # its backlog is full, or it is not ours to judge
     return True
+
+
+def served(address: str) -> dict[str, str]:
+    """Return the endpoints of a shared System 2 by what they carry.
+
+    Args:
+        address: its control endpoint. `tcp://HOST:PORT` has its requests and latents on the
+            two ports after it, `ipc://PATH` at two paths beside it.
+
+    Raises:
+        EndpointRefused: the address cannot be used.
+    """
+    is_local(address)
+    names = ("requests", "latents")
+    if not address.startswith("tcp://"):
+        return {"control": address} | {name: f"{address}.{name}" for name in names}
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or not 0 < int(port) < 65534:
+        raise EndpointRefused(f"endpoint {address!r}: expected tcp://HOST:PORT")
+    ports = {name: f"{host}:{int(port) + i}" for i, name in enumerate(names, start=1)}
+    return {"control": address} | ports

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.config import ConfigError, Placement, RunConfig
+from runtime.endpoints import check_bind, served
 from runtime.node import NodeSpec
 from runtime.rpc import RpcClient, RpcError
 from runtime.sinks import Sinks
@@ -44,6 +45,7 @@ NODES = ("control", "observer", "camera", "world", "system1", "system2")  # in o
 
 # A control loop that crashed must not start again by itself beside a moving arm, and a world
 # that did would have forgotten its state.
+PUBLISHER = "system2.publisher:PublisherNode"
 RESTARTED = ("system1", "system2", "camera")
 OBSERVER = Placement(cpus=0.2, nice=10)
 
@@ -87,6 +89,13 @@ class Endpoints:
         )
 
 
+def with_served(ends: Endpoints, address: str) -> Endpoints:
+    """Return endpoints that lead to a shared System 2."""
+    there = served(address)
+    channels = ends.channels | {name: there[name] for name in ("requests", "latents")}
+    return Endpoints(channels, ends.control | {"system2": there["control"]})
+
+
 def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) -> list[NodeSpec]:
     """Return the nodes of a run.
 
@@ -107,14 +116,9 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
         return options | bound | {"keys": keys}
 
     engine, policy = system2.engine.model_dump(), system1.policy.model_dump()
-    reach = channels | {f"{name}_control": ends.control[name] for name in ("world", "system1")}
+    asked = ("world", "system1", "system2")
+    reach = channels | {f"{name}_control": ends.control[name] for name in asked}
     parts: list[tuple[str, str, Placement, dict[str, Any]]] = [
-        (
-            "system2",
-            "system2.publisher:PublisherNode",
-            system2.placement,
-            own("system2", engine=engine, hz=system2.hz, metrics_port=_next_port(config)),
-        ),
         (
             "system1",
             "runtime.planning:PlannerNode",
@@ -128,6 +132,10 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
             {"config": data, "channels": reach} | job,
         ),
     ]
+    if system2.connect is None:
+        port = config.output.metrics_port
+        serves = own("system2", engine=engine, hz=system2.hz, metrics_port=port and port + 1)
+        parts.append(("system2", PUBLISHER, system2.placement, serves))
     if Sinks.wanted(config):
         look = own("observer", config=data, cameras=world.cameras, folder=folder)
         parts.append(("observer", "runtime.sinks:ObserverNode", OBSERVER, look))
@@ -157,12 +165,6 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
     ]
 
 
-def _next_port(config: RunConfig) -> int | None:
-    """System 2's metrics are at the port after the control process's."""
-    port = config.output.metrics_port
-    return port + 1 if port else port
-
-
 class Graph:
     """The running processes of one run."""
 
@@ -174,8 +176,12 @@ class Graph:
         else:
             hosts = dict.fromkeys(NODES, transport.host) | transport.hosts
             self.endpoints = Endpoints.network(hosts, transport.base_port)
-        self.specs = build(config, self.endpoints, job, str(folder))
+        if config.system2.connect is not None:
+            self.endpoints = with_served(self.endpoints, config.system2.connect)
         self._keys = str(transport.keys) if transport.keys else None
+        for endpoint in (*self.endpoints.channels.values(), *self.endpoints.control.values()):
+            check_bind(endpoint, self._keys)  # here too, before anything is started
+        self.specs = build(config, self.endpoints, job, str(folder))
         self._clients: dict[str, RpcClient] = {}
         self._config, self._log_folder = config, folder / "logs"
         self._host: Host | None = None
@@ -240,11 +246,21 @@ class Graph:
                 if health["state"] == "failed":
                     raise GraphError(f"{name} failed: {health['error']}")
             if all(health["state"] in ("ready", "done") for health in states.values()):
+                self._require_system2()
                 return
             if time.monotonic() > deadline:
                 late = [name for name, health in states.items() if health["state"] != "ready"]
                 raise GraphError(f"not ready after {timeout_s:.0f} s: {', '.join(late)}")
             time.sleep(0.1)
+
+    def _require_system2(self) -> None:
+        """A System 2 that others run must be there by now; it is not ours to wait for."""
+        health = self.health("system2", 5.0)
+        if health["state"] != "ready":
+            address = self.endpoints.control["system2"]
+            raise GraphError(
+                f"system2 at {address} is {health['state']}; `openhelix serve` runs one"
+            )
 
     def close(self) -> None:
         """End all nodes, the control loop first, so that the robot is stopped by its own loop."""

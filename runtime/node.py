@@ -79,8 +79,10 @@ class NodeSpec:
 class NodeRunner:
     """Drives one node through its states."""
 
-    def __init__(self, spec: NodeSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: NodeSpec, stay_refused: bool = True) -> None:
+        """`stay_refused`: keep answering after a refusal, so that its reason can be read."""
+        self._spec, self._stay_refused = spec, stay_refused
+        self.last_health: dict[str, Any] = {}
         self._stop = threading.Event()
         self._node: Node | None = None
         self.state = "starting"
@@ -93,8 +95,10 @@ class NodeRunner:
             os.nice(self._spec.nice)
         self._build()
         # After the imports, which would keep a core for seconds, and before the first thread.
-        if self._spec.fifo and not enter(priority=self._spec.fifo, gc_mode="leave").fifo:
-            log.warning("%s: SCHED_FIFO is not granted", self._spec.name)
+        if self._spec.fifo:
+            status = enter(priority=self._spec.fifo, inherit=True, gc_mode="leave")
+            if not status.fifo:
+                log.warning("%s: %s", self._spec.name, status.reason)
         self._server = RpcServer(
             self._spec.control,
             {"health": self._health, "stop": self._on_stop, "ask": self._ask},
@@ -106,8 +110,8 @@ class NodeRunner:
         finally:
             if self._node is not None:
                 self._node.close()
-            if self.state == "refused":
-                self._stop.wait()  # stay, so that the reason can be read
+            if self.state == "refused" and self._stay_refused:
+                self._stop.wait()
             self._server.close()
         return self.state
 
@@ -126,7 +130,9 @@ class NodeRunner:
         try:
             self._node.setup()
             self.state = "ready"
+            log.info("%s: ready at %s", self._spec.name, self._spec.control)
             self._node.run(self._stop)
+            self.last_health = self._node.health()
             self.state = "done"
         except Exception as error:
             self._note(error)

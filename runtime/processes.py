@@ -45,6 +45,7 @@ class ProcessHost:
     def close(self, timeout_s: float = 5.0) -> None:
         """End every child: politely, then for certain."""
         self._closing.set()
+        self._watch.join(timeout=2.0)  # or it might start one again behind our back
         for child in self._children.values():
             child.terminate()
         for child in self._children.values():

@@ -4,6 +4,7 @@
 belongs in a metric. Scheduling and affinity are set for the calling thread alone, with
 RESET_ON_FORK, because threads inherit both: a thread pool that a real-time thread starts
 would otherwise run in real time too, and starve ZeroMQ's input and output thread of a core.
+(`inherit` is for a process that wants just that: all its threads at one low priority.)
 For the same reason a SCHED_FIFO thread may spin only briefly (`MonotonicClock.spin_ns`); the
 kernel stops real-time threads for 50 ms once they have used 95 % of a second.
 """
@@ -55,6 +56,7 @@ class RealtimeStatus:
 def enter(
     *,
     priority: int | None = 50,
+    inherit: bool = False,
     cpus: Sequence[int] | None = None,
     timer_slack_ns: int | None = 1,
     gc_mode: GcMode = "freeze",
@@ -65,6 +67,7 @@ def enter(
 
     Args:
         priority: of SCHED_FIFO, 1 to 99; None leaves the scheduler alone.
+        inherit: threads that this one starts from now on get the same priority.
         cpus: cores for this thread; None leaves the affinity alone.
         timer_slack_ns: how late the kernel may wake this thread on purpose (50,000 by default).
         gc_mode: "freeze" moves all living objects out of the collector's sight and stops
@@ -78,7 +81,7 @@ def enter(
         What was granted and why the rest was not; hand it to `leave`.
     """
     refusals: list[str] = []
-    policy, old_priority, fifo = _enter_fifo(priority, refusals)
+    policy, old_priority, fifo = _enter_fifo(priority, inherit, refusals)
     old_cpus = _enter_cpus(cpus, refusals)
     old_slack = _enter_slack(timer_slack_ns, refusals)
     locked = lock_memory and _lock_memory(refusals)
@@ -174,7 +177,9 @@ class SlackCollector:
         self.runs[generation] += 1
 
 
-def _enter_fifo(priority: int | None, refusals: list[str]) -> tuple[int | None, int, bool]:
+def _enter_fifo(
+    priority: int | None, inherit: bool, refusals: list[str]
+) -> tuple[int | None, int, bool]:
     """Return the old policy (None where unchanged), the old priority, and whether it is FIFO."""
     if priority is None:
         return None, 0, False
@@ -182,7 +187,7 @@ def _enter_fifo(priority: int | None, refusals: list[str]) -> tuple[int | None, 
         refusals.append("SCHED_FIFO: this system has no real-time scheduling")
         return None, 0, False
     policy, old = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
-    wanted = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
+    wanted = os.SCHED_FIFO if inherit else os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
     hint = "allow it with `ulimit -r 99` or CAP_SYS_NICE"
     fifo = _try(
         "SCHED_FIFO",

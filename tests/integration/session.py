@@ -87,7 +87,8 @@ def session(
         yield Session(graph)
     finally:
         graph.close()
-        left = [p for p in me.children(recursive=True) if "runtime.processes" in _command(p)]
+        mine = graph.endpoints.control["control"]
+        left = [p for p in me.children(recursive=True) if mine in _command(p)]
         for process in left:
             process.kill()
         assert not left, f"processes left behind: {left}"

@@ -183,3 +183,32 @@ def test_a_cycle_is_really_freed() -> None:
     SlackCollector().collect(10**12)
     leave(status)
     assert freed == [1]
+
+
+def test_threads_inherit_only_when_asked() -> None:
+    def policies(inherit: bool) -> tuple[int, int]:
+        found: list[int] = []
+
+        def look() -> None:
+            found.append(os.sched_getscheduler(0))
+
+        def work() -> None:
+            status = enter(priority=5, inherit=inherit, gc_mode="leave", switch_interval_s=None)
+            if not status.fifo:
+                found.extend((-1, -1))
+                return
+            look()
+            child = threading.Thread(target=look)
+            child.start()
+            child.join()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return found[0], found[1]
+
+    mine, child = policies(inherit=True)
+    if mine == -1:
+        pytest.skip("SCHED_FIFO is not granted on this machine")
+    assert child == os.SCHED_FIFO
+    assert policies(inherit=False)[1] == os.SCHED_OTHER

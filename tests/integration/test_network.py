@@ -1,0 +1,115 @@
+"""The graph over TCP with keys, and one System 2 for several robots."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from runtime.curve import generate
+from runtime.endpoints import BindRefused
+from runtime.graph import GraphError
+from tests.integration.session import SMALL, session
+
+
+def free_port(count: int) -> int:
+    """The first of `count` ports in a row that nobody uses now."""
+    for port in range(21_000, 29_000, 37):
+        sockets = [socket.socket() for _ in range(count)]
+        try:
+            for i, s in enumerate(sockets):
+                s.bind(("127.0.0.1", port + i))
+            return port
+        except OSError:
+            continue
+        finally:
+            for s in sockets:
+                s.close()
+    raise AssertionError("no free ports")
+
+
+def test_every_channel_over_tcp_with_curve_keys(tmp_path: Path) -> None:
+    for name in ("server", "client"):
+        generate(tmp_path / "keys", name)
+    words = (
+        *("transport.host=127.0.0.1", f"transport.base_port={free_port(14)}"),
+        *(f"transport.keys={tmp_path / 'keys'}", "tasks.steps_limit=45"),
+    )
+    with session(tmp_path, *words) as run:
+        run.begin()
+        report = run.finished()
+    assert report["tasks"][0]["env_steps"] == 45 and report["stopped"] is None
+    assert report["latents_received"] >= 3
+
+
+def test_beyond_this_host_keys_are_required(tmp_path: Path) -> None:
+    words = ("transport.host=0.0.0.0", f"transport.base_port={free_port(14)}")
+    with pytest.raises(BindRefused, match="openhelix keys"), session(tmp_path, *words):
+        pass
+
+
+@contextmanager
+def served(address: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runtime.cli", "serve", address, *SMALL, "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_two_robots_share_one_system2_and_survive_its_restart(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/s2"
+    share = (f"system2.connect={address}", "tasks.steps_limit=100000")
+    one, two = tmp_path / "one", tmp_path / "two"
+    with (
+        served(address) as first,
+        session(one, *share, "robot.id=arm1") as arm1,
+        session(two, *share, "robot.id=arm2") as arm2,
+    ):
+        for arm in (arm1, arm2):
+            arm.begin()
+        for arm in (arm1, arm2):
+            arm.until("work", lambda h: h["steps"] > 15)
+        robots = arm1.graph.health("system2")["robots"]
+        assert set(robots) == {"arm1", "arm2"}
+        assert all(robot["published"] >= 2 for robot in robots.values())
+        first.kill()
+        arm1.until("an old latent", lambda h: (h["latent_age_s"] or 0) > 1.5)
+        with served(address):
+            for arm in (arm1, arm2):
+                arm.until("a fresh latent", lambda h: (h["latent_age_s"] or 9) < 0.5)
+
+
+def test_a_shared_system2_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with (
+        session(tmp_path, f"system2.connect=ipc://{tmp_path}/nobody") as run,
+        pytest.raises(GraphError, match="openhelix serve"),
+    ):
+        run.begin()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tcp://0.0.0.0:7000"], "openhelix keys"),
+        (["smoke://signal"], "expected ipc://PATH"),
+        ([], "address"),
+        (["ipc:///tmp/x", "system2.hz=0"], "system2.hz"),
+    ],
+)
+def test_serve_refuses_in_one_line(words: list[str], expected: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "runtime.cli", "serve", *words], capture_output=True, text=True
+    )
+    assert run.returncode == 2 and expected in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
