@@ -86,7 +86,8 @@ def _chain(
     for place in range(chain):
         push = Disturbance.random(rng) if rng.uniform() < disturbed else None
         expert = random_expert(env, task, rng)
-        tail = int(rng.integers(0, 6))
+        # Half of the time the next task begins at once, as it does in an evaluation.
+        tail = int(rng.integers(1, 6)) if rng.uniform() < 0.5 else 0
         done = perform(env, expert, disturbance=push, record=True, tail=tail)
         unit.tried[task] += 1
         if not done.success:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import atan2, cos, pi, sin
 
 import numpy as np
@@ -26,6 +27,9 @@ from runtime.quaternion import Quat, from_rotation_vector, matrix, multiply
 from runtime.types import F64
 
 WIDEST_GRASP_M = 0.06
+BUTTON_Y_M = -0.12
+FINGER_INSIDE_M, FINGER_AT_M = 0.039, 0.048  # of an open finger: inner face, middle
+PUSH_PACE = 0.7  # at full speed a block would slide on for 6 cm after the last touch
 TURN_RAD = 1.75  # at most; a block slips in the grip, so its own yaw decides when to stop
 
 
@@ -37,12 +41,70 @@ class BlockSkill(Skill):
         return self.view.blocks[name]
 
     def grasp_yaws(self, name: str) -> list[float]:
-        """Yaws at which the fingers fit around the block, nearest first."""
-        block = self.block(name)
+        """Yaws at which the fingers fit around the block, the soonest reached first."""
+        block, now = self.block(name), self.view.yaw
         options = [block.yaw]
         if block.length < WIDEST_GRASP_M:
             options.append(block.yaw + pi / 2)
-        return nearest_yaw(options, self.view.yaw, pi) or [block.yaw]
+        yaws = nearest_yaw(options, now, pi) or [block.yaw]
+        return sorted(yaws, key=lambda yaw: abs(yaw - now) + self.crowding(name, yaw))
+
+    def crowding(self, name: str, yaw: float) -> float:
+        """How much is in the way of the fingers of a grasp; 0 where there is room (rad)."""
+        return self.shift(name, yaw)[0]
+
+    def shift(self, name: str, yaw: float) -> tuple[float, F64]:
+        """Where beside the block's centre the open fingers find most room.
+
+        Returns:
+            What is still in the way (0 for nothing, in rad of turning that it is worth), and
+            the shift (3,) in m: along the block, or towards the freer side of it.
+        """
+        block = self.block(name)
+        closing = np.array([sin(yaw), -cos(yaw)])
+        across = np.array([-closing[1], closing[0]])
+        length = block.half_extent((across[0], across[1]))
+        slack = max(FINGER_INSIDE_M - block.half_extent((closing[0], closing[1])), 0.0) * 0.8
+        best, found = 9.0, np.zeros(3)
+        for along in (0.0, 0.018, -0.018, 0.031, -0.031):
+            if abs(along) > length - 0.008:
+                continue
+            for aside in (0.0, slack, -slack):
+                centre = block.position[:2] + across * along + closing * aside
+                cost = self._in_the_way(name, centre, closing, across)
+                cost += 6.0 * abs(along) + 3.0 * abs(aside)
+                if cost < best - 1e-6:
+                    best, found = cost, np.array([*(centre - block.position[:2]), 0.0])
+        return best, found
+
+    def _in_the_way(self, name: str, centre: F64, closing: F64, across: F64) -> float:
+        room = min(
+            self._room(name, centre + side * closing * FINGER_AT_M + edge * across)
+            for side in (1.0, -1.0)
+            for edge in (0.006, -0.006)
+        )
+        return 2.5 * min(max(0.012 - room, 0.0) / 0.012, 1.5)
+
+    def _room(self, name: str, spot: F64) -> float:
+        """Distance (m) of a spot beside a block from the nearest thing that stands there."""
+        block = self.block(name)
+        found = [0.1]
+        for other in self.view.blocks.values():
+            if other.name == name or abs(other.position[2] - block.position[2]) > 0.035:
+                continue
+            gap = spot - other.position[:2]
+            along = np.array([cos(other.yaw), sin(other.yaw)])
+            inside = np.abs([gap @ along, gap[1] * along[0] - gap[0] * along[1]])
+            beyond = np.maximum(inside - [other.length / 2, 0.02], 0.0)
+            found.append(float(np.linalg.norm(beyond)))
+        if 0.44 < block.position[2] < 0.50:
+            button = np.array([self.scene.button_x, BUTTON_Y_M])
+            found.append(float(np.linalg.norm(spot - button)) - 0.04)
+        if block.position[2] < 0.40:  # the drawer's walls
+            front, back = -self.view.drawer - 0.16, -self.view.drawer + 0.04
+            sides = 0.18 - abs(spot[0] - self.scene.drawer_x)
+            found.append(float(min(sides, spot[1] - front, back - spot[1])))
+        return min(found)
 
     def top_grasp(self, name: str, yaw: float) -> Quat:
         """A tool over the block: upright, or leaned outwards where the arm is too short."""
@@ -62,21 +124,27 @@ class BlockSkill(Skill):
     def take(
         self,
         name: str,
-        yaw: float,
+        choose: Callable[[], float],
         above_m: float = 0.0,
         height_m: float = 0.06,
         tolerance_rad: float = 0.15,
     ) -> Steps:
-        """Grasp a block from above: come down around it, close."""
-        ox, oy, oz = self.v.offset_m
-        # along the pads a grasp may be off; across them the fingers centre the block
-        along = np.array([-sin(yaw - pi / 2), cos(yaw - pi / 2), 0.0]) * ox
-        across = np.array([cos(yaw - pi / 2), sin(yaw - pi / 2), 0.0]) * oy * 0.7
-        offset = along + across + UP * (oz + above_m)
+        """Grasp a block from above: come down around it, close.
+
+        Args:
+            name: of the block.
+            choose: gives the yaw of the grasp; asked again when the block has moved.
+            above_m: height of the TCP over the block's centre.
+            height_m: of the approach.
+            tolerance_rad: how far from its yaw the tool may be when it closes.
+        """
+        yaw, offset, seen = self._grasp(name, choose, above_m)
         for _ in range(60):
-            target = self.block(name).position + offset
+            block = self.block(name)
+            if np.linalg.norm(block.position - seen) > 0.008:
+                yaw, offset, seen = self._grasp(name, choose, above_m)
             goal = self.approach(
-                target,
+                block.position + offset,
                 self.top_grasp(name, yaw),
                 OPEN,
                 height_m=height_m,
@@ -87,6 +155,20 @@ class BlockSkill(Skill):
             yield goal
         target = self.block(name).position + offset
         yield from self.close(target, self.top_grasp(name, yaw))
+
+    def _grasp(
+        self, name: str, choose: Callable[[], float], above_m: float
+    ) -> tuple[float, F64, F64]:
+        """A grasp: its yaw, the TCP's offset from the block, and where the block is now."""
+        yaw = choose()
+        ox, oy, oz = self.v.offset_m
+        crowd, shift = self.shift(name, yaw)
+        free = 1.0 if crowd < 0.02 else 0.3
+        # along the pads a grasp may be off; across them the fingers centre the block
+        along = np.array([sin(yaw - pi / 2), -cos(yaw - pi / 2), 0.0]) * -ox
+        across = np.array([cos(yaw - pi / 2), sin(yaw - pi / 2), 0.0]) * oy * 0.7
+        offset = (along + across) * free + shift + UP * (oz + above_m)
+        return yaw, offset, self.block(name).position.copy()
 
     # -- rotate ------------------------------------------------------------------------
 
@@ -101,8 +183,13 @@ class BlockSkill(Skill):
         turned = 0.0
         yield from self.leave(OPEN)
         for _ in range(3):
-            yaw = self._rotation_yaw(name, way)
-            yield from self.take(name, yaw, 0.004, height_m=0.045, tolerance_rad=0.25)
+            yield from self.take(
+                name,
+                lambda: self._rotation_yaw(name, way),
+                0.004,
+                height_m=0.045,
+                tolerance_rad=0.25,
+            )
             if not self.view.held(name):
                 yield from self._let_go()
                 continue
@@ -127,7 +214,7 @@ class BlockSkill(Skill):
         def cost(yaw: float) -> float:
             end = yaw + way * 1.5
             beyond = max(-1.1 - end, end - 4.9, 0.0)
-            return max(abs(yaw - now) - 0.4, 0.0) + 4.0 * beyond
+            return max(abs(yaw - now) - 0.4, 0.0) + 4.0 * beyond + self.crowding(name, yaw)
 
         yaws = sorted(self.grasp_yaws(name), key=cost)
         return yaws[0] + self.v.yaw_rad
@@ -185,7 +272,7 @@ class BlockSkill(Skill):
                 return  # lost it: come again
             across = float(np.clip(block.position[1] - line, -0.015, 0.015))
             goal = np.array([tcp[0] + way * 0.045, block.position[1] + across, 0.466])
-            yield Goal(goal, self._push_tool(block.position), CLOSE)
+            yield Goal(goal, self._push_tool(block.position), CLOSE, PUSH_PACE)
 
     # -- lift, stack, unstack ----------------------------------------------------------
 
@@ -193,10 +280,7 @@ class BlockSkill(Skill):
         """Grasp a block on the table (or on another block) and raise it."""
         yield from self.leave(OPEN)
         for _ in range(3):
-            yaws = self.grasp_yaws(name)
-            second = self.v.other_yaw and len(yaws) > 1 and abs(yaws[1] - self.view.yaw) < 1.2
-            yaw = yaws[1 if second else 0] + self.v.yaw_rad
-            yield from self.take(name, yaw)
+            yield from self.take(name, lambda: self._lift_yaw(name))
             if not self.view.held(name):
                 yield from self._let_go()
                 continue
@@ -205,6 +289,12 @@ class BlockSkill(Skill):
             yield from self.move(top, tool, CLOSE, tolerance_m=0.02)
             if self.view.held(name):
                 return
+
+    def _lift_yaw(self, name: str) -> float:
+        yaws = self.grasp_yaws(name)
+        second = self.v.other_yaw and len(yaws) > 1 and abs(yaws[1] - self.view.yaw) < 1.2
+        second = second and self.crowding(name, yaws[1]) < 0.1
+        return yaws[1 if second else 0] + self.v.yaw_rad
 
     def unstack(self) -> Steps:
         """Lift the upper of two stacked blocks."""
@@ -223,6 +313,7 @@ class BlockSkill(Skill):
         base = self.stack_base(held)
         if base is None:
             return
+        yield from self.leave(CLOSE, keep=True)
         ox, oy, _ = self.v.offset_m
         for _ in range(60):
             if not self.view.held(held):
@@ -290,7 +381,8 @@ class BlockSkill(Skill):
         lone = [
             n
             for n, b in self.view.blocks.items()
-            if b.touches == {(self.view.table_uid, self.view.links["base_link"])}
+            if {t for t in b.touches if t[0] != self.view.robot_uid}
+            == {(self.view.table_uid, self.view.links["base_link"])}
             and b.position[2] < 0.48
         ]
         middle = self.scene.drawer_x
@@ -334,8 +426,7 @@ class BlockSkill(Skill):
     def _drag_off(self, name: str) -> Steps:
         """Where there is no room: grasp the block, carry it over the drawer, let go."""
         for _ in range(2):
-            yaw = self.grasp_yaws(name)[0]
-            yield from self.take(name, yaw)
+            yield from self.take(name, lambda: self.grasp_yaws(name)[0])
             if not self.view.held(name):
                 yield from self._let_go()
                 continue

@@ -380,6 +380,8 @@ class Skill:
         goal = target + axis * need
         if abs(error[0]) > 0.10:  # pass in front of the handles
             goal[1] = min(float(goal[1]), -0.06)
+            if view.out_m < 0.10 and 0.47 < view.position[2] < 0.64:
+                return Goal(view.position + OUT * LEASH_M, quaternion, gripper, pace)
         if along < need - 0.03 and aside > 0.02:
             sideways = (goal - view.position) - axis * float((goal - view.position) @ axis)
             goal = view.position + axis * (need - along) + limit(sideways, 0.004)

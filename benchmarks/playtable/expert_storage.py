@@ -94,8 +94,9 @@ class StorageSkill(BlockSkill):
         """Take a block out of the open drawer."""
         yield from self.leave(OPEN)
         for _ in range(3):
-            yaws = self.grasp_yaws(name)
-            yield from self.take(name, yaws[0] + self.v.yaw_rad, 0.008, height_m=0.13)
+            yield from self.take(
+                name, lambda: self.grasp_yaws(name)[0] + self.v.yaw_rad, 0.008, height_m=0.13
+            )
             if not self.view.held(name):
                 yield from self._let_go()
                 continue
@@ -106,10 +107,8 @@ class StorageSkill(BlockSkill):
 
     def place_slider(self) -> Steps:
         """Put the held block into the open side of the cabinet."""
-        low, high = self.opening()
-        spread = min(max((high - low) / 2 - 0.09, 0.0), 0.04)
-        x = (low + high) / 2 + float(np.clip(self.v.offset_m[0] * 8, -spread, spread))
-        spot = np.array([x, 0.082 + self.v.offset_m[1], 0.50])
+        held = self.view.in_hand()
+        spot = np.array([self._free_x(held), 0.082 + self.v.offset_m[1], 0.495])
         yaw = self._straight_yaw()
         tool = hand(yaw, CABINET_TILT_RAD + self.v.tilt_rad)
         axis = -tool_axis(tool)
@@ -128,6 +127,28 @@ class StorageSkill(BlockSkill):
             yield goal
         yield from self.hold(OPEN, 7)
         yield from self.move(spot + axis * 0.08, tool, OPEN, 0.03, steps=6)
+
+    def _free_x(self, held: str | None) -> float:
+        """Where in the opening there is most room, x in m."""
+        low, high = self.opening()
+        others = [
+            b.position[0]
+            for n, b in self.view.blocks.items()
+            if n != held
+            and self.view.on(n, "plank_link")
+            and low - 0.03 < b.position[0] < high + 0.03
+        ]
+        if not others:
+            spread = min(max((high - low) / 2 - 0.09, 0.0), 0.04)
+            shift = float(np.clip(self.v.offset_m[0] * 8, -spread, spread))
+            return (low + high) / 2 + shift
+        spots = np.linspace(low + 0.03, high - 0.03, 25)
+
+        def room(x: float) -> float:
+            edges = min(x - low, high - x)
+            return min(edges, *(abs(x - other) - 0.03 for other in others))
+
+        return float(max(spots, key=room))
 
     def _straight_yaw(self) -> float:
         """Near the start yaw, where the hand is across the opening."""

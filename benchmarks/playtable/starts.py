@@ -235,23 +235,13 @@ def feasible(view: View) -> list[str]:
 
 
 def _with_block_in_hand(view: View, held: str) -> list[str]:
-    found = ["place_in_slider"] if not _opening_taken(view, held) else []
+    found = ["place_in_slider"]
     if view.drawer > 0.17:
         found.append("place_in_drawer")
     free = [n for n in view.blocks if n != held and _lies_free(view, n)]
     if free:
         found.append("stack_block")
     return found
-
-
-def _opening_taken(view: View, held: str) -> bool:
-    """Whether a block already lies in the middle of the open side of the cabinet."""
-    low, high = _opening(view)
-    middle = (low + high) / 2
-    return any(
-        n != held and view.on(n, "plank_link") and abs(b.position[0] - middle) < 0.10
-        for n, b in view.blocks.items()
-    )
 
 
 def _opening(view: View) -> tuple[float, float]:
@@ -357,7 +347,8 @@ def begin(
             options = [t for t in options if t != task]
             before = str(rng.choice(options)) if options else None
         if before is not None:
-            if not perform(env, random_expert(env, before, rng)).success:
+            tail = int(rng.integers(0, 4))
+            if not perform(env, random_expert(env, before, rng), tail=tail).success:
                 continue
             info = env.get_info()
         if task in feasible(View(env.scene, info)):
