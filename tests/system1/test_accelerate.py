@@ -10,11 +10,11 @@ from system1.accelerate import GraphedSampler, to_bf16
 from system1.policy import DiffusionPolicy
 from tests.system1.test_actor import make, seeded
 from tests.system1.test_actor import observe as observe_official
-from tests.system1.test_heads import ALL, batch_of, stirred
+from tests.system1.test_heads import batch_of, stirred
 from tests.system1.test_policy import goal, observe, tiny
 
 
-@pytest.mark.parametrize("head", ALL)
+@pytest.mark.parametrize("head", ["trajectory", "dit"])
 def test_bf16_stays_near(head):
     config = tiny(head=head)
     exact, half = stirred(config), to_bf16(stirred(config))
