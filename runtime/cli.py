@@ -18,6 +18,8 @@ COMMANDS = {
     "record": ("runtime.commands.run:record", "run, and record everything to disk"),
     "replay": ("runtime.commands.replay:main", "run recorded observations through System 1 again"),
     "serve": ("runtime.commands.serve:main", "one System 2 for many robots"),
+    "eval": ("benchmarks.dsvlabench.eval:main", "how often a policy does what it is told"),
+    "compare": ("benchmarks.dsvlabench.compare:main", "two evaluations on the same episodes"),
     "probe": ("system2.probe:main", "what System 2 makes of one image and instruction"),
     "keys": ("runtime.commands.keys:main", "make the CURVE keys that other hosts need"),
     "doctor": ("runtime.commands.doctor:main", "what this machine can do, and what to do about it"),

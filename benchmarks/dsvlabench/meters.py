@@ -1,0 +1,123 @@
+"""What is measured while an episode runs: System 2's work, the latents' age and their drift."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.assembly import Rig
+from runtime.interfaces import Engine
+from runtime.loop import Tick
+from runtime.spec import LatentSpec
+from runtime.types import F32
+
+
+class EngineMeter:
+    """An engine that counts its calls and their time.
+
+    Attributes:
+        engine: the engine itself; calls to it are not counted.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.calls = 0
+        self.seconds = 0.0
+
+    @property
+    def spec(self) -> LatentSpec:
+        """What the latents are."""
+        return self.engine.spec
+
+    def warm_up(self) -> None:
+        self.engine.warm_up()
+
+    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
+        start_s = time.perf_counter()
+        try:
+            return self.engine.encode(images, instructions)
+        finally:
+            self.seconds += time.perf_counter() - start_s
+            self.calls += 1
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class Watch:
+    """A subscriber that keeps, for each task, the latents computed and the age of those in use."""
+
+    EMPTY: dict[str, Any] = {"latents": 0, "latent_age_steps": None, "plans": 0}  # noqa: RUF012
+
+    def __init__(self, rig: Rig, engine: EngineMeter | None) -> None:
+        self._engine = engine
+        self._period_s = rig.loop.period_ns * 1e-9
+        self._calls: list[int] = [engine.calls if engine else 0]
+        self._spent: list[float] = [engine.seconds if engine else 0.0]
+        self._ages: list[list[int]] = []  # of the latent behind each plan, in steps
+        self._plans: list[int] = []
+
+    def __call__(self, tick: Tick) -> None:
+        while len(self._ages) < tick.observation.epoch:
+            self._ages.append([])
+            self._plans.append(0)
+            self._calls.append(self._calls[-1])
+            self._spent.append(self._spent[-1])
+        if self._engine is not None:
+            self._calls[-1], self._spent[-1] = self._engine.calls, self._engine.seconds
+        if tick.new_chunk is not None:
+            self._plans[-1] += 1
+            if tick.latent_age_s is not None:
+                self._ages[-1].append(round(tick.latent_age_s / self._period_s))
+
+    @property
+    def seconds(self) -> list[float]:
+        """System 2's time, task by task."""
+        return [b - a for a, b in zip(self._spent, self._spent[1:], strict=False)]
+
+    def row(self, number: int) -> dict[str, Any]:
+        """What to report of a task, by its place in the chain."""
+        if number >= len(self._ages):
+            return dict(self.EMPTY)
+        ages = self._ages[number]
+        age = {"mean": round(float(np.mean(ages)), 3), "max": max(ages)} if ages else None
+        calls = self._calls[number + 1] - self._calls[number]
+        return {"latents": calls, "latent_age_steps": age, "plans": self._plans[number]}
+
+
+class Drift:
+    """A subscriber that compares the latent behind each plan with a fresh one.
+
+    What the plan *would* have been conditioned on costs one more call of System 2 a plan; the
+    run itself goes on unchanged.
+
+    Attributes:
+        samples: [age in steps, cosine] of every plan that used a latent older than its image.
+    """
+
+    def __init__(self, rig: Rig, engine: Engine, camera: str) -> None:
+        self._rig, self._engine, self._camera = rig, engine, camera
+        self.samples: list[list[float]] = []
+
+    def __call__(self, tick: Tick) -> None:
+        loop, current = self._rig.loop, self._rig.director.current
+        if tick.new_chunk is None or loop.goals is None or current is None:
+            return
+        used = loop.goals.recent[-1]
+        age_ns = tick.observation.t_ns - used.t_obs_ns
+        if age_ns <= 0:
+            return
+        frame = tick.observation.frames[self._camera]
+        fresh = self._engine.encode([frame.rgb], [current.instruction])[0]
+        age = round(age_ns / loop.period_ns)
+        self.samples.append([age, round(cosine(used.z, fresh), 6)])
+
+
+def cosine(a: F32, b: F32) -> float:
+    """Return the cosine of two latents (n_tokens, d), taken as one vector each."""
+    x, y = np.ravel(a).astype(np.float64), np.ravel(b).astype(np.float64)
+    length = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return float(x @ y) / length if length > 0 else 0.0

@@ -1,0 +1,89 @@
+"""The plots of the reports, as PNG; no display, no global figure."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+INK, BAR, PALE = "#22303c", "#2a7f9e", "#c8d6dd"
+COLOURS = ("#2a7f9e", "#c4622d", "#5b8c3a", "#7a4f9a", "#b08d1a", "#9a3b52", "#4a5a66")
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as PNG."""
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(stream)
+    return stream.getvalue()
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=8)
+    return figure, axes
+
+
+def rates(rows: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
+    """Return horizontal bars of success rates with their intervals."""
+    rows = {name: row for name, row in rows.items() if row["n_episodes"]}
+    figure, axes = _figure(7.0, 0.9 + 0.24 * len(rows))
+    y = np.arange(len(rows))[::-1]
+    values = np.array([row["success_rate"] for row in rows.values()])
+    limits = np.array([row["ci95"] for row in rows.values()])
+    errors = np.clip(np.stack((values - limits[:, 0], limits[:, 1] - values)), 0, None)
+    axes.barh(y, 100 * values, color=BAR, height=0.68)
+    axes.errorbar(100 * values, y, xerr=100 * errors, fmt="none", ecolor=INK, elinewidth=1)
+    axes.set_yticks(y, list(rows), fontsize=8)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set_xlabel("success, % (95 % Wilson interval)", fontsize=8)
+    axes.set_title(title, fontsize=9, color=INK, loc="left")
+    return png(figure)
+
+
+def chain(reached: Sequence[float], limits: Sequence[Sequence[float]], title: str) -> bytes:
+    """Return the rates of 1 to 5 tasks in a row with their intervals."""
+    figure, axes = _figure(4.6, 2.8)
+    x = np.arange(1, len(reached) + 1)
+    values, bounds = np.array(reached), np.array(limits)
+    errors = np.clip(np.stack((values - bounds[:, 0], bounds[:, 1] - values)), 0, None)
+    axes.bar(x, 100 * values, color=BAR, width=0.66)
+    axes.errorbar(x, 100 * values, yerr=100 * errors, fmt="none", ecolor=INK, elinewidth=1)
+    axes.set_xticks(x)
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("tasks in a row", fontsize=8)
+    axes.set_ylabel("chains, %", fontsize=8)
+    axes.set_title(title, fontsize=9, color=INK, loc="left")
+    return png(figure)
+
+
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    x_label: str,
+    y_label: str,
+    title: str,
+    ticks: Sequence[float] = (),
+) -> bytes:
+    """Return lines of (x, y, low, high) on a logarithmic x axis, one for each name."""
+    figure, axes = _figure(5.6, 3.4)
+    for number, (name, points) in enumerate(series.items()):
+        data = np.array(points, np.float64)
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(data[:, 0], data[:, 1], "o-", color=colour, label=name, lw=1.6, ms=4)
+        axes.fill_between(data[:, 0], data[:, 2], data[:, 3], color=colour, alpha=0.13, lw=0)
+    axes.set_xscale("log")
+    axes.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(x_label, fontsize=8)
+    axes.set_ylabel(y_label, fontsize=8)
+    axes.set_title(title, fontsize=9, color=INK, loc="left")
+    axes.grid(color=PALE, lw=0.5)
+    axes.legend(fontsize=8, frameon=False)
+    return png(figure)

@@ -1,0 +1,167 @@
+"""Episodes on the wall clock: the whole graph of processes, as `openhelix run` starts it.
+
+System 2 is truly asynchronous there and time does not wait, so episodes run one after the
+other and their results depend on the machine. Every episode gets fresh processes: what one
+leaves behind cannot help or harm the next.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.dsvlabench.attempts import Outcome
+from benchmarks.dsvlabench.meters import Watch
+from benchmarks.dsvlabench.pool import Job
+from benchmarks.dsvlabench.stage import draw_start, sequence_start
+from benchmarks.dsvlabench.suites import Episode
+from benchmarks.playtable.env import PlayTableEnv
+from benchmarks.playtable.tasks import TASKS
+from runtime.assembly import make
+from runtime.config import ConfigError, RunConfig
+from runtime.director import Assignment
+from runtime.display import Display
+from runtime.errors import CommandFailed
+from runtime.realtime_run import run_realtime
+from runtime.spec import PolicySpec
+
+HELD = ("place", "stack")  # families that begin with a block in the hand
+
+
+def check(episodes: Iterable[Episode]) -> None:
+    """Refuse what the wall clock cannot set up: it knows CALVIN's state vectors only.
+
+    Raises:
+        ConfigError: in one line, which task.
+    """
+    for episode in episodes:
+        if episode.motion is not None:
+            raise ConfigError("--clock: calvin-d's moving blocks need the lockstep clock")
+        if episode.sequence is None and TASKS[episode.tasks[0]].family in HELD:
+            raise ConfigError(
+                f"--tasks: {episode.tasks[0]} begins with a block in the hand, which needs the "
+                "lockstep clock; name the other tasks, or run --suite calvin"
+            )
+
+
+class RealtimePool:
+    """Runs episodes on the wall clock, one after the other."""
+
+    def __init__(self, config: RunConfig, workers: int) -> None:
+        if workers != 1:
+            raise ConfigError(f"--workers: {workers}; the wall clock runs one episode at a time")
+        if config.robot.name != "sim":
+            raise ConfigError("--world: calvin_env is no real-time world; use --clock lockstep")
+        self.workers = workers
+        self._config = config
+        self._spec: PolicySpec | None = None
+
+    def start(self) -> dict[str, Any]:
+        if self._spec is None:
+            self._spec = make(self._config.system1.policy).spec
+        latent = None if self._spec.latent is None else asdict(self._spec.latent)
+        return {"policy_spec": asdict(self._spec), "latent_spec": latent, "spec_id": None}
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcome]]:
+        jobs = list(jobs)
+        check(job.episode for job in jobs)
+        for job in jobs:
+            yield job, self._run(job)
+
+    def close(self) -> None:
+        """Every episode has ended its own processes."""
+
+    def _run(self, job: Job) -> Outcome:
+        episode, started_s = job.episode, time.perf_counter()
+        report: dict[str, Any] = {}
+        error, video = None, None
+        with tempfile.TemporaryDirectory(prefix="openhelix-eval-") as name:
+            folder = Path(name)
+            try:
+                report = run_realtime(
+                    self._config_of(job),
+                    [
+                        Assignment(t, i)
+                        for t, i in zip(episode.tasks, episode.instructions, strict=True)
+                    ],
+                    start_of(episode),
+                    folder,
+                    Display(live=False),
+                )
+                if report["interrupted"]:
+                    raise KeyboardInterrupt
+            except (CommandFailed, RuntimeError) as failure:
+                error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:300]
+            film = folder / "video.mp4"
+            if job.film and film.exists():
+                video = film.read_bytes()
+        return Outcome(_result(episode, report, error, time.perf_counter() - started_s), video)
+
+    def _config_of(self, job: Job) -> RunConfig:
+        config = self._config
+        return config.model_copy(
+            update={
+                "seed": job.episode.seed,
+                "ray": False,
+                "world": config.world.model_copy(update={"scene": job.episode.scene}),
+                "tasks": config.tasks.model_copy(
+                    update={"steps_limit": job.conditions.steps_limit, "stop_at_failure": True}
+                ),
+                "output": config.output.model_copy(
+                    update={"video": job.film, "record": False, "viewer": False}
+                    | {"metrics_port": None, "live": False}
+                ),
+            }
+        )
+
+
+def start_of(episode: Episode) -> dict[str, Any]:
+    """Return the start as CALVIN's state vectors."""
+    if episode.sequence is not None:
+        robot_obs, scene_obs = sequence_start(episode)
+    else:
+        with PlayTableEnv(episode.scene, cameras=()) as env:
+            draw_start(env, episode)
+            obs = env.get_state_obs()
+        robot_obs, scene_obs = obs["robot_obs"], obs["scene_obs"]
+    return {"robot_obs": robot_obs.tolist(), "scene_obs": scene_obs.tolist()}
+
+
+def _result(
+    episode: Episode, report: Mapping[str, Any], error: str | None, wall_s: float
+) -> dict[str, Any]:
+    rows = [
+        {key: row[key] for key in ("task", "instruction", "success", "env_steps", "hold_steps")}
+        | {"reason": row["reason"]}
+        | Watch.EMPTY
+        for row in report.get("tasks", ())
+    ]
+    in_a_row = int(report.get("success_in_a_row", 0))
+    s2 = (report.get("s2_latency_s") or {}).get("p50")
+    age = (report.get("latent_age_s") or {}).get("p50")
+    if rows:
+        rows[0]["latents"] = report.get("latents_received", 0)  # of the whole episode
+    return {
+        "index": episode.index,
+        "key": episode.key,
+        "scene": episode.scene,
+        "groups": dict(episode.groups),
+        "in_a_row": in_a_row,
+        "success": in_a_row == len(episode.tasks),
+        "error": error,
+        "tasks": rows,
+        "renders": 0,
+        "drift": [],
+        "timing": {
+            "wall_s": round(wall_s, 3),
+            "task_s": [round(row["duration_s"], 3) for row in report.get("tasks", ())],
+            "s1_s": 0.0,
+            "s2_s": round((s2 or 0.0) * report.get("latents_received", 0), 3),
+            "latent_age_s_p50": age,
+            "deadline_missed": report.get("deadline_missed"),
+        },
+    }

@@ -1,0 +1,262 @@
+"""Runs one episode on the deterministic clock, on the control loop that robots run on.
+
+System 1, System 2 and the world are loaded once; every episode gets a loop, a clock and a
+random stream of its own, so its result does not depend on what ran before it or elsewhere.
+torch gets one thread: sums are split by the number of threads, so more of them would change
+the last bits, and processes use several cores better than threads do.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from benchmarks.dsvlabench.attempts import Attempt, Outcome
+from benchmarks.dsvlabench.meters import Drift, EngineMeter
+from benchmarks.dsvlabench.stage import stage, stage_calvin
+from benchmarks.dsvlabench.suites import Episode
+from benchmarks.playtable.tasks import TASK_NAMES
+from runtime.assembly import Rig, build_rig, lockstep_goals, make, replan_ns
+from runtime.clock import FakeClock
+from runtime.config import RunConfig
+from runtime.director import Assignment, Director
+from runtime.interfaces import Engine, Policy
+from runtime.planner import SyncPlanner
+from runtime.robots.base import make_robot
+from runtime.robots.env import EnvRobot, PlayTableRobot
+from runtime.spec import PolicySpec, SpecMismatch, check_latent, check_robot
+from runtime.types import ActionChunk, LatentGoal, Observation
+from runtime.video import Caption, VideoRecorder
+
+log = logging.getLogger(__name__)
+REASON_CHARS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """How an episode is run.
+
+    Attributes:
+        steps_limit: environment steps a task.
+        interval: System 2 refreshes every so many steps.
+        latency: steps until its latent arrives.
+        drift: compare the latents in use with fresh ones (costs System 2 calls).
+    """
+
+    steps_limit: int
+    interval: int
+    latency: int = 0
+    drift: bool = False
+
+
+class EpisodeClock(FakeClock):
+    """A fake clock that can go back to its start: times in an episode depend on it alone."""
+
+    def restart(self) -> None:
+        """Be as new."""
+        self._now_ns = 1_000_000_000
+
+
+class TaskPolicy:
+    """A policy without System 2 is told the task's number instead of an instruction."""
+
+    def __init__(self, policy: Any) -> None:
+        self._policy = policy
+        self.director: Director | None = None
+
+    @property
+    def spec(self) -> PolicySpec:
+        return cast(PolicySpec, self._policy.spec)
+
+    def warm_up(self) -> None:
+        self._policy.warm_up()
+
+    def reset(self, seed: int | None = None) -> None:
+        self._policy.reset(seed)
+
+    def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
+        current = self.director.current if self.director else None
+        self._policy.set_task(TASK_NAMES.index(current.task) if current else -1)
+        return cast(ActionChunk, self._policy.act(observation, latents))
+
+
+class Runner:
+    """System 1, System 2 and worlds, ready to run episodes one after the other.
+
+    Args:
+        config: of the run; its clock must be "lockstep".
+        engine: System 2 that is shared with others; None loads the configured one.
+        threads: of torch.
+
+    Raises:
+        ValueError: something is refused; the message is one line.
+    """
+
+    def __init__(self, config: RunConfig, engine: Engine | None = None, threads: int = 1) -> None:
+        self._config = config
+        self._policy: Policy = make(config.system1.policy)
+        self._clock = EpisodeClock()
+        self._robots: dict[str, EnvRobot] = {}
+        self._engine: EngineMeter | None = None
+        spec = self._policy.spec
+        # Before System 2 is loaded, which takes longest.
+        check_robot(self._make_robot(config.world.scene).spec, spec)
+        if spec.latent is None:
+            if not hasattr(self._policy, "set_task"):
+                raise SpecMismatch("policy: it takes no latent and cannot be told its task either")
+            self._policy = TaskPolicy(self._policy)
+        else:
+            self._engine = EngineMeter(engine or make(config.system2.engine))
+            check_latent(self._engine.spec, spec.latent)
+        torch.set_num_threads(threads)
+
+    def about(self) -> dict[str, Any]:
+        """What is being evaluated, as plain data."""
+        latent = None if self._engine is None else asdict(self._engine.spec)
+        spec_id = None if self._engine is None else self._engine.spec.spec_id
+        return {"policy_spec": asdict(self._policy.spec), "latent_spec": latent, "spec_id": spec_id}
+
+    def run(self, episode: Episode, conditions: Conditions, film: bool = False) -> Outcome:
+        """Run one episode. Never raises for what goes wrong in it: that is a failed episode."""
+        started_s = time.perf_counter()
+        attempt = Attempt(episode)
+        try:
+            if film:
+                with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder) / "episode.mp4"
+                    try:
+                        self._attempt(attempt, conditions, path)
+                    finally:
+                        attempt.video = path.read_bytes() if path.exists() else None
+            else:
+                self._attempt(attempt, conditions, None)
+        except Exception as error:
+            attempt.error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:REASON_CHARS]
+            log.warning("%s: %s", episode.key, attempt.error)
+            self._discard(episode.scene)
+        return attempt.outcome(time.perf_counter() - started_s)
+
+    def close(self) -> None:
+        """Release worlds and System 2."""
+        for scene in list(self._robots):
+            self._discard(scene)
+        if self._engine is not None:
+            self._engine.close()
+
+    def _attempt(self, attempt: Attempt, conditions: Conditions, film: Path | None) -> None:
+        episode = attempt.episode
+        self._clock.restart()
+        robot = self._robot(episode.scene)
+        if not isinstance(robot, PlayTableRobot):
+            robot.frames_on_demand = film is None  # a film looks after the world has moved on
+        moving = None
+
+        def prepare(env: Any) -> None:
+            nonlocal moving
+            if isinstance(robot, PlayTableRobot):
+                moving = stage(env, episode)
+            else:
+                stage_calvin(env, episode)
+
+        robot.prepare_world(prepare)
+        rig = self._rig(robot, episode, conditions)
+        attempt.begin(rig, self._engine, robot)
+        if conditions.drift and self._engine is not None:
+            attempt.drift = Drift(rig, self._engine.engine, self._config.system2.camera)
+            rig.loop.subscribers.append(attempt.drift)
+        recorder = _recorder(film, rig, robot) if film is not None else None
+        try:
+            rig.loop.arm()
+            rig.director.run(
+                [
+                    Assignment(task, text)
+                    for task, text in zip(episode.tasks, episode.instructions, strict=True)
+                ],
+                lambda: False,
+            )
+        finally:
+            if moving is not None:
+                moving.close()
+            if recorder is not None:
+                recorder.close()
+
+    def _rig(self, robot: EnvRobot, episode: Episode, conditions: Conditions) -> Rig:
+        config = self._config.model_copy(
+            update={
+                "seed": episode.seed,
+                "tasks": self._config.tasks.model_copy(
+                    update={"steps_limit": conditions.steps_limit, "stop_at_failure": True}
+                ),
+                "lockstep": self._config.lockstep.model_copy(
+                    update={
+                        "interval_steps": conditions.interval,
+                        "latency_steps": conditions.latency,
+                    }
+                ),
+            }
+        )
+        spec, goals = self._policy.spec, None
+        if self._engine is not None:
+            assert spec.latent is not None
+            goals = lockstep_goals(config, self._engine, spec.latent)
+        policy: Policy = self._policy
+        planner = SyncPlanner(policy, replan_ns(config))
+        rig = build_rig(config, robot, spec, planner, goals, self._clock)
+        if isinstance(policy, TaskPolicy):
+            policy.director = rig.director
+        return rig
+
+    def _robot(self, scene: str) -> EnvRobot:
+        """Return the scene's connected robot."""
+        robot = self._robots.get(scene)
+        if robot is not None and not isinstance(robot, PlayTableRobot):
+            # A calvin_env that has run an episode does not start the next one alike.
+            self._discard(scene)
+            robot = None
+        if robot is None:
+            robot = self._robots[scene] = self._make_robot(scene)
+            robot.connect()
+        return robot
+
+    def _make_robot(self, scene: str) -> EnvRobot:
+        config = self._config
+        wanted = {camera.name for camera in self._policy.spec.cameras} | {config.system2.camera}
+        options = dict(config.robot.options) | {
+            "scene": scene,
+            "cameras": [name for name in config.world.cameras if name in wanted],
+            "clock": self._clock,
+        }
+        name = "runtime.robots.env:PlayTableRobot" if config.robot.name == "sim" else None
+        robot = make_robot(name or config.robot.name, **options)
+        if not isinstance(robot, EnvRobot):
+            raise ValueError(f"robot.name: {config.robot.name!r} is no world that can be evaluated")
+        return robot
+
+    def _discard(self, scene: str) -> None:
+        robot = self._robots.pop(scene, None)
+        if robot is not None:
+            try:
+                robot.disconnect()
+            except Exception:
+                log.warning("scene %s: the world did not close", scene, exc_info=True)
+
+
+def _recorder(path: Path, rig: Rig, robot: EnvRobot) -> VideoRecorder:
+    def caption() -> Caption:
+        current = rig.director.current
+        if current is None:
+            return Caption()
+        note = f"task {len(rig.director.results) + 1}, step {rig.director.steps}"
+        return Caption(current.task, current.instruction, note)
+
+    cameras = [camera.name for camera in robot.spec.cameras]
+    recorder = VideoRecorder(path, cameras, caption, lossless=True)
+    rig.loop.subscribers.append(recorder)
+    return recorder

@@ -1,0 +1,232 @@
+"""Episodes on Ray workers, each with its own System 1, world and (or) System 2.
+
+A shared System 2 answers one request at a time, as a batch of one: batching across workers
+would let a latent depend on what others happen to ask for. A worker that dies takes its
+episode with it; the episode is tried once more on a new worker and then counts as failed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import ray
+
+from benchmarks.dsvlabench.attempts import Attempt, Outcome
+from benchmarks.dsvlabench.pool import Job, on_gpu
+from benchmarks.dsvlabench.runner import Runner
+from runtime.assembly import make
+from runtime.config import ConfigError, RunConfig
+from runtime.errors import CommandFailed
+from runtime.interfaces import Engine
+from runtime.spec import LatentSpec
+from runtime.types import F32
+
+TRIES = 2
+
+
+class EngineActor:
+    """One System 2 for all workers."""
+
+    def __init__(self, config_json: str) -> None:
+        self._config = RunConfig.model_validate_json(config_json)
+        self._engine: Engine | None = None
+
+    def start(self) -> dict[str, Any]:
+        """Load; return the spec, or why it is refused."""
+        try:
+            self._engine = make(self._config.system2.engine)
+        except ValueError as error:
+            return {"refused": _line(error)}
+        return {"spec": self._engine.spec}
+
+    def encode(self, image: np.ndarray, instruction: str) -> F32:
+        """Return the latent of one image and instruction."""
+        assert self._engine is not None
+        return self._engine.encode([image], [instruction])
+
+
+class RemoteEngine:
+    """A worker's side of a shared System 2."""
+
+    def __init__(self, actor: Any, spec: LatentSpec) -> None:
+        self._actor, self.spec = actor, spec
+
+    def warm_up(self) -> None: ...
+
+    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
+        rows = [
+            ray.get(self._actor.encode.remote(np.asarray(image), text))
+            for image, text in zip(images, instructions, strict=True)
+        ]
+        return cast(F32, np.concatenate(rows))
+
+    def close(self) -> None:
+        """The pool owns the engine."""
+
+
+class EpisodeWorker:
+    """One `Runner` in a process of its own."""
+
+    def __init__(
+        self, config_json: str, threads: int, engine: Any = None, spec: LatentSpec | None = None
+    ) -> None:
+        self._config = RunConfig.model_validate_json(config_json)
+        self._threads = threads
+        self._engine = None if spec is None else RemoteEngine(engine, spec)
+        self._runner: Runner | None = None
+
+    def start(self) -> dict[str, Any]:
+        """Load; return what is evaluated, or why it is refused."""
+        if self._runner is None:
+            try:
+                self._runner = Runner(self._config, self._engine, self._threads)
+            except ValueError as error:
+                return {"refused": _line(error)}
+        return self._runner.about()
+
+    def run(self, job: Job) -> Outcome:
+        """Run one episode."""
+        about = self.start()
+        if self._runner is None:
+            raise RuntimeError(about["refused"])
+        return self._runner.run(job.episode, job.conditions, job.film)
+
+    def close(self) -> None:
+        """Release worlds and System 2."""
+        if self._runner is not None:
+            self._runner.close()
+
+
+class RayPool:
+    """Ray workers, on a cluster that runs (`ray_address`) or on one made here."""
+
+    def __init__(
+        self, config: RunConfig, workers: int, threads: int = 1, shared: bool = False
+    ) -> None:
+        self.workers = workers
+        self._config, self._threads, self._shared = config, threads, shared
+        self._json = config.model_dump_json()
+        self._idle: list[Any] = []
+        self._engine: Any = None
+        self._spec: LatentSpec | None = None
+        self._about: dict[str, Any] | None = None
+        self._owns_ray = False
+
+    def start(self) -> dict[str, Any]:
+        if self._about is None:
+            self._connect()
+            if self._shared:
+                self._start_engine()
+            self._idle = [self._new_worker() for _ in range(self.workers)]
+            answers = [self._start_worker(worker) for worker in self._idle]
+            self._about = dict(answers[0])
+        return dict(self._about)
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcome]]:
+        self.start()
+        waiting = iter(jobs)
+        again: list[Job] = []
+        tries: dict[str, int] = {}
+        running: dict[Any, tuple[Any, Job]] = {}
+        while True:
+            while self._idle and (job := again.pop() if again else next(waiting, None)):
+                worker = self._idle.pop()
+                running[worker.run.remote(job)] = worker, job
+            if not running:
+                return
+            done, _ = ray.wait(list(running), num_returns=1)
+            for reference in done:
+                worker, job = running.pop(reference)
+                try:
+                    outcome = ray.get(reference)
+                except ray.exceptions.RayActorError:
+                    self._idle.append(self._new_worker())
+                    tries[job.episode.key] = tries.get(job.episode.key, 0) + 1
+                    if tries[job.episode.key] < TRIES:
+                        again.append(job)
+                        continue
+                    outcome = _lost(job)
+                else:
+                    self._idle.append(worker)
+                yield job, outcome
+
+    def close(self) -> None:
+        for worker in self._idle:
+            try:
+                ray.get(worker.close.remote(), timeout=10)
+            except Exception:
+                logging.getLogger(__name__).warning("a worker did not close", exc_info=True)
+            ray.kill(worker)
+        self._idle = []
+        if self._engine is not None:
+            ray.kill(self._engine)
+            self._engine = None
+        if self._owns_ray:
+            ray.shutdown()
+            self._owns_ray = False
+
+    def _connect(self) -> None:
+        if ray.is_initialized():
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self._config.ray_address is not None:
+            options["address"] = self._config.ray_address
+        else:
+            options |= {"num_cpus": self.workers + 1, "include_dashboard": False}
+        ray.init(**options)
+        self._owns_ray = True
+
+    def _environment(self) -> dict[str, Any]:
+        count = str(self._threads)
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+        # Workers on this machine find what the driver finds; elsewhere the project is installed.
+        path = os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path))
+        extra = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
+        return {"env_vars": dict.fromkeys(names, count) | extra}
+
+    def _start_engine(self) -> None:
+        gpus = 0.5 if ray.cluster_resources().get("GPU") else 0
+        options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": self._environment()}
+        self._engine = ray.remote(EngineActor).options(**options).remote(self._json)
+        answer = self._answer(self._engine.start.remote(), "System 2")
+        self._spec = answer["spec"]
+
+    def _new_worker(self) -> Any:
+        gpus = 0.0
+        if on_gpu(self._config.system1.policy) and ray.cluster_resources().get("GPU"):
+            gpus = 0.5 / self.workers
+        options = {"num_cpus": self._threads, "num_gpus": gpus, "runtime_env": self._environment()}
+        worker = ray.remote(EpisodeWorker).options(**options)
+        return worker.remote(self._json, self._threads, self._engine, self._spec)
+
+    def _start_worker(self, worker: Any) -> dict[str, Any]:
+        # One after the other: the first may have to build files that all of them use.
+        return self._answer(worker.start.remote(), "a worker")
+
+    def _answer(self, reference: Any, who: str) -> dict[str, Any]:
+        try:
+            answer = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            self.close()
+            last = str(error).strip().splitlines()[-1]
+            raise CommandFailed(f"{who} did not start: {last}") from error
+        if "refused" in answer:
+            self.close()
+            raise ConfigError(answer["refused"])
+        return cast(dict[str, Any], answer)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _lost(job: Job) -> Outcome:
+    attempt = Attempt(job.episode)
+    attempt.error = f"the worker's process died {TRIES} times"
+    return attempt.outcome(0.0)
