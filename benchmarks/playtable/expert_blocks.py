@@ -198,9 +198,12 @@ class BlockSkill(Skill):
                 now = self.block(name).yaw
                 turned, last = turned + wrap(now - last, pi), now
                 done = way * (self.view.yaw - start)
-                if way * turned > 1.32 or done > TURN_RAD - 0.03 or not self.view.held(name):
+                hangs = way * turned > 1.12 and not self.view.on(name, "base_link")
+                if way * turned > 1.32 or done > TURN_RAD - 0.03 or hangs:
                     break
-                yield Goal(centre, hand(start + way * TURN_RAD), CLOSE)
+                if not self.view.held(name):
+                    break
+                yield Goal(centre - UP * 0.001, hand(start + way * TURN_RAD), CLOSE)
             yield from self.hold(OPEN, 4)
             now = self.block(name).yaw
             turned, last = turned + wrap(now - last, pi), now

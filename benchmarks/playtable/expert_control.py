@@ -30,6 +30,7 @@ from runtime.types import F64
 
 STEP_M, STEP_RAD = 0.02, 0.05  # CALVIN's largest relative action, per axis
 LEASH_M, LEASH_RAD = 0.045, 0.20
+STILL_M = 0.0012  # a tool that moves less in a step has stopped
 GAIN = 1.25  # of what is left to go, so that little remains of the IK's own error
 OPEN, CLOSE = 1, -1
 TIP_BELOW_TCP_M = 0.0148
@@ -286,6 +287,7 @@ class Skill:
 
     def __init__(self, scene: Scene, view: View, variation: Variation) -> None:
         self.scene, self.view, self.v = scene, view, variation
+        self._before, self._still = view.position.copy(), 0
 
     def move(
         self,
@@ -364,7 +366,7 @@ class Skill:
 
         Far away the goal is `height_m` above the target; the nearer the tool is to the axis
         (and to the orientation), the lower. Whoever is pushed aside therefore rises and comes
-        again. Returns None once the tool is there.
+        again. Returns None once the tool is there, or near and stuck (out of reach, blocked).
         """
         view = self.view
         error = view.position - target
@@ -372,6 +374,11 @@ class Skill:
         aside = float(np.linalg.norm(error - along * axis))
         turn = turn_error(view, quaternion)
         if aside < tolerance_m and abs(along) < tolerance_m and turn < tolerance_rad:
+            return None
+        moved = float(np.linalg.norm(view.position - self._before))
+        self._still = self._still + 1 if moved < STILL_M else 0
+        self._before = view.position.copy()
+        if self._still >= 3 and aside < 0.02 and abs(along) < 0.02 and turn < 0.3:
             return None
         height_m = height_m + self.v.height_m
         need = steepness * max(aside - tolerance_m * 0.7, 0.0)
