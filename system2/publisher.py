@@ -17,13 +17,14 @@ from typing import Any
 
 import zmq
 
+from runtime.assembly import make
 from runtime.clock import Clock, MonotonicClock
 from runtime.codec import encode
 from runtime.collectors import System2Metrics, WireMetrics
+from runtime.config import Part
 from runtime.interfaces import Engine
 from runtime.metrics import Endpoint, serve
 from runtime.newest import ENVELOPE, topic_bytes
-from runtime.resolve import resolve
 from runtime.sockets import Port
 from runtime.types import GoalRequest, LatentGoal
 from runtime.wire import NewestPerTopic
@@ -108,9 +109,7 @@ class PublisherNode:
 
     def setup(self) -> None:
         """Build and warm up the engine, bind; ready when it returns."""
-        engine: Engine = resolve(self._engine_part["target"])(
-            **self._engine_part.get("options", {})
-        )
+        engine: Engine = make(Part(**self._engine_part))
         self._engine = engine
         engine.warm_up()
         clock = MonotonicClock()

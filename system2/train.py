@@ -162,6 +162,7 @@ class System2Learner(nn.Module):
         self.aux = ActionHead(checkpoint.hidden)
         self.model = model.requires_grad_(False)
         self._prompts = checkpoint.prompts(head.config.n_act, head.config.vision)
+        self._processor: Any = None  # loaded when the first image comes
         if regime == "frozen":
             head.act.requires_grad_(False)
         elif regime == "lora":
@@ -182,8 +183,7 @@ class System2Learner(nn.Module):
     @property
     def cacheable(self) -> bool:
         """Whether samples can go through a cached prefix: nothing before `<ACT>` learns."""
-        kinds = ("act_last",)
-        return self.regime in ("frozen", "prompt") and self.head.config.kind in kinds
+        return self.regime in ("frozen", "prompt") and self.head.config.kind == "act_last"
 
     def learned(self) -> Learned:
         """Return the trainable parameters by group; the paper gives them different rates."""
@@ -259,10 +259,11 @@ class System2Learner(nn.Module):
 
     def image_tokens(self, images: Sequence[Image.Image]) -> Tensor:
         """Return projected image tokens (B, n_image, hidden)."""
-        from transformers import AutoProcessor
+        if self._processor is None:
+            from transformers import AutoProcessor
 
-        processor = AutoProcessor.from_pretrained(self.checkpoint.path).image_processor
-        pixels = processor(list(images), return_tensors="pt")["pixel_values"]
+            self._processor = AutoProcessor.from_pretrained(self.checkpoint.path).image_processor
+        pixels = self._processor(list(images), return_tensors="pt")["pixel_values"]
         weight = self.model.multi_modal_projector.linear_1.weight
         output = self.model.get_image_features(pixel_values=pixels.to(weight), return_dict=True)
         return torch.stack(list(output.pooler_output))
