@@ -38,7 +38,9 @@ class DiffuserActor(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = config or official_calvin()
-        self.encoder = OfficialEncoder(config.dim, config.heads, config.nhist, config.latent_dim)
+        self.encoder = OfficialEncoder(
+            config.dim, config.heads, config.nhist, config.latent_dim, config.horizon
+        )
         self.prediction_head = DiffuserActorHead(config)
         normalizer = normalizer or Normalizer.official()
         self.register_buffer("alphas", row_alphas(config), persistent=False)

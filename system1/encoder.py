@@ -8,17 +8,18 @@ the scene; farthest point sampling in feature space picks a third of the tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from system1.attention import official_frequencies, rotary_code
 from system1.backbone import MEAN, STD, ClipResNet50, FeaturePyramid
 from system1.layers import CrossStack, LanguageStack
 from system1.points import farthest_point_sample
 
+PAD_TO = 16
 FPS_FACTOR = 3  # one scene token in three is kept for self-attention
 
 
@@ -36,6 +37,25 @@ class OfficialScene:
     sampled_mask: Tensor | None  # (B, K)
 
 
+def pad_sampled(scene: OfficialScene, count: int) -> OfficialScene:
+    """Return the scene with `count` masked tokens more.
+
+    bfloat16 kernels on a CPU lose a third of their speed when the number of tokens in
+    self-attention, 285 in the published shape, is not a multiple of 16.
+    """
+    if count == 0:
+        return scene
+    mask = scene.sampled_mask
+    if mask is None:
+        mask = torch.ones(scene.sampled.shape[:2], dtype=torch.bool, device=scene.sampled.device)
+    return replace(
+        scene,
+        sampled=pad(scene.sampled, (0, 0, 0, count)),
+        sampled_code=torch.cat((scene.sampled_code, scene.sampled_code[:, :count]), 1),
+        sampled_mask=pad(mask, (0, count), value=False),
+    )
+
+
 class OfficialEncoder(nn.Module):
     """Parameter names as in the published checkpoints."""
 
@@ -43,8 +63,9 @@ class OfficialEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, dim: int, heads: int, nhist: int, latent_dim: int) -> None:
+    def __init__(self, dim: int, heads: int, nhist: int, latent_dim: int, rows: int) -> None:
         super().__init__()
+        self.rows = rows  # of a trajectory, which join the sampled tokens in self-attention
         self.backbone = ClipResNet50().requires_grad_(False)
         self.feature_pyramid = FeaturePyramid(dim)
         self.curr_gripper_embed = nn.Embedding(nhist, dim)
@@ -79,9 +100,12 @@ class OfficialEncoder(nn.Module):
         sampled = context.gather(1, keep.expand(-1, -1, context.shape[-1]))
         sampled_code = code.gather(1, keep.expand(-1, -1, code.shape[-1]))
         sampled_mask = None if mask is None else mask.gather(1, keep.squeeze(-1))
-        return OfficialScene(
+        scene = OfficialScene(
             context, code, mask, language, hands, sampled, sampled_code, sampled_mask
         )
+        if context.dtype == torch.bfloat16 and context.device.type == "cpu":
+            scene = pad_sampled(scene, -(count + self.rows) % PAD_TO)
+        return scene
 
     def images(
         self, rgb: Tensor, pcd: Tensor, valid: Tensor | None

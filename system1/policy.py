@@ -88,7 +88,7 @@ class DiffusionPolicy:
 
     @staticmethod
     def load(
-        path: str | Path | None,
+        path: str | Path | None = None,
         device: str = "cpu",
         sampler: str | None = None,
         steps: int | None = None,
@@ -228,8 +228,9 @@ class DiffusionPolicy:
             raise SpecMismatch(f"camera {camera.name!r}: the observation has {have}")
         want = next(c for c in self._spec.cameras if c.name == camera.name)
         check_frame(frame, want)
-        rgb = torch.from_numpy(np.ascontiguousarray(frame.rgb)).to(self.device)
-        depth = torch.from_numpy(np.ascontiguousarray(frame.depth)).to(self.device)
+        # Copies: what came over the wire is read-only, which torch cannot express.
+        rgb = torch.tensor(frame.rgb, device=self.device)
+        depth = torch.tensor(frame.depth, device=self.device)
         k = torch.as_tensor(frame.K, dtype=torch.float32).to(self.device)
         t_world_cam = torch.as_tensor(frame.T_world_cam, dtype=torch.float32).to(self.device)
         image = rgb.permute(2, 0, 1)[None].float() / 255

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from system1.accelerate import GraphedSampler, to_bf16
+from system1.attention import Attention, written_out
+from system1.encoder import pad_sampled
 from system1.policy import DiffusionPolicy
 from tests.system1.test_actor import make, seeded
 from tests.system1.test_actor import observe as observe_official
@@ -62,3 +64,25 @@ def test_compiled_is_exact_enough():
     want = model.sample_inputs(inputs, seeded(0))
     compiled = compile_denoiser(stirred(config))
     torch.testing.assert_close(compiled.sample_inputs(inputs, seeded(0)), want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_is_attention(masked):
+    g = torch.Generator().manual_seed(0)
+    attention = Attention(24, 4)
+    q, k, v = (torch.randn(2, n, 24, generator=g) for n in (7, 11, 11))
+    mask = torch.rand(2, 11, generator=g) > 0.4 if masked else None
+    with torch.inference_mode():
+        fused = attention.attend(q, k, v, mask)
+        plain = attention.out_proj(written_out(q, k, v, mask, 4))
+    torch.testing.assert_close(fused, plain)
+
+
+def test_padding_changes_nothing():
+    model, inputs = make(1, 1), observe_official(1, 1, 1)
+    with torch.inference_mode():
+        scene = model.encode(*inputs)
+        first = torch.full((1, 19, 9), 0.1)
+        plain = model.denoise(scene, first, None)[0]
+        padded = model.denoise(pad_sampled(scene, 3), first, None)[0]
+    torch.testing.assert_close(plain, padded, atol=1e-5, rtol=0)
