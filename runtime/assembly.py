@@ -6,13 +6,14 @@ the goals (other processes, or inside the tick), and the robot.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.chunks import ChunkBuffer
 from runtime.clock import Clock, FakeClock, MonotonicClock, Pacer
-from runtime.config import Part, RunConfig
+from runtime.config import ConfigError, Part, RunConfig
 from runtime.director import Director
 from runtime.goals import Goals, LockstepGoals, WireGoals
 from runtime.interfaces import Engine
@@ -42,8 +43,18 @@ class Rig:
 
 
 def make(part: Part) -> Any:
-    """Return `target(**options)`."""
-    return resolve(part.target)(**part.options)
+    """Return `target(**options)`.
+
+    Raises:
+        ConfigError: the target does not take these options.
+        ResolveError: there is no such target.
+    """
+    target = resolve(part.target)
+    try:
+        inspect.signature(target).bind(**part.options)
+    except TypeError as error:
+        raise ConfigError(f"options of {part.target}: {error}") from None
+    return target(**part.options)
 
 
 def period_ns(config: RunConfig) -> int:

@@ -19,6 +19,7 @@ COMMANDS = {
     "replay": ("runtime.commands.replay:main", "run recorded observations through System 1 again"),
     "serve": ("runtime.commands.serve:main", "one System 2 for many robots"),
     "eval": ("benchmarks.dsvlabench.eval:main", "how often a policy does what it is told"),
+    "sweep": ("benchmarks.dsvlabench.sweep:main", "success against the age of the latent"),
     "compare": ("benchmarks.dsvlabench.compare:main", "two evaluations on the same episodes"),
     "probe": ("system2.probe:main", "what System 2 makes of one image and instruction"),
     "keys": ("runtime.commands.keys:main", "make the CURVE keys that other hosts need"),

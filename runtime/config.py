@@ -20,6 +20,7 @@ from runtime.safety import SafetyLimits
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+TARGET = r"^[\w.]+:[\w.]+$"  # "module:Class"
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -34,8 +35,20 @@ class _Section(BaseModel):
 class Part(_Section):
     """A class to build: where it is and what it is given."""
 
-    target: str = Field(pattern=r"^[\w.]+:[\w.]+$")
+    target: str = Field(pattern=TARGET)
     options: dict[str, Any] = {}
+
+
+class EnginePart(Part):
+    """A System 2 engine."""
+
+    target: str = Field("system2.engines.vllm:VllmEngine", pattern=TARGET)
+
+
+class PolicyPart(Part):
+    """A System 1 policy."""
+
+    target: str = Field("system1.policy:DiffusionPolicy.load", pattern=TARGET)
 
 
 class Placement(_Section):
@@ -52,7 +65,7 @@ class Placement(_Section):
 class System2Config(_Section):
     """The slow system."""
 
-    engine: Part = Part(target="system2.engines.vllm:VllmEngine")
+    engine: EnginePart = EnginePart()
     hz: Positive = 1.0
     camera: str = "static"
     connect: str | None = None  # a System 2 that `openhelix serve` runs; None starts one
@@ -62,7 +75,7 @@ class System2Config(_Section):
 class System1Config(_Section):
     """The fast system."""
 
-    policy: Part = Part(target="system1.policy:DiffusionPolicy")
+    policy: PolicyPart = PolicyPart()
     replan_steps: Count = 8  # control ticks from one chunk's observation to the next one's
     blend_s: NonNegative = 0.1  # overlap of two chunks over which they are blended
     latent_memory: Count = 1  # recent latents handed to the policy

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from runtime.assembly import make
 from runtime.config import Part
 from runtime.interfaces import Policy
 from runtime.planner import PlanReply, PlanRequest
-from runtime.resolve import resolve
 from runtime.types import ActionChunk
 from runtime.wire import NewestReader, Publisher
 
@@ -44,7 +44,7 @@ class PlannerNode:
         self._compute_s = 0.0
 
     def setup(self) -> None:
-        self._policy: Policy = resolve(self._part.target)(**self._part.options)
+        self._policy: Policy = make(self._part)
         self._policy.warm_up()
         plans, chunks = self._endpoints
         self._reader = NewestReader(plans, "plans", PlanRequest, bind=True, keys=self._keys)

@@ -1,8 +1,9 @@
 """Runs a recording's observations through System 1 again and compares the trajectories.
 
 Each recorded chunk names the observation and the latent it was computed from; the policy is
-given exactly these once more. With the same weights and a deterministic policy the errors are
-rounding; with a sampling policy they are its spread, which is worth knowing as well.
+given exactly these once more, and the seed of each instruction. With the same weights the
+errors are rounding, as long as no chunk was lost: a policy that samples draws its noise chunk
+after chunk, so after a loss they are its spread.
 """
 
 from __future__ import annotations
@@ -23,14 +24,13 @@ from runtime.types import ActionChunk, LatentGoal, Observation
 KEPT = 900  # observations a chunk may look back on: 30 s at 30 Hz
 
 
-def replay(path: Path, policy: Policy, memory: int = 1, seed: int | None = 0) -> dict[str, Any]:
+def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
     """Compute every recorded chunk again.
 
     Args:
         path: folder of a recording.
         policy: System 1, warmed up.
         memory: recent latents that the policy was given (`system1.latent_memory`).
-        seed: given to `policy.reset` at every new instruction.
 
     Returns:
         Counts, and distances between recorded and recomputed rows: position (m), rotation
@@ -40,6 +40,7 @@ def replay(path: Path, policy: Policy, memory: int = 1, seed: int | None = 0) ->
         runtime.segments.RecordingError: there is no recording.
     """
     reader, matcher = Reader(path), _Inputs(memory)
+    seed = int(reader.meta.get("seed", 0))  # the loop gives each instruction seed + epoch
     chunks = unmatched = 0
     errors: list[np.ndarray[Any, Any]] = []
     latencies_s: list[float] = []
@@ -57,7 +58,7 @@ def replay(path: Path, policy: Policy, memory: int = 1, seed: int | None = 0) ->
                 continue
             if message.epoch != epoch:
                 epoch = message.epoch
-                policy.reset(seed)
+                policy.reset(seed + epoch)
             start_s = time.perf_counter()
             again = policy.act(*given)
             latencies_s.append(time.perf_counter() - start_s)

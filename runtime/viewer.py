@@ -49,7 +49,7 @@ class RerunViewer:
         lossless: bool = False,
         name: str = "openhelix",
     ) -> None:
-        self._rr = _rerun()
+        self._rr = require()
         self._stream = self._rr.RecordingStream(name)
         if path is None:
             self._stream.spawn()
@@ -151,7 +151,7 @@ def point_cloud(frame: CameraFrame, step: int) -> tuple[Any, Any]:
     return points[kept], frame.rgb[::step, ::step].reshape(-1, 3)[kept]
 
 
-def _rerun() -> Any:
+def require() -> Any:
     try:
         return importlib.import_module("rerun")
     except ModuleNotFoundError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from runtime.assembly import make
 from runtime.commands.arguments import parse, parser
 from runtime.config import load
+from runtime.recorder import Reader
 from runtime.replay import replay
 
 
@@ -18,6 +19,7 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument("recording", type=Path, help="folder of a recording")
     options, overrides = parse(arguments, argv)
     config = load(options.config, overrides)
+    Reader(options.recording)  # a wrong path is told before a policy is loaded
     policy = make(config.system1.policy)
     policy.warm_up()
     report = replay(options.recording, policy, config.system1.latent_memory)

@@ -14,6 +14,7 @@ from runtime.config import ConfigError, RunConfig, load
 from runtime.director import Assignment
 from runtime.display import Display
 from runtime.resolve import resolve
+from runtime.viewer import require
 
 EXIT_INTERRUPTED = 130  # by Ctrl-C; the robot was stopped and the report written
 EXIT_STOPPED = 3  # the robot was stopped for safety before the run was complete
@@ -42,6 +43,8 @@ def _run(argv: Sequence[str], record: bool) -> int:
         overrides.append("output.record=true")
     config = load(options.config, overrides)
     logging.basicConfig(level=logging.WARNING)
+    if config.output.viewer:
+        require()
     assignments, initial = plan(config)
     folder = make_output_folder(config.output.folder)
     display = Display(live=config.output.live and not options.json)

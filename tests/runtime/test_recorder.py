@@ -176,15 +176,15 @@ class Policy:
 
 def test_replay_gives_each_chunk_its_own_input_again(tmp_path):
     run = ticks(60, epochs=2)
-    record(tmp_path / "r", run)
+    record(tmp_path / "r", run, meta={"seed": 7})
     policy = Policy()
-    report = replay(tmp_path / "r", policy, seed=7)
+    report = replay(tmp_path / "r", policy)
     recorded = sum(tick.new_chunk is not None for tick in run)
     assert report["complete"]
     assert report["chunks"] == report["replayed"] == recorded > 10
     assert report["unmatched"] == 0
     assert report["position_error_m"]["max"] == 0.0
-    assert policy.seeds == [7, 7]
+    assert policy.seeds == [7 + 0, 7 + 1]  # the seed of the run and the number of the instruction
 
 
 def test_replay_measures_how_far_another_policy_is(tmp_path):
