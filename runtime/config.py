@@ -42,13 +42,13 @@ class Part(_Section):
 class EnginePart(Part):
     """A System 2 engine."""
 
-    target: str = Field("system2.engines.vllm:VllmEngine", pattern=TARGET)
+    target: Annotated[str, Field(pattern=TARGET)] = "system2.engines.vllm:VllmEngine"
 
 
 class PolicyPart(Part):
     """A System 1 policy."""
 
-    target: str = Field("system1.policy:DiffusionPolicy.load", pattern=TARGET)
+    target: Annotated[str, Field(pattern=TARGET)] = "system1.policy:DiffusionPolicy.load"
 
 
 class Placement(_Section):
