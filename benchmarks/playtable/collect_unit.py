@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.dsvlabench.phrases import choose, training
 from benchmarks.playtable.demonstrations import Demonstration, perform, random_expert
 from benchmarks.playtable.env import PlayTableEnv
-from benchmarks.playtable.expert_control import View
+from benchmarks.playtable.expert_view import View
 from benchmarks.playtable.experts import Disturbance
 from benchmarks.playtable.starts import StartError, begin, feasible
 

@@ -10,14 +10,15 @@ could not imitate a command that depends on the past.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass
-from math import atan2, copysign, cos, hypot, pi, sin
+from math import copysign, hypot, pi
 from typing import Any
 
 import numpy as np
 
-from benchmarks.playtable.scene import SLOPE_OUT, TABLE_TOP_Z_M, Scene
+from benchmarks.playtable.expert_view import OUT, View
+from benchmarks.playtable.scene import TABLE_TOP_Z_M, Scene
 from runtime.quaternion import (
     Quat,
     from_euler_xyz,
@@ -36,8 +37,6 @@ OPEN, CLOSE = 1, -1
 TIP_BELOW_TCP_M = 0.0148
 YAW_RANGE_RAD = (-1.1, 4.9)  # beyond it a joint runs into its limit
 ROBOT_XY_M = (-0.34, -0.46)
-SLOPE_FOOT = np.array([0.0, 0.02, TABLE_TOP_Z_M])
-OUT = np.array(SLOPE_OUT)
 UP = np.array([0.0, 0.0, 1.0])
 
 
@@ -93,116 +92,6 @@ class Variation:
             other_yaw=bool(rng.uniform() < 0.15),
             tilt_rad=float(rng.uniform(-0.05, 0.05)),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class BlockView:
-    """One block now: pose in W, length along its own x, what it touches (body, link)."""
-
-    name: str
-    position: F64
-    quaternion: Quat
-    length: float
-    touches: frozenset[tuple[int, int]]
-
-    @property
-    def yaw(self) -> float:
-        """Yaw of the long side; where that stands upright, of another side."""
-        x, y, z, w = self.quaternion
-        ax, ay = 1 - 2 * (y * y + z * z), 2 * (x * y + z * w)
-        if hypot(ax, ay) < 0.5:
-            ax, ay = 2 * (x * y - z * w), 1 - 2 * (x * x + z * z)
-        return atan2(ay, ax)
-
-    def half_extent(self, direction: tuple[float, float]) -> float:
-        """Half of the block's extent along a horizontal direction, m."""
-        along = abs(cos(self.yaw) * direction[0] + sin(self.yaw) * direction[1])
-        across = abs(-sin(self.yaw) * direction[0] + cos(self.yaw) * direction[1])
-        return along * self.length / 2 + across * 0.02
-
-
-class View:
-    """The state an expert may look at: `info`, unpacked."""
-
-    def __init__(self, scene: Scene, info: Mapping[str, Any]) -> None:
-        self.scene = scene
-        self._lengths = dict(scene.block_lengths)
-        self.update(info)
-
-    def update(self, info: Mapping[str, Any]) -> None:
-        """Look again."""
-        robot, world = info["robot_info"], info["scene_info"]
-        self.position: F64 = np.array(robot["tcp_pos"])
-        self.quaternion: Quat = from_euler_xyz(robot["tcp_orn"])
-        self.width = float(robot["gripper_opening_width"])
-        self.gripper = int(robot["gripper_action"])
-        self.robot_uid = int(robot["uid"])
-        self.table_uid = int(world["fixed_objects"]["table"]["uid"])
-        self.links: Mapping[str, int] = world["fixed_objects"]["table"]["links"]
-        self.slide = _scalar(world["doors"]["base__slide"]["current_state"])
-        self.drawer = _scalar(world["doors"]["base__drawer"]["current_state"])
-        self.switch = _scalar(world["switches"]["base__switch"]["joint_state"])
-        lights = world["lights"]
-        self.bulb = int(lights["lightbulb"]["logical_state"])
-        self.led = int(lights["led"]["logical_state"])
-        self.blocks = {
-            name: BlockView(
-                name,
-                np.array(block["current_pos"]),
-                normalise(block["current_orn"]),
-                self._lengths[name],
-                frozenset((int(c[2]), int(c[4])) for c in block["contacts"]),
-            )
-            for name, block in world["movable_objects"].items()
-        }
-        self._uids = {int(b["uid"]): name for name, b in world["movable_objects"].items()}
-
-    @property
-    def tool_axis(self) -> F64:
-        """(3,) from the hand to the fingertips."""
-        x, y, z, w = self.quaternion
-        return np.array([2 * (x * z + y * w), 2 * (y * z - x * w), 1 - 2 * (x * x + y * y)])
-
-    @property
-    def yaw(self) -> float:
-        """Yaw of the tool, in the branch on which the arm can turn."""
-        x, y, z, w = self.quaternion
-        yaw = atan2(2 * (x * y + z * w), 1 - 2 * (y * y + z * z))
-        return yaw if yaw > -1.6 else yaw + 2 * pi
-
-    @property
-    def out_m(self) -> float:
-        """Distance of the TCP from the leaning panel, m."""
-        return float((self.position - SLOPE_FOOT) @ OUT)
-
-    def on(self, name: str, link: str) -> bool:
-        """Whether a block touches a link of the table."""
-        return (self.table_uid, self.links[link]) in self.blocks[name].touches
-
-    def held(self, name: str) -> bool:
-        """Whether the robot touches the block."""
-        return any(body == self.robot_uid for body, _ in self.blocks[name].touches)
-
-    def gripped(self, name: str) -> bool:
-        """Whether both fingers touch the block."""
-        touches = self.blocks[name].touches
-        return len({link for body, link in touches if body == self.robot_uid}) >= 2
-
-    def in_hand(self) -> str | None:
-        """The block that the robot holds clear of everything else."""
-        for name, block in self.blocks.items():
-            if {body for body, _ in block.touches} == {self.robot_uid}:
-                return name
-        return None
-
-    def neighbours(self, name: str) -> list[str]:
-        """The blocks that a block touches."""
-        bodies = {body for body, _ in self.blocks[name].touches}
-        return [other for uid, other in self._uids.items() if uid in bodies]
-
-
-def _scalar(value: Any) -> float:
-    return float(np.ravel(value)[0])
 
 
 def hand(yaw: float, tilt: float = 0.0, towards: tuple[float, float] = (0.0, 1.0)) -> Quat:

@@ -6,7 +6,7 @@ from math import pi, sin
 
 import numpy as np
 
-from benchmarks.playtable.expert_blocks import WIDEST_GRASP_M, BlockSkill
+from benchmarks.playtable.expert_blocks import BlockSkill
 from benchmarks.playtable.expert_control import (
     CLOSE,
     OPEN,
@@ -17,6 +17,7 @@ from benchmarks.playtable.expert_control import (
     sign,
     wrap,
 )
+from benchmarks.playtable.expert_grasp import WIDEST_GRASP_M
 from benchmarks.playtable.geometry import CABINET_HALF_X, DOOR_SIZE_X
 from runtime.quaternion import Quat, from_rotation_vector, multiply
 from runtime.types import F64

@@ -21,12 +21,12 @@ from benchmarks.playtable.expert_control import (
     Servo,
     Steps,
     Variation,
-    View,
     limit,
     wrap,
 )
 from benchmarks.playtable.expert_fixtures import FixtureSkill
 from benchmarks.playtable.expert_storage import StorageSkill
+from benchmarks.playtable.expert_view import View
 from benchmarks.playtable.scene import Scene, get_scene
 from benchmarks.playtable.tasks import get_task
 from runtime.quaternion import Quat, from_rotation_vector, multiply, to_euler_xyz

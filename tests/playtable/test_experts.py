@@ -18,10 +18,10 @@ from benchmarks.playtable.expert_control import (
     STEP_RAD,
     Goal,
     Servo,
-    View,
     hand,
     nearest_yaw,
 )
+from benchmarks.playtable.expert_view import View
 from benchmarks.playtable.experts import MAX_STEPS, Disturbance, Expert, relative_action
 from benchmarks.playtable.scene import SceneError, get_scene
 from benchmarks.playtable.starts import begin

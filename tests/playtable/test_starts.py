@@ -6,17 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.playtable.env import PlayTableEnv
-from benchmarks.playtable.expert_control import View
-from benchmarks.playtable.starts import (
-    Layout,
-    StartError,
-    begin,
-    feasible,
-    layout_for,
-    random_arm,
-    random_layout,
-    scene_obs,
-)
+from benchmarks.playtable.expert_view import View
+from benchmarks.playtable.layouts import Layout, layout_for, random_layout, scene_obs
+from benchmarks.playtable.starts import StartError, begin, feasible, random_arm
 from benchmarks.playtable.tasks import UnknownTaskError, is_completed
 
 KINDS = (
