@@ -77,7 +77,9 @@ class DiffusionPolicy:
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.config = model.config
         self._sampler = GraphedSampler(self.model) if self.device.type == "cuda" else self.model
-        self.counters = Counters()
+        self._counters = Counters()
+        # On the device: reading a sum from a GPU at every call would wait for it.
+        self._invalid = torch.zeros((), dtype=torch.int64, device=self.device)
         self._spec = self.config.spec()
         self._published = self.config.head == "diffuser_actor"
         self._generator = torch.Generator()
@@ -122,6 +124,12 @@ class DiffusionPolicy:
         return DiffusionPolicy(model, device)
 
     @property
+    def counters(self) -> Counters:
+        """What went wrong without stopping the policy, so far."""
+        self._counters.invalid_points = int(self._invalid)
+        return self._counters
+
+    @property
     def eager_reason(self) -> str:
         """Why the chunk does not run as a CUDA graph; "" while it does."""
         if isinstance(self._sampler, GraphedSampler):
@@ -145,8 +153,9 @@ class DiffusionPolicy:
 
     def warm_up(self) -> None:
         """Run a few times on made-up input: allocators, kernels and caches are then warm."""
-        task, counters, state = self._task, self.counters, self._generator.get_state()
-        self.counters = Counters()
+        task, counters, state = self._task, self._counters, self._generator.get_state()
+        counters.invalid_points = int(self._invalid)
+        self._counters = Counters()
         latents: list[LatentGoal] = []
         if self._spec.latent is not None:
             z = np.zeros((self._spec.latent.n_tokens, self._spec.latent.dim), np.float32)
@@ -154,7 +163,8 @@ class DiffusionPolicy:
         for given in (latents, latents, []):  # without a latent is another CUDA graph
             self.act(self._made_up(), given)
         self.reset()
-        self._task, self.counters = task, counters
+        self._task, self._counters = task, counters
+        self._invalid.fill_(counters.invalid_points)
         self._generator.set_state(state)
 
     def reset(self, seed: int | None = None) -> None:
@@ -177,13 +187,13 @@ class DiffusionPolicy:
         inputs = self.prepare(observation, usable)
         noise = gaussian(self._generator, self.device)
         rows = self._sampler.sample_inputs(inputs, noise)[0]
-        self.counters.calls += 1
+        self._counters.calls += 1
         tcp = torch.as_tensor(observation.tcp_pose, dtype=torch.float64)
         position, quat = to_absolute(rows.cpu().double(), tcp, self.config.rotation)
         poses = torch.cat((position, quat), -1).numpy()
         gripper = rows[:, 7].cpu().double().numpy()
         if not (np.isfinite(poses).all() and np.isfinite(gripper).all()):
-            self.counters.faults += 1
+            self._counters.faults += 1
             raise PolicyFault("the policy's output is not finite: the chunk was discarded")
         dt_ns = self.config.dt_ns
         return ActionChunk(
@@ -237,11 +247,11 @@ class DiffusionPolicy:
         if self._published:
             # The published code works on the full image and puts rays on pixel corners.
             xyz, valid = deproject(depth[None], k[None], t_world_cam[None], center=0.0)
+            self._invalid += (~valid).sum()
             return image, xyz, valid
         image, depth, k = shrink(image, depth[None], k[None], camera.work_height, camera.work_width)
         xyz, valid = deproject(depth, k, t_world_cam[None])
-        if self.device.type == "cpu":  # counting on a GPU would wait for it
-            self.counters.invalid_points += int(valid.numel() - valid.sum())
+        self._invalid += (~valid).sum()
         return image, xyz, valid
 
     def _usable(self, latents: Sequence[LatentGoal], epoch: int) -> list[LatentGoal]:
@@ -253,7 +263,7 @@ class DiffusionPolicy:
             if latent.z.shape != want:
                 raise SpecMismatch(f"latent.z: shape {latent.z.shape}, the policy needs {want}")
             if not np.isfinite(latent.z).all():
-                self.counters.bad_latents += 1
+                self._counters.bad_latents += 1
             elif latent.epoch == epoch:
                 usable.append(latent)
         return usable[-self.config.latent_memory :]

@@ -71,10 +71,10 @@ def test_every_name_and_shape_is_the_published_one(model):
     assert sum(p.numel() for p in model.encoder.backbone.parameters()) == 38_316_896
 
 
-@pytest.mark.parametrize(("nhist", "tokens"), [(1, 1), (3, 16)])
-def test_caches_are_exact(nhist, tokens):
+@pytest.mark.parametrize(("nhist", "tokens", "size"), [(1, 1, 32), (3, 16, 64)])
+def test_caches_are_exact(nhist, tokens, size):
     model = make(nhist, tokens)
-    inputs = observe(2, nhist, tokens, size=64)
+    inputs = observe(2, nhist, tokens, size=size)
     with torch.inference_mode():
         slow = Naive(model.state_dict()).sample(*inputs, seeded(7))
     fast = model.sample(*inputs, seeded(7))
@@ -101,10 +101,13 @@ def test_training_and_acting_compute_the_same(model):
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_a_batch_is_its_samples_side_by_side(model, tokens):
     inputs = observe(2, 1, tokens, seed=3)
-    both = model.sample(*inputs, lambda shape: torch.ones(shape) * 0.3)
-    for b in range(2):
-        alone = model.sample(*(x[b : b + 1] for x in inputs), lambda s: torch.ones(s) * 0.3)
-        torch.testing.assert_close(both[b : b + 1], alone, atol=2e-5, rtol=0)
+    first = torch.full((2, 19, 9), 0.3)
+    with torch.inference_mode():
+        both, _ = model.denoise(model.encode(*inputs), first, None)
+        for b in range(2):
+            one = (x[b : b + 1] for x in inputs)
+            alone, _ = model.denoise(model.encode(*one), first[:1], None)
+            torch.testing.assert_close(both[b : b + 1], alone, atol=2e-5, rtol=0)
 
 
 def test_noise_is_drawn_in_the_published_order(model):
@@ -121,9 +124,13 @@ def test_noise_is_drawn_in_the_published_order(model):
 def test_a_full_image_is_cropped(model):
     rgb, pcd, gripper, latent = observe(1, 1, 1, size=200)
     inner = slice(20, 180)
-    whole = model.sample(rgb, pcd, gripper, latent, seeded(1))
-    crop = model.sample(rgb[..., inner, inner], pcd[..., inner, inner], gripper, latent, seeded(1))
-    torch.testing.assert_close(whole, crop)
+    with torch.inference_mode():
+        whole = model.encode(rgb, pcd, gripper, latent)
+        crop = model.encode(rgb[..., inner, inner], pcd[..., inner, inner], gripper, latent)
+    assert whole.context.shape[1] == 2 * 20 * 20
+    assert whole.sampled.shape[1] == 266
+    torch.testing.assert_close(whole.context, crop.context)
+    torch.testing.assert_close(whole.code, crop.code)
 
 
 def test_invalid_points_stay_out_of_attention(model):
