@@ -61,7 +61,7 @@ class Attempt:
                 "wall_s": round(wall_s, 3),
                 "task_s": [round(r.duration_s, 3) for r in results],
                 "s1_s": round(sum(planner.latencies_s), 3) if planner else 0.0,
-                "s2_s": round(sum(self._watch.seconds), 3) if self._watch else 0.0,
+                "s2_s": round(self._watch.seconds, 3) if self._watch else 0.0,
             },
         }
         return Outcome(result, self.video)
@@ -91,4 +91,4 @@ class Attempt:
             "hold_steps": 0,
             "reason": self.error,
         }
-        return [row | (self._watch.row(done) if self._watch else Watch.EMPTY)]
+        return [row | (self._watch.row(done) if self._watch else dict(Watch.EMPTY))]

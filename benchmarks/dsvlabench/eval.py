@@ -138,17 +138,13 @@ def load_config(path: Path | None, overrides: Sequence[str], options: Namespace)
     time that vLLM takes and needs less of it for a batch of one.
     """
     data = read_yaml(path if path is not None else DEFAULT_CONFIG)
-    before = json.dumps(data.get("system2"))
     data = apply_overrides(data, overrides)
-    named = path is not None or any(
-        o.removeprefix("--").startswith("system2.engine.target") for o in overrides
-    )
     clock = getattr(options, "clock", "lockstep")
-    if not named and clock == "lockstep" and before is not None:
-        engine = data["system2"].setdefault("engine", {})
+    if path is None and clock == "lockstep" and not any(map(_names_engine, overrides)):
+        engine = data.get("system2", {}).get("engine", {})
         taken = _engine_options()
         kept = {k: v for k, v in engine.get("options", {}).items() if k in taken}
-        data["system2"]["engine"] = {"target": ENGINE, "options": kept}
+        data.setdefault("system2", {})["engine"] = {"target": ENGINE, "options": kept}
     data = apply_overrides(
         data,
         [
@@ -158,6 +154,11 @@ def load_config(path: Path | None, overrides: Sequence[str], options: Namespace)
         ],
     )
     return validate(RunConfig, data)
+
+
+def _names_engine(override: str) -> bool:
+    key = override.removeprefix("--").partition("=")[0]
+    return key in ("system2", "system2.engine", "system2.engine.target")
 
 
 def _engine_options() -> set[str]:

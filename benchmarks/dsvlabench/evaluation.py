@@ -117,7 +117,6 @@ def _about(folder: Path, about: dict[str, Any] | None) -> dict[str, Any]:
     path = folder / "about.json"
     if about is not None:
         replace_file(path, json.dumps(about, indent=1).encode() + b"\n")
-        return about
     return dict(json.loads(path.read_text()))
 
 

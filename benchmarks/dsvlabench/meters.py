@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from benchmarks.dsvlabench.demand import DemandGoals
 from runtime.assembly import Rig
 from runtime.interfaces import Engine
 from runtime.loop import Tick
@@ -48,44 +50,51 @@ class EngineMeter:
 
 
 class Watch:
-    """A subscriber that keeps, for each task, the latents computed and the age of those in use."""
+    """A subscriber that keeps, for each task, System 2's work and the age of the latents in use.
 
-    EMPTY: dict[str, Any] = {"latents": 0, "latent_age_steps": None, "plans": 0}  # noqa: RUF012
+    `latents` are those that the schedule asked for, `encoded` those that were computed because
+    a plan was made from them; see `benchmarks.dsvlabench.demand`.
+    """
+
+    EMPTY: Mapping[str, Any] = MappingProxyType(
+        {"latents": 0, "encoded": 0, "latent_age_steps": None, "plans": 0}
+    )
 
     def __init__(self, rig: Rig, engine: EngineMeter | None) -> None:
-        self._engine = engine
+        self._engine, self._goals = engine, rig.loop.goals
         self._period_s = rig.loop.period_ns * 1e-9
-        self._calls: list[int] = [engine.calls if engine else 0]
-        self._spent: list[float] = [engine.seconds if engine else 0.0]
+        self._begin_s = engine.seconds if engine else 0.0
+        self._begin_calls = engine.calls if engine else 0
+        self._tasks: list[dict[str, int]] = []
         self._ages: list[list[int]] = []  # of the latent behind each plan, in steps
-        self._plans: list[int] = []
 
     def __call__(self, tick: Tick) -> None:
-        while len(self._ages) < tick.observation.epoch:
+        while len(self._tasks) < tick.observation.epoch:
+            self._tasks.append({"latents": 0, "encoded": 0, "plans": 0})
             self._ages.append([])
-            self._plans.append(0)
-            self._calls.append(self._calls[-1])
-            self._spent.append(self._spent[-1])
-        if self._engine is not None:
-            self._calls[-1], self._spent[-1] = self._engine.calls, self._engine.seconds
+        task = self._tasks[-1]
+        if isinstance(self._goals, DemandGoals) and self._engine is not None:
+            before = self._tasks[:-1]
+            calls = self._engine.calls - self._begin_calls
+            task["latents"] = self._goals.scheduled - sum(t["latents"] for t in before)
+            task["encoded"] = calls - sum(t["encoded"] for t in before)
         if tick.new_chunk is not None:
-            self._plans[-1] += 1
+            task["plans"] += 1
             if tick.latent_age_s is not None:
                 self._ages[-1].append(round(tick.latent_age_s / self._period_s))
 
     @property
-    def seconds(self) -> list[float]:
-        """System 2's time, task by task."""
-        return [b - a for a, b in zip(self._spent, self._spent[1:], strict=False)]
+    def seconds(self) -> float:
+        """What System 2 has computed so far took."""
+        return self._engine.seconds - self._begin_s if self._engine else 0.0
 
     def row(self, number: int) -> dict[str, Any]:
         """What to report of a task, by its place in the chain."""
-        if number >= len(self._ages):
+        if number >= len(self._tasks):
             return dict(self.EMPTY)
         ages = self._ages[number]
         age = {"mean": round(float(np.mean(ages)), 3), "max": max(ages)} if ages else None
-        calls = self._calls[number + 1] - self._calls[number]
-        return {"latents": calls, "latent_age_steps": age, "plans": self._plans[number]}
+        return self._tasks[number] | {"latent_age_steps": age}
 
 
 class Drift:
@@ -107,6 +116,8 @@ class Drift:
         if tick.new_chunk is None or loop.goals is None or current is None:
             return
         used = loop.goals.recent[-1]
+        if isinstance(loop.goals, DemandGoals):
+            used = loop.goals.filled(used)
         age_ns = tick.observation.t_ns - used.t_obs_ns
         if age_ns <= 0:
             return

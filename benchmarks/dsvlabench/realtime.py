@@ -137,14 +137,14 @@ def _result(
     rows = [
         {key: row[key] for key in ("task", "instruction", "success", "env_steps", "hold_steps")}
         | {"reason": row["reason"]}
-        | Watch.EMPTY
+        | dict(Watch.EMPTY)
         for row in report.get("tasks", ())
     ]
     in_a_row = int(report.get("success_in_a_row", 0))
     s2 = (report.get("s2_latency_s") or {}).get("p50")
     age = (report.get("latent_age_s") or {}).get("p50")
     if rows:
-        rows[0]["latents"] = report.get("latents_received", 0)  # of the whole episode
+        rows[0]["latents"] = rows[0]["encoded"] = report.get("latents_received", 0)  # of all tasks
     return {
         "index": episode.index,
         "key": episode.key,

@@ -19,11 +19,12 @@ from typing import Any, cast
 import torch
 
 from benchmarks.dsvlabench.attempts import Attempt, Outcome
+from benchmarks.dsvlabench.demand import DemandGoals, DemandPolicy
 from benchmarks.dsvlabench.meters import Drift, EngineMeter
 from benchmarks.dsvlabench.stage import stage, stage_calvin
 from benchmarks.dsvlabench.suites import Episode
 from benchmarks.playtable.tasks import TASK_NAMES
-from runtime.assembly import Rig, build_rig, lockstep_goals, make, replan_ns
+from runtime.assembly import Rig, build_rig, make, replan_ns
 from runtime.clock import FakeClock
 from runtime.config import RunConfig
 from runtime.director import Assignment, Director
@@ -202,11 +203,17 @@ class Runner:
                 ),
             }
         )
-        spec, goals = self._policy.spec, None
+        policy, spec, goals = self._policy, self._policy.spec, None
         if self._engine is not None:
-            assert spec.latent is not None
-            goals = lockstep_goals(config, self._engine, spec.latent)
-        policy: Policy = self._policy
+            goals = DemandGoals(
+                self._engine,
+                config.system2.camera,
+                conditions.interval,
+                conditions.latency,
+                config.system1.latent_memory,
+                draw_now=not isinstance(robot, PlayTableRobot),
+            )
+            policy = DemandPolicy(policy, goals)
         planner = SyncPlanner(policy, replan_ns(config))
         rig = build_rig(config, robot, spec, planner, goals, self._clock)
         if isinstance(policy, TaskPolicy):

@@ -27,6 +27,7 @@ from runtime.spec import LatentSpec
 from runtime.types import F32
 
 TRIES = 2
+STARTS = 3
 
 
 class EngineActor:
@@ -179,7 +180,15 @@ class RayPool:
             options["address"] = self._config.ray_address
         else:
             options |= {"num_cpus": self.workers + 1, "include_dashboard": False}
-        ray.init(**options)
+        for attempt in range(STARTS):
+            try:
+                ray.init(**options)
+                break
+            except Exception as error:
+                # Ray gives its own processes half a minute, which a busy machine may exceed.
+                ray.shutdown()
+                if attempt == STARTS - 1:
+                    raise CommandFailed(f"Ray does not start: {_line(error)}") from error
         self._owns_ray = True
 
     def _environment(self) -> dict[str, Any]:

@@ -1,0 +1,280 @@
+"""`openhelix sweep`: how old may the goal be? (paper Sec. 5.6)
+
+Every cell of the sweep is an evaluation of its own, on the same episodes: System 2 refreshes
+every `interval` environment steps and its latent arrives `latency` steps later. Beside the
+score stand the age of the latents that plans were made from, their drift (the cosine to the
+latent that System 2 would give at that moment, measured on the first episodes of a cell) and
+System 2's work for a task. Cells that are finished are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.dsvlabench import plots
+from benchmarks.dsvlabench.eval import arguments, load_config, make_suite
+from benchmarks.dsvlabench.evaluation import Console, Plan, evaluate
+from benchmarks.dsvlabench.pool import Pool, open_pool
+from benchmarks.dsvlabench.report import html_table, image, interval, markdown_table, page
+from benchmarks.dsvlabench.results import read_results, replace_file
+from benchmarks.dsvlabench.runner import Conditions
+from benchmarks.dsvlabench.stats import Paired, mcnemar, paired_bootstrap
+from benchmarks.dsvlabench.suites import SUITES
+from runtime.commands.arguments import parse
+from runtime.config import ConfigError
+
+INTERVALS = (1, 2, 5, 10, 20, 30, 60)
+LATENCIES = (0, 6, 15)  # 0, 0.2 and 0.5 s at 30 Hz
+SUITES_SWEPT = ("calvin", "calvin-d")
+FOLDER = Path("outputs") / "sweep"
+DRIFT_COUNT = 1  # of the count, the part on which drift is measured
+Cell = dict[str, Any]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Sweep; 0 when all cells have been run."""
+    parser = arguments("sweep", __doc__ or "")
+    parser.add_argument("--suites", type=_words, default=SUITES_SWEPT, metavar="SUITE,...")
+    parser.add_argument("--intervals", type=_numbers, default=INTERVALS, metavar="N,...")
+    parser.add_argument("--latencies", type=_numbers, default=LATENCIES, metavar="N,...")
+    parser.add_argument(
+        "--drift-sequences", type=int, default=3, metavar="N", help="chains to measure drift on"
+    )
+    options, overrides = parse(parser, argv)
+    logging.basicConfig(level=logging.ERROR)
+    plans = make_plans(options, overrides)
+    folder = options.out or FOLDER
+    pool = open_pool(plans[0].config, options.workers, options.threads)
+    try:
+        report = sweep(plans, pool, folder, options.drift_sequences, Console("sweep"))
+    finally:
+        pool.close()
+    write(report, folder)
+    sys.stdout.write(json.dumps(report) + "\n" if options.json else to_markdown(report))
+    return 0
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{text!r}: wants whole numbers, for example 1,10,60") from None
+
+
+def make_plans(options: Namespace, overrides: Sequence[str]) -> list[Plan]:
+    """Return one evaluation a cell.
+
+    Raises:
+        ConfigError: in one line, the option and what is valid.
+    """
+    if min(options.intervals, default=0) < 1 or min(options.latencies, default=-1) < 0:
+        raise ConfigError("--intervals must be at least 1, --latencies at least 0")
+    for name in options.suites:
+        if name not in SUITES:
+            raise ConfigError(f"--suites: {name!r} is none of {', '.join(SUITES)}")
+    if options.workers < 1 or options.threads < 1 or options.steps < 1:
+        raise ConfigError("--workers, --threads and --steps must be at least 1")
+    config = load_config(options.config, overrides, options)
+    return [
+        Plan(
+            make_suite(options, name),
+            Conditions(options.steps, interval, latency),
+            config,
+            options.threads,
+        )
+        for name in options.suites
+        for latency in options.latencies
+        for interval in options.intervals
+    ]
+
+
+def sweep(
+    plans: Sequence[Plan], pool: Pool, folder: Path, drift_count: int, console: Console
+) -> dict[str, Any]:
+    """Run every cell; return the table of cells with what they are compared to.
+
+    Args:
+        plans: the cells.
+        pool: runs the episodes of all of them.
+        folder: holds one folder a cell.
+        drift_count: sequences, or a hundredth of it episodes a task, on which drift is measured.
+        console: told of the progress.
+    """
+    cells: list[Cell] = []
+    for number, plan in enumerate(plans, 1):
+        place = folder / "cells" / name_of(plan)
+        console.say(f"cell {number} of {len(plans)}: {place.name}")
+        report = evaluate(plan, pool, place, Console("sweep"))
+        drift = _drift(plan, pool, folder, drift_count) if drift_count > 0 else None
+        cells.append(cell(report) | {"drift": drift})
+        _compare(cells, folder)
+    first = cells[0]
+    shared = ("world", "scene", "seed", "clock", "steps_limit", "policy", "system2")
+    return {key: first.pop(key) for key in shared} | {
+        "cells": [{k: v for k, v in c.items() if k not in shared} for c in cells]
+    }
+
+
+def _drift(plan: Plan, pool: Pool, folder: Path, count: int) -> dict[str, Any]:
+    """Measure drift on a few episodes of a cell, apart from its score and its timing."""
+    few = min(plan.suite.count, count if plan.suite.is_chain else DRIFT_COUNT)
+    small = replace(
+        plan,
+        suite=replace(plan.suite, count=few),
+        conditions=replace(plan.conditions, drift=True),
+    )
+    return dict(evaluate(small, pool, folder / "drift" / name_of(plan))["work"]["drift"])
+
+
+def name_of(plan: Plan) -> str:
+    """Return a cell's name: suite, interval, latency."""
+    return f"{plan.suite.name}-i{plan.conditions.interval:02d}-d{plan.conditions.latency:02d}"
+
+
+def cell(report: Mapping[str, Any]) -> Cell:
+    """Return the line of the table that an evaluation gives."""
+    if "avg_len" in report:
+        score = {k: report[k] for k in ("avg_len", "ci95", "success_in_a_row", "n_sequences")}
+    else:
+        score = {k: report[k] for k in ("success_rate", "ci95", "n_episodes")}
+        score |= {k: report[k] for k in ("per_pattern",) if k in report}
+    shared = ("world", "scene", "seed", "clock", "steps_limit", "policy", "system2")
+    return {
+        **{key: report[key] for key in ("suite", "interval", "latency", *shared)},
+        **score,
+        "n_errors": report["n_errors"],
+        "latent_age_steps": report["work"]["latent_age_steps"],
+        "latents_per_task": report["work"]["latents_per_task"],
+        "s2_s_per_task": report["timing"]["s2_s_per_task"],
+        "folder": report["folder"],
+    }
+
+
+def _compare(cells: Sequence[Cell], folder: Path) -> None:
+    """Compare the newest cell with the first one of its suite, episode by episode."""
+    now = cells[-1]
+    base = next(c for c in cells if c["suite"] == now["suite"])
+    a, b = (read_results(Path(c["folder"])) for c in (base, now))
+    test: Paired
+    if "avg_len" in now:
+        test = paired_bootstrap([r["in_a_row"] for r in a], [r["in_a_row"] for r in b])
+    else:
+        test = mcnemar([r["success"] for r in a], [r["success"] for r in b])
+    now["against"] = {
+        "interval": base["interval"],
+        "latency": base["latency"],
+        "difference": test.difference,
+        "ci95": list(test.ci95),
+        "p": test.p,
+        "test": test.test,
+    }
+
+
+def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Return the cells of one suite as a table."""
+    chain = "avg_len" in cells[0]
+    header = [
+        "interval",
+        "latency",
+        "average length" if chain else "success %",
+        "95 % interval",
+        "against the first: difference",
+        "p",
+        "latent age, steps",
+        "drift: cosine",
+        "latents a task",
+        "System 2, s a task",
+    ]
+    scale, digits = (1.0, 2) if chain else (100.0, 1)
+    rows = []
+    for c in cells:
+        drift = c["drift"] or {}
+        cosine, age = drift.get("cosine_mean"), c["latent_age_steps"]["mean"]
+        rows.append(
+            [
+                str(c["interval"]),
+                str(c["latency"]),
+                f"{scale * _score(c):.{digits}f}",
+                interval(c["ci95"], scale, digits),
+                f"{scale * c['against']['difference']:+.{digits}f}",
+                f"{c['against']['p']:.3g}",
+                "" if age is None else f"{age:.1f}",
+                "" if cosine is None else f"{cosine:.3f}",
+                f"{c['latents_per_task'] or 0:.1f}",
+                f"{c['s2_s_per_task']:.2f}",
+            ]
+        )
+    return header, rows
+
+
+def _score(c: Cell) -> float:
+    return float(c["avg_len"] if "avg_len" in c else c["success_rate"])
+
+
+def suites_of(report: Mapping[str, Any]) -> dict[str, list[Cell]]:
+    """Return the cells by suite."""
+    found: dict[str, list[Cell]] = {}
+    for c in report["cells"]:
+        found.setdefault(c["suite"], []).append(c)
+    return found
+
+
+def note(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
+    """Return what a table's scores depend on, in one sentence."""
+    trials = cells[0].get("n_sequences") or cells[0].get("n_episodes")
+    kind = "sequences" if "avg_len" in cells[0] else "episodes"
+    return (
+        f"{trials} {kind} a cell, {report['clock']} clock, at most {report['steps_limit']} "
+        f"environment steps a task, {report['world']} scene {report['scene']}, seed "
+        f"{report['seed']}; interval and latency in environment steps of 1/30 s."
+    )
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """Return the sweep as Markdown."""
+    parts = ["# Asynchrony sweep\n"]
+    for name, cells in suites_of(report).items():
+        parts += [f"## {name}\n", note(report, cells) + "\n", markdown_table(table_of(cells))]
+    return "\n".join(parts)
+
+
+def plot(name: str, cells: Sequence[Cell]) -> bytes:
+    """Return score against interval, one line a latency, as PNG."""
+    chain = "avg_len" in cells[0]
+    scale = 1.0 if chain else 100.0
+    series: dict[str, list[tuple[float, float, float, float]]] = {}
+    for c in cells:
+        low, high = c["ci95"]
+        point = (float(c["interval"]), scale * _score(c), scale * low, scale * high)
+        series.setdefault(f"latency {c['latency']} steps", []).append(point)
+    return plots.lines(
+        series,
+        "environment steps from one latent to the next",
+        "tasks in a row" if chain else "success, %",
+        f"{name}: success against asynchrony",
+        sorted({c["interval"] for c in cells}),
+    )
+
+
+def write(report: Mapping[str, Any], folder: Path) -> None:
+    """Write the sweep as JSON, Markdown, HTML and one PNG a suite."""
+    body: list[str] = []
+    for name, cells in suites_of(report).items():
+        picture = plot(name, cells)
+        replace_file(folder / f"{name}.png", picture)
+        body += [f"<h2>{name}</h2><p>{note(report, cells)}</p>", image(picture)]
+        body.append(html_table(table_of(cells)))
+    replace_file(folder / "sweep.json", json.dumps(report, indent=1).encode() + b"\n")
+    replace_file(folder / "sweep.md", to_markdown(report).encode())
+    replace_file(folder / "sweep.html", page("Asynchrony sweep", body).encode())

@@ -1,0 +1,97 @@
+"""A small System 1 and System 2 that evaluate in milliseconds, for tests."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.dsvlabench.evaluation import Plan
+from benchmarks.dsvlabench.runner import Conditions
+from benchmarks.dsvlabench.suites import Suite
+from benchmarks.playtable.tasks import TASKS
+from runtime.config import RunConfig, load
+from tests.fakes import LATENT, PointEngine, ReachPolicy
+
+BUTTON = (-0.12, -0.12, 0.46)  # in scene D; a tool that goes there presses the LED's button
+CAMERAS = "[[static, 200, 200], [gripper, 84, 84]]"
+
+
+class WordEngine(PointEngine):
+    """A sentence of the LED leads to its button, any other to a point made from its letters.
+
+    The point moves by up to a millimetre with the image, so that a wrong image is noticed.
+
+    Args:
+        deadly: the process ends at this sentence.
+        broken: an error is raised at this one.
+    """
+
+    def __init__(self, deadly: str = "", broken: str = "") -> None:
+        super().__init__()
+        self._deadly, self._broken = deadly, broken
+
+    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> np.ndarray:
+        rows = np.zeros((len(instructions), 1, LATENT.dim), np.float32)
+        for row, image, text in zip(rows, images, instructions, strict=True):
+            if text == self._deadly:
+                os._exit(9)
+            if text == self._broken:
+                raise ValueError("instruction: broken as configured")
+            if text == TASKS["turn_on_led"].sentence:
+                row[0, :3] = BUTTON
+            else:
+                rng = np.random.default_rng(zlib.crc32(text.encode()))
+                row[0, :3] = rng.uniform((-0.2, -0.3, 0.5), (0.3, -0.1, 0.6))
+            row[0, :3] += 1e-3 * float(np.mean(image)) / 255
+        return rows
+
+
+class TaskReach(ReachPolicy):
+    """Without System 2: told the number of its task, it goes to the LED's button for one."""
+
+    def __init__(self) -> None:
+        super().__init__(cameras=[("static", 200, 200), ("gripper", 84, 84)])
+        self.spec = type(self.spec)(self.spec.cameras, None, self.spec.action, self.spec.horizon)
+        self.told: list[int] = []
+        self._task = -1
+
+    def set_task(self, task: int) -> None:
+        self.told.append(task)
+        self._task = task
+
+    def act(self, observation, latents):
+        from runtime.types import LatentGoal
+
+        assert not latents
+        goal = BUTTON if list(TASKS)[self._task] == "turn_on_led" else (0.1, -0.2, 0.55)
+        z = np.array([[*goal]], np.float32)
+        return super().act(observation, [LatentGoal(z, 0, observation.epoch, 0, 0, "")])
+
+
+def small_config(*overrides: str) -> RunConfig:
+    """Return a configuration with the small parts."""
+    return load(
+        None,
+        [
+            "control.clock=lockstep",
+            f"system1.policy={{target: 'tests.fakes:ReachPolicy', options: {{cameras: {CAMERAS}}}}}",
+            "system2.engine={target: 'tests.dsvlabench.small:WordEngine', options: {}}",
+            *overrides,
+        ],
+    )
+
+
+def small_plan(
+    suite: Suite, steps: int = 12, interval: int = 10, latency: int = 0, drift: bool = False
+) -> Plan:
+    """Return an evaluation of the small parts."""
+    return Plan(suite, Conditions(steps, interval, latency, drift), small_config())
+
+
+def untimed(results):
+    """Return results without what depends on the machine."""
+    return [{k: v for k, v in r.items() if k != "timing"} for r in results]

@@ -1,0 +1,209 @@
+"""benchmarks.dsvlabench.evaluation: resumable, and the same whoever runs the episodes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.dsvlabench.evaluation import Console, evaluate, fingerprint
+from benchmarks.dsvlabench.pool import LocalPool, shares_engine
+from benchmarks.dsvlabench.results import ResultsError, read_results
+from benchmarks.dsvlabench.suites import Suite
+from benchmarks.playtable.tasks import TASKS
+from runtime.config import ConfigError, Part
+from tests.dsvlabench.small import small_config, small_plan, untimed
+
+SUITE = Suite("tasks", count=2, tasks=("turn_on_led", "open_drawer", "lift_red_block_table"))
+
+
+@pytest.fixture(scope="module")
+def pool():
+    found = LocalPool(small_config())
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def done(pool, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval") / "run"
+    return folder, evaluate(small_plan(SUITE), pool, folder)
+
+
+class Forbidden(LocalPool):
+    """A pool that must not be asked."""
+
+    def __init__(self):
+        super().__init__(small_config())
+
+    def start(self):
+        raise AssertionError("nothing was left to do")
+
+
+def test_a_report_says_what_its_score_depends_on(done):
+    folder, report = done
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert report["n_episodes"] == 6 and 0 <= report["success_rate"] <= 1
+    low, high = report["ci95"]
+    assert low <= report["success_rate"] <= high
+    assert report["clock"] == "lockstep" and report["steps_limit"] == 12 and report["seed"] == 0
+    assert (report["world"], report["scene"]) == ("playtable", "D")
+    assert report["policy"]["spec"]["horizon"] == 16 and len(report["policy"]["sha256"]) == 16
+    assert {name: row["n_episodes"] for name, row in report["per_task"].items()} == {
+        "lift_red_block_table": 2,
+        "open_drawer": 2,
+        "turn_on_led": 2,
+    }
+    assert report["per_task"]["turn_on_led"]["ci95"][1] > 0
+    assert report["n_errors"] == 0 and report["work"]["plans"] > 0
+
+
+def test_a_finished_evaluation_loads_and_runs_nothing(done):
+    folder, report = done
+    again = evaluate(small_plan(SUITE), Forbidden(), folder)
+    assert again["resumed_episodes"] == 6
+    for key in ("success_rate", "per_task", "policy", "system2", "work", "timing"):
+        assert again[key] == report[key]
+
+
+def test_other_conditions_need_another_folder(done):
+    folder, _ = done
+    for plan in (small_plan(SUITE, steps=13), small_plan(SUITE, interval=9)):
+        with pytest.raises(ResultsError, match="was begun with"):
+            evaluate(plan, Forbidden(), folder)
+
+
+def test_chains_have_rates_of_one_to_five(pool, tmp_path):
+    report = evaluate(small_plan(Suite("calvin", count=3), steps=4), pool, tmp_path / "run")
+    assert report["n_sequences"] == 3 and 0 <= report["avg_len"] <= 5
+    assert len(report["success_in_a_row"]) == len(report["success_in_a_row_ci95"]) == 5
+    assert report["avg_len"] == pytest.approx(sum(report["success_in_a_row"]))
+    assert report["ci95"][0] <= report["avg_len"] <= report["ci95"][1]
+
+
+def test_moving_blocks_are_summed_up_by_pattern(pool, tmp_path):
+    suite = Suite("calvin-d", count=1, tasks=("lift_blue_block_table",))
+    report = evaluate(small_plan(suite, steps=4), pool, tmp_path / "run")
+    assert set(report["per_pattern"]) == {"static", "left", "forward", "diagonal", "circular"}
+    assert report["n_episodes"] == 5 == sum(r["n_episodes"] for r in report["per_pattern"].values())
+
+
+def test_videos_of_chosen_episodes(pool, tmp_path):
+    plan = small_plan(SUITE, steps=3)
+    report = evaluate(
+        type(plan)(plan.suite, plan.conditions, plan.config, videos=2), pool, tmp_path / "r"
+    )
+    names = [p.name for p in sorted((tmp_path / "r" / "videos").iterdir())]
+    assert names == ["D-lift_red_block_table-1.mp4", "D-turn_on_led-0.mp4"]
+    assert report["n_errors"] == 0
+
+
+def test_workers_change_nothing_and_a_dying_one_costs_its_episode(done, tmp_path):
+    from benchmarks.dsvlabench.workers import RayPool
+
+    folder, _ = done
+    shared = RayPool(small_config(), 2, shared=True)
+    own = RayPool(
+        small_config(f"system2.engine.options={{deadly: '{TASKS['open_drawer'].sentence}'}}"), 2
+    )
+    try:
+        evaluate(small_plan(SUITE), shared, tmp_path / "shared")
+        shared.close()
+        plan = small_plan(SUITE)
+        report = evaluate(plan, own, tmp_path / "own")
+    finally:
+        shared.close()
+        own.close()
+    want = untimed(read_results(folder))
+    assert untimed(read_results(tmp_path / "shared")) == want
+    got = untimed(read_results(tmp_path / "own"))
+    deadly = [r for r in got if r["tasks"][0]["task"] == "open_drawer"]
+    assert [r["error"] for r in deadly] == ["the worker's process died 2 times"] * 2
+    assert not any(r["success"] for r in deadly) and report["n_errors"] == 2
+    rest = [r for r in got if r not in deadly]
+    assert rest == [r for r in want if r["tasks"][0]["task"] != "open_drawer"]
+
+
+def test_a_worker_refuses_what_does_not_fit():
+    from benchmarks.dsvlabench.workers import RayPool
+
+    pool = RayPool(small_config("world.cameras=[static]"), 2)
+    with pytest.raises(ConfigError, match="camera 'gripper'"):
+        pool.start()
+
+
+def test_a_killed_evaluation_is_continued(tmp_path):
+    words = [
+        *("eval", "--suite", "tasks", "--episodes-per-task", "4", "--steps", "60", "--json"),
+        *(
+            "--tasks",
+            "turn_on_led,open_drawer,lift_red_block_table",
+            "--out",
+            str(tmp_path / "run"),
+        ),
+        "system1.policy.target=tests.fakes:ReachPolicy",
+        "system1.policy.options={cameras: [[static, 200, 200], [gripper, 84, 84]]}",
+        "system2.engine={target: 'tests.dsvlabench.small:WordEngine', options: {}}",
+    ]
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "runtime.cli", *words]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+
+    def finished():
+        return sum(1 for p in tmp_path.glob("run/shards/*.jsonl") for _ in p.open())
+
+    process = subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline_s = time.monotonic() + 120
+    while finished() < 3 and process.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = finished()
+    assert 3 <= before < 12
+    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr.decode()[-2000:]
+    report = json.loads(ended.stdout)
+    assert report["n_episodes"] == 12 and report["resumed_episodes"] == before
+    pool = LocalPool(small_config())
+    suite = Suite("tasks", count=4, tasks=SUITE.tasks)
+    evaluate(small_plan(suite, steps=60, interval=30), pool, tmp_path / "whole")
+    pool.close()
+    assert untimed(read_results(tmp_path / "run")) == untimed(read_results(tmp_path / "whole"))
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_checkpoint_is_known_by_its_content(tmp_path):
+    weights = tmp_path / "policy"
+    weights.mkdir()
+    (weights / "model.safetensors").write_bytes(b"one")
+    part = Part(target="a.b:C", options={"path": str(weights)})
+    first = fingerprint(part)
+    assert first == fingerprint(part)
+    (weights / "model.safetensors").write_bytes(b"two")
+    assert fingerprint(part) != first
+    with pytest.raises(ConfigError, match="no checkpoint at /nowhere"):
+        fingerprint(Part(target="a.b:C", options={"path": "/nowhere"}))
+
+
+def test_progress_is_told_with_the_time_to_go():
+    stream = io.StringIO()
+    console = Console("eval", stream, every_s=0.0)
+    console(1, 4, {"key": "a", "in_a_row": 1, "error": None})
+    console(2, 4, {"key": "b", "in_a_row": 0, "error": "it broke"})
+    text = stream.getvalue()
+    assert "1 of 4 episodes" in text and "0:00:00 to go" in text
+    assert "b failed: it broke" in text and "0.50 tasks each" in text
+
+
+def test_vllm_is_shared_and_a_small_engine_is_not():
+    assert shares_engine(small_config("system2.engine.target=system2.engines.vllm:VllmEngine"))
+    assert not shares_engine(small_config("system2.engine.options={device: cpu}"))
