@@ -18,7 +18,7 @@ CLOCK ?= realtime
 CONFIG ?= configs/run.yaml
 ARGS ?=
 
-.PHONY: help setup run-sim test test-slow test-gpu check format lock clean bench-runtime bench-sim bench-s1 bench-s2
+.PHONY: help setup run-sim test test-slow test-gpu check format lock clean bench-runtime bench-sim bench-s1 bench-s2 bench-eval
 
 help: ## Show this help.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,7 +43,8 @@ run-sim: setup ## Run one five-task sequence: HZ2= STEPS= SEQ= SCENE= CLOCK=real
 	  tasks.sequence=$(SEQ) world.scene=$(SCENE) control.clock=$(CLOCK) $(ARGS)
 
 test: setup ## Run the tests (under 15 minutes on 2 cores).
-	$(PY) -m pytest -q -m "not slow and not gpu" tests
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" tests --ignore tests/integration
+	$(PY) -m pytest -q -m "not slow and not gpu" tests/integration
 
 test-slow: setup ## Run the slow tests too.
 	$(PY) -m pytest -q -m "not gpu" --timeout=3600 tests
@@ -82,6 +83,9 @@ bench-s1: setup ## System 1 figures as JSON.
 
 bench-s2: setup ## System 2 figures as JSON.
 	$(PY) -m benchmarks.perf.bench_s2
+
+bench-eval: setup ## Evaluation figures as JSON.
+	$(PY) -m benchmarks.perf.bench_eval
 
 clean: ## Remove outputs and caches of this checkout (not .venv).
 	rm -rf outputs build .pytest_cache .mypy_cache .ruff_cache .hypothesis
