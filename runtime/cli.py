@@ -18,6 +18,7 @@ COMMANDS = {
     "record": ("runtime.commands.run:record", "run, and record everything to disk"),
     "replay": ("runtime.commands.replay:main", "run recorded observations through System 1 again"),
     "serve": ("runtime.commands.serve:main", "one System 2 for many robots"),
+    "collect": ("benchmarks.playtable.collect:main", "demonstrations and frames for training"),
     "eval": ("benchmarks.dsvlabench.eval:main", "how often a policy does what it is told"),
     "sweep": ("benchmarks.dsvlabench.sweep:main", "success against the age of the latent"),
     "compare": ("benchmarks.dsvlabench.compare:main", "two evaluations on the same episodes"),
