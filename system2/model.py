@@ -10,6 +10,7 @@ embedding table; only a table without a spare row is written anew.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -91,8 +92,9 @@ class Checkpoint:
         )
 
 
+@functools.lru_cache(maxsize=4)
 def load_tokenizer(path: str) -> Any:
-    """Return the fast tokenizer of a checkpoint."""
+    """Return the fast tokenizer of a checkpoint; kept, since reading it takes a second."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path)
@@ -211,12 +213,11 @@ def _describe(path: str) -> Checkpoint:
         raise CheckpointError(f"model: {path!r} cannot be read: {error}") from error
     if config.model_type != "llava":
         raise CheckpointError(f"model: {path!r} is a {config.model_type!r}, want a 'llava'")
-    tokenizer = load_tokenizer(path)
     manifest = _manifest(path)
     rows = config.text_config.vocab_size
     act_ids = manifest.get("act_ids")
     if act_ids is None:
-        taken = max(len(tokenizer), config.image_token_index + 1)
+        taken = max(len(load_tokenizer(path)), config.image_token_index + 1)
         act_ids = list(range(taken, min(rows, taken + MAX_ACT)))
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2

@@ -98,3 +98,10 @@ def test_without_vision(tiny_model: str, images) -> None:
     b = VllmEngine(tiny_model, **options).encode(images, TEXTS)
     assert np.abs(a - b).max() < 1e-4
     assert np.abs(a[0] - a[1]).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_the_laptop_model_equals_transformers(images) -> None:
+    a = TransformersEngine("laptop", dtype="float32", device="cpu").encode(images, TEXTS)
+    b = VllmEngine("laptop", dtype="float32").encode(images, TEXTS)
+    assert np.abs(a - b).max() < 1e-4
