@@ -105,36 +105,55 @@ def test_videos_of_chosen_episodes(pool, tmp_path):
     assert report["n_errors"] == 0
 
 
-def test_workers_change_nothing_and_a_dying_one_costs_its_episode(done, tmp_path):
+@pytest.fixture(scope="module")
+def ray_session():
+    """One Ray for all tests here: starting it takes longest."""
+    import ray
+
+    options = {"include_dashboard": False, "log_to_driver": False}
+    ray.init(num_cpus=4, **options)
+    yield
+    ray.shutdown()
+
+
+def test_workers_change_nothing_and_a_dying_one_costs_its_episode(done, tmp_path, ray_session):
     from benchmarks.dsvlabench.workers import RayPool
 
-    folder, _ = done
-    shared = RayPool(small_config(), 2, shared=True)
-    own = RayPool(
-        small_config(f"system2.engine.options={{deadly: '{TASKS['open_drawer'].sentence}'}}"), 2
-    )
+    deadly = TASKS["open_drawer"].sentence
+    pool = RayPool(small_config(f"system2.engine.options={{deadly: '{deadly}'}}"), 2)
     try:
-        evaluate(small_plan(SUITE), shared, tmp_path / "shared")
-        shared.close()
-        plan = small_plan(SUITE)
-        report = evaluate(plan, own, tmp_path / "own")
+        report = evaluate(
+            small_plan(Suite("tasks", count=1, tasks=SUITE.tasks)), pool, tmp_path / "r"
+        )
     finally:
-        shared.close()
-        own.close()
-    want = untimed(read_results(folder))
-    assert untimed(read_results(tmp_path / "shared")) == want
-    got = untimed(read_results(tmp_path / "own"))
-    deadly = [r for r in got if r["tasks"][0]["task"] == "open_drawer"]
-    assert [r["error"] for r in deadly] == ["the worker's process died 2 times"] * 2
-    assert not any(r["success"] for r in deadly) and report["n_errors"] == 2
-    rest = [r for r in got if r not in deadly]
-    assert rest == [r for r in want if r["tasks"][0]["task"] != "open_drawer"]
+        pool.close()
+    want = {r["key"]: r for r in untimed(read_results(done[0]))}
+    lost, *others = sorted(
+        untimed(read_results(tmp_path / "r")), key=lambda r: "open_drawer" not in r["key"]
+    )
+    assert lost["key"] == "D/open_drawer/0" and not lost["success"]
+    assert lost["error"] == "the worker's process died 2 times" and report["n_errors"] == 1
+    assert len(others) == 2
+    for result in others:
+        assert result == want[result["key"]] | {"index": result["index"]}
 
 
-def test_a_worker_refuses_what_does_not_fit():
+@pytest.mark.slow
+def test_a_shared_system_2_changes_nothing(done, tmp_path, ray_session):
     from benchmarks.dsvlabench.workers import RayPool
 
-    pool = RayPool(small_config("world.cameras=[static]"), 2)
+    pool = RayPool(small_config(), 2, shared=True)
+    try:
+        evaluate(small_plan(SUITE), pool, tmp_path / "run")
+    finally:
+        pool.close()
+    assert untimed(read_results(tmp_path / "run")) == untimed(read_results(done[0]))
+
+
+def test_a_worker_refuses_what_does_not_fit(ray_session):
+    from benchmarks.dsvlabench.workers import RayPool
+
+    pool = RayPool(small_config("world.cameras=[static]"), 1)
     with pytest.raises(ConfigError, match="camera 'gripper'"):
         pool.start()
 
