@@ -22,6 +22,7 @@ from runtime.offset import ClockSync
 from runtime.realtime import RealtimeStatus, enter, leave
 from runtime.report import percentiles, task_rows
 from runtime.robots.base import Robot, RobotError, World, make_robot
+from runtime.robots.sim import SimRobot
 from runtime.rpc import RpcClient, RpcError
 from runtime.sinks import Sinks
 from runtime.spec import LatentSpec, PolicySpec, check_latent
@@ -38,7 +39,8 @@ class ControlNode:
         config: `RunConfig` as JSON data.
         channels: endpoints by channel name; see `runtime.graph`.
         assignments: [{"task": ..., "instruction": ...}, ...].
-        initial: {"robot_obs": [...], "scene_obs": [...]} for a world that can be reset.
+        initial: {"robot_obs": [...], "scene_obs": [...]} for a world that can be reset, or
+            {"stage": {"target": "module:function", "options": {...}}}; see `SimRobot.stage`.
     """
 
     def __init__(
@@ -67,8 +69,7 @@ class ControlNode:
         spec = self._policy_spec()
         self._robot = self._make_robot()
         self._robot.connect()
-        if self._initial is not None and isinstance(self._robot, World):
-            self._robot.reset_world(self._initial["robot_obs"], self._initial["scene_obs"])
+        self._set_world()
         goals = None
         if spec.latent is not None:
             goals = wire_goals(config, channels["requests"], channels["latents"])
@@ -142,6 +143,17 @@ class ControlNode:
         if offset is None:
             return None
         return {"offset": offset.offset_ns * 1e-9, "uncertainty": offset.uncertainty_ns * 1e-9}
+
+    def _set_world(self) -> None:
+        initial, robot = self._initial, self._robot
+        if initial is None:
+            return
+        if "stage" in initial:
+            if not isinstance(robot, SimRobot):
+                raise ValueError(f"robot.name: {self._config.robot.name!r} cannot be staged")
+            robot.stage(**initial["stage"])
+        elif isinstance(robot, World):
+            robot.reset_world(initial["robot_obs"], initial["scene_obs"])
 
     def _policy_spec(self) -> PolicySpec:
         """Ask System 1 what it needs, once it is ready."""

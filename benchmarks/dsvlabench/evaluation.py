@@ -123,6 +123,7 @@ def _about(folder: Path, about: dict[str, Any] | None) -> dict[str, Any]:
 def header(plan: Plan, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return what every score must say of itself."""
     policy, engine = plan.config.system1.policy, plan.config.system2.engine
+    wall = plan.config.control.clock == "realtime"
     uses_system2 = about["policy_spec"]["latent"] is not None
     return {
         "suite": plan.suite.name,
@@ -131,9 +132,9 @@ def header(plan: Plan, about: Mapping[str, Any]) -> dict[str, Any]:
         "seed": plan.suite.seed,
         "clock": plan.config.control.clock,
         "steps_limit": plan.conditions.steps_limit,
-        "interval": plan.conditions.interval,
-        "latency": plan.conditions.latency,
-        "hz2": plan.config.system2.hz if plan.config.control.clock == "realtime" else None,
+        "interval": None if wall else plan.conditions.interval,
+        "latency": None if wall else plan.conditions.latency,
+        "hz2": plan.config.system2.hz if wall else None,
         "replan_steps": plan.config.system1.replan_steps,
         "policy": {
             "target": policy.target,

@@ -17,10 +17,7 @@ from typing import Any
 from benchmarks.dsvlabench.attempts import Outcome
 from benchmarks.dsvlabench.meters import Watch
 from benchmarks.dsvlabench.pool import Job
-from benchmarks.dsvlabench.stage import draw_start, sequence_start
 from benchmarks.dsvlabench.suites import Episode
-from benchmarks.playtable.env import PlayTableEnv
-from benchmarks.playtable.tasks import TASKS
 from runtime.assembly import make
 from runtime.config import ConfigError, RunConfig
 from runtime.director import Assignment
@@ -28,24 +25,6 @@ from runtime.display import Display
 from runtime.errors import CommandFailed
 from runtime.realtime_run import run_realtime
 from runtime.spec import PolicySpec
-
-HELD = ("place", "stack")  # families that begin with a block in the hand
-
-
-def check(episodes: Iterable[Episode]) -> None:
-    """Refuse what the wall clock cannot set up: it knows CALVIN's state vectors only.
-
-    Raises:
-        ConfigError: in one line, which task.
-    """
-    for episode in episodes:
-        if episode.motion is not None:
-            raise ConfigError("--clock: calvin-d's moving blocks need the lockstep clock")
-        if episode.sequence is None and TASKS[episode.tasks[0]].family in HELD:
-            raise ConfigError(
-                f"--tasks: {episode.tasks[0]} begins with a block in the hand, which needs the "
-                "lockstep clock; name the other tasks, or run --suite calvin"
-            )
 
 
 class RealtimePool:
@@ -67,8 +46,6 @@ class RealtimePool:
         return {"policy_spec": asdict(self._spec), "latent_spec": latent, "spec_id": None}
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcome]]:
-        jobs = list(jobs)
-        check(job.episode for job in jobs)
         for job in jobs:
             yield job, self._run(job)
 
@@ -120,15 +97,9 @@ class RealtimePool:
 
 
 def start_of(episode: Episode) -> dict[str, Any]:
-    """Return the start as CALVIN's state vectors."""
-    if episode.sequence is not None:
-        robot_obs, scene_obs = sequence_start(episode)
-    else:
-        with PlayTableEnv(episode.scene, cameras=()) as env:
-            draw_start(env, episode)
-            obs = env.get_state_obs()
-        robot_obs, scene_obs = obs["robot_obs"], obs["scene_obs"]
-    return {"robot_obs": robot_obs.tolist(), "scene_obs": scene_obs.tolist()}
+    """Return how the world's process is to set the episode up."""
+    target = "benchmarks.dsvlabench.stage:stage_json"
+    return {"stage": {"target": target, "options": {"episode": episode.to_json()}}}
 
 
 def _result(

@@ -20,12 +20,14 @@ import numpy as np
 from benchmarks.playtable import tasks
 from benchmarks.playtable.cameras import SceneRenderer
 from benchmarks.playtable.env import PlayTableEnv
+from runtime.resolve import resolve
 from runtime.robots.sim import FrameSet, WorldState
 from runtime.types import Action
 from runtime.wire import NewestReader, Publisher
 
 CONTROL_HZ = 30.0
 STARVED_AFTER_S = 0.1  # three control periods without an action
+JOB_TIMEOUT_S = 60.0  # an expert may have to do a task first
 Handlers = Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]
 
 
@@ -87,7 +89,11 @@ class WorldNode:
         }
 
     def handlers(self) -> Handlers:
-        return {"reset": self._on_reset, "begin_task": self._on_begin}
+        return {
+            "reset": self._on_reset,
+            "stage": self._on_stage,
+            "begin_task": self._on_begin,
+        }
 
     def close(self) -> None:
         for part in ("_env", "_actions", "_states"):
@@ -116,9 +122,18 @@ class WorldNode:
         )
 
     def _on_reset(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        obs = [arguments.get(name) for name in ("robot_obs", "scene_obs")]
+        values = [None if o is None else np.asarray(o, np.float64) for o in obs]
+        return self._begin_anew(lambda: self._env.reset(*values))
+
+    def _on_stage(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Let `target(env, **options)` put the world into a state that no vector describes."""
+        put = resolve(str(arguments["target"]))
+        return self._begin_anew(lambda: put(self._env, **arguments["options"]))
+
+    def _begin_anew(self, put: Callable[[], object]) -> dict[str, Any]:
         def reset() -> int:
-            obs = [arguments.get(name) for name in ("robot_obs", "scene_obs")]
-            self._env.reset(*(None if o is None else np.asarray(o, np.float64) for o in obs))
+            put()
             self._task, self._completed, self._held = "", False, None
             self._env_steps = 0
             now_ns = time.monotonic_ns()
@@ -151,7 +166,7 @@ class WorldNode:
                 done.put(error)
 
         self._jobs.put(guarded)
-        result = done.get(timeout=10.0)
+        result = done.get(timeout=JOB_TIMEOUT_S)
         if isinstance(result, Exception):
             raise result
         return result

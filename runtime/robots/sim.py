@@ -49,6 +49,10 @@ register("world_state", WorldState)
 register("frame_set", FrameSet)
 
 
+ASK_TIMEOUT_S = 10.0
+STAGE_TIMEOUT_S = 90.0  # an expert may have to do a task first
+
+
 class SimRobot(Robot):
     """Driver of the simulated Panda.
 
@@ -156,6 +160,11 @@ class SimRobot(Robot):
         answer = self._ask("reset", robot_obs=robot_obs, scene_obs=scene_obs)
         self._await_fresh(int(answer["t_ns"]))
 
+    def stage(self, target: str, options: Mapping[str, Any]) -> None:
+        """Let `target(env, **options)` set the world up, in the world's own process."""
+        answer = self._ask("stage", STAGE_TIMEOUT_S, target=target, options=dict(options))
+        self._await_fresh(int(answer["t_ns"]))
+
     def begin_task(self, task: str, instruction: str) -> None:
         self._task_seq = int(self._ask("begin_task", task=task)["task_seq"])
 
@@ -199,11 +208,13 @@ class SimRobot(Robot):
         missing = "a state" if self._state is None else "camera frames"
         raise RobotError(f"sim: {missing} did not arrive within {self._timeout_s:.0f} s")
 
-    def _ask(self, question: str, **arguments: Any) -> dict[str, Any]:
+    def _ask(
+        self, question: str, timeout_s: float = ASK_TIMEOUT_S, **arguments: Any
+    ) -> dict[str, Any]:
         if not self._connected:
             raise NotConnected("sim: call connect() first")
         try:
-            return self._rpc.call("ask", {"question": question, **arguments}, timeout_s=10.0)
+            return self._rpc.call("ask", {"question": question, **arguments}, timeout_s=timeout_s)
         except RpcError as error:
             raise RobotError(f"sim: {error}") from error
 
