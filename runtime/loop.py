@@ -81,6 +81,7 @@ class ControlLoop:
         self.subscribers = list(subscribers)
         self.epoch = 0
         self.ticks = 0
+        self.prefetch_s = 0.0  # what the last prefetch took
         self._last: Action | None = None
         self._planned = False  # this instruction has had a plan
         self._standing = False  # the robot was told to stop
@@ -132,6 +133,12 @@ class ControlLoop:
         for subscriber in self.subscribers:
             subscriber(tick)
         return tick
+
+    def prefetch(self) -> None:
+        """Take in what has arrived, in the time before a tick."""
+        start_s = time.perf_counter()
+        self.robot.prefetch()
+        self.prefetch_s = time.perf_counter() - start_s
 
     def fail(self, why: str) -> str:
         """The robot does not answer: stop it for good. Returns the reason."""

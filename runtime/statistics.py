@@ -20,6 +20,7 @@ class LoopStatistics:
         self._rig = rig
         self._ages_s = array("d")
         self._durations_s = array("d")
+        self._prefetches_s = array("d")
         self._first_ns = 0
         self.first_action_ns: int | None = None  # of the first planned target
         self._last_ns = 0
@@ -38,6 +39,7 @@ class LoopStatistics:
         self._states[tick.state] = self._states.get(tick.state, 0) + 1
         if len(self._durations_s) < KEPT:
             self._durations_s.append(tick.duration_s)
+            self._prefetches_s.append(self._rig.loop.prefetch_s)
             # Waiting for an instruction's first latent has no age to count.
             if tick.latent_age_s is not None and tick.state == "run":
                 self._ages_s.append(tick.latent_age_s)
@@ -66,6 +68,7 @@ class LoopStatistics:
             "ticks": self._ticks,
             "ticks_by_state": dict(self._states),
             "tick_duration_s": percentiles(self._durations_s, ("p50", "p99", "max")),
+            "prefetch_duration_s": percentiles(self._prefetches_s, ("p50", "p99", "max")),
             "latent_age_s": percentiles(self._ages_s, ("p50", "p99", "max")),
             "chunks": asdict(self._rig.loop.chunks.counters),
             "s1_failures": self._rig.loop.planner.failures,

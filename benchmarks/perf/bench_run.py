@@ -29,7 +29,14 @@ NO_FIFO = (
     "world.placement={cpus: 0.3, fifo: 0}",
 )
 FIGURES = (
-    *("control_hz", "ticks", "deadline_missed", "tick_lateness_s", "tick_duration_s"),
+    *(
+        "control_hz",
+        "ticks",
+        "deadline_missed",
+        "tick_lateness_s",
+        "tick_duration_s",
+        "prefetch_duration_s",
+    ),
     *("latent_age_s", "latents_published", "latents_missed", "s1_latency_s", "s2_latency_s"),
     *("ready_s", "first_action_s", "realtime", "ticks_by_state", "sinks", "device", "versions"),
 )

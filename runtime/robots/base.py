@@ -81,6 +81,12 @@ class Robot(ABC):
             RobotError: the robot does not answer.
         """
 
+    def prefetch(self) -> None:  # noqa: B027  a driver need not
+        """Take in what has arrived, in the time before a tick, so that the tick finds it ready.
+
+        What arrives later is still read by `get_observation`. Never raises.
+        """
+
     @abstractmethod
     def send_action(self, action: Action) -> Action:
         """Send one target; return the action actually sent, after the driver's own limits.

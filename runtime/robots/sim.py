@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.codec import register
+from runtime.codec import encode, register
 from runtime.quaternion import from_euler_xyz
 from runtime.robots.base import NotConnected, Robot, RobotError, check_action
 from runtime.rpc import RpcClient, RpcError
@@ -87,6 +87,7 @@ class SimRobot(Robot):
         self._state: WorldState | None = None
         self._frames: Mapping[str, CameraFrame] = {}
         self._task_seq = 0
+        self._sent: Action | None = None
 
     @property
     def spec(self) -> RobotSpec:
@@ -135,11 +136,20 @@ class SimRobot(Robot):
             joints=robot[7:14],
         )
 
+    def prefetch(self) -> None:
+        if self._connected:
+            self._take_in()
+            if self._sent is not None:
+                # Encoded for nothing but to have the encoder in the caches when it is needed.
+                check_action(self._sent)
+                encode(self._sent)
+
     def send_action(self, action: Action) -> Action:
         if not self._connected:
             raise NotConnected("sim: call connect() first")
         check_action(action)
         self._actions.send(action)
+        self._sent = action
         return action
 
     def stop(self, reason: str) -> None:
@@ -179,6 +189,12 @@ class SimRobot(Robot):
     def _newest(self) -> WorldState:
         if not self._connected:
             raise NotConnected("sim: call connect() first")
+        self._take_in()
+        if self._state is None:
+            raise RobotError("sim: the world has not sent a state yet")
+        return self._state
+
+    def _take_in(self) -> None:
         # Frames first: a frame must not be of a later step than the state beside it.
         frames = self._sets.poll()
         if frames is not None:
@@ -186,21 +202,13 @@ class SimRobot(Robot):
         state = self._states.poll()
         if state is not None:
             self._state = state
-        if self._state is None:
-            raise RobotError("sim: the world has not sent a state yet")
-        return self._state
 
     def _await_fresh(self, t_ns: int) -> None:
         """Wait for a state and frames of `t_ns` or later."""
         deadline_s = time.monotonic() + self._timeout_s
         names = {camera.name for camera in self._spec.cameras}
         while time.monotonic() < deadline_s:
-            state = self._states.poll()
-            if state is not None:
-                self._state = state
-            frames = self._sets.poll()
-            if frames is not None:
-                self._frames = frames.frames
+            self._take_in()
             fresh = {name for name, frame in self._frames.items() if frame.t_ns >= t_ns}
             if self._state is not None and self._state.t_ns >= t_ns and names <= fresh:
                 return

@@ -18,7 +18,15 @@ from tests.integration.session import SMALL, session
 
 RUN = [sys.executable, "-m", "runtime.cli", "run", *SMALL, "tasks.instruction=reach 0.3 0.1 0.7"]
 MEASURED = (
-    *("ready_s", "tick_duration_s", "s1_latency_s", "s2_latency_s", "sinks", "versions"),
+    *(
+        "ready_s",
+        "tick_duration_s",
+        "prefetch_duration_s",
+        "s1_latency_s",
+        "s2_latency_s",
+        "sinks",
+        "versions",
+    ),
     *("tasks",),
 )
 
