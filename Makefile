@@ -18,7 +18,7 @@ CLOCK ?= realtime
 CONFIG ?= configs/run.yaml
 ARGS ?=
 
-.PHONY: help setup run-sim test test-slow test-gpu check format lock clean bench-runtime bench-sim bench-s1 bench-s2 bench-eval
+.PHONY: help setup run-sim test test-slow test-gpu check format lock clean bench-runtime bench-sim bench-s1 bench-s2 bench-eval sweep
 
 help: ## Show this help.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +83,9 @@ bench-s1: setup ## System 1 figures as JSON.
 
 bench-s2: setup ## System 2 figures as JSON.
 	$(PY) -m benchmarks.perf.bench_s2
+
+sweep: setup ## Success against the age of the latent, in outputs/sweep (resumable): ARGS=
+	$(VENV)/bin/openhelix sweep --workers 2 --sequences 20 --episodes-per-task 2 $(ARGS)
 
 bench-eval: setup ## Evaluation figures as JSON.
 	$(PY) -m benchmarks.perf.bench_eval

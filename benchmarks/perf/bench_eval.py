@@ -1,0 +1,171 @@
+"""Evaluation's figures: sequences an hour, what rendering costs, and what workers bring.
+
+The same CALVIN sequences are run by one worker with frames drawn on demand (as `openhelix eval`
+does), drawn at every step, and not drawn at all (one picture for all steps: the price of the
+rest), round by round; then by one and by two Ray workers, loading left out. Sequences an hour
+of the three ways are at the environment steps that a sequence takes with frames on demand, since
+a policy that sees one picture for ever does something else.
+
+    python -m benchmarks.perf.bench_eval [--sequences 8] [--steps 360] [--rounds 2] [--out FILE]
+        [section.field=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.dsvlabench.attempts import Outcome
+from benchmarks.dsvlabench.eval import load_config
+from benchmarks.dsvlabench.pool import Job
+from benchmarks.dsvlabench.runner import Conditions, Runner
+from benchmarks.dsvlabench.suites import Episode, Suite
+from benchmarks.dsvlabench.workers import RayPool
+from runtime.assembly import Rig
+from runtime.config import RunConfig
+from runtime.loop import Tick
+from runtime.robots.env import EnvRobot
+from runtime.types import CameraFrame
+
+OUT = Path("benchmarks/perf/results/eval.json")
+
+
+class EveryStep(Runner):
+    """Draws both cameras at every step."""
+
+    def _rig(self, robot: EnvRobot, episode: Episode, conditions: Conditions) -> Rig:
+        rig = super()._rig(robot, episode, conditions)
+        rig.loop.subscribers.append(_look)
+        return rig
+
+
+def _look(tick: Tick) -> None:
+    list(tick.observation.frames.values())
+
+
+class OnePicture(Runner):
+    """Draws once and shows that picture for ever."""
+
+    def _robot(self, scene: str) -> EnvRobot:
+        robot = super()._robot(scene)
+        if "_drawing" not in vars(robot):
+            frames = dict(robot.get_observation().frames)
+
+            def drawing(t_ns: int) -> Callable[[], Mapping[str, CameraFrame]]:
+                stamped = {
+                    name: CameraFrame(t_ns, f.rgb, f.depth, f.K, f.T_world_cam)
+                    for name, f in frames.items()
+                }
+                return lambda: stamped
+
+            robot._drawing = drawing  # type: ignore[method-assign]
+        return robot
+
+
+def one_worker(config: RunConfig, episodes: Sequence[Episode], how: Conditions, rounds: int) -> Any:
+    """Time the three ways of drawing, one after the other in every round."""
+    kinds = {"on_demand": Runner, "every_step": EveryStep, "one_picture": OnePicture}
+    runners = {name: kind(config) for name, kind in kinds.items()}
+    step_s: dict[str, list[float]] = {name: [] for name in kinds}
+    steps = 0
+    for runner in runners.values():
+        runner.run(episodes[0], Conditions(8, how.interval))
+    for _ in range(rounds):
+        for name, runner in runners.items():
+            started_s = time.perf_counter()
+            results = [runner.run(episode, how).result for episode in episodes]
+            wall_s = time.perf_counter() - started_s
+            done = sum(r["env_steps"] + r["hold_steps"] for e in results for r in e["tasks"])
+            step_s[name].append(wall_s / done)
+            if name == "on_demand":
+                steps = done
+    for runner in runners.values():
+        runner.close()
+    each = steps / len(episodes)
+    found: dict[str, Any] = {"env_steps_per_sequence": each}
+    for name, values in step_s.items():
+        best, middle = min(values), statistics.median(values)
+        found[name] = {
+            "ms_per_step_best": 1e3 * best,
+            "ms_per_step_median": 1e3 * middle,
+            "sequences_per_hour": 3600 / (each * middle),
+        }
+    ratio = [a / b for a, b in zip(step_s["every_step"], step_s["on_demand"], strict=True)]
+    found["every_step_over_on_demand"] = statistics.median(ratio)
+    return found
+
+
+def workers(config: RunConfig, episodes: Sequence[Episode], how: Conditions, rounds: int) -> Any:
+    """Time one and two Ray workers on the same sequences."""
+    pools = {n: RayPool(config, n) for n in (1, 2)}
+    wall_s: dict[int, list[float]] = {n: [] for n in pools}
+    pools[2].start()  # it makes the Ray that both use, with a core for each
+    pools[1].start()
+    same: list[list[dict[str, Any]]] = []
+    for _ in range(rounds):
+        for n, pool in pools.items():
+            started_s = time.perf_counter()
+            outcomes = [o for _, o in pool.run([Job(e, how) for e in episodes])]
+            wall_s[n].append(time.perf_counter() - started_s)
+            same.append(_untimed(outcomes))
+    pools[1].close()
+    pools[2].close()
+    ratio = statistics.median([a / b for a, b in zip(wall_s[1], wall_s[2], strict=True)])
+    rates = {n: 3600 * len(episodes) / statistics.median(values) for n, values in wall_s.items()}
+    return {
+        "sequences_per_hour": {str(n): rate for n, rate in rates.items()},
+        "speedup_2_workers": ratio,
+        "minutes_for_100_sequences_2_workers": 6000 / rates[2],
+        "results_identical": all(results == same[0] for results in same),
+    }
+
+
+def _untimed(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    found = sorted((o.result for o in outcomes), key=lambda r: int(r["index"]))
+    return [{k: v for k, v in r.items() if k != "timing"} for r in found]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write JSON."""
+    parser = argparse.ArgumentParser(prog="bench_eval", description=__doc__)
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=360)
+    parser.add_argument("--interval", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=OUT)
+    options, overrides = parser.parse_known_args(argv)
+    place = Namespace(world="playtable", scene="D", clock="lockstep")
+    config = load_config(None, overrides, place)
+    episodes = Suite("calvin", count=options.sequences).episodes()
+    how = Conditions(options.steps, options.interval)
+    report = {
+        "what": "CALVIN sequences in PlayTable, lockstep clock",
+        "sequences": options.sequences,
+        "steps_limit": options.steps,
+        "interval": options.interval,
+        "policy": config.system1.policy.model_dump(mode="json"),
+        "system2": config.system2.engine.model_dump(mode="json"),
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+        "machine": platform.machine(),
+        "one_process": one_worker(config, episodes, how, options.rounds),
+        "ray_workers": workers(config, episodes, how, options.rounds),
+    }
+    text = json.dumps(report, indent=1) + "\n"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text)
+    sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
