@@ -28,6 +28,8 @@ from runtime.types import F32
 
 TRIES = 2
 STARTS = 3
+START_TIMEOUT_S = 900.0  # a big System 2 takes minutes to load
+LOOK_EVERY_S = 30.0
 
 
 class EngineActor:
@@ -140,7 +142,9 @@ class RayPool:
                 running[worker.run.remote(job)] = worker, job
             if not running:
                 return
-            done, _ = ray.wait(list(running), num_returns=1)
+            done, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_EVERY_S)
+            if not done:
+                ray.nodes()  # raises where Ray itself is gone, whose answer would never come
             for reference in done:
                 worker, job = running.pop(reference)
                 try:
@@ -220,7 +224,7 @@ class RayPool:
 
     def _answer(self, reference: Any, who: str) -> dict[str, Any]:
         try:
-            answer = ray.get(reference)
+            answer = ray.get(reference, timeout=START_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             self.close()
             last = str(error).strip().splitlines()[-1]
