@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from system2.model import Checkpoint, build, load_vision, open_checkpoint
+from system2.model import Checkpoint, VisionShape, build, load_vision, open_checkpoint
 from system2.pretrain import (
     Captions,
     PretrainConfig,
@@ -56,7 +56,8 @@ class Recipe:
 
     def __init__(self, data: Path, out: Path, seed: int = 0) -> None:
         self._data, self._out = data, out
-        self._path = str(build(seed=seed))
+        # An explicit shape: from an untrained tower, not from the shipped weights.
+        self._path = str(build(vision=VisionShape(), seed=seed))
         self._checkpoint: Checkpoint = open_checkpoint(self._path)
 
     def words(self, config: PretrainConfig) -> VisionLearner:
