@@ -76,7 +76,9 @@ def _arguments() -> Parser:
     result.add_argument("--interval", type=int, metavar="N", help="System 2 every N steps (30)")
     result.add_argument("--latency", type=int, default=0, metavar="N", help="its delay in steps")
     result.add_argument("--drift", action="store_true", help="compare latents with fresh ones")
-    result.add_argument("--videos", type=int, default=0, metavar="N", help="film N episodes")
+    result.add_argument(
+        "--videos", type=_words, default=(), metavar="N|KEY,...", help="film N, or these, as D/7"
+    )
     result.add_argument("--base", type=Path, default=FOLDER, help="where new folders are made")
     return result
 
@@ -103,7 +105,20 @@ def make_plan(options: Namespace, overrides: Sequence[str]) -> Plan:
             "on the wall clock say system2.hz=HZ"
         )
     conditions = Conditions(options.steps, interval, options.latency, options.drift)
-    return Plan(suite, conditions, config, options.threads, options.videos)
+    return Plan(suite, conditions, config, options.threads, *_films(options.videos, suite))
+
+
+def _films(words: Sequence[str], suite: Suite) -> tuple[int, tuple[str, ...]]:
+    """Return how many episodes to film, and which ones besides."""
+    if len(words) == 1 and words[0].isdecimal():
+        return int(words[0]), ()
+    keys = {episode.key for episode in suite.episodes()} if words else set()
+    for word in words:
+        if word not in keys:
+            raise ConfigError(
+                f"--videos: {word!r} is no number and no episode; {min(keys)!r} would be one"
+            )
+    return 0, tuple(words)
 
 
 def make_suite(options: Namespace, name: str) -> Suite:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from benchmarks.dsvlabench.pool import Job, Pool
-from benchmarks.dsvlabench.results import Store, replace_file
+from benchmarks.dsvlabench.results import ResultsError, Store, replace_file
 from benchmarks.dsvlabench.runner import Conditions
 from benchmarks.dsvlabench.suites import Suite, spread
 from benchmarks.dsvlabench.summary import summarise
@@ -34,7 +34,8 @@ class Plan:
         conditions: how they are run.
         config: what is evaluated.
         threads: of torch.
-        videos: how many episodes are filmed.
+        videos: how many episodes are filmed, evenly spread over the list.
+        filmed: keys of episodes that are filmed besides.
     """
 
     suite: Suite
@@ -42,6 +43,7 @@ class Plan:
     config: RunConfig
     threads: int = 1
     videos: int = 0
+    filmed: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """Return all that shapes the results, as plain data."""
@@ -88,8 +90,9 @@ def evaluate(
     try:
         missing, resumed = store.missing, len(store.results)
         about = pool.start() if missing or not (folder / "about.json").exists() else None
-        about = _about(folder, about)
+        about = _about(folder, about, resumed > 0)
         films = spread(episodes, plan.videos)
+        films |= {e.index for e in episodes if e.key in plan.filmed}
         ready_s = time.monotonic()
         jobs = [Job(e, plan.conditions, e.index in films) for e in missing]
         for _, outcome in pool.run(jobs) if jobs else ():
@@ -112,12 +115,29 @@ def evaluate(
         store.close()
 
 
-def _about(folder: Path, about: dict[str, Any] | None) -> dict[str, Any]:
-    """Keep what a pool said of itself; a finished evaluation need not load anything again."""
+def _about(folder: Path, about: dict[str, Any] | None, resumed: bool) -> dict[str, Any]:
+    """Keep what a pool said of itself; a finished evaluation need not load anything again.
+
+    Raises:
+        ResultsError: the model behind the same configuration is another one by now.
+    """
     path = folder / "about.json"
-    if about is not None:
-        replace_file(path, json.dumps(about, indent=1).encode() + b"\n")
-    return dict(json.loads(path.read_text()))
+    if path.exists():
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            raise ResultsError(f"{path}: damaged; choose another folder") from None
+        if about is None:
+            return before
+        if resumed and before != _plain(about):
+            differs = [k for k in about if before.get(k) != _plain(about[k])]
+            raise ResultsError(
+                f"--out: {folder} was begun with another model: {', '.join(differs)} differ; "
+                "choose another folder"
+            )
+    assert about is not None
+    replace_file(path, json.dumps(about, indent=1).encode() + b"\n")
+    return dict(_plain(about))
 
 
 def header(plan: Plan, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,7 +76,8 @@ class RealtimePool:
             film = folder / "video.mp4"
             if job.film and film.exists():
                 video = film.read_bytes()
-        return Outcome(_result(episode, report, error, time.perf_counter() - started_s), video)
+        wall_s = time.perf_counter() - started_s
+        return Outcome(_result(episode, report, error, wall_s, self._config.control.hz), video)
 
     def _config_of(self, job: Job) -> RunConfig:
         config = self._config
@@ -103,7 +104,11 @@ def start_of(episode: Episode) -> dict[str, Any]:
 
 
 def _result(
-    episode: Episode, report: Mapping[str, Any], error: str | None, wall_s: float
+    episode: Episode,
+    report: Mapping[str, Any],
+    error: str | None,
+    wall_s: float,
+    control_hz: float,
 ) -> dict[str, Any]:
     rows = [
         {key: row[key] for key in ("task", "instruction", "success", "env_steps", "hold_steps")}
@@ -113,9 +118,13 @@ def _result(
     ]
     in_a_row = int(report.get("success_in_a_row", 0))
     s2 = (report.get("s2_latency_s") or {}).get("p50")
-    age = (report.get("latent_age_s") or {}).get("p50")
-    if rows:
-        rows[0]["latents"] = rows[0]["encoded"] = report.get("latents_received", 0)  # of all tasks
+    age = report.get("latent_age_s") or {}
+    if rows:  # the run's figures, which are of all tasks, stand in the first one's row
+        rows[0]["latents"] = rows[0]["encoded"] = report.get("latents_received", 0)
+        if age.get("p50") is not None:
+            # A run reports quantiles over its ticks: the median stands for the mean here.
+            steps = {"mean": age["p50"] * control_hz, "max": age["max"] * control_hz}
+            rows[0]["latent_age_steps"] = {k: round(v, 2) for k, v in steps.items()}
     return {
         "index": episode.index,
         "key": episode.key,
@@ -132,7 +141,7 @@ def _result(
             "task_s": [round(row["duration_s"], 3) for row in report.get("tasks", ())],
             "s1_s": 0.0,
             "s2_s": round((s2 or 0.0) * report.get("latents_received", 0), 3),
-            "latent_age_s_p50": age,
+            "latent_age_s_p50": age.get("p50"),
             "deadline_missed": report.get("deadline_missed"),
         },
     }

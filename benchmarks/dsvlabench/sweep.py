@@ -5,6 +5,10 @@ every `interval` environment steps and its latent arrives `latency` steps later.
 score stand the age of the latents that plans were made from, their drift (the cosine to the
 latent that System 2 would give at that moment, measured on the first episodes of a cell) and
 System 2's work for a task. Cells that are finished are not run again.
+
+`--clock realtime` (or `both`) runs the same cadences on the wall clock, with System 2 in a
+process of its own: `control.hz / interval` hertz. Its latency is then what it is on this
+machine, and a cadence that it cannot keep shows in the latents that it gave a task.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import json
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,38 +31,73 @@ from benchmarks.dsvlabench.results import read_results, replace_file
 from benchmarks.dsvlabench.runner import Conditions
 from benchmarks.dsvlabench.stats import Paired, mcnemar, paired_bootstrap
 from benchmarks.dsvlabench.suites import SUITES
-from runtime.commands.arguments import parse
-from runtime.config import ConfigError
+from runtime.commands.arguments import Parser, parse
+from runtime.config import ConfigError, RunConfig
 
 INTERVALS = (1, 2, 5, 10, 20, 30, 60)
 LATENCIES = (0, 6, 15)  # 0, 0.2 and 0.5 s at 30 Hz
 SUITES_SWEPT = ("calvin", "calvin-d")
 FOLDER = Path("outputs") / "sweep"
+CLOCKS = ("lockstep", "realtime", "both")
 DRIFT_COUNT = 1  # of the count, the part on which drift is measured
+SHARED = ("world", "scene", "seed", "steps_limit", "policy", "system2")  # by all cells
 Cell = dict[str, Any]
+PoolFor = Callable[[RunConfig], Pool]
 
 
-def main(argv: Sequence[str]) -> int:
-    """Sweep; 0 when all cells have been run."""
+def _arguments() -> Parser:
     parser = arguments("sweep", __doc__ or "")
     parser.add_argument("--suites", type=_words, default=SUITES_SWEPT, metavar="SUITE,...")
     parser.add_argument("--intervals", type=_numbers, default=INTERVALS, metavar="N,...")
     parser.add_argument("--latencies", type=_numbers, default=LATENCIES, metavar="N,...")
+    parser.add_argument("--clock", default="lockstep", metavar="|".join(CLOCKS))
     parser.add_argument(
         "--drift-sequences", type=int, default=3, metavar="N", help="chains to measure drift on"
     )
-    options, overrides = parse(parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Sweep; 0 when all cells have been run."""
+    options, overrides = parse(_arguments(), argv)
     logging.basicConfig(level=logging.ERROR)
     plans = make_plans(options, overrides)
     folder = options.out or FOLDER
-    pool = open_pool(plans[0].config, options.workers, options.threads)
+    pools = Pools(options.workers, options.threads)
     try:
-        report = sweep(plans, pool, folder, options.drift_sequences, Console("sweep"))
+        report = sweep(plans, pools, folder, options.drift_sequences, Console("sweep"))
     finally:
-        pool.close()
+        pools.close()
     write(report, folder)
     sys.stdout.write(json.dumps(report) + "\n" if options.json else to_markdown(report))
     return 0
+
+
+class Pools:
+    """The pool that a cell needs; one stays open while the next cell can use it too.
+
+    Lockstep cells share one. On the wall clock the cadence is part of the configuration, and
+    episodes run one after the other whatever the number of workers.
+    """
+
+    def __init__(self, workers: int, threads: int = 1) -> None:
+        self._workers, self._threads = workers, threads
+        self._config: RunConfig | None = None
+        self._pool: Pool | None = None
+
+    def __call__(self, config: RunConfig) -> Pool:
+        """Return a pool for cells of this configuration."""
+        if self._pool is None or config != self._config:
+            self.close()
+            workers = 1 if config.control.clock == "realtime" else self._workers
+            self._config, self._pool = config, open_pool(config, workers, self._threads)
+        return self._pool
+
+    def close(self) -> None:
+        """Release everything."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -85,28 +124,41 @@ def make_plans(options: Namespace, overrides: Sequence[str]) -> list[Plan]:
             raise ConfigError(f"--suites: {name!r} is none of {', '.join(SUITES)}")
     if options.workers < 1 or options.threads < 1 or options.steps < 1:
         raise ConfigError("--workers, --threads and --steps must be at least 1")
-    config = load_config(options.config, overrides, options)
-    return [
-        Plan(
-            make_suite(options, name),
-            Conditions(options.steps, interval, latency),
-            config,
-            options.threads,
-        )
-        for name in options.suites
-        for latency in options.latencies
-        for interval in options.intervals
-    ]
+    if options.clock not in CLOCKS:
+        raise ConfigError(f"--clock: {options.clock!r} is none of {', '.join(CLOCKS)}")
+    plans: list[Plan] = []
+    for clock in CLOCKS[:2] if options.clock == "both" else (options.clock,):
+        config = load_config(options.config, overrides, _at_clock(options, clock))
+        for name in options.suites:
+            suite = make_suite(options, name)
+            # On the wall clock the latency is System 2's own.
+            for latency in options.latencies if clock == "lockstep" else (0,):
+                for steps in options.intervals:
+                    conditions = Conditions(options.steps, steps, latency)
+                    plans.append(Plan(suite, conditions, _at(config, steps), options.threads))
+    return plans
+
+
+def _at_clock(options: Namespace, clock: str) -> Namespace:
+    return Namespace(**(vars(options) | {"clock": clock}))
+
+
+def _at(config: RunConfig, interval: int) -> RunConfig:
+    """Return the configuration in which System 2 has this cadence; lockstep's is a condition."""
+    if config.control.clock == "lockstep":
+        return config
+    system2 = config.system2.model_copy(update={"hz": config.control.hz / interval})
+    return config.model_copy(update={"system2": system2})
 
 
 def sweep(
-    plans: Sequence[Plan], pool: Pool, folder: Path, drift_count: int, console: Console
+    plans: Sequence[Plan], pools: PoolFor, folder: Path, drift_count: int, console: Console
 ) -> dict[str, Any]:
     """Run every cell; return the table of cells with what they are compared to.
 
     Args:
         plans: the cells.
-        pool: runs the episodes of all of them.
+        pools: returns what runs the episodes of a configuration.
         folder: holds one folder a cell.
         drift_count: sequences, or a hundredth of it episodes a task, on which drift is measured.
         console: told of the progress.
@@ -115,14 +167,15 @@ def sweep(
     for number, plan in enumerate(plans, 1):
         place = folder / "cells" / name_of(plan)
         console.say(f"cell {number} of {len(plans)}: {place.name}")
+        pool = pools(plan.config)
         report = evaluate(plan, pool, place, Console("sweep"))
-        drift = _drift(plan, pool, folder, drift_count) if drift_count > 0 else None
-        cells.append(cell(report) | {"drift": drift})
-        _compare(cells, folder)
-    first = cells[0]
-    shared = ("world", "scene", "seed", "clock", "steps_limit", "policy", "system2")
-    return {key: first.pop(key) for key in shared} | {
-        "cells": [{k: v for k, v in c.items() if k not in shared} for c in cells]
+        measured = drift_count > 0 and plan.config.control.clock == "lockstep"
+        drift = _drift(plan, pool, folder, drift_count) if measured else None
+        cells.append(cell(report, plan.conditions.interval) | {"drift": drift})
+        _compare(cells)
+    first = dict(cells[0])
+    return {key: first[key] for key in SHARED} | {
+        "cells": [{k: v for k, v in c.items() if k not in SHARED} for c in cells]
     }
 
 
@@ -138,20 +191,22 @@ def _drift(plan: Plan, pool: Pool, folder: Path, count: int) -> dict[str, Any]:
 
 
 def name_of(plan: Plan) -> str:
-    """Return a cell's name: suite, interval, latency."""
-    return f"{plan.suite.name}-i{plan.conditions.interval:02d}-d{plan.conditions.latency:02d}"
+    """Return a cell's name: suite, interval, latency; on the wall clock "wall"."""
+    interval, latency = plan.conditions.interval, f"d{plan.conditions.latency:02d}"
+    wall = plan.config.control.clock == "realtime"
+    return f"{plan.suite.name}-i{interval:02d}-{'wall' if wall else latency}"
 
 
-def cell(report: Mapping[str, Any]) -> Cell:
-    """Return the line of the table that an evaluation gives."""
+def cell(report: Mapping[str, Any], interval: int) -> Cell:
+    """Return the line of the table that an evaluation at this cadence gives."""
     if "avg_len" in report:
         score = {k: report[k] for k in ("avg_len", "ci95", "success_in_a_row", "n_sequences")}
     else:
         score = {k: report[k] for k in ("success_rate", "ci95", "n_episodes")}
         score |= {k: report[k] for k in ("per_pattern",) if k in report}
-    shared = ("world", "scene", "seed", "clock", "steps_limit", "policy", "system2")
     return {
-        **{key: report[key] for key in ("suite", "interval", "latency", *shared)},
+        **{key: report[key] for key in ("suite", "clock", "latency", "hz2", *SHARED)},
+        "interval": interval,
         **score,
         "n_errors": report["n_errors"],
         "latent_age_steps": report["work"]["latent_age_steps"],
@@ -161,10 +216,10 @@ def cell(report: Mapping[str, Any]) -> Cell:
     }
 
 
-def _compare(cells: Sequence[Cell], folder: Path) -> None:
-    """Compare the newest cell with the first one of its suite, episode by episode."""
+def _compare(cells: Sequence[Cell]) -> None:
+    """Compare the newest cell with the first one of its suite and clock, episode by episode."""
     now = cells[-1]
-    base = next(c for c in cells if c["suite"] == now["suite"])
+    base = next(c for c in cells if (c["suite"], c["clock"]) == (now["suite"], now["clock"]))
     a, b = (read_results(Path(c["folder"])) for c in (base, now))
     test: Paired
     if "avg_len" in now:
@@ -204,7 +259,7 @@ def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 str(c["interval"]),
-                str(c["latency"]),
+                "its own" if c["latency"] is None else str(c["latency"]),
                 f"{scale * _score(c):.{digits}f}",
                 interval(c["ci95"], scale, digits),
                 f"{scale * c['against']['difference']:+.{digits}f}",
@@ -223,10 +278,11 @@ def _score(c: Cell) -> float:
 
 
 def suites_of(report: Mapping[str, Any]) -> dict[str, list[Cell]]:
-    """Return the cells by suite."""
+    """Return the cells by suite and clock."""
     found: dict[str, list[Cell]] = {}
     for c in report["cells"]:
-        found.setdefault(c["suite"], []).append(c)
+        name = c["suite"] + ("" if c["clock"] == "lockstep" else " on the wall clock")
+        found.setdefault(name, []).append(c)
     return found
 
 
@@ -235,7 +291,7 @@ def note(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
     trials = cells[0].get("n_sequences") or cells[0].get("n_episodes")
     kind = "sequences" if "avg_len" in cells[0] else "episodes"
     return (
-        f"{trials} {kind} a cell, {report['clock']} clock, at most {report['steps_limit']} "
+        f"{trials} {kind} a cell, {cells[0]['clock']} clock, at most {report['steps_limit']} "
         f"environment steps a task, {report['world']} scene {report['scene']}, seed "
         f"{report['seed']}; interval and latency in environment steps of 1/30 s."
     )
@@ -257,7 +313,8 @@ def plot(name: str, cells: Sequence[Cell]) -> bytes:
     for c in cells:
         low, high = c["ci95"]
         point = (float(c["interval"]), scale * _score(c), scale * low, scale * high)
-        series.setdefault(f"latency {c['latency']} steps", []).append(point)
+        late = "its own latency" if c["latency"] is None else f"latency {c['latency']} steps"
+        series.setdefault(late, []).append(point)
     return plots.lines(
         series,
         "environment steps from one latent to the next",
@@ -272,7 +329,7 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
     body: list[str] = []
     for name, cells in suites_of(report).items():
         picture = plot(name, cells)
-        replace_file(folder / f"{name}.png", picture)
+        replace_file(folder / f"{name.replace(' ', '-')}.png", picture)
         body += [f"<h2>{name}</h2><p>{note(report, cells)}</p>", image(picture)]
         body.append(html_table(table_of(cells)))
     replace_file(folder / "sweep.json", json.dumps(report, indent=1).encode() + b"\n")

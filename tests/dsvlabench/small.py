@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,17 +30,27 @@ class WordEngine(PointEngine):
     Args:
         deadly: the process ends at this sentence.
         broken: an error is raised at this one.
+        hang_once: never answers, unless this path exists; makes it first.
+        hang_at: does so at this sentence only, and whatever exists.
     """
 
-    def __init__(self, deadly: str = "", broken: str = "") -> None:
+    def __init__(
+        self, deadly: str = "", broken: str = "", hang_once: str = "", hang_at: str = ""
+    ) -> None:
         super().__init__()
         self._deadly, self._broken = deadly, broken
+        self._hang_once, self._hang_at = hang_once, hang_at
 
     def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> np.ndarray:
         rows = np.zeros((len(instructions), 1, LATENT.dim), np.float32)
         for row, image, text in zip(rows, images, instructions, strict=True):
             if text == self._deadly:
                 os._exit(9)
+            if self._hang_at and text == self._hang_at:
+                time.sleep(3600)
+            if self._hang_once and not self._hang_at and not Path(self._hang_once).exists():
+                Path(self._hang_once).touch()
+                time.sleep(3600)
             if text == self._broken:
                 raise ValueError("instruction: broken as configured")
             if text == TASKS["turn_on_led"].sentence:

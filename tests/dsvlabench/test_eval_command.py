@@ -16,7 +16,8 @@ from benchmarks.dsvlabench.eval import default_folder, make_plan
 from benchmarks.dsvlabench.evaluation import Console, evaluate
 from benchmarks.dsvlabench.pool import LocalPool
 from benchmarks.dsvlabench.suites import Suite
-from benchmarks.dsvlabench.sweep import sweep, table_of, write
+from benchmarks.dsvlabench.sweep import _arguments as sweep_arguments
+from benchmarks.dsvlabench.sweep import make_plans, name_of, sweep, table_of, write
 from runtime.cli import main
 from runtime.commands.arguments import parse
 from tests.dsvlabench.small import CAMERAS, small_config, small_plan
@@ -158,6 +159,24 @@ def test_a_report_escapes_what_it_quotes(two):
     assert "a\\|b" in reports.to_markdown(report)
 
 
+def test_a_sweep_on_both_clocks_has_the_same_cadences():
+    words = ["--clock", "both", "--intervals", "1,30", "--latencies", "0,6", *PARTS]
+    plans = make_plans(*parse(sweep_arguments(), words))
+    names = [name_of(plan) for plan in plans]
+    assert names[:4] == ["calvin-i01-d00", "calvin-i30-d00", "calvin-i01-d06", "calvin-i30-d06"]
+    assert names[8:] == [f"{s}-i{i}-wall" for s in ("calvin", "calvin-d") for i in ("01", "30")]
+    assert [plan.config.system2.hz for plan in plans[8:10]] == [30.0, 1.0]
+    assert len({json.dumps(plan.identity(), sort_keys=True) for plan in plans}) == len(plans)
+    assert {p.config.control.clock for p in plans[8:]} == {"realtime"}
+
+
+def test_chosen_episodes_are_filmed():
+    words = ["--suite", "calvin", "--sequences", "2", "--videos", "D/1", *PARTS]
+    assert make_plan(*parse(eval_arguments(), words)).filmed == ("D/1",)
+    with pytest.raises(ValueError, match="'D/7' is no number and no episode; 'D/0' would be one"):
+        make_plan(*parse(eval_arguments(), [*words[:-5], "--videos", "D/7", *PARTS]))
+
+
 def test_a_sweep_has_a_cell_for_each_interval_and_latency(pool, tmp_path):
     plans = [
         replace(plan, conditions=replace(plan.conditions, interval=interval, latency=latency))
@@ -169,7 +188,7 @@ def test_a_sweep_has_a_cell_for_each_interval_and_latency(pool, tmp_path):
         for interval in (1, 10)
     ]
     console = Console("sweep", every_s=1e9)
-    report = sweep(plans, pool, tmp_path / "sweep", 1, console)
+    report = sweep(plans, lambda config: pool, tmp_path / "sweep", 1, console)
     cells = report["cells"]
     assert [(c["suite"], c["interval"], c["latency"]) for c in cells[:4]] == [
         *(("calvin", 1, 0), ("calvin", 10, 0), ("calvin", 1, 3), ("calvin", 10, 3)),
@@ -190,5 +209,6 @@ def test_a_sweep_has_a_cell_for_each_interval_and_latency(pool, tmp_path):
         def start(self):
             raise AssertionError("a finished cell was run again")
 
-    again = sweep(plans, Forbidden(small_config()), tmp_path / "sweep", 1, console)
+    forbidden = Forbidden(small_config())
+    again = sweep(plans, lambda config: forbidden, tmp_path / "sweep", 1, console)
     assert again["cells"] == cells

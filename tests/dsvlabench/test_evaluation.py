@@ -80,6 +80,37 @@ def test_other_conditions_need_another_folder(done):
             evaluate(plan, Forbidden(), folder)
 
 
+def test_another_model_behind_the_same_settings_needs_another_folder(pool, tmp_path):
+    plan = small_plan(SUITE, steps=3)
+    folder = tmp_path / "run"
+    report = evaluate(plan, pool, folder)
+    (folder / "shards" / "0000.jsonl").write_text(
+        "".join((folder / "shards" / "0000.jsonl").read_text().splitlines(keepends=True)[:2])
+    )
+
+    class Retrained(LocalPool):
+        def start(self):
+            return super().start() | {"spec_id": "another"}
+
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "run.json"}
+    other = Retrained(small_config())
+    with pytest.raises(ResultsError, match="another model: spec_id"):
+        evaluate(plan, other, folder)
+    other.close()
+    assert before.items() <= {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}.items()
+    again = evaluate(plan, pool, folder)
+    assert again["resumed_episodes"] == 2 and again["per_task"] == report["per_task"]
+
+
+def test_a_changed_file_of_sentences_is_another_evaluation(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({name: [task.sentence] for name, task in TASKS.items()}))
+    suite = Suite("calvin-e", count=1, phrases=str(path))
+    before = suite.identity()
+    path.write_text(json.dumps({name: ["please " + t.sentence] for name, t in TASKS.items()}))
+    assert suite.identity() != before and suite.identity()["phrases"] == before["phrases"]
+
+
 def test_chains_have_rates_of_one_to_five(pool, tmp_path):
     report = evaluate(small_plan(Suite("calvin", count=3), steps=4), pool, tmp_path / "run")
     assert report["n_sequences"] == 3 and 0 <= report["avg_len"] <= 5
@@ -148,6 +179,32 @@ def test_a_shared_system_2_changes_nothing(done, tmp_path, ray_session):
     finally:
         pool.close()
     assert untimed(read_results(tmp_path / "run")) == untimed(read_results(done[0]))
+
+
+@pytest.mark.slow
+def test_a_system_2_or_a_worker_that_hangs_is_ended(done, tmp_path, ray_session):
+    from benchmarks.dsvlabench.workers import RayPool
+
+    # Its first answer never comes; the one that is started in its place gives all of them.
+    once = f"system2.engine.options={{hang_once: '{tmp_path / 'hung'}'}}"
+    pool = RayPool(small_config(once), 1, shared=True, answer_s=5.0)
+    try:
+        evaluate(small_plan(SUITE), pool, tmp_path / "run")
+    finally:
+        pool.close()
+    assert untimed(read_results(tmp_path / "run")) == untimed(read_results(done[0]))
+    # A worker's own System 2 that hangs takes the worker with it.
+    sentence = TASKS["open_drawer"].sentence
+    options = f"system2.engine.options={{hang_once: '/', hang_at: '{sentence}'}}"
+    pool = RayPool(small_config(options), 1, episode_s=6.0)
+    try:
+        report = evaluate(
+            small_plan(Suite("tasks", count=1, tasks=SUITE.tasks)), pool, tmp_path / "two"
+        )
+    finally:
+        pool.close()
+    assert [e["error"] for e in report["errors"]] == ["the worker's process died 2 times"]
+    assert report["n_episodes"] == 3
 
 
 def test_a_worker_refuses_what_does_not_fit(ray_session):
