@@ -87,10 +87,28 @@ Candidate = tuple[tuple[int, int, int], list[Buffer], int]
 
 
 class Track(Generic[T]):
-    """The newest-wins rule for one topic."""
+    """The newest-wins rule for one topic.
 
-    def __init__(self, expect: type[T], stats: ReaderStats, limit: AgeLimit, clock: Clock) -> None:
+    Args:
+        expect: the record's class.
+        stats: where everything is counted.
+        limit: what is too old.
+        clock: for silences.
+        first_stays: a topic belongs to its first publisher until that has been silent for
+            `TAKEOVER_NS`; others are refused ("taken") instead of taking over.
+    """
+
+    def __init__(
+        self,
+        expect: type[T],
+        stats: ReaderStats,
+        limit: AgeLimit,
+        clock: Clock,
+        first_stays: bool = False,
+    ) -> None:
         self._expect, self._stats, self._limit, self._clock = expect, stats, limit, clock
+        self._first_stays = first_stays
+        self.taken = 0  # messages of others while the topic was taken
         self._source: int | None = None
         self._seq = -1
         self._retired: deque[int] = deque(maxlen=64)
@@ -100,6 +118,8 @@ class Track(Generic[T]):
 
     def settle(self) -> T | None:
         """Return the newest acceptable message since the last call, if there is one."""
+        if self._first_stays and self._source is not None:
+            self._turn_away()
         new = self.new
         if not new:
             return None
@@ -117,6 +137,17 @@ class Track(Generic[T]):
             self._accept(stamp)
         new.clear()
         return message
+
+    def _turn_away(self) -> None:
+        """Drop what others sent on a taken topic, so that not even a flood hides the owner's."""
+        if self._clock.now_ns() - self.heard_ns >= TAKEOVER_NS:
+            return
+        own = [candidate for candidate in self.new if candidate[0][0] == self._source]
+        others = len(self.new) - len(own)
+        if others:
+            self.taken += others
+            self._stats.dropped["taken"] += others
+            self.new[:] = own
 
     def _refusal(self, stamp: tuple[int, int, int]) -> str | None:
         source, seq, t_pub_ns = stamp
@@ -158,10 +189,12 @@ class Inlet:
         keys: Keys | None,
         hwm: int,
         max_drain: int,
+        max_bytes: int | None = None,
     ) -> None:
         if max_drain < 1:
             raise ValueError(f"max_drain: {max_drain}, must be at least 1")
         self.stats = ReaderStats()
+        self._max_bytes = max_bytes
         self._max_drain = max_drain
         self._skipping = False  # inside a message with too many frames
         options: dict[int, int | bytes] = {zmq.RCVHWM: hwm, zmq.SUBSCRIBE: prefix}
@@ -186,6 +219,9 @@ class Inlet:
                 continue
             budget -= 1 + len(frames) // 8
             self.stats.received += 1
+            if self._max_bytes is not None and sum(map(len, frames)) > self._max_bytes:
+                self.stats.dropped["oversize"] += 1
+                continue
             head = frames[0]
             topic = bytes(head[: MAX_TOPIC_BYTES + 1])
             cut = topic.find(b"\0")

@@ -239,6 +239,11 @@ class NewestPerTopic(Generic[T]):
 
     Topics beyond `max_topics` are dropped ("topics") unless another has been silent for ten
     times `TAKEOVER_NS`, which then makes room.
+
+    Args:
+        first_stays: a topic belongs to its first publisher until that falls silent; another
+            is refused ("taken"). Otherwise the newest takes over, as after a restart.
+        max_bytes: larger messages are refused ("oversize"); None for what ZeroMQ lets in.
     """
 
     def __init__(
@@ -253,13 +258,23 @@ class NewestPerTopic(Generic[T]):
         hwm: int = 1000,
         max_drain: int = 256,
         max_topics: int = 64,
+        first_stays: bool = False,
+        max_bytes: int | None = None,
     ) -> None:
         kind_of(expect)
-        self._expect = expect
+        self._expect, self._first_stays = expect, first_stays
         self._clock = clock or MonotonicClock()
         self._limit = AgeLimit(max_age_ns, self._clock, None)
-        self._inlet = Inlet(endpoint, b"", bind=bind, keys=keys, hwm=hwm, max_drain=max_drain)
+        self._inlet = Inlet(
+            *(endpoint, b""),
+            bind=bind,
+            keys=keys,
+            hwm=hwm,
+            max_drain=max_drain,
+            max_bytes=max_bytes,
+        )
         self.stats = self._inlet.stats
+        self.port = self._inlet.port
         self._max_topics = max_topics
         self._tracks: dict[bytes, Track[T]] = {}
 
@@ -267,6 +282,18 @@ class NewestPerTopic(Generic[T]):
     def bound(self) -> str:
         """The endpoint really bound, where this side binds."""
         return self._inlet.port.bound
+
+    @property
+    def taken(self) -> dict[str, int]:
+        """Messages refused because their topic was taken, by topic."""
+        tracks = list(self._tracks.items())
+        return {topic.decode(): track.taken for topic, track in tracks if track.taken}
+
+    def sender(self, topic: str) -> int | None:
+        """Return the source of the message that `poll` returned last for a topic."""
+        track = self._tracks.get(topic.encode())
+        envelope = track.envelope if track is not None else None
+        return None if envelope is None else envelope.source
 
     def poll(self) -> dict[str, T]:
         """Return the newest message of each topic that has one; never blocks or raises."""
@@ -297,7 +324,9 @@ class NewestPerTopic(Generic[T]):
             if quiet_ns < 10 * TAKEOVER_NS:
                 return None
             del self._tracks[quietest]
-        track = self._tracks[topic] = Track(self._expect, self.stats, self._limit, self._clock)
+        track = self._tracks[topic] = Track(
+            self._expect, self.stats, self._limit, self._clock, self._first_stays
+        )
         return track
 
     def close(self) -> None:

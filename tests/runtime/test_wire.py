@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from runtime.clock import FakeClock, MonotonicClock
 from runtime.codec import HEAD, MAX_FRAMES, encode
-from runtime.newest import ENVELOPE
+from runtime.newest import ENVELOPE, TAKEOVER_NS
 from runtime.types import Action, GoalRequest, LatentGoal
 from runtime.wire import (
     BindRefused,
@@ -454,6 +454,73 @@ def test_topics_are_limited_and_silent_ones_make_room(tmp_path: Path) -> None:
     until(lambda: heard(2))
     for publisher in robots:
         publisher.close()
+    reader.close()
+
+
+def test_a_taken_topic_stays_with_its_first_publisher_until_that_falls_silent(
+    tmp_path: Path,
+) -> None:
+    clock = FakeClock(10**12)
+    endpoint = ipc_endpoint(tmp_path, "names")
+    reader = NewestPerTopic(endpoint, GoalRequest, clock=clock, first_stays=True)
+    first = Publisher(endpoint, "arm", bind=False)
+    seq = 0
+
+    def heard() -> bool:
+        nonlocal seq
+        seq += 1
+        first.send(request("arm", seq))
+        message = reader.poll().get("arm")
+        assert message is None or message.instruction == "open the drawer"
+        return message is not None
+
+    until(heard)
+    owner = reader.sender("arm")
+    second = Publisher(endpoint, "arm", bind=False)
+    other = dataclasses.replace(request("arm", 10**6), instruction="something else")
+
+    def flooded() -> bool:
+        for _ in range(40):  # more than a reader looks at closely
+            second.send(other)
+        return heard() and reader.taken.get("arm", 0) > 100
+
+    until(flooded)
+    assert reader.stats.dropped["taken"] == reader.taken["arm"]
+    assert reader.stats.restarts == 0 and reader.sender("arm") == owner
+    clock.advance(TAKEOVER_NS)
+
+    def taken_over() -> bool:
+        second.send(other)
+        message = reader.poll().get("arm")
+        return message is not None and message.instruction == "something else"
+
+    until(taken_over)
+    assert reader.sender("arm") != owner
+    for port in (first, second, reader):
+        port.close()
+
+
+def test_a_message_beyond_the_readers_own_limit_is_counted_and_the_next_is_read(
+    tmp_path: Path,
+) -> None:
+    endpoint = ipc_endpoint(tmp_path, "large")
+    reader = NewestPerTopic(endpoint, GoalRequest, max_bytes=100_000)
+    publisher = Publisher(endpoint, "arm", bind=False)
+    large = dataclasses.replace(request("arm", 0), rgb=np.zeros((200, 200, 3), np.uint8))
+
+    def refused() -> bool:
+        publisher.send(large)
+        assert reader.poll() == {}
+        return reader.stats.dropped["oversize"] > 0
+
+    until(refused)
+
+    def heard() -> bool:
+        publisher.send(request("arm", 1))
+        return "arm" in reader.poll()
+
+    until(heard)
+    publisher.close()
     reader.close()
 
 
