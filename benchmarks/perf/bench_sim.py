@@ -3,7 +3,8 @@
 Each round runs the same moves in every variant, one after the other, so that ratios hold on
 a busy machine; reported are the best and the median round. `state` is `step` without
 cameras (observation and info are gathered), `advance` is physics and logic alone, `cameras`
-is `step` with both cameras. The real calvin_env is measured beside them where it is
+is `step` with both cameras, all three with the hand at the table and the blocks, where contacts
+cost Bullet as much as everything else; `free_*` moves above them. The real calvin_env is measured beside them where it is
 installed (it runs in its own process; each step pays one round trip).
 
     python -m benchmarks.perf.bench_sim [--rounds 8] [--steps 120] [--calvin auto|no] [--out FILE]
@@ -58,6 +59,16 @@ def moves(steps: int) -> list[F64]:
     return made
 
 
+def free_moves(steps: int) -> list[F64]:
+    """Relative actions in loops above the table: the arm touches nothing, the blocks rest."""
+    phase = np.arange(steps) * (2 * np.pi / 40)
+    made = np.zeros((steps, 7))
+    made[:, 0], made[:, 1], made[:, 5] = np.cos(phase), np.sin(phase), 0.5 * np.cos(phase)
+    made[:, 2] = 0.5 * np.sin(phase)
+    made[:, 6] = np.where(np.arange(steps) // 30 % 2, 1.0, -1.0)
+    return list(made)
+
+
 def timed(work: Callable[[], Any]) -> float:
     """Seconds that one call takes."""
     begin = time.perf_counter()
@@ -106,31 +117,35 @@ def calvin_or_none(choice: str) -> Callable[..., Any] | None:
 
 def measure_rates(rounds: int, steps: int, calvin: Callable[..., Any] | None) -> dict[str, Any]:
     """Steps a second of every variant, in alternating rounds."""
-    actions = moves(steps)
+    low, free = moves(steps), free_moves(steps)
     blind, sighted = PlayTableEnv("D", cameras=()), PlayTableEnv("D")
-    variants: dict[str, tuple[Any, str]] = {
-        "advance": (blind, "advance"),
-        "state": (blind, "step"),
-        "cameras": (sighted, "step"),
+    variants: dict[str, tuple[Any, str, list[F64]]] = {
+        "free_advance": (blind, "advance", free),
+        "free_state": (blind, "step", free),
+        "advance": (blind, "advance", low),
+        "state": (blind, "step", low),
+        "cameras": (sighted, "step", low),
     }
     if calvin is not None:
-        variants["calvin_state"] = (calvin("D", cameras=()), "step")
-        variants["calvin_cameras"] = (calvin("D"), "step")
+        blind_calvin = calvin("D", cameras=())
+        variants["calvin_free_state"] = (blind_calvin, "step", free)
+        variants["calvin_state"] = (blind_calvin, "step", low)
+        variants["calvin_cameras"] = (calvin("D"), "step", low)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for env, step in variants.values():
+    for env, step, actions in variants.values():
         episode(env, actions[:10], step)
     for _ in range(rounds):
-        for name, (env, step) in variants.items():
+        for name, (env, step, actions) in variants.items():
             seconds[name].append(episode(env, actions, step))
     figures: dict[str, Any] = {
         f"{name}_steps_per_s": rates(steps, s) for name, s in seconds.items()
     }
     if calvin is not None:
-        for kind in ("state", "cameras"):
+        for kind in ("free_state", "state", "cameras"):
             pairs = zip(seconds[f"calvin_{kind}"], seconds[kind], strict=True)
             figures[f"{kind}_speedup"] = round(statistics.median(a / b for a, b in pairs), 1)
-    figures["restore_ms_per_100_steps"] = summary(restore_times(blind, actions, rounds))
-    for env, _ in variants.values():
+    figures["restore_ms_per_100_steps"] = summary(restore_times(blind, low, rounds))
+    for env, _, _ in variants.values():
         env.close()
     return figures
 
