@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,7 @@ class Graph:
             check_bind(endpoint, self._keys)  # here too, before anything is started
         self.specs = build(config, self.endpoints, job, str(folder))
         self._clients: dict[str, RpcClient] = {}
+        self._run = uuid.uuid4().hex
         self._config, self._log_folder = config, folder / "logs"
         self._host: Host | None = None
 
@@ -254,13 +256,18 @@ class Graph:
             time.sleep(0.1)
 
     def _require_system2(self) -> None:
-        """A System 2 that others run must be there by now; it is not ours to wait for."""
+        """A System 2 that others run must be there by now, and have this robot's name free."""
         health = self.health("system2", 5.0)
         if health["state"] != "ready":
             address = self.endpoints.control["system2"]
             raise GraphError(
                 f"system2 at {address} is {health['state']}; `openhelix serve` runs one"
             )
+        if self._config.system2.connect is not None:
+            robot = self._config.robot.id
+            answer = self.ask("system2", "claim", robot=robot, run=self._run)
+            if answer["refused"]:
+                raise ConfigError(answer["refused"])
 
     def close(self) -> None:
         """End all nodes, the control loop first, so that the robot is stopped by its own loop."""

@@ -79,9 +79,15 @@ class NodeSpec:
 class NodeRunner:
     """Drives one node through its states."""
 
-    def __init__(self, spec: NodeSpec, stay_refused: bool = True) -> None:
-        """`stay_refused`: keep answering after a refusal, so that its reason can be read."""
-        self._spec, self._stay_refused = spec, stay_refused
+    def __init__(self, spec: NodeSpec, stay_refused: bool = True, stoppable: bool = True) -> None:
+        """Prepare; `run` does the work.
+
+        Args:
+            spec: which node.
+            stay_refused: keep answering after a refusal, so that its reason can be read.
+            stoppable: whether whoever reaches the control channel may end the node.
+        """
+        self._spec, self._stay_refused, self._stoppable = spec, stay_refused, stoppable
         self.last_health: dict[str, Any] = {}
         self._stop = threading.Event()
         self._node: Node | None = None
@@ -99,11 +105,10 @@ class NodeRunner:
             status = enter(priority=self._spec.fifo, inherit=True, gc_mode="leave")
             if not status.fifo:
                 log.warning("%s: %s", self._spec.name, status.reason)
-        self._server = RpcServer(
-            self._spec.control,
-            {"health": self._health, "stop": self._on_stop, "ask": self._ask},
-            keys=self._spec.keys,
-        )
+        handlers = {"health": self._health, "ask": self._ask}
+        if self._stoppable:
+            handlers["stop"] = self._on_stop
+        self._server = RpcServer(self._spec.control, handlers, keys=self._spec.keys)
         self._server.start()
         try:
             self._drive()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -25,6 +26,7 @@ from runtime.config import Part
 from runtime.interfaces import Engine
 from runtime.metrics import Endpoint, serve
 from runtime.newest import ENVELOPE, topic_bytes
+from runtime.peers import PeerWatch
 from runtime.sockets import Port
 from runtime.types import GoalRequest, LatentGoal
 from runtime.wire import NewestPerTopic
@@ -32,6 +34,10 @@ from system2.scheduler import GoalScheduler, Limits
 
 log = logging.getLogger(__name__)
 IDLE_S = 0.05  # how often to look for a stop while nothing is due
+MAX_NAMES = 4096  # of robots whose numbering is remembered
+# A robot sends two images a second, so few wait; and what waits is held in memory.
+QUEUE = 32
+MAX_REQUEST_BYTES = 32 << 20  # an RGB image of 4K has 25 MB
 
 
 class LatentOutlet:
@@ -46,7 +52,13 @@ class LatentOutlet:
         self._port = Port(zmq.PUB, endpoint, bind=True, keys=keys, options={zmq.SNDHWM: 1000})
         self._clock = clock or MonotonicClock()
         self._source = int.from_bytes(os.urandom(8), "little")
-        self._seq: dict[str, int] = {}
+        self._seq: OrderedDict[str, int] = OrderedDict()  # the name used last comes last
+        self._start = 0  # beyond every number of a name that was forgotten
+
+    @property
+    def port(self) -> Port:
+        """The socket."""
+        return self._port
 
     @property
     def bound(self) -> str:
@@ -60,12 +72,19 @@ class LatentOutlet:
 
     def send(self, robot: str, goal: LatentGoal) -> None:
         """Publish a latent on `latents/<robot>`."""
-        seq = self._seq.get(robot, 0)
-        self._seq[robot] = seq + 1
+        seq = self._number(robot)
         frames = encode(goal)
         envelope = ENVELOPE.pack(self._source, seq, self._clock.now_ns())
         head = topic_bytes(f"latents/{robot}") + b"\0" + envelope
         self._port.socket.send_multipart([head + bytes(frames[0]), *frames[1:]], zmq.NOBLOCK)
+
+    def _number(self, robot: str) -> int:
+        seq = self._seq.pop(robot, self._start)
+        self._seq[robot] = seq + 1
+        if len(self._seq) > MAX_NAMES:
+            _, following = self._seq.popitem(last=False)
+            self._start = max(self._start, following)  # should it return, its reader goes on
+        return seq
 
     def close(self) -> None:
         """Close the socket."""
@@ -82,6 +101,7 @@ class PublisherNode:
         latents: endpoint to bind for latents.
         limits: fields of `scheduler.Limits` that differ from the defaults.
         keys: folder of CURVE keys, off this host.
+        shared: whether several robots' clients reach it: none of them may change it for all.
         metrics_port: where Prometheus finds this process's metrics; 0 for a free port, None
             for no endpoint.
     """
@@ -94,6 +114,7 @@ class PublisherNode:
         latents: str,
         limits: Mapping[str, Any] | None = None,
         keys: str | None = None,
+        shared: bool = False,
         metrics_port: int | None = None,
     ) -> None:
         self._metrics_port = metrics_port
@@ -101,7 +122,9 @@ class PublisherNode:
         self._engine_part = engine
         self._hz, self._requests, self._latents = hz, requests, latents
         self._limits = Limits(**(limits or {}))
-        self._keys = keys
+        self._keys, self._shared = keys, shared
+        self._doors: dict[str, PeerWatch] = {}
+        self._told: Counter[str] = Counter()
         self._engine: Engine | None = None
         self._scheduler: GoalScheduler | None = None
         self._reader: NewestPerTopic[GoalRequest] | None = None
@@ -119,8 +142,13 @@ class PublisherNode:
             GoalRequest,
             bind=True,
             keys=self._keys,
+            hwm=QUEUE,
             max_topics=self._limits.max_robots,
+            first_stays=True,
+            max_bytes=MAX_REQUEST_BYTES,
         )
+        ports = {"requests": self._reader.port, "latents": self._outlet.port}
+        self._doors = {name: PeerWatch(name, port) for name, port in ports.items()}
         self._scheduler = GoalScheduler(
             engine, self._outlet, clock, self._hz, self._limits, self._outlet.source
         )
@@ -136,9 +164,10 @@ class PublisherNode:
         assert self._scheduler is not None
         reader, scheduler, clock = self._reader, self._scheduler, MonotonicClock()
         while not stop.is_set():
-            for request in reader.poll().values():
-                scheduler.offer(request)
+            for topic, request in reader.poll().items():
+                scheduler.offer(request, (topic, reader.sender(topic)))
             scheduler.forget_silent()
+            self._tell()
             due = scheduler.next_due_ns()
             if due is not None and due <= clock.now_ns():
                 scheduler.serve()
@@ -161,12 +190,35 @@ class PublisherNode:
             "device": str(getattr(engine, "device", "cpu")),
             "metrics_url": self._metrics.url if self._metrics else None,
             "dropped": dict(reader.stats.dropped),
+            "taken": reader.taken,
+            "refused_connections": {name: dict(d.refused) for name, d in self._doors.items()},
             "gaps": reader.stats.gaps,
         }
 
     def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
-        """Questions: `swap` takes other latent weights without a restart."""
-        return {"swap": self._swap}
+        """Questions: `swap` takes other latent weights without a restart; `claim` a name."""
+        return {"claim": self._claim} | ({} if self._shared else {"swap": self._swap})
+
+    def _claim(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Reserve a name for a robot; the answer says why not, or ""."""
+        if self._scheduler is None:
+            return {"refused": "system2.connect: System 2 is not ready"}
+        try:
+            self._scheduler.claim(str(arguments["robot"]), str(arguments["run"]))
+        except ValueError as error:
+            return {"refused": str(error)}
+        return {"refused": ""}
+
+    def _tell(self) -> None:
+        """Take in who came and went, and log the first of each kind of refused message."""
+        for door in self._doors.values():
+            door.poll()
+        assert self._reader is not None
+        for reason, count in self._reader.stats.dropped.items():
+            if count >= 2 * self._told[reason] and reason != "repeat":
+                self._told[reason] = count
+                topics = f" ({', '.join(self._reader.taken)})" if reason == "taken" else ""
+                log.warning("requests refused: %s%s, %d so far", reason, topics, count)
 
     def _swap(self, arguments: dict[str, Any]) -> dict[str, Any]:
         swap = getattr(self._engine, "swap", None)
@@ -179,7 +231,8 @@ class PublisherNode:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        for part in (self._reader, self._outlet, self._engine):
+        for part in (*self._doors.values(), self._reader, self._outlet, self._engine):
             if part is not None:
                 part.close()
+        self._doors = {}
         self._reader, self._outlet, self._engine = None, None, None

@@ -6,6 +6,10 @@ deadline its newest request is due; robots that are due together go through the 
 one batch, the longest overdue first. One batch at a time: deadlines that pass by a whole
 period while the engine is busy are skipped and counted, never caught up. A new epoch is due
 at once, since the robot is waiting for it. `system2.publisher` is the process around it.
+
+A name belongs to the robot that uses it until that falls silent. Two robots under one name
+would get each other's latents, so the second is refused, when it asks (`claim`) and when it
+does not.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import numpy as np
 from runtime.clock import Clock
 from runtime.interfaces import Engine
 from runtime.types import F32, GoalRequest, LatentGoal
+from system2.names import NameRefused, Names, in_use, usable
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +49,7 @@ class RobotState:
     source: str
     due_ns: int  # the next deadline
     heard_ns: int
+    sender: object = None  # who speaks under this name; None where nobody says
     pending: GoalRequest | None = None
     seq: int = 0  # latents published, and so the next one's number
     superseded: int = 0  # requests replaced by a newer one before they were due
@@ -121,18 +127,47 @@ class GoalScheduler:
         self.robots: dict[str, RobotState] = {}
         self.totals = Totals()
         self._failures = 0
+        self._names = Names(clock, self._limits.max_robots)
 
-    def offer(self, request: GoalRequest) -> bool:
-        """Take a request in place of the robot's older one; False when it was shed or stale."""
+    def claim(self, name: str, run: str) -> None:
+        """Reserve a name for a run that is about to ask; see `system2.names`.
+
+        Raises:
+            ValueError: the name is in use or unusable, or there are too many robots.
+        """
+        heard_ns = {robot: state.heard_ns for robot, state in list(self.robots.items())}
+        try:
+            self._names.claim(name, run, heard_ns)
+        except NameRefused as refusal:
+            self._shed(refusal.reason, name)
+            raise
+
+    def offer(self, request: GoalRequest, sender: object = None) -> bool:
+        """Take a request in place of the robot's older one; False when it was shed or stale.
+
+        Args:
+            request: of one robot.
+            sender: who sent it, where that is known: another one is refused the name.
+        """
         now = self._clock.now_ns()
         robot = self.robots.get(request.robot)
         if robot is None:
+            if not usable(request.robot):
+                self._shed("bad_name", request.robot)
+                return False
             if len(self.robots) >= self._limits.max_robots and not self._make_room(now):
-                self.totals.shed["too_many_robots"] += 1
+                self._shed("too_many_robots", request.robot)
                 return False
             robot = RobotState(request.epoch, request.source, due_ns=now, heard_ns=now)
             self.robots[request.robot] = robot
-        robot.heard_ns = now
+        elif (
+            robot.sender not in (None, sender)
+            and sender is not None
+            and in_use(robot.heard_ns, now)
+        ):
+            self._shed("name_taken", request.robot)
+            return False
+        robot.heard_ns, robot.sender = now, sender
         fresh = (request.epoch, request.source) != (robot.epoch, robot.source)
         if not fresh and robot.pending is not None and request.seq < robot.pending.seq:
             self.totals.shed["out_of_order"] += 1
@@ -178,6 +213,12 @@ class GoalScheduler:
         limit = self._clock.now_ns() - round(self._limits.forget_s * 1e9)
         for name in [n for n, robot in self.robots.items() if robot.heard_ns < limit]:
             del self.robots[name]
+
+    def _shed(self, reason: str, robot: str) -> None:
+        self.totals.shed[reason] += 1
+        count = self.totals.shed[reason]
+        if count & (count - 1) == 0:  # who is refused asks again and again
+            log.warning("robot %.80r refused: %s, %d so far", robot, reason, count)
 
     def _make_room(self, now: int) -> bool:
         self.forget_silent()

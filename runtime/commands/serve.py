@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     limits = {"max_batch": options.max_batch, "max_robots": options.max_robots}
     node = {
         "engine": config.system2.engine.model_dump(),
+        "shared": True,
         "hz": config.system2.hz,
         "requests": ends["requests"],
         "latents": ends["latents"],
@@ -45,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
         "metrics_port": config.output.metrics_port,
     }
     spec = NodeSpec("system2", PUBLISHER, ends["control"], node, keys=keys)
-    runner = NodeRunner(spec, stay_refused=False)
+    # No client may end what all the others rely on: that is for a signal to do.
+    runner = NodeRunner(spec, stay_refused=False, stoppable=False)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: runner.stop())
     state = runner.run()

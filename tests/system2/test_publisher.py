@@ -15,7 +15,7 @@ from runtime.spec import LatentSpec
 from runtime.types import GoalRequest, LatentGoal
 from runtime.wire import NewestReader, Publisher, ipc_endpoint
 from system2.prompt import clean_instruction
-from system2.publisher import PublisherNode
+from system2.publisher import LatentOutlet, PublisherNode
 
 
 class CountingEngine:
@@ -122,6 +122,78 @@ def test_a_refused_request_is_told_in_health_and_the_next_is_served(served) -> N
     health = node.health()
     assert health["published"] >= 2
     assert health["latent_spec"]["model_id"] == "counting"
+
+
+def test_a_second_robot_of_the_same_name_is_refused_and_the_first_does_not_notice(served) -> None:
+    node, requests, latents = served
+    first, second = Robot("arm", requests, latents), Robot("arm", requests, latents)
+    elsewhere = Robot("elsewhere", requests, latents)  # another topic, the same name inside
+    elsewhere.name = "arm"
+    try:
+        first.hear("push it", red=10)
+        end = time.monotonic() + 10.0
+        while time.monotonic() < end:
+            second.ask("open", red=200, epoch=0)
+            elsewhere.ask("open", red=100, epoch=0)
+            goal = first.hear("push it", red=10)
+            assert goal.z[0, :2].tolist() == [10.0, 2.0]
+            health = node.health()
+            if health["taken"].get("requests/arm", 0) > 3 and health["shed"].get("name_taken", 0) > 3:
+                break
+        assert health["dropped"]["taken"] == health["taken"]["requests/arm"]
+        refused = node.handlers()["claim"]({"robot": "arm", "run": "another"})["refused"]
+        assert "'arm' is in use" in refused
+        assert node.handlers()["claim"]({"robot": "arm2", "run": "another"}) == {"refused": ""}
+    finally:
+        for robot in (first, second, elsewhere):
+            robot.close()
+
+
+@pytest.mark.parametrize("name", ["x" * 2000, "a\0b", "\u2603" * 60])
+def test_no_name_can_end_the_process(served, name: str) -> None:
+    node, requests, latents = served
+    robot, hostile = Robot("arm", requests, latents), Robot("hostile", requests, latents)
+    hostile.name = name
+    try:
+        end = time.monotonic() + 10.0
+        while not node.health()["shed"].get("bad_name") and time.monotonic() < end:
+            hostile.ask("open")
+            time.sleep(0.02)
+        assert node.health()["shed"]["bad_name"] >= 1
+        robot.hear("push")
+    finally:
+        robot.close()
+        hostile.close()
+
+
+def test_numbers_go_on_for_a_name_that_was_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("system2.publisher.MAX_NAMES", 2)
+    outlet = LatentOutlet(ipc_endpoint(tmp_path, "l"))
+    reader = NewestReader(outlet.bound, "latents/a", LatentGoal)
+    goal = LatentGoal(np.zeros((1, 3), np.float32), 0, 0, 0, 0, "spec")
+
+    def heard() -> bool:
+        outlet.send("a", goal)
+        return reader.wait(0.02) and reader.poll() is not None
+
+    while not heard():
+        pass
+    for name in ("b", "c", "d"):
+        outlet.send(name, goal)
+    outlet.send("a", goal)
+    assert reader.wait(5.0) and reader.poll() is not None
+    assert not reader.stats.dropped
+    reader.close()
+    outlet.close()
+
+
+def test_a_shared_system2_lets_no_client_change_it(tmp_path: Path) -> None:
+    part = {"target": "tests.system2.test_publisher:CountingEngine"}
+    ends = {"requests": ipc_endpoint(tmp_path, "r"), "latents": ipc_endpoint(tmp_path, "l")}
+    assert "swap" not in PublisherNode(part, 1.0, **ends, shared=True).handlers()
+    assert "swap" in PublisherNode(part, 1.0, **ends).handlers()
 
 
 def test_swap_is_refused_by_an_engine_without_weights(served) -> None:

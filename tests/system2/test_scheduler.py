@@ -209,6 +209,58 @@ def test_load_is_shed_with_a_counted_reason() -> None:
     assert set(rig.scheduler.robots) == {"c"}
 
 
+def test_a_name_stays_with_its_robot_until_that_falls_silent() -> None:
+    rig = Rig()
+    scheduler = rig.scheduler
+    request = GoalRequest(RGB, "move", "a", 0, 0, 0)
+    other = GoalRequest(RGB, "stop", "a", 7, 3, 0)
+    assert scheduler.offer(request, "first")
+    assert not scheduler.offer(other, "second")
+    assert scheduler.robots["a"].pending is request and scheduler.robots["a"].epoch == 0
+    assert scheduler.totals.shed == {"name_taken": 1}
+    rig.clock.advance(3 * S)
+    assert scheduler.offer(other, "second")
+    assert scheduler.robots["a"].epoch == 3
+
+
+@pytest.mark.parametrize("name", ["", "x" * 65, "a\0b", "a b", "\u00e4rm"])
+def test_a_name_that_cannot_be_a_topic_is_refused(name: str) -> None:
+    rig = Rig()
+    assert not rig.offer(name)
+    with pytest.raises(ValueError, match=r"robot\.id"):
+        rig.scheduler.claim(name, "run")
+    assert rig.scheduler.totals.shed == {"bad_name": 2} and not rig.scheduler.robots
+
+
+def test_a_claimed_name_is_refused_to_others_while_it_is_used() -> None:
+    rig = Rig(max_robots=2)
+    claim = rig.scheduler.claim
+    claim("a", "run1")
+    claim("a", "run1")  # again is fine
+    with pytest.raises(ValueError, match="'a' is in use"):
+        claim("a", "run2")
+    for _ in range(15):  # beyond the life of a claim, the robot's own requests keep it
+        rig.clock.advance(S)
+        rig.offer("a")
+    with pytest.raises(ValueError, match="'a' is in use"):
+        claim("a", "run2")
+    claim("b", "run2")
+    with pytest.raises(ValueError, match="2 robots at most"):
+        claim("c", "run3")
+    assert rig.scheduler.totals.shed == {"name_taken": 2, "too_many_robots": 1}
+    rig.clock.advance(11 * S)
+    claim("a", "run4")  # that robot has ended
+
+
+def test_a_robot_that_never_claimed_its_name_keeps_it_too() -> None:
+    rig = Rig()
+    rig.offer("a")
+    with pytest.raises(ValueError, match="'a' is in use"):
+        rig.scheduler.claim("a", "run")
+    rig.clock.advance(3 * S)
+    rig.scheduler.claim("a", "run")
+
+
 def test_nonsense_limits_are_refused() -> None:
     with pytest.raises(ValueError, match=r"limits\.max_batch"):
         Limits(max_batch=0)
