@@ -7,27 +7,38 @@ single integers and copies of small dictionaries, which the interpreter gives wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client.core import Metric
 
+from runtime.goals import WireGoals
 from runtime.metrics import Histogram, counter, gauge
+from runtime.planner import RemotePlanner
 
 if TYPE_CHECKING:  # these are only looked at, never built
-    from runtime.clock import Pacer
+    from runtime.clock import Clock, Pacer
     from runtime.director import Director
     from runtime.loop import ControlLoop, Tick
     from runtime.newest import ReaderStats
     from runtime.realtime import RealtimeStatus
-    from runtime.wire import Publisher
 
 # What `SafetyFilter` writes to `Action.info`; other keys there are not metrics.
 LIMITS = (
     *("box", "speed", "angular_speed", "acceleration", "angular_acceleration"),
     *("gripper", "not_finite"),
 )
+# Every reason that can be counted is there from the start, at 0: the first event of a series
+# that begins with it is invisible to `rate` and `increase`.
+STOP_REASONS = (
+    *("camera_stale", "camera_frozen", "proprioception_stale", "latent_silent"),
+    *("robot_error", "operator"),
+)
+HOLD_REASONS = ("chunk_ran_out", "first_plan_due")
+SHED_REASONS = ("too_many_robots", "too_old", "out_of_order")
+OUTCOMES = ("success", "failure")
+FREE = "free"  # a task that nobody judges by name
 CHUNK_OUTCOMES = ("accepted", "void", "late", "stale", "bad")
 ROW_FATES = ("consumed", "expired", "replaced", "voided")
 
@@ -40,6 +51,8 @@ class LoopMetrics:
         pacer: what paces it.
         director: who gives it its instructions, if anybody does.
         realtime: what the system granted, when it is known.
+        tasks: names of those that will be attempted.
+        latent_period_s: time between two latents, as the robot expects it.
     """
 
     def __init__(
@@ -48,6 +61,8 @@ class LoopMetrics:
         pacer: Pacer | None = None,
         director: Director | None = None,
         realtime: Callable[[], RealtimeStatus | None] = lambda: None,
+        tasks: Sequence[str] = (),
+        latent_period_s: float | None = None,
     ) -> None:
         self._loop, self._pacer, self._director = loop, pacer, director
         self._realtime = realtime
@@ -59,8 +74,12 @@ class LoopMetrics:
         self._delay = Histogram("latent_delay_seconds")
         self._system1 = Histogram("system1_latency_seconds")
         self._steps = Histogram("task_env_steps")
-        self._tasks: dict[tuple[str, ...], float] = {}
-        self._judged = 0
+        self._chains = Histogram("chain_successes")
+        self._latent_period_s, self._late = latent_period_s, 0
+        self._tasks: dict[tuple[str, ...], float] = {
+            (task or FREE, outcome): 0 for task in tasks for outcome in OUTCOMES
+        }
+        self._judged = self._chained = 0
         loop.planner.latencies_s = self._system1.tap(loop.planner.latencies_s)
 
     def __call__(self, tick: Tick) -> None:
@@ -72,7 +91,10 @@ class LoopMetrics:
         if tick.latent_age_s is not None and tick.state == "run":
             self._age.observe(tick.latent_age_s)
         if tick.new_latent is not None:
-            self._delay.observe((tick.t_ns - tick.new_latent.t_obs_ns) * 1e-9)
+            delay_ns = tick.t_ns - tick.new_latent.t_obs_ns
+            self._delay.observe(delay_ns * 1e-9)
+            if self._latent_period_s is not None:
+                self._late += delay_ns * 1e-9 > self._latent_period_s
         for name in tick.sent.info:
             if name in self._limited:
                 self._limited[name] += 1
@@ -119,6 +141,9 @@ class LoopMetrics:
         yield counter("latents_received", goals.received)
         yield counter("latents_void", goals.void)
         yield counter("latents_missed", goals.missed)
+        if self._latent_period_s is not None:
+            yield counter("latents_late", self._late)
+            yield gauge("latent_period_seconds", self._latent_period_s)
         yield self._age.family()
         yield self._delay.family()
 
@@ -128,10 +153,11 @@ class LoopMetrics:
             "safety_mode",
             {mode: float(machine.mode.value == mode) for mode in ("run", "hold", "stop")},
         )
-        yield counter("safety_stops", dict(machine.stops))
-        yield counter("safety_holds", dict(machine.holds))
+        yield counter("safety_stops", dict.fromkeys(STOP_REASONS, 0) | machine.stops)
+        yield counter("safety_holds", dict.fromkeys(HOLD_REASONS, 0) | machine.holds)
         yield counter("safety_limited", dict(self._limited))
         yield gauge("source_age_seconds", watchdog.ages_s(self._loop.clock.now_ns()))
+        yield gauge("source_limit_seconds", watchdog.stop_after_s())
         yield counter("future_stamps", watchdog.future_refused)
 
     def _attempts(self) -> Iterable[Metric]:
@@ -139,13 +165,18 @@ class LoopMetrics:
             return
         results = list(self._director.results)
         for result in results[self._judged :]:
-            key = (result.task or "free", "success" if result.success else "failure")
+            key = (result.task or FREE, "success" if result.success else "failure")
             self._tasks[key] = self._tasks.get(key, 0) + 1
             if result.success:
                 self._steps.observe(result.env_steps)
         self._judged = len(results)
+        chains = list(self._director.chains)
+        for in_a_row in chains[self._chained :]:
+            self._chains.observe(in_a_row)
+        self._chained = len(chains)
         yield counter("tasks", dict(self._tasks))
         yield self._steps.family()
+        yield self._chains.family()
 
 
 class _Totals(Protocol):
@@ -170,10 +201,11 @@ class System2Metrics:
     Args:
         scheduler: has `robots` (by name, each with `pending`) and `totals`.
         hz: latents a second promised to each robot.
+        clock: the scheduler's.
     """
 
-    def __init__(self, scheduler: _Scheduler, hz: float) -> None:
-        self._scheduler, self._hz = scheduler, hz
+    def __init__(self, scheduler: _Scheduler, hz: float, clock: Clock) -> None:
+        self._scheduler, self._hz, self._clock = scheduler, hz, clock
         self._latency = Histogram("system2_latency_seconds")
         self._wait = Histogram("system2_wait_seconds")
         totals = scheduler.totals
@@ -183,7 +215,7 @@ class System2Metrics:
     def collect(self) -> Iterable[Metric]:
         """Return all families of System 2."""
         totals: _Totals = self._scheduler.totals
-        robots = list(self._scheduler.robots.values())
+        robots = dict(self._scheduler.robots)
         yield self._latency.family()
         yield self._wait.family()
         yield counter("system2_published", totals.published)
@@ -191,10 +223,35 @@ class System2Metrics:
         yield counter("system2_skipped", totals.skipped)
         yield counter("system2_refused", totals.refused)
         yield counter("system2_failed", totals.failed)
-        yield counter("system2_shed", dict(totals.shed))
-        yield gauge("system2_queue", sum(robot.pending is not None for robot in robots))
+        yield counter("system2_shed", dict.fromkeys(SHED_REASONS, 0) | totals.shed)
+        yield gauge("system2_queue", sum(r.pending is not None for r in robots.values()))
         yield gauge("system2_robots", len(robots))
         yield gauge("system2_rate_hertz", self._hz)
+        yield counter("system2_robot_latents", {n: r.seq for n, r in robots.items()})
+        yield counter("system2_robot_skipped", {n: r.skipped for n, r in robots.items()})
+        now_ns = self._clock.now_ns()
+        silence_s = {n: max(0.0, (now_ns - r.heard_ns) * 1e-9) for n, r in robots.items()}
+        yield gauge("system2_robot_silence_seconds", silence_s)
+
+
+class Sender(Protocol):
+    """The sending half of a channel."""
+
+    @property
+    def sent(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
+
+
+def loop_wire(loop: ControlLoop, ticks: Sender | None = None) -> WireMetrics:
+    """Return the channels of a loop whose System 1 and System 2 are other processes."""
+    readers: dict[str, ReaderStats] = {}
+    senders: dict[str, Sender] = {} if ticks is None else {"ticks": ticks}
+    if isinstance(loop.goals, WireGoals):
+        senders["requests"], readers["latents"] = loop.goals.sender, loop.goals.reader.stats
+    if isinstance(loop.planner, RemotePlanner):
+        senders["plans"], readers["chunks"] = loop.planner.sender, loop.planner.reader.stats
+    return WireMetrics(readers, senders)
 
 
 class WireMetrics:
@@ -202,13 +259,13 @@ class WireMetrics:
 
     Args:
         readers: statistics by channel name.
-        publishers: by channel name.
+        publishers: what sends, by channel name.
     """
 
     def __init__(
         self,
         readers: Mapping[str, ReaderStats] | None = None,
-        publishers: Mapping[str, Publisher] | None = None,
+        publishers: Mapping[str, Sender] | None = None,
     ) -> None:
         self._readers, self._publishers = dict(readers or {}), dict(publishers or {})
 

@@ -21,6 +21,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 TARGET = r"^[\w.]+:[\w.]+$"  # "module:Class"
+METRICS_PARTS = ("control", "system2", "eval", "system1", "observer")  # in order of their ports
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -138,8 +139,17 @@ class OutputConfig(_Section):
     video: bool = True
     record: bool = False
     viewer: bool = False
-    metrics_port: Annotated[int, Field(ge=0, le=65000)] | None = 9108  # System 2: the next; 0: free
+    # The first of the ports at which the parts serve their metrics (METRICS_PARTS); 0: free
+    # ones, null: no metrics.
+    metrics_port: Annotated[int, Field(ge=0, le=65000)] | None = 9108
+    metrics_host: str = "127.0.0.1"  # the address that they bind; whoever reaches it may read
     live: bool = True
+    status: bool = True  # keep what `openhelix status` shows, in the process that looks on
+
+    def metrics_port_of(self, part: str) -> int | None:
+        """Return where a part of the run serves its metrics; 0 for a free port."""
+        port = self.metrics_port
+        return port + METRICS_PARTS.index(part) if port else port
 
 
 class TransportConfig(_Section):

@@ -24,7 +24,7 @@ from runtime.report import percentiles, task_rows
 from runtime.robots.base import Robot, RobotError, World, make_robot
 from runtime.robots.sim import SimRobot
 from runtime.rpc import RpcClient, RpcError
-from runtime.sinks import Sinks
+from runtime.sinks import ObserverNode
 from runtime.spec import LatentSpec, PolicySpec, check_latent
 from runtime.subscribers import Subscribers
 
@@ -77,8 +77,9 @@ class ControlNode:
         planner = remote_planner(config, channels["plans"], channels["chunks"])
         rig = build_rig(config, self._robot, spec, planner, goals, make_clock(config))
         self._rig, self._spec = rig, spec
-        ticks = channels["ticks"] if Sinks.wanted(config) else None
-        self._subscribers = Subscribers(config, Path(), rig, ticks, lambda: self._realtime)
+        ticks = channels["ticks"] if ObserverNode.wanted(config) else None
+        tasks = [assignment.task for assignment in self._assignments]
+        self._subscribers = Subscribers(config, Path(), rig, ticks, lambda: self._realtime, tasks)
 
     def run(self, stop: threading.Event) -> None:
         assert self._rig is not None and self._robot is not None
@@ -123,7 +124,9 @@ class ControlNode:
         return {
             "start": self._on_start,
             "halt": self._on_halt,
+            "safe_stop": self._on_safe_stop,
             "report": lambda _: self._report,
+            "await_scrape": self._on_await_scrape,
         }
 
     def close(self) -> None:
@@ -200,6 +203,19 @@ class ControlNode:
         if self._spec.latent is not None:
             check_latent(LatentSpec(**arguments["latent_spec"]), self._spec.latent)
         self._start.set()
+        return {}
+
+    def _on_await_scrape(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Answer when Prometheus has fetched the final counts; at once if nobody scrapes."""
+        return {"scraped": self._subscribers is not None and self._subscribers.await_scrape()}
+
+    def _on_safe_stop(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Stop the robot for good, as the watchdog would; `who` is told in the reason."""
+        if self._rig is None:
+            raise ValueError("control: the robot is not connected yet")
+        who = " ".join(str(arguments["who"]).split())[:80]
+        log.warning("a stop was ordered by %s", who)
+        self._rig.loop.watchdog.order_stop(who)
         return {}
 
     def _on_halt(self, _: dict[str, Any]) -> dict[str, Any]:

@@ -62,19 +62,25 @@ class Director:
         self._stop_at_failure = stop_at_failure
         self._wait = wait
         self.results: list[TaskResult] = []
+        self.chains: list[int] = []  # successes in a row of each list that was finished
         self.current: Assignment | None = None
         self.steps = 0
+        self.succeeded = 0  # of the results, counted for those who look on at every tick
 
     def run(self, assignments: Sequence[Assignment], stop: Callable[[], bool]) -> list[TaskResult]:
         """Work through the list; ends early when stopped, or at a safe stop."""
+        begun = len(self.results)
         for assignment in assignments:
             result = self._attempt(assignment, stop)
             self.results.append(result)
+            self.succeeded += result.success
             if stop() or self._loop.stopped:
                 break
             if self._stop_at_failure and not result.success:
                 break
         self.current = None
+        if not stop():
+            self.chains.append(_in_a_row(self.results[begun:]))
         return self.results
 
     def _attempt(self, assignment: Assignment, stop: Callable[[], bool]) -> TaskResult:
@@ -122,3 +128,7 @@ class Director:
         if holds >= self._hold_limit:
             return f"held still too long: {tick.reason or 'no latent'}"
         return ""
+
+
+def _in_a_row(results: Sequence[TaskResult]) -> int:
+    return next((i for i, result in enumerate(results) if not result.success), len(results))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from runtime.interfaces import Engine
+from runtime.newest import ReaderStats
 from runtime.types import GoalRequest, LatentGoal, Observation
 
 
@@ -65,12 +66,18 @@ class _Recent:
 class GoalSender(Protocol):
     """The sending half of a channel; see `runtime.wire.Publisher`."""
 
+    @property
+    def sent(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
     def send(self, message: GoalRequest) -> object: ...
     def close(self) -> None: ...
 
 
 class GoalReader(Protocol):
     """The receiving half of a channel; see `runtime.wire.NewestReader`."""
+
+    stats: ReaderStats
 
     @property
     def gaps(self) -> int: ...
@@ -95,7 +102,7 @@ class WireGoals(_Recent):
         memory: int = 1,
     ) -> None:
         super().__init__(memory)
-        self._sender, self._reader = sender, reader
+        self.sender, self.reader = sender, reader
         self._robot, self._camera = robot, camera
         self._min_interval_ns = min_interval_ns
         self._sent_ns = -min_interval_ns
@@ -103,7 +110,7 @@ class WireGoals(_Recent):
 
     @property
     def missed(self) -> int:
-        return self._reader.gaps
+        return self.reader.gaps
 
     def begin(self, epoch: int, instruction: str) -> None:
         super().begin(epoch, instruction)
@@ -113,7 +120,7 @@ class WireGoals(_Recent):
         frame = observation.frames.get(self._camera)
         if frame is not None and frame.t_ns - self._sent_ns >= self._min_interval_ns:
             self._sent_ns = frame.t_ns
-            self._sender.send(
+            self.sender.send(
                 GoalRequest(
                     rgb=frame.rgb,
                     instruction=self.instruction,
@@ -124,12 +131,12 @@ class WireGoals(_Recent):
                 )
             )
             self._seq += 1
-        latent = self._reader.poll()
+        latent = self.reader.poll()
         return latent if latent is not None and self.accept(latent) else None
 
     def close(self) -> None:
-        self._sender.close()
-        self._reader.close()
+        self.sender.close()
+        self.reader.close()
 
 
 class LockstepGoals(_Recent):

@@ -28,7 +28,7 @@ from runtime.config import ConfigError, Placement, RunConfig
 from runtime.endpoints import check_bind, served
 from runtime.node import NodeSpec
 from runtime.rpc import RpcClient, RpcError
-from runtime.sinks import Sinks
+from runtime.sinks import ObserverNode
 
 # Each channel and the node that binds it.
 CHANNELS = {
@@ -116,6 +116,10 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
         bound = {channel: channels[channel] for channel, owner in CHANNELS.items() if owner == name}
         return options | bound | {"keys": keys}
 
+    def metrics(name: str) -> dict[str, Any]:
+        output = config.output
+        return {"metrics_port": output.metrics_port_of(name), "metrics_host": output.metrics_host}
+
     engine, policy = system2.engine.model_dump(), system1.policy.model_dump()
     asked = ("world", "system1", "system2")
     reach = channels | {f"{name}_control": ends.control[name] for name in asked}
@@ -124,7 +128,7 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
             "system1",
             "runtime.planning:PlannerNode",
             system1.placement,
-            own("system1", policy=policy),
+            own("system1", policy=policy, **metrics("system1")),
         ),
         (
             "control",
@@ -134,10 +138,9 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
         ),
     ]
     if system2.connect is None:
-        port = config.output.metrics_port
-        serves = own("system2", engine=engine, hz=system2.hz, metrics_port=port and port + 1)
+        serves = own("system2", engine=engine, hz=system2.hz, **metrics("system2"))
         parts.append(("system2", PUBLISHER, system2.placement, serves))
-    if Sinks.wanted(config):
+    if ObserverNode.wanted(config):
         look = own("observer", config=data, cameras=world.cameras, folder=folder)
         parts.append(("observer", "runtime.sinks:ObserverNode", OBSERVER, look))
     if config.robot.name == "sim":

@@ -126,7 +126,7 @@ class RemotePlanner:
     """
 
     def __init__(self, sender: Publisher, reader: NewestReader[PlanReply], replan_ns: int) -> None:
-        self._sender, self._reader = sender, reader
+        self.sender, self.reader = sender, reader
         self._due = _Due(replan_ns)
         self._out: tuple[int, int] | None = None  # epoch and observation time of the request
         self._seed = 0
@@ -140,10 +140,10 @@ class RemotePlanner:
             return
         self._due.mark(observation)
         self._out = (observation.epoch, observation.t_ns)
-        self._sender.send(PlanRequest(observation, tuple(latents), self._seed))
+        self.sender.send(PlanRequest(observation, tuple(latents), self._seed))
 
     def poll(self) -> ActionChunk | None:
-        reply = self._reader.poll()
+        reply = self.reader.poll()
         if reply is None:
             return None
         if self._out == (reply.epoch, reply.t_obs_ns):
@@ -161,5 +161,5 @@ class RemotePlanner:
 
     def close(self) -> None:
         """Close both channels."""
-        self._sender.close()
-        self._reader.close()
+        self.sender.close()
+        self.reader.close()

@@ -14,7 +14,10 @@ from dataclasses import asdict
 from typing import Any
 
 from runtime.assembly import make
+from runtime.collectors import WireMetrics
 from runtime.config import Part
+from runtime.exposition import LOOPBACK, Endpoint, serve
+from runtime.gpu import GpuMetrics
 from runtime.interfaces import Policy
 from runtime.planner import PlanReply, PlanRequest
 from runtime.types import ActionChunk
@@ -31,11 +34,22 @@ class PlannerNode:
         plans: endpoint on which requests arrive (bound here).
         chunks: endpoint on which replies go out (bound here).
         keys: folder of CURVE keys, off loopback.
+        metrics_port: where Prometheus finds this process's metrics; 0 for a free port, None
+            for no endpoint.
+        metrics_host: the address that it binds.
     """
 
     def __init__(
-        self, policy: dict[str, Any], plans: str, chunks: str, keys: str | None = None
+        self,
+        policy: dict[str, Any],
+        plans: str,
+        chunks: str,
+        keys: str | None = None,
+        metrics_port: int | None = None,
+        metrics_host: str = LOOPBACK,
     ) -> None:
+        self._metrics_at = (metrics_port, metrics_host)
+        self._metrics: Endpoint | None = None
         self._part = Part(**policy)
         self._endpoints, self._keys = (plans, chunks), keys
         self._epoch: tuple[int, int] | None = None  # epoch and seed the policy was reset for
@@ -49,6 +63,10 @@ class PlannerNode:
         plans, chunks = self._endpoints
         self._reader = NewestReader(plans, "plans", PlanRequest, bind=True, keys=self._keys)
         self._replies = Publisher(chunks, "chunks", keys=self._keys)
+        port, host = self._metrics_at
+        if port is not None:
+            wire = WireMetrics({"plans": self._reader.stats}, {"chunks": self._replies})
+            self._metrics = serve(port, wire, GpuMetrics(), host=host)
 
     def run(self, stop: threading.Event) -> None:
         while not stop.is_set():
@@ -65,12 +83,16 @@ class PlannerNode:
             "policy_spec": asdict(self._policy.spec),
             "device": str(getattr(self._policy, "device", "cpu")),
             "dropped": dict(self._reader.stats.dropped),
+            "metrics_url": self._metrics.url if self._metrics else None,
         }
 
     def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
         return {}
 
     def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
         for part in ("_reader", "_replies"):
             if hasattr(self, part):
                 getattr(self, part).close()

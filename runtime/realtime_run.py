@@ -18,6 +18,7 @@ from runtime.graph import Graph, GraphError
 from runtime.interrupts import interruptible
 from runtime.report import versions
 from runtime.rpc import RpcError
+from runtime.status_source import RECORD, StatusRecord
 
 READY_TIMEOUT_S = 300.0  # the first start builds the laptop model; later ones take seconds
 
@@ -42,8 +43,13 @@ def run_realtime(
     job = {"assignments": [asdict(a) for a in assignments], "initial": initial}
     started_s = time.monotonic()
     graph = Graph(config, job, folder)
-    with interruptible() as interrupted, display:
+    with interruptible() as interrupted, display, StatusRecord.of(graph, config).kept(folder):
         try:
+            if graph.has("observer"):
+                display.say(
+                    f"`openhelix status --web` shows this run; {folder}/{RECORD} has the "
+                    "token of its stop button"
+                )
             display.say("starting the processes" + (" as Ray actors" if config.ray else ""))
             graph.start()
             graph.wait_ready(READY_TIMEOUT_S, display.states, interrupted)
@@ -56,6 +62,8 @@ def run_realtime(
             if graph.has("observer"):
                 report["sinks"] = graph.ask("observer", "finish", timeout_s=70.0)
             system2 = graph.health("system2")
+            if not report["interrupted"]:
+                graph.ask("control", "await_scrape", timeout_s=15.0)
         except (GraphError, RpcError) as error:
             raise RunFailed(str(error)) from error
         finally:

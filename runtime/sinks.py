@@ -14,8 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from runtime.collectors import SinkMetrics, WireMetrics
 from runtime.config import RunConfig, validate
+from runtime.exposition import Endpoint, serve
 from runtime.recorder import Recorder
+from runtime.status import StatusBoard
 from runtime.stream import TOPIC, EveryReader, TickMessage
 from runtime.types import CameraFrame
 from runtime.video import Caption, VideoRecorder
@@ -89,6 +92,8 @@ class ObserverNode:
         cameras: names.
         folder: where files go.
         keys: folder of CURVE keys, off loopback.
+
+    Its metrics are at the configuration's `output.metrics_port_of("observer")`.
     """
 
     def __init__(
@@ -100,6 +105,7 @@ class ObserverNode:
         keys: str | None = None,
     ) -> None:
         self._config, self._folder = validate(RunConfig, config), Path(folder)
+        self._board = StatusBoard(self._config)
         self._endpoint, self._cameras, self._keys = ticks, tuple(cameras), keys
         self._caption = Caption()
         self._frames: dict[str, CameraFrame] = {}
@@ -107,12 +113,24 @@ class ObserverNode:
         self._finish = threading.Event()
         self._finished = threading.Event()
         self._summary: dict[str, Any] = {}
+        self._metrics: Endpoint | None = None
+
+    @staticmethod
+    def wanted(config: RunConfig) -> bool:
+        """Whether anybody looks on: a sink, or a person who may ask how it goes."""
+        return config.output.status or Sinks.wanted(config)
 
     def setup(self) -> None:
         self._sinks = Sinks(
             self._config, self._folder, self._cameras, lambda: self._caption, patient=False
         )
         self._reader = EveryReader(self._endpoint, TOPIC, TickMessage, keys=self._keys)
+        output = self._config.output
+        port = output.metrics_port_of("observer")
+        if port is not None:
+            wire = WireMetrics({"ticks": self._reader.stats})
+            sinks = SinkMetrics(self._sinks.parts)
+            self._metrics = serve(port, wire, sinks, host=output.metrics_host)
 
     def run(self, stop: threading.Event) -> None:
         while not stop.is_set() and not self._finish.is_set():
@@ -127,12 +145,23 @@ class ObserverNode:
         stop.wait()
 
     def health(self) -> dict[str, Any]:
-        return {"ticks": self._reader.stats.delivered, "ticks_lost": self._reader.stats.gaps}
+        return {
+            "ticks": self._reader.stats.delivered,
+            "ticks_lost": self._reader.stats.gaps,
+            "metrics_url": self._metrics.url if self._metrics else None,
+        }
 
     def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
-        return {"finish": self._on_finish}
+        return {
+            "finish": self._on_finish,
+            "status": lambda _: self._board.snapshot(),
+            "frame": lambda arguments: self._board.frame(str(arguments["camera"])),
+        }
 
     def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
         if hasattr(self, "_sinks"):
             self._sinks.close()
         if hasattr(self, "_reader"):
@@ -142,9 +171,10 @@ class ObserverNode:
         for message in self._reader.poll():
             self._last_s = time.monotonic()
             tick = message.tick
-            self._frames |= tick.observation.frames
             # Whoever looks at a tick sees the newest frame of every camera, as the loop did.
-            seen = replace(tick.observation, frames=dict(self._frames))
+            self._frames = {**self._frames, **tick.observation.frames}
+            self._board.take(message, self._frames)
+            seen = replace(tick.observation, frames=self._frames)
             note = f"task {message.number}, step {message.steps}"
             self._caption = Caption(message.task, message.instruction, note)
             for sink in self._sinks.parts.values():
@@ -153,6 +183,7 @@ class ObserverNode:
     def _on_finish(self, _: dict[str, Any]) -> dict[str, Any]:
         """Write out everything; the answer comes when the files are whole."""
         self._finish.set()
+        self._board.finished = True
         if not self._finished.wait(60.0):
             raise ValueError("the video or the recording could not be finished within 60 s")
         return self._summary

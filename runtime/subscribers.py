@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from runtime.assembly import Rig
-from runtime.collectors import LoopMetrics, SinkMetrics
+from runtime.collectors import LoopMetrics, SinkMetrics, loop_wire
 from runtime.config import RunConfig
-from runtime.metrics import Endpoint, serve
+from runtime.exposition import Endpoint, serve
 from runtime.realtime import RealtimeStatus
 from runtime.sinks import Sinks
 from runtime.statistics import LoopStatistics
@@ -27,6 +27,7 @@ class Subscribers:
         rig: whose loop they subscribe to.
         ticks: endpoint of the process that looks on; None keeps the sinks in this one.
         realtime: what the system granted to the control thread, once that is known.
+        tasks: names of those that will be attempted.
 
     Raises:
         ValueError: a port is taken, or a package that was asked for is not installed.
@@ -39,6 +40,7 @@ class Subscribers:
         rig: Rig,
         ticks: str | None = None,
         realtime: Callable[[], RealtimeStatus | None] = lambda: None,
+        tasks: Sequence[str] = (),
     ) -> None:
         self._rig = rig
         self.statistics = LoopStatistics(rig)
@@ -56,15 +58,22 @@ class Subscribers:
             rig.loop.subscribers += self._sinks.parts.values()
         port = config.output.metrics_port
         if port is not None and config.control.clock == "realtime":
-            metrics = LoopMetrics(rig.loop, rig.pacer, rig.director, realtime)
+            period_s = 1.0 / config.system2.hz
+            metrics = LoopMetrics(rig.loop, rig.pacer, rig.director, realtime, tasks, period_s)
             rig.loop.subscribers.append(metrics)
-            sinks = SinkMetrics(self._sinks.parts if self._sinks else {})
-            self._endpoint = serve(port, metrics, sinks)
+            parts: list[Any] = [metrics, loop_wire(rig.loop, self._publisher)]
+            if self._sinks is not None:
+                parts.append(SinkMetrics(self._sinks.parts))
+            self._endpoint = serve(port, *parts, host=config.output.metrics_host)
 
     @property
     def metrics_url(self) -> str | None:
         """Where Prometheus finds the metrics."""
         return self._endpoint.url if self._endpoint else None
+
+    def await_scrape(self) -> bool:
+        """Wait for Prometheus to fetch the last figures; see `Endpoint.await_scrape`."""
+        return self._endpoint is not None and self._endpoint.await_scrape()
 
     def close(self) -> dict[str, Any]:
         """End them; return what each sink inside this process wrote. Twice is fine."""

@@ -78,6 +78,7 @@ class Watchdog:
         self._newest_ns: dict[str, int] = {}
         self._cameras = {name: _Camera() for name in cameras}
         self.future_refused = 0
+        self._ordered: SafeStop | None = None
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -129,12 +130,22 @@ class Watchdog:
             for name in self._max_age_s
         }
 
+    def stop_after_s(self) -> Mapping[str, float]:
+        """Return the age at which each source stops the arm, in seconds."""
+        return {name: bound_ns * 1e-9 for name, bound_ns in self._stop_after_ns}
+
+    def order_stop(self, who: str) -> None:
+        """A person stops the arm, for good, at the next tick; any thread may call this."""
+        self._ordered = SafeStop("operator", who, 0.0)
+
     def check(self, now_ns: int) -> SafeStop | None:
         """Return why the arm must stop now, or None.
 
         A silent System 2 stops the arm only after the grace time, and not for good: work
         resumes when its latents do.
         """
+        if self._ordered is not None:
+            return self._ordered
         for name, bound_ns in self._stop_after_ns:
             age_ns = now_ns - self._newest_ns.get(name, now_ns)
             if age_ns > bound_ns:

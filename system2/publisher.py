@@ -23,8 +23,9 @@ from runtime.clock import Clock, MonotonicClock
 from runtime.codec import encode
 from runtime.collectors import System2Metrics, WireMetrics
 from runtime.config import Part
+from runtime.exposition import LOOPBACK, Endpoint, Library, serve
+from runtime.gpu import GpuMetrics
 from runtime.interfaces import Engine
-from runtime.metrics import Endpoint, serve
 from runtime.newest import ENVELOPE, topic_bytes
 from runtime.peers import PeerWatch
 from runtime.sockets import Port
@@ -104,6 +105,7 @@ class PublisherNode:
         shared: whether several robots' clients reach it: none of them may change it for all.
         metrics_port: where Prometheus finds this process's metrics; 0 for a free port, None
             for no endpoint.
+        metrics_host: the address that it binds.
     """
 
     def __init__(
@@ -116,8 +118,9 @@ class PublisherNode:
         keys: str | None = None,
         shared: bool = False,
         metrics_port: int | None = None,
+        metrics_host: str = LOOPBACK,
     ) -> None:
-        self._metrics_port = metrics_port
+        self._metrics_port, self._metrics_host = metrics_port, metrics_host
         self._metrics: Endpoint | None = None
         self._engine_part = engine
         self._hz, self._requests, self._latents = hz, requests, latents
@@ -153,9 +156,13 @@ class PublisherNode:
             engine, self._outlet, clock, self._hz, self._limits, self._outlet.source
         )
         if self._metrics_port is not None:
-            wire = WireMetrics({"requests": self._reader.stats})
             self._metrics = serve(
-                self._metrics_port, System2Metrics(self._scheduler, self._hz), wire
+                self._metrics_port,
+                System2Metrics(self._scheduler, self._hz, clock),
+                WireMetrics({"requests": self._reader.stats}),
+                GpuMetrics(),
+                Library("vllm:"),  # what vLLM counts of itself, in this process
+                host=self._metrics_host,
             )
 
     def run(self, stop: threading.Event) -> None:

@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
         "latents": ends["latents"],
         "limits": limits,
         "keys": keys,
-        "metrics_port": config.output.metrics_port,
+        "metrics_port": config.output.metrics_port_of("system2"),
+        "metrics_host": config.output.metrics_host,
     }
     spec = NodeSpec("system2", PUBLISHER, ends["control"], node, keys=keys)
     # No client may end what all the others rely on: that is for a signal to do.

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
+import sys
+import threading
+import time
 import urllib.request
 from collections import Counter, deque
 from types import SimpleNamespace
 
 import numpy as np
+import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.chunks import ChunkBuffer
 from runtime.clock import FakeClock, Pacer
 from runtime.collectors import LoopMetrics, SinkMetrics, System2Metrics, WireMetrics
-from runtime.metrics import Group, Histogram, catalogue, catalogue_table, counter, gauge, serve
+from runtime.config import METRICS_PARTS
+from runtime.exposition import Group, Library, serve
+from runtime.gpu import GpuMetrics
+from runtime.metrics import Histogram, catalogue, counter, gauge, histograms, sections
 from runtime.newest import ReaderStats
 from runtime.safety import SafetyLimits, StopMachine, Watchdog
 from runtime.types import Action, ActionChunk, LatentGoal
@@ -80,7 +87,6 @@ def test_names_are_unique_prefixed_explained_and_in_base_units():
         assert not re.search(r"_(ms|us|ns|millis|micros)(_|$)", entry.name)
         assert not {"episode", "seq", "epoch"} & set(entry.labels)
         assert list(entry.buckets) == sorted(entry.buckets)
-        assert entry.name in catalogue_table()
 
 
 def test_a_name_that_is_not_in_the_catalogue_fails():
@@ -117,9 +123,9 @@ def test_the_loop_on_a_scrape(served):
     loop, pacer = make_loop(clock), Pacer(clock, 33_333_333)
     result = SimpleNamespace(task="open_drawer", success=True, env_steps=42)
     free = SimpleNamespace(task="", success=False, env_steps=60)
-    director = SimpleNamespace(results=[result, free])
+    director = SimpleNamespace(results=[result, free], chains=[1])
     status = SimpleNamespace(fifo=True, memory_locked=False, gc_frozen=True)
-    metrics = LoopMetrics(loop, pacer, director, lambda: status)
+    metrics = LoopMetrics(loop, pacer, director, lambda: status, ("push_into_drawer",), 0.3)
     endpoint = served(metrics)
     loop.watchdog.arm(clock.now_ns())
     chunk = ActionChunk(
@@ -161,7 +167,15 @@ def test_the_loop_on_a_scrape(served):
     assert value("source_age_seconds", source="camera:static") == pytest.approx(0.1, abs=0.01)
     assert value("tasks_total", task="open_drawer", outcome="success") == 1
     assert value("tasks_total", task="free", outcome="failure") == 1
+    assert value("tasks_total", task="push_into_drawer", outcome="success") == 0  # from the start
     assert value("task_env_steps_sum") == 42
+    assert value("chain_successes_bucket", le="1.0") == 1
+    assert value("chain_successes_bucket", le="0.0") == 0
+    assert value("latents_late_total") == 1  # 0.4 s at a period of 0.3 s
+    assert value("latent_period_seconds") == 0.3
+    assert value("safety_stops_total", reason="latent_silent") == 0
+    limit_s = value("source_limit_seconds", source="latent")
+    assert limit_s == SafetyLimits().latent_max_age_s + SafetyLimits().latent_grace_s
     assert value("realtime_granted", what="memory_lock") == 0
     assert ("process_resident_memory_bytes",) in samples
     assert "policys_own" not in text
@@ -192,14 +206,22 @@ def test_system_2_on_a_scrape(served):
         compute_s=deque(maxlen=8),
         wait_s=deque(maxlen=8),
     )
-    robots = {"a": SimpleNamespace(pending=None), "b": SimpleNamespace(pending=object())}
+    clock = FakeClock(3 * 10**9)
+    robots = {
+        "a": SimpleNamespace(pending=None, seq=4, skipped=1, heard_ns=10**9),
+        "b": SimpleNamespace(pending=object(), seq=0, skipped=0, heard_ns=2 * 10**9),
+    }
     scheduler = SimpleNamespace(totals=totals, robots=robots)
-    endpoint = served(System2Metrics(scheduler, hz=1.0))
+    endpoint = served(System2Metrics(scheduler, 1.0, clock))
     totals.compute_s.append(0.2)
     samples, _ = scrape(endpoint)
     assert samples[("openhelix_system2_latency_seconds_sum",)] == pytest.approx(0.2)
     assert samples[("openhelix_system2_shed_total", ("reason", "too_old"))] == 3
+    assert samples[("openhelix_system2_shed_total", ("reason", "too_many_robots"))] == 0
     assert samples[("openhelix_system2_queue",)] == 1
+    assert samples[("openhelix_system2_robot_latents_total", ("robot", "a"))] == 4
+    assert samples[("openhelix_system2_robot_skipped_total", ("robot", "a"))] == 1
+    assert samples[("openhelix_system2_robot_silence_seconds", ("robot", "a"))] == 2.0
     assert samples[("openhelix_system2_robots",)] == 2
 
 
@@ -226,6 +248,91 @@ def test_only_loopback_is_bound_and_a_taken_port_is_one_line(served):
     with pytest.raises(ValueError, match=r"output\.metrics_port") as caught:
         serve(endpoint.port)
     assert "\n" not in str(caught.value)
+
+
+def test_another_address_is_bound_when_it_is_named(served):
+    endpoint = serve(0, host="127.0.0.2")
+    try:
+        assert endpoint.url.startswith("http://127.0.0.2:")
+        samples, _ = scrape(endpoint)
+        assert ("process_cpu_seconds_total",) in samples
+    finally:
+        endpoint.close()
+    with pytest.raises(ValueError, match=r"192\.0\.2\.1 cannot be used"):
+        serve(0, host="192.0.2.1")
+
+
+def test_the_last_scrape_is_awaited_only_where_somebody_scrapes(served):
+    endpoint = served()
+    assert not endpoint.await_scrape(0.2)
+    scrape(endpoint)
+    assert not endpoint.await_scrape(0.2)  # one visit is no rhythm
+    stop = threading.Event()
+
+    def visit():
+        while not stop.wait(0.1):
+            scrape(endpoint)
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    try:
+        deadline_s = time.monotonic() + 10.0
+        while not endpoint.await_scrape(5.0):
+            assert time.monotonic() < deadline_s
+    finally:
+        stop.set()
+        visitor.join()
+
+
+def test_what_a_library_counts_is_passed_on_by_prefix(served):
+    mine = prometheus_client.Gauge("vllm:waiting", "Requests that wait.")
+    other = prometheus_client.Gauge("other_things", "Not wanted.")
+    try:
+        mine.set(3)
+        samples, text = scrape(served(Library("vllm:")))
+    finally:
+        prometheus_client.REGISTRY.unregister(mine)
+        prometheus_client.REGISTRY.unregister(other)
+    assert samples[("vllm:waiting",)] == 3
+    assert "other_things" not in text
+
+
+def test_gpu_memory_is_told_only_where_a_gpu_is_in_use(served, monkeypatch):
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: False,
+        device_count=lambda: 2,
+        memory_reserved=lambda index: [5.0, 0.0][index],
+        mem_get_info=lambda index: {0: (60, 100)}[index],  # asking for the unused one fails
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert list(GpuMetrics().collect()) == []
+    cuda.is_initialized = lambda: True
+    samples, _ = scrape(served(GpuMetrics()))
+    assert samples[("openhelix_gpu_memory_used_bytes", ("gpu", "0"))] == 40
+    assert samples[("openhelix_gpu_memory_total_bytes", ("gpu", "0"))] == 100
+    assert samples[("openhelix_gpu_memory_reserved_bytes", ("gpu", "0"))] == 5
+    assert ("openhelix_gpu_memory_used_bytes", ("gpu", "1")) not in samples
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert list(GpuMetrics().collect()) == []
+
+
+def test_distributions_with_labels_share_one_family(served):
+    a, b = Histogram("eval_chain_successes"), Histogram("eval_chain_successes")
+    a.observe(5)
+    b.observe(0)
+    part = SimpleNamespace(
+        collect=lambda: [histograms("eval_chain_successes", {("calvin",): a, ("calvin-e",): b})]
+    )
+    samples, text = scrape(served(part))
+    assert samples[("openhelix_eval_chain_successes_sum", ("suite", "calvin"))] == 5
+    assert samples[("openhelix_eval_chain_successes_count", ("suite", "calvin-e"))] == 1
+    assert text.count("# TYPE") == text.count("# TYPE process_") + 1
+
+
+def test_every_section_names_parts_that_serve():
+    for section in sections():
+        assert {part.strip() for part in section.served_by.split(",")} <= set(METRICS_PARTS)
 
 
 def test_group_merges_without_losing_samples():
