@@ -33,6 +33,7 @@ class TickMessage:
     instruction: str
     number: int  # of the task, from 1
     steps: int  # environment steps of this task so far
+    succeeded: int  # tasks before this one that succeeded
 
 
 register("tick", TickMessage)
@@ -55,6 +56,7 @@ class TickPublisher:
                 instruction=current.instruction if current else "",
                 number=len(director.results) + 1,
                 steps=director.steps,
+                succeeded=director.succeeded,
             )
         )
 

@@ -90,7 +90,7 @@ class RealtimePool:
                     update={"steps_limit": job.conditions.steps_limit, "stop_at_failure": True}
                 ),
                 "output": config.output.model_copy(
-                    update={"video": job.film, "record": False, "viewer": False}
+                    update={"video": job.film, "record": False, "viewer": False, "status": False}
                     | {"metrics_port": None, "live": False}
                 ),
             }

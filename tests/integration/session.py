@@ -25,6 +25,7 @@ SMALL = (
     "options: {cameras: [[static, 200, 200], [gripper, 84, 84]], speed_m: 0.002}}",
     "output.metrics_port=0",
     "output.video=false",
+    "output.status=false",
 )
 FAR = Assignment("", "reach 0.3 0.1 0.7")  # out of reach within the steps of a test
 

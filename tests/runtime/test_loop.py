@@ -114,6 +114,17 @@ def test_a_robot_that_does_not_answer_is_stopped(option: dict[str, int]) -> None
     assert rig.loop.stopped and rig.loop.robot.stops  # type: ignore[attr-defined]
 
 
+def test_an_operators_stop_ends_the_run_and_says_who() -> None:
+    rig = make()
+    rig.loop.subscribers.append(
+        lambda tick: rig.loop.watchdog.order_stop("me") if tick.index == 7 else None
+    )
+    results = run(rig)
+    assert [r.reason for r in results] == ["safe stop: operator (me)"]
+    assert rig.loop.stopped and rig.loop.ticks == 8
+    assert rig.director.succeeded == 0
+
+
 def test_a_stop_event_ends_the_run_between_ticks() -> None:
     rig, stop = make(), threading.Event()
     rig.loop.subscribers.append(lambda t: stop.set() if t.index == 3 else None)

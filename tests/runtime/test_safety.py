@@ -359,3 +359,14 @@ def test_an_unlatched_stop_ends_with_its_cause_and_yields_to_a_latched_one():
     assert machine.trip("operator", "keyboard") is Mode.STOP
     assert machine.update(None) is Mode.STOP
     assert machine.stops == {"latent_silent": 2, "operator": 1}
+
+
+def test_a_person_stops_the_arm_for_good_whatever_else_is_well():
+    watchdog, machine = Watchdog(LIMITS), StopMachine()
+    watchdog.arm(0)
+    assert machine.update(watchdog.check(1)) is Mode.RUN
+    watchdog.order_stop("somebody")
+    watchdog.arm(2)  # a restart of the sources does not take it back
+    assert machine.update(watchdog.check(3)) is Mode.STOP
+    assert machine.update(None) is Mode.STOP
+    assert machine.reason == "operator (somebody)" and machine.stops == {"operator": 1}
