@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.dsvlabench.evaluation import ROOT, Console, Plan, code_hash, evaluate
+from benchmarks.dsvlabench.metrics import served
 from benchmarks.dsvlabench.motions import PATTERNS
 from benchmarks.dsvlabench.pool import open_pool
 from benchmarks.dsvlabench.report import write_reports
@@ -61,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
     console.say(f"results in {folder}")
     pool = open_pool(plan.config, options.workers, plan.threads)
     try:
-        report = evaluate(plan, pool, folder, console)
+        with served(plan.config, console.say) as metrics:
+            report = evaluate(plan, pool, folder, metrics.watch(plan, console))
     finally:
         pool.close()
     write_reports(report, folder)

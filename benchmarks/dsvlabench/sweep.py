@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks.dsvlabench import plots
 from benchmarks.dsvlabench.eval import arguments, load_config, make_suite
 from benchmarks.dsvlabench.evaluation import Console, Plan, evaluate
+from benchmarks.dsvlabench.metrics import EvalMetrics, served
 from benchmarks.dsvlabench.pool import Pool, open_pool
 from benchmarks.dsvlabench.report import html_table, image, interval, markdown_table, page
 from benchmarks.dsvlabench.results import read_results, replace_file
@@ -63,9 +64,11 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.ERROR)
     plans = make_plans(options, overrides)
     folder = options.out or FOLDER
-    pools = Pools(options.workers, options.threads)
+    console, pools = Console("sweep"), Pools(options.workers, options.threads)
     try:
-        report = sweep(plans, pools, folder, options.drift_sequences, Console("sweep"))
+        with served(plans[0].config, console.say) as metrics:
+            drift = options.drift_sequences
+            report = sweep(plans, pools, folder, drift, console, metrics)
     finally:
         pools.close()
     write(report, folder)
@@ -152,7 +155,12 @@ def _at(config: RunConfig, interval: int) -> RunConfig:
 
 
 def sweep(
-    plans: Sequence[Plan], pools: PoolFor, folder: Path, drift_count: int, console: Console
+    plans: Sequence[Plan],
+    pools: PoolFor,
+    folder: Path,
+    drift_count: int,
+    console: Console,
+    metrics: EvalMetrics | None = None,
 ) -> dict[str, Any]:
     """Run every cell; return the table of cells with what they are compared to.
 
@@ -162,13 +170,15 @@ def sweep(
         folder: holds one folder a cell.
         drift_count: sequences, or a hundredth of it episodes a task, on which drift is measured.
         console: told of the progress.
+        metrics: counts the episodes.
     """
+    metrics = metrics or EvalMetrics()
     cells: list[Cell] = []
     for number, plan in enumerate(plans, 1):
         place = folder / "cells" / name_of(plan)
         console.say(f"cell {number} of {len(plans)}: {place.name}")
         pool = pools(plan.config)
-        report = evaluate(plan, pool, place, Console("sweep"))
+        report = evaluate(plan, pool, place, metrics.watch(plan, Console("sweep")))
         measured = drift_count > 0 and plan.config.control.clock == "lockstep"
         drift = _drift(plan, pool, folder, drift_count) if measured else None
         cells.append(cell(report, plan.conditions.interval) | {"drift": drift})
