@@ -72,20 +72,24 @@ class LatentOutlet:
         return f"{self._source:016x}"
 
     def send(self, robot: str, goal: LatentGoal) -> None:
-        """Publish a latent on `latents/<robot>`."""
-        seq = self._number(robot)
-        frames = encode(goal)
-        envelope = ENVELOPE.pack(self._source, seq, self._clock.now_ns())
-        head = topic_bytes(f"latents/{robot}") + b"\0" + envelope
-        self._port.socket.send_multipart([head + bytes(frames[0]), *frames[1:]], zmq.NOBLOCK)
+        """Publish a latent on `latents/<robot>`.
 
-    def _number(self, robot: str) -> int:
-        seq = self._seq.pop(robot, self._start)
-        self._seq[robot] = seq + 1
+        Raises:
+            WireError: the latent breaks its schema (shape, dtype, NaN); no number is used up.
+            ValueError: the name cannot be a topic.
+        """
+        seq = self._seq.get(robot, self._start)
+        envelope = ENVELOPE.pack(self._source, seq, self._clock.now_ns())
+        frames = encode(goal, topic_bytes(f"latents/{robot}") + b"\0" + envelope)
+        self._count(robot, seq + 1)
+        self._port.socket.send_multipart(frames, zmq.NOBLOCK)
+
+    def _count(self, robot: str, following: int) -> None:
+        self._seq[robot] = following
+        self._seq.move_to_end(robot)
         if len(self._seq) > MAX_NAMES:
             _, following = self._seq.popitem(last=False)
             self._start = max(self._start, following)  # should it return, its reader goes on
-        return seq
 
     def close(self) -> None:
         """Close the socket."""

@@ -32,7 +32,13 @@ log = logging.getLogger(__name__)
 
 
 class EngineBroken(RuntimeError):
-    """The engine failed several times in a row on usable input; the process should restart."""
+    """The engine does not even do its own warm-up any more; the process should restart."""
+
+
+class WrongLatents(RuntimeError):
+    """The engine gave something else than one finite latent for each request."""
+
+    reason = "latents"
 
 
 class Sink(Protocol):
@@ -68,7 +74,8 @@ class Limits:
         max_robots: requests of further robots are shed ("too_many_robots").
         max_wait_s: a request that waited longer than this for its turn is shed ("too_old").
         forget_s: a robot that was silent for so long gives its place back.
-        max_failures: engine calls that may fail in a row on usable input.
+        max_failures: after so many failed calls in a row the engine has to show, on an input
+            of its own, that it is the requests that are at fault.
     """
 
     max_batch: int = 8
@@ -93,6 +100,7 @@ class Totals:
     failed: int = 0
     skipped: int = 0
     shed: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)  # `failed` by reason
     compute_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
     wait_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
 
@@ -265,19 +273,17 @@ class GoalScheduler:
         self._failures = 0
         took = (self._clock.now_ns() - start) * 1e-9
         self.totals.compute_s.append(took)
-        for request, z in zip(batch, latents, strict=True):
-            self._publish(request, z, took)
-        return len(batch)
+        return sum(self._publish(r, z, took) for r, z in zip(batch, latents, strict=True))
 
     def _encode(self, batch: Sequence[GoalRequest]) -> F32:
         latents = self._engine.encode([r.rgb for r in batch], [r.instruction for r in batch])
         if latents.shape[0] != len(batch) or not np.isfinite(latents).all():
-            raise RuntimeError(
+            raise WrongLatents(
                 f"engine: gave {latents.shape} for {len(batch)} requests, or not finite"
             )
         return latents
 
-    def _publish(self, request: GoalRequest, z: F32, compute_s: float) -> None:
+    def _publish(self, request: GoalRequest, z: F32, compute_s: float) -> bool:
         robot = self.robots[request.robot]
         now = self._clock.now_ns()
         goal = LatentGoal(
@@ -290,10 +296,15 @@ class GoalScheduler:
             source=self._source,
             compute_s=compute_s,
         )
+        try:
+            self._sink.send(request.robot, goal)
+        except Exception as error:  # what cannot travel is this latent's fault, not the robots'
+            self._note(request, error)
+            return False
         robot.seq += 1
         robot.last_error = ""
         self.totals.published += 1
-        self._sink.send(request.robot, goal)
+        return True
 
     def _refuse(self, request: GoalRequest, reason: str) -> None:
         robot = self.robots[request.robot]
@@ -304,14 +315,28 @@ class GoalScheduler:
         robot.last_error = reason
 
     def _fail(self, request: GoalRequest, error: Exception) -> None:
+        self._note(request, error)
+        self._failures += 1
+        if self._failures < self._limits.max_failures:
+            return
+        try:
+            self._engine.warm_up()
+        except Exception as own:
+            raise EngineBroken(
+                f"{self._failures} engine calls failed in a row, then its own warm-up: {own}"
+            ) from own
+        self._failures = 0  # the engine works: no request may make it start anew for everybody
+
+    def _note(self, request: GoalRequest, error: Exception) -> None:
+        """Count and tell a failure that is no fault of the request's own text or image."""
         robot = self.robots[request.robot]
+        reason = str(getattr(error, "reason", type(error).__name__))
         robot.failed += 1
         self.totals.failed += 1
-        robot.last_error = f"{type(error).__name__}: {error}"
-        log.error("robot %s, request %d failed: %s", request.robot, request.seq, robot.last_error)
-        self._failures += 1
-        if self._failures >= self._limits.max_failures:
-            raise EngineBroken(f"{self._failures} engine calls failed in a row: {robot.last_error}")
+        self.totals.failures[reason] += 1
+        told, robot.last_error = robot.last_error, f"{type(error).__name__}: {error}"
+        if robot.last_error != told:  # once, not at every deadline
+            log.error("robot %s, request %d: %s", request.robot, request.seq, robot.last_error)
 
     def health(self) -> dict[str, Any]:
         """Return counters and times; safe to call from another thread."""
@@ -323,6 +348,7 @@ class GoalScheduler:
             "skipped": totals.skipped,
             "refused": totals.refused,
             "failed": totals.failed,
+            "failures": dict(totals.failures),
             "shed": dict(totals.shed),
             "compute_s": percentiles(list(totals.compute_s)),
             "wait_s": percentiles(list(totals.wait_s)),

@@ -27,7 +27,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class EncodeError(RuntimeError):
+    """The model did not give the latents that were asked for."""
+
+    reason = "engine"  # as it is counted
+
+
+class NotFinite(EncodeError):
     """The model gave a latent that is not finite."""
+
+    reason = "nonfinite"
 
 
 def pick_dtype(name: str) -> torch.dtype:
@@ -192,7 +200,7 @@ class EngineBase:
             rows = [self._read(states, p, raw) for states, p in zip(hidden, prompts, strict=True)]
             latents = torch.stack(rows).to("cpu", torch.float32).numpy()
         if not np.isfinite(latents).all():
-            raise EncodeError("the latent is not finite")
+            raise NotFinite("the latent is not finite")
         return latents
 
     def close(self) -> None:

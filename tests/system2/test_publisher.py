@@ -119,9 +119,32 @@ def test_a_refused_request_is_told_in_health_and_the_next_is_served(served) -> N
         robot.hear("push", epoch=2)
     finally:
         robot.close()
+    while node.health()["published"] < 2 and time.monotonic() < end:
+        time.sleep(0.01)  # a latent is counted once it is out
     health = node.health()
     assert health["published"] >= 2
     assert health["latent_spec"]["model_id"] == "counting"
+
+
+def test_a_latent_that_breaks_its_schema_uses_up_no_number(tmp_path: Path) -> None:
+    endpoint = ipc_endpoint(tmp_path, "latents")
+    outlet = LatentOutlet(endpoint)
+    reader = NewestReader(endpoint, "latents/arm", LatentGoal)
+    try:
+        good = LatentGoal(np.ones((1, 3), np.float32), 0, 0, 1, 2, "id")
+        while not reader.wait(0.05):
+            outlet.send("arm", good)
+        bad = LatentGoal(np.full((1, 3), np.nan, np.float32), 0, 0, 1, 2, "id")
+        with pytest.raises(ValueError, match="nonfinite"):
+            outlet.send("arm", bad)
+        outlet.send("arm", good)
+        while (goal := reader.poll()) is None or reader.wait(0.1):
+            reader.wait(0.1)
+        assert goal.z.tolist() == [[1.0, 1.0, 1.0]]
+        assert reader.gaps == 0
+    finally:
+        reader.close()
+        outlet.close()
 
 
 def test_a_second_robot_of_the_same_name_is_refused_and_the_first_does_not_notice(served) -> None:
@@ -138,7 +161,10 @@ def test_a_second_robot_of_the_same_name_is_refused_and_the_first_does_not_notic
             goal = first.hear("push it", red=10)
             assert goal.z[0, :2].tolist() == [10.0, 2.0]
             health = node.health()
-            if health["taken"].get("requests/arm", 0) > 3 and health["shed"].get("name_taken", 0) > 3:
+            if (
+                health["taken"].get("requests/arm", 0) > 3
+                and health["shed"].get("name_taken", 0) > 3
+            ):
                 break
         assert health["dropped"]["taken"] == health["taken"]["requests/arm"]
         refused = node.handlers()["claim"]({"robot": "arm", "run": "another"})["refused"]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.clock import FakeClock
+from runtime.codec import WireError
 from runtime.spec import LatentSpec
 from runtime.types import GoalRequest, LatentGoal
 from system2.prompt import BadInstruction
@@ -25,13 +26,17 @@ class FakeEngine:
     """Takes `cost_s` a call plus `each_s` a request; refuses "bad", breaks on "broken"."""
 
     spec = LatentSpec("act_last", 1, 4, "fake")
+    value = 1.0
 
     def __init__(self, clock: FakeClock, cost_s: float = 0.1, each_s: float = 0.0) -> None:
         self.clock, self.cost_s, self.each_s = clock, cost_s, each_s
         self.batches: list[list[str]] = []
-        self.running = False
+        self.running = self.lost = False
 
-    def warm_up(self) -> None: ...
+    def warm_up(self) -> None:
+        if self.lost:
+            raise RuntimeError("device lost")
+
     def close(self) -> None: ...
 
     def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> Any:
@@ -44,7 +49,7 @@ class FakeEngine:
                 raise RuntimeError("device lost")
             self.batches.append(list(instructions))
             self.clock.advance(round((self.cost_s + self.each_s * len(instructions)) * S))
-            return np.ones((len(images), 1, 4), dtype=np.float32)
+            return np.full((len(images), 1, 4), self.value, dtype=np.float32)
         finally:
             self.running = False
 
@@ -52,8 +57,11 @@ class FakeEngine:
 class Out:
     def __init__(self) -> None:
         self.sent: list[tuple[str, LatentGoal]] = []
+        self.refuses = False
 
     def send(self, robot: str, goal: LatentGoal) -> None:
+        if self.refuses:
+            raise WireError("nonfinite", "LatentGoal.z")
         self.sent.append((robot, goal))
 
 
@@ -178,8 +186,39 @@ def test_a_bad_request_is_refused_and_the_others_are_served() -> None:
     assert rig.scheduler.health()["robots"]["b"]["error"] == ""
 
 
+def test_a_latent_that_cannot_travel_is_counted_and_the_next_goes_out() -> None:
+    rig = Rig()
+    rig.out.refuses = True
+    rig.offer("a")
+    rig.offer("b")
+    assert rig.scheduler.serve() == 0
+    health = rig.scheduler.health()
+    assert health["published"] == 0
+    assert health["failures"] == {"nonfinite": 2}
+    assert "LatentGoal.z" in health["robots"]["a"]["error"]
+    rig.out.refuses = False
+    rig.clock.advance(S)
+    rig.offer("a")
+    assert rig.scheduler.serve() == 1
+    assert [goal.seq for _, goal in rig.out.sent] == [0]
+
+
+def test_latents_that_are_not_finite_are_counted_and_nothing_goes_out() -> None:
+    rig = Rig(max_failures=2)
+    rig.engine.value = float("nan")
+    for _ in range(5):  # more than may fail in a row: the engine itself works
+        rig.offer()
+        assert rig.scheduler.serve() == 0
+        rig.clock.advance(S)
+    rig.engine.value = 1.0
+    rig.offer()
+    assert rig.scheduler.serve() == 1
+    assert rig.scheduler.health()["failures"] == {"latents": 5}
+
+
 def test_a_failing_engine_is_tried_again_then_given_up() -> None:
     rig = Rig(max_failures=3)
+    rig.engine.lost = True
     for _ in range(2):
         rig.offer(text="broken")
         assert rig.scheduler.serve() == 0
@@ -194,6 +233,17 @@ def test_a_failing_engine_is_tried_again_then_given_up() -> None:
     rig.offer(text="broken")
     with pytest.raises(EngineBroken, match="3 engine calls"):
         rig.scheduler.serve()
+
+
+def test_one_robots_requests_cannot_make_an_engine_start_anew_that_works_for_the_others() -> None:
+    rig = Rig(max_failures=2)
+    for _ in range(6):
+        rig.offer("a", text="broken")
+        assert rig.scheduler.serve() == 0
+        rig.clock.advance(S)
+    rig.offer("b")
+    assert rig.scheduler.serve() == 1
+    assert rig.scheduler.health()["failures"] == {"RuntimeError": 6}
 
 
 def test_load_is_shed_with_a_counted_reason() -> None:
