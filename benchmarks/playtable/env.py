@@ -8,7 +8,8 @@ is a plain vector (`visual_state`) that any process can draw.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -242,8 +243,11 @@ class PlayTableEnv:
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # At the interpreter's end the modules that `close` needs may be gone already, and the
+        # physics client ends with the process.
+        if not _ending():
+            self.close()
 
     # -- beyond calvin_env -------------------------------------------------------------
 
