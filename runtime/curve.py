@@ -4,7 +4,8 @@ A folder holds `NAME.public` and `NAME.secret` (Z85 text; the secret readable by
 alone). The name `server` is the binding side's. On the binding side every other `.public`
 in the folder is a client that is let in, under its file's name; all others are refused and
 counted. A connecting side needs `server.public` and one secret of its own. Both sides prove
-who they are, and the traffic is encrypted.
+who they are, and the traffic is encrypted. A `~` in a folder's name is the home of whoever
+reads it, so that one configuration serves hosts with different users.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def generate(folder: str | Path, name: str) -> KeyPair:
     """
     if not _NAME.fullmatch(name):
         raise KeyFileError(f"name: {name!r} must be letters, digits, `-` and `_`, at most 64")
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     public, secret = zmq.curve_keypair()
     for suffix, key, mode in (("secret", secret, 0o600), ("public", public, 0o644)):
@@ -72,7 +73,7 @@ def load(folder: str | Path, name: str) -> KeyPair:
     Raises:
         KeyFileError: a file is missing or unusable, or others can read the secret.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     path = folder / f"{name}.secret"
     secret = _read(path)
     if path.stat().st_mode & 0o077:
@@ -106,10 +107,11 @@ class CurveServer:
     """
 
     def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder).expanduser()
         self._keys = load(folder, SERVER)
         self._clients = {
             _read(path): path.stem
-            for path in sorted(Path(folder).glob("*.public"))
+            for path in sorted(folder.glob("*.public"))
             if path.stem != SERVER
         }
         self.admitted: Counter[str] = Counter()  # handshakes by client name
@@ -158,7 +160,7 @@ class CurveClient:
     """
 
     def __init__(self, folder: str | Path, name: str | None = None) -> None:
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         self._server = _read(folder / f"{SERVER}.public")
         if name is None:
             names = sorted(p.stem for p in folder.glob("*.secret") if p.stem != SERVER)

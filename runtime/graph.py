@@ -7,9 +7,8 @@
                            control <- frames ------------------------'
                            control -- ticks ---> observer
 
-Every channel is bound by the side that control depends on, so that the control process and a
-restarted one only ever connect. `Graph` starts the nodes through a host
-(Ray actors or plain processes), waits until all are ready and ends them in order.
+`Graph` starts the nodes through a host (Ray actors or plain processes), waits until all are
+ready and ends them in order. `runtime.addresses` says where they listen.
 """
 
 from __future__ import annotations
@@ -20,29 +19,15 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from runtime.addresses import CHANNELS, NODES, Endpoints, stays
 from runtime.config import ConfigError, Placement, RunConfig
-from runtime.endpoints import check_bind, served
+from runtime.endpoints import check_bind
 from runtime.node import NodeSpec
-from runtime.rpc import RpcClient, RpcError
+from runtime.rpc import RpcClient, RpcError, RpcRefused
 from runtime.sinks import ObserverNode
-
-# Each channel and the node that binds it.
-CHANNELS = {
-    "requests": "system2",
-    "latents": "system2",
-    "plans": "system1",
-    "chunks": "system1",
-    "actions": "world",
-    "states": "world",
-    "frames": "camera",
-    "ticks": "observer",
-}
-NODES = ("control", "observer", "camera", "world", "system1", "system2")  # in order of ending
-
 
 # A control loop that crashed must not start again by itself beside a moving arm, and a world
 # that did would have forgotten its state.
@@ -60,41 +45,6 @@ class Host(Protocol):
 
     def start(self, specs: Sequence[NodeSpec]) -> None: ...
     def close(self, timeout_s: float = 5.0) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoints:
-    """The address of every channel and of every node's control channel."""
-
-    channels: dict[str, str]
-    control: dict[str, str]
-
-    @classmethod
-    def local(cls, folder: Path) -> Endpoints:
-        """Unix sockets in a folder of this run."""
-        return cls(
-            {name: f"ipc://{folder}/{name}" for name in CHANNELS},
-            {name: f"ipc://{folder}/{name}.rpc" for name in NODES},
-        )
-
-    @classmethod
-    def network(cls, hosts: dict[str, str], base_port: int) -> Endpoints:
-        """TCP ports; `hosts` says at which address each node is reached."""
-
-        def address(node: str, offset: int) -> str:
-            return f"tcp://{hosts.get(node, '127.0.0.1')}:{base_port + offset}"
-
-        return cls(
-            {name: address(owner, i) for i, (name, owner) in enumerate(CHANNELS.items())},
-            {name: address(name, len(CHANNELS) + i) for i, name in enumerate(NODES)},
-        )
-
-
-def with_served(ends: Endpoints, address: str) -> Endpoints:
-    """Return endpoints that lead to a shared System 2."""
-    there = served(address)
-    channels = ends.channels | {name: there[name] for name in ("requests", "latents")}
-    return Endpoints(channels, ends.control | {"system2": there["control"]})
 
 
 def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) -> list[NodeSpec]:
@@ -163,6 +113,7 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
             options=options,
             restart=name in RESTARTED,
             keys=keys,
+            here=stays(config, name),
             **placement.model_dump(),
         )
         for name, target, placement, options in parts
@@ -175,13 +126,7 @@ class Graph:
     def __init__(self, config: RunConfig, job: dict[str, Any], folder: Path) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="openhelix-"))
         transport = config.transport
-        if transport.host == "ipc":
-            self.endpoints = Endpoints.local(self._folder)
-        else:
-            hosts = dict.fromkeys(NODES, transport.host) | transport.hosts
-            self.endpoints = Endpoints.network(hosts, transport.base_port)
-        if config.system2.connect is not None:
-            self.endpoints = with_served(self.endpoints, config.system2.connect)
+        self.endpoints = Endpoints.of(config, self._folder)
         self._keys = str(transport.keys) if transport.keys else None
         for endpoint in (*self.endpoints.channels.values(), *self.endpoints.control.values()):
             check_bind(endpoint, self._keys)  # here too, before anything is started
@@ -197,8 +142,7 @@ class Graph:
             # Ray takes half a second to import: only a run that uses it pays.
             from runtime.actors import RayHost
 
-            resources = self._custom_resources()
-            self._host = RayHost(self._config.ray_address, resources)
+            self._host = RayHost(self._config.ray_address, self._custom_resources())
         else:
             from runtime.processes import ProcessHost
 
@@ -209,6 +153,8 @@ class Graph:
         """Ask one node; `{"state": "unreachable"}` while it does not answer."""
         try:
             return self._client(name).call("health", {}, timeout_s)
+        except RpcRefused as error:
+            return {"name": name, "state": "refused", "error": str(error)}
         except RpcError:
             return {"name": name, "state": "unreachable", "error": ""}
 
@@ -261,6 +207,8 @@ class Graph:
     def _require_system2(self) -> None:
         """A System 2 that others run must be there by now, and have this robot's name free."""
         health = self.health("system2", 5.0)
+        if health["state"] == "refused":
+            raise ConfigError(f"system2: {health['error']}")
         if health["state"] != "ready":
             address = self.endpoints.control["system2"]
             raise GraphError(

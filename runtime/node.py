@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from runtime.priority import short_slice, step_back
 from runtime.realtime import enter
 from runtime.resolve import resolve
 from runtime.rpc import RpcServer
@@ -59,6 +60,7 @@ class NodeSpec:
     nice: int = 0
     fifo: int = 0  # SCHED_FIFO priority, inherited by every thread the node starts; 0: normal
     restart: bool = True
+    here: bool = False  # on the host where the run is started, whatever the cluster has
     keys: str | None = None  # folder of CURVE keys, off loopback
 
     def to_json(self) -> str:
@@ -97,14 +99,10 @@ class NodeRunner:
 
     def run(self) -> str:
         """Block until the node is done; return its last state."""
-        if self._spec.nice:
-            os.nice(self._spec.nice)
+        step_back(self._spec.nice)
         self._build()
         # After the imports, which would keep a core for seconds, and before the first thread.
-        if self._spec.fifo:
-            status = enter(priority=self._spec.fifo, inherit=True, gc_mode="leave")
-            if not status.fifo:
-                log.warning("%s: %s", self._spec.name, status.reason)
+        self._step_forward()
         handlers = {"health": self._health, "ask": self._ask}
         if self._stoppable:
             handlers["stop"] = self._on_stop
@@ -122,6 +120,17 @@ class NodeRunner:
 
     def stop(self) -> None:
         self._stop.set()
+
+    def _step_forward(self) -> None:
+        """Ask for SCHED_FIFO, or, where a node is nice to nobody, to be woken at once."""
+        fifo = False
+        if self._spec.fifo:
+            status = enter(priority=self._spec.fifo, inherit=True, gc_mode="leave")
+            fifo = status.fifo
+            if not fifo:
+                log.warning("%s: %s", self._spec.name, status.reason)
+        if not fifo and not self._spec.nice:
+            short_slice()
 
     def _build(self) -> None:
         try:

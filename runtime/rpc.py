@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from runtime.codec import MAX_FRAMES, VERSION, Buffer, WireError, decode_dict, encode_dict
 from runtime.curve import Keys
@@ -27,6 +28,12 @@ Handler = Callable[[dict[str, Any]], dict[str, Any]]
 MAX_PER_POLL: Final = 64
 _POLL_S: Final = 0.1  # how soon the server's thread notices that it should stop
 _JOIN_S: Final = 5.0
+_HANDSHAKES: Final = 3  # that fail in one call, until the keys are to blame
+_FAILED: Final = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 log = logging.getLogger(__name__)
 
 
@@ -36,6 +43,10 @@ class RpcError(RuntimeError):
 
 class RpcTimeout(RpcError):
     """No answer came in time."""
+
+
+class RpcRefused(RpcTimeout):
+    """There is no secure connection, and trying again with the same keys will not make one."""
 
 
 class RpcServer:
@@ -167,6 +178,7 @@ class RpcClient:
         self._endpoint, self._keys = endpoint, keys
         self._lock = threading.Lock()
         self._next = 0
+        self._events: zmq.Socket[bytes] | None = None
         self._port: Port | None = self._connect()
 
     def call(
@@ -176,6 +188,7 @@ class RpcClient:
 
         Raises:
             RpcTimeout: nothing came within `timeout_s`.
+            RpcRefused: nothing came because the keys do not fit.
             RpcError: the server says why not.
             WireError: `args` cannot travel.
         """
@@ -220,19 +233,42 @@ class RpcClient:
             raise self._timeout(method, timeout_s)
 
     def _timeout(self, method: str, timeout_s: float) -> RpcTimeout:
+        refusal = self._refusal()
+        if refusal:
+            return RpcRefused(f"{self._endpoint}: {refusal}")
         return RpcTimeout(f"{self._endpoint}: no answer to {method!r} within {timeout_s:g} s")
 
+    def _refusal(self) -> str:
+        """Return why there is no secure connection; empty where keys are not the reason."""
+        failed: Counter[int] = Counter()
+        while self._events is not None and self._events.poll(0):
+            failed[int(recv_monitor_message(self._events, zmq.NOBLOCK)["event"])] += 1
+        if failed[zmq.EVENT_HANDSHAKE_FAILED_AUTH]:
+            return (
+                "it refuses this host's CURVE key; copy its .public over and start the other anew"
+            )
+        # A server that dies within a handshake looks the same, but only once.
+        if failed.total() >= _HANDSHAKES:
+            return "it is not the server of server.public, or uses no CURVE keys"
+        return ""
+
     def _connect(self) -> Port:
-        return Port(
+        port = Port(
             zmq.DEALER,
             self._endpoint,
             bind=False,
             keys=self._keys,
             options={zmq.IMMEDIATE: 1, zmq.RECONNECT_IVL: 20},
         )
+        if port.security is not None:
+            self._events = port.socket.get_monitor_socket(int(_FAILED))
+        return port
 
     def _drop(self) -> None:
         if self._port is not None:
+            if self._events is not None:
+                self._port.socket.disable_monitor()
+                self._events = None
             self._port.close()
             self._port = None
 

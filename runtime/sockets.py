@@ -29,7 +29,8 @@ class Port:
         kind: a ZeroMQ socket type, for example `zmq.PUB`.
         endpoints: one or several; all are bound or all are connected to.
         bind: whether this side binds.
-        keys: a folder of CURVE keys, or a shared `CurveServer` or `CurveClient`.
+        keys: a folder of CURVE keys, or a shared `CurveServer` or `CurveClient`. Used for TCP
+            alone: who may open a Unix socket is for the file system to say.
         options: ZeroMQ socket options, set before binding or connecting.
 
     Raises:
@@ -50,6 +51,8 @@ class Port:
         self.endpoints = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
         for endpoint in self.endpoints:
             (check_bind if bind else check_connect)(endpoint, keys)
+        if not any(endpoint.startswith("tcp://") for endpoint in self.endpoints):
+            keys = None
         shared = isinstance(keys, CurveServer | CurveClient)
         self.security = _security(keys, bind)
         self._owned = None if shared else self.security

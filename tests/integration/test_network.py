@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.config import ConfigError
 from runtime.curve import generate
 from runtime.endpoints import BindRefused
 from runtime.graph import GraphError
@@ -54,9 +55,9 @@ def test_beyond_this_host_keys_are_required(tmp_path: Path) -> None:
 
 
 @contextmanager
-def served(address: str) -> Iterator[subprocess.Popen[str]]:
+def served(address: str, *words: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "runtime.cli", "serve", address, *SMALL, "--json"],
+        [sys.executable, "-m", "runtime.cli", "serve", address, *SMALL, *words, "--json"],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -88,6 +89,50 @@ def test_two_robots_share_one_system2_and_survive_its_restart(tmp_path: Path) ->
         with served(address):
             for arm in (arm1, arm2):
                 arm.until("a fresh latent", lambda h: (h["latent_age_s"] or 9) < 0.5)
+
+
+def key_folders(tmp_path: Path) -> dict[str, Path]:
+    """Folders of keys: a server's, a known robot's, an unknown one's, another server's."""
+    folders = {name: tmp_path / name for name in ("server", "known", "unknown", "misled")}
+    server = generate(folders["server"], "server")
+    other = generate(tmp_path / "other", "server")
+    for name in ("known", "unknown", "misled"):
+        pair = generate(folders[name], name)
+        trusted = other if name == "misled" else server
+        (folders[name] / "server.public").write_bytes(trusted.public)
+        if name != "unknown":
+            (folders["server"] / f"{name}.public").write_bytes(pair.public)
+    return folders
+
+
+def test_strangers_are_refused_and_the_running_robot_does_not_notice(tmp_path: Path) -> None:
+    keys = key_folders(tmp_path)
+    address = f"tcp://127.0.0.1:{free_port(3)}"
+    share = (f"system2.connect={address}", "tasks.steps_limit=100000")
+    with (
+        served(address, f"transport.keys={keys['server']}"),
+        session(tmp_path / "one", *share, f"transport.keys={keys['known']}") as arm,
+    ):
+        arm.begin()
+        arm.until("work", lambda h: h["steps"] > 15)
+        for who, robot, expected in (
+            ("unknown", "arm2", "refuses this host's CURVE key"),
+            ("misled", "arm2", r"not the server of server\.public"),
+            ("known", "robot0", "'robot0' is in use"),
+        ):
+            words = (*share, f"transport.keys={keys[who]}", f"robot.id={robot}")
+            with (
+                session(tmp_path / f"{who}-{robot}", *words) as other,
+                pytest.raises(ConfigError, match=expected),
+            ):
+                other.begin()
+            arm.until("a fresh latent", lambda h: (h["latent_age_s"] or 9) < 0.5)
+        health = arm.graph.health("system2")
+        assert health["refused_connections"]["requests"] or health["refused_connections"]["latents"]
+        assert set(health["robots"]) == {"robot0"} and health["shed"].get("name_taken", 0) >= 1
+        arm.graph.ask("control", "halt")
+        report = arm.finished()
+    assert report["safe_stops"] == {} and report["latents_missed"] == 0
 
 
 def test_a_shared_system2_that_is_not_there_is_named(tmp_path: Path) -> None:

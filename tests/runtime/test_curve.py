@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 from runtime.curve import CurveClient, CurveServer, KeyFileError, generate, load
-from runtime.rpc import RpcClient, RpcServer, RpcTimeout
+from runtime.rpc import RpcClient, RpcRefused, RpcServer, RpcTimeout
 from runtime.types import LatentGoal
 from runtime.wire import NewestReader, Publisher
 
@@ -92,9 +92,16 @@ def test_only_listed_clients_are_answered(folders: dict[str, Path]) -> None:
     known = RpcClient(server.bound, keys=folders["known"])
     assert known.call("echo", {"n": 1}, timeout_s=PATIENCE_S) == {"n": 1}
     assert gate.admitted["known"] >= 1
-    for keys in (folders["unknown"], folders["misled"], None):
-        with pytest.raises(RpcTimeout):
-            RpcClient(server.bound, keys=keys).call("echo", {"n": 2}, timeout_s=0.4)
+    for keys, reason in (
+        (folders["unknown"], "refuses this host's CURVE key"),
+        (folders["misled"], r"not the server of server\.public"),
+        (None, "no answer"),
+    ):
+        stranger = RpcClient(server.bound, keys=keys)
+        with pytest.raises(RpcTimeout, match=reason) as told:
+            stranger.call("echo", {"n": 2}, timeout_s=0.6)
+        assert isinstance(told.value, RpcRefused) == (keys is not None)
+        stranger.close()
     until(lambda: gate.refused >= 1)
     assert gate.admitted.keys() == {"known"}
     assert known.call("echo", {"n": 3}, timeout_s=PATIENCE_S) == {"n": 3}
