@@ -87,3 +87,28 @@ def lines(
     axes.grid(color=PALE, lw=0.5)
     axes.legend(fontsize=8, frameon=False)
     return png(figure)
+
+
+def beside(
+    names: Sequence[str],
+    ours: Sequence[tuple[float, float, float]],
+    theirs: Sequence[float | None],
+    y_label: str,
+    title: str,
+) -> bytes:
+    """Return horizontal bars of (value, low, high) with published values as marks beside them."""
+    figure, axes = _figure(7.0, 1.1 + 0.42 * len(names))
+    y = np.arange(len(names))[::-1]
+    data = np.array(ours, np.float64)
+    errors = np.clip(np.stack((data[:, 0] - data[:, 1], data[:, 2] - data[:, 0])), 0, None)
+    axes.barh(y, data[:, 0], color=BAR, height=0.6, label="ours, 95 % interval")
+    axes.errorbar(data[:, 0], y, xerr=errors, fmt="none", ecolor=INK, elinewidth=1)
+    marks = [(v, at) for v, at in zip(theirs, y, strict=True) if v is not None]
+    if marks:
+        axes.plot(*zip(*marks, strict=True), "D", color=COLOURS[1], ms=6, label="paper")
+    axes.set_yticks(y, list(names), fontsize=8)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(y_label, fontsize=8)
+    axes.set_title(title, fontsize=9, color=INK, loc="left")
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    return png(figure)

@@ -2,19 +2,20 @@
 
 Rates get Wilson intervals, means of chains a bootstrap over sequences; two runs on the same
 episodes are compared in pairs, which takes the luck of the starts out of the difference:
-McNemar's exact test for successes, a paired bootstrap for means.
+McNemar's exact test for successes, a paired bootstrap or permutation for means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import binomtest
 
 Interval = tuple[float, float]
 RESAMPLES = 10_000
+EXACT_PAIRS = 14  # that differ; their 16384 exchanges are all tried
 LEVEL = 0.95
 
 
@@ -100,6 +101,30 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int 
     extreme = int((np.abs(means - mean) >= abs(mean) - 1e-12).sum())
     p = (extreme + 1) / (RESAMPLES + 1)
     return Paired(len(a), mean, _percentiles(means), p, "paired bootstrap", better, worse)
+
+
+def paired_permutation(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Paired:
+    """Compare two means over the same episodes by exchanging the two values of pairs.
+
+    If the runs are alike, each pair's difference could as well have the other sign. Its p is
+    exact for any number of pairs, where the bootstrap's is too small for a handful; the
+    interval is the bootstrap's.
+
+    Raises:
+        ValueError: no pairs, or not as many values on both sides.
+    """
+    paired = paired_bootstrap(first, second, seed)
+    delta = np.asarray(second, np.float64) - np.asarray(first, np.float64)
+    delta = delta[delta != 0]
+    if len(delta) <= EXACT_PAIRS:
+        signs = 1 - 2 * (np.arange(2 ** len(delta))[:, None] >> np.arange(len(delta)) & 1)
+    else:
+        rng = np.random.default_rng(seed)
+        signs = rng.choice((-1, 1), (RESAMPLES, len(delta)))
+    extreme = int((np.abs(signs @ delta) >= abs(delta.sum()) - 1e-9).sum())
+    exact = len(delta) <= EXACT_PAIRS
+    p = extreme / len(signs) if exact else (extreme + 1) / (len(signs) + 1)
+    return replace(paired, p=float(p), test="paired permutation")
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool], seed: int = 0) -> Paired:

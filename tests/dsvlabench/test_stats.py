@@ -14,6 +14,7 @@ from benchmarks.dsvlabench.stats import (
     mcnemar,
     mean_interval,
     paired_bootstrap,
+    paired_permutation,
     wilson,
 )
 
@@ -98,3 +99,14 @@ def test_unpaired_values_are_refused():
         mcnemar([], [])
     with pytest.raises(ValueError):
         wilson(3, 2)
+
+
+def test_a_permutation_is_exact_for_a_handful_of_pairs():
+    assert paired_permutation([1, 2, 1], [2, 2, 2]).p == 0.5  # 2 of the 4 exchanges
+    assert paired_permutation([0] * 6, [1] * 6).p == 2 / 64
+    assert paired_permutation([1, 2], [1, 2]).p == 1.0
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(0, 6, 80), rng.integers(0, 6, 80)
+    many, other = paired_permutation(a, b), paired_bootstrap(a, b)
+    assert many.p == pytest.approx(other.p, abs=0.05) and many.ci95 == other.ci95
+    assert paired_permutation(a, a + 1).p < 0.001
