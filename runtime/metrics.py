@@ -198,6 +198,15 @@ _WIRE = (
     _counter("wire_dropped", "Messages refused, by reason.", "channel", "reason"),
     _counter("wire_sent", "Messages sent.", "channel"),
     _counter("wire_send_dropped", "Messages that a reader's full queue refused.", "channel"),
+    _counter(
+        *("wire_refused", "Connections refused by reason: key, protocol, unfinished."),
+        *("channel", "reason"),
+    ),
+    _counter(
+        "wire_ended",
+        "Connections that ended: the peer left, or was cut off for a frame too large.",
+        "channel",
+    ),
 )
 _SINKS = (
     _counter("sink_written", "Items written.", "sink"),

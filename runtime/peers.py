@@ -10,11 +10,14 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import zmq
+from prometheus_client.core import Metric
 from zmq.utils.monitor import parse_monitor_message
 
+from runtime.metrics import counter
 from runtime.sockets import Port
 
 log = logging.getLogger(__name__)
@@ -89,3 +92,24 @@ class PeerWatch:
         if not self._events.closed:
             self._socket.disable_monitor()
             self._events.close(linger=0)
+
+
+class PeerMetrics:
+    """What Prometheus is told of watched sockets.
+
+    Args:
+        doors: by channel name.
+    """
+
+    def __init__(self, doors: Mapping[str, PeerWatch]) -> None:
+        self._doors = dict(doors)
+
+    def collect(self) -> Iterable[Metric]:
+        """Return both families."""
+        refused: dict[tuple[str, ...], float] = {
+            (name, reason): door.refused[reason]
+            for name, door in self._doors.items()
+            for reason in _EXPLAINED
+        }
+        yield counter("wire_refused", refused)
+        yield counter("wire_ended", {name: door.ended for name, door in self._doors.items()})

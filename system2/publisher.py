@@ -27,7 +27,7 @@ from runtime.exposition import LOOPBACK, Endpoint, Library, serve
 from runtime.gpu import GpuMetrics
 from runtime.interfaces import Engine
 from runtime.newest import ENVELOPE, topic_bytes
-from runtime.peers import PeerWatch
+from runtime.peers import PeerMetrics, PeerWatch
 from runtime.sockets import Port
 from runtime.types import GoalRequest, LatentGoal
 from runtime.wire import NewestPerTopic
@@ -164,6 +164,7 @@ class PublisherNode:
                 self._metrics_port,
                 System2Metrics(self._scheduler, self._hz, clock),
                 WireMetrics({"requests": self._reader.stats}),
+                PeerMetrics(self._doors),
                 GpuMetrics(),
                 Library("vllm:"),  # what vLLM counts of itself, in this process
                 host=self._metrics_host,

@@ -14,7 +14,7 @@ import zmq
 
 from runtime.codec import MAX_FRAME_BYTES
 from runtime.curve import generate
-from runtime.peers import PeerWatch
+from runtime.peers import PeerMetrics, PeerWatch
 from runtime.types import GoalRequest
 from runtime.wire import NewestPerTopic, Publisher
 
@@ -74,6 +74,9 @@ def test_wrong_keys_and_rubbish_are_counted_by_what_they_are(
 
         until(heard)
         watch.poll()
+    families = {family.name: family for family in PeerMetrics({"requests": watch}).collect()}
+    values = {s.labels["reason"]: s.value for s in families["openhelix_wire_refused"].samples}
+    assert values == {reason: watch.refused[reason] for reason in values} and min(values.values())
     assert watch.admitted == 1
     assert "not on the list" in caplog.text and "another protocol" in caplog.text
     for part in (wrong, bare, good, watch, watch, reader):
