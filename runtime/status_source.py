@@ -52,7 +52,7 @@ class StatusRecord:
             robot=config.robot.id,
             observer=ends["observer"] if graph.has("observer") else None,
             control=ends["control"],
-            keys=str(keys.resolve()) if keys else None,
+            keys=str(keys.expanduser().resolve()) if keys else None,
             token=secrets.token_urlsafe(18),
         )
 
