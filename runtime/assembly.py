@@ -28,7 +28,7 @@ from runtime.spec import LatentSpec, PolicySpec, check_latent, check_robot
 from runtime.types import LatentGoal
 from runtime.wire import NewestReader, Publisher
 
-PREFETCH_NS = 900_000  # before a deadline: what decoding a state takes on cold caches, twice
+PREFETCH_NS = 1_000_000  # before a deadline: what a prefetch takes on cold caches, twice
 
 
 @dataclass(frozen=True, slots=True)

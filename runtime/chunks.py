@@ -153,6 +153,10 @@ class ChunkBuffer:
         x, y, z, (qx, qy, qz, qw), openness = row
         return Action(np.array((x, y, z, qx, qy, qz, qw)), openness, self._epoch, t_ns=t_ns)
 
+    def rehearse(self, t_ns: int) -> None:
+        """Go through what `sample` does, without taking anything."""
+        self._at(t_ns)
+
     def remaining_s(self, t_ns: int) -> float:
         """Return the seconds of plan left after `t_ns`; 0 when it has run out."""
         if not self._times:

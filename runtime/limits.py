@@ -92,6 +92,14 @@ class SafetyFilter:
         """Forget the motion so far: the next step starts from standstill."""
         self._previous = None
 
+    def rehearse(self, action: Action, dt_s: float) -> None:
+        """Go through `limit` with an action sent before, and forget it."""
+        before = self._previous, self._previous_dt_s
+        try:
+            self.limit(action, action, dt_s)
+        finally:
+            self._previous, self._previous_dt_s = before
+
     def limit(self, action: Action, reference: Action | F64, dt_s: float) -> Action:
         """Return the target to send: `action` bent into the limits.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from runtime.chunks import ChunkBuffer
@@ -135,9 +135,16 @@ class ControlLoop:
         return tick
 
     def prefetch(self) -> None:
-        """Take in what has arrived, in the time before a tick."""
+        """Take in what has arrived, in the time before a tick, and rehearse the tick's arithmetic.
+
+        While the loop slept, others' work has thrown its code and data out of this core's
+        caches; done once for nothing, the same steps take half as long a moment later.
+        """
         start_s = time.perf_counter()
         self.robot.prefetch()
+        if self._last is not None:
+            self.chunks.rehearse(self._last.t_ns)
+            self.limits.rehearse(self._last, self.period_ns * 1e-9)
         self.prefetch_s = time.perf_counter() - start_s
 
     def fail(self, why: str) -> str:
@@ -148,7 +155,17 @@ class ControlLoop:
 
     def observe(self) -> Observation:
         """Read the robot's newest state, stamped with the instruction it is seen under."""
-        observation = replace(self.robot.get_observation(), epoch=self.epoch)
+        seen = self.robot.get_observation()
+        # Spelt out: `dataclasses.replace` takes five times as long.
+        observation = Observation(
+            seen.t_ns,
+            seen.frames,
+            seen.tcp_pose,
+            seen.gripper_width,
+            seen.gripper_open,
+            seen.joints,
+            self.epoch,
+        )
         now_ns = self.clock.now_ns()
         self.watchdog.saw("proprioception", observation.t_ns, now_ns)
         for name in self.watchdog.cameras:
@@ -197,9 +214,11 @@ class ControlLoop:
         if target is None:
             target = self.robot.hold_action(self._last)
         reference = self._last if self._last is not None else observation.tcp_pose
-        limited = self.limits.limit(target, reference, self.period_ns * 1e-9)
+        safe = self.limits.limit(target, reference, self.period_ns * 1e-9)
         due_ns = now_ns + self.period_ns
-        self._last = self.robot.send_action(replace(limited, epoch=self.epoch, t_ns=due_ns))
+        if safe.t_ns != due_ns or safe.epoch != self.epoch:  # a hold, and not of this tick
+            safe = Action(safe.pose, safe.gripper, self.epoch, safe.info, due_ns)
+        self._last = self.robot.send_action(safe)
         return self._last
 
     def _stand(self, observation: Observation) -> Action:

@@ -12,6 +12,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
+from math import isfinite
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -169,10 +170,11 @@ def check_action(action: Action) -> None:
     pose = np.asarray(action.pose)
     if pose.shape != (7,):
         raise ValueError(f"action.pose: shape {pose.shape}, expected (7,): xyz, quaternion xyzw")
-    if not np.isfinite(pose).all():
-        raise ValueError(f"action.pose: {pose.tolist()} is not finite")
+    values = pose.tolist()  # seven plain floats are looked at in a fraction of numpy's time
+    if not all(map(isfinite, values)):
+        raise ValueError(f"action.pose: {values} is not finite")
     try:
-        normalise(pose[3:].tolist())
+        normalise(values[3:])
     except QuaternionError as error:
         raise ValueError(f"action.pose: {error}") from None
     if not 0.0 <= action.gripper <= 1.0:

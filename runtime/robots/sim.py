@@ -85,6 +85,7 @@ class SimRobot(Robot):
         self._keys, self._timeout_s = keys, timeout_s
         self._connected = False
         self._state: WorldState | None = None
+        self._seen: Observation | None = None  # of that state, with the newest frames
         self._frames: Mapping[str, CameraFrame] = {}
         self._task_seq = 0
         self._sent: Action | None = None
@@ -125,16 +126,9 @@ class SimRobot(Robot):
             part.close()
 
     def get_observation(self) -> Observation:
-        state = self._newest()
-        robot = state.robot_obs
-        return Observation(
-            t_ns=state.t_ns,
-            frames=self._frames,
-            tcp_pose=_tcp_pose(robot),
-            gripper_width=float(robot[6]),
-            gripper_open=bool(robot[14] > 0),
-            joints=robot[7:14],
-        )
+        self._newest()
+        assert self._seen is not None
+        return self._seen
 
     def prefetch(self) -> None:
         if self._connected:
@@ -202,6 +196,8 @@ class SimRobot(Robot):
         state = self._states.poll()
         if state is not None:
             self._state = state
+        if self._state is not None and (frames is not None or state is not None):
+            self._seen = _observation(self._state, self._frames)
 
     def _await_fresh(self, t_ns: int) -> None:
         """Wait for a state and frames of `t_ns` or later."""
@@ -225,6 +221,19 @@ class SimRobot(Robot):
             return self._rpc.call("ask", {"question": question, **arguments}, timeout_s=timeout_s)
         except RpcError as error:
             raise RobotError(f"sim: {error}") from error
+
+
+def _observation(state: WorldState, frames: Mapping[str, CameraFrame]) -> Observation:
+    """The state as every driver gives it; made when it arrives, which is before the tick."""
+    robot = state.robot_obs
+    return Observation(
+        t_ns=state.t_ns,
+        frames=frames,
+        tcp_pose=_tcp_pose(robot),
+        gripper_width=float(robot[6]),
+        gripper_open=bool(robot[14] > 0),
+        joints=robot[7:14],
+    )
 
 
 def _tcp_pose(robot_obs: F64) -> F64:

@@ -186,6 +186,16 @@ def test_counts_what_was_really_consumed():
     assert rows_accounted(buffer) == 15
 
 
+def test_a_rehearsal_takes_nothing():
+    rehearsed, plain = ChunkBuffer(), ChunkBuffer()
+    for buffer in (rehearsed, plain):
+        buffer.put(chunk(x=(0.0, 1.0, 2.0, 3.0)), 0)
+    for t_ms in (5, 15, 22, 40):
+        rehearsed.rehearse(t_ms * MS)
+        assert x_at(rehearsed, t_ms) == x_at(plain, t_ms)
+        assert asdict(rehearsed.counters) == asdict(plain.counters)
+
+
 def test_remaining():
     buffer = ChunkBuffer()
     buffer.put(chunk(), 0)

@@ -117,6 +117,18 @@ def test_after_rest_the_next_step_starts_from_standstill():
     assert step == pytest.approx(LIMITS.max_linear_acceleration_m_s2 * DT * DT)
 
 
+def test_a_rehearsal_changes_nothing_that_follows():
+    rehearsed, plain = SafetyFilter(), SafetyFilter()
+    here = action()
+    for step in range(12):
+        target = action(x=0.4, y=-0.2 + 0.01 * step, v=(0.0, 0.1 * step, 0.0))
+        rehearsed.rehearse(here, 1 / 30)
+        a, b = (f.limit(target, here, 1 / 30) for f in (rehearsed, plain))
+        assert a.pose.tolist() == b.pose.tolist()
+        assert a.info == b.info
+        here = a
+
+
 def test_a_stall_allows_no_longer_step():
     got = SafetyFilter().limit(action(x=0.5), action(x=0.0), 10.0)
     assert got.pose[0] <= LIMITS.max_linear_speed_m_s * LIMITS.max_tick_s + 1e-9
