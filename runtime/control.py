@@ -64,6 +64,11 @@ class ControlNode:
         self._realtime: RealtimeStatus | None = None
         self._subscribers: Subscribers | None = None
 
+    @property
+    def rig(self) -> Rig | None:
+        """The loop and what belongs to it, once it is set up."""
+        return self._rig
+
     def setup(self) -> None:
         config, channels = self._config, self._channels
         spec = self._policy_spec()

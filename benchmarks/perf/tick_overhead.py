@@ -1,0 +1,182 @@
+"""What metrics and recording cost a control tick, measured in turns within one run.
+
+The control node of a real graph runs in this process, its neighbours (PlayTable's world and
+cameras, a small System 1 and System 2, an observer that records) in theirs. Turns of a second
+with nothing, with metrics, with the tick stream that recordings are made of, and with both
+follow one another, so that all ways see the same machine. Two times are kept of every tick:
+until the action is sent, which subscribers must not lengthen, and until the last subscriber
+has been told.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.collectors import LoopMetrics
+from runtime.config import load
+from runtime.control import ControlNode
+from runtime.graph import Graph
+from runtime.loop import Tick
+from runtime.processes import ProcessHost
+from runtime.rpc import RpcClient
+from runtime.stream import TickPublisher
+
+TURN_TICKS = 30
+WAYS: dict[str, tuple[type, ...]] = {
+    "nothing": (),
+    "metrics": (LoopMetrics,),
+    "recording": (TickPublisher,),
+    "both": (LoopMetrics, TickPublisher),
+}
+SMALL = (
+    "system2.engine={target: 'tests.fakes:PointEngine', options: {}}",
+    "system1.policy={target: 'tests.fakes:ReachPolicy', "
+    "options: {cameras: [[static, 200, 200], [gripper, 84, 84]], speed_m: 0.0005}}",
+    *("ray=false", "output.metrics_port=0", "output.video=false", "output.record=true"),
+    "tasks.steps_limit=1000000",
+)
+SCRAPER = """
+import sys, urllib.request
+for line in sys.stdin:
+    urllib.request.urlopen(line.strip(), timeout=5).read()
+"""
+
+
+class Switched:
+    """A subscriber that is told only in the turns that have it."""
+
+    def __init__(self, part: Callable[[Tick], None]) -> None:
+        self.part, self.on = part, True
+
+    def __call__(self, tick: Tick) -> None:
+        if self.on:
+            self.part(tick)
+
+
+class Turns:
+    """Takes the place of the loop's `tick` and keeps what each one took, by way."""
+
+    def __init__(self, node: ControlNode) -> None:
+        assert node.rig is not None
+        self._loop = node.rig.loop
+        self._tick = self._loop.tick
+        self._url = str(node.health()["metrics_url"])
+        self._switched = [Switched(part) for part in self._loop.subscribers]
+        self._loop.subscribers[:] = self._switched
+        setattr(self._loop, "tick", self)  # noqa: B010  the instance's, not the class's
+        self._scraper = subprocess.Popen(
+            [sys.executable, "-c", SCRAPER], stdin=subprocess.PIPE, text=True
+        )
+        self.took: dict[str, list[tuple[float, float, float]]] = {name: [] for name in WAYS}
+        self._count = 0
+
+    def __call__(self) -> Tick:
+        turn, place = divmod(self._count, TURN_TICKS)
+        way = list(WAYS)[turn % len(WAYS)]
+        self._count += 1
+        if place == 0:
+            self._switch(WAYS[way])
+        cpu_ns, wall_ns = time.thread_time_ns(), time.perf_counter_ns()
+        tick = self._tick()
+        wall_ns = time.perf_counter_ns() - wall_ns
+        cpu_ns = time.thread_time_ns() - cpu_ns
+        if place > 0 and tick.state == "run":  # the first tick of a turn finds cold caches
+            self.took[way].append((wall_ns * 1e-3, cpu_ns * 1e-3, tick.duration_s * 1e6))
+        return tick
+
+    def _switch(self, kinds: tuple[type, ...]) -> None:
+        for switched in self._switched:
+            kind = type(switched.part)
+            switched.on = kind in kinds or kind not in (LoopMetrics, TickPublisher)
+        if LoopMetrics in kinds and self._scraper.stdin is not None:
+            self._scraper.stdin.write(self._url + "\n")
+            self._scraper.stdin.flush()
+
+    def close(self) -> None:
+        self._scraper.terminate()
+        self._scraper.wait()
+
+
+def overhead(seconds: float) -> dict[str, Any]:
+    """Run the loop for a while; return what each way costs."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = load(None, SMALL)
+        job = {"assignments": [{"task": "", "instruction": "reach 0.3 0.1 0.7"}], "initial": None}
+        graph = Graph(config, job, folder)
+        others = [spec for spec in graph.specs if spec.name != "control"]
+        control = next(spec for spec in graph.specs if spec.name == "control")
+        host = ProcessHost(folder / "logs")
+        node = ControlNode(**control.options)
+        stop = threading.Event()
+        try:
+            host.start(others)
+            node.setup()
+            turns = Turns(node)
+            node.handlers()["start"]({"latent_spec": _latent_spec(graph)})
+            timer = threading.Timer(seconds, stop.set)
+            timer.start()
+            node.run(stop)
+            turns.close()
+            granted = node.handlers()["report"]({})["realtime"]["fifo"]
+        finally:
+            node.close()
+            host.close()
+            graph.close()
+    return _summary(turns.took, config.control.hz, granted)
+
+
+def _latent_spec(graph: Graph) -> dict[str, Any]:
+    client = RpcClient(graph.endpoints.control["system2"])
+    try:
+        while "latent_spec" not in (health := client.call("health", {}, 60.0)):
+            time.sleep(0.1)
+        return dict(health["latent_spec"])
+    finally:
+        client.close()
+
+
+def _summary(
+    took: dict[str, list[tuple[float, float, float]]], hz: float, fifo: bool
+) -> dict[str, Any]:
+    ways: dict[str, Any] = {}
+    for way, rows in took.items():
+        wall, cpu, to_action = np.array(rows).T
+        ways[way] = {
+            "ticks": len(rows),
+            "tick_us": _figures(wall),
+            "tick_cpu_us": _figures(cpu),
+            "to_action_us": _figures(to_action),
+        }
+    base = ways["nothing"]
+    period_us = 1e6 / hz
+    for way in ("metrics", "recording", "both"):
+        extra_us = ways[way]["tick_us"]["mean"] - base["tick_us"]["mean"]
+        later_us = ways[way]["to_action_us"]["mean"] - base["to_action_us"]["mean"]
+        ways[way] |= {
+            "extra_us": extra_us,
+            "percent_of_period": 100 * extra_us / period_us,
+            "percent_of_tick": 100 * extra_us / base["tick_us"]["mean"],
+            "action_later_us": later_us,
+            "action_later_percent_of_period": 100 * later_us / period_us,
+        }
+    return {"turn_ticks": TURN_TICKS, "period_us": period_us, "sched_fifo": fifo, "ways": ways}
+
+
+def _figures(values: Any) -> dict[str, float]:
+    """Return percentiles, and the mean without the slowest hundredth."""
+    kept = np.sort(values)[: max(1, round(0.99 * len(values)))]
+    return {
+        "p50": float(np.percentile(values, 50)),
+        "p99": float(np.percentile(values, 99)),
+        "mean": float(kept.mean()),
+    }
