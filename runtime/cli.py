@@ -20,6 +20,7 @@ COMMANDS = {
     "status": ("runtime.commands.status:main", "how a running robot is doing; --web for a page"),
     "serve": ("runtime.commands.serve:main", "one System 2 for many robots"),
     "collect": ("benchmarks.playtable.collect:main", "demonstrations and frames for training"),
+    "train": ("benchmarks.training.command:main", "both systems, from frames to checkpoints"),
     "eval": ("benchmarks.dsvlabench.eval:main", "how often a policy does what it is told"),
     "sweep": ("benchmarks.dsvlabench.sweep:main", "success against the age of the latent"),
     "compare": ("benchmarks.dsvlabench.compare:main", "two evaluations on the same episodes"),

@@ -3,8 +3,11 @@
 A latent of one token, of several, or a short memory of recent ones with their ages: all
 become tokens of the policy's width. Beside them stands one token from a learned table, its
 row 0 for "no task named" and one row a task, which is all that a policy without System 2
-has. The age of a latent goes in as a sinusoid code, so that the policy can learn how far to
-trust an old one (paper Sec. 3, asynchronous operation).
+has. A latent stands in the place of that table's row, not beside it: a policy pretrained on
+the table alone then meets one token where it learned to expect one, and System 2 can be
+taught to speak for the table before the policy is touched (the paper's first stage). The age
+of a latent goes in as a sinusoid code, so that the policy can learn how far to trust an old
+one (paper Sec. 3, asynchronous operation).
 """
 
 from __future__ import annotations
@@ -38,13 +41,12 @@ class Condition(nn.Module):
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens (B, M, dim), their mask (B, M) and the pooled vector (B, dim)."""
         named = self.table(inputs.task + 1).unsqueeze(1)
-        tokens = [named]
-        masks = [torch.ones(inputs.batch, 1, dtype=torch.bool, device=named.device)]
+        joined = named
+        mask = torch.ones(inputs.batch, 1, dtype=torch.bool, device=named.device)
         if inputs.latent is not None:
-            latent, mask = self.embed(inputs.latent, inputs.latent_age_s, inputs.latent_mask)
-            tokens.append(latent)
-            masks.append(mask)
-        joined, mask = torch.cat(tokens, 1), torch.cat(masks, 1)
+            latent, seen = self.embed(inputs.latent, inputs.latent_age_s, inputs.latent_mask)
+            spoken = (inputs.task >= 0).unsqueeze(1) | ~seen.any(1, keepdim=True)
+            joined, mask = torch.cat((named, latent), 1), torch.cat((spoken, seen), 1)
         weight = mask.unsqueeze(-1).to(joined.dtype)
         pooled = self.pool((joined * weight).sum(1) / weight.sum(1))
         return joined, mask, pooled

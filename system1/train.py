@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,20 @@ from system1.cache import CacheError
 from system1.checkpoint import Network, build_model, load_policy, save_policy
 from system1.config import PRESETS, CameraConfig, ConfigError, PolicyConfig
 from system1.data import Augment, Batch, Cache
+from system1.door import open_door
 from system1.losses import trajectory_errors
 from system1.model import gaussian
 from system1.normalizer import Normalizer
-from system1.train_state import STATE, Ema, load_state, plot_history, save_state, trained
+from system1.train_state import (
+    STATE,
+    Ema,
+    cosine_rate,
+    load_state,
+    plot_history,
+    save_state,
+    trained,
+)
+from system1.training_loop import Pace, deadline_after, run_loop
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +105,16 @@ def policy_config(config: TrainConfig, cache: Cache) -> PolicyConfig:
     return PRESETS[config.preset](**{**taken, **config.changes})
 
 
+def fresh_network(config: PolicyConfig, cache: Cache, frames: Tensor, seed: int) -> Network:
+    """Return an untrained network whose normaliser is fitted to some frames of a cache."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(config)
+    if config.head != "diffuser_actor":
+        model.set_normalizer(Normalizer.fit(*cache.all_rows(frames, config.rotation)))
+    return model
+
+
 class Trainer:
     """A run: its data, network, optimiser and history."""
 
@@ -130,29 +149,19 @@ class Trainer:
         config = self.config
         if config.init is not None:
             model = load_policy(config.init)
-            self.policy_config = replace(
-                model.config,
-                latent_model_id=self.policy_config.latent_model_id,
-                use_latent=self.policy_config.use_latent,
-            )
-            model.config = self.policy_config
+            spec = self.cache.latent_spec
+            if spec is not None:
+                model = open_door(model, spec, config.seed)
+            elif model.config.use_latent:
+                model.config = replace(model.config, use_latent=False)
+            self.policy_config = model.config
             return model
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = build_model(self.policy_config)
-        if self.policy_config.head != "diffuser_actor":
-            rows, mask = self.cache.all_rows(self.train_frames, self.policy_config.rotation)
-            model.set_normalizer(Normalizer.fit(rows, mask))
-        return model
+        return fresh_network(self.policy_config, self.cache, self.train_frames, config.seed)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step: linear warm-up, then a cosine."""
         c = self.config
-        if step < c.warmup:
-            return c.lr * (step + 1) / c.warmup
-        done = min(1.0, (step - c.warmup) / max(1, c.steps - c.warmup))
-        share = 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
-        return c.lr * (c.decay_to + (1 - c.decay_to) * share)
+        return c.lr * cosine_rate(step, c.warmup, c.steps, c.decay_to)
 
     def generator(self, step: int, stream: int = 0) -> torch.Generator:
         """Return the generator of a step; its numbers depend on nothing else."""
@@ -239,12 +248,16 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Write the checkpoint of the average weights, the state, the history and its plot."""
+        """Write the checkpoint of the average weights, then the state, then the plot.
+
+        In this order: a run killed in between never counts a step as done whose checkpoint
+        was not written.
+        """
         out = self.config.out
-        save_state(out, self.model, self.ema, self.optimizer, self.step, self.history)
         self.ema.swap(self.model)
         save_policy(out, self.policy_config, self.model.state_dict(), self.model.normalizer)
         self.ema.swap(self.model)
+        save_state(out, self.model, self.ema, self.optimizer, self.step, self.history)
         try:
             plot_history(out / "loss.png", self.history)
         except ImportError:
@@ -252,23 +265,9 @@ class Trainer:
 
     def run(self) -> list[dict[str, Any]]:
         """Train to the last step or the time limit; return the history."""
-        c, begun = self.config, time.monotonic_ns()
-        while self.step < c.steps:
-            row: dict[str, Any] = self.train_step()
-            done = self.step >= c.steps
-            seconds = (time.monotonic_ns() - begun) * 1e-9
-            late = 0 < c.time_limit_s <= seconds
-            keep = self.step % c.log_every == 0
-            if self.step % c.eval_every == 0 or done or late:
-                row |= self.evaluate()
-                keep = True
-            if keep:
-                self.history.append({**row, "seconds": seconds})
-                log.info("%s", " ".join(f"{k}={v:.5g}" for k, v in row.items()))
-            if self.step % c.save_every == 0 or done or late:
-                self.save()
-            if late:
-                break
+        c = self.config
+        deadline = deadline_after(c.time_limit_s)
+        run_loop(self, Pace(c.steps, c.eval_every, c.save_every, c.log_every, deadline))
         return self.history
 
 

@@ -2,16 +2,20 @@
 
 Weights, their exponential moving average, both moments of AdamW, the step and the history of
 losses; all in safetensors and JSON. Randomness needs no state: every step seeds its own
-generator from the run's seed and the step's number.
+generator from the run's seed and the step's number. The history is written before the
+weights and the weights say which step they are of, so a run killed between the two goes on
+from whole weights and forgets the rows after them.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -49,6 +53,14 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
+def cosine_rate(step: int, warmup: int, steps: int, floor: float = 0.05) -> float:
+    """Return the share of the top learning rate: linear warm-up, then a cosine to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
+
+
 def save_state(
     folder: Path,
     model: nn.Module,
@@ -56,24 +68,40 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     step: int,
     history: list[dict[str, Any]],
+    keep: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Write the state, each file first under another name."""
-    tensors: dict[str, Tensor] = {f"model.{n}": t for n, t in model.state_dict().items()}
+    """Write the state, each file first under another name.
+
+    Args:
+        folder: of the run.
+        model: with the newest weights.
+        ema: their average.
+        optimizer: AdamW.
+        step: steps taken.
+        history: rows of the log.
+        keep: which of the model's tensors to write, by name; what never changes need not be.
+    """
+    state = model.state_dict()
+    tensors: dict[str, Tensor] = {f"model.{n}": t for n, t in state.items() if keep(n)}
     tensors |= {f"ema.{n}": t for n, t in ema.values.items()}
     for name, p in trained(model).items():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
     cpu = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
-    part = folder / f".{STATE}.part"
-    save_file(cpu, part, metadata={"step": str(step)})
-    part.replace(folder / STATE)
     log = folder / f".{LOG}.part"
     log.write_text(json.dumps({"step": step, "history": history}, indent=1) + "\n")
     log.replace(folder / LOG)
+    part = folder / f".{STATE}.part"
+    save_file(cpu, part, metadata={"step": str(step)})
+    part.replace(folder / STATE)
 
 
 def load_state(
-    folder: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer
+    folder: Path,
+    model: nn.Module,
+    ema: Ema,
+    optimizer: torch.optim.Optimizer,
+    keep: Callable[[str], bool] = lambda name: True,
 ) -> tuple[int, list[dict[str, Any]]]:
     """Read the state back; return the step to go on with and the history.
 
@@ -81,11 +109,14 @@ def load_state(
         ValueError: the state belongs to another network.
     """
     tensors = load_file(folder / STATE)
+    with safe_open(folder / STATE, "pt") as file:
+        step = int((file.metadata() or {})["step"])
     log = json.loads((folder / LOG).read_text())
     weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    if set(weights) != set(model.state_dict()):
+    learned = {f"ema.{n}" for n in trained(model)}
+    if set(weights) != {n for n in model.state_dict() if keep(n)} or not learned <= set(tensors):
         raise ValueError(f"{folder / STATE}: belongs to another network")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=False)
     for name, p in trained(model).items():
         ema.values[name] = tensors[f"ema.{name}"].to(p.device)
         moments = {
@@ -98,7 +129,7 @@ def load_state(
                 key: value if key == "step" else value.to(p.device)
                 for key, value in moments.items()
             }
-    return int(log["step"]), list(log["history"])
+    return step, [row for row in log["history"] if row["step"] <= step]
 
 
 def plot_history(path: Path, history: list[dict[str, Any]]) -> None:

@@ -45,6 +45,11 @@ class Prefix:
         """Return it in another precision; bfloat16 halves the memory."""
         return Prefix(self.keys.to(dtype), self.values.to(dtype), self.lengths)
 
+    def at(self, device: torch.device | str) -> Prefix:
+        """Return it on a device."""
+        moved = (x.to(device) for x in (self.keys, self.values, self.lengths))
+        return Prefix(*moved)
+
     @staticmethod
     def join(parts: Sequence[Prefix]) -> Prefix:
         """Return several batches as one."""

@@ -114,10 +114,12 @@ class Sample:
     Attributes:
         state: (B, n_tokens, hidden) raw read-out.
         z: (B, n_tokens, dim) latent goal, as the policy gets it.
+        filled: (B, n_tokens) bool, False for rows that the instruction does not fill.
     """
 
     state: Tensor
     z: Tensor
+    filled: Tensor
 
 
 @dataclass(slots=True)
@@ -161,7 +163,7 @@ class System2Learner(nn.Module):
         self.head = head.requires_grad_(True)
         self.aux = ActionHead(checkpoint.hidden)
         self.model = model.requires_grad_(False)
-        self._prompts = checkpoint.prompts(head.config.n_act, head.config.vision)
+        self.prompts = checkpoint.prompts(head.config.n_act, head.config.vision)
         self._processor: Any = None  # loaded when the first image comes
         if regime == "frozen":
             head.act.requires_grad_(False)
@@ -218,7 +220,11 @@ class System2Learner(nn.Module):
         """Return read-out and latent of cached samples, with exact gradients."""
         act = self.head.act.to(self.model.dtype)
         state = states_after(self.model.language_model, prefix, act).float()
-        return Sample(state, self.head.projector(state))
+        return self.from_states(state, torch.ones_like(state[..., 0], dtype=torch.bool))
+
+    def from_states(self, state: Tensor, filled: Tensor) -> Sample:
+        """Return the latent of raw read-outs (B, n_tokens, hidden) that were kept."""
+        return Sample(state, self.head.project(state, filled), filled)
 
     def forward(
         self, images: Sequence[Image.Image] | Tensor, texts: Sequence[str], question: int = 0
@@ -226,7 +232,7 @@ class System2Learner(nn.Module):
         """Return read-out and latent with gradients to everything that the regime trains."""
         embeddings, lengths = self._embed(images, texts, question)
         config = self.head.config
-        prompts = [self._prompts(text, QUESTIONS[question]) for text in texts]
+        prompts = [self.prompts(text, QUESTIONS[question]) for text in texts]
         # <ACT> in the table is a copy; put the learned one in its place.
         rows = torch.arange(len(texts), device=embeddings.device)[:, None]
         places = lengths[:, None] - config.n_act + torch.arange(config.n_act, device=lengths.device)
@@ -245,13 +251,12 @@ class System2Learner(nn.Module):
             ),
             strict=True,
         )
-        state = torch.stack(raw)
-        return Sample(state, self.head.project(state, torch.stack(filled)))
+        return self.from_states(torch.stack(raw), torch.stack(filled))
 
     def _embed(
         self, images: Sequence[Image.Image] | Tensor, texts: Sequence[str], question: int = 0
     ) -> tuple[Tensor, Tensor]:
-        prompts = [self._prompts(text, QUESTIONS[question]) for text in texts]
+        prompts = [self.prompts(text, QUESTIONS[question]) for text in texts]
         features = None
         if self.head.config.vision:
             features = images if isinstance(images, Tensor) else self.image_tokens(images)
@@ -276,7 +281,7 @@ class System2Learner(nn.Module):
         """
         rows = []
         for text in texts:
-            ids = torch.tensor([self._prompts.tokenize(text)[0]], device=self.model.device)
+            ids = torch.tensor([self.prompts.tokenize(text)[0]], device=self.model.device)
             rows.append(self.model.language_model(input_ids=ids).last_hidden_state[0].mean(dim=0))
         return torch.stack(rows).float()
 

@@ -10,6 +10,7 @@ import torch
 
 from system1.config import ConfigError
 from system1.data import Augment, Cache
+from system1.door import DOOR
 from system1.losses import LossParts, diffusion_loss, trajectory_loss
 from system1.policy import DiffusionPolicy
 from system1.sampler import row_alphas
@@ -118,9 +119,11 @@ def test_a_run_can_start_from_a_checkpoint(folder, tmp_path):
     second = Trainer(run_config(folder, tmp_path / "b", init=tmp_path / "a"))
     weights = DiffusionPolicy.load(tmp_path / "a").model.state_dict()
     for name, tensor in second.model.state_dict().items():
-        assert torch.equal(tensor, weights[name])
+        if not name.startswith(DOOR):  # the cache's latents have another width
+            assert torch.equal(tensor, weights[name]), name
     assert second.policy_config.use_latent
     assert second.policy_config.latent_model_id == "fake0"
+    assert second.train_step()["loss"] > 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):

@@ -1,0 +1,119 @@
+"""`openhelix train STAGE`: from a collection to a pair of checkpoints.
+
+Stages: `policy` (System 1 alone), `prepare` (what the frozen language model makes of the
+frames, kept on disk), `stage1` (<ACT> and projector learn, policy and language model frozen),
+`stage2` (the policy learns too), `export` (one folder to ship), `all` (what is missing of
+these, in order). The same command again goes on where it stopped; a finished stage is left
+as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from benchmarks.training.config import STAGES, TrainingConfig
+from runtime.commands.arguments import Parser, parse, parser
+from runtime.config import ConfigError, apply_overrides, read_yaml, validate
+
+PATHS = ("data", "out", "policy.checkpoint")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train; 0 when the stage is finished or the time limit has come.
+
+    Raises:
+        ConfigError: bad input, in one line.
+    """
+    options, overrides = parse(arguments(), argv)
+    if options.stage not in STAGES:
+        raise ConfigError(f"stage: {options.stage!r} is none of {', '.join(STAGES)}")
+    config = read(options.config, overrides)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    for name in ("httpx", "urllib3", "matplotlib", "transformers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    results = run(config, options.stage)
+    text = json.dumps(results, indent=None if options.json else 1, default=str)
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def arguments() -> Parser:
+    """Return the command line."""
+    result = parser("train", (__doc__ or "") + "\nSettings and their defaults:\n" + fields())
+    result.formatter_class = _Raw
+    result.add_argument("stage", metavar="|".join(STAGES))
+    return result
+
+
+def read(file: Path | None, overrides: Sequence[str]) -> TrainingConfig:
+    """Return the configuration of a YAML file and overrides.
+
+    Raises:
+        ConfigError: in one line, the field and what is valid.
+    """
+    quoted = []
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        # A folder's name may look like a number to YAML.
+        quoted.append(f"{key}={json.dumps(value)}" if sign and key in PATHS else text)
+    return validate(TrainingConfig, apply_overrides(read_yaml(file), quoted))
+
+
+def run(config: TrainingConfig, stage: str) -> dict[str, Any]:
+    """Run a stage, or all of them; return what they say of themselves."""
+    import torch
+
+    from benchmarks.training.export import export
+    from benchmarks.training.folders import NotDone
+    from benchmarks.training.stages import prepare, run_joint, run_policy
+    from system1.training_loop import deadline_after
+
+    config.latent.read_out()
+    config.frames_folder()
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device: {config.device!r}, but torch sees no CUDA device here")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    deadline = deadline_after(config.time_limit_s)
+    done: list[dict[str, Any]] = []
+    try:
+        for name in ("policy", "stage1", "stage2", "export") if stage == "all" else (stage,):
+            if name == "policy":
+                done.append(run_policy(config, deadline))
+            elif name == "prepare":
+                done.append(prepare(config, deadline))
+            elif name == "export":
+                done.append(export(config))
+            else:
+                done.append(run_joint(config, "stage1" if name == "stage1" else "stage2", deadline))
+    except NotDone as stop:
+        logging.getLogger(__name__).info("%s; the same command goes on", stop)
+        return {"finished": False, "why": str(stop), "folder": str(config.folder), "stages": done}
+    return {"finished": True, "folder": str(config.folder), "stages": done}
+
+
+def fields() -> str:
+    """Return every setting with its default, a line each."""
+    return "\n".join(_lines(TrainingConfig, ""))
+
+
+def _lines(model: type[BaseModel], prefix: str) -> list[str]:
+    out = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            out += _lines(type(field.default), f"{prefix}{name}.")
+        else:
+            out.append(f"  {prefix}{name}={field.default}")
+    return out
+
+
+class _Raw(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description."""

@@ -1,0 +1,226 @@
+"""What `openhelix train` does: one frozen record, from YAML, overrides or the command line.
+
+The stages are the paper's (Appendix A.4) with the policy's own pretraining before them:
+`policy`, `stage1`, `stage2`; `prepare` makes what both of the latter read and `export` what a
+robot reads. Each keeps its own folder under `out`, so that a stage can be repeated with other
+settings while the ones before it stand.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from runtime.config import ConfigError
+from system2.latents import BadLatent, LatentConfig
+from system2.train import Regime
+
+STAGES = ("policy", "prepare", "stage1", "stage2", "export", "all")
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+# The paper's names and System 2's.
+REGIMES: dict[str, Regime] = {
+    "frozen": "frozen",
+    "prompt_tuning": "prompt",
+    "lora": "lora",
+    "full": "full",
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class PolicyStage(_Section):
+    """System 1 alone, told its task by name.
+
+    Attributes:
+        checkpoint: a trained policy's folder, taken instead of training one.
+        pretrained: False: the stages after begin with an untrained policy (Table 4's contrast).
+        preset, changes: which network; fields of `system1.config.PolicyConfig`.
+    """
+
+    checkpoint: Path | None = None
+    pretrained: bool = True
+    preset: str = "small"
+    changes: dict[str, Any] = {}
+    steps: Count = 20_000
+    batch: Count = 32
+    draws: Count = 8
+    lr: Positive = 3e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-3
+    warmup: Whole = 200
+    ema: Share = 0.999
+    eval_every: Count = 500
+    save_every: Count = 500
+
+
+class LatentSection(_Section):
+    """System 2: which model, which read-out, what of it learns, and where its states come from.
+
+    Attributes:
+        model: "laptop", a LLaVA's folder, or a hub name.
+        kind, n_act, layer, text_rows, vision: the read-out; see `system2.latents`.
+        regime: what of the language model learns.
+        lora_rank: of regime "lora".
+        aux: train the auxiliary action head beside (paper's Eq. 1 and 2).
+        clip: weight of the alignment loss to the instruction's embedding; 0 for none.
+        lag_steps: a latent may come from an observation up to this many environment steps old
+            (asynchronous training); 0 trains synchronously.
+        null: share of samples whose latent is left out and whose task is named instead.
+        feed: "live" runs the language model in every step, "prefix" over cached keys and
+            values of some frames (exact, see `system2.prefix`), "states" not at all: it
+            reads states at an `<ACT>` that no longer learns; "auto" picks.
+        frames: most frames with a cached prefix; each serves the frames up to `lag_steps` after.
+        stride: every so many-th frame has cached states.
+        phrasings: sentences a frame has states for.
+        max_gb: refuse to write more than this.
+        encode_batch: frames encoded together.
+        dtype: of the language model, as in `system2.engines.base`.
+    """
+
+    model: str = "laptop"
+    kind: str = "act_last"
+    n_act: Count = 1
+    layer: Whole = 0
+    text_rows: Count = 32
+    vision: bool = True
+    regime: Literal["frozen", "prompt_tuning", "lora", "full"] = "prompt_tuning"
+    lora_rank: Count = 16
+    aux: bool = True
+    clip: Annotated[float, Field(ge=0)] = 0.0
+    lag_steps: Whole = 30
+    null: Share = 0.1
+    feed: Literal["auto", "live", "prefix", "states"] = "auto"
+    frames: Count = 3000
+    stride: Count = 2
+    phrasings: Count = 2
+    max_gb: Positive = 12.0
+    encode_batch: Count = 8
+    dtype: str = "auto"
+
+    @field_validator("regime", mode="before")
+    @classmethod
+    def _short_name(cls, value: Any) -> Any:
+        return "prompt_tuning" if value == "prompt" else value
+
+    def read_out(self) -> LatentConfig:
+        """Return System 2's own record of the read-out.
+
+        Raises:
+            ConfigError: there is no such read-out.
+        """
+        try:
+            return LatentConfig(self.kind, self.n_act, self.layer, self.text_rows, self.vision)
+        except BadLatent as error:
+            raise ConfigError(str(error)) from None
+
+
+class JointStage(_Section):
+    """Stage 1 or 2: both systems together.
+
+    Attributes:
+        steps: 0 leaves the stage out.
+        lr_policy: of the policy; stage 1 keeps it frozen.
+        lr_head, lr_act, lr_language: of projector and auxiliary head, of `<ACT>`, of the
+            language model's own weights (regimes "lora" and "full").
+        start: "table": the projector starts by saying what the policy's task table says,
+            by least squares; "random": it starts untrained. Read where no stage came before.
+    """
+
+    steps: Whole
+    batch: Count = 32
+    draws: Count = 4
+    lr_policy: Positive = 1e-4
+    lr_head: Positive = 5e-4
+    lr_act: Positive = 1e-3
+    lr_language: Positive = 5e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-3
+    warmup: Whole = 50
+    ema: Share = 0.995
+    clip_norm: Positive = 1.0
+    eval_every: Count = 250
+    save_every: Count = 100
+    start: Literal["table", "random"] = "table"
+
+
+class Stage1(JointStage):
+    """`<ACT>` and projector learn; policy and language model are frozen."""
+
+    steps: Whole = 1500
+
+
+class Stage2(JointStage):
+    """The policy learns too."""
+
+    steps: Whole = 6000
+    draws: Count = 8
+    ema: Share = 0.999
+    eval_every: Count = 500
+    save_every: Count = 250
+
+
+class TrainingConfig(_Section):
+    """One training of the pair.
+
+    Attributes:
+        data: a collection that `openhelix collect` made, or its `frames` folder.
+        out: everything goes here; None for `train/<collection>` in the cache.
+        validation: share of the episodes held out.
+        time_limit_s: end the command after this long, saved; 0 for no limit.
+        threads: torch threads; 0 leaves torch's own number.
+    """
+
+    data: Path = Path("demonstrations_ABC")
+    out: Path | None = None
+    seed: Whole = 0
+    device: str = "cpu"
+    bf16: bool = False
+    threads: Whole = 0
+    validation: Share = 0.05
+    eval_frames: Count = 128
+    time_limit_s: Annotated[float, Field(ge=0)] = 0.0
+    log_every: Count = 20
+    policy: PolicyStage = PolicyStage()
+    latent: LatentSection = LatentSection()
+    stage1: Stage1 = Stage1()
+    stage2: Stage2 = Stage2()
+
+    def frames_folder(self) -> Path:
+        """Return the training cache.
+
+        Raises:
+            ConfigError: there is none, or it has no frames.
+        """
+        given = self.data.expanduser()
+        places = [given, given / "frames"]
+        if not given.is_absolute():
+            places += [cache_root() / "data" / given, cache_root() / "data" / given / "frames"]
+        for place in places:
+            if (place / "cache.json").is_file():
+                return place
+        if any(place.is_dir() for place in places):
+            raise ConfigError(
+                f"data: {given} has no frames; `openhelix collect out={given}` draws them "
+                "(frames.every must not be 0)"
+            )
+        raise ConfigError(f"data: no folder {given}; `openhelix collect` makes one")
+
+    @property
+    def folder(self) -> Path:
+        """Where the training goes."""
+        if self.out is not None:
+            return self.out.expanduser()
+        frames = self.frames_folder()
+        name = frames.parent.name if frames.name == "frames" else frames.name
+        return cache_root() / "train" / name
+
+
+def cache_root() -> Path:
+    """Return the folder for data and caches: OPENHELIX_CACHE, or ~/.cache/openhelix."""
+    return Path(os.environ.get("OPENHELIX_CACHE") or Path.home() / ".cache" / "openhelix")

@@ -1,0 +1,281 @@
+"""Both systems in one training step: the paper's stage 1 and stage 2 (Appendix A.4).
+
+The loss is the same in both: the auxiliary head's terms (omega 1 and 2) and the policy's
+(omega 3 and 4), through the latent. The stages differ only in whether the policy learns. A
+latent may be older than the frame it is for, as it is when the robot runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.training.config import JointStage, TrainingConfig
+from benchmarks.training.feeds import Drawn, Feed
+from system1.checkpoint import Network
+from system1.data import Augment, Batch, Cache, relative_rows
+from system1.door import nearest_task
+from system1.losses import LossParts
+from system1.scene import Inputs
+from system1.train_state import Ema, cosine_rate, trained
+from system2.train import ActionTarget, LossWeights, Sample, System2Learner
+
+Stage = Literal["stage1", "stage2"]
+
+
+class Pair(nn.Module):
+    """The two systems as one module, for one optimiser, average and state file."""
+
+    def __init__(self, policy: Network, learner: System2Learner) -> None:
+        super().__init__()
+        self.policy = policy
+        self.learner = learner
+
+    def kept(self, name: str) -> bool:
+        """Whether a tensor of this name can differ from the language model's own file."""
+        if not name.startswith("learner.model."):
+            return True
+        return name in self._language
+
+    @property
+    def _language(self) -> set[str]:
+        return {n for n, p in self.named_parameters() if p.requires_grad}
+
+
+class Joint:
+    """The step, the groups of the optimiser, and the evaluation of one stage.
+
+    Args:
+        config: of the whole training.
+        stage: "stage1" or "stage2".
+        cache: the frames, opened without latents.
+        policy: with its door open for the learner's latents.
+        learner: System 2.
+        feed: where latents come from.
+        clip_text: (n_tasks, dim), what the alignment loss pulls each task's latent to.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        stage: Stage,
+        cache: Cache,
+        policy: Network,
+        learner: System2Learner,
+        feed: Feed,
+        clip_text: Tensor | None = None,
+    ) -> None:
+        self.config, self.section = config, getattr(config, stage)
+        self.cache, self.feed, self.clip_text = cache, feed, clip_text
+        self.device = torch.device(config.device)
+        self.frozen = stage == "stage1"
+        if self.frozen:
+            policy.requires_grad_(False)
+        self.pair = Pair(policy, learner).to(self.device)
+        self.policy, self.learner = policy, learner
+        if not config.latent.aux:
+            learner.aux.requires_grad_(False)
+        train, held = cache.split(config.validation, config.seed)
+        self.train_rows = rows_among(feed.frames, train)
+        self.val_rows = rows_among(feed.frames, held)
+        self.ema = Ema(self.pair, self.section.ema)
+        self.optimizer = torch.optim.AdamW(self.groups(), betas=(0.9, 0.95))
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the optimiser's groups; each has its own top rate, in `top`."""
+        s: JointStage = self.section
+        learned = self.learner.learned()
+        policy = [p for p in self.policy.parameters() if p.requires_grad]
+        wide = [p for p in policy if p.ndim > 1]
+        thin = [p for p in policy if p.ndim <= 1]
+        head = [p for p in learned.head if p.requires_grad]
+        rows = [
+            (wide, s.lr_policy, s.weight_decay),
+            (thin, s.lr_policy, 0.0),
+            (head, s.lr_head, 1e-5),  # the paper's decay for the language side
+            (learned.act, s.lr_act, 0.0),
+            (learned.language, s.lr_language, 1e-5),
+        ]
+        return [
+            {"params": params, "lr": rate, "top": rate, "weight_decay": decay}
+            for params, rate, decay in rows
+            if params
+        ]
+
+    def generator(self, step: int, stream: int = 0) -> torch.Generator:
+        """Return the generator of a step; its numbers depend on nothing else."""
+        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 4 + stream)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the autocast context that the run asks for."""
+        if not self.config.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def step(self, number: int) -> dict[str, float]:
+        """Take step `number`; return its losses, gradient norm and rate.
+
+        Raises:
+            FloatingPointError: the loss is not finite; the weights are as before.
+        """
+        s, generator = self.section, self.generator(number)
+        self.policy.train(not self.frozen)
+        picks = torch.randint(len(self.train_rows), (s.batch,), generator=generator)
+        terms, _ = self.terms(self.train_rows[picks], generator, Augment(), s.draws)
+        loss = torch.stack([value for name, value in terms.items() if name in COUNTED]).sum()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {number} is {loss.item()}")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(list(trained(self.pair).values()), s.clip_norm)
+        share = cosine_rate(number, s.warmup, s.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["top"] * share
+        self.optimizer.step()
+        self.ema.update(self.pair, number)
+        values = {name: float(value.detach()) for name, value in terms.items()}
+        return {
+            "step": number + 1,
+            "loss": float(loss.detach()),
+            **values,
+            "grad_norm": float(norm),
+        }
+
+    def terms(
+        self,
+        rows: Tensor,
+        generator: torch.Generator,
+        augment: Augment | None,
+        draws: int,
+        noise: torch.Generator | None = None,
+    ) -> tuple[dict[str, Tensor], tuple[Batch, Drawn, Inputs]]:
+        """Return the terms of the loss for rows (B,) of the feed, and what they were made from.
+
+        `noise` is the diffusion's; the other generator when None.
+        """
+        c = self.config.latent
+        with self.language_precision():
+            drawn = self.feed.draw(rows, generator)
+        lag = c.lag_steps if augment is not None else 0
+        frames, age = self.cache.later(drawn.frames, lag, generator)
+        rotation = self.policy.config.rotation
+        batch = self.cache.batch(frames, generator, augment, rotation, self.device)
+        null = torch.zeros(len(rows), dtype=torch.bool)
+        if augment is not None:
+            null = torch.rand(len(rows), generator=generator) < c.null
+        inputs = with_latent(batch.inputs, drawn.sample.z, age, null)
+        parts: list[LossParts] = []
+
+        def policy_loss(z: Tensor) -> Tensor:
+            given = replace(inputs, latent=z.unsqueeze(1))
+            with self.precision():
+                parts.append(
+                    self.policy.loss(
+                        given, batch.rows, batch.openness, batch.mask, draws, noise or generator
+                    )
+                )
+            return parts[0].total
+
+        terms = self.learner.losses(
+            drawn.sample,
+            self.target(drawn.frames) if c.aux else None,
+            policy_loss,
+            text=None if self.clip_text is None else self.clip_text[self.task(drawn.frames)],
+            labels=self.task(drawn.frames),
+            weights=LossWeights(clip=c.clip),
+        )
+        found = parts[0]
+        terms |= {"position": found.position, "rotation": found.rotation, "gripper": found.gripper}
+        return terms, (batch, drawn, inputs)
+
+    def language_precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Return autocast for a language model that learns in float32."""
+        if self.config.bf16 and self.config.latent.regime in ("lora", "full"):
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def task(self, frames: Tensor) -> Tensor:
+        """Return the tasks of frames (B,), on the device."""
+        return self.cache.task[frames].to(self.device)
+
+    def target(self, frames: Tensor) -> ActionTarget:
+        """Return what the auxiliary head is to predict: the end of the chunk of what was seen.
+
+        In the policy's normalised space, where the paper's weights of the two heads are meant
+        to be compared.
+        """
+        poses = self.cache.gather("target_pose", frames)
+        now = self.cache.gather("proprio", frames)[:, -1, :7]
+        mask = self.cache.gather("target_mask", frames).bool()
+        last = (mask.sum(1) - 1).clamp_min(0)
+        at = torch.arange(len(frames))
+        rows = relative_rows(poses, now, self.policy.config.rotation).to(self.device)
+        end = self.policy.normalizer.normalize(rows)[at, last]
+        opened = self.cache.gather("target_open", frames)[at, last].to(self.device)
+        return ActionTarget(end[:, :3], end[:, 3:], opened)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return held-out losses, average weights: told by latents, and told the task by name.
+
+        `val_task_top1` is the share of latents that come nearest to their task's row in the
+        policy's table.
+        """
+        c, s = self.config, self.section
+        rows = self.val_rows if len(self.val_rows) else self.train_rows
+        order = torch.randperm(len(rows), generator=self.generator(0, 1))[: c.eval_frames]
+        self.ema.swap(self.pair)
+        self.policy.eval()
+        sums: dict[str, float] = {}
+        for start in range(0, len(order), s.batch):
+            chosen = rows[order[start : start + s.batch]]
+            generator, noise = self.generator(start, 2), self.generator(start, 3)
+            terms, (batch, drawn, inputs) = self.terms(chosen, generator, None, 4, noise)
+            values = {f"val_{k}": float(v) for k, v in terms.items()}
+            named = replace(
+                inputs.without_latent(), task=self.cache.task[drawn.frames].to(self.device)
+            )
+            told = self.policy.loss(
+                named, batch.rows, batch.openness, batch.mask, 4, self.generator(start, 3)
+            )
+            values["val_policy_named"] = float(told.total)
+            guess = nearest_task(self.policy, drawn.sample.z)
+            if guess is not None:
+                values["val_task_top1"] = float((guess == named.task).float().mean())
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value * len(chosen) / len(order)
+        self.ema.swap(self.pair)
+        sums["val_loss"] = sum(v for k, v in sums.items() if k.removeprefix("val_") in COUNTED)
+        return sums
+
+
+COUNTED = ("aux_position", "aux_rotation", "aux_gripper", "clip", "policy")
+
+
+def with_latent(inputs: Inputs, z: Tensor, age_s: Tensor, null: Tensor) -> Inputs:
+    """Return observations told by latents (B, n, dim); where `null` (B,), by the task's name."""
+    device = z.device
+    task = torch.where(null.to(device), inputs.task, -1)
+    return replace(
+        inputs,
+        latent=z.unsqueeze(1),
+        latent_age_s=age_s.unsqueeze(1).to(device),
+        latent_mask=~null.unsqueeze(1).to(device),
+        task=task,
+    )
+
+
+def rows_among(frames: Tensor, wanted: Tensor) -> Tensor:
+    """Return the rows of `frames` (N,) whose frame is among `wanted`."""
+    return torch.nonzero(torch.isin(frames, wanted))[:, 0]
+
+
+def sample_of(joint: Joint, rows: Tensor, generator: torch.Generator) -> tuple[Sample, Tensor]:
+    """Return samples of some rows, without gradient, and their tasks."""
+    with torch.no_grad(), joint.language_precision():
+        drawn = joint.feed.draw(rows, generator)
+    return drawn.sample, joint.task(drawn.frames)

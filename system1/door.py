@@ -1,0 +1,110 @@
+"""Giving a policy that was trained without System 2 the door for a latent.
+
+`Condition` projects a latent into the policy's width. A policy pretrained on its task table
+has that projection untrained, and a policy trained on one latent has it for that latent's
+shape. `open_door` keeps every other weight; `task_anchors` says which latents the door would
+turn into the table's rows, so that System 2's projector can start by saying what the policy
+already understands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from runtime.spec import LatentSpec
+from system1.checkpoint import CheckpointError, Network, build_model
+from system1.config import PolicyConfig
+from system1.model import VisuomotorPolicy
+
+DOOR = ("encoder.condition.project.", "encoder.condition.slot")
+
+
+def with_latent(config: PolicyConfig, spec: LatentSpec) -> PolicyConfig:
+    """Return the configuration of the same policy for these latents."""
+    return replace(
+        config,
+        use_latent=True,
+        latent_kind=spec.kind,
+        latent_tokens=spec.n_tokens,
+        latent_dim=spec.dim,
+        latent_model_id=spec.model_id,
+    )
+
+
+def open_door(model: Network, spec: LatentSpec, seed: int = 0) -> Network:
+    """Return the policy for these latents; weights that depend on their shape are fresh.
+
+    Raises:
+        CheckpointError: a weight behind the door would have another shape.
+    """
+    config = with_latent(model.config, spec)
+    if (config.latent_tokens, config.latent_dim) == (
+        model.config.latent_tokens,
+        model.config.latent_dim,
+    ):
+        model.config = config
+        return model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = build_model(config, model.normalizer)
+    state, old = made.state_dict(), model.state_dict()
+    for name, tensor in state.items():
+        if tensor.shape == old[name].shape:
+            state[name] = old[name]
+        elif not name.startswith(DOOR):
+            raise CheckpointError(
+                f"{name}: shape {tuple(old[name].shape)}, a latent of {spec.n_tokens} tokens of "
+                f"width {spec.dim} needs {tuple(tensor.shape)}"
+            )
+    made.load_state_dict(state)
+    return made
+
+
+@torch.no_grad()
+def door_tokens(model: VisuomotorPolicy, latent: Tensor) -> Tensor:
+    """Return what the policy makes of fresh latents (B, n, dim): tokens (B, n, width)."""
+    condition = model.encoder.condition
+    width = latent.shape[-1]
+    return condition.project(layer_norm(latent.to(condition.slot), (width,))) + condition.slot
+
+
+@torch.no_grad()
+def task_anchors(model: Network) -> Tensor | None:
+    """Return latents (n_tasks, n_tokens, dim) that the door turns into the task table's rows.
+
+    The shortest such latent, filled up with one direction that the door does not see, since
+    the norm before the door fixes a latent's length. A row too long to be reached is met in
+    direction. None for a policy without a table.
+    """
+    if not isinstance(model, VisuomotorPolicy):
+        return None
+    condition = model.encoder.condition
+    weight = condition.project.weight.double()  # (width, dim)
+    dim = weight.shape[1]
+    flat = weight - weight.mean(1, keepdim=True)  # a normed latent has no mean
+    wanted = (condition.table.weight[1:].unsqueeze(1) - condition.slot).double()
+    wanted = wanted - condition.project.bias.double()
+    inverse = torch.linalg.pinv(flat)
+    short = wanted @ inverse.T
+    length = dim**0.5
+    norm = short.norm(dim=-1, keepdim=True)
+    short = torch.where(norm > length, short * (length / norm.clamp_min(1e-9)), short)
+    unseen = torch.eye(dim, 1, dtype=torch.float64, device=weight.device)[:, 0]
+    unseen = unseen - unseen.mean()
+    unseen = unseen - inverse @ (flat @ unseen)
+    unseen = unseen / unseen.norm().clamp_min(1e-9)
+    rest = (length**2 - short.square().sum(-1, keepdim=True)).clamp_min(0).sqrt()
+    return (short + rest * unseen).float()
+
+
+@torch.no_grad()
+def nearest_task(model: Network, latent: Tensor) -> Tensor | None:
+    """Return the task (B,) whose table row the latents (B, n, dim) come nearest to."""
+    if not isinstance(model, VisuomotorPolicy):
+        return None
+    tokens = door_tokens(model, latent).mean(1)
+    return torch.cdist(tokens.float(), model.encoder.condition.table.weight[1:].float()).argmin(1)

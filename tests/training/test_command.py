@@ -1,0 +1,144 @@
+"""`openhelix train` as a command: errors in one line, kill -9 and again, one folder to ship."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from benchmarks.training.card import changed
+from runtime.cli import main
+from system1.policy import DiffusionPolicy
+from system2.checkpoint import LatentHead
+from system2.model import open_checkpoint
+from tests.training.conftest import settings
+
+
+def write(config, place: Path) -> Path:
+    place.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return place
+
+
+def test_all_stages_end_in_a_folder_to_ship(frames, llava, tmp_path, capsys) -> None:
+    config = settings(frames, llava, tmp_path / "out")
+    file = write(config, tmp_path / "train.yaml")
+    assert main(["train", "all", "--config", str(file), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["finished"] and [s["stage"] for s in said["stages"]] == [
+        "policy", "stage1", "stage2", "export",
+    ]  # fmt: skip
+    ship = tmp_path / "out" / "ship"
+    policy = DiffusionPolicy.load(ship / "system1-laptop")
+    head = LatentHead.load(ship / "system2-laptop" / "latent.safetensors")
+    assert policy.spec.latent == head.spec(open_checkpoint(llava), raw=False)
+    card = json.loads((ship / "card.json").read_text())
+    assert card["weights_of"] == "stage2" and card["data"]["frames"] == 60
+    assert len(card["data"]["frames_sha256"]) == 64 and card["hours"] > 0
+    assert set(card["stages"]) == {"policy", "stage1", "stage2"}
+    assert "| stage2 | 4 |" in (ship / "README.md").read_text()
+    stored = load_file(ship / "system1-laptop" / "model.safetensors")
+    assert (next(iter(stored.values())).dtype == torch.float16) == (
+        card["precision"]["dtype"] == "float16"
+    )
+    assert card["precision"]["moves_a_trajectory_by_m"] <= 5e-4
+    # Again: everything is there, nothing is trained.
+    assert main(["train", "stage2", "--config", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"][0]["step"] == 4
+
+
+def test_an_exported_language_model_speaks_as_the_trained_one(frames, llava, tmp_path) -> None:
+    from benchmarks.training.export import export
+    from benchmarks.training.joint_run import JointRun
+    from benchmarks.training.stages import run_joint, run_policy
+
+    config = settings(
+        frames, llava, tmp_path, "latent.regime=lora", "stage1.steps=0", "stage2.lr_language=0.01"
+    )
+    run_policy(config, 0)
+    run_joint(config, "stage2", 0)
+    export(config)
+    run = JointRun(config, "stage2")
+    run.joint.ema.swap(run.pair)
+    frames_ = torch.tensor([0, 7])
+    pictures, texts = run.source.pictures(frames_), ["open", "close"]
+    with torch.no_grad():
+        trained = run.learner(pictures, texts).z
+    from system2.engines.transformers import TransformersEngine
+
+    ship = tmp_path / "ship"
+    engine = TransformersEngine(
+        str(ship / "system2-laptop" / "llava"),
+        latent_projector=ship / "system2-laptop" / "latent.safetensors",
+        dtype="float32",
+        device="cpu",
+    )
+    import numpy as np
+
+    served = torch.from_numpy(engine.encode([np.asarray(p) for p in pictures], texts))
+    assert torch.nn.functional.cosine_similarity(served, trained, dim=-1).min() > 0.999
+    assert DiffusionPolicy.load(ship / "system1-laptop").spec.latent == engine.spec
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["stage3"], "stage: 'stage3' is none of policy, prepare, stage1"),
+        (["policy", "data=/no/where"], "data: no folder /no/where; `openhelix collect` makes one"),
+        (["policy", "data={empty}"], "has no frames; `openhelix collect"),
+        (["stage1", "latent.kind=best"], "latent.kind: 'best', want one of"),
+        (["stage1", "latent.regime=half"], "latent.regime: input should be 'frozen'"),
+        (["stage1", "latent.kinds=lang"], "latent.kinds: unknown key; did you mean 'kind'?"),
+        (["stage1", "device=cuda:9"], "device: 'cuda:9', but torch sees no CUDA"),
+        (["policy", "policy.changes={dim: 50}"], "dim: 50 is not a multiple of heads"),
+        (["stage1", "stage1.steps=-1"], "stage1.steps: input should be greater"),
+        (["export"], "policy.checkpoint: no policy in"),
+    ],
+)
+def test_bad_input_gets_one_line(frames, llava, tmp_path, capsys, words, said) -> None:
+    if "cuda" in said and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    words = [word.replace("{empty}", str(empty)) for word in words]
+    file = write(settings(frames, llava, tmp_path / "out"), tmp_path / "train.yaml")
+    assert main(["train", *words, "--config", str(file)]) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and len(err.splitlines()) == 1
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_killed_and_called_again_it_ends_as_if_nothing_had_been(frames, llava, tmp_path) -> None:
+    whole = settings(frames, llava, tmp_path / "a", "policy.steps=60", "policy.save_every=5")
+    main(["train", "policy", "--config", str(write(whole, tmp_path / "a.yaml"))])
+    config = settings(frames, llava, tmp_path / "b", "policy.steps=60", "policy.save_every=5")
+    file = write(config, tmp_path / "b.yaml")
+    command = [sys.executable, "-m", "runtime.cli", "train", "policy", "--config", str(file)]
+    state = tmp_path / "b" / "policy" / "train_state.safetensors"
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}
+    ) as process:
+        for _ in range(1200):
+            if state.is_file() or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert state.is_file()
+    main(["train", "policy", "--config", str(file)])
+    done, again = (load_file(tmp_path / x / "policy" / "model.safetensors") for x in "ab")
+    for name, tensor in done.items():
+        assert torch.equal(tensor, again[name]), name
+
+
+def test_the_card_names_what_is_not_default() -> None:
+    defaults = {"a": {"b": 1, "c": {}}, "out": None, "d": False}
+    values = {"a": {"b": 2, "c": {"dim": 48}}, "out": "x", "d": True}
+    assert changed(values, defaults, "") == ["a.b=2", 'a.c={"dim": 48}', "d=true"]

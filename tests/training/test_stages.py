@@ -1,0 +1,241 @@
+"""The stages train what they say and nothing else, and go on as if they had never stopped."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.training.folders import LATENT, NotDone
+from benchmarks.training.joint_run import JointRun
+from benchmarks.training.stages import prepare, run_joint, run_policy
+from runtime.config import ConfigError
+from system1.checkpoint import load_policy
+from system1.data import Cache
+from system1.door import DOOR
+from system1.policy import DiffusionPolicy
+from system1.train import TrainConfig, Trainer
+from system2.checkpoint import LatentHead
+from tests.training.conftest import settings
+
+
+def moved(run: JointRun, steps: int = 2) -> set[str]:
+    """Which parts change in a few steps."""
+    before = {n: p.detach().clone() for n, p in run.pair.named_parameters()}
+    for _ in range(steps):
+        run.train_step()
+    changed = {n for n, p in run.pair.named_parameters() if not torch.equal(p, before[n])}
+    parts = {
+        "learner.head.act": "act",
+        "learner.head.projector": "projector",
+        "learner.head.pool": "pool",
+        "learner.aux": "aux",
+        "lora_": "lora",
+        "learner.model": "language",
+        "policy.": "policy",
+    }
+    return {next(part for key, part in parts.items() if key in name) for name in changed}
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "parts"),
+    [
+        ("stage1", (), {"act", "projector", "aux"}),
+        ("stage1", ("latent.aux=false",), {"act", "projector"}),
+        ("stage1", ("latent.regime=frozen",), {"projector", "aux"}),
+        ("stage1", ("latent.regime=full",), {"act", "projector", "aux"}),
+        ("stage2", (), {"projector", "aux", "policy"}),
+        ("stage2", ("latent.feed=prefix",), {"act", "projector", "aux", "policy"}),
+        ("stage2", ("latent.feed=live",), {"act", "projector", "aux", "policy"}),
+        ("stage2", ("latent.regime=lora",), {"act", "projector", "aux", "policy", "lora"}),
+        ("stage2", ("latent.regime=full",), {"act", "projector", "aux", "policy", "language"}),
+        ("stage2", ("latent.kind=pool_map",), {"projector", "aux", "policy", "pool"}),
+    ],
+)
+def test_a_stage_moves_its_parts_alone(
+    frames, llava, trained_policy, tmp_path, stage, more, parts
+) -> None:
+    config = settings(
+        frames, llava, tmp_path, f"policy.checkpoint={trained_policy}", *more,
+        *(("stage1.steps=0",) if stage == "stage2" else ()),
+    )  # fmt: skip
+    assert moved(JointRun(config, stage)) == parts
+
+
+def test_the_pair_learns_and_round_trips(frames, llava, tmp_path) -> None:
+    config = settings(
+        frames, llava, tmp_path, "policy.steps=30", "stage1.steps=25", "stage2.steps=25",
+        "stage2.lr_policy=2e-3",
+    )  # fmt: skip
+    run_policy(config, 0)
+    for stage in ("stage1", "stage2"):
+        run_joint(config, stage, 0)
+        history = json.loads((tmp_path / stage / "train.json").read_text())["history"]
+        rows = [row["loss"] for row in history if "loss" in row]
+        assert sum(rows[-5:]) < 0.95 * sum(rows[:5]), stage
+        assert (tmp_path / stage / "loss.png").stat().st_size > 5_000
+    policy = DiffusionPolicy.load(tmp_path / "stage2")
+    head = LatentHead.load(tmp_path / "stage2" / LATENT)
+    from system2.model import open_checkpoint
+
+    assert policy.spec.latent == head.spec(open_checkpoint(llava), raw=False)
+    trained = load_policy(tmp_path / "stage1").state_dict()
+    alone = load_policy(tmp_path / "policy").state_dict()
+    for name, tensor in alone.items():
+        assert torch.equal(trained[name], tensor), name
+
+
+def test_the_projector_starts_by_naming_the_task(frames, llava, trained_policy, tmp_path) -> None:
+    config = settings(frames, llava, tmp_path, f"policy.checkpoint={trained_policy}")
+    run = JointRun(config, "stage1")
+    start = run.history[0]
+    assert start["start_train_top1"] == 1.0  # two sentences, two tasks
+    # The latent speaks for the table: the policy does as well told by it as told by name.
+    assert start["val_policy"] == pytest.approx(start["val_policy_named"], rel=0.05)
+    plain = JointRun(settings(
+        frames, llava, tmp_path / "b", f"policy.checkpoint={trained_policy}", "stage1.start=random"
+    ), "stage1")  # fmt: skip
+    assert plain.history == []
+
+
+def weights(run: JointRun) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in run.pair.named_parameters() if p.requires_grad} | {
+        f"ema.{n}": v for n, v in run.joint.ema.values.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("stage1", ()),
+        ("stage2", ("stage1.steps=0",)),
+        ("stage2", ("stage1.steps=0", "latent.regime=lora")),
+    ],
+)
+def test_a_resumed_stage_is_the_one_that_never_stopped(
+    frames, llava, trained_policy, tmp_path, stage, more
+) -> None:
+    begin = (f"policy.checkpoint={trained_policy}", *more)
+    whole = JointRun(settings(frames, llava, tmp_path / "a", *begin), stage)
+    whole.run()
+    first = JointRun(settings(frames, llava, tmp_path / "b", *begin), stage)
+    for _ in range(2):
+        first.train_step()
+    first.save()
+    first.train_step()  # lost: it was not saved
+    second = JointRun(settings(frames, llava, tmp_path / "b", *begin), stage)
+    assert second.step == 2
+    second.run()
+    expected = weights(whole)
+    for name, tensor in weights(second).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_time_limit_stops_and_the_same_command_goes_on(frames, llava, tmp_path) -> None:
+    config = settings(frames, llava, tmp_path)
+    with pytest.raises(NotDone, match="policy: stopped at step 1 of 4"):
+        run_policy(config, 1)
+    assert run_policy(config, 0)["step"] == 4
+    with pytest.raises(NotDone, match="prefix not complete"):
+        run_joint(config, "stage1", 1)
+    made = prepare(config, 0)
+    assert made["feed"] == "prefix" and made["frames"] == 60
+    with pytest.raises(NotDone, match="stage1: stopped at step 1 of 4"):
+        run_joint(config, "stage1", 1)
+    assert run_joint(config, "stage1", 0)["step"] == 4
+    again = run_joint(config, "stage1", 0)
+    assert again["step"] == 4
+
+
+def test_a_policy_trained_by_system1_alone_is_gone_on_with(frames, llava, tmp_path) -> None:
+    config = settings(frames, llava, tmp_path)
+    from benchmarks.training.joint_run import policy_settings
+
+    own = policy_settings(config)
+    run = Trainer(TrainConfig(**{f: getattr(own, f) for f in own.__slots__}))
+    run.train_step()
+    run.save()
+    assert run_policy(config, 0)["step"] == 4
+
+
+def test_contradictions_are_named(frames, llava, trained_policy, tmp_path) -> None:
+    begin = (f"policy.checkpoint={trained_policy}",)
+    with pytest.raises(ConfigError, match=r"policy\.checkpoint: no policy in .*train policy"):
+        JointRun(settings(frames, llava, tmp_path), "stage1")
+    with pytest.raises(ConfigError, match=r"stage2: nothing in .*train stage1"):
+        JointRun(settings(frames, llava, tmp_path, *begin), "stage2")
+    run_joint(settings(frames, llava, tmp_path, *begin, "stage1.steps=1"), "stage1", 0)
+    with pytest.raises(ConfigError, match=r"stage1\.steps: .* was begun with 1, not 2"):
+        JointRun(settings(frames, llava, tmp_path, *begin, "stage1.steps=2"), "stage1")
+    changed = settings(frames, llava, tmp_path, *begin, "latent.n_act=2")
+    with pytest.raises(ConfigError, match="latent: stage1 was trained for"):
+        JointRun(changed, "stage2")
+    few = settings(frames, llava, tmp_path / "c", *begin, "latent.max_gb=1e-6")
+    with pytest.raises(ConfigError, match=r"latent\.max_gb: .* GB would lie in"):
+        JointRun(few, "stage1")
+    wrong = settings(frames, llava, tmp_path / "d", *begin, "latent.regime=full", "stage1.steps=0",
+                     "latent.feed=states")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"latent\.feed: 'states' keeps what regime 'full'"):
+        JointRun(wrong, "stage2")
+
+
+def test_an_untrained_policy_may_be_wanted(frames, llava, tmp_path) -> None:
+    config = settings(
+        frames, llava, tmp_path, "policy.pretrained=false", "stage1.steps=0", "stage2.steps=2",
+        f"policy.changes={json.dumps({'dim': 48, 'heads': 4, 'encoder_width': 8, 'layers': 2})}",
+    )  # fmt: skip
+    assert run_policy(config, 0)["skipped"]
+    assert run_joint(config, "stage1", 0)["skipped"]
+    assert run_joint(config, "stage2", 0)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("latent.kind=act_last", "latent.n_act=2"),
+        ("latent.vision=false",),
+        ("latent.kind=act_mid",),
+        ("latent.kind=act_lang", "latent.text_rows=4"),
+        ("latent.kind=lang", "latent.text_rows=4"),
+        ("latent.kind=hidden_all", "latent.text_rows=4"),
+        ("latent.kind=pool_max",),
+    ],
+)
+def test_every_latent_can_be_trained_on(frames, llava, trained_policy, tmp_path, more) -> None:
+    config = settings(
+        frames, llava, tmp_path, f"policy.checkpoint={trained_policy}", "stage1.steps=2", *more
+    )
+    run_joint(config, "stage1", 0)
+    policy = load_policy(tmp_path / "stage1")
+    head = LatentHead.load(tmp_path / "stage1" / LATENT)
+    assert policy.config.latent_kind == head.config.name
+    before = load_file(trained_policy / "model.safetensors")
+    for name, tensor in policy.state_dict().items():
+        if not name.startswith(DOOR):
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_the_alignment_loss_pulls_latents_to_the_table(
+    frames, llava, trained_policy, tmp_path
+) -> None:
+    config = settings(
+        frames, llava, tmp_path, f"policy.checkpoint={trained_policy}", "latent.clip=1",
+        "stage1.start=random", "stage1.steps=15",
+    )  # fmt: skip
+    run_joint(config, "stage1", 0)
+    rows = json.loads((tmp_path / "stage1" / "train.json").read_text())["history"]
+    assert rows[-1]["clip"] < rows[0]["clip"]
+
+
+def test_later_frames_stay_in_their_episode(frames) -> None:
+    cache = Cache(frames)
+    g = torch.Generator().manual_seed(0)
+    every = torch.arange(len(cache))
+    newer, age = cache.later(every, 3, g)
+    assert (cache.episode[newer] == cache.episode[every]).all()
+    gap = cache.step[newer] - cache.step[every]
+    assert gap.min() == 0 and gap.max() == 3
+    torch.testing.assert_close(age, gap / cache.hz)
+    assert (cache.later(every, 0, g)[0] == every).all()

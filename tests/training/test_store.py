@@ -1,0 +1,150 @@
+"""Kept prefixes and states are what the model gives; a killed build goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from benchmarks.training.config import LatentSection
+from benchmarks.training.feeds import (
+    PrefixFeed,
+    Source,
+    StateFeed,
+    encode_prefix,
+    encode_read_outs,
+    feed_kind,
+    prefix_store,
+    states_store,
+)
+from benchmarks.training.store import Plan, Store
+from runtime.config import ConfigError
+from system1.data import Cache
+from system2.checkpoint import LatentHead
+from system2.latents import LatentConfig
+from system2.model import open_checkpoint
+from system2.states import encode_states
+from system2.train import System2Learner
+
+
+def learner(llava: str, **config) -> System2Learner:
+    checkpoint = open_checkpoint(llava)
+    model = LlavaForConditionalGeneration.from_pretrained(llava, dtype=torch.float32).model
+    table = model.get_input_embeddings().weight[: checkpoint.act_ids[0]]
+    head = LatentHead.fresh(LatentConfig(**config), table, seed=3)
+    return System2Learner(model.eval(), checkpoint, head, "prompt")
+
+
+@pytest.fixture(scope="module")
+def source(frames) -> Source:
+    return Source.open(Cache(frames), 0)
+
+
+def build(store: Store, encode, made: System2Learner, source: Source) -> Store:
+    assert store.build(lambda f, s: encode(made, source, 4, f, s), max_gb=1.0)
+    return store
+
+
+@pytest.mark.parametrize("n_act", [1, 2])
+def test_a_prefix_read_back_gives_the_state_itself(llava, source, tmp_path, n_act) -> None:
+    made = learner(llava, n_act=n_act)
+    section = LatentSection(model=llava, frames=20, n_act=n_act)
+    store = build(prefix_store(tmp_path, made, source, section), encode_prefix, made, source)
+    assert len(store.plan.frames) == 20
+    size = sum(f.stat().st_size for f in store.folder.glob("*.safetensors"))
+    assert size <= 20 * store.plan.bytes_each + 4096 * store.plan.parts
+    rows = torch.tensor([17, 0, 5])
+    drawn = PrefixFeed(made, store).draw(rows, torch.Generator())
+    pictures = source.pictures(drawn.frames)
+    direct = made(pictures, source.sentences[drawn.instruction])
+    assert torch.allclose(drawn.sample.state, direct.state, atol=1e-5)
+    assert torch.allclose(drawn.sample.z, direct.z, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"n_act": 2}, {"vision": False}, {"kind": "act_lang"}, {"kind": "hidden_all"},
+     {"kind": "act_mid"}, {"kind": "lang"}],
+)  # fmt: skip
+def test_kept_states_are_those_of_the_model(llava, source, tmp_path, config) -> None:
+    made = learner(llava, **config)
+    section = LatentSection(model=llava, stride=7, phrasings=2, **config)
+    store = build(states_store(tmp_path, made, source, section), encode_read_outs, made, source)
+    drawn = StateFeed(made, store).draw(torch.tensor([3, 1]), torch.Generator().manual_seed(0))
+    direct = made(source.pictures(drawn.frames), source.sentences[drawn.instruction])
+    assert torch.equal(drawn.sample.filled, direct.filled)
+    assert torch.allclose(drawn.sample.state, direct.state, atol=4e-3)  # half precision
+    assert not made.head.act.requires_grad
+
+
+def test_a_picture_is_read_once_for_all_its_sentences(llava, source) -> None:
+    made = learner(llava)
+    frames = torch.tensor([0, 9, 30])
+    texts = [["open", "close the drawer"], ["close", "lift it"], ["push the red block", "open"]]
+    state, filled = encode_states(made, source.pictures(frames), texts)
+    assert state.shape == (3, 2, 1, 64) and filled.all()
+    for column in (0, 1):
+        direct = made(source.pictures(frames), [row[column] for row in texts]).state
+        assert torch.allclose(state[:, column], direct, atol=1e-5)
+
+
+def plan(n: int = 10) -> Plan:
+    return Plan(torch.arange(n), torch.zeros(n, 1, dtype=torch.long), 64, 4)
+
+
+def test_a_killed_build_goes_on_and_nothing_is_done_twice(tmp_path) -> None:
+    asked: list[int] = []
+
+    def encode(frames, said):
+        if len(asked) == 1:
+            raise RuntimeError("killed")
+        asked.append(len(frames))
+        return {"x": frames.float()}
+
+    store = Store(tmp_path, "states", {"of": "a"}, plan())
+    with pytest.raises(RuntimeError, match="killed"):
+        store.build(encode, 1.0)
+    assert store.missing() == [1, 2]
+    asked += [0]
+    assert store.build(encode, 1.0)
+    assert asked == [4, 0, 4, 2]
+    assert store.whole()["x"].tolist() == list(range(10))
+    rows = store.read(torch.tensor([9, 0, 4]))
+    assert [float(r["x"]) for r in rows] == [9, 0, 4]
+    assert Store(tmp_path, "states", {"of": "b"}, plan()).missing() == [0, 1, 2]
+
+
+def test_what_does_not_fit_is_refused_before_it_begins(tmp_path) -> None:
+    store = Store(tmp_path, "prefix", {}, plan(1000))
+    with pytest.raises(ConfigError, match=r"latent\.max_gb: 0\.00 GB would lie in"):
+        store.build(lambda f, s: {}, 1e-9)
+    assert not list(Path(tmp_path).rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("section", "stage", "device", "kind"),
+    [
+        ({}, "stage1", "cpu", "prefix"),
+        ({}, "stage2", "cpu", "states"),
+        ({}, "stage1", "cuda", "live"),
+        ({"regime": "frozen"}, "stage1", "cpu", "states"),
+        ({"regime": "lora"}, "stage1", "cpu", "prefix"),
+        ({"regime": "lora"}, "stage2", "cpu", "live"),
+        ({"kind": "act_lang"}, "stage1", "cpu", "states"),
+        ({"feed": "live"}, "stage1", "cpu", "live"),
+    ],
+)
+def test_the_feed_that_a_stage_takes(section, stage, device, kind) -> None:
+    assert feed_kind(LatentSection(**section), stage, device) == kind
+
+
+def test_sentences_belong_to_their_task(source) -> None:
+    frames = torch.arange(len(source.cache))
+    said = source.sentences.of_frames(frames, 3)
+    assert (said == source.cache.task[:, None]).all()  # one sentence a task in this cache
+    again = Source.open(source.cache, 0).sentences.of_frames(frames[5:6], 3)
+    assert torch.equal(again, said[5:6])
+    drawn = source.sentences.drawn(frames, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, source.cache.task)
