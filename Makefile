@@ -90,5 +90,9 @@ sweep: setup ## Success against the age of the latent, in outputs/sweep (resumab
 bench-eval: setup ## Evaluation figures as JSON.
 	$(PY) -m benchmarks.perf.bench_eval
 
+.PHONY: bench-fleet
+bench-fleet: setup ## Robots that one System 2 serves, and what looking on costs the loop, as JSON.
+	$(PY) -m benchmarks.perf.bench_fleet
+
 clean: ## Remove outputs and caches of this checkout (not .venv).
 	rm -rf outputs build .pytest_cache .mypy_cache .ruff_cache .hypothesis
