@@ -5,6 +5,8 @@ set -euo pipefail
 
 # Two hosts on one machine: tests/integration/test_two_hosts.py; and every host of `ray up`.
 packages=(openssh-server openssh-client rsync iproute2 util-linux)
+# Prometheus and promtool: tests/deploy and tests/integration/test_prometheus.py.
+packages+=(prometheus)
 
 missing=()
 for name in "${packages[@]}"; do
@@ -14,3 +16,7 @@ done
 sudo=; [ "$(id -u)" = 0 ] || sudo=sudo
 $sudo apt-get update -q
 DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -q --no-install-recommends "${missing[@]}"
+# Debian starts the server, with its own configuration, at the port that ours would take.
+if [[ " ${missing[*]} " == *" prometheus "* ]] && [ -d /run/systemd/system ]; then
+  $sudo systemctl disable --now prometheus
+fi
