@@ -1,0 +1,247 @@
+"""Runs experiments: what is missing is trained and measured, what is there is used.
+
+Everything is a folder that says of itself whether it is finished, so a session that is killed
+at any moment is continued by starting it again, and tables share what they have in common.
+Trainings come first, in the order in which tables need them, then evaluations; after every
+evaluation the reports are written anew, so that a night cut short leaves what it got.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.dsvlabench.evaluation import Console, Plan, evaluate
+from benchmarks.dsvlabench.metrics import served
+from benchmarks.dsvlabench.pool import Pool, open_pool
+from benchmarks.dsvlabench.report import write_reports
+from benchmarks.dsvlabench.results import REPORT, RUN, read_results
+from benchmarks.experiments.catalogue import Catalogue
+from benchmarks.experiments.judge import judge, missing, published_difference
+from benchmarks.experiments.measures import Measure, measure_of, score_of
+from benchmarks.experiments.spec import Contrast, Experiment, Row, Scale
+from benchmarks.experiments.trainings import Training, Trainings, in_order, trainings_of
+
+PoolFor = Callable[[Plan], Pool]
+
+
+class OutOfTime(Exception):
+    """The time that was given is over; all that is finished is kept."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a session is asked for.
+
+    Attributes:
+        catalogue: of experiments, variants and scales.
+        names: the experiments, in order.
+        scale_name: of them.
+        root: holds trainings and evaluations.
+        data: what identifies the training data.
+        seed: of all episodes.
+        train: options of the training that the user changed.
+        run: overrides of the run's configuration.
+        workers: of an evaluation.
+        until_s: on `time.monotonic`; nothing is begun after it.
+    """
+
+    catalogue: Catalogue
+    names: Sequence[str]
+    scale_name: str
+    root: Path
+    data: str
+    seed: int = 0
+    train: Mapping[str, Any] = field(default_factory=dict)
+    run: Sequence[str] = ()
+    workers: int = 1
+    until_s: float | None = None
+
+    @property
+    def scale(self) -> Scale:
+        """How much is trained and measured."""
+        return self.catalogue.scale(self.scale_name)
+
+    @property
+    def experiments(self) -> list[Experiment]:
+        """What is asked for."""
+        return [self.catalogue.experiment(name) for name in self.names]
+
+
+class Session:
+    """Experiments over one folder of trainings and evaluations.
+
+    Args:
+        request: what is asked for.
+        trainings: those of `request.root`.
+        console: told of the progress.
+        pool_for: returns a pool that has not started, for an evaluation.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        trainings: Trainings,
+        console: Console,
+        pool_for: PoolFor | None = None,
+    ) -> None:
+        self.request, self.trainings = request, trainings
+        self._console = console
+        self._pool_for = pool_for or self._open
+
+    def _open(self, plan: Plan) -> Pool:
+        return open_pool(plan.config, self.request.workers, plan.threads)
+
+    def training(self, variant: str) -> Training:
+        """Return the training of a variant."""
+        r = self.request
+        return trainings_of(r.catalogue.variants[variant], r.scale, r.data, r.train)
+
+    def measure(self, row: Row) -> Measure:
+        """Return what a row with a variant measures."""
+        assert row.variant is not None
+        r = self.request
+        smoke = not r.scale.official
+        return measure_of(row, self.training(row.variant), r.scale, r.seed, r.run, smoke)
+
+    def rows(self) -> list[Row]:
+        """Return all rows that are measured, in order; several may share a measure."""
+        return [row for e in self.request.experiments for row in e.rows if row.variant]
+
+    def wanted(self) -> list[Training]:
+        """Return all trainings that are needed, each once, parents first."""
+        found = [self.training(row.variant) for row in self.rows() if row.variant]
+        for experiment in self.request.experiments:
+            if experiment.kind == "probe":
+                found += [self.training(name) for name in experiment.options.get("variants", ())]
+        return in_order(found)
+
+    def place(self, measure: Measure) -> Path:
+        """Return the folder of an evaluation's results."""
+        return self.request.root / "evaluations" / measure.key
+
+    def say(self, text: str) -> None:
+        """Tell a person."""
+        self._console.say(text)
+
+    def run(self, after: Callable[[], None], train: bool = True) -> None:
+        """Train and measure what is missing.
+
+        Args:
+            after: called when an evaluation is finished.
+            train: False measures what is trained and leaves out the rest.
+
+        Raises:
+            OutOfTime: before all was done.
+            ValueError, CommandFailed: a training or an evaluation was refused or failed.
+        """
+        wanted = self.wanted()
+        for number, training in enumerate(wanted if train else (), 1):
+            if self.trainings.done(training) is None:
+                self._in_time()
+                self._console.say(f"training {number} of {len(wanted)}: {training.key}")
+                self.trainings.ensure(training, self._console.say)
+        measures = list({m.key: m for m in map(self.measure, self.rows())}.values())
+        for number, measure in enumerate(measures, 1):
+            trained = self.trainings.done(measure.training) is not None
+            if trained and self.report(measure) is None:
+                self._in_time()
+                self._console.say(f"evaluation {number} of {len(measures)}: {measure.key}")
+                self._evaluate(measure)
+                after()
+
+    def _in_time(self) -> None:
+        until_s = self.request.until_s
+        if until_s is not None and time.monotonic() >= until_s:
+            raise OutOfTime
+
+    def _evaluate(self, measure: Measure) -> None:
+        done = self.trainings.done(measure.training)
+        assert done is not None
+        plan, folder = measure.plan(done["overrides"]), self.place(measure)
+        pool = self._pool_for(plan)
+        try:
+            with served(plan.config, self.say) as metrics:
+                progress = metrics.watch(plan, Console("experiment"))
+                report = evaluate(plan, pool, folder, progress)
+        finally:
+            pool.close()
+        write_reports(report, folder)
+
+    def report(self, measure: Measure) -> dict[str, Any] | None:
+        """Return a finished evaluation's score, or None."""
+        path = self.place(measure) / REPORT
+        if not path.exists():
+            return None
+        return score_of(json.loads(path.read_text(encoding="utf-8")))
+
+    def results(self, measure: Measure) -> list[dict[str, Any]]:
+        """Return the episodes that an evaluation has finished so far."""
+        folder = self.place(measure)
+        return read_results(folder) if (folder / RUN).exists() else []
+
+    def outcome(self, experiment: Experiment) -> dict[str, Any]:
+        """Return an experiment as plain data: our figures, the paper's, the verdicts."""
+        rows = [self._row(row) for row in experiment.rows]
+        measured = [r for r in rows if r["variant"] is not None]
+        finished = [r for r in measured if r["score"] is not None]
+        state = "not run" if not finished else "complete"
+        if finished and len(finished) < len(measured):
+            state = f"partial: {len(finished)} of {len(measured)} rows"
+        return {
+            "name": experiment.name,
+            "title": experiment.title,
+            "kind": experiment.kind,
+            "state": state,
+            "scale": {"name": self.request.scale_name, **self.request.scale.model_dump()},
+            "seed": self.request.seed,
+            "rows": rows,
+            "contrasts": [self._contrast(experiment, c) for c in experiment.contrasts],
+            "notes": list(experiment.notes),
+        }
+
+    def _row(self, row: Row) -> dict[str, Any]:
+        published = None if row.paper is None else row.paper.model_dump(mode="json")
+        found: dict[str, Any] = {
+            "id": row.id,
+            "name": row.name,
+            "variant": row.variant,
+            "suite": row.suite,
+            "paper": published,
+            "paper_disagrees": row.paper is not None and row.paper.disagrees,
+            "paper_length": None if row.paper is None else row.paper.length,
+            "score": None,
+        }
+        if row.variant is None:
+            return found
+        measure = self.measure(row)
+        done = self.trainings.done(measure.training)
+        found |= {
+            "says": self.request.catalogue.variants[row.variant].says,
+            "steps_limit": measure.conditions.steps_limit,
+            "interval": row.interval,
+            "latency": row.latency,
+            "speeds": list(row.speeds) if row.suite == "calvin-d" else None,
+            "n_wanted": len(measure.suite.episodes()),
+            "evaluation": measure.key,
+            "training": measure.training.key,
+            "training_options": dict(measure.training.options),
+            "training_s": None if done is None else done["seconds"],
+            "score": self.report(measure),
+        }
+        if found["score"] is None:
+            found["n_so_far"] = len(self.results(measure))
+        return found
+
+    def _contrast(self, experiment: Experiment, contrast: Contrast) -> dict[str, Any]:
+        measures = [self.measure(experiment.row(name)) for name in (contrast.a, contrast.b)]
+        if any(self.report(m) is None for m in measures):
+            found = missing(contrast)
+        else:
+            first, second = (self.results(m) for m in measures)
+            found = judge(contrast, first, second, measures[0].suite.is_chain)
+        return found | {"paper_difference": published_difference(experiment, contrast)}
