@@ -17,8 +17,9 @@ SCENE ?= D
 CLOCK ?= realtime
 CONFIG ?= configs/run.yaml
 ARGS ?=
+SCALE ?= laptop
 
-.PHONY: help setup run-sim test test-slow test-gpu check format lock clean bench-runtime bench-sim bench-s1 bench-s2 bench-eval sweep
+.PHONY: help setup run-sim test test-slow test-gpu check format lock clean bench-runtime bench-sim bench-s1 bench-s2 bench-eval sweep paper
 
 help: ## Show this help.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -84,8 +85,14 @@ bench-s1: setup ## System 1 figures as JSON.
 bench-s2: setup ## System 2 figures as JSON.
 	$(PY) -m benchmarks.perf.bench_s2
 
-sweep: setup ## Success against the age of the latent, in outputs/sweep (resumable): ARGS=
+sweep: setup ## Success against the age of the latent, lockstep then wall clock, in outputs/ (resumable): ARGS=
 	$(VENV)/bin/openhelix sweep --workers 2 --sequences 20 --episodes-per-task 2 $(ARGS)
+	$(VENV)/bin/openhelix sweep --clock realtime --out outputs/sweep-wall --sequences 4 \
+	  --episodes-per-task 1 --tasks lift_red_block_table,lift_blue_block_table,lift_pink_block_table \
+	  --patterns static,circular --steps 60 $(ARGS)
+
+paper: setup ## Every table and figure of the paper, here (resumable; a night): SCALE=laptop|gpu|full ARGS=
+	$(VENV)/bin/openhelix experiment all --scale $(SCALE) --workers 2 $(ARGS)
 
 bench-eval: setup ## Evaluation figures as JSON.
 	$(PY) -m benchmarks.perf.bench_eval

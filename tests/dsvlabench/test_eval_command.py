@@ -168,6 +168,11 @@ def test_a_sweep_on_both_clocks_has_the_same_cadences():
     assert [plan.config.system2.hz for plan in plans[8:10]] == [30.0, 1.0]
     assert len({json.dumps(plan.identity(), sort_keys=True) for plan in plans}) == len(plans)
     assert {p.config.control.clock for p in plans[8:]} == {"realtime"}
+    some = make_plans(*parse(sweep_arguments(), ["--tasks", "lift_red_block_table", *PARTS]))
+    assert {p.suite.name: p.suite.tasks for p in some} == {
+        "calvin": (),
+        "calvin-d": ("lift_red_block_table",),
+    }
 
 
 def test_chosen_episodes_are_filmed():
