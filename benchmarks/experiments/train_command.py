@@ -1,0 +1,158 @@
+"""Trainings by `openhelix train`, each in a process of its own.
+
+A process of its own, because a training's memory must be free again before an evaluation
+begins, and because a kill then ends a training and nothing else. What `openhelix train` says
+goes to `train.log` in the training's folder.
+
+All pairs share one folder of prepared states: it is named by content there, and frozen models
+prepare the same states whatever the policy is taught with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.experiments.costs import training_s
+from benchmarks.experiments.trainings import Say, Training
+from benchmarks.training.config import TrainingConfig
+from benchmarks.training.export import SHIP, SYSTEM1, SYSTEM2
+from benchmarks.training.folders import LATENT
+from runtime.config import ConfigError, apply_overrides, validate
+from runtime.errors import CommandFailed
+
+LOG, PREPARED = "train.log", "prepared"
+Command = Sequence[str]
+
+
+class TrainCommand:
+    """`openhelix train`.
+
+    Args:
+        data: the collection, or its frames.
+        root: holds what trainings share.
+        command: the program's first words.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        root: Path,
+        command: Command = (sys.executable, "-m", "runtime.cli", "train"),
+    ) -> None:
+        self._data, self._root, self._command = data, root, tuple(command)
+
+    def train(self, training: Training, folder: Path, parent: Path | None, say: Say) -> None:
+        """See `Trainer.train`."""
+        given = training.options.get("policy.checkpoint")
+        if training.stage == "policy" and given is not None:
+            return
+        options = dict(training.options) | {"data": str(self._data), "out": str(folder)}
+        if training.stage == "pair":
+            self._share(folder)
+            if parent is not None:
+                options["policy.checkpoint"] = str(self._policy_of(training.parent, parent))
+        stage = "policy" if training.stage == "policy" else "all"
+        words = [*self._command, stage, *map(_word, options.items()), "--json"]
+        say(f"log in {folder / LOG}")
+        with (folder / LOG).open("ab") as log:
+            done = subprocess.run(
+                words, stdout=subprocess.PIPE, stderr=log, check=False, env=dict(os.environ)
+            )
+        if done.returncode != 0:
+            last = ((folder / LOG).read_text(errors="replace").strip() or "no word").splitlines()[
+                -1
+            ]
+            raise CommandFailed(
+                f"{training.key}: openhelix train ended with {done.returncode}: {last}"
+            )
+        if not json.loads(done.stdout.decode().strip().splitlines()[-1])["finished"]:
+            raise CommandFailed(f"{training.key}: not finished within its time limit")
+
+    def overrides(self, training: Training, folder: Path) -> list[str]:
+        """See `Trainer.overrides`."""
+        if training.stage == "policy":
+            return [f"system1.policy.options.path={self._policy_of(training, folder)}"]
+        return exported(folder)
+
+    def seconds(self, training: Training) -> float | None:
+        """See `Trainer.seconds`."""
+        return training_s(training)
+
+    def _policy_of(self, training: Training | None, folder: Path) -> Path:
+        assert training is not None
+        given = training.options.get("policy.checkpoint")
+        return Path(given) if given is not None else folder / "policy"
+
+    def _share(self, folder: Path) -> None:
+        shared = (self._root / PREPARED).resolve()
+        shared.mkdir(parents=True, exist_ok=True)
+        link = folder / PREPARED
+        if not link.exists():
+            link.symlink_to(shared, target_is_directory=True)
+
+
+def exported(folder: Path) -> list[str]:
+    """Return what a run is told to use an exported pair.
+
+    Raises:
+        CommandFailed: it is not as expected.
+    """
+    place = folder / SHIP
+    policy, latent, llava = place / SYSTEM1, place / SYSTEM2 / LATENT, place / SYSTEM2 / "llava"
+    for path in (policy, latent):
+        if not path.exists():
+            raise CommandFailed(f"{place}: openhelix train left no {path.relative_to(place)}")
+    model = [f"system2.engine.options.model={llava}"] if llava.is_dir() else []
+    return [
+        f"system1.policy.options.path={policy}",
+        f"system2.engine.options.latent_projector={latent}",
+        *model,
+    ]
+
+
+def _word(item: tuple[str, Any]) -> str:
+    key, value = item
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def data_id(frames: Path) -> str:
+    """Return what identifies training data: a hash of its index, which lists every shard.
+
+    Raises:
+        ConfigError: the index cannot be read.
+    """
+    try:
+        return hashlib.sha256((frames / "cache.json").read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise ConfigError(f"--data: {frames}: no cache.json ({error.strerror})") from None
+
+
+def changed(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Split overrides: `train.KEY=VALUE` for the training, the rest for the run."""
+    train: dict[str, Any] = {}
+    run: list[str] = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key.startswith("train."):
+            train[key.removeprefix("train.")] = yaml.safe_load(value)
+        else:
+            run.append(text)
+    return train, run
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse training options that `openhelix train` does not have.
+
+    Raises:
+        ConfigError: one line names the option.
+    """
+    validate(TrainingConfig, apply_overrides({}, [_word(item) for item in options.items()]))

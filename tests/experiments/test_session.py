@@ -1,0 +1,156 @@
+"""A session from the command line, with a trainer that trains nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.experiments import command, session
+from benchmarks.experiments.budget import hours, todo, told
+from benchmarks.experiments.catalogue import catalogue
+from benchmarks.experiments.command import RESULTS, _arguments, make_session
+from runtime.cli import main
+from runtime.commands.arguments import parse
+
+TRAINER = "tests.experiments.fakes:FakeTrainer"
+
+
+def words(tmp_path, *names, **options):
+    found = ["experiment", *names, "--scale", "smoke", "--trainer", TRAINER]
+    found += ["--root", str(tmp_path / "root"), "--out", str(tmp_path / "out")]
+    for key, value in options.items():
+        found += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def table4(tmp_path_factory):
+    base = tmp_path_factory.mktemp("experiments")
+    assert main(words(base, "table4")) == 0
+    return base
+
+
+def test_a_table_is_trained_measured_and_written(table4):
+    outcome = json.loads((table4 / "out" / "table4.json").read_text())
+    assert outcome["state"] == "complete" and outcome["scale"]["name"] == "smoke"
+    for row in outcome["rows"]:
+        score = row["score"]
+        assert score["n_sequences"] == 1 and score["steps_limit"] == 16
+        assert score["clock"] == "lockstep" and score["interval"] == 1
+    (found,) = outcome["contrasts"]
+    assert found["n_pairs"] == 1 and found["verdict"] == "undecided"
+    assert found["paper_difference"] == pytest.approx(0.68)
+    text = (table4 / "out" / "table4.md").read_text()
+    for stated in ("# Table 4", "96 83 68 58 48", "lockstep", "smoke", "mean nothing", "undecided"):
+        assert stated in text
+    assert (table4 / "out" / "table4.png").read_bytes().startswith(b"\x89PNG")
+    overview = (table4 / "out" / "README.md").read_text()
+    assert "The five findings" in overview and "not run" in overview
+    assert len(list((table4 / "root" / "evaluations").iterdir())) == 2
+
+
+def test_nothing_is_done_twice(table4, monkeypatch, capsys):
+    def forbidden(*_):
+        raise AssertionError("it was there")
+
+    monkeypatch.setattr(session, "evaluate", forbidden)
+    monkeypatch.setattr("tests.experiments.fakes.FakeTrainer.train", forbidden)
+    assert main([*words(table4, "table4"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["experiments"][0]["state"] == "complete"
+    assert "0 trainings" in err and "0 evaluations" in err
+
+
+def test_tables_share_what_they_have_in_common(tmp_path):
+    options, overrides = parse(_arguments(), words(tmp_path, "all")[1:])
+    whole = make_session(options, overrides, catalogue())
+    rows = whole.rows()
+    measures = {m.key for m in map(whole.measure, rows)}
+    assert len(measures) < len(rows)
+    assert len(whole.wanted()) < len({row.variant for row in rows}) + 2
+    items = todo(whole)
+    assert len(items) == len(whole.wanted()) + len(measures)
+    assert f"{len(measures)} evaluations" in told(items)
+
+
+def test_what_is_cut_short_is_told_and_continued(tmp_path, capsys):
+    assert main(words(tmp_path, "table4", hours=1e-9)) == 0
+    assert "not run" in capsys.readouterr().out
+    text = (tmp_path / "out" / "table4.md").read_text()
+    assert text.count("not run") >= 2 and "96 83 68 58 48" in text
+    assert not (tmp_path / "out" / "table4.png").exists()
+    # One row's weights are there, the other's are not: only what can be measured is.
+    options, overrides = parse(_arguments(), words(tmp_path, "table4")[1:])
+    one = make_session(options, overrides, catalogue())
+    one.trainings.ensure(one.training("lora_clip"), lambda text: None)
+    assert main([*words(tmp_path, "table4"), "--no-training"]) == 0
+    outcome = json.loads((tmp_path / "out" / "table4.json").read_text())
+    assert outcome["state"] == "partial: 1 of 2 rows"
+    assert outcome["contrasts"][0]["verdict"] == "not run"
+
+
+def test_worse_results_do_not_replace_better_ones(table4, tmp_path):
+    before = (table4 / "out" / "table4.json").read_bytes()
+    other = words(tmp_path, "table4", report=True)
+    other[other.index("--out") + 1] = str(table4 / "out")
+    assert main(other) == 0
+    assert (table4 / "out" / "table4.json").read_bytes() == before
+
+
+def test_moving_blocks_and_designs(tmp_path):
+    assert main([*words(tmp_path, "table1", "table8")]) == 0
+    outcome = json.loads((tmp_path / "out" / "table1.json").read_text())
+    assert set(outcome["rows"][0]["score"]["per_motion"]) >= {"static", "left paper", "left x5"}
+    text = (tmp_path / "out" / "table1.md").read_text()
+    assert "by motion and speed" in text and "| 84 |" in text
+    assert "RoboDual" in (tmp_path / "out" / "table8.md").read_text()
+
+
+def test_intervals_are_drawn_as_a_line(tmp_path, monkeypatch):
+    few = catalogue().experiment("figure4")
+    monkeypatch.setitem(
+        catalogue().experiments,
+        "figure4",
+        few.model_copy(update={"rows": (few.row("i1"), few.row("i60"), few.row("i10"))}),
+    )
+    assert main(words(tmp_path, "figure4")) == 0
+    assert (tmp_path / "out" / "figure4.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["table10"], "'table10' is none of table1"),
+        ([], "NAME: say all, or one of"),
+        (["table2", "--scale", "huge"], "--scale: 'huge'"),
+        (["table2", "--workers", "0"], "--workers"),
+        (["table2", "--hours", "0"], "--hours"),
+        (["table2", "train.stage2.stepz=3"], "stage2.stepz"),
+        (["table2", "--data", "/none"], "data: no folder /none"),
+        (["table2", "--scale", "smoke", "--out", str(RESULTS), "--report"], "for results"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(given, message, tmp_path, capsys):
+    assert main(["experiment", *given, "--root", str(tmp_path / "root")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0]
+    assert not (tmp_path / "root").exists()
+
+
+def test_the_list_needs_nothing(capsys):
+    assert main(["experiment", "--list"]) == 0
+    text = capsys.readouterr().out
+    assert "table2" in text and "figure5" in text and "laptop" in text
+
+
+def test_the_estimate_alone_starts_nothing(tmp_path, capsys):
+    assert main(words(tmp_path, "table2", estimate=True)) == 0
+    assert "trainings" in capsys.readouterr().err
+    assert not (tmp_path / "root").exists() and not (tmp_path / "out").exists()
+    assert hours(60 * 125) == "2 h 05 min" and hours(90) == "2 min"
+
+
+def test_smoke_results_have_a_place_of_their_own(tmp_path):
+    options, overrides = parse(_arguments(), words(tmp_path, "table4")[1:])
+    assert command.default_out(make_session(options, overrides, catalogue())).parts[0] == "outputs"
