@@ -9,6 +9,9 @@ PYTHON ?= python3.11
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export TOKENIZERS_PARALLELISM = false
 export RAY_USAGE_STATS_ENABLED = 0
+# Compiled modules are kept: without them each process of a run compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+IMPORTS = vllm.entrypoints.llm, vllm.model_executor.models.llava, ray, av, pybullet, scipy.stats
 
 HZ2 ?= 1
 STEPS ?= 60
@@ -37,6 +40,8 @@ $(STAMP): $(LOCK) pyproject.toml
 	  $(PY) -m pip install -q --no-deps -r $(LOCK) && \
 	  $(PY) -m pip install -q --no-deps --no-build-isolation -e .; \
 	fi || { echo "setup: could not install $(LOCK); torch==2.13.0+cpu comes from PyTorch's CPU wheel index: name it in PIP_EXTRA_INDEX_URL (and UV_EXTRA_INDEX_URL), or a folder with the wheel in PIP_FIND_LINKS"; exit 2; }
+	@echo "setup: compiling what a run imports"
+	@$(PY) -W ignore -c "from system2.engines.vllm_plugin import register; register(); import $(IMPORTS)" >/dev/null 2>&1 || true
 	@touch $@
 
 run-sim: setup ## Run one five-task sequence: HZ2= STEPS= SEQ= SCENE= CLOCK=realtime|lockstep CONFIG= ARGS=
