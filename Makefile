@@ -19,6 +19,8 @@ SEQ ?= 0
 SCENE ?= D
 CLOCK ?= realtime
 CONFIG ?= configs/run.yaml
+SCENES ?= ABC
+PER_TASK ?= 60
 ARGS ?=
 SCALE ?= laptop
 
@@ -89,6 +91,12 @@ bench-s1: setup ## System 1 figures as JSON.
 
 bench-s2: setup ## System 2 figures as JSON.
 	$(PY) -m benchmarks.perf.bench_s2
+
+data: setup ## Demonstrations and frames for training, in the cache (resumable): SCENES=ABC PER_TASK=60 ARGS=
+	$(VENV)/bin/openhelix collect scenes=$(SCENES) per_task=$(PER_TASK) frames.system2_px=200 $(ARGS)
+
+train: setup ## Both systems, from the data to checkpoints (resumable; docs/training.md): SCENES=ABC ARGS=
+	$(VENV)/bin/openhelix train all data=demonstrations_$(SCENES) $(ARGS)
 
 sweep: setup ## Success against the age of the latent, lockstep then wall clock, in outputs/ (resumable): ARGS=
 	$(VENV)/bin/openhelix sweep --workers 2 --sequences 20 --episodes-per-task 2 $(ARGS)
