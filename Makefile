@@ -20,11 +20,11 @@ SCENE ?= D
 CLOCK ?= realtime
 CONFIG ?= configs/run.yaml
 SCENES ?= ABC
-PER_TASK ?= 60
+PER_TASK ?= 20
 ARGS ?=
 SCALE ?= laptop
 
-.PHONY: help setup run-sim test test-slow test-gpu check format lock clean bench-runtime bench-sim bench-s1 bench-s2 bench-eval sweep paper
+.PHONY: help setup run-sim test test-slow test-gpu check format lock clean bench-runtime bench-sim bench-s1 bench-s2 bench-eval sweep paper data train
 
 help: ## Show this help.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -92,7 +92,7 @@ bench-s1: setup ## System 1 figures as JSON.
 bench-s2: setup ## System 2 figures as JSON.
 	$(PY) -m benchmarks.perf.bench_s2
 
-data: setup ## Demonstrations and frames for training, in the cache (resumable): SCENES=ABC PER_TASK=60 ARGS=
+data: setup ## Demonstrations and frames for training, in the cache (resumable): SCENES=ABC PER_TASK=20 ARGS=
 	$(VENV)/bin/openhelix collect scenes=$(SCENES) per_task=$(PER_TASK) frames.system2_px=200 $(ARGS)
 
 train: setup ## Both systems, from the data to checkpoints (resumable; docs/training.md): SCENES=ABC ARGS=
