@@ -32,7 +32,8 @@ class NodeActor:
 
     def __init__(self, spec_json: str) -> None:
         logging.basicConfig(level=logging.INFO)
-        self._runner = NodeRunner(NodeSpec.from_json(spec_json))
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        self._runner = NodeRunner(NodeSpec.from_json(spec_json), again=again)
         self._thread = threading.Thread(target=self._run, name="node")
         self._thread.start()
 

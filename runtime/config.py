@@ -59,7 +59,7 @@ class Placement(_Section):
     gpus: NonNegative = 0.0
     resources: dict[str, float] = {}  # custom Ray resources, for example {robot: 1}
     threads: Count = 1  # OpenMP and torch threads
-    nice: Annotated[int, Field(ge=0, le=19)] = 0
+    nice: Annotated[int, Field(ge=0, le=19)] = 0  # once it is ready; 0 is woken at once
     fifo: Annotated[int, Field(ge=0, le=49)] = 0  # SCHED_FIFO priority of all its threads
 
 
@@ -70,7 +70,7 @@ class System2Config(_Section):
     hz: Positive = 1.0
     camera: str = "static"
     connect: str | None = None  # a System 2 that `openhelix serve` runs; None starts one
-    placement: Placement = Placement(cpus=0.5, threads=1, nice=5)
+    placement: Placement = Placement(cpus=0.5, threads=1, nice=10)
 
 
 class System1Config(_Section):
@@ -80,7 +80,7 @@ class System1Config(_Section):
     replan_steps: Count = 8  # control ticks from one chunk's observation to the next one's
     blend_s: NonNegative = 0.1  # overlap of two chunks over which they are blended
     latent_memory: Count = 1  # recent latents handed to the policy
-    placement: Placement = Placement(cpus=0.5, threads=1)
+    placement: Placement = Placement(cpus=0.5, threads=1, nice=5)
 
 
 class ControlConfig(_Section):
@@ -120,7 +120,7 @@ class WorldConfig(_Section):
     camera_hz: Positive = 10.0
     # A world that the machine is too busy to step looks like a robot that does not answer.
     placement: Placement = Placement(cpus=0.3, fifo=5)
-    camera_placement: Placement = Placement(cpus=0.3, nice=2)
+    camera_placement: Placement = Placement(cpus=0.3, nice=5)
 
 
 class TasksConfig(_Section):

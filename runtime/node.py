@@ -81,15 +81,23 @@ class NodeSpec:
 class NodeRunner:
     """Drives one node through its states."""
 
-    def __init__(self, spec: NodeSpec, stay_refused: bool = True, stoppable: bool = True) -> None:
+    def __init__(
+        self,
+        spec: NodeSpec,
+        stay_refused: bool = True,
+        stoppable: bool = True,
+        again: bool = False,
+    ) -> None:
         """Prepare; `run` does the work.
 
         Args:
             spec: which node.
             stay_refused: keep answering after a refusal, so that its reason can be read.
             stoppable: whether whoever reaches the control channel may end the node.
+            again: whether it takes the place of one that died while the robot moves.
         """
         self._spec, self._stay_refused, self._stoppable = spec, stay_refused, stoppable
+        self._again = again
         self.last_health: dict[str, Any] = {}
         self._stop = threading.Event()
         self._node: Node | None = None
@@ -99,7 +107,8 @@ class NodeRunner:
 
     def run(self) -> str:
         """Block until the node is done; return its last state."""
-        step_back(self._spec.nice)
+        if self._again:
+            step_back(self._spec.nice)
         self._build()
         # After the imports, which would keep a core for seconds, and before the first thread.
         self._step_forward()
@@ -143,6 +152,8 @@ class NodeRunner:
             return
         try:
             self._node.setup()
+            if not self._again:
+                step_back(self._spec.nice)  # not before: nothing moves yet, and a person waits
             self.state = "ready"
             log.info("%s: ready at %s", self._spec.name, self._spec.control)
             self._node.run(self._stop)

@@ -1,6 +1,6 @@
 """The graph as plain processes (`--no-ray`): for debugging, and where Ray is not wanted.
 
-`python -m runtime.processes '<NodeSpec as JSON>' <parent's pid>` is one process. The parent restarts a
+`python -m runtime.processes '<NodeSpec as JSON>' <parent's pid> first|again` is one process. The parent restarts a
 node that died; when the parent dies, the kernel ends the children.
 """
 
@@ -39,7 +39,7 @@ class ProcessHost:
         self._log_folder.mkdir(parents=True, exist_ok=True)
         for spec in specs:
             self._specs[spec.name] = spec
-            self._children[spec.name] = self._spawn(spec)
+            self._children[spec.name] = self._spawn(spec, again=False)
         self._watch.start()
 
     def close(self, timeout_s: float = 5.0) -> None:
@@ -55,10 +55,13 @@ class ProcessHost:
                 child.kill()
                 child.wait()
 
-    def _spawn(self, spec: NodeSpec) -> subprocess.Popen[bytes]:
+    def _spawn(self, spec: NodeSpec, again: bool) -> subprocess.Popen[bytes]:
         with (self._log_folder / f"{spec.name}.log").open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "runtime.processes", spec.to_json(), str(os.getpid())],
+                [
+                    *(sys.executable, "-m", "runtime.processes"),
+                    *(spec.to_json(), str(os.getpid()), "again" if again else "first"),
+                ],
                 env=os.environ | spec.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -78,7 +81,7 @@ class ProcessHost:
                 # What fails at once would fail again at once: wait longer each time.
                 self._not_before_s[name] = now_s + min(0.5 * 2**count, 30.0)
                 log.warning("%s ended with code %s; starting it again", name, child.returncode)
-                self._children[name] = self._spawn(self._specs[name])
+                self._children[name] = self._spawn(self._specs[name], again=True)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -90,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(argv[1]):
         return 1  # the parent died before the kernel was told to end us with it
-    runner = NodeRunner(NodeSpec.from_json(argv[0]))
+    runner = NodeRunner(NodeSpec.from_json(argv[0]), again=argv[2] == "again")
     signal.signal(signal.SIGTERM, lambda *_: runner.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return 0 if runner.run() == "done" else 1
