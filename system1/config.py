@@ -8,9 +8,13 @@ configuration as JSON, so a field is never renamed without a reader for the old 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from runtime.spec import ActionSpec, CameraSpec, LatentSpec, PolicySpec
+
+# The policy that comes with the project, where one does; `DiffusionPolicy.load("shipped")`.
+SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "system1-laptop"
 
 Head = Literal["diffuser_actor", "trajectory", "plain", "dit", "lstm"]
 Prediction = Literal["epsilon", "sample", "v"]

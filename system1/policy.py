@@ -21,7 +21,7 @@ from runtime.spec import PolicySpec, SpecMismatch, check_frame
 from runtime.types import ActionChunk, CameraFrame, LatentGoal, Observation
 from system1.accelerate import GraphedSampler, to_bf16
 from system1.checkpoint import Network, build_model, load_policy
-from system1.config import CameraConfig, PolicyConfig, small
+from system1.config import SHIPPED, CameraConfig, PolicyConfig, small
 from system1.model import gaussian
 from system1.points import deproject, shrink
 from system1.rotations import (
@@ -99,12 +99,15 @@ class DiffusionPolicy:
         """Read a checkpoint folder; None gives the untrained `small` policy, seed 0.
 
         Args:
-            path: a folder that `system1.checkpoint.save_policy` wrote.
+            path: a folder that `system1.checkpoint.save_policy` wrote, or "shipped": the one
+                that comes with the project, and None as long as none does.
             device: "cpu", "cuda" or "cuda:N".
             sampler: "ddpm", "ddim" or "dpmpp" instead of the configuration's.
             steps: denoising steps instead of the configuration's.
             bf16: run in bfloat16; see `system1.accelerate`.
         """
+        if path == "shipped":
+            path = SHIPPED if SHIPPED.is_dir() else None
         if path is None:
             policy = DiffusionPolicy.build(small(), 0, device)
         else:

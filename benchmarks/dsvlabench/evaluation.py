@@ -19,6 +19,7 @@ from benchmarks.dsvlabench.suites import Suite, spread
 from benchmarks.dsvlabench.summary import summarise
 from runtime.config import ConfigError, Part, RunConfig
 from runtime.report import versions
+from system1.config import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("runtime", "system1", "system2", "benchmarks/playtable", "benchmarks/dsvlabench")
@@ -184,9 +185,11 @@ def fingerprint(part: Part) -> str:
     for name, value in sorted(part.options.items()):
         digest.update(f"\0{name}\0".encode())
         path = Path(value) if isinstance(value, str) and value else None
+        if name == "path" and value == "shipped":
+            path = SHIPPED
         if path is not None and path.exists():
             digest.update(_content(path))
-        elif name == "path" and value is not None:
+        elif name == "path" and value not in (None, "shipped"):
             raise ConfigError(f"system1.policy.options.path: no checkpoint at {value}")
         else:
             digest.update(json.dumps(_plain(value), sort_keys=True).encode())

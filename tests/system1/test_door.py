@@ -1,0 +1,95 @@
+"""The door for latents: what it keeps, and the latents that say what the task table says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from runtime.spec import LatentSpec
+from system1 import policy as policy_module
+from system1.checkpoint import CheckpointError, build_model, save_policy
+from system1.config import official_calvin
+from system1.door import DOOR, nearest_task, open_door, task_anchors
+from system1.policy import DiffusionPolicy
+from tests.system1.test_policy import observe, tiny
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    return build_model(tiny(use_latent=False, **changes)).eval()
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_policy_told_by_an_anchor_acts_as_told_by_name(tokens) -> None:
+    made = open_door(model(), LatentSpec("act_last", tokens, 512, "x"))
+    for p in made.parameters():  # a fresh network's zeroed layers would hide the condition
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.2)
+    anchors = task_anchors(made)
+    assert anchors.shape == (34, tokens, 512)
+    assert torch.equal(nearest_task(made, anchors), torch.arange(34))
+    if tokens > 1:
+        return
+    policy = DiffusionPolicy(made)
+    inputs = policy.prepare(observe(tiny()), [])
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    for task in (0, 33):
+        named = made.encode(replace(inputs, task=torch.tensor([task])))
+        z = anchors[task][None, None]
+        told = made.encode(replace(inputs, latent=z, latent_mask=mask, task=torch.tensor([-1])))
+        torch.testing.assert_close(told.tokens, named.tokens, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(told.signal, named.signal, atol=1e-4, rtol=1e-4)
+
+
+def test_the_table_speaks_where_there_is_no_latent() -> None:
+    made = model()
+    inputs = DiffusionPolicy(made).prepare(observe(tiny()), [])
+    none = torch.zeros(1, 1, dtype=torch.bool)
+    for task in (-1, 4):
+        plain = made.encode(replace(inputs, task=torch.tensor([task])))
+        masked = made.encode(
+            replace(
+                inputs,
+                task=torch.tensor([task]),
+                latent=torch.randn(1, 1, 1, 12),
+                latent_mask=none,
+            )
+        )
+        torch.testing.assert_close(masked.signal, plain.signal)
+        torch.testing.assert_close(masked.tokens, plain.tokens)
+
+
+def test_everything_behind_the_door_is_kept() -> None:
+    before = model()
+    state = {n: t.clone() for n, t in before.state_dict().items()}
+    after = open_door(before, LatentSpec("act_lang", 5, 64, "y"), seed=3)
+    assert after.config.latent_tokens == 5 and after.config.use_latent
+    fresh = {n for n, t in after.state_dict().items() if t.shape != state[n].shape}
+    assert fresh == {"encoder.condition.project.weight", "encoder.condition.slot"}
+    for name, tensor in after.state_dict().items():
+        if not name.startswith(DOOR):
+            assert torch.equal(tensor, state[name]), name
+    same = open_door(after, LatentSpec("act_lang", 5, 64, "z"))
+    assert same is after and after.config.latent_model_id == "z"
+
+
+def test_a_published_policy_takes_its_own_width_alone() -> None:
+    config = official_calvin(dim=48, heads=2, layers=1)
+    made = build_model(config)
+    assert task_anchors(made) is None
+    assert open_door(made, LatentSpec("act_last", 4, 512, "x")).config.latent_tokens == 4
+    with pytest.raises(CheckpointError, match="width 64 needs"):
+        open_door(made, LatentSpec("act_last", 1, 64, "x"))
+
+
+def test_shipped_is_the_shipped_policy_or_the_untrained_one(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(policy_module, "SHIPPED", tmp_path / "none")
+    untrained = DiffusionPolicy.load("shipped").model.state_dict()
+    plain = DiffusionPolicy.load(None).model.state_dict()
+    assert all(torch.equal(untrained[n], t) for n, t in plain.items())
+    made = model()
+    save_policy(tmp_path / "there", made.config, made.state_dict(), made.normalizer)
+    monkeypatch.setattr(policy_module, "SHIPPED", tmp_path / "there")
+    assert DiffusionPolicy.load("shipped").config == made.config
