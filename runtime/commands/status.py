@@ -1,7 +1,7 @@
-"""`openhelix status [FOLDER]`: how a running robot is doing, here or as a page (`--web`).
+"""`openhelix status`: how a running robot is doing, here or as a page (`--web`).
 
-Shows the newest run below `output.folder`, or the one in FOLDER, that `openhelix run` started
-on this host. The page's stop button needs the run's token; `--token` prints it, and `--stop`
+Shows the newest run below `output.folder`, or the one in `--run FOLDER`, that `openhelix run`
+started on this host. The page's stop button needs the run's token; `--token` prints it, and `--stop`
 stops the robot from here. Both need to be able to read the run's folder.
 """
 
@@ -33,7 +33,7 @@ PORT = 9120
 def main(argv: Sequence[str]) -> int:
     """Show a run; exit code 1 when there is none."""
     arguments = parser("status", __doc__ or "")
-    arguments.add_argument("folder", type=Path, nargs="?", help="of one run; default: the newest")
+    arguments.add_argument("--run", type=Path, metavar="FOLDER", help="default: the newest")
     arguments.add_argument("--web", action="store_true", help="serve the page until Ctrl-C")
     arguments.add_argument(
         *("--listen",),
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument("--token", action="store_true", help="print the run's token")
     arguments.add_argument("--stop", action="store_true", help="stop the robot for good")
     options, overrides = parse(arguments, argv)
-    source = RunSource(load(options.config, overrides).output.folder, options.folder)
+    source = RunSource(load(options.config, overrides).output.folder, options.run)
     try:
         return _do(options, source)
     finally:

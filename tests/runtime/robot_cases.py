@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ import pytest
 from runtime.clock import FakeClock
 from runtime.quaternion import IDENTITY, from_rotation_vector, rotation_vector
 from runtime.resolve import resolve
-from runtime.robots.base import Robot
+from runtime.robots.base import Robot, make_robot
 from runtime.robots.calvin import CalvinRobot
 from runtime.robots.env import EnvRobot, PlayTableRobot
 from runtime.robots.fake import FakeRobot
@@ -24,6 +26,7 @@ from runtime.robots.lerobot import LeRobotAdapter
 from runtime.robots.sim import SimRobot
 from runtime.rpc import RpcServer
 from runtime.types import CameraFrame
+from tests.runtime.docs_code import module
 
 PERIOD_NS = 1_000_000_000 // 30
 
@@ -310,6 +313,23 @@ def sim():
             host.close()
 
 
+def documented():
+    """The driver that docs/add-a-robot.md shows."""
+    page = module("add-a-robot.md", "my_arm")
+    return stepped(lambda clock: page.TableArm(clock=clock))
+
+
+@contextmanager
+def named():
+    """The driver that a person wants to have checked, on its own clock."""
+    options = json.loads(os.environ.get("OPENHELIX_ROBOT_OPTIONS", "{}"))
+    robot = make_robot(os.environ["OPENHELIX_ROBOT"], **options)
+    try:
+        yield Case(robot, lambda: time.sleep(PERIOD_NS * 1e-9))
+    finally:
+        robot.disconnect()
+
+
 CASES = {
     "fake": fake,
     "env": env,
@@ -318,4 +338,7 @@ CASES = {
     "playtable": playtable,
     "sim": sim,
     "calvin": calvin,
+    "documented": documented,
 }
+if "OPENHELIX_ROBOT" in os.environ:
+    CASES = {"named": named}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 
 from runtime.spec import LatentSpec
 from runtime.types import GoalRequest, LatentGoal
@@ -212,6 +214,31 @@ def test_numbers_go_on_for_a_name_that_was_forgotten(
     assert reader.wait(5.0) and reader.poll() is not None
     assert not reader.stats.dropped
     reader.close()
+    outlet.close()
+
+
+def test_a_reader_that_is_stuck_holds_up_nobody(tmp_path: Path) -> None:
+    outlet = LatentOutlet(ipc_endpoint(tmp_path, "l"))
+    stuck: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
+    stuck.linger, stuck.rcvhwm = 0, 1
+    stuck.setsockopt(zmq.SUBSCRIBE, b"")
+    stuck.connect(outlet.bound)
+    reader = NewestReader(outlet.bound, "latents/a", LatentGoal)
+    large = LatentGoal(np.ones((64, 1024), np.float32), 0, 0, 0, 0, "spec")  # 262 kB
+    heard = seen = 0
+    while not (heard and stuck.poll(0)):  # both have joined
+        outlet.send("a", large)
+        heard += reader.wait(0.02) and reader.poll() is not None
+    for _ in range(1500):  # more than the queue of one that does not read
+        outlet.send("a", large)
+        seen += reader.poll() is not None
+    last = replace(large, seq=7)
+    outlet.send("a", last)
+    while (goal := reader.poll()) is None or goal.seq != 7:
+        assert reader.wait(10.0)
+    assert seen > 100 and reader.stats.gaps == 0
+    reader.close()
+    stuck.close(linger=0)
     outlet.close()
 
 
