@@ -42,7 +42,7 @@ def make_card(config: TrainingConfig, stage: str, source: Path) -> dict[str, Any
         "torch": torch.__version__,
         "hours": round(sum(s["hours"] for s in stages.values()), 3),
         "stages": stages,
-        "settings": config.model_dump(mode="json"),
+        "settings": shown(config.model_dump(mode="json")),
     }
 
 
@@ -62,7 +62,7 @@ def stage_card(folder: Path) -> dict[str, Any]:
     }
     settings = folder / SETTINGS
     if settings.is_file():
-        card["settings"] = json.loads(settings.read_text())
+        card["settings"] = shown(json.loads(settings.read_text()))
     return card
 
 
@@ -92,8 +92,19 @@ def data_card(frames: Path) -> dict[str, Any]:
 def command(config: TrainingConfig) -> str:
     """Return the command that makes the same again: all settings that are not the defaults."""
     words = ["openhelix", "train", "all"]
-    words += changed(config.model_dump(mode="json"), TrainingConfig().model_dump(mode="json"), "")
+    values = shown(config.model_dump(mode="json"))
+    words += changed(values, TrainingConfig().model_dump(mode="json"), "")
     return shlex.join(words)
+
+
+def shown(value: Any) -> Any:
+    """Return settings with folders as another user would name them: `~` for the home folder."""
+    if isinstance(value, dict):
+        return {k: shown(v) for k, v in value.items()}
+    home = str(Path.home())
+    if isinstance(value, str) and value.startswith(home + "/"):
+        return "~" + value[len(home) :]
+    return value
 
 
 def changed(values: dict[str, Any], defaults: dict[str, Any], prefix: str) -> list[str]:
