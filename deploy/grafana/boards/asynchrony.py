@@ -1,0 +1,83 @@
+"""Asynchrony: what does an older goal cost?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+
+from deploy.grafana.panels import bars, board, heat, lines, rows
+from deploy.grafana.promql import HERE, buckets, mean, quantile, rate, success
+
+CELL = ["suite", "clock", "interval", "latency"]
+AGES = "eval_latent_age_steps"
+NAME = "{{instance}}"
+
+
+def dashboard() -> Dashboard:
+    """Return the dashboard."""
+    return board(
+        "openhelix-asynchrony",
+        "OpenHelix: asynchrony",
+        "Success and age against the interval between two latents: from sweeps, and live.",
+        ("Robot", "openhelix_latent_period_seconds"),
+        {"Sweeps: environment steps from latent to latent": _sweeps(), "Robots, live": _live()},
+        since="now-6h",
+    )
+
+
+def _sweeps() -> list[Any]:
+    age = "mean age, steps"
+    return [
+        bars(
+            "Success against interval",
+            "All suites and latencies in the time shown, with the 95 % Wilson interval.",
+            "interval",
+            *success("eval_attempts_total", "interval", here=False)[:3],
+        ),
+        bars(
+            "Age against interval",
+            "Mean age of the latents behind a plan, in environment steps.",
+            "interval",
+            (age, mean(AGES, "interval", here=False), "none"),
+        ),
+        rows(
+            "Cells",
+            "The wall clock's latency is System 2's own.",
+            CELL,
+            *success("eval_attempts_total", ", ".join(CELL), here=False),
+            (age, mean(AGES, ", ".join(CELL), here=False), "none"),
+            width=24,
+            height=12,
+        ),
+    ]
+
+
+def _live() -> list[Any]:
+    came = f"1 / ({rate('latents_received_total')} > 0)"
+    return [
+        lines(
+            "Age and interval",
+            "Median age of the latent in use, and the time between two latents.",
+            "s",
+            (quantile("latent_age_seconds", 0.5), f"age {NAME}"),
+            (f"openhelix_latent_period_seconds{HERE}", f"interval asked for {NAME}"),
+            (came, f"interval as they come {NAME}"),
+        ),
+        lines(
+            "Success beside age",
+            "Success of the last hour, and the median age in seconds.",
+            "none",
+            (f"instance:openhelix_success:ratio1h{HERE}", f"success {NAME}"),
+            (f"instance:openhelix_latent_age_seconds:p50_1m{HERE}", f"age, s {NAME}"),
+        ),
+        lines(
+            "Late latents",
+            "Share that arrives more than a period after its image.",
+            "percentunit",
+            (f"instance:openhelix_latents_late:ratio1m{HERE}", NAME),
+            top=1,
+            height=8,
+        ),
+        heat("Latent age", "At every tick.", "s", buckets("latent_age_seconds")),
+    ]

@@ -1,0 +1,223 @@
+"""Real time: does the loop keep its rate, and how old is the goal it acts on?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+
+from deploy.grafana.panels import board, figure, heat, lines, rows, states
+from deploy.grafana.promql import HERE, buckets, events, quantile, quantiles, rate
+
+LATE, AGE = "loop_tick_lateness_seconds", "latent_age_seconds"
+HZ, NAME = "hertz", "{{instance}}"
+
+
+def dashboard() -> Dashboard:
+    """Return the dashboard."""
+    return board(
+        "openhelix-realtime",
+        "OpenHelix: real time",
+        "Rates, lateness, age of the latents, where the time goes, what stopped the robot.",
+        ("Robot", "openhelix_loop_ticks_total"),
+        {
+            "Now": _now(),
+            "Rates": _rates(),
+            "Lateness": _lateness(),
+            "Latents": _latents(),
+            "The two systems": _systems(),
+            "Safety": _safety(),
+            "Beside the loop": _beside(),
+        },
+    )
+
+
+def _now() -> list[Any]:
+    missed = events("loop_deadlines_missed_total", "instance")
+    stops = events("safety_stops_total", "instance")
+    ticks = rate("loop_ticks_total", "instance")
+    mode = 'openhelix_safety_mode{{instance=~"$instance",mode="{}"}} == 1'
+    modes = [(mode.format(m), f"{m} {NAME}") for m in ("run", "hold", "stop")]
+    late = quantile(LATE, 0.99)
+    left = f"openhelix_chunk_remaining_seconds{HERE}"
+    return [
+        figure("Control rate", "Ticks a second.", HZ, (ticks, NAME)),
+        figure(
+            "Latents",
+            "Latents of the current instruction that arrive, a second.",
+            HZ,
+            (rate("latents_received_total"), NAME),
+        ),
+        figure(
+            "Latent age, median",
+            "Age of the image behind the latent in use.",
+            "s",
+            (quantile(AGE, 0.5), NAME),
+        ),
+        figure(
+            "Lateness, p99",
+            "How late one tick in a hundred wakes.",
+            "s",
+            (late, NAME),
+            bad=[(0.005, "orange"), (0.015, "red")],
+        ),
+        figure(
+            "Deadlines missed",
+            "Control periods skipped in the time shown.",
+            "none",
+            (missed, NAME),
+            bad=[(1, "orange"), (30, "red")],
+        ),
+        figure("Safe stops", "In the time shown.", "none", (stops, NAME), bad=[(1, "red")]),
+        states("Mode", "Run, hold or stop, as the loop told the robot.", *modes),
+        lines("Plan left", "Trajectory still to execute; 0: hold.", "s", (left, NAME), height=4),
+    ]
+
+
+def _rates() -> list[Any]:
+    return [
+        lines(
+            "Ticks a second, by what the robot was told",
+            "wait: no plan yet for this instruction; run; hold; stop.",
+            HZ,
+            (rate("loop_ticks_total", "state"), "{{state}}"),
+            stack=True,
+        ),
+        lines(
+            "Latents and trajectories a second",
+            "What arrives, what was promised, what System 1 delivers.",
+            HZ,
+            (rate("latents_received_total"), f"latents {NAME}"),
+            (f"1 / openhelix_latent_period_seconds{HERE}", f"promised {NAME}"),
+            (rate("chunks_total", more='outcome="accepted"'), f"trajectories {NAME}"),
+        ),
+    ]
+
+
+def _lateness() -> list[Any]:
+    missed = rate("loop_deadlines_missed_total")
+    return [
+        heat("Tick lateness", "How late ticks wake after their deadlines.", "s", buckets(LATE)),
+        heat("Tick duration", "A tick's work.", "s", buckets("loop_tick_duration_seconds")),
+        lines("Tick lateness", "Median and 99th percentile.", "s", *quantiles(LATE), log=True),
+        lines("Deadlines missed", "Control periods skipped, a second.", HZ, (missed, NAME)),
+    ]
+
+
+def _latents() -> list[Any]:
+    limit = 'openhelix_source_limit_seconds{instance=~"$instance",source="latent"}'
+    about = "At every tick, of the image behind the latent in use."
+    return [
+        heat("Latent age", about, "s", buckets(AGE)),
+        heat(
+            "Latent delay",
+            "From the capture of an image to the arrival of its latent.",
+            "s",
+            buckets("latent_delay_seconds"),
+        ),
+        lines(
+            "Latent age",
+            "With the age at which the robot is stopped.",
+            "s",
+            *quantiles(AGE),
+            (limit, f"stop {NAME}"),
+        ),
+        lines(
+            "Latents of no use, a second",
+            "Late: more than a period after their image. Void: of an earlier instruction. "
+            "Missed: never arrived.",
+            HZ,
+            (rate("latents_late_total"), f"late {NAME}"),
+            (rate("latents_void_total"), f"void {NAME}"),
+            (rate("latents_missed_total"), f"missed {NAME}"),
+        ),
+    ]
+
+
+def _systems() -> list[Any]:
+    served = buckets("system2_latency_seconds", here=False)
+    return [
+        heat("System 1 latency", "One call.", "s", buckets("system1_latency_seconds")),
+        heat("System 2 latency", "One call of the engine, of all servers.", "s", served),
+        lines(
+            "Trajectories a second, by outcome",
+            "Accepted, or refused: void, late, stale, bad; and calls of System 1 that raised.",
+            HZ,
+            (rate("chunks_total", "outcome"), "{{outcome}}"),
+            (rate("system1_failures_total"), f"failed {NAME}"),
+        ),
+        lines(
+            "Rows of trajectories a second, by fate",
+            "Consumed, expired, replaced by a newer one, voided.",
+            HZ,
+            (rate("chunk_rows_total", "fate"), "{{fate}}"),
+            stack=True,
+        ),
+    ]
+
+
+def _safety() -> list[Any]:
+    by = ["instance", "reason"]
+    return [
+        lines(
+            "Age of every source",
+            "A source that grows old stops the robot.",
+            "s",
+            (f"openhelix_source_age_seconds{HERE}", f"{{{{source}}}} {NAME}"),
+        ),
+        lines(
+            "Ticks a second that a limit bent",
+            "Workspace, speed, acceleration, gripper, not a number.",
+            HZ,
+            (rate("safety_limited_total", "limit"), "{{limit}}"),
+        ),
+        rows(
+            "Safe stops",
+            "In the time shown, by reason.",
+            by,
+            ("stops", events("safety_stops_total", "instance, reason"), "none"),
+            height=8,
+        ),
+        rows(
+            "Holds",
+            "In the time shown, by reason.",
+            by,
+            ("holds", events("safety_holds_total", "instance, reason"), "none"),
+            height=8,
+        ),
+    ]
+
+
+def _beside() -> list[Any]:
+    job = '{job="openhelix"}'
+    return [
+        lines(
+            "Messages lost or refused a second, by channel",
+            "In all parts of all runs; lost: numbered by their sender, never arrived.",
+            HZ,
+            (rate("wire_gaps_total", "channel", here=False), "lost {{channel}}"),
+            (rate("wire_dropped_total", "channel", here=False), "refused {{channel}}"),
+            (rate("wire_send_dropped_total", "channel", here=False), "not sent {{channel}}"),
+        ),
+        lines(
+            "Recording, video, viewer",
+            "Items a second: written, and dropped rather than delay the loop.",
+            HZ,
+            (rate("sink_written_total", "sink", here=False), "written {{sink}}"),
+            (rate("sink_dropped_total", "sink", here=False), "dropped {{sink}}"),
+        ),
+        lines(
+            "Processor time by part",
+            "Cores in use.",
+            "none",
+            (f"rate(process_cpu_seconds_total{job}[$__rate_interval])", f"{{{{part}}}} {NAME}"),
+            stack=True,
+        ),
+        lines(
+            "Memory by part",
+            "Resident.",
+            "bytes",
+            (f"process_resident_memory_bytes{job}", f"{{{{part}}}} {NAME}"),
+            stack=True,
+        ),
+    ]
