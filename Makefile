@@ -24,7 +24,7 @@ PER_TASK ?= 20
 ARGS ?=
 SCALE ?= laptop
 
-.PHONY: help setup run-sim test test-slow test-gpu check format lock clean bench-runtime bench-sim bench-s1 bench-s2 bench-eval sweep paper data train
+.PHONY: help setup run-sim test test-slow test-gpu check format lock clean bench-runtime bench-sim bench-s1 bench-s2 bench-eval sweep paper data train dashboards
 
 help: ## Show this help.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -113,6 +113,10 @@ bench-eval: setup ## Evaluation figures as JSON.
 .PHONY: bench-fleet
 bench-fleet: setup ## Robots that one System 2 serves, and what looking on costs the loop, as JSON.
 	$(PY) -m benchmarks.perf.bench_fleet
+
+dashboards: setup ## Write Grafana's dashboards and docs/metrics.md from their sources.
+	$(PY) -m deploy.grafana.build
+	$(PY) -m deploy.metrics_page
 
 clean: ## Remove outputs and caches of this checkout (not .venv).
 	rm -rf outputs build .pytest_cache .mypy_cache .ruff_cache .hypothesis
