@@ -148,6 +148,7 @@ class RayPool:
         shared: one System 2 for all of them.
         answer_s: a shared System 2 that takes longer is started anew.
         episode_s: a worker whose episode takes longer is killed.
+        start_s: it has this much more for its first, before which it loads.
     """
 
     def __init__(
@@ -158,13 +159,15 @@ class RayPool:
         shared: bool = False,
         answer_s: float = ANSWER_TIMEOUT_S,
         episode_s: float = EPISODE_TIMEOUT_S,
+        start_s: float = START_TIMEOUT_S,
     ) -> None:
         self.workers = workers
         self._config, self._threads, self._shared = config, threads, shared
-        self._answer_s, self._episode_s = answer_s, episode_s
+        self._answer_s, self._episode_s, self._start_s = answer_s, episode_s, start_s
         self._json = config.model_dump_json()
         self._idle: list[Any] = []
         self._alive: list[Any] = []  # idle or not
+        self._loaded: list[Any] = []  # of them, those that have answered
         self._engine: Any = None
         self._spec: LatentSpec | None = None
         self._about: dict[str, Any] | None = None
@@ -177,6 +180,7 @@ class RayPool:
                 self._start_engine()
             self._idle = [self._new_worker() for _ in range(self.workers)]
             answers = [self._start_worker(worker) for worker in self._idle]
+            self._loaded = list(self._idle)
             self._about = dict(answers[0])
         return dict(self._about)
 
@@ -201,7 +205,7 @@ class RayPool:
                 try:
                     outcome = ray.get(reference)
                 except ray.exceptions.RayActorError:
-                    self._alive.remove(worker)
+                    self._forget(worker)
                     self._idle.append(self._new_worker())
                     tries[job.episode.key] = tries.get(job.episode.key, 0) + 1
                     if tries[job.episode.key] < TRIES:
@@ -210,7 +214,14 @@ class RayPool:
                     outcome = _lost(job)
                 else:
                     self._idle.append(worker)
+                    if worker not in self._loaded:
+                        self._loaded.append(worker)
                 yield job, outcome
+
+    def _forget(self, worker: Any) -> None:
+        for known in (self._alive, self._loaded):
+            if worker in known:
+                known.remove(worker)
 
     def _patience_s(self) -> float:
         return min(LOOK_EVERY_S, self._episode_s)
@@ -219,7 +230,8 @@ class RayPool:
         """Kill workers that are long past any episode's time: their answers are then errors."""
         now_s = time.monotonic()
         for worker, job, begun_s in running:
-            if now_s - begun_s > self._episode_s:
+            limit_s = self._episode_s + (0 if worker in self._loaded else self._start_s)
+            if now_s - begun_s > limit_s:
                 log.warning("%s: no answer after %.0f s", job.episode.key, now_s - begun_s)
                 ray.kill(worker)
 
@@ -231,7 +243,7 @@ class RayPool:
                 log.warning("a worker did not close", exc_info=True)
         for worker in self._alive:  # also those in the middle of an episode
             ray.kill(worker)
-        self._idle, self._alive = [], []
+        self._idle, self._alive, self._loaded = [], [], []
         if self._engine is not None:
             ray.kill(self._engine)
             self._engine = None

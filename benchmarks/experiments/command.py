@@ -29,13 +29,19 @@ from benchmarks.experiments.trainings import Trainer, Trainings
 from benchmarks.training.config import TrainingConfig, cache_root
 from runtime.commands.arguments import Parser, parse, parser
 from runtime.config import ConfigError
+from runtime.errors import CommandFailed
 from runtime.resolve import resolve
 
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run experiments; 0 when all that was asked for is there, or the time given is over."""
+    """Run experiments; 0 when all that was asked for is there, or the time given is over.
+
+    Raises:
+        ConfigError: bad input, in one line.
+        CommandFailed: a training failed; all else was done.
+    """
     options, overrides = parse(_arguments(), argv)
     logging.basicConfig(level=logging.ERROR)
     known = catalogue()
@@ -58,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write(json.dumps(found, default=str) + "\n")
     else:
         sys.stdout.write("\n".join(f"{o['name']}: {o['state']}" for o in outcomes) + "\n")
+    if session.failed:
+        raise CommandFailed(f"{len(session.failed)} trainings failed: {'; '.join(session.failed)}")
     return 0
 
 

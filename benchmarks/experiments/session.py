@@ -2,8 +2,8 @@
 
 Everything is a folder that says of itself whether it is finished, so a session that is killed
 at any moment is continued by starting it again, and tables share what they have in common.
-Trainings come first, in the order in which tables need them, then evaluations; after every
-evaluation the reports are written anew, so that a night cut short leaves what it got.
+Table by table its trainings come first, then its evaluations; after every evaluation the
+reports are written anew, so that a night cut short leaves what it got.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks.experiments.judge import judge, missing, published_difference
 from benchmarks.experiments.measures import Measure, measure_of, score_of
 from benchmarks.experiments.spec import Contrast, Experiment, Row, Scale
 from benchmarks.experiments.trainings import Training, Trainings, in_order, trainings_of
+from runtime.errors import CommandFailed
 
 PoolFor = Callable[[Plan], Pool]
 
@@ -80,6 +81,9 @@ class Session:
         trainings: those of `request.root`.
         console: told of the progress.
         pool_for: returns a pool that has not started, for an evaluation.
+
+    Attributes:
+        failed: why, of the trainings that failed in this session, by key.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Session:
     ) -> None:
         self.request, self.trainings = request, trainings
         self._console = console
+        self.failed: dict[str, str] = {}
         self._pool_for = pool_for or self._open
 
     def _open(self, plan: Plan) -> Pool:
@@ -106,7 +111,8 @@ class Session:
         assert row.variant is not None
         r = self.request
         smoke = not r.scale.official
-        return measure_of(row, self.training(row.variant), r.scale, r.seed, r.run, smoke)
+        run = (*r.scale.run, *r.run)
+        return measure_of(row, self.training(row.variant), r.scale, r.seed, run, smoke)
 
     def rows(self) -> list[Row]:
         """Return all rows that are measured, in order; several may share a measure."""
@@ -114,11 +120,13 @@ class Session:
 
     def wanted(self) -> list[Training]:
         """Return all trainings that are needed, each once, parents first."""
-        found = [self.training(row.variant) for row in self.rows() if row.variant]
-        for experiment in self.request.experiments:
-            if experiment.kind == "probe":
-                found += [self.training(name) for name in experiment.options.get("variants", ())]
-        return in_order(found)
+        return in_order(t for e in self.request.experiments for t in self.needs(e))
+
+    def needs(self, experiment: Experiment) -> list[Training]:
+        """Return the trainings of one experiment, parents first."""
+        names = [row.variant for row in experiment.rows if row.variant]
+        names += experiment.options.get("variants", ())
+        return in_order(map(self.training, names))
 
     def place(self, measure: Measure) -> Path:
         """Return the folder of an evaluation's results."""
@@ -137,20 +145,38 @@ class Session:
 
         Raises:
             OutOfTime: before all was done.
-            ValueError, CommandFailed: a training or an evaluation was refused or failed.
+            ValueError, CommandFailed: an evaluation was refused or failed. A training that
+                failed is in `failed`, and its rows are left out.
         """
-        wanted = self.wanted()
-        for number, training in enumerate(wanted if train else (), 1):
-            if self.trainings.done(training) is None:
-                self._in_time()
-                self._console.say(f"training {number} of {len(wanted)}: {training.key}")
-                self.trainings.ensure(training, self._console.say)
-        measures = list({m.key: m for m in map(self.measure, self.rows())}.values())
+        for experiment in self.request.experiments:
+            if train:
+                self._train(experiment)
+            self._measure(experiment, after)
+
+    def _train(self, experiment: Experiment) -> None:
+        """Train what an experiment needs; one that fails leaves its rows out and no others."""
+        wanted = self.needs(experiment)
+        for number, training in enumerate(wanted, 1):
+            if self.trainings.done(training) is not None:
+                continue
+            self._in_time()
+            place = f"{experiment.name}: training {number} of {len(wanted)}"
+            self.say(f"{place}: {training.key}")
+            try:
+                self.trainings.ensure(training, self.say)
+            except CommandFailed as error:
+                self.failed[training.key] = str(error)
+                self.say(f"{place} failed: {error}")
+
+    def _measure(self, experiment: Experiment, after: Callable[[], None]) -> None:
+        rows = [row for row in experiment.rows if row.variant]
+        measures = list({m.key: m for m in map(self.measure, rows)}.values())
         for number, measure in enumerate(measures, 1):
             trained = self.trainings.done(measure.training) is not None
             if trained and self.report(measure) is None:
                 self._in_time()
-                self._console.say(f"evaluation {number} of {len(measures)}: {measure.key}")
+                place = f"{experiment.name}: evaluation {number} of {len(measures)}"
+                self.say(f"{place}: {measure.key}")
                 self._evaluate(measure)
                 after()
 
@@ -230,6 +256,7 @@ class Session:
             "evaluation": measure.key,
             "training": measure.training.key,
             "training_options": dict(measure.training.options),
+            "training_failed": self.trainings.failure(measure.training),
             "training_s": None if done is None else done["seconds"],
             "score": self.report(measure),
         }

@@ -172,6 +172,7 @@ class Scale(_Section):
         threads: of torch, for each worker of an evaluation.
         train: overrides of `openhelix train`, for every training.
         train_regime: further ones for a regime.
+        run: overrides of the runs that are measured.
         official: whether results may be kept as the project's own.
     """
 
@@ -183,4 +184,5 @@ class Scale(_Section):
     threads: Count = 1
     train: dict[str, Any] = {}
     train_regime: dict[str, dict[str, Any]] = {}
+    run: tuple[str, ...] = ()
     official: bool = True

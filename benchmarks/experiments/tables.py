@@ -92,6 +92,8 @@ def table(rows: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
 def _state(row: Outcome) -> str:
     if row["variant"] is None:
         return "-"
+    if row.get("training_failed"):
+        return f"training failed: {row['training_failed']}"
     done = row.get("n_so_far", 0)
     return f"not finished ({done} of {row['n_wanted']})" if done else "not run"
 

@@ -23,8 +23,9 @@ from typing import Any, Literal, Protocol
 from benchmarks.dsvlabench.results import replace_file
 from benchmarks.experiments.spec import Scale, Variant
 from runtime.config import ConfigError
+from runtime.errors import CommandFailed
 
-TRAINED, CLOCK = "trained.json", "clock.json"
+TRAINED, FAILED, CLOCK = "trained.json", "failed.json", "clock.json"
 Say = Callable[[str], None]
 
 
@@ -183,6 +184,9 @@ class Trainings:
         before_s = float(json.loads(clock.read_text())["seconds"]) if clock.exists() else 0.0
         try:
             self._trainer.train(training, folder, parent, say)
+        except CommandFailed as error:
+            replace_file(folder / FAILED, json.dumps({"why": str(error)}).encode())
+            raise
         finally:
             seconds = before_s + time.monotonic() - begun_s
             replace_file(clock, json.dumps({"seconds": seconds}).encode())
@@ -193,6 +197,13 @@ class Trainings:
         }
         replace_file(folder / TRAINED, json.dumps(found, indent=1).encode() + b"\n")
         return found
+
+    def failure(self, training: Training) -> str | None:
+        """Return why a training failed when it was last tried, or None."""
+        path = self.place(training) / FAILED
+        if self.done(training) is not None or not path.exists():
+            return None
+        return str(json.loads(path.read_text(encoding="utf-8"))["why"])
 
     def seconds(self, training: Training) -> float | None:
         """Return how long a training is still going to take; 0 if it is finished."""

@@ -196,7 +196,7 @@ def test_a_system_2_or_a_worker_that_hangs_is_ended(done, tmp_path, ray_session)
     # A worker's own System 2 that hangs takes the worker with it.
     sentence = TASKS["open_drawer"].sentence
     options = f"system2.engine.options={{hang_once: '/', hang_at: '{sentence}'}}"
-    pool = RayPool(small_config(options), 1, episode_s=6.0)
+    pool = RayPool(small_config(options), 1, episode_s=8.0, start_s=30.0)
     try:
         report = evaluate(
             small_plan(Suite("tasks", count=1, tasks=SUITE.tasks)), pool, tmp_path / "two"

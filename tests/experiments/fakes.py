@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from benchmarks.experiments.trainings import Say, Training
+from runtime.errors import CommandFailed
 from tests.dsvlabench.small import CAMERAS
 
 
@@ -15,7 +16,10 @@ class FakeTrainer:
     Attributes:
         trained: keys, in order.
         dies_at: it raises once at the training of this number.
+        scratch_fails: trainings of a policy from scratch fail.
     """
+
+    scratch_fails = False
 
     def __init__(self, dies_at: int | None = None) -> None:
         self.trained: list[str] = []
@@ -28,6 +32,8 @@ class FakeTrainer:
         if len(self.trained) == self.dies_at:
             self.dies_at = None
             raise KeyboardInterrupt
+        if training.options.get("policy.pretrained") is False and self.scratch_fails:
+            raise CommandFailed(f"{training.key}: the loss is nan")
         self.trained.append(training.key)
         say(f"trained {training.key}")
         (folder / "weights.json").write_text(json.dumps(training.to_json()))

@@ -90,6 +90,19 @@ def test_what_is_cut_short_is_told_and_continued(tmp_path, capsys):
     assert outcome["contrasts"][0]["verdict"] == "not run"
 
 
+def test_a_training_that_fails_leaves_its_row_out_and_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tests.experiments.fakes.FakeTrainer.scratch_fails", True)
+    assert main(words(tmp_path, "table4")) == 1
+    assert "1 trainings failed: pair-" in capsys.readouterr().err.splitlines()[-1]
+    outcome = json.loads((tmp_path / "out" / "table4.json").read_text())
+    assert outcome["state"] == "partial: 1 of 2 rows"
+    assert "the loss is nan" in outcome["rows"][1]["training_failed"]
+    assert "training failed: pair-" in (tmp_path / "out" / "table4.md").read_text()
+    monkeypatch.setattr("tests.experiments.fakes.FakeTrainer.scratch_fails", False)
+    assert main(words(tmp_path, "table4")) == 0
+    assert "failed" not in (tmp_path / "out" / "table4.md").read_text()
+
+
 def test_worse_results_do_not_replace_better_ones(table4, tmp_path):
     before = (table4 / "out" / "table4.json").read_bytes()
     other = words(tmp_path, "table4", report=True)
