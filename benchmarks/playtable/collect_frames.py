@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,21 @@ def draw(config: CollectConfig, report: Report | None = None) -> dict[str, Any]:
         "frames": sum(int(str(shard["frames"])) for shard in shards),
         "frames_bytes": sum(f.stat().st_size for f in folder.rglob("*.safetensors")),
         "frames_files": len(shards),
+        "frames_sha256": frames_digest(folder, shards),
         "frames_settings": settings.model_dump(mode="json"),
         "frames_wall_s": round(time.monotonic() - begun, 1),
     }
+
+
+def frames_digest(folder: Path, shards: Sequence[Mapping[str, Any]]) -> str:
+    """Return one SHA-256 of all shards: of their names, sizes and contents, in order."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        path = folder / shard["file"]
+        digest.update(f"{shard['file']}:{path.stat().st_size}:".encode())
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _draw_for_system2(config: CollectConfig, units: list[Path], report: Report | None) -> None:

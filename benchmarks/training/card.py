@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shlex
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.playtable.collect_frames import frames_digest
 from benchmarks.training.config import TrainingConfig
 from benchmarks.training.folders import SETTINGS
 from system1.train_state import LOG
@@ -69,15 +69,9 @@ def stage_card(folder: Path) -> dict[str, Any]:
 def data_card(frames: Path) -> dict[str, Any]:
     """Return what the collection's own card says, and a digest of the frames trained on."""
     meta = json.loads((frames / "cache.json").read_text())
-    digest = hashlib.sha256()
-    for shard in meta["shards"]:
-        path = frames / shard["file"]
-        digest.update(f"{shard['file']}:{path.stat().st_size}:".encode())
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
     out = {
         "frames": sum(int(shard["frames"]) for shard in meta["shards"]),
-        "frames_sha256": digest.hexdigest(),
+        "frames_sha256": frames_digest(frames, meta["shards"]),
         **{k: v for k, v in meta["notes"].items() if k in KEPT},
     }
     card = frames.parent / "card.json"

@@ -59,6 +59,7 @@ def test_the_card_vouches_for_every_file(made: tuple[Path, dict]) -> None:
     for name, digest in card["files"].items():
         assert hashlib.sha256((folder / "units" / name).read_bytes()).hexdigest() == digest
     assert len(card["files"]) == 2 and card["frames_files"] == 2
+    assert len(card["frames_sha256"]) == 64
     assert 0.0 <= card["expert_success"] <= 1.0
 
 
