@@ -7,6 +7,8 @@ set -euo pipefail
 packages=(openssh-server openssh-client rsync iproute2 util-linux)
 # Prometheus and promtool: tests/deploy and tests/integration/test_prometheus.py.
 packages+=(prometheus)
+# The status page in a browser: tests/integration/test_status.py.
+packages+=(chromium)
 
 missing=()
 for name in "${packages[@]}"; do
