@@ -1,8 +1,9 @@
-"""What the parts of a control tick cost, one by one, without inference or wire.
+"""What the parts of a control tick cost, one by one, without inference.
 
 A tick has 300 µs. Each part is called many times on made-up but full-size input (two RGB-D
-cameras, 16-row chunks); the parts take turns in one run, so that they can be compared on a
-busy machine.
+cameras, 16-row chunks), after 10 ms of sleep, as in a run; the parts take turns in one run, so
+that they can be compared on a busy machine. `before_action` is what lies between a deadline and
+the action, `after_action` what the subscribers in the control process take then.
 
     python -m benchmarks.perf.bench_tick_parts [--rounds 600] [--out FILE]
 """
@@ -28,10 +29,10 @@ from runtime.clock import FakeClock, Pacer
 from runtime.collectors import LoopMetrics
 from runtime.loop import Tick
 from runtime.realtime import enter, leave
-from runtime.recorder import Recorder
 from runtime.safety import SafetyFilter, SafetyLimits, StopMachine, Watchdog
+from runtime.stream import TickMessage, TickPublisher
 from runtime.types import Action, ActionChunk, CameraFrame, Observation
-from runtime.video import VideoRecorder
+from runtime.wire import NewestReader, Publisher
 
 PERIOD_NS = 33_333_333
 REPLAN_TICKS = 8
@@ -60,8 +61,15 @@ class Parts:
         self.watchdog.arm(self.clock.now_ns())
         loop: Any = SimpleNamespace(planner=SimpleNamespace(latencies_s=deque(maxlen=64)))
         self.metrics = LoopMetrics(loop, self.pacer)
-        self.recorder = Recorder(folder / "recording", queue_size=100_000)
-        self.video = VideoRecorder(folder / "video.mp4", queue_size=100_000)
+        director: Any = SimpleNamespace(current=None, results=[], steps=0, succeeded=0, total=1)
+        self.actions = Publisher(f"ipc://{folder}/actions", "actions")
+        self.ticks = Publisher(f"ipc://{folder}/ticks", "ticks")
+        self.stream = TickPublisher(self.ticks, director)
+        # Somebody has to listen, or nothing is sent at all.
+        self.readers: list[NewestReader[Any]] = [
+            NewestReader(f"ipc://{folder}/actions", "actions", Action),
+            NewestReader(f"ipc://{folder}/ticks", "ticks", TickMessage),
+        ]
         self.sent: Action | None = None
         self.took: dict[str, list[int]] = {}
 
@@ -89,13 +97,13 @@ class Parts:
         reference = self.sent if self.sent is not None else seen.tcp_pose
         assert target is not None
         self.sent = timed("limits", lambda: self.limits.limit(target, reference, 1 / 30))
-        tick = Tick(index, now, seen, "run", "", self.sent, None, None, 0.3, 1e-4)
+        sent = self.sent
+        timed("send", lambda: self.actions.send(sent))
+        tick = Tick(index, now, seen, "run", "", sent, None, None, 0.3, 1e-4)
         timed("metrics", lambda: self.metrics(tick))
-        timed("recorder", lambda: self.recorder(tick))
-        timed("video", lambda: self.video(tick))
-        # A real tick is followed by a wait, in which the threads do their work.
-        while self.recorder.queued or self.video.queued:
-            time.sleep(0.002)
+        timed("stream", lambda: self.stream(tick))
+        for reader in self.readers:
+            reader.poll()
         time.sleep(0.01)
 
     def _watch(self, seen: Observation, now: int) -> None:
@@ -106,8 +114,10 @@ class Parts:
         self.watchdog.check(now)
 
     def close(self) -> None:
-        self.recorder.close()
-        self.video.close()
+        self.actions.close()
+        self.ticks.close()
+        for reader in self.readers:
+            reader.close()
 
 
 def main() -> None:
@@ -125,15 +135,21 @@ def main() -> None:
         finally:
             leave(status)
             parts.close()
-    rows = {
-        name: {"p50_us": np.percentile(t, 50) / 1e3, "p99_us": np.percentile(t, 99) / 1e3}
+    rows: dict[str, dict[str, float]] = {
+        name: {
+            "p50_us": float(np.percentile(t, 50)) / 1e3,
+            "p99_us": float(np.percentile(t, 99)) / 1e3,
+        }
         for name, t in parts.took.items()
     }
-    each_tick = sum(row["p50_us"] for name, row in rows.items() if name != "chunk_put")
+    rows["chunk_put"] |= {"every_ticks": REPLAN_TICKS}
+    after = ("metrics", "stream")
+    spent_us = {name: row["p50_us"] / row.get("every_ticks", 1) for name, row in rows.items()}
     result = {
         "rounds": arguments.rounds,
         "parts": rows,
-        "sum_p50_us": each_tick + rows["chunk_put"]["p50_us"] / REPLAN_TICKS,
+        "before_action_p50_us": sum(us for name, us in spent_us.items() if name not in after),
+        "after_action_p50_us": sum(spent_us[name] for name in after),
         "sched_fifo": status.fifo,
         "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
     }
