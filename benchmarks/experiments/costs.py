@@ -38,22 +38,35 @@ def step_s(measure: Measure, workers: int) -> float | None:
     return one / (1.0 + (workers - 1) * float(costs()["worker_gain"]))
 
 
-def training_s(training: Training) -> float | None:
-    """Return how long `openhelix train` takes for a training, or None if nothing is known."""
+def training_s(training: Training, n_frames: int) -> float | None:
+    """Return how long `openhelix train` takes for a training, or None if nothing is known.
+
+    Args:
+        training: what.
+        n_frames: of the data, one in `latent.stride` of which gets states.
+    """
     found, options = costs().get("training"), training.options
     if found is None or options.get("device", "cpu") != "cpu":
         return None
     default = TrainingConfig()
+
+    def of(key: str) -> Any:
+        section, name = key.split(".")
+        return options.get(key, getattr(getattr(default, section), name))
+
     if training.stage == "policy":
         if "policy.checkpoint" in options:
             return 0.0
-        steps = options.get("policy.steps", default.policy.steps)
-        return float(found["policy_step_s"]) * float(steps)
-    live = options["latent.regime"] in ("lora", "full")
-    stages = {"stage1.steps": default.stage1.steps, "stage2.steps": default.stage2.steps}
-    steps = sum(float(options.get(key, value)) for key, value in stages.items())
-    seconds = steps * float(found["live_step_s" if live else "cached_step_s"])
-    if live:
-        return seconds
-    frames = options.get("latent.frames", default.latent.frames)
-    return seconds + float(frames) * float(found["prepare_frame_s"])
+        return float(found["policy_step_s"]) * float(of("policy.steps"))
+    one, two = float(of("stage1.steps")), float(of("stage2.steps"))
+    states = n_frames / float(of("latent.stride")) * float(found["states_frame_s"])
+    prefixes = float(of("latent.frames")) * float(found["prefix_frame_s"])
+    learns_act = of("latent.regime") != "frozen" and of("latent.kind") == "act_last"
+    seconds = one * float(found["prefix_step_s" if learns_act else "states_step_s"])
+    if one and learns_act:
+        seconds += prefixes  # too much where another variant has made them
+    if of("latent.regime") in ("lora", "full"):
+        return seconds + two * float(found["live_step_s"])
+    if of("latent.feed") == "prefix":
+        return seconds + prefixes + two * float(found["prefix_step_s"])
+    return seconds + states + two * float(found["states_step_s"])

@@ -85,7 +85,15 @@ class TrainCommand:
 
     def seconds(self, training: Training) -> float | None:
         """See `Trainer.seconds`."""
-        return training_s(training)
+        return training_s(training, self._frames())
+
+    def _frames(self) -> int:
+        """Return how many frames the data has; 0 where there is none."""
+        try:
+            index = TrainingConfig(data=self._data).frames_folder() / "cache.json"
+        except ConfigError:
+            return 0
+        return sum(int(shard["frames"]) for shard in json.loads(index.read_text())["shards"])
 
     def _policy_of(self, training: Training | None, folder: Path) -> Path:
         assert training is not None

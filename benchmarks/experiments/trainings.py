@@ -109,6 +109,8 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
     if not variant.prealign:
         # Nothing tells the projector anything before both learn together.
         options |= {"stage1.steps": 0, "stage2.start": "random"}
+        if variant.regime == "prompt" and variant.latent == "act_last":
+            options["latent.feed"] = "prefix"  # else only stage 1 would train <ACT>
     if variant.head != "trajectory":
         options["policy.changes"] = {"head": variant.head}
     options |= changes

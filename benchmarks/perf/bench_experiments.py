@@ -32,17 +32,19 @@ from benchmarks.dsvlabench.suites import Suite
 from benchmarks.experiments.costs import COSTS
 
 EVAL = COSTS.with_name("eval.json")
-COMMON = {
+COMMON: Mapping[str, Any] = {
     "eval_frames": 8,
     "log_every": 1,
-    "latent.frames": 48,
-    "stage1.steps": 0,
+    "latent.frames": 64,  # with a prefix
+    "latent.stride": 256,  # one in so many frames with a state
     "latent.lag_steps": 0,
 }
+STAGES = {"policy": "policy", "prefix": "stage1", "states": "stage2", "live": "stage2"}
 KINDS: Mapping[str, Mapping[str, Any]] = {
-    "policy": {"policy.steps": 12},
-    "cached": {"stage2.steps": 12, "latent.regime": "prompt"},
-    "live": {"stage2.steps": 4, "stage2.batch": 8, "latent.regime": "lora"},
+    "policy": {"policy.steps": 10},
+    "prefix": {"stage1.steps": 10, "stage1.start": "random"},
+    "states": {"stage1.steps": 0, "stage2.steps": 10, "latent.feed": "states"},
+    "live": {"stage1.steps": 0, "stage2.steps": 4, "stage2.batch": 8, "latent.regime": "lora"},
 }
 
 
@@ -79,11 +81,11 @@ def training(data: Path, root: Path) -> dict[str, Any]:
     """Return the seconds of a training step of each kind, and of a prepared frame."""
     found: dict[str, Any] = {}
     for kind, options in KINDS.items():
-        out = root / kind
+        out, stage = root / kind, STAGES[kind]
         words = dict(COMMON) | dict(options) | {"data": data, "out": out}
         if kind != "policy":
             words["policy.checkpoint"] = root / "policy" / "policy"
-        stage = "policy" if kind == "policy" else "stage2"
+            words[f"{stage}.start"] = "random"
         command = [sys.executable, "-m", "runtime.cli", "train", stage, "--json"]
         command += [f"{key}={value}" for key, value in words.items()]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -93,12 +95,11 @@ def training(data: Path, root: Path) -> dict[str, Any]:
         rows = [row for row in history if "grad_norm" in row]
         # The first step builds what later ones reuse, the last one also evaluates.
         first, last = rows[0], rows[-2]
-        found[f"{kind}_step_s"] = (last["seconds"] - first["seconds"]) / (
-            last["step"] - first["step"]
-        )
+        steps = last["step"] - first["step"]
+        found[f"{kind}_step_s"] = (last["seconds"] - first["seconds"]) / steps
         frames = re.findall(r"([\d.]+) s a frame", done.stderr)
         if frames:
-            found["prepare_frame_s"] = float(frames[-1])
+            found[f"{kind}_frame_s"] = float(frames[-1])
     return found
 
 

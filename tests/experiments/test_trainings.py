@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from benchmarks.experiments import costs
 from benchmarks.experiments.catalogue import catalogue
 from benchmarks.experiments.train_command import TrainCommand, changed, check_options, exported
 from benchmarks.experiments.trainings import Trainings, in_order, trainings_of
@@ -44,6 +45,7 @@ def test_the_variants_are_what_the_paper_says():
     assert training("scratch_lora_clip").parent is None
     ends = training("e2e_prompt").options
     assert ends["stage1.steps"] == 0 and ends["stage2.start"] == "random"
+    assert ends["latent.feed"] == "prefix"  # <ACT> learns there too
     assert training("prompt").options["stage1.steps"] > 0
     assert training("prompt_novision").options["latent.vision"] is False
     assert training("prompt_aux").options["latent.aux"] is True
@@ -155,3 +157,21 @@ def test_overrides_are_sorted_out():
     )
     with pytest.raises(ConfigError, match=r"stage2\.stepz"):
         check_options({"stage2.stepz": 5})
+
+
+def test_what_is_measured_says_how_long_it_takes(monkeypatch):
+    measured = {f"{k}_step_s": 1.0 for k in ("policy", "prefix", "states", "live")}
+    measured |= {"prefix_frame_s": 0.5, "states_frame_s": 0.25}
+    monkeypatch.setattr(costs, "costs", lambda: {"training": measured})
+    policy, prompt = training("policy_table"), training("prompt")
+    assert costs.training_s(policy, 800) == policy.options["policy.steps"]
+    want = 500 + 2000 * 0.5 + 800 / 8 * 0.25 + 1500  # stage 1, prefixes, states, stage 2
+    assert costs.training_s(prompt, 800) == want
+    assert costs.training_s(training("lora"), 800) == 500 + 2000 * 0.5 + 400
+    assert costs.training_s(training("frozen"), 800) == 500 + 25 + 1500
+    assert costs.training_s(training("e2e_prompt"), 800) == 2000 * 0.5 + 1500
+    assert costs.training_s(training("prompt", {"device": "cuda"}), 800) is None
+    given = training("policy_table", {"policy.checkpoint": "x"})
+    assert costs.training_s(given, 800) == 0.0
+    monkeypatch.setattr(costs, "costs", dict)
+    assert costs.training_s(policy, 800) is None
