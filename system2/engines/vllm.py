@@ -88,7 +88,7 @@ class VllmEngine(EngineBase):
             kv_cache_memory_bytes=self._kv_bytes(length),
             distributed_executor_backend="uni",
             enforce_eager=self._eager,
-            disable_log_stats=True,
+            disable_log_stats=False,  # they are served with our own; see runtime.exposition.Library
             seed=0,
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runtime.exposition import Library
 from system2.checkpoint import LatentHead
 from system2.engines.transformers import TransformersEngine
 from system2.engines.vllm import VllmEngine
@@ -41,6 +42,13 @@ def test_a_request_does_not_depend_on_its_batch(vllm, images) -> None:
     together = vllm.encode(images, TEXTS)
     alone = np.concatenate([vllm.encode([i], [t]) for i, t in zip(images, TEXTS, strict=True)])
     assert np.abs(together - alone).max() < 1e-4
+
+
+def test_what_vllm_counts_is_there_for_prometheus(vllm, images) -> None:
+    vllm.encode(images, TEXTS)
+    samples = {s.name: s.value for f in Library("vllm:").collect() for s in f.samples}
+    assert samples["vllm:prompt_tokens_total"] > 3 * len(TEXTS)
+    assert samples["vllm:num_requests_waiting"] == samples["vllm:num_requests_running"] == 0
 
 
 def test_bad_requests_leave_the_engine_working(vllm, images) -> None:
