@@ -209,30 +209,6 @@ class Cache:
             source[i] = at
         return source
 
-    def later(self, frames: Tensor, lag: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return for each frame one of its episode, at most `lag` environment steps newer.
-
-        Args:
-            frames: (B,) that have a latent.
-            lag: most steps; 0 returns the frames themselves.
-            generator: source of the steps drawn, which are spread evenly over 0 to `lag`.
-
-        Returns:
-            The newer frames (B,), and how many seconds older a latent of `frames` is, (B,).
-        """
-        wanted = self.step[frames] + torch.randint(lag + 1, frames.shape, generator=generator)
-        newer = frames.clone()
-        for i, frame in enumerate(frames.tolist()):
-            at, last = frame, len(self) - 1
-            while (
-                at < last
-                and self.episode[at + 1] == self.episode[frame]
-                and self.step[at + 1] <= wanted[i]
-            ):
-                at += 1
-            newer[i] = at
-        return newer, (self.step[newer] - self.step[frames]).float() / self.hz
-
 
 def read_shard(path: Path) -> dict[str, Tensor]:
     """Map a safetensors file."""

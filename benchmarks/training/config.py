@@ -71,13 +71,13 @@ class LatentSection(_Section):
         aux: train the auxiliary action head beside (paper's Eq. 1 and 2).
         clip: weight of the alignment loss to the instruction's embedding; 0 for none.
         lag_steps: a latent may come from an observation up to this many environment steps old
-            (asynchronous training); 0 trains synchronously.
+            (asynchronous training), as at one a second it does; 0 trains synchronously.
         null: share of samples whose latent is left out and whose task is named instead.
         feed: "live" runs the language model in every step, "prefix" over cached keys and
             values of some frames (exact, see `system2.prefix`), "states" not at all: it
             reads states at an `<ACT>` that no longer learns; "auto" picks.
         frames: most frames with a cached prefix; each serves the frames up to `lag_steps` after.
-        stride: every so many-th frame has cached states.
+        stride: every so many-th frame of an episode has cached states.
         phrasings: sentences a frame has states for.
         max_gb: refuse to write more than this.
         encode_batch: frames encoded together.
@@ -94,7 +94,7 @@ class LatentSection(_Section):
     lora_rank: Count = 16
     aux: bool = True
     clip: Annotated[float, Field(ge=0)] = 0.0
-    lag_steps: Whole = 30
+    lag_steps: Whole = 40
     null: Share = 0.1
     feed: Literal["auto", "live", "prefix", "states"] = "auto"
     frames: Count = 3000

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.training.ages import at_most, spread
 from benchmarks.training.config import REGIMES, LatentSection
 from benchmarks.training.pictures import Pictures, Sentences
 from benchmarks.training.store import Plan, Store
@@ -162,9 +163,7 @@ def prefix_store(
     root: Path, learner: System2Learner, source: Source, section: LatentSection
 ) -> Store:
     """Return the store of prefixes for at most `section.frames` frames, evenly over the cache."""
-    count = len(source.cache)
-    stride = max(1, -(-count // section.frames))
-    frames = torch.arange(0, count, stride)
+    frames = at_most(source.cache, section.frames)
     said = source.sentences.of_frames(frames, 1)
     text = learner.model.config.text_config
     longest = max(learner.prompts(t).layout.length for t in source.sentences[said[:, 0].unique()])
@@ -179,7 +178,7 @@ def states_store(
     root: Path, learner: System2Learner, source: Source, section: LatentSection
 ) -> Store:
     """Return the store of states at the learner's `<ACT>`, every `section.stride`-th frame."""
-    frames = torch.arange(0, len(source.cache), section.stride)
+    frames = spread(source.cache, section.stride)
     said = source.sentences.of_frames(frames, section.phrasings)
     config, checkpoint = learner.head.config, learner.checkpoint
     rows = config.n_tokens(checkpoint.n_image) * section.phrasings

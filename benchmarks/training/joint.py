@@ -14,8 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from benchmarks.training.ages import Ages
 from benchmarks.training.config import JointStage, TrainingConfig
 from benchmarks.training.feeds import Drawn, Feed
+from runtime.config import ConfigError
 from system1.checkpoint import Network
 from system1.data import Augment, Batch, Cache, relative_rows
 from system1.door import nearest_task
@@ -82,6 +84,11 @@ class Joint:
         train, held = cache.split(config.validation, config.seed)
         self.train_rows = rows_among(feed.frames, train)
         self.val_rows = rows_among(feed.frames, held)
+        self.ages = Ages(cache, feed.frames, config.latent.lag_steps)
+        self.train_frames = self.ages.reachable(train)
+        self.val_frames = self.ages.reachable(held)
+        if len(self.train_frames) == 0:
+            raise ConfigError("latent.frames: no frame has a latent within latent.lag_steps")
         self.ema = Ema(self.pair, self.section.ema)
         self.optimizer = torch.optim.AdamW(self.groups(), betas=(0.9, 0.95))
 
@@ -124,8 +131,8 @@ class Joint:
         """
         s, generator = self.section, self.generator(number)
         self.policy.train(not self.frozen)
-        picks = torch.randint(len(self.train_rows), (s.batch,), generator=generator)
-        terms, _ = self.terms(self.train_rows[picks], generator, Augment(), s.draws)
+        picks = torch.randint(len(self.train_frames), (s.batch,), generator=generator)
+        terms, _ = self.terms(self.train_frames[picks], generator, Augment(), s.draws)
         loss = torch.stack([value for name, value in terms.items() if name in COUNTED]).sum()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss of step {number} is {loss.item()}")
@@ -147,26 +154,29 @@ class Joint:
 
     def terms(
         self,
-        rows: Tensor,
+        frames: Tensor,
         generator: torch.Generator,
         augment: Augment | None,
         draws: int,
         noise: torch.Generator | None = None,
     ) -> tuple[dict[str, Tensor], tuple[Batch, Drawn, Inputs]]:
-        """Return the terms of the loss for rows (B,) of the feed, and what they were made from.
+        """Return the terms of the loss for frames (B,), and what they were made from.
 
-        `noise` is the diffusion's; the other generator when None.
+        Without `augment` nothing is varied and latents are the newest there are. `noise` is the
+        diffusion's; the other generator when None.
         """
         c = self.config.latent
+        if augment is None:
+            rows, age = self.ages.newest(frames)
+        else:
+            rows, age = self.ages.draw(frames, generator)
         with self.language_precision():
             drawn = self.feed.draw(rows, generator)
-        lag = c.lag_steps if augment is not None else 0
-        frames, age = self.cache.later(drawn.frames, lag, generator)
         rotation = self.policy.config.rotation
         batch = self.cache.batch(frames, generator, augment, rotation, self.device)
-        null = torch.zeros(len(rows), dtype=torch.bool)
+        null = torch.zeros(len(frames), dtype=torch.bool)
         if augment is not None:
-            null = torch.rand(len(rows), generator=generator) < c.null
+            null = torch.rand(len(frames), generator=generator) < c.null
         inputs = with_latent(batch.inputs, drawn.sample.z, age, null)
         parts: list[LossParts] = []
 
@@ -226,13 +236,13 @@ class Joint:
         policy's table.
         """
         c, s = self.config, self.section
-        rows = self.val_rows if len(self.val_rows) else self.train_rows
-        order = torch.randperm(len(rows), generator=self.generator(0, 1))[: c.eval_frames]
+        frames = self.val_frames if len(self.val_frames) else self.train_frames
+        order = torch.randperm(len(frames), generator=self.generator(0, 1))[: c.eval_frames]
         self.ema.swap(self.pair)
         self.policy.eval()
         sums: dict[str, float] = {}
         for start in range(0, len(order), s.batch):
-            chosen = rows[order[start : start + s.batch]]
+            chosen = frames[order[start : start + s.batch]]
             generator, noise = self.generator(start, 2), self.generator(start, 3)
             terms, (batch, drawn, inputs) = self.terms(chosen, generator, None, 4, noise)
             values = {f"val_{k}": float(v) for k, v in terms.items()}

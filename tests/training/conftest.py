@@ -70,5 +70,5 @@ def trained_policy(frames: Path, llava: str, tmp_path_factory: pytest.TempPathFa
     from benchmarks.training.stages import run_policy
 
     out = tmp_path_factory.mktemp("policy")
-    run_policy(settings(frames, llava, out, "policy.steps=30"), 0)
+    run_policy(settings(frames, llava, out, "policy.steps=30", "policy.save_every=30"), 0)
     return out / "policy"

@@ -13,7 +13,6 @@ from benchmarks.training.joint_run import JointRun
 from benchmarks.training.stages import prepare, run_joint, run_policy
 from runtime.config import ConfigError
 from system1.checkpoint import load_policy
-from system1.data import Cache
 from system1.door import DOOR
 from system1.policy import DiffusionPolicy
 from system1.train import TrainConfig, Trainer
@@ -66,8 +65,9 @@ def test_a_stage_moves_its_parts_alone(
 
 def test_the_pair_learns_and_round_trips(frames, llava, tmp_path) -> None:
     config = settings(
-        frames, llava, tmp_path, "policy.steps=30", "stage1.steps=25", "stage2.steps=25",
-        "stage2.lr_policy=2e-3",
+        frames, llava, tmp_path, "policy.steps=20", "stage1.steps=20", "stage2.steps=20",
+        "stage2.lr_policy=2e-3", *(f"{s}.{k}=20" for s in ("policy", "stage1", "stage2")
+                                   for k in ("save_every", "eval_every")),
     )  # fmt: skip
     run_policy(config, 0)
     for stage in ("stage1", "stage2"):
@@ -222,20 +222,8 @@ def test_the_alignment_loss_pulls_latents_to_the_table(
 ) -> None:
     config = settings(
         frames, llava, tmp_path, f"policy.checkpoint={trained_policy}", "latent.clip=1",
-        "stage1.start=random", "stage1.steps=15",
+        "stage1.start=random", "stage1.steps=15", "stage1.save_every=15", "stage1.eval_every=15",
     )  # fmt: skip
     run_joint(config, "stage1", 0)
     rows = json.loads((tmp_path / "stage1" / "train.json").read_text())["history"]
     assert rows[-1]["clip"] < rows[0]["clip"]
-
-
-def test_later_frames_stay_in_their_episode(frames) -> None:
-    cache = Cache(frames)
-    g = torch.Generator().manual_seed(0)
-    every = torch.arange(len(cache))
-    newer, age = cache.later(every, 3, g)
-    assert (cache.episode[newer] == cache.episode[every]).all()
-    gap = cache.step[newer] - cache.step[every]
-    assert gap.min() == 0 and gap.max() == 3
-    torch.testing.assert_close(age, gap / cache.hz)
-    assert (cache.later(every, 0, g)[0] == every).all()
