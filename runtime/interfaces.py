@@ -12,6 +12,10 @@ from runtime.spec import LatentSpec, PolicySpec
 from runtime.types import F32, ActionChunk, LatentGoal, Observation
 
 
+class PolicyFault(RuntimeError):
+    """System 1's output was not finite: no chunk was made of it, nothing may be sent."""
+
+
 class Policy(Protocol):
     """System 1: newest latent and live observation in, trajectory out."""
 
@@ -29,6 +33,10 @@ class Policy(Protocol):
 
         `latents` holds the recent latents of this epoch, newest last; empty when the policy
         runs without System 2.
+
+        Raises:
+            PolicyFault: the output was not finite. On both clocks the fault is counted, the
+                loop holds when its plan runs out, and the policy is asked again.
         """
 
 

@@ -11,6 +11,7 @@ stops a control thread of any priority.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -18,9 +19,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from runtime.codec import register
-from runtime.interfaces import Policy
+from runtime.interfaces import Policy, PolicyFault
 from runtime.types import ActionChunk, LatentGoal, Observation
 from runtime.wire import NewestReader, Publisher
+
+log = logging.getLogger(__name__)
 
 LATENCIES_KEPT = 4096
 EARLY_NS = 500_000  # a tick may come a little early; half a millisecond is still due
@@ -88,7 +91,12 @@ class _Due:
 
 
 class SyncPlanner:
-    """System 1 inside the tick: deterministic, for the lockstep clock."""
+    """System 1 inside the tick: deterministic, for the lockstep clock.
+
+    A `PolicyFault` is counted and the loop goes on without that chunk, as on the wall clock.
+    Whatever else a policy raises ends the run: a study must not score a defect as a failure
+    of the method.
+    """
 
     def __init__(self, policy: Policy, replan_ns: int) -> None:
         self._policy = policy
@@ -102,7 +110,12 @@ class SyncPlanner:
             return
         self._due.mark(observation)
         start_s = time.perf_counter()
-        self._chunk = self._policy.act(observation, latents)
+        try:
+            self._chunk = self._policy.act(observation, latents)
+        except PolicyFault as fault:
+            self.failures += 1
+            log.warning("System 1: %s; the loop goes on without this chunk", fault)
+            return
         self.latencies_s.append(time.perf_counter() - start_s)
 
     def poll(self) -> ActionChunk | None:

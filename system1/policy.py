@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.interfaces import PolicyFault
 from runtime.spec import PolicySpec, SpecMismatch, check_frame
 from runtime.types import ActionChunk, CameraFrame, LatentGoal, Observation
 from system1.accelerate import GraphedSampler, to_bf16
@@ -34,10 +35,6 @@ from system1.rotations import (
     xyzw_to_wxyz,
 )
 from system1.scene import Inputs
-
-
-class PolicyFault(RuntimeError):
-    """The network's output was not finite; nothing was returned."""
 
 
 @dataclass(slots=True)

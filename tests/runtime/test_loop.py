@@ -12,6 +12,7 @@ from runtime.assembly import Rig, build_rig, lockstep_goals, replan_ns
 from runtime.clock import FakeClock
 from runtime.config import RunConfig, load
 from runtime.director import Assignment
+from runtime.interfaces import PolicyFault
 from runtime.planner import SyncPlanner
 from runtime.robots.fake import FakeRobot
 from runtime.spec import CameraSpec, LatentSpec, SpecMismatch
@@ -112,6 +113,46 @@ def test_a_robot_that_does_not_answer_is_stopped(option: dict[str, int]) -> None
     results = run(rig)
     assert len(results) == 1 and results[0].reason.startswith("safe stop: robot error")
     assert rig.loop.stopped and rig.loop.robot.stops  # type: ignore[attr-defined]
+
+
+class Faulty(ReachPolicy):
+    """Gives nothing finite in the calls of `bad`."""
+
+    def __init__(self, bad: range, error: type[Exception] = PolicyFault) -> None:
+        super().__init__(horizon=6, cameras=[CameraSpec("static", 200, 200)])
+        self.bad, self.error = bad, error
+
+    def act(self, observation: Any, latents: Any) -> Any:
+        chunk = super().act(observation, latents)
+        if self.calls in self.bad:
+            raise self.error("the policy's output is not finite")
+        return chunk
+
+
+def test_outputs_that_are_not_finite_make_the_arm_hold_until_one_is() -> None:
+    rig = make(policy=Faulty(range(3, 7)))
+    held: list[str] = []
+    rig.loop.subscribers.append(lambda t: held.append(t.reason) if t.state == "hold" else None)
+    results = run(rig)
+    assert all(r.success for r in results)
+    assert rig.loop.planner.failures == 4
+    assert held and set(held) == {"chunk ran out"}
+    assert all(np.isfinite(a.pose).all() for a in rig.loop.robot.sent)  # type: ignore[attr-defined]
+
+
+def test_a_policy_that_is_never_finite_moves_nothing_and_ends_at_the_limit() -> None:
+    rig = make("tasks.steps_limit=20", policy=Faulty(range(1000)))
+    start = rig.loop.robot.get_observation().tcp_pose.copy()
+    results = run(rig)
+    assert [r.success for r in results] == [False, False]
+    assert rig.loop.planner.failures == rig.loop.planner._policy.calls > 1  # type: ignore[attr-defined]
+    assert not rig.loop.planner.latencies_s
+    np.testing.assert_allclose(rig.loop.robot.get_observation().tcp_pose, start, atol=1e-9)
+
+
+def test_a_defect_of_the_policy_ends_a_study_instead_of_lowering_its_score() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(make(policy=Faulty(range(3, 4), ZeroDivisionError)))
 
 
 def test_an_operators_stop_ends_the_run_and_says_who() -> None:

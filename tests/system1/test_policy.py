@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.interfaces import PolicyFault
+from runtime.planner import PlanRequest, SyncPlanner
+from runtime.planning import PlannerNode
 from runtime.spec import SpecMismatch
 from runtime.types import CameraFrame, LatentGoal, Observation
 from system1.config import CameraConfig, PolicyConfig, small
-from system1.policy import DiffusionPolicy, PolicyFault, to_absolute
+from system1.policy import DiffusionPolicy, to_absolute
 from system1.rotations import matrix_to_6d, quat_to_matrix, xyzw_to_wxyz
 
 
@@ -178,6 +181,28 @@ def test_an_output_that_is_not_finite_never_leaves():
     with pytest.raises(PolicyFault, match="not finite"):
         policy.act(observe(config), [goal(config)])
     assert policy.counters.faults == 1
+
+
+def test_a_fault_is_counted_on_both_clocks_and_the_policy_asked_again():
+    config = tiny()
+    policy = DiffusionPolicy.build(config, 0)
+    weight = policy.model.head.out.weight
+    kept = weight.clone()
+    planner = SyncPlanner(policy, replan_ns=1)
+    node = PlannerNode({"target": "system1.policy:DiffusionPolicy.load"}, "", "")
+    node._policy = policy
+    replies = []
+    node._replies = type("Sent", (), {"send": lambda self, reply: replies.append(reply)})()
+    for t_ns, broken in ((0, True), (10**9, False)):
+        weight.copy_(torch.full_like(kept, torch.nan) if broken else kept)
+        obs = observe(config, t_ns=t_ns)
+        planner.offer(obs, [goal(config)])
+        assert (planner.poll() is None) == broken
+        node._answer(PlanRequest(obs, (goal(config),), seed=0))
+        assert (replies[-1].chunk is None) == broken
+    assert planner.failures == node._failed == 1
+    assert policy.counters.faults == 2
+    assert len(planner.latencies_s) == 1
 
 
 def test_history_is_forgotten_at_a_new_instruction():
