@@ -18,9 +18,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear, relu, scaled_dot_product_attention, silu
+from torch.nn.functional import layer_norm, relu, scaled_dot_product_attention, silu
 
-WRITTEN_OUT_ROWS = 128  # from here on `written_out` is the faster one; see there
+from system1.packed import Linear, Pack
+
+WRITTEN_OUT_ROWS = 128  # from here on `written_out` may be the faster one; see there
+ALIGNED = 16  # ... when the number of keys is a multiple of this
 
 
 def official_frequencies(dim: int) -> Tensor:
@@ -69,24 +72,36 @@ def sinusoid(position: Tensor, dim: int) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), -1)
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int) -> Tensor:
+def written_out(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int, padding: int = 0
+) -> Tensor:
     """Return attention as two batched products and a softmax, (B, N, dim).
 
-    On CPUs with bfloat16 products this takes 0.7 of the time of the fused kernel for some
-    hundred rows of 24 channels a head; in float32 and for few rows the fused kernel wins.
+    On CPUs with bfloat16 products this takes 0.6 of the fused kernel's time for some hundred
+    rows of 24 channels a head, given rows of scores that are whole vectors; in float32 and
+    for few rows the fused kernel wins.
+
+    Args:
+        q: (B, N, dim); k, v: (B, M, dim).
+        k: keys.
+        v: values.
+        mask: (B, M) bool, True where a key may be seen; None for all.
+        heads: number of heads.
+        padding: how many of the last keys are there only to make M a round number.
     """
     batch, rows, dim = q.shape
+    keys = k.shape[1]
 
     def split(x: Tensor) -> Tensor:
         parted = x.view(batch, -1, heads, dim // heads).transpose(1, 2)
-        return parted.reshape(batch * heads, -1, dim // heads)
+        return parted.reshape(batch * heads, -1, dim // heads).contiguous()
 
-    bias = torch.zeros(1, 1, k.shape[1], dtype=q.dtype, device=q.device)
+    scores = torch.empty(batch * heads, rows, keys, dtype=q.dtype, device=q.device)
+    scores.baddbmm_(split(q), split(k).mT, beta=0, alpha=(dim // heads) ** -0.5)
     if mask is not None:
-        hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-        hidden = hidden.masked_fill(~mask, -torch.inf)
-        bias = hidden.repeat_interleave(heads, 0).unsqueeze(1)
-    scores = torch.baddbmm(bias, split(q), split(k).mT, alpha=(dim // heads) ** -0.5)
+        scores.masked_fill_(~mask.repeat_interleave(heads, 0).unsqueeze(1), -torch.inf)
+    if padding:
+        scores[..., keys - padding :].fill_(-torch.inf)
     out = torch.bmm(scores.softmax(-1), split(v))
     return out.view(batch, heads, rows, -1).transpose(1, 2).reshape(batch, rows, dim)
 
@@ -99,38 +114,57 @@ class Attention(nn.Module):
         self.dim, self.heads = dim, heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
+        self._query_pack, self._key_value_pack = Pack(), Pack()
 
     def query(self, x: Tensor, code: Tensor | None = None) -> Tensor:
         """Return queries (B, N, dim), rotated when a code is given."""
-        q = linear(x, self.in_proj_weight[: self.dim], self.in_proj_bias[: self.dim])
+        part = slice(self.dim)
+        q = self._query_pack.linear(x, self.in_proj_weight, self.in_proj_bias, part)
         return q if code is None else rotate(q, code)
 
     def key_value(self, x: Tensor, code: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return keys (rotated when a code is given) and values, each (B, N, dim)."""
-        both = linear(x, self.in_proj_weight[self.dim :], self.in_proj_bias[self.dim :])
+        part = slice(self.dim, None)
+        both = self._key_value_pack.linear(x, self.in_proj_weight, self.in_proj_bias, part)
         k, v = both.chunk(2, -1)
         return (k if code is None else rotate(k, code)), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the attention's output (B, N, dim), projected.
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, padding: int = 0
+    ) -> Tensor:
+        """Return the attention's output (B, N, dim), not yet through `out_proj`.
 
         Args:
             q: (B, N, dim); k, v: (B, M, dim).
             k: keys.
             v: values.
             mask: (B, M) bool, True where a key may be seen; None for all.
+            padding: how many of the last keys are there only to make M a round number.
         """
+        if self._big(q, k):
+            return written_out(q, k, v, mask, self.heads, padding)
+        if padding:
+            k, v = k[:, :-padding], v[:, :-padding]
+            mask = None if mask is None else mask[:, :-padding]
         split = (self.heads, self.dim // self.heads)
-        big = q.shape[1] >= WRITTEN_OUT_ROWS and k.shape[1] >= WRITTEN_OUT_ROWS
-        if big and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-            return self.out_proj(written_out(q, k, v, mask, self.heads))
         qh, kh, vh = (t.unflatten(-1, split).transpose(1, 2) for t in (q, k, v))
         bias = None if mask is None else mask[:, None, None, :]
         out = scaled_dot_product_attention(qh, kh, vh, attn_mask=bias)
-        return self.out_proj(out.transpose(1, 2).flatten(-2))
+        return out.transpose(1, 2).flatten(-2)
+
+    def _big(self, q: Tensor, k: Tensor) -> bool:
+        """Whether `written_out` is the faster one."""
+        return (
+            q.dtype == torch.bfloat16
+            and q.device.type == "cpu"
+            and not torch.is_grad_enabled()
+            and q.shape[1] >= WRITTEN_OUT_ROWS
+            and k.shape[1] >= WRITTEN_OUT_ROWS
+            and k.shape[1] % ALIGNED == 0
+        )
 
     def forward(
         self,
@@ -144,7 +178,7 @@ class Attention(nn.Module):
         if context is None:
             context, context_code = x, x_code
         k, v = self.key_value(context, context_code)
-        return self.attend(self.query(x, x_code), k, v, mask)
+        return self.out_proj(self.attend(self.query(x, x_code), k, v, mask))
 
 
 class AdaLN(nn.Module):
@@ -228,7 +262,8 @@ class Block(nn.Module):
         if self.cross_attn is not None and context is not None:
             q = self.cross_attn.query(normed(1), code)
             folded = q.reshape(len(context[0]), -1, q.shape[-1])
-            seen = self.cross_attn.attend(folded, *context, mask).view_as(x)
+            seen = self.cross_attn.out_proj(self.cross_attn.attend(folded, *context, mask))
+            seen = seen.view_as(x)
             x = x + (1 + tables[5]) * seen
             part = 2
         y = normed(part)

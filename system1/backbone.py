@@ -15,7 +15,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, relu
+from torch.nn.functional import avg_pool2d, interpolate
+
+from system1.packed import Pack
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -35,6 +37,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
         self.stride = stride
+        self._packs = [Pack() for _ in range(4)]
         self.downsample: nn.Sequential | None = None
         if stride > 1 or inputs != 4 * width:
             parts = OrderedDict[str, nn.Module]()
@@ -45,13 +48,15 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, 4 width, H / stride, W / stride)."""
-        y = relu(self.bn1(self.conv1(x)), inplace=True)
-        y = relu(self.bn2(self.conv2(y)), inplace=True)
+        one, two, three, down = self._packs
+        y = one.convolution(x, self.conv1, self.bn1, "relu")
+        y = two.convolution(y, self.conv2, self.bn2, "relu")
         if self.stride > 1:
-            y = avg_pool2d(y, self.stride)
-        y = self.bn3(self.conv3(y))
-        kept = x if self.downsample is None else self.downsample(x)
-        return relu(y + kept, inplace=True)
+            x, y = avg_pool2d(x, self.stride), avg_pool2d(y, self.stride)
+        if self.downsample is not None:
+            conv, norm = self.downsample[1], self.downsample[2]
+            x = down.convolution(x, cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm))
+        return three.convolution(y, self.conv3, self.bn3, "relu", residual=x)
 
 
 class AttentionPool(nn.Module):
@@ -85,11 +90,15 @@ class ClipResNet50(nn.Module):
             setattr(self, f"layer{index}", nn.Sequential(*layers))
             inputs = 4 * width
         self.attnpool = AttentionPool()
+        self._packs = [Pack() for _ in range(3)]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the five maps of images (B, 3, H, W) that are already normalised."""
-        for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
-            x = relu(norm(conv(x)), inplace=True)
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            x = x.contiguous(memory_format=torch.channels_last)
+        stem = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        for pack, (conv, norm) in zip(self._packs, stem, strict=True):
+            x = pack.convolution(x, conv, norm, "relu")
         maps = [x]
         x = avg_pool2d(x, 2)
         for index in range(1, 5):
@@ -111,11 +120,20 @@ class FeaturePyramid(nn.Module):
         self.layer_blocks = nn.ModuleList(
             nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1)) for _ in CHANNELS
         )
+        self._packs = [Pack() for _ in CHANNELS]  # the first for the output, see `forward`
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Return (B, dim, H / 8, W / 8) from the backbone's maps."""
-        merged = self.inner_blocks[-1](maps[-1])
+
+        def inner(level: int, merged: Tensor | None) -> Tensor:
+            conv = cast(nn.Sequential, self.inner_blocks[level])[0]
+            x = maps[level]
+            if merged is not None:
+                merged = interpolate(merged, x.shape[-2:], mode="nearest")
+            return self._packs[level].convolution(x, cast(nn.Conv2d, conv), residual=merged)
+
+        merged = inner(len(maps) - 1, None)
         for level in range(len(maps) - 2, READ_LEVEL - 1, -1):
-            lateral = self.inner_blocks[level](maps[level])
-            merged = lateral + interpolate(merged, lateral.shape[-2:], mode="nearest")
-        return self.layer_blocks[READ_LEVEL](merged)
+            merged = inner(level, merged)
+        last = cast(nn.Sequential, self.layer_blocks[READ_LEVEL])[0]
+        return self._packs[0].convolution(merged, cast(nn.Conv2d, last))

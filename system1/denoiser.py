@@ -26,7 +26,16 @@ from system1.attention import official_frequencies, rotary_code, sinusoid
 from system1.config import PolicyConfig
 from system1.encoder import OfficialScene
 from system1.heads.base import Step
-from system1.layers import CrossStack, KeyValue, LanguageStack, SelfStack, Table, join
+from system1.layers import (
+    CrossStack,
+    KeyValue,
+    LanguageStack,
+    SelfStack,
+    Table,
+    Words,
+    join,
+    words_of,
+)
 
 LANGUAGE_LAYERS = 3  # of the shared stack, from the first
 BRANCH_LAYERS = 2
@@ -39,9 +48,15 @@ class StackTables(NamedTuple):
     attention: list[Table]
     feed: list[Table]
 
-    def at(self, i: int) -> StackTables:
-        """Return the tables of step i of tables made for all steps."""
-        return StackTables(*([(s[i], b[i]) for s, b in part] for part in self))
+    def steps(self) -> list[StackTables]:
+        """Return the tables of each step, of tables made for all steps."""
+        # Unbound at once: picking a step's rows one by one costs a millisecond a call.
+        parts = [[zip(s.unbind(0), b.unbind(0), strict=True) for s, b in part] for part in self]
+        layers = [list(zip(*part, strict=True)) for part in parts]
+        count = max(len(part) for part in layers)
+        return [
+            StackTables(*(list(part[i]) if part else [] for part in layers)) for i in range(count)
+        ]
 
 
 class Tables(NamedTuple):
@@ -52,9 +67,19 @@ class Tables(NamedTuple):
     rotation: StackTables
     position: StackTables
 
-    def at(self, i: int) -> Tables:
-        """Return the tables of step i."""
-        return Tables(*(part.at(i) for part in self))
+    def steps(self) -> list[Tables]:
+        """Return the tables of each step."""
+        parts = zip(*(part.steps() for part in self), strict=True)
+        return [Tables(*part) for part in parts]
+
+
+class Place(NamedTuple):
+    """Where the tokens of self-attention are: the trajectory's first, then the scene's."""
+
+    code: Tensor  # (B * k, T + K, dim / 2), rotary
+    mask: Tensor | None  # (B * k, T + K); None when every token is valid
+    padding: int  # tokens at the end that only round the number; nobody sees them
+    rows: int  # T
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +87,11 @@ class Cache:
     """What depends on the observation alone."""
 
     scene: OfficialScene
-    language: KeyValue  # of the trajectory's own language layer
+    language: Words  # of the trajectory's own language layer
     context: list[KeyValue]  # of each cross-attention layer
-    shared_language: list[KeyValue]
-    rotation_language: list[KeyValue]
-    position_language: list[KeyValue]
+    shared_language: list[Words]
+    rotation_language: list[Words]
+    position_language: list[Words]
     first: tuple[Tensor, KeyValue] | None  # scene tokens after the first language layer
 
 
@@ -115,7 +140,7 @@ class DiffuserActorHead(nn.Module):
             1
         ) + self.hand(scene)
         tables = self.tables(signal)
-        steps = [tables.at(i) for i in range(len(timesteps))]
+        steps = tables.steps()
         cache = self.cache(scene)
 
         def step(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +172,7 @@ class DiffuserActorHead(nn.Module):
         """Compute what depends on the observation alone."""
         own: LanguageStack = self.traj_lang_attention[0]  # type: ignore[assignment]
         words = self.words_for(scene.language)
-        shared = language_kv(self.self_attn, words)
+        shared = language_words(self.self_attn, words)
         first = None
         if words.shape[1] == 1:
             # One language token adds a constant, so the scene tokens that enter the first
@@ -158,14 +183,14 @@ class DiffuserActorHead(nn.Module):
                 first = (tokens, attention.multihead_attn.key_value(tokens, scene.sampled_code))
         return Cache(
             scene,
-            own.typed()[0].cross_12.key_value(scene.language),
+            words_of(own.typed()[0].cross_12, scene.language),
             [
                 attention.multihead_attn.key_value(scene.context, scene.code)
                 for attention, _ in self.cross_attn.pairs()
             ],
             shared,
-            language_kv(self.rotation_self_attn, words),
-            language_kv(self.position_self_attn, words),
+            language_words(self.rotation_self_attn, words),
+            language_words(self.position_self_attn, words),
             first,
         )
 
@@ -186,34 +211,32 @@ class DiffuserActorHead(nn.Module):
         """Evaluate the network for noisy trajectories x (B * k, T, 9)."""
         scene, rows = cache.scene, x.shape[1]
         own: LanguageStack = self.traj_lang_attention[0]  # type: ignore[assignment]
-        place = rotary_code(x[..., :3], self.frequencies)
+        here = rotary_code(x[..., :3], self.frequencies)
         rows_at = self.rows.to(self.dtype)
         h = own.typed()[0].attend(self.traj_encoder(x.to(self.dtype)), cache.language, rows_at)
         h = h + rows_at
         for i, (attention, feed) in enumerate(self.cross_attn.pairs()):
-            h = attention(h, cache.context[i], tables.cross.attention[i], place, scene.mask)
+            h = attention(h, cache.context[i], tables.cross.attention[i], here, scene.mask)
             h = feed(h, tables.cross.feed[i])
-        code = join(place, scene.sampled_code)
+        code = join(here, scene.sampled_code)
         mask = None
         if scene.sampled_mask is not None:
             every = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
             mask = join(every, scene.sampled_mask)
-        h = self.shared(h, tables.shared, cache, code, mask)
-        branch = (code, mask, rows)
+        place = Place(code, mask, scene.padding, rows)
+        h = self.shared(h, tables.shared, cache, place)
         turn = run_branch(
-            self.rotation_self_attn, h, tables.rotation, cache.rotation_language, *branch
+            self.rotation_self_attn, h, tables.rotation, cache.rotation_language, place
         )
         move = run_branch(
-            self.position_self_attn, h, tables.position, cache.position_language, *branch
+            self.position_self_attn, h, tables.position, cache.position_language, place
         )
         move = self.position_proj(move)
         rotation = self.rotation_predictor(self.rotation_proj(turn))
         noise = torch.cat((self.position_predictor(move), rotation), -1)
         return noise, self.openess_predictor(move)
 
-    def shared(
-        self, h: Tensor, tables: StackTables, cache: Cache, code: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def shared(self, h: Tensor, tables: StackTables, cache: Cache, place: Place) -> Tensor:
         """Run the shared stack over trajectory and sampled scene tokens, (B * k, T + K, dim)."""
         for i, (language, attention, feed) in enumerate(self.self_attn.layers()):
             kv: KeyValue | None = None
@@ -221,7 +244,9 @@ class DiffuserActorHead(nn.Module):
                 if cache.first is not None and language is not None:
                     tokens, (k, v) = cache.first
                     h = language(h, cache.shared_language[0])
-                    own_k, own_v = attention.multihead_attn.key_value(h, code[:, : h.shape[1]])
+                    own_k, own_v = attention.multihead_attn.key_value(
+                        h, place.code[:, : h.shape[1]]
+                    )
                     kv = join(own_k, k), join(own_v, v)
                     h = join(h, tokens)
                     language = None
@@ -230,8 +255,8 @@ class DiffuserActorHead(nn.Module):
             if language is not None:
                 h = language(h, cache.shared_language[i], tables.language[i])
             if kv is None:
-                kv = attention.multihead_attn.key_value(h, code)
-            h = attention(h, kv, tables.attention[i], code, mask)
+                kv = attention.multihead_attn.key_value(h, place.code)
+            h = attention(h, kv, tables.attention[i], place.code, place.mask, place.padding)
             h = feed(h, tables.feed[i])
         return h
 
@@ -251,10 +276,10 @@ def stack_tables(stack: SelfStack, signal: Tensor) -> StackTables:
     )
 
 
-def language_kv(stack: SelfStack, words: Tensor) -> list[KeyValue]:
-    """Return the keys and values of language for a stack's layers."""
+def language_words(stack: SelfStack, words: Tensor) -> list[Words]:
+    """Return what each of a stack's layers needs of language."""
     return [
-        language.multihead_attn.key_value(words)
+        words_of(language.multihead_attn, words)
         for language, _, _ in stack.layers()
         if language is not None
     ]
@@ -264,19 +289,18 @@ def run_branch(
     stack: SelfStack,
     h: Tensor,
     tables: StackTables,
-    words: list[KeyValue],
-    code: Tensor,
-    mask: Tensor | None,
-    rows: int,
+    words: list[Words],
+    place: Place,
 ) -> Tensor:
     """Run an output branch; return the trajectory's rows only, (B * k, rows, dim)."""
+    code = place.code
     layers = stack.layers()
     for i, (language, attention, feed) in enumerate(layers):
         if language is not None:
             h = language(h, words[i], tables.language[i])
         kv = attention.multihead_attn.key_value(h, code)
         if i == len(layers) - 1:
-            h, code = h[:, :rows], code[:, :rows]
-        h = attention(h, kv, tables.attention[i], code, mask)
+            h, code = h[:, : place.rows], code[:, : place.rows]
+        h = attention(h, kv, tables.attention[i], code, place.mask, place.padding)
         h = feed(h, tables.feed[i])
     return h

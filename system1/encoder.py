@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate, pad
 
 from system1.attention import official_frequencies, rotary_code
 from system1.backbone import MEAN, STD, ClipResNet50, FeaturePyramid
-from system1.layers import CrossStack, LanguageStack
+from system1.layers import CrossStack, LanguageStack, words_of
 from system1.points import farthest_point_sample
 
 PAD_TO = 16
@@ -35,10 +35,11 @@ class OfficialScene:
     sampled: Tensor  # (B, K, dim)
     sampled_code: Tensor  # (B, K, dim / 2)
     sampled_mask: Tensor | None  # (B, K)
+    padding: int = 0  # of the K, how many at the end are there only to make a round number
 
 
 def pad_sampled(scene: OfficialScene, count: int) -> OfficialScene:
-    """Return the scene with `count` masked tokens more.
+    """Return the scene with `count` tokens more that nobody sees.
 
     bfloat16 kernels on a CPU lose a third of their speed when the number of tokens in
     self-attention, 285 in the published shape, is not a multiple of 16.
@@ -46,13 +47,12 @@ def pad_sampled(scene: OfficialScene, count: int) -> OfficialScene:
     if count == 0:
         return scene
     mask = scene.sampled_mask
-    if mask is None:
-        mask = torch.ones(scene.sampled.shape[:2], dtype=torch.bool, device=scene.sampled.device)
     return replace(
         scene,
         sampled=pad(scene.sampled, (0, 0, 0, count)),
         sampled_code=torch.cat((scene.sampled_code, scene.sampled_code[:, :count]), 1),
-        sampled_mask=pad(mask, (0, count), value=False),
+        sampled_mask=None if mask is None else pad(mask, (0, count), value=False),
+        padding=scene.padding + count,
     )
 
 
@@ -134,7 +134,7 @@ class OfficialEncoder(nn.Module):
         """Attend from scene tokens to language."""
         stack: LanguageStack = self.vl_attention[0]  # type: ignore[assignment]
         for layer in stack.typed():
-            tokens = layer.feed(layer.attend(tokens, layer.cross_12.key_value(language)))
+            tokens = layer.feed(layer.attend(tokens, words_of(layer.cross_12, language)))
         return tokens
 
     def see_context(

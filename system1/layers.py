@@ -14,23 +14,29 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
 
 from system1.attention import AdaLN, Attention, modulate
+from system1.packed import Linear
 
 Table = tuple[Tensor, Tensor]
 KeyValue = tuple[Tensor, Tensor]
 
 
-def single(attention: Attention, value: Tensor, x: Tensor) -> Tensor:
-    """Return what attending to a single token adds to x: its softmax is one, whatever q is.
+Words = KeyValue | Tensor  # what attention to language needs; see `words_of`
 
-    Args:
-        attention: whose output projection applies.
-        value: (B, 1, dim).
-        x: (B * k, N, dim).
+
+def words_of(attention: Attention, language: Tensor) -> Words:
+    """Return what attending to language tokens (B, n, dim) needs.
+
+    Keys and values; or, for a single token, what the attention adds to every row (B, 1, dim):
+    the softmax over one token is one, whatever is asked.
     """
-    added = attention.out_proj(value)
+    k, v = attention.key_value(language)
+    return attention.out_proj(v) if language.shape[1] == 1 else (k, v)
+
+
+def spread(added: Tensor, x: Tensor) -> Tensor:
+    """Return an addition of B observations for x of B * k rows, k draws of each."""
     draws = len(x) // len(added)
     return added.repeat_interleave(draws, 0) if draws > 1 else added
 
@@ -48,23 +54,24 @@ class RelativeAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        kv: KeyValue,
+        kv: Words,
         table: Table | None = None,
         code: Tensor | None = None,
         mask: Tensor | None = None,
+        padding: int = 0,
     ) -> Tensor:
         """Return x (B, N, dim) after attending to `kv` (each (B or B / k, M, dim)).
 
         When x has k times the batch of `kv`, its rows are k draws of each observation, side
         by side, and are folded into the queries.
         """
-        if kv[0].shape[1] == 1:
-            return self.norm(x + single(self.multihead_attn, kv[1], x))
+        if isinstance(kv, Tensor):
+            return self.norm(x + spread(kv, x))
         query = x if table is None else modulate(x, table)
         q = self.multihead_attn.query(query, code)
         folded = q.reshape(len(kv[0]), -1, q.shape[-1])
-        seen = self.multihead_attn.attend(folded, *kv, mask).view_as(x)
-        return self.norm(x + seen)
+        seen = self.multihead_attn.attend(folded, *kv, mask, padding).view_as(x)
+        return self.norm(self.multihead_attn.out_proj.add(seen, x))
 
 
 class FeedForward(nn.Module):
@@ -72,8 +79,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, adaln: bool) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(dim, hidden)
-        self.linear2 = nn.Linear(hidden, dim)
+        self.linear1 = Linear(dim, hidden)
+        self.linear2 = Linear(hidden, dim)
         self.norm = nn.LayerNorm(dim)
         if adaln:
             self.adaln = AdaLN(dim)
@@ -82,7 +89,7 @@ class FeedForward(nn.Module):
         """Return x (B, N, dim) after the layer."""
         if table is not None:
             x = modulate(x, table)
-        return self.norm(x + self.linear2(relu(self.linear1(x), inplace=not x.requires_grad)))
+        return self.norm(self.linear2.add(self.linear1.relu(x), x))
 
 
 class CrossStack(nn.Module):
@@ -133,21 +140,23 @@ class LanguageLayer(nn.Module):
         self.cross_12 = Attention(dim, heads)
         self.norm_12 = nn.LayerNorm(dim)
         # Index 3, not 2, as in the checkpoints: between them stood a dropout.
-        self.ffn_12 = nn.ModuleDict({"0": nn.Linear(dim, 4 * dim), "3": nn.Linear(4 * dim, dim)})
+        self.ffn_12 = nn.ModuleDict({"0": Linear(dim, 4 * dim), "3": Linear(4 * dim, dim)})
         self.norm_122 = nn.LayerNorm(dim)
 
-    def attend(self, x: Tensor, kv: KeyValue, place: Tensor | None = None) -> Tensor:
+    def attend(self, x: Tensor, words: Words, place: Tensor | None = None) -> Tensor:
         """Return norm(x + attention(x + place)) for x (B, N, dim)."""
-        if kv[0].shape[1] == 1:
-            return self.norm_12(x + single(self.cross_12, kv[1], x))
+        if isinstance(words, Tensor):
+            return self.norm_12(x + spread(words, x))
         query = x if place is None else x + place
         q = self.cross_12.query(query)
-        folded = q.reshape(len(kv[0]), -1, q.shape[-1])
-        return self.norm_12(x + self.cross_12.attend(folded, *kv).view_as(x))
+        folded = q.reshape(len(words[0]), -1, q.shape[-1])
+        seen = self.cross_12.attend(folded, *words).view_as(x)
+        return self.norm_12(self.cross_12.out_proj.add(seen, x))
 
     def feed(self, x: Tensor) -> Tensor:
         """Return norm(x + feed-forward(x))."""
-        return self.norm_122(x + self.ffn_12["3"](relu(self.ffn_12["0"](x))))
+        up, down = cast(Linear, self.ffn_12["0"]), cast(Linear, self.ffn_12["3"])
+        return self.norm_122(down.add(up.relu(x), x))
 
 
 class LanguageStack(nn.Module):

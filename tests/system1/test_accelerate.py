@@ -74,8 +74,18 @@ def test_attention_written_out_is_attention(masked):
     mask = torch.rand(2, 11, generator=g) > 0.4 if masked else None
     with torch.inference_mode():
         fused = attention.attend(q, k, v, mask)
-        plain = attention.out_proj(written_out(q, k, v, mask, 4))
+        plain = written_out(q, k, v, mask, 4)
     torch.testing.assert_close(fused, plain)
+
+
+def test_padding_keys_are_not_seen():
+    g = torch.Generator().manual_seed(0)
+    attention = Attention(24, 4)
+    q, k, v = (torch.randn(2, n, 24, generator=g) for n in (7, 16, 16))
+    with torch.inference_mode():
+        want = attention.attend(q, k[:, :13], v[:, :13])
+        torch.testing.assert_close(attention.attend(q, k, v, padding=3), want)
+        torch.testing.assert_close(written_out(q, k, v, None, 4, padding=3), want)
 
 
 def test_padding_changes_nothing():
