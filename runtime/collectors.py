@@ -38,7 +38,7 @@ STOP_REASONS = (
 HOLD_REASONS = ("chunk_ran_out", "first_plan_due")
 SHED_REASONS = ("too_many_robots", "too_old", "out_of_order")
 OUTCOMES = ("success", "failure")
-FREE = "free"  # a task that nobody judges by name
+UNJUDGED = ("free", "unjudged")  # task and outcome of an instruction without an oracle
 CHUNK_OUTCOMES = ("accepted", "void", "late", "stale", "bad")
 ROW_FATES = ("consumed", "expired", "replaced", "voided")
 
@@ -77,7 +77,9 @@ class LoopMetrics:
         self._chains = Histogram("chain_successes")
         self._latent_period_s, self._late = latent_period_s, 0
         self._tasks: dict[tuple[str, ...], float] = {
-            (task or FREE, outcome): 0 for task in tasks for outcome in OUTCOMES
+            key: 0
+            for task in tasks
+            for key in ([(task, outcome) for outcome in OUTCOMES] if task else [UNJUDGED])
         }
         self._judged = self._chained = 0
         loop.planner.latencies_s = self._system1.tap(loop.planner.latencies_s)
@@ -165,7 +167,8 @@ class LoopMetrics:
             return
         results = list(self._director.results)
         for result in results[self._judged :]:
-            key = (result.task or FREE, "success" if result.success else "failure")
+            judged = "success" if result.success else "failure"
+            key = (result.task, judged) if result.task else UNJUDGED
             self._tasks[key] = self._tasks.get(key, 0) + 1
             if result.success:
                 self._steps.observe(result.env_steps)

@@ -62,7 +62,7 @@ class Director:
         self._stop_at_failure = stop_at_failure
         self._wait = wait
         self.results: list[TaskResult] = []
-        self.chains: list[int] = []  # successes in a row of each list that was finished
+        self.chains: list[int] = []  # successes in a row of each judged list that was finished
         self.current: Assignment | None = None
         self.steps = 0
         self.succeeded = 0  # of the results, counted for those who look on at every tick
@@ -79,7 +79,7 @@ class Director:
             if self._stop_at_failure and not result.success:
                 break
         self.current = None
-        if not stop():
+        if not stop() and all(result.task for result in self.results[begun:]):
             self.chains.append(_in_a_row(self.results[begun:]))
         return self.results
 

@@ -152,7 +152,7 @@ _SAFETY = (
     _counter("future_stamps", "Data refused because their stamp lies in the future."),
 )
 _TASKS = (
-    _counter("tasks", "Instructions attempted, by task and outcome.", "task", "outcome"),
+    _counter("tasks", "Instructions by outcome: success, failure, unjudged.", "task", "outcome"),
     _histogram("task_env_steps", "Environment steps of a successful attempt.", STEPS),
     _histogram(
         "chain_successes",

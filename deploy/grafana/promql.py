@@ -50,7 +50,8 @@ def success(name: str, by: str = "", here: bool = True) -> list[Column]:
     The interval is Wilson's at 95 %; deploy/prometheus/rules/recording.yml writes it out.
     """
     good = events(name, by, 'outcome="success"', here)
-    n = f"({events(name, by, here=here)} > 0)"
+    judged = events(name, by, 'outcome!="unjudged"', here)
+    n = f"({judged} > 0)"
     root = f"1.96 * sqrt({good} * (1 - {good} / {n}) + 0.9604)"
     return [
         ("success", f"{good} / {n}", "percentunit"),

@@ -70,7 +70,7 @@ def _robots() -> list[Any]:
     return [
         rows(
             "By task",
-            "95 % Wilson interval. `free`: an instruction that nobody judges.",
+            "95 % Wilson interval; instructions that nobody judges are left out.",
             ["task"],
             *success("tasks_total", "task"),
             height=12,
