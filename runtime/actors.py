@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from runtime.config import ConfigError
@@ -45,6 +45,10 @@ class NodeActor:
         """Whether the node is still working; also tells that the actor is placed."""
         return self._thread.is_alive()
 
+    def watch(self) -> None:
+        """Return when the node has ended."""
+        self._thread.join()
+
     def stop(self) -> None:
         self._runner.stop()
         self._thread.join(timeout=5.0)
@@ -63,6 +67,7 @@ class RayHost:
 
     def __init__(self, address: str | None, resources: dict[str, float]) -> None:
         self._actors: dict[str, Any] = {}
+        self._watches: dict[str, Any] = {}  # of the nodes that are not started again
         self._cluster = address is not None
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
@@ -112,6 +117,19 @@ class RayHost:
                 else "DEFAULT",
             )
             self._actors[spec.name] = actor.remote(spec.to_json())
+            if not spec.restart:
+                self._watches[spec.name] = self._actors[spec.name].watch.remote()
+
+    def ended(self) -> dict[str, str]:
+        """Return which nodes died that are not started again, and how."""
+        found = {}
+        for name, watch in self._watches.items():
+            if ray.wait([watch], timeout=0)[0]:
+                try:
+                    ray.get(watch)
+                except RayActorError:
+                    found[name] = "died"
+        return found
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Stop the actors, then this driver's part of Ray."""

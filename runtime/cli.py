@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"openhelix {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print(f"openhelix {name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of a pipe (head, less) went away: not an error of ours.

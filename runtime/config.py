@@ -116,7 +116,7 @@ class WorldConfig(_Section):
     """The simulated world behind the `sim` driver."""
 
     scene: Literal["A", "B", "C", "D"] = "D"
-    cameras: tuple[str, ...] = ("static", "gripper")
+    cameras: tuple[Literal["static", "gripper"], ...] = ("static", "gripper")
     camera_hz: Positive = 10.0
     # A world that the machine is too busy to step looks like a robot that does not answer.
     placement: Placement = Placement(cpus=0.3, fifo=5)

@@ -104,6 +104,7 @@ class ControlNode:
             self._rig.director.run(self._assignments, lambda: self._halt.is_set() or stop.is_set())
         finally:
             self._robot.stop("the run has ended")
+            log.info("the robot is stopped")
             leave(self._realtime)
             self._report = self._make_report()
             self._finished.set()

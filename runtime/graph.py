@@ -13,6 +13,7 @@ ready and ends them in order. `runtime.addresses` says where they listen.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import threading
@@ -22,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from runtime.addresses import CHANNELS, NODES, Endpoints, stays
+from runtime.addresses import CHANNELS, Endpoints, stays
 from runtime.config import ConfigError, Placement, RunConfig
 from runtime.endpoints import check_bind
 from runtime.node import NodeSpec
@@ -44,6 +45,10 @@ class Host(Protocol):
     """Starts nodes and ends them; `runtime.actors.RayHost`, `runtime.processes.ProcessHost`."""
 
     def start(self, specs: Sequence[NodeSpec]) -> None: ...
+
+    def ended(self) -> dict[str, str]:
+        """Return which nodes ended before their time, not to be started again, and how."""
+
     def close(self, timeout_s: float = 5.0) -> None: ...
 
 
@@ -168,12 +173,9 @@ class Graph:
         """Whether the run has that node."""
         return any(spec.name == name for spec in self.specs)
 
-    def tell_stop(self, name: str) -> None:
-        """Ask a node to end; it may be gone already."""
-        try:
-            self._client(name).call("stop", {}, 2.0)
-        except RpcError:
-            return
+    def ended(self) -> dict[str, str]:
+        """Return which nodes are gone for good although nobody told them to end, and how."""
+        return self._host.ended() if self._host is not None else {}
 
     def wait_ready(
         self,
@@ -189,13 +191,16 @@ class Graph:
         """
         deadline = time.monotonic() + timeout_s
         while not give_up.is_set():
-            states = {spec.name: self.health(spec.name, 0.5) for spec in self.specs}
+            # Those that do not listen yet must not hold up the news of the others for long.
+            states = {spec.name: self.health(spec.name, 0.25) for spec in self.specs}
             tell({name: health["state"] for name, health in states.items()})
             for name, health in states.items():
                 if health["state"] == "refused":
                     raise ConfigError(f"{name}: {health['error']}")
                 if health["state"] == "failed":
                     raise GraphError(f"{name} failed: {health['error']}")
+            for name, how in self.ended().items():
+                raise GraphError(f"{name} {how} while it started; its log is in logs/")
             if all(health["state"] in ("ready", "done") for health in states.values()):
                 self._require_system2()
                 return
@@ -221,11 +226,15 @@ class Graph:
                 raise ConfigError(answer["refused"])
 
     def close(self) -> None:
-        """End all nodes, the control loop first, so that the robot is stopped by its own loop."""
-        for name in NODES:
-            if self._host is not None and self.has(name):
-                self.tell_stop(name)
+        """End all nodes, the control loop first, so that the robot is stopped by its own loop.
+
+        What does not answer (it is importing, hung or gone) is left to the host, which ends
+        all the others at once.
+        """
         if self._host is not None:
+            with contextlib.suppress(RpcError):
+                if "control" not in self.ended():
+                    self._client("control").call("stop", {}, 2.0)
             self._host.close()
             self._host = None
         for client in self._clients.values():

@@ -23,6 +23,7 @@ from runtime.resolve import resolve
 from runtime.rpc import RpcServer
 
 log = logging.getLogger(__name__)
+TELL_S = 2.0  # how long a node that could not start goes on answering, so that its error is heard
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -102,6 +103,7 @@ class NodeRunner:
         self._stop = threading.Event()
         self._node: Node | None = None
         self.state = "starting"
+        self._was_ready = False
         self.error = ""
         self._server: RpcServer | None = None
 
@@ -124,6 +126,8 @@ class NodeRunner:
                 self._node.close()
             if self.state == "refused" and self._stay_refused:
                 self._stop.wait()
+            elif self.state == "failed" and not self._was_ready:
+                self._stop.wait(TELL_S)
             self._server.close()
         return self.state
 
@@ -154,7 +158,7 @@ class NodeRunner:
             self._node.setup()
             if not self._again:
                 step_back(self._spec.nice)  # not before: nothing moves yet, and a person waits
-            self.state = "ready"
+            self.state, self._was_ready = "ready", True
             log.info("%s: ready at %s", self._spec.name, self._spec.control)
             self._node.run(self._stop)
             self.last_health = self._node.health()

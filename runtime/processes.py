@@ -1,7 +1,8 @@
 """The graph as plain processes (`--no-ray`): for debugging, and where Ray is not wanted.
 
 `python -m runtime.processes '<NodeSpec as JSON>' <parent's pid> first|again` is one process. The parent restarts a
-node that died; when the parent dies, the kernel ends the children.
+node that died; when the parent dies, the kernel tells the children, which stop the robot and
+end.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from runtime.node import NodeRunner, NodeSpec
 
 log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
+ALONE_S = 5.0  # how long a child whose parent died may take to stop the robot and end
 
 
 class ProcessHost:
@@ -42,15 +44,25 @@ class ProcessHost:
             self._children[spec.name] = self._spawn(spec, again=False)
         self._watch.start()
 
+    def ended(self) -> dict[str, str]:
+        """Return which nodes died that are not started again, and how."""
+        codes = {name: child.poll() for name, child in list(self._children.items())}
+        return {
+            name: f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+            for name, code in codes.items()
+            if code and not self._specs[name].restart
+        }
+
     def close(self, timeout_s: float = 5.0) -> None:
         """End every child: politely, then for certain."""
         self._closing.set()
         self._watch.join(timeout=2.0)  # or it might start one again behind our back
         for child in self._children.values():
             child.terminate()
+        give_up_s = time.monotonic() + timeout_s
         for child in self._children.values():
             try:
-                child.wait(timeout_s)
+                child.wait(max(0.0, give_up_s - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
@@ -90,11 +102,20 @@ def main(argv: Sequence[str]) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(argv[1]):
-        return 1  # the parent died before the kernel was told to end us with it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    parent = int(argv[1])
+    if os.getppid() != parent:
+        return 1  # the parent died before the kernel was told to tell us
     runner = NodeRunner(NodeSpec.from_json(argv[0]), again=argv[2] == "again")
-    signal.signal(signal.SIGTERM, lambda *_: runner.stop())
+
+    def end(*_: object) -> None:
+        runner.stop()
+        if os.getppid() != parent:  # nobody is left who would end us for certain
+            timer = threading.Timer(ALONE_S, os._exit, (1,))
+            timer.daemon = True
+            timer.start()
+
+    signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return 0 if runner.run() == "done" else 1
 

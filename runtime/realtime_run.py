@@ -52,6 +52,7 @@ def run_realtime(
                 )
             display.say("starting the processes" + (" as Ray actors" if config.ray else ""))
             graph.start()
+            interrupted.listen()
             graph.wait_ready(READY_TIMEOUT_S, display.states, interrupted)
             if interrupted.is_set():
                 raise KeyboardInterrupt
@@ -60,7 +61,7 @@ def run_realtime(
             ready_s = time.monotonic() - started_s
             report = _watch(graph, config, display, interrupted)
             if graph.has("observer"):
-                report["sinks"] = graph.ask("observer", "finish", timeout_s=70.0)
+                report["sinks"] = _finish(graph, display)
             system2 = graph.health("system2")
             if not report["interrupted"]:
                 graph.ask("control", "await_scrape", timeout_s=15.0)
@@ -81,6 +82,14 @@ def run_realtime(
     }
 
 
+def _finish(graph: Graph, display: Display) -> dict[str, Any] | None:
+    """Let the observer finish its files; None where it is gone, which is no failure of a run."""
+    if "observer" in graph.ended() or graph.health("observer", 5.0)["state"] != "ready":
+        display.say("observer: is gone; video and recording are incomplete")
+        return None
+    return graph.ask("observer", "finish", timeout_s=70.0)
+
+
 def _watch(
     graph: Graph, config: RunConfig, display: Display, interrupted: threading.Event
 ) -> dict[str, Any]:
@@ -90,6 +99,9 @@ def _watch(
         health = graph.health("control")
         if health["state"] == "unreachable":
             silent_since_s = silent_since_s or time.monotonic()
+            if "control" in graph.ended():
+                how = graph.ended()["control"]
+                raise GraphError(f"control {how}; its log is in logs/")
             if time.monotonic() - silent_since_s > 10.0:
                 raise GraphError("control: has not answered for 10 s; its log is in logs/")
         elif health["state"] in ("failed", "refused"):

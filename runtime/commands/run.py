@@ -14,6 +14,7 @@ from runtime.config import ConfigError, RunConfig, load
 from runtime.director import Assignment
 from runtime.display import Display
 from runtime.resolve import resolve
+from runtime.robots.base import robot_class
 from runtime.viewer import require
 
 EXIT_INTERRUPTED = 130  # by Ctrl-C; the robot was stopped and the report written
@@ -45,6 +46,7 @@ def _run(argv: Sequence[str], record: bool) -> int:
     logging.basicConfig(level=logging.WARNING)
     if config.output.viewer:
         require()
+    robot_class(config.robot.name)  # there is one of that name, before anything is started
     assignments, initial = plan(config)
     folder = make_output_folder(config.output.folder)
     display = Display(live=config.output.live and not options.json)

@@ -81,7 +81,20 @@ def test_ctrl_c_while_starting_ends_everything(tmp_path: Path) -> None:
     nodes = nodes_of(process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in errors
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1] == "openhelix run: interrupted"
+    assert "Traceback" not in errors
+    assert not any(node.is_running() for node in nodes)
+
+
+def test_a_closed_terminal_stops_the_robot_and_leaves_a_report(tmp_path: Path) -> None:
+    process = start(tmp_path, "tasks.steps_limit=100000")
+    wait_for("the loop", lambda: started(tmp_path) or process.poll() is not None)
+    nodes = nodes_of(process)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert json.loads((tmp_path / "latest" / "report.json").read_text())["interrupted"] is True
     assert not any(node.is_running() for node in nodes)
 
 
@@ -93,6 +106,17 @@ def test_kill_9_of_the_head_takes_its_processes_along(tmp_path: Path) -> None:
     process.communicate(timeout=10)
     gone, alive = psutil.wait_procs(nodes, timeout=10)
     assert not alive and len(gone) >= 5
+
+
+def test_when_the_head_is_killed_the_robot_is_stopped(tmp_path: Path) -> None:
+    process = start(tmp_path, "tasks.steps_limit=100000")
+    wait_for("the loop", lambda: started(tmp_path) or process.poll() is not None)
+    nodes = nodes_of(process)
+    process.kill()
+    process.communicate(timeout=10)
+    _, alive = psutil.wait_procs(nodes, timeout=10)
+    assert not alive
+    assert "the robot is stopped" in control_log(tmp_path)
 
 
 def test_a_crash_of_the_control_process_is_told_in_one_line(tmp_path: Path) -> None:
@@ -113,6 +137,8 @@ def test_a_crash_of_the_control_process_is_told_in_one_line(tmp_path: Path) -> N
         (["tasks.instruction=' '"], "tasks.instruction"),
         (["world.scene=Q"], "'A', 'B', 'C' or 'D'"),
         (["--frobnicate"], "unknown option"),
+        (["robot.name=panda"], "no driver 'panda'; there are: "),
+        (["world.cameras=[static, front]"], "'static' or 'gripper'"),
         (["--config", "no/such.yaml"], "no file no/such.yaml"),
     ],
 )
