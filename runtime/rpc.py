@@ -28,7 +28,7 @@ Handler = Callable[[dict[str, Any]], dict[str, Any]]
 MAX_PER_POLL: Final = 64
 _POLL_S: Final = 0.1  # how soon the server's thread notices that it should stop
 _JOIN_S: Final = 5.0
-_HANDSHAKES: Final = 3  # that fail in one call, until the keys are to blame
+_HANDSHAKES: Final = 3  # that fail one after the other, until the keys are to blame
 _FAILED: Final = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -179,6 +179,7 @@ class RpcClient:
         self._lock = threading.Lock()
         self._next = 0
         self._events: zmq.Socket[bytes] | None = None
+        self._failed: Counter[int] = Counter()  # handshakes since the last answer
         self._port: Port | None = self._connect()
 
     def call(
@@ -208,21 +209,24 @@ class RpcClient:
         socket = self._port.socket
         self._next += 1
         number = self._next.to_bytes(8, "little")
-        answered = False
+        pending = False
         try:
-            # IMMEDIATE: without a connection nothing is queued, so wait for one.
+            # IMMEDIATE: without a connection nothing is queued, so wait for one. It goes on
+            # coming about after a time-out: on a slow way it takes longer than one call may.
             self._wait(socket, zmq.POLLOUT, method, deadline_ns, timeout_s)
+            pending = True
             socket.send_multipart([number, *request], zmq.NOBLOCK)
             while True:
                 self._wait(socket, zmq.POLLIN, method, deadline_ns, timeout_s)
                 frames = socket.recv_multipart(zmq.NOBLOCK)
                 if frames[0] == number:
-                    answered = True
+                    pending = False
+                    self._failed.clear()
                     return _result(method, frames[1:])
         except zmq.Again:
             raise self._timeout(method, timeout_s) from None
         finally:
-            if not answered:
+            if pending:
                 self._drop()
 
     def _wait(
@@ -240,14 +244,14 @@ class RpcClient:
 
     def _refusal(self) -> str:
         """Return why there is no secure connection; empty where keys are not the reason."""
-        failed: Counter[int] = Counter()
+        failed = self._failed
         while self._events is not None and self._events.poll(0):
             failed[int(recv_monitor_message(self._events, zmq.NOBLOCK)["event"])] += 1
         if failed[zmq.EVENT_HANDSHAKE_FAILED_AUTH]:
             return (
                 "it refuses this host's CURVE key; copy its .public over and start the other anew"
             )
-        # A server that dies within a handshake looks the same, but only once.
+        # A server that dies within a handshake looks the same, but not again and again.
         if failed.total() >= _HANDSHAKES:
             return "it is not the server of server.public, or uses no CURVE keys"
         return ""

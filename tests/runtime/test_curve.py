@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +112,58 @@ def test_only_listed_clients_are_answered(folders: dict[str, Path]) -> None:
     server.close()
     gate.close()
     gate.close()  # twice is fine
+
+
+class SlowWay:
+    """A TCP port that leads to another one; every piece of data takes `delay_s` longer."""
+
+    def __init__(self, port: int, delay_s: float) -> None:
+        self._port, self._delay_s = port, delay_s
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.port = self._door.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._door.accept()
+                far = socket.create_connection(("127.0.0.1", self._port))
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=ends, daemon=True).start()
+
+    def _carry(self, come: socket.socket, go: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := come.recv(65536):
+                time.sleep(self._delay_s)
+                go.sendall(data)
+            go.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._door.close()
+
+
+def test_on_a_slow_way_a_connection_comes_about_over_several_calls(
+    folders: dict[str, Path],
+) -> None:
+    server = RpcServer("tcp://127.0.0.1:*", {"echo": lambda args: args}, keys=folders["server"])
+    server.start()
+    way = SlowWay(int(server.bound.rpartition(":")[2]), delay_s=0.1)
+    client = RpcClient(f"tcp://127.0.0.1:{way.port}", keys=folders["known"])
+    with pytest.raises(RpcTimeout):
+        client.call("echo", {"n": 1}, timeout_s=0.1)  # the handshake alone takes longer
+
+    def heard() -> bool:
+        try:
+            return client.call("echo", {"n": 2}, timeout_s=0.3) == {"n": 2}
+        except RpcRefused:
+            raise
+        except RpcTimeout:
+            return False
+
+    until(heard)
+    client.close()
+    way.close()
+    server.close()
 
 
 def test_only_listed_readers_hear_a_publisher(folders: dict[str, Path]) -> None:
