@@ -79,7 +79,7 @@ class LatentSection(_Section):
         frames: most frames with a cached prefix; each serves the frames up to `lag_steps` after.
         stride: every so many-th frame of an episode has cached states.
         phrasings: sentences a frame has states for.
-        max_gb: refuse to write more than this.
+        max_gb: refuse to write more than this; feed "live" keeps no more in memory.
         encode_batch: frames encoded together.
         dtype: of the language model, as in `system2.engines.base`.
     """

@@ -60,20 +60,41 @@ class Source:
 
 
 class LiveFeed:
-    """The language model runs in every step, with gradients to whatever its regime trains."""
+    """The language model runs in every step, with gradients to whatever its regime trains.
 
-    def __init__(self, learner: System2Learner, source: Source) -> None:
+    Tower and vision projector learn in regime "full" alone; else a picture's tokens are kept
+    from the first time it is seen, where all pictures' fit into `max_bytes`.
+    """
+
+    def __init__(self, learner: System2Learner, source: Source, max_bytes: float) -> None:
         self._learner, self._source = learner, source
         self.frames = torch.arange(len(source.cache))
+        shape = (len(self.frames), learner.checkpoint.n_image, learner.checkpoint.hidden)
+        small = shape[0] * shape[1] * shape[2] * learner.model.dtype.itemsize <= max_bytes
+        self._kept: Tensor | None = None
+        if small and learner.head.config.vision and learner.regime != "full":
+            self._kept = torch.empty(shape, dtype=learner.model.dtype, device=learner.model.device)
+        self._seen = torch.zeros(len(self.frames), dtype=torch.bool)
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Drawn:
         """See `Feed.draw`; the sentence is drawn anew each time."""
         frames = self.frames[rows]
         said = self._source.sentences.drawn(frames, generator)
-        pictures: Any = []
-        if self._learner.head.config.vision:
-            pictures = self._source.pictures(frames)
-        return Drawn(frames, said, self._learner(pictures, self._source.sentences[said]))
+        sample = self._learner(self._pictures(frames), self._source.sentences[said])
+        return Drawn(frames, said, sample)
+
+    def _pictures(self, frames: Tensor) -> Any:
+        if not self._learner.head.config.vision:
+            return []
+        if self._kept is None:
+            return self._source.pictures(frames)
+        new = frames[~self._seen[frames]].unique()
+        if len(new):
+            with torch.no_grad():
+                tokens = self._learner.image_tokens(self._source.pictures(new))
+            self._kept[new] = tokens.to(self._kept.dtype)
+            self._seen[new] = True
+        return self._kept[frames]
 
 
 class PrefixFeed:

@@ -183,7 +183,8 @@ class JointRun:
         kind = feed_kind(section, self.stage, self.config.device)
         log.info("%s: latents from feed %r, regime %r", self.stage, kind, learner.regime)
         if kind == "live":
-            return LiveFeed(learner.to(self.config.device), self.source)
+            learner.to(self.config.device)
+            return LiveFeed(learner, self.source, section.max_gb * 1e9)
         store = self.prepare(kind)
         return PrefixFeed(learner, store) if kind == "prefix" else StateFeed(learner, store)
 

@@ -10,6 +10,7 @@ from transformers import LlavaForConditionalGeneration
 
 from benchmarks.training.config import LatentSection
 from benchmarks.training.feeds import (
+    LiveFeed,
     PrefixFeed,
     Source,
     StateFeed,
@@ -88,6 +89,18 @@ def test_a_picture_is_read_once_for_all_its_sentences(llava, source) -> None:
     for column in (0, 1):
         direct = made(source.pictures(frames), [row[column] for row in texts]).state
         assert torch.allclose(state[:, column], direct, atol=1e-5)
+
+
+def test_kept_pictures_change_nothing(llava, source) -> None:
+    made = learner(llava)
+    kept, fresh = LiveFeed(made, source, 1e9), LiveFeed(made, source, 0)
+    for rows in ([3, 3, 40], [40, 7, 3]):
+        a, b = (
+            feed.draw(torch.tensor(rows), torch.Generator().manual_seed(1))
+            for feed in (kept, fresh)
+        )
+        assert torch.equal(a.instruction, b.instruction)
+        assert torch.allclose(a.sample.z, b.sample.z, atol=1e-5)
 
 
 def plan(n: int = 10) -> Plan:
