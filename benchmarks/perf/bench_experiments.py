@@ -97,10 +97,16 @@ def training(data: Path, root: Path) -> dict[str, Any]:
         first, last = rows[0], rows[-2]
         steps = last["step"] - first["step"]
         found[f"{kind}_step_s"] = (last["seconds"] - first["seconds"]) / steps
+        sys.stderr.write(f"{kind}: {found[f'{kind}_step_s']:.3f} s a step\n")
         frames = re.findall(r"([\d.]+) s a frame", done.stderr)
         if frames:
             found[f"{kind}_frame_s"] = float(frames[-1])
     return found
+
+
+def threads() -> int:
+    """Return how many threads a training takes here."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
 def worker_gain() -> float:
@@ -129,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if not options.skip_training:
         with tempfile.TemporaryDirectory() as root:
-            report["training"] = training(options.data, Path(root))
+            report["training"] = training(options.data, Path(root)) | {"threads": threads()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     sys.stdout.write(json.dumps(report) + "\n")
