@@ -67,25 +67,36 @@ class GraphedSampler:
         if self.reason:
             return model.sample_inputs(inputs, noise)
         plan = model.plan
-        source = noise or gaussian(None, device)
+        source = noise or gaussian(None)
         first, drawn = draw_noise(plan, inputs.batch, model.config.horizon, source)
-        key = (plan.timesteps, plan.multistep, *signature(inputs))
-        if key not in self._graphs:
-            try:
-                self._graphs[key] = _Captured(model, inputs, first, drawn)
-            except RuntimeError as error:
-                self.reason = f"capture failed: {error}".splitlines()[0]
-                log.warning("CUDA graph: %s; running eagerly", self.reason)
-                torch.cuda.synchronize(device)
-                rows, logits = model.denoise_inputs(inputs, first, drawn)
-                return finish(model, rows, logits)
-        rows, logits = self._graphs[key].replay(inputs, first, drawn)
+        key = (plan.timesteps, plan.multistep, *weights_at(model), *signature(inputs))
+        with torch.cuda.device(device):  # streams and graphs belong to the current one
+            if key not in self._graphs:
+                try:
+                    self._graphs[key] = _Captured(model, inputs, first, drawn)
+                except RuntimeError as error:
+                    self.reason = f"capture failed: {error}".splitlines()[0]
+                    log.warning("CUDA graph: %s; running eagerly", self.reason)
+                    torch.cuda.synchronize(device)
+                    rows, logits = model.denoise_inputs(inputs, first, drawn)
+                    return finish(model, rows, logits)
+            rows, logits = self._graphs[key].replay(inputs, first, drawn)
         return finish(model, rows, logits)
 
 
 def finish(model: Network, rows: Tensor, logits: Tensor) -> Tensor:
     """Return trajectories (B, T, 8) for the sampler's rows and logits."""
     return rows_to_poses(model.normalizer.denormalize(rows.float()), logits.float())
+
+
+def weights_at(model: Network) -> tuple[Any, ...]:
+    """Return where the weights are: a graph reads these addresses, whatever is there later.
+
+    Weights that change in place are seen by the graph; weights that were replaced (another
+    precision, another device) need a new one.
+    """
+    first = next(model.parameters())
+    return first.data_ptr(), first.dtype
 
 
 def signature(inputs: Inputs) -> tuple[Any, ...]:

@@ -129,10 +129,10 @@ class DiffuserActor(nn.Module):
             ValueError: a shape does not fit the configuration.
         """
         self.check(rgb, pcd, gripper, latent)
-        source = noise or gaussian(None, self.offset.device)
+        source = noise or gaussian(None)
         first, drawn = draw_noise(self.plan, len(rgb), self.config.horizon, source)
         # On a GPU the masked path always runs: looking would wait for the device.
-        mask = pcd.is_cuda or not bool(torch.isfinite(pcd).all())
+        mask = pcd.device.type != "cpu" or not bool(torch.isfinite(pcd).all())
         rows, logits = self.denoise(self.encode(rgb, pcd, gripper, latent, mask), first, drawn)
         return rows_to_poses(self.normalizer.denormalize(rows.float()), logits.float())
 

@@ -148,7 +148,7 @@ class LightEncoder(nn.Module):
             xyz = xyz.gather(1, keep.unsqueeze(-1).expand(-1, -1, 3))
             mask = mask.gather(1, keep)
         # On a GPU looking at the mask would wait for the device, and break graph capture.
-        seen = mask if mask.is_cuda or not bool(mask.all()) else None
+        seen = mask if mask.device.type != "cpu" or not bool(mask.all()) else None
         code = rotary_code(xyz, self.frequencies, self.heads)
         for layer in blocks_of(self.context):
             joined = layer(joined, layer.tables(signal), code, None, seen)

@@ -25,8 +25,13 @@ from system1.sampler import Noise, Plan, draw_noise, make_plan, row_alphas, run_
 from system1.scene import Inputs, Scene
 
 
-def gaussian(generator: torch.Generator | None, device: torch.device) -> Noise:
-    """Return a noise source; it draws on the CPU, so a seed means the same on every device."""
+def gaussian(generator: torch.Generator | None, device: torch.device | None = None) -> Noise:
+    """Return a noise source; it draws on the CPU, so a seed means the same on every device.
+
+    Args:
+        generator: the CPU's generator; the global one when None.
+        device: where the numbers go; None leaves that to whoever draws.
+    """
 
     def draw(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
@@ -124,7 +129,7 @@ class VisuomotorPolicy(nn.Module):
     @torch.inference_mode()
     def sample_inputs(self, inputs: Inputs, noise: Noise | None = None) -> Tensor:
         """Return trajectories (B, T, 8) relative to the gripper; see `sample`."""
-        source = noise or gaussian(None, self.offset.device)
+        source = noise or gaussian(None)
         plan = self.plan
         first, drawn = draw_noise(plan, inputs.batch, self.config.horizon, source)
         rows, logits = self.denoise_inputs(inputs, first, drawn)

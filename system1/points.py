@@ -134,17 +134,19 @@ def farthest_point_sample(x: Tensor, count: int, valid: Tensor | None = None) ->
     apart = torch.baddbmm(
         norm.unsqueeze(1) + norm.unsqueeze(2), wide, wide.transpose(1, 2), alpha=-2.0
     )
+    # A row is at a negative distance from itself: once chosen it stays below all others,
+    # although rounding may have put it above its duplicates.
+    apart.diagonal(dim1=1, dim2=2).fill_(-2.0)
     best = torch.full((batch, total), torch.inf, dtype=torch.float64, device=x.device)
     at = torch.zeros(batch, 1, dtype=torch.long, device=x.device)
     if valid is not None:
         best = torch.where(valid, best, -1.0)
         at = valid.to(torch.uint8).argmax(-1, keepdim=True)
-    chosen = torch.empty(batch, count, dtype=torch.long, device=x.device)
+    chosen = [at]
     row = torch.empty(batch, 1, total, dtype=torch.float64, device=x.device)
-    for i in range(count):
-        chosen[:, i : i + 1] = at
+    for _ in range(count - 1):
         torch.gather(apart, 1, at.unsqueeze(-1).expand(-1, -1, total), out=row)
         torch.minimum(best, row[:, 0], out=best)
-        best.scatter_(1, at, -2.0)  # rounding may leave a chosen row above its duplicates
         at = best.argmax(-1, keepdim=True)
-    return chosen
+        chosen.append(at)
+    return torch.cat(chosen, 1)

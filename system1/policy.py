@@ -185,13 +185,13 @@ class DiffusionPolicy:
             self._epoch = observation.epoch
         usable = self._usable(latents, observation.epoch)
         inputs = self.prepare(observation, usable)
-        noise = gaussian(self._generator, self.device)
-        rows = self._sampler.sample_inputs(inputs, noise)[0]
+        noise = gaussian(self._generator)
+        rows = self._sampler.sample_inputs(inputs, noise)[0].cpu().double()
         self._counters.calls += 1
         tcp = torch.as_tensor(observation.tcp_pose, dtype=torch.float64)
-        position, quat = to_absolute(rows.cpu().double(), tcp, self.config.rotation)
+        position, quat = to_absolute(rows, tcp, self.config.rotation)
         poses = torch.cat((position, quat), -1).numpy()
-        gripper = rows[:, 7].cpu().double().numpy()
+        gripper = rows[:, 7].numpy()
         if not (np.isfinite(poses).all() and np.isfinite(gripper).all()):
             self._counters.faults += 1
             raise PolicyFault("the policy's output is not finite: the chunk was discarded")

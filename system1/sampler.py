@@ -177,21 +177,23 @@ def draw_noise(plan: Plan, batch: int, rows: int, noise: Noise) -> tuple[Tensor,
 
     The initial state (B, T, 9) first; then, for each step that adds noise, position (B, T, 3)
     and rotation (B, T, 6). DDPM's last step adds none and draws none, and deterministic
-    samplers draw only the initial state.
+    samplers draw only the initial state. Drawn where `noise` draws, then moved to the plan's
+    device in one piece: fifty copies of a few numbers would each wait for a GPU.
 
     Returns:
-        The initial state, and the step noise (S, B, T, 9) or None.
+        The initial state, and the step noise (S, B, T, 9) or None, on the plan's device.
     """
+    device = plan.times.device
     first = noise((batch, rows, ROW))
     if not plan.stochastic:
-        return first, None
+        return first.to(device), None
     drawn = torch.zeros(
         len(plan.timesteps), batch, rows, ROW, dtype=first.dtype, device=first.device
     )
     for i in range(len(plan.timesteps) - 1):
         drawn[i, ..., :POSITION] = noise((batch, rows, POSITION))
         drawn[i, ..., POSITION:] = noise((batch, rows, ROTATION))
-    return first, drawn
+    return first.to(device), drawn.to(device)
 
 
 def run_plan(

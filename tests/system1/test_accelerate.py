@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,29 @@ def test_bf16_official_stays_near():
     assert not torch.equal(a, b)
     # Random weights on random pixels: the sampled tokens differ, the trajectory hardly.
     assert (a[..., :3] - b[..., :3]).abs().max() < 0.02
+
+
+def on_meta(value):
+    if isinstance(value, tuple):
+        return tuple(on_meta(v) for v in value)
+    return None if value is None else value.to("meta")
+
+
+@pytest.mark.parametrize("head", ["trajectory", "plain", "dit", "lstm"])
+def test_what_a_graph_captures_looks_at_no_value_and_stays_on_its_device(head):
+    # Tensors on "meta" have no values: reading one, or mixing it with one of the CPU's, is an
+    # error, as both would be while a CUDA graph is being captured.
+    config = tiny(head=head)
+    model, inputs = stirred(config).to("meta"), batch_of(config, [0])
+    fields = {f.name: on_meta(getattr(inputs, f.name)) for f in dataclasses.fields(inputs)}
+    given = dataclasses.replace(inputs, **fields)
+    assert model.sample_inputs(given, seeded(0)).device.type == "meta"
+    assert model.sample_inputs(given.without_latent(), seeded(0)).device.type == "meta"
+
+
+def test_the_official_network_looks_at_no_value():
+    model, inputs = make(1, 1).to("meta"), on_meta(observe_official(1, 1, 1))
+    assert model.sample(*inputs, seeded(0)).device.type == "meta"
 
 
 def test_a_policy_in_bf16_acts():
