@@ -16,7 +16,7 @@ import zmq
 
 from runtime.clock import Clock
 from runtime.codec import MAX_FRAMES, Buffer, WireError, decode
-from runtime.curve import Keys
+from runtime.curve import CurveServer, Keys
 from runtime.sockets import Port
 
 T = TypeVar("T")
@@ -81,9 +81,10 @@ class AgeLimit:
         return "future" if age_ns < -self._max_age_ns else None
 
 
-# (source, seq, t_pub_ns), the frames, and where the header begins in the first of them. A
-# plain tuple: this is made for every message, and only the newest is ever looked at closely.
-Candidate = tuple[tuple[int, int, int], list[Buffer], int]
+# (source, seq, t_pub_ns), the frames, where the header begins in the first of them, and the key
+# it came with. A plain tuple: this is made for every message, and only the newest is ever
+# looked at closely.
+Candidate = tuple[tuple[int, int, int], list[Buffer], int, str]
 
 
 class Track(Generic[T]):
@@ -115,6 +116,7 @@ class Track(Generic[T]):
         self.new: list[Candidate] = []  # of this drain, in order of arrival
         self.heard_ns = clock.now_ns()
         self.envelope: Envelope | None = None
+        self.key = ""  # the sender's public CURVE key, where there are keys
 
     def settle(self) -> T | None:
         """Return the newest acceptable message since the last call, if there is one."""
@@ -124,11 +126,12 @@ class Track(Generic[T]):
         if not new:
             return None
         message = None
-        for stamp, frames, start in reversed(new[-_CANDIDATES:]):
+        for stamp, frames, start, key in reversed(new[-_CANDIDATES:]):
             refusal = self._refusal(stamp)
             if refusal is None:
                 try:
                     message = decode(frames, self._expect, start)
+                    self.key = key
                     break
                 except WireError as error:
                     refusal = error.reason
@@ -164,7 +167,7 @@ class Track(Generic[T]):
         self.heard_ns = self._clock.now_ns()
         self.envelope = Envelope._make(stamp)
         source, seq, _ = stamp
-        numbers = {n for (s, n, _), _, _ in self.new if s == source and n <= seq}
+        numbers = {n for (s, n, _), *_ in self.new if s == source and n <= seq}
         if source == self._source:
             before = self._seq
             numbers = {n for n in numbers if n > before}
@@ -197,10 +200,12 @@ class Inlet:
         self._max_bytes = max_bytes
         self._max_drain = max_drain
         self._skipping = False  # inside a message with too many frames
+        self._key = ""  # the public key that the message taken last came with
         options: dict[int, int | bytes] = {zmq.RCVHWM: hwm, zmq.SUBSCRIBE: prefix}
         self.port = Port(zmq.SUB, endpoint, bind=bind, keys=keys, options=options)
         self._recv = self.port.socket.recv
         self._get = self.port.socket.get
+        self._keyed = isinstance(self.port.security, CurveServer)
 
     def drain(self, find: Callable[[bytes], Track[Any] | None]) -> None:
         """Hand what is queued to the tracks that `find` names by topic.
@@ -233,12 +238,15 @@ class Inlet:
             if track is None:
                 self.stats.dropped["topics"] += 1
             else:
-                track.new.append((ENVELOPE.unpack_from(head, cut + 1), frames, start))
+                stamp = ENVELOPE.unpack_from(head, cut + 1)
+                track.new.append((stamp, frames, start, self._key))
 
     def _take(self) -> list[Any] | None:
         """Receive one message; None for one (or a stretch of one) with too many frames."""
         try:
             frame = self._recv(NOBLOCK, False)
+            if self._keyed:
+                self._key = str(frame.get("User-Id"))
             frames: list[Any] = [frame.buffer]
             while frame.more:
                 if len(frames) >= MAX_FRAMES:

@@ -100,7 +100,7 @@ class EveryReader(Generic[T]):
         """Return what has arrived; never blocks or raises."""
         self._inlet.drain(lambda _: self._track)
         messages = []
-        for (source, seq, _), frames, start in self._track.new:
+        for (source, seq, _), frames, start, _ in self._track.new:
             try:
                 messages.append(decode(frames, self._expect, start))
             except WireError as error:

@@ -295,6 +295,11 @@ class NewestPerTopic(Generic[T]):
         envelope = track.envelope if track is not None else None
         return None if envelope is None else envelope.source
 
+    def key(self, topic: str) -> str:
+        """Return the public CURVE key of who sent a topic's last message; "" without keys."""
+        track = self._tracks.get(topic.encode())
+        return "" if track is None else track.key
+
     def poll(self) -> dict[str, T]:
         """Return the newest message of each topic that has one; never blocks or raises."""
         self._inlet.drain(self._find)

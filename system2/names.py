@@ -2,13 +2,14 @@
 
 Two robots under one name would get each other's latents and act on them. So a name belongs
 to the robot that uses it until that has been silent for a while, and a run asks for its name
-before it starts.
+before it starts. A robot's owner is whose key it comes with.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from runtime.clock import Clock
@@ -34,6 +35,18 @@ def usable(name: str) -> bool:
 def in_use(heard_ns: int | None, now_ns: int) -> bool:
     """Whether a robot that was heard then still has its name."""
     return heard_ns is not None and now_ns - heard_ns < TAKEOVER_NS
+
+
+def in_turn(names: Sequence[str], owner_of: Callable[[str], str]) -> Iterator[str]:
+    """Yield one robot of each owner after the other: many names bring nobody more."""
+    waiting: dict[str, deque[str]] = {}
+    for name in names:
+        waiting.setdefault(owner_of(name), deque()).append(name)
+    while waiting:
+        for owner in list(waiting):
+            yield waiting[owner].popleft()
+            if not waiting[owner]:
+                del waiting[owner]
 
 
 class Names:

@@ -177,7 +177,7 @@ class PublisherNode:
         reader, scheduler, clock = self._reader, self._scheduler, MonotonicClock()
         while not stop.is_set():
             for topic, request in reader.poll().items():
-                scheduler.offer(request, (topic, reader.sender(topic)))
+                scheduler.offer(request, (topic, reader.sender(topic)), reader.key(topic))
             scheduler.forget_silent()
             self._tell()
             due = scheduler.next_due_ns()

@@ -3,7 +3,7 @@
 `GoalScheduler` decides who is served when, on a clock it is given; it knows no socket and
 no model. Every robot has its own grid of absolute deadlines `t_first + i / hz`. At a
 deadline its newest request is due; robots that are due together go through the engine as
-one batch, the longest overdue first. One batch at a time: deadlines that pass by a whole
+one batch, the longest overdue first, owners (CURVE keys) in turn. One batch at a time: deadlines that pass by a whole
 period while the engine is busy are skipped and counted, never caught up. A new epoch is due
 at once, since the robot is waiting for it. `system2.publisher` is the process around it.
 
@@ -26,7 +26,7 @@ import numpy as np
 from runtime.clock import Clock
 from runtime.interfaces import Engine
 from runtime.types import F32, GoalRequest, LatentGoal
-from system2.names import NameRefused, Names, in_use, usable
+from system2.names import NameRefused, Names, in_turn, in_use, usable
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class RobotState:
     due_ns: int  # the next deadline
     heard_ns: int
     sender: object = None  # who speaks under this name; None where nobody says
+    owner: str = ""  # whose robot it is: its CURVE key; "" without keys
     pending: GoalRequest | None = None
     seq: int = 0  # latents published, and so the next one's number
     superseded: int = 0  # requests replaced by a newer one before they were due
@@ -150,12 +151,13 @@ class GoalScheduler:
             self._shed(refusal.reason, name)
             raise
 
-    def offer(self, request: GoalRequest, sender: object = None) -> bool:
+    def offer(self, request: GoalRequest, sender: object = None, owner: str = "") -> bool:
         """Take a request in place of the robot's older one; False when it was shed or stale.
 
         Args:
             request: of one robot.
             sender: who sent it, where that is known: another one is refused the name.
+            owner: whose robot it is; when there is too much to do, owners take turns.
         """
         now = self._clock.now_ns()
         robot = self.robots.get(request.robot)
@@ -175,7 +177,7 @@ class GoalScheduler:
         ):
             self._shed("name_taken", request.robot)
             return False
-        robot.heard_ns, robot.sender = now, sender
+        robot.heard_ns, robot.sender, robot.owner = now, sender, owner
         fresh = (request.epoch, request.source) != (robot.epoch, robot.source)
         if not fresh and robot.pending is not None and request.seq < robot.pending.seq:
             self.totals.shed["out_of_order"] += 1
@@ -202,7 +204,7 @@ class GoalScheduler:
         names = [n for n, r in self.robots.items() if r.pending is not None and r.due_ns <= now]
         names.sort(key=lambda name: (self.robots[name].due_ns, self.robots[name].seq))
         batch: list[GoalRequest] = []
-        for name in names:
+        for name in in_turn(names, lambda name: self.robots[name].owner):
             if len(batch) == self._limits.max_batch:
                 break
             request = self._take(name, now)

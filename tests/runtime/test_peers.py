@@ -73,6 +73,7 @@ def test_wrong_keys_and_rubbish_are_counted_by_what_they_are(
             return "arm" in reader.poll()
 
         until(heard)
+        assert reader.key("arm") == (keys / "arm.public").read_text().strip()
         watch.poll()
     families = {family.name: family for family in PeerMetrics({"requests": watch}).collect()}
     values = {s.labels["reason"]: s.value for s in families["openhelix_wire_refused"].samples}

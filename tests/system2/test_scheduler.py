@@ -171,6 +171,24 @@ def test_overload_is_shared_evenly() -> None:
     assert max(served.values()) - min(served.values()) <= 1
 
 
+def test_many_names_bring_their_owner_no_more_than_one_does_another() -> None:
+    """Thirty robots of one key ask for four times what there is; another key's two are served."""
+    rig = Rig(cost_s=0.1, each_s=0.1, max_batch=8)
+    mine, many = ("a", "b"), [f"flood{i}" for i in range(30)]
+    end = 60 * S
+    while rig.clock.now_ns() < end:
+        for name in (*mine, *many):
+            request = GoalRequest(RGB, "move", name, rig.seq[name], 0, rig.clock.now_ns())
+            rig.seq[name] += 1
+            rig.scheduler.offer(request, name, "mine" if name in mine else "many")
+        if rig.scheduler.serve() == 0:
+            rig.clock.advance(S // 100)
+    sent = Counter(robot for robot, _ in rig.out.sent)
+    for name in mine:
+        assert sent[name] >= 0.9 * 60, sent  # a second is what one batch of eight takes
+    assert max(sent[name] for name in many) <= 0.3 * 60
+
+
 def test_a_bad_request_is_refused_and_the_others_are_served() -> None:
     rig = Rig()
     for name, text in (("a", "move"), ("b", "bad"), ("c", "push")):
