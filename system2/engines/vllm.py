@@ -8,16 +8,19 @@ the final norm only.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from system2.engines.base import EngineBase
+from system2.engines.base import EncodeError, EngineBase
+from system2.engines.serving import serving_folder
 from system2.engines.vllm_plugin import register
 from system2.latents import BadLatent, LatentConfig
 from system2.prompt import Prompt
@@ -58,17 +61,22 @@ class VllmEngine(EngineBase):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        with _collector_off():
+            self._start(config, max_instruction_tokens)
+
+    def _start(self, config: LatentConfig, max_instruction_tokens: int) -> None:
         from vllm import LLM
         from vllm.config import PoolerConfig
 
         _accept_new_tower_names()
+        gc.freeze()  # or vLLM, which collects while it loads, looks through all of its imports
         self._task = "embed" if config.last_token_only else "token_embed"
         length = self.checkpoint.prompts(
             config.n_act, config.vision, max_instruction_tokens
         ).max_length
         budget = max(length * self._max_batch, 2048)
         self._llm = LLM(
-            model=self.checkpoint.path,
+            model=serving_folder(self.checkpoint),
             runner="pooling",
             convert="embed",
             dtype=str(self._dtype).removeprefix("torch."),
@@ -125,12 +133,32 @@ class VllmEngine(EngineBase):
             if self._head.config.vision:
                 request["multi_modal_data"] = {"image": image}
             requests.append(request)
-        outputs = self._llm.encode(requests, pooling_task=self._task, use_tqdm=False)
+        try:
+            outputs = self._llm.encode(requests, pooling_task=self._task, use_tqdm=False)
+        except BaseException:
+            # What a failed call leaves behind, the next one would finish, and take for its own.
+            engine = self._llm.llm_engine
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
+        if len(outputs) != len(prompts):
+            raise EncodeError(f"vLLM gave {len(outputs)} outputs for {len(prompts)} prompts")
         return [torch.atleast_2d(output.outputs.data) for output in outputs]
 
     def close(self) -> None:
         super().close()
         self._llm = None
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Importing and loading make a million objects that stay; counting them takes seconds."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _accept_new_tower_names() -> None:

@@ -7,7 +7,8 @@ where torchvision is absent.
 
 vLLM also looks through every global of every loaded module for Triton kernels, with
 `vars(value)`. llvmlite (numba's) has an object that answers *any* attribute with a function,
-`__dict__` too, and the search fails on it; it is given `vars` that admits only real ones.
+`__dict__` too, and the search fails on it; torch has one that warns of its deprecation whatever
+it is asked for. The search is given `vars` and `hasattr` that look past such answers.
 vLLM calls `register` in each of its processes.
 """
 
@@ -27,14 +28,29 @@ def register() -> None:
     """Mend both, each only where it is needed."""
     _use_pil_images()
     if importlib.util.find_spec(_KERNEL_SEARCH) is not None:
-        # A module's global comes before the builtin of the same name.
-        importlib.import_module(_KERNEL_SEARCH).__dict__["vars"] = real_vars
+        # A module's globals come before the builtins of the same names.
+        search = importlib.import_module(_KERNEL_SEARCH).__dict__
+        search["vars"], search["hasattr"] = real_vars, real_hasattr
 
 
 def real_vars(value: object) -> Mapping[str, Any]:
-    """Return `vars(value)`; empty where what calls itself `__dict__` is no mapping."""
-    found = getattr(value, "__dict__", None)
+    """Return `vars(value)` without running any code of the value's own; empty if it has none."""
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
     return found if isinstance(found, Mapping) else {}
+
+
+def real_hasattr(value: object, name: str) -> bool:
+    """Return `hasattr(value, name)`; for `__dict__` without running code of the value's own."""
+    if name != "__dict__":
+        return hasattr(value, name)
+    try:
+        object.__getattribute__(value, name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _use_pil_images() -> None:

@@ -12,6 +12,7 @@ from runtime.exposition import Library
 from system2.checkpoint import LatentHead
 from system2.engines.transformers import TransformersEngine
 from system2.engines.vllm import VllmEngine
+from system2.engines.vllm_plugin import real_hasattr, real_vars
 from system2.latents import BadLatent
 from system2.prompt import BadImage, BadInstruction
 from tests.system2 import tiny
@@ -58,6 +59,41 @@ def test_bad_requests_leave_the_engine_working(vllm, images) -> None:
     with pytest.raises(BadInstruction, match=r"instructions\[0\].*<image"):
         vllm.encode(images[:1], ["lift <image> the block"])
     assert np.abs(vllm.encode(images[:1], TEXTS[:1]) - before).max() < 1e-5
+
+
+def test_what_a_failed_call_left_behind_is_not_finished_by_the_next(
+    vllm, images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = vllm.encode(images[:1], ["push the block"])
+    engine = vllm._llm.llm_engine
+
+    def lost() -> None:
+        raise RuntimeError("device lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", lost)
+        with pytest.raises(RuntimeError, match="device lost"):
+            vllm.encode(images[:2], ["open the drawer", "lift"])
+    assert not engine.has_unfinished_requests()
+    assert np.allclose(vllm.encode(images[:1], ["push the block"]), before, atol=1e-6)
+
+
+def test_the_search_for_kernels_sees_real_attributes_only() -> None:
+    class Answers:
+        kernel = "a class attribute"
+
+        def __getattribute__(self, name: str) -> object:
+            raise AssertionError(f"asked for {name}")
+
+    answers = Answers()
+    object.__setattr__(answers, "mine", 1)
+    assert dict(real_vars(answers)) == {"mine": 1}
+    assert real_vars(3) == {}
+    assert real_hasattr(answers, "__dict__")
+    assert not real_hasattr(3, "__dict__")
+    assert real_hasattr(3, "real")
+    assert real_vars(np)["ndarray"] is np.ndarray
+    assert real_vars(Answers)["kernel"] == "a class attribute"
 
 
 def test_swap_changes_the_latent_on_both(vllm, plain, images, tmp_path: Path) -> None:
