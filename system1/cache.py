@@ -33,6 +33,7 @@ frame, `instruction` (N, P) int32 which ones, and `latents.json` {"kind", "n_tok
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -103,6 +104,17 @@ def chunk_targets(
         "target_open": np.asarray(openness, np.float32)[index],
         "target_mask": inside,
     }
+
+
+def frames_digest(folder: Path, shards: Sequence[Mapping[str, Any]]) -> str:
+    """Return one SHA-256 of all shards: of their names, sizes and contents, in order."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        path = folder / shard["file"]
+        digest.update(f"{shard['file']}:{path.stat().st_size}:".encode())
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 class CacheWriter:

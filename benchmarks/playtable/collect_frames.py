@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from benchmarks.playtable.frames import (
     draw_unit,
 )
 from runtime.config import ConfigError
+from system1.cache import frames_digest
 
 FRAMES, SYSTEM2, ABOUT = "frames", "system2", "moments.json"
 FRAMES_EACH = 10  # moments of a demonstration with every=4, for the estimate of disk
@@ -62,17 +61,6 @@ def draw(config: CollectConfig, report: Report | None = None) -> dict[str, Any]:
         "frames_settings": settings.model_dump(mode="json"),
         "frames_wall_s": round(time.monotonic() - begun, 1),
     }
-
-
-def frames_digest(folder: Path, shards: Sequence[Mapping[str, Any]]) -> str:
-    """Return one SHA-256 of all shards: of their names, sizes and contents, in order."""
-    digest = hashlib.sha256()
-    for shard in shards:
-        path = folder / shard["file"]
-        digest.update(f"{shard['file']}:{path.stat().st_size}:".encode())
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _draw_for_system2(config: CollectConfig, units: list[Path], report: Report | None) -> None:

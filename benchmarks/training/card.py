@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.playtable.collect_frames import frames_digest
 from benchmarks.training.config import TrainingConfig
 from benchmarks.training.folders import SETTINGS
+from system1.cache import frames_digest
 from system1.train_state import LOG
 
 KEPT = ("collection", "moments")

@@ -54,9 +54,9 @@ class Source:
     sentences: Sentences
 
     @staticmethod
-    def open(cache: Cache, seed: int) -> Source:
+    def open(cache: Cache, seed: int, vision: bool = True) -> Source:
         """Open it; see `Pictures` for the errors."""
-        return Source(cache, Pictures(cache), Sentences(cache, seed))
+        return Source(cache, Pictures(cache, vision), Sentences(cache, seed))
 
 
 class LiveFeed:

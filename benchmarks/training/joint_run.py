@@ -128,7 +128,7 @@ class JointRun:
         self.learner = open_learner(config, stage, self.before)
         spec = self.learner.head.spec(self.learner.checkpoint, raw=False)
         policy = open_door(policy, spec, config.seed)
-        self.source = Source.open(self.cache, config.seed)
+        self.source = Source.open(self.cache, config.seed, config.latent.vision)
         self._settings(write=True)
         feed = self._feed()
         self.joint = Joint(config, stage, self.cache, policy, self.learner, feed)

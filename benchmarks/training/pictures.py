@@ -8,6 +8,7 @@ same camera are taken. Its sentences are all that the cache uses for the frame's
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,17 +26,25 @@ DRAWN = "system2"
 class Pictures:
     """System 2's pictures of the frames of a cache.
 
+    Args:
+        cache: the frames.
+        wanted: False for a System 2 without vision, which asks for none.
+
     Raises:
         ConfigError: some of them are missing, or the cache has no static camera.
     """
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, wanted: bool = True) -> None:
         self._cache = cache
+        self._parts: list[Any] = []
+        self.source = "none"
+        if not wanted:
+            return
         files = [shard["file"] for shard in cache.meta["shards"]]
         sizes = [int(shard["frames"]) for shard in cache.meta["shards"]]
         self._starts = np.cumsum([0, *sizes])
         folder = cache.folder / DRAWN
-        self._parts = []
+        self.source = "the policy's, enlarged"
         if folder.is_dir():
             missing = [name for name in files if not (folder / name).is_file()]
             if missing:
@@ -45,17 +54,13 @@ class Pictures:
             self._parts = [
                 safe_open(folder / name, framework="pt").get_slice("rgb") for name in files
             ]
+            self.source = "drawn at the camera's size"
         elif "static" not in cache.cameras:
             raise ConfigError(
                 f"data: {cache.folder} has no camera 'static' for System 2 to look at"
             )
         else:
             log.info("System 2 sees the policy's small pictures: no %s", folder)
-
-    @property
-    def source(self) -> str:
-        """Where the pictures come from, for the card."""
-        return "drawn at the camera's size" if self._parts else "the policy's, enlarged"
 
     def __call__(self, frames: Tensor) -> list[Image.Image]:
         """Return the pictures of frames (B,)."""
