@@ -131,6 +131,11 @@ class NodeRunner:
             self._server.close()
         return self.state
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it has been told to end."""
+        return self._stop.is_set()
+
     def stop(self) -> None:
         self._stop.set()
 

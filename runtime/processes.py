@@ -109,11 +109,14 @@ def main(argv: Sequence[str]) -> int:
     runner = NodeRunner(NodeSpec.from_json(argv[0]), again=argv[2] == "again")
 
     def end(*_: object) -> None:
+        starting = runner.state == "starting" and not runner.stopping
         runner.stop()
         if os.getppid() != parent:  # nobody is left who would end us for certain
             timer = threading.Timer(ALONE_S, os._exit, (1,))
             timer.daemon = True
             timer.start()
+        if starting:
+            raise SystemExit(0)  # out of a setup that may wait for others for minutes
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -18,12 +19,13 @@ from runtime.rpc import RpcClient, RpcError
 
 
 class Idle:
-    """A node that does nothing, or cannot start."""
+    """A node that does nothing, or cannot start, or not soon."""
 
-    def __init__(self, fails: str = "") -> None:
-        self._fails = fails
+    def __init__(self, fails: str = "", waits_s: float = 0.0) -> None:
+        self._fails, self._waits_s = fails, waits_s
 
     def setup(self) -> None:
+        time.sleep(self._waits_s)
         if self._fails:
             raise RuntimeError(self._fails)
 
@@ -36,7 +38,8 @@ class Idle:
     def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
         return {}
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        logging.info("closed")
 
 
 @pytest.fixture
@@ -97,3 +100,11 @@ def test_a_node_that_cannot_start_says_why_before_it_ends(
     while host.ended() != {"broken": "ended with code 1"}:
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
+
+
+def test_a_node_that_waits_in_its_setup_ends_when_told(host: ProcessHost, tmp_path: Path) -> None:
+    node = spec(tmp_path, "slow", options={"waits_s": 300.0})
+    host.start([node])
+    health(node, "starting")
+    host.close(timeout_s=60.0)  # then it would be killed, and close nothing
+    assert "closed" in (tmp_path / "logs" / "slow.log").read_text()
