@@ -41,11 +41,13 @@ def to_bf16(model: Network) -> Network:
 def compile_denoiser(model: Network) -> Network:
     """Compile the denoising evaluation in place and return the network.
 
-    The first call takes up to minutes. Rotary codes are complex numbers, which the compiler
-    leaves to the eager kernels.
+    The first call takes minutes and needs a C++ compiler on a CPU; later processes find the
+    result in the compiler's cache. The weights are frozen into the program: compile last,
+    after loading and after `to_bf16`.
     """
     head: Any = model.prediction_head if isinstance(model, DiffuserActor) else model.head
-    head.denoise = torch.compile(head.denoise, dynamic=False)
+    cpu = model.offset.device.type == "cpu"
+    head.denoise = torch.compile(head.denoise, dynamic=False, options={"freezing": cpu})
     return model
 
 

@@ -5,8 +5,8 @@
 denoising loop the keys and values of the scene never change: they are made once a call and
 handed back in.
 
-A rotary code is stored as complex numbers in fp32: rotating a vector is then one
-multiplication over pairs of channels. 3D Diffuser Actor rotates before the heads are split,
+A rotary code holds the cosine and the sine of each pair of channels, in fp32: rotating a
+vector is then one multiplication of complex numbers. 3D Diffuser Actor rotates before the heads are split,
 a third of all channels for each axis, so a head sees one axis or two; `head_code` lays the
 code out so that every head sees all three.
 """
@@ -42,23 +42,28 @@ def metric_frequencies(head_dim: int, longest_m: float = 2.0, shortest_m: float 
 
 
 def rotary_code(xyz: Tensor, frequencies: Tensor, repeat: int = 1) -> Tensor:
-    """Return unit complex numbers (B, N, dim/2) that code positions.
+    """Return the code (B, N, dim) of positions: cosine and sine of each pair of channels.
 
     Args:
         xyz: (B, N, 3).
-        frequencies: (F,) radians a unit; an axis gets F complex channels.
-        repeat: how many times the 3F channels are laid side by side, once for every head
+        frequencies: (F,) radians a unit; an axis gets F pairs.
+        repeat: how many times the 3F pairs are laid side by side, once for every head
             where heads are to see all axes.
     """
     angle = (xyz.float().unsqueeze(-1) * frequencies).flatten(-2)
-    code = torch.complex(angle.cos(), angle.sin())
+    code = torch.stack((angle.cos(), angle.sin()), -1).flatten(-2)
     return code.repeat(1, 1, repeat) if repeat > 1 else code
 
 
 def rotate(x: Tensor, code: Tensor) -> Tensor:
-    """Rotate pairs of neighbouring channels of x (B, N, dim) by a code (B, N, dim/2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * code).flatten(-2).to(x.dtype)
+    """Rotate pairs of neighbouring channels of x (B, N, dim) by a code (B, N, dim)."""
+    pairs, turns = x.float().unflatten(-1, (-1, 2)), code.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # the compiler has no complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
+    return turned.flatten(-2).to(x.dtype)
 
 
 def sinusoid(position: Tensor, dim: int) -> Tensor:

@@ -76,7 +76,7 @@ class Tables(NamedTuple):
 class Place(NamedTuple):
     """Where the tokens of self-attention are: the trajectory's first, then the scene's."""
 
-    code: Tensor  # (B * k, T + K, dim / 2), rotary
+    code: Tensor  # (B * k, T + K, dim), rotary
     mask: Tensor | None  # (B * k, T + K); None when every token is valid
     padding: int  # tokens at the end that only round the number; nobody sees them
     rows: int  # T

@@ -28,12 +28,12 @@ class OfficialScene:
     """What the denoiser reads; everything here depends on the observation alone."""
 
     context: Tensor  # (B, N, dim)
-    code: Tensor  # (B, N, dim / 2) complex, rotary
+    code: Tensor  # (B, N, dim), rotary
     mask: Tensor | None  # (B, N) bool; None when every token is valid
     language: Tensor  # (B, n, dim)
     gripper: Tensor  # (B, nhist, dim)
     sampled: Tensor  # (B, K, dim)
-    sampled_code: Tensor  # (B, K, dim / 2)
+    sampled_code: Tensor  # (B, K, dim)
     sampled_mask: Tensor | None  # (B, K)
     padding: int = 0  # of the K, how many at the end are there only to make a round number
 

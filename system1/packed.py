@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, conv2d, linear, relu
 
-FEW_ROWS = 8  # below, the plain product of a row or two is quicker than oneDNN's entry
+# Below so many rows the plain product is quicker than oneDNN's entry.
+FEW_ROWS = {torch.float32: 64, torch.bfloat16: 8}
 
 
 def _kernels() -> Any:
@@ -86,7 +87,7 @@ class Pack:
         residual: Tensor | None = None,
     ) -> Tensor:
         """Return activation(x W^T + b) + residual for a slice of the weight's rows."""
-        if not packable(x, weight) or x.shape[-2] < FEW_ROWS:
+        if not packable(x, weight) or x.shape[-2] < FEW_ROWS[x.dtype]:
             y = linear(x, weight[rows], bias[rows])
             y = relu(y) if activation == "relu" else y
             return y if residual is None else y + residual
