@@ -159,7 +159,6 @@ class Stage2(JointStage):
     """The policy learns too."""
 
     steps: Whole = 6000
-    draws: Count = 8
     ema: Share = 0.999
     eval_every: Count = 500
     save_every: Count = 250
