@@ -18,6 +18,7 @@ from benchmarks.training.config import TrainingConfig
 
 COSTS = ROOT / "benchmarks" / "perf" / "results" / "experiments.json"
 REPLAN_STEPS = 8
+FRAMES_AN_EPISODE = 8.0  # of those that are drawn
 
 
 @cache
@@ -43,7 +44,7 @@ def training_s(training: Training, n_frames: int) -> float | None:
 
     Args:
         training: what.
-        n_frames: of the data, one in `latent.stride` of which gets states.
+        n_frames: of the data, about one in `latent.stride` of which gets states.
     """
     found, options = costs().get("training"), training.options
     if found is None or options.get("device", "cpu") != "cpu":
@@ -59,7 +60,9 @@ def training_s(training: Training, n_frames: int) -> float | None:
             return 0.0
         return float(found["policy_step_s"]) * float(of("policy.steps"))
     one, two = float(of("stage1.steps")), float(of("stage2.steps"))
-    states = n_frames / float(of("latent.stride")) * float(found["states_frame_s"])
+    # Every episode has one, whatever the stride.
+    stride = min(float(of("latent.stride")), FRAMES_AN_EPISODE)
+    states = n_frames / stride * float(of("latent.phrasings")) * float(found["states_frame_s"])
     prefixes = float(of("latent.frames")) * float(found["prefix_frame_s"])
     learns_act = of("latent.regime") != "frozen" and of("latent.kind") == "act_last"
     seconds = one * float(found["prefix_step_s" if learns_act else "states_step_s"])

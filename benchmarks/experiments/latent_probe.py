@@ -163,7 +163,7 @@ def probe(
         "episode": [
             {
                 "step": row * options.every,
-                "nearest": space.nearest(torch.from_numpy(state), 10),
+                "nearest": nearest_words(space, state),
                 "similarity": _named(similar[row]),
                 "probability": _named((similar[row] / SHARP).softmax(-1)),
             }
@@ -181,6 +181,12 @@ def states(engine: EngineBase, images: Sequence[U8], text: str) -> F32:
         for i in range(0, len(images), BATCH)
     ]
     return np.concatenate(parts).mean(axis=1)
+
+
+def nearest_words(space: WordSpace, state: F32, count: int = 10) -> list[dict[str, Any]]:
+    """Return the nearest words; letters and pieces of other scripts' bytes are none."""
+    found = space.nearest(torch.from_numpy(state), 20 * count)
+    return [n for n in found if n["word"].isascii() and len(n["word"]) > 1][:count]
 
 
 def _named(values: torch.Tensor) -> dict[str, float]:

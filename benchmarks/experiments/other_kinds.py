@@ -104,7 +104,8 @@ class Probes:
             if path.exists():
                 made = json.loads(path.read_text(encoding="utf-8"))
                 probes[who] = made
-                contrasts += claims(made, who)
+                # Before training, <ACT> means nothing: its figures are shown, no claim is made.
+                contrasts += claims(made, who) if who != UNTRAINED else []
                 tables.append([f"What moves the latent ({who})", *distance_table(made)])
                 tables.append([f"The words nearest to it ({who})", *_words(made)])
         state = "not run" if not probes else "complete"

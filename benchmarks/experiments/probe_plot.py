@@ -24,21 +24,24 @@ def draw(made: Mapping[str, Any], moved: Sequence[U8], shift_at: int, title: str
         title: of the figure.
     """
     episode = made["episode"]
-    figure = Figure(figsize=(11, 9.2), dpi=100, layout="constrained")
-    grid = figure.add_gridspec(3, SHOWN, height_ratios=(1.5, 1.1, 2.2))
+    figure = Figure(figsize=(11, 7.6), dpi=100, layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.35, 1.0))
+    above, below = halves
+    grid = above.add_gridspec(2, SHOWN, height_ratios=(1.0, 0.85))
+    sides = below.add_gridspec(1, 2, width_ratios=(1.7, 1.0))
+    left, right = below.add_subplot(sides[0]), below.add_subplot(sides[1])
     chosen = np.linspace(0, len(episode) - 1, SHOWN).round().astype(int)
     after = next((i for i, row in enumerate(episode) if row["step"] >= shift_at), 1)
     chosen[1] = after
     for column, row in enumerate(chosen):
-        picture = figure.add_subplot(grid[0, column])
+        picture = above.add_subplot(grid[0, column])
         picture.imshow(moved[row])
         picture.set_axis_off()
         picture.set_title(f"step {episode[row]['step']}", fontsize=9, color=INK)
-        words = figure.add_subplot(grid[1, column])
+        words = above.add_subplot(grid[1, column])
         words.set_axis_off()
         lines = [f"{n['word'][:14]} {n['cosine']:.2f}" for n in episode[row]["nearest"][:10]]
         words.text(0.02, 1.0, "\n".join(lines), va="top", fontsize=8, color=INK)
-    left = figure.add_subplot(grid[2, :4])
     steps = [row["step"] for row in episode]
     for number, word in enumerate(made["words"]):
         colour = COLOURS[number % len(COLOURS)]
@@ -51,7 +54,6 @@ def draw(made: Mapping[str, Any], moved: Sequence[U8], shift_at: int, title: str
     left.set_ylim(bottom=0)
     left.legend(fontsize=7, ncols=2, frameon=False)
     left.grid(color=PALE, lw=0.5)
-    right = figure.add_subplot(grid[2, 4:])
     names = list(made["distances"])
     means = [float(np.mean(made["distances"][n])) for n in names]
     at = np.arange(len(names))[::-1]

@@ -164,7 +164,9 @@ def contrast_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
         theirs = c["paper_difference"]
         cells = ["", "", "", ""]
         if c["verdict"] != MISSING:
-            cells = [f"{c['difference']:+.2f}", interval(c["ci95"], 1, 2), f"{c['p']:.3g}"]
+            digits = 5 if c["unit"] == "1 - cosine" else 2
+            cells = [f"{c['difference']:+.{digits}f}", interval(c["ci95"], 1, digits)]
+            cells.append(f"{c['p']:.3g}")
             cells.append(str(c["n_pairs"]))
         paper = "" if theirs is None else f"{theirs:+.2f}"
         rows.append([c["says"], str(c["finding"]), c["verdict"], *cells, paper])

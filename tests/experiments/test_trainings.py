@@ -165,10 +165,10 @@ def test_what_is_measured_says_how_long_it_takes(monkeypatch):
     monkeypatch.setattr(costs, "costs", lambda: {"training": measured})
     policy, prompt = training("policy_table"), training("prompt")
     assert costs.training_s(policy, 800) == policy.options["policy.steps"]
-    want = 500 + 2000 * 0.5 + 800 / 8 * 0.25 + 1500  # stage 1, prefixes, states, stage 2
+    want = 500 + 2000 * 0.5 + 800 / 8 * 2 * 0.25 + 1500  # stage 1, prefixes, states, 2
     assert costs.training_s(prompt, 800) == want
     assert costs.training_s(training("lora"), 800) == 500 + 2000 * 0.5 + 400
-    assert costs.training_s(training("frozen"), 800) == 500 + 25 + 1500
+    assert costs.training_s(training("frozen"), 800) == 500 + 50 + 1500
     assert costs.training_s(training("e2e_prompt"), 800) == 2000 * 0.5 + 1500
     assert costs.training_s(training("prompt", {"device": "cuda"}), 800) is None
     given = training("policy_table", {"policy.checkpoint": "x"})
