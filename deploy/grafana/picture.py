@@ -129,7 +129,7 @@ def _lines(axes: Axes, panel: dict[str, Any], source: Source) -> None:
     axes.set_xlim(-source.range_s, 0)
     axes.set_ylabel(unit.strip(), size=7)
     axes.grid(alpha=0.3)
-    if found:
+    if any(legend for legend, _, _ in found):
         axes.legend(fontsize=6, loc="upper left", ncols=2)
 
 

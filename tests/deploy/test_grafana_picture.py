@@ -1,0 +1,81 @@
+"""deploy/grafana/picture.py draws every kind of panel from what a Prometheus answers."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from deploy.grafana.picture import Source, _joined, main
+from tests.deploy.dashboards import dashboards, panels
+
+LABELS = {"instance": "r:1", "part": "control", "task": "turn_on_led", "suite": "calvin"}
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Two series for every question; buckets where the legend will ask for them."""
+
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        address = urllib.parse.urlparse(self.path)
+        asked = {k: v[0] for k, v in urllib.parse.parse_qs(address.query).items()}
+        type(self).asked.append(asked["query"])
+        several = [("0.1", 1.0), ("0.5", 3.0), ("+Inf", 3.0)]
+        metrics = [LABELS | {"le": le, "interval": str(round(10 * v))} for le, v in several]
+        end_s = float(asked.get("end", asked.get("time", "0")))
+        values = [
+            [[end_s - 60, str(v)], [end_s - 30, str(2 * v)], [end_s, str(v)]] for _, v in several
+        ]
+        rows = [
+            {"metric": m, "values": v, "value": v[-1]} for m, v in zip(metrics, values, strict=True)
+        ]
+        body = json.dumps({"status": "success", "data": {"result": rows}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    Answers.asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("name", ["realtime", "success"])  # all kinds of panels between them
+def test_a_dashboard_is_drawn_whole(name: str, url: str, tmp_path: Path) -> None:
+    out = tmp_path / "board.png"
+    main([name, "--prometheus", url, "--minutes", "2", "--out", str(out)])
+    with Image.open(out) as image:
+        width, height = image.size
+        colours = len(image.convert("RGB").getcolors(1 << 24) or ())
+    assert width > 1000 and height > 1000 and colours > 200
+    targets = [t["expr"] for panel in panels(dashboards()[name]) for t in panel["targets"]]
+    assert len(Answers.asked) == len(targets)
+    assert not any("$" in query for query in Answers.asked)
+
+
+def test_tables_are_sorted_by_number_and_joined_by_label(url: str) -> None:
+    (panel,) = [
+        p for p in panels(dashboards()["asynchrony"]) if p["title"] == "Success against interval"
+    ]
+    labels, titles, rows = _joined(panel, Source(url, 0.0, 60))
+    assert labels == ["interval"]
+    assert titles == ["success", "95 % from", "to"]
+    assert [row[0] for row in rows] == ["10", "30"]
+    assert rows[0][1:] == [1.0, 1.0, 1.0]
