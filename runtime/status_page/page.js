@@ -157,6 +157,7 @@ async function showCameras(cameras) {
 function trouble(text) {
   byId("trouble").textContent = text;
   byId("trouble").hidden = !text;
+  byId("main").classList.toggle("old", Boolean(text));
   if (text) {
     byId("state").textContent = "no news";
     byId("state").className = "badge silent";
