@@ -30,7 +30,7 @@ _REFUSALS: Final = {
 _EXPLAINED: Final = {
     "key": "its CURVE key is not on the list",
     "protocol": "it speaks another protocol, or comes without the key that is asked for",
-    "unfinished": "it left, or sent rubbish, before it had said who it is",
+    "unfinished": "it left, sent rubbish or has no key, and has not said who it is",
 }
 _EVENTS: Final = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED

@@ -1,0 +1,78 @@
+"""What the documentation tells people to write and to type works as it stands there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from runtime.cli import COMMANDS
+from runtime.config import RunConfig, load, validate
+from runtime.metrics import catalogue
+from tests.runtime.docs_code import DOCS, blocks, commands
+
+PAGES = ("concepts.md", "add-a-robot.md", "add-a-policy.md", "your-llava-and-calvin.md")
+ROOT = DOCS.parent
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere_and_every_command_exists(page: str) -> None:
+    text = (DOCS / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert "://" in target or (DOCS / target).exists(), target
+    for path in re.findall(r"`((?:runtime|system1|system2|benchmarks|tests)/[\w/.]+)`", text):
+        assert (ROOT / path).exists(), path
+    for command in commands(page):
+        words = command.split("#")[0].split()
+        if words[0] == "openhelix":
+            assert words[1] in COMMANDS, command
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_field_that_is_named_is_one_of_the_configuration(page: str) -> None:
+    sections = "|".join(RunConfig.model_fields)
+    for name in sorted(set(re.findall(rf"[ `\"]((?:{sections})\.\w+)", (DOCS / page).read_text()))):
+        section, field = name.split(".")
+        if (ROOT / section / f"{field}.py").exists() or (ROOT / section / field).is_dir():
+            continue  # a module
+        assert field in load(None).model_dump()[section], name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_configuration_that_is_shown_is_valid(page: str) -> None:
+    for block in blocks(page, "yaml"):
+        validate(RunConfig, yaml.safe_load(block))
+
+
+def test_every_metric_that_is_named_exists() -> None:
+    names = {entry.name for entry in catalogue()}
+    for page in PAGES:
+        for name in re.findall(r"`(\w+_total)", (DOCS / page).read_text()):
+            assert f"openhelix_{name.removeprefix('openhelix_')}" in names, name
+
+
+def test_the_robot_and_the_policy_of_the_pages_run_together(tmp_path: Path) -> None:
+    for page, name in (("add-a-robot.md", "my_arm.py"), ("add-a-policy.md", "my_policy.py")):
+        (code,) = blocks(page, "python")
+        (tmp_path / name).write_text(code)
+    (line,) = (line for line in commands("add-a-policy.md") if "GoThere" in line)
+    line = line.replace("robot.name=fake", "robot.name=my_arm:TableArm")
+    line = line.replace("openhelix", f"{sys.executable} -m runtime.cli", 1)
+    done = subprocess.run(
+        f"{line} --json tasks.steps_limit=90 output.video=false output.folder={tmp_path}/out",
+        shell=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["tasks"][0]["env_steps"] == 90 and report["safe_stops"] == {}
+    assert report["ticks_by_state"]["run"] == 90
