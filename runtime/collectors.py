@@ -39,6 +39,11 @@ HOLD_REASONS = ("chunk_ran_out", "first_plan_due")
 SHED_REASONS = ("too_many_robots", "too_old", "out_of_order")
 OUTCOMES = ("success", "failure")
 UNJUDGED = ("free", "unjudged")  # task and outcome of an instruction without an oracle
+DROP_REASONS = (  # of runtime.newest, then runtime.codec
+    *("repeat", "stale", "stale_source", "expired", "future", "unsynced", "topics"),
+    *("truncated", "oversize", "version", "header", "kind", "field", "dtype", "shape"),
+    "nonfinite",
+)
 CHUNK_OUTCOMES = ("accepted", "void", "late", "stale", "bad")
 ROW_FATES = ("consumed", "expired", "replaced", "voided")
 
@@ -283,7 +288,7 @@ class WireMetrics:
             dropped: dict[tuple[str, ...], float] = {
                 (name, reason): count
                 for name, stats in readers.items()
-                for reason, count in dict(stats.dropped).items()
+                for reason, count in (dict.fromkeys(DROP_REASONS, 0) | stats.dropped).items()
             }
             yield counter("wire_dropped", dropped)
         if self._publishers:

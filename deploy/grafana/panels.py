@@ -109,13 +109,17 @@ def figure(
     return panel
 
 
-def states(title: str, about: str, *queries: Query, width: int = 12) -> statetimeline.Panel:
-    """Return which of several states held when; each query is 1 while its state holds."""
+def states(
+    title: str, about: str, asked: Query, names: Sequence[tuple[str, str]]
+) -> statetimeline.Panel:
+    """Return which state held when; the query's value is the place of its name and colour."""
     panel = statetimeline.Panel().title(title).description(about).datasource(SOURCE)
-    panel.span(width).height(4).row_height(0.8).fill_opacity(80)
-    for number, (expr, legend) in enumerate(queries):
-        panel.with_target(query(expr, legend, chr(ord("A") + number)))
-    return panel
+    panel.span(12).height(4).row_height(0.8).fill_opacity(80)
+    shown = {
+        str(value): d.ValueMappingResult(text=name, color=color)
+        for value, (name, color) in enumerate(names)
+    }
+    return panel.mappings([d.ValueMap(options=shown)]).with_target(query(*asked))
 
 
 def _joined(panel: Any, by: Sequence[str], columns: Sequence[Column]) -> Any:

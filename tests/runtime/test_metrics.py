@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter, deque
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,9 +16,10 @@ import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime import codec
 from runtime.chunks import ChunkBuffer
 from runtime.clock import FakeClock, Pacer
-from runtime.collectors import LoopMetrics, SinkMetrics, System2Metrics, WireMetrics
+from runtime.collectors import DROP_REASONS, LoopMetrics, SinkMetrics, System2Metrics, WireMetrics
 from runtime.config import METRICS_PARTS
 from runtime.exposition import Group, Library, serve
 from runtime.gpu import GpuMetrics
@@ -240,6 +242,15 @@ def test_the_wire_on_a_scrape_and_two_parts_with_one_family(served):
     )
     assert samples[("openhelix_wire_send_dropped_total", ("channel", "actions"))] == 1
     assert text.count("# TYPE openhelix_wire_received_total") == 1
+
+
+def test_every_reason_to_drop_a_message_is_there_from_the_start():
+    folder = Path(codec.__file__).parent
+    text = "".join((folder / f"{m}.py").read_text() for m in ("newest", "codec", "schema"))
+    told = set(re.findall(r'WireError\(\s*"(\w+)"', text))
+    told |= set(re.findall(r'dropped\["(\w+)"\]', text))
+    assert len(told) > 8
+    assert told <= set(DROP_REASONS)
 
 
 def test_only_loopback_is_bound_and_a_taken_port_is_one_line(served):

@@ -10,6 +10,7 @@ from deploy.grafana.panels import board, figure, heat, lines, rows, states
 from deploy.grafana.promql import HERE, buckets, events, quantile, quantiles, rate
 
 LATE, AGE = "loop_tick_lateness_seconds", "latent_age_seconds"
+MODES = {"run": "green", "hold": "orange", "stop": "red"}
 HZ, NAME = "hertz", "{{instance}}"
 
 
@@ -36,8 +37,10 @@ def _now() -> list[Any]:
     missed = events("loop_deadlines_missed_total", "instance")
     stops = events("safety_stops_total", "instance")
     ticks = rate("loop_ticks_total", "instance")
-    mode = 'openhelix_safety_mode{{instance=~"$instance",mode="{}"}} == 1'
-    modes = [(mode.format(m), f"{m} {NAME}") for m in ("run", "hold", "stop")]
+    hold, stop = (
+        f'openhelix_safety_mode{{instance=~"$instance",mode="{m}"}}' for m in ("hold", "stop")
+    )
+    mode = f"sum by (instance) ({hold} + ignoring (mode) 2 * {stop})"
     late = quantile(LATE, 0.99)
     left = f"openhelix_chunk_remaining_seconds{HERE}"
     return [
@@ -69,7 +72,7 @@ def _now() -> list[Any]:
             bad=[(1, "orange"), (30, "red")],
         ),
         figure("Safe stops", "In the time shown.", "none", (stops, NAME), bad=[(1, "red")]),
-        states("Mode", "Run, hold or stop, as the loop told the robot.", *modes),
+        states("Mode", "What the loop tells the robot.", (mode, NAME), list(MODES.items())),
         lines("Plan left", "Trajectory still to execute; 0: hold.", "s", (left, NAME), height=4),
     ]
 
