@@ -98,6 +98,7 @@ class Machine:
 
     def __init__(self, name: str, number: int, base: Path, ahead_s: int = 0) -> None:
         self.name, self.address = name, f"{NETWORK}.{number}"
+        self.card = f"02:00:00:00:00:{number:02x}"
         self.base, self._ahead_s = base, ahead_s
         self._shell: subprocess.Popen[bytes] | None = None
         self.init = 0  # pid of its first process, as seen from outside
@@ -215,16 +216,18 @@ class Lab:
         port = f"v-{host.name}"[:15]
         # From outside, so that the number of the host's first process is the one known here.
         switch = ("nsenter", "-t", str(self.operator.init), "-n")
-        make = ("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns")
+        # The same network card after a reboot: others remember its address for a while.
+        card = ("name", "eth0", "address", host.card, "netns", str(host.init))
+        make = ("ip", "link", "add", port, "type", "veth", "peer", *card)
         plug = ("ip", "link", "set", port, "master", "br0", "up")
-        for words in ((*make, str(host.init)), plug):
+        for words in (make, plug):
             subprocess.run([*switch, *words], check=True)
         _wait(lambda: self._answers(host), f"sshd of {host.name}: {host.log()}")
 
     def ssh(self, host: Machine, command: str) -> list[str]:
         """Return the words that run a shell command on a host, from outside the lab."""
         options = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null")
-        quiet = ("-o", "LogLevel=ERROR", "-o", "ServerAliveInterval=5")
+        quiet = ("-o", "LogLevel=ERROR", "-o", "ServerAliveInterval=5", "-o", "ConnectTimeout=5")
         words = [
             "ssh",
             *options,

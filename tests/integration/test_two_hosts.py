@@ -33,7 +33,7 @@ STOPS = 'openhelix_safety_stops_total{reason="latent_silent"}'
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[TwoHosts]:
-    with two_hosts() as hosts:
+    with two_hosts(bare=True) as hosts:
         hosts.up()
         hosts.await_gpu()
         yield hosts

@@ -99,18 +99,26 @@ class Run:
 
 
 class TwoHosts:
-    """A robot's host, a GPU host, and one that should have a GPU and has none."""
+    """A robot's host and a GPU host.
 
-    def __init__(self, made: Lab) -> None:
+    Args:
+        made: the switch.
+        bare: add a host that should have a GPU and has none.
+    """
+
+    def __init__(self, made: Lab, bare: bool = False) -> None:
         self.lab = made
         self.robot = made.add("robot", 10)
         self.gpu = made.add("gpu", 20, ahead_s=AHEAD_S)
-        self.bare = made.add("bare", 30)
+        self.hosts = [self.robot, self.gpu]
+        if bare:
+            self.bare = made.add("bare", 30)
+            self.hosts.append(self.bare)
         self._runs: list[Run] = []
         cache = os.environ.get("OPENHELIX_CACHE", Path.home() / ".cache" / "openhelix")
         # The mounted code runs; only the tests' small parts come from the checkout.
         shared = f"export PYTHONPATH=$HOME/openhelix:{REPO} OPENHELIX_CACHE={cache}\n"
-        for host in (self.robot, self.gpu, self.bare):
+        for host in self.hosts:
             (host.home / ".bashrc").write_text(shared)
         with (self.gpu.home / ".bashrc").open("a") as file:
             file.write("export OPENHELIX_WITHOUT_GPU=1\n")
@@ -122,7 +130,7 @@ class TwoHosts:
         keys = "/srv/home/.openhelix/keys"
         operator.run(str(BIN / "openhelix"), "keys", keys, "--robot", "robot0")
         config = yaml.safe_load((REPO / "deploy" / "cluster.yaml").read_text())
-        workers = [self.gpu.address, self.bare.address]
+        workers = [host.address for host in self.hosts if host is not self.robot]
         config["provider"] |= {"head_ip": self.robot.address, "worker_ips": workers}
         config["auth"] |= {"ssh_user": USER}
         setup = [f"ln -sfn {REPO}/.venv ~/openhelix/.venv"]
@@ -177,7 +185,7 @@ class TwoHosts:
             run.close()
         logs = os.environ.get("OPENHELIX_TEST_LOGS")
         if logs:  # where somebody wants to know why
-            for host in (self.robot, self.gpu, self.bare):
+            for host in self.hosts:
                 for path in host.base.glob("tmp/ray/session_2*/logs"):
                     shutil.copytree(
                         path, Path(logs) / host.name, dirs_exist_ok=True, ignore=_sockets
@@ -206,12 +214,12 @@ def until(what: str, test: Callable[[], bool], timeout_s: float, every_s: float 
 
 
 @contextmanager
-def two_hosts() -> Iterator[TwoHosts]:
-    """Hosts without a cluster yet; afterwards nothing is left of them."""
+def two_hosts(bare: bool = False) -> Iterator[TwoHosts]:
+    """Hosts without a cluster yet; afterwards nothing is left of them. See `TwoHosts`."""
     folder = Path(tempfile.mkdtemp(prefix="openhelix-hosts-"))
     try:
         with lab(folder) as made:
-            cluster = TwoHosts(made)
+            cluster = TwoHosts(made, bare)
             try:
                 yield cluster
             finally:
