@@ -40,7 +40,7 @@ SHED_REASONS = ("too_many_robots", "too_old", "out_of_order")
 OUTCOMES = ("success", "failure")
 UNJUDGED = ("free", "unjudged")  # task and outcome of an instruction without an oracle
 DROP_REASONS = (  # of runtime.newest, then runtime.codec
-    *("repeat", "stale", "stale_source", "expired", "future", "unsynced", "topics"),
+    *("repeat", "stale", "stale_source", "expired", "future", "unsynced", "topics", "taken"),
     *("truncated", "oversize", "version", "header", "kind", "field", "dtype", "shape"),
     "nonfinite",
 )
