@@ -28,6 +28,9 @@ from runtime.spec import LatentSpec, PolicySpec, check_latent, check_robot
 from runtime.types import LatentGoal
 from runtime.wire import NewestReader, Publisher
 
+# System 2 takes the newest image when its deadline comes. How old that already is adds to the
+# age of every latent, so more are offered than are used (bench_fleet measures what it brings).
+IMAGES_A_LATENT = 5
 PREFETCH_NS = 1_000_000  # before a deadline: what a prefetch takes on cold caches, twice
 
 
@@ -121,6 +124,11 @@ def build_rig(
     return Rig(loop, pacer, director)
 
 
+def request_interval_ns(hz: float, images: int = IMAGES_A_LATENT) -> int:
+    """Return the time between two images that a robot offers to a System 2 of that rate."""
+    return round(1e9 / (images * max(hz, 1.0)))
+
+
 def wire_goals(config: RunConfig, requests: str, latents: str) -> WireGoals:
     """Return System 2 in another process, reached over two endpoints."""
     keys = str(config.transport.keys) if config.transport.keys else None
@@ -130,8 +138,7 @@ def wire_goals(config: RunConfig, requests: str, latents: str) -> WireGoals:
         reader=NewestReader(latents, f"latents/{robot}", LatentGoal, keys=keys),
         robot=robot,
         camera=config.system2.camera,
-        # Twice System 2's rate, so that its newest image is never a whole period old.
-        min_interval_ns=round(0.5e9 / max(config.system2.hz, 1.0)),
+        min_interval_ns=request_interval_ns(config.system2.hz),
         memory=config.system1.latent_memory,
     )
 

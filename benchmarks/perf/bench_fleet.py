@@ -4,7 +4,7 @@ Robots: the real engine behind `openhelix serve`, as a user runs it; the robots 
 loop's own half of the conversation at 30 ticks a second with a 200x200 camera at 10 Hz, no
 simulator), so that the cores are System 2's. Their number rises until it breaks: the p99 of
 the age of the latent in use, looked at in every tick, exceeds 2 s, or a request is shed; then
-the gap is halved until the last number that works is known.
+the gap is halved until the last number that works is known. A number that breaks is tried twice.
 
 Overhead: a real loop (PlayTable's processes, small System 1 and System 2, SCHED_FIFO where it
 is granted) with metrics and recording switched on and off in turns of a second, so that all
@@ -16,6 +16,7 @@ ways share one run. A Prometheus-like client scrapes once in every turn that has
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -32,6 +33,7 @@ import numpy as np
 import psutil
 
 from benchmarks.perf.tick_overhead import overhead
+from runtime.assembly import IMAGES_A_LATENT, request_interval_ns
 from runtime.config import load, read_yaml
 from runtime.endpoints import served
 from runtime.goals import WireGoals
@@ -39,6 +41,8 @@ from runtime.rpc import RpcClient, RpcError
 from runtime.types import CameraFrame, LatentGoal, Observation
 from runtime.wire import NewestReader, Publisher
 
+_stages = itertools.count()  # numbers names: a System 2 keeps a name for who has it
+OFFERS = (2, IMAGES_A_LATENT)  # images a robot offers for each latent, side by side
 LADDER = (1, 2, 4, 8, 12, 16, 24, 32)
 TICK_NS = 1_000_000_000 // 30
 CAMERA_NS = 100_000_000
@@ -64,6 +68,7 @@ class LightRobot:
     shown_ns: int = -1
     ages_s: list[float] = field(default_factory=list)
     received: int = 0
+    image_ages_s: list[float] = field(default_factory=list)  # when the engine took them
 
     def tick(self, now_ns: int, count: bool) -> None:
         """Offer the newest image, take the newest latent, note its age."""
@@ -74,24 +79,26 @@ class LightRobot:
         frame = CameraFrame(t_ns, self.image, None, np.eye(3), np.eye(4))
         seen = Observation(now_ns, {"static": frame}, np.zeros(7), 0.0, True, np.zeros(7))
         latent = self.goals.update(seen)
-        if count:
-            self.received += latent is not None
-            if self.goals.recent:
-                self.ages_s.append(self.goals.recent[-1].age_s(now_ns))
+        if count and latent is not None:
+            self.received += 1
+            waited_s = (latent.t_pub_ns - latent.t_obs_ns) * 1e-9 - latent.compute_s
+            self.image_ages_s.append(waited_s)
+        if count and self.goals.recent:
+            self.ages_s.append(self.goals.recent[-1].age_s(now_ns))
 
 
-def make_robots(count: int, ends: dict[str, str], hz: float) -> list[LightRobot]:
+def make_robots(count: int, ends: dict[str, str], hz: float, images: int) -> list[LightRobot]:
     """Return connected robots whose cameras and requests are out of step with one another."""
     rng = np.random.default_rng(count)
-    robots = []
+    robots, stage_number = [], next(_stages)
     for i in range(count):
-        name = f"fleet{count}-{i}"
+        name = f"fleet-{stage_number}-{i}"
         goals = WireGoals(
             sender=Publisher(ends["requests"], name, bind=False),
             reader=NewestReader(ends["latents"], f"latents/{name}", LatentGoal),
             robot=name,
             camera="static",
-            min_interval_ns=round(0.5e9 / max(hz, 1.0)),  # as runtime.assembly.wire_goals
+            min_interval_ns=request_interval_ns(hz, images),
         )
         image = rng.integers(0, 256, (200, 200, 3), np.uint8)
         robots.append(LightRobot(name, goals, int(rng.integers(0, CAMERA_NS)), image))
@@ -116,14 +123,18 @@ def drive(robots: list[LightRobot], seconds: float) -> None:
 
 
 def stage(
-    count: int, ends: dict[str, str], client: RpcClient, args: Any, hz: float
+    count: int,
+    ends: dict[str, str],
+    client: RpcClient,
+    args: Any,
+    images: int = IMAGES_A_LATENT,
 ) -> dict[str, Any]:
     """Serve `count` robots for a while; return what came of it."""
     before = client.call("health", {}, 10.0)
     me = psutil.Process()
     server = psutil.Process(before["pid"])
     cpu = [sum(p.cpu_times()[:2]) for p in (me, server)]
-    robots = make_robots(count, ends, hz)
+    robots = make_robots(count, ends, args.hz, images)
     begin_s = time.monotonic()
     try:
         drive(robots, args.seconds)
@@ -134,6 +145,7 @@ def stage(
     wall_s = time.monotonic() - begin_s
     after = client.call("health", {}, 10.0)
     ages = [age for robot in robots for age in robot.ages_s]
+    image_ages = [age for robot in robots for age in robot.image_ages_s]
     p99 = [float(np.percentile(robot.ages_s or [np.inf], 99)) for robot in robots]
     shed = {
         reason: total - before["shed"].get(reason, 0)
@@ -149,6 +161,10 @@ def stage(
             "max": max(ages, default=None),
             "p99_of_the_worst_robot": max(p99) if np.isfinite(max(p99)) else None,
         },
+        "image_age_s": {
+            name: float(np.percentile(image_ages, share)) if image_ages else None
+            for name, share in (("p50", 50), ("p99", 99))
+        },
         "latents_hz_a_robot": {"min": min(rates), "mean": float(np.mean(rates))},
         "latents_a_batch": (after["published"] - before["published"])
         / max(1, after["batches"] - before["batches"]),
@@ -162,6 +178,14 @@ def stage(
     result["holds"] = not shed and age is not None and age <= AGE_LIMIT_S
     print(json.dumps(result), flush=True)
     return result
+
+
+def tried(count: int, ends: dict[str, str], client: RpcClient, args: Any) -> dict[str, Any]:
+    """Return a stage; one that breaks is tried once more, since machines have other things to do."""
+    first = stage(count, ends, client, args)
+    if first["holds"]:
+        return first
+    return stage(count, ends, client, args) | {"first_try": first}
 
 
 @contextmanager
@@ -205,16 +229,17 @@ def robots_served(args: Any) -> dict[str, Any]:
     config = load(args.config)
     stages: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name, system2(args, Path(name)) as (ends, client):
+        offers = {images: stage(1, ends, client, args, images) for images in OFFERS}
         good, bad = 0, None
         for count in LADDER:
-            stages[count] = stage(count, ends, client, args, args.hz)
+            stages[count] = tried(count, ends, client, args)
             if not stages[count]["holds"]:
                 bad = count
                 break
             good = count
         while bad is not None and bad - good > 1:
             middle = (good + bad) // 2
-            stages[middle] = stage(middle, ends, client, args, args.hz)
+            stages[middle] = tried(middle, ends, client, args)
             good, bad = (middle, bad) if stages[middle]["holds"] else (good, middle)
         health = client.call("health", {}, 10.0)
     return {
@@ -226,6 +251,10 @@ def robots_served(args: Any) -> dict[str, Any]:
         "robots_served": good,
         "breaks_at": bad,
         "engine_call_s": health["compute_s"],
+        "by_images_offered": {
+            str(images): {name: offer[name] for name in ("latent_age_s", "image_age_s")}
+            for images, offer in offers.items()
+        },
         "stages": [stages[count] for count in sorted(stages)],
     }
 
