@@ -107,7 +107,8 @@ def written_out(
         scores.masked_fill_(~mask.repeat_interleave(heads, 0).unsqueeze(1), -torch.inf)
     if padding:
         scores[..., keys - padding :].fill_(-torch.inf)
-    out = torch.bmm(scores.softmax(-1), split(v))
+    # In place: a second array of this size would push everything else out of the cache.
+    out = torch.bmm(torch.softmax(scores, -1, out=scores), split(v))
     return out.view(batch, heads, rows, -1).transpose(1, 2).reshape(batch, rows, dim)
 
 

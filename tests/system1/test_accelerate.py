@@ -113,6 +113,19 @@ def test_padding_keys_are_not_seen():
         torch.testing.assert_close(written_out(q, k, v, None, 4, padding=3), want)
 
 
+def test_many_rows_in_bf16_agree_with_the_fused_kernel():
+    g = torch.Generator().manual_seed(0)
+    attention = Attention(48, 4)
+    q, k, v = (torch.randn(1, 144, 48, generator=g).bfloat16() for _ in range(3))
+    mask = torch.rand(1, 144, generator=g) > 0.3
+    with torch.inference_mode():
+        for given, padding in ((None, 0), (None, 7), (mask, 7)):
+            assert attention._big(q, k)
+            fast = attention.attend(q, k, v, given, padding).float()
+            exact = attention.attend(q.float(), k.float(), v.float(), given, padding)
+            assert 0 < (fast - exact).abs().max() < 0.02
+
+
 def test_padding_changes_nothing():
     model, inputs = make(1, 1), observe_official(1, 1, 1)
     with torch.inference_mode():
