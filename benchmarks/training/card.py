@@ -40,7 +40,7 @@ def make_card(config: TrainingConfig, stage: str, source: Path) -> dict[str, Any
         "device": config.device,
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
-        "hours": round(sum(s["hours"] for s in stages.values()), 3),
+        "hours": round(sum(s["hours"] for s in stages.values()), 5),
         "stages": stages,
         "settings": shown(config.model_dump(mode="json")),
     }
@@ -55,7 +55,7 @@ def stage_card(folder: Path) -> dict[str, Any]:
     skipped = ("seconds", "lr", "grad_norm")
     card = {
         "steps": log["step"],
-        "hours": round(history[-1]["seconds"] / 3600, 3) if history else 0.0,
+        "hours": round(history[-1]["seconds"] / 3600, 5) if history else 0.0,
         "first": {k: v for k, v in (losses or [{}])[0].items() if k not in skipped},
         "last": {k: v for k, v in (losses or [{}])[-1].items() if k not in skipped},
         "held_out": {k: v for k, v in (held or [{}])[-1].items() if k.startswith("val_")},

@@ -227,7 +227,8 @@ def test_latent_memory_carries_ages():
     with torch.inference_mode():
         scene = policy.model.encode(inputs)
     assert scene.condition.shape[1] == 1 + 3
-    assert scene.condition_mask.tolist() == [[True, False, True, True]]
+    # A latent takes the place of the task table's row, which therefore is not looked at.
+    assert scene.condition_mask.tolist() == [[False, False, True, True]]
 
 
 def test_rotation_target_of_no_motion_is_the_identity():
