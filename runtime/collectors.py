@@ -36,7 +36,7 @@ STOP_REASONS = (
     *("robot_error", "operator"),
 )
 HOLD_REASONS = ("chunk_ran_out", "first_plan_due")
-SHED_REASONS = ("too_many_robots", "too_old", "out_of_order")
+SHED_REASONS = ("too_many_robots", "name_taken", "bad_name", "too_old", "out_of_order")
 OUTCOMES = ("success", "failure")
 UNJUDGED = ("free", "unjudged")  # task and outcome of an instruction without an oracle
 DROP_REASONS = (  # of runtime.newest, then runtime.codec

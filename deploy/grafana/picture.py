@@ -163,8 +163,10 @@ def _number(axes: Axes, panel: dict[str, Any], source: Source) -> None:
 def _joined(panel: dict[str, Any], source: Source) -> tuple[list[str], list[str], list[list[Any]]]:
     """Return labels, titles of the values, and the rows of a table of snapshots."""
     organize = panel["transformations"][-1]["options"]
-    titles = list(organize["renameByName"].values())
-    labels = [n for n in organize["indexByName"] if n not in organize["renameByName"]]
+    places, renamed = organize["indexByName"], organize["renameByName"]
+    ordered = sorted(places, key=places.__getitem__)
+    titles = [renamed[name] for name in ordered if name in renamed]
+    labels = [name for name in ordered if name not in renamed]
     rows: dict[tuple[str, ...], list[Any]] = {}
     for number, target in enumerate(panel["targets"]):
         for metric, value in source.now(target):

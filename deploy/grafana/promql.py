@@ -55,10 +55,20 @@ def success(name: str, by: str = "", here: bool = True) -> list[Column]:
     root = f"1.96 * sqrt({good} * (1 - {good} / {n}) + 0.9604)"
     return [
         ("success", f"{good} / {n}", "percentunit"),
-        ("95 % from", f"({good} + 1.9208 - {root}) / ({n} + 3.8416)", "percentunit"),
+        (
+            "95 % from",
+            f"clamp_min({good} + 1.9208 - {root}, 0) / ({n} + 3.8416)",
+            "percentunit",
+        ),
         ("to", f"({good} + 1.9208 + {root}) / ({n} + 3.8416)", "percentunit"),
-        ("attempts", n, "none"),
+        ("attempts", f"round({n})", "none"),
     ]
+
+
+def longer(name: str, here: bool = True) -> str:
+    """Return the share of chains with more than `le` successes in a row."""
+    few = events(f"{name}_bucket", "le", 'le!~"5.0|[+]Inf"', here)
+    return f"1 - {few} / on () group_left () ({events(f'{name}_count', here=here)} > 0)"
 
 
 def _chosen(more: str, here: bool) -> str:

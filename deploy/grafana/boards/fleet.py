@@ -34,7 +34,7 @@ def dashboard() -> Dashboard:
 
 
 def _now() -> list[Any]:
-    shed = events("system2_shed_total", "instance")
+    shed = f"round({events('system2_shed_total', 'instance')})"
     return [
         figure("Robots", "That System 2 serves.", "none", (ROBOTS, NAME)),
         figure("Latents", "Published, a second.", "hertz", (PUBLISHED, NAME)),
@@ -130,7 +130,7 @@ def _turned_away() -> list[Any]:
             "Shed",
             "In the time shown, by reason.",
             ["instance", "reason"],
-            ("requests", events("system2_shed_total", "instance, reason"), "none"),
+            ("requests", f"round({events('system2_shed_total', 'instance, reason')})", "none"),
             height=8,
         ),
         lines(

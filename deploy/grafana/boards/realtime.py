@@ -34,8 +34,8 @@ def dashboard() -> Dashboard:
 
 
 def _now() -> list[Any]:
-    missed = events("loop_deadlines_missed_total", "instance")
-    stops = events("safety_stops_total", "instance")
+    missed = f"round({events('loop_deadlines_missed_total', 'instance')})"
+    stops = f"round({events('safety_stops_total', 'instance')})"
     ticks = rate("loop_ticks_total", "instance")
     hold, stop = (
         f'openhelix_safety_mode{{instance=~"$instance",mode="{m}"}}' for m in ("hold", "stop")
@@ -178,14 +178,14 @@ def _safety() -> list[Any]:
             "Safe stops",
             "In the time shown, by reason.",
             by,
-            ("stops", events("safety_stops_total", "instance, reason"), "none"),
+            ("stops", f"round({events('safety_stops_total', 'instance, reason')})", "none"),
             height=8,
         ),
         rows(
             "Holds",
             "In the time shown, by reason.",
             by,
-            ("holds", events("safety_holds_total", "instance, reason"), "none"),
+            ("holds", f"round({events('safety_holds_total', 'instance, reason')})", "none"),
             height=8,
         ),
     ]

@@ -7,7 +7,7 @@ from typing import Any
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from deploy.grafana.panels import bars, board, figure, heat, lines, rows
-from deploy.grafana.promql import HERE, buckets, events, mean, rate, success
+from deploy.grafana.promql import HERE, buckets, events, longer, mean, rate, success
 
 CHAINS, EVAL_CHAINS = "chain_successes", "eval_chain_successes"
 HOUR = "instance:openhelix_success"
@@ -27,7 +27,7 @@ def dashboard() -> Dashboard:
 
 def _now() -> list[Any]:
     rates, low, high, n = success("tasks_total")
-    episodes = events("eval_episodes_total", here=False)
+    episodes = f"round({events('eval_episodes_total', here=False)})"
     return [
         figure(
             "Success",
@@ -66,7 +66,6 @@ def _robots() -> list[Any]:
         ("wilson_high1h", "to"),
         ("ratio1d", "last day"),
     )
-    at_most = events(f"{CHAINS}_bucket", "le")
     return [
         rows(
             "By task",
@@ -85,9 +84,9 @@ def _robots() -> list[Any]:
         ),
         bars(
             "Chains",
-            "Lists of instructions with at most so many successes in a row.",
+            "Share of the lists of instructions with more than so many successes in a row.",
             "le",
-            ("lists", at_most, "none"),
+            ("share", longer(CHAINS), "percentunit"),
         ),
         heat(
             "Environment steps of a success",
@@ -99,8 +98,8 @@ def _robots() -> list[Any]:
 
 
 def _evaluations() -> list[Any]:
+    chains = f"round({events(f'{EVAL_CHAINS}_count', 'suite', here=False)})"
     minute = f"60 * {rate('eval_episodes_total', 'suite, outcome', here=False)}"
-    at_most = events(f"{EVAL_CHAINS}_bucket", "le", here=False)
     return [
         rows(
             "By task, evaluations",
@@ -121,13 +120,13 @@ def _evaluations() -> list[Any]:
             "CALVIN's measure.",
             ["suite"],
             ("tasks in a row", mean(EVAL_CHAINS, "suite", here=False), "none"),
-            ("chains", events(f"{EVAL_CHAINS}_count", "suite", here=False), "none"),
+            ("chains", chains, "none"),
             height=9,
         ),
         bars(
             "Chains of evaluations",
-            "Chains with at most so many successes in a row.",
+            "Share with more than so many successes in a row; CALVIN's five rates.",
             "le",
-            ("chains", at_most, "none"),
+            ("share", longer(EVAL_CHAINS, here=False), "percentunit"),
         ),
     ]
