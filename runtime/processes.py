@@ -1,8 +1,8 @@
 """The graph as plain processes (`--no-ray`): for debugging, and where Ray is not wanted.
 
-`python -m runtime.processes '<NodeSpec as JSON>' <parent's pid> first|again` is one process. The parent restarts a
-node that died; when the parent dies, the kernel tells the children, which stop the robot and
-end.
+`python -m runtime.processes '<NodeSpec as JSON>' <parent's pid> first|again` is one process. The
+parent restarts a node that died; when the parent dies, the kernel tells the children, which stop
+the robot and end.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from runtime.interrupts import in_a_thread
 from runtime.node import NodeRunner, NodeSpec
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,12 @@ class ProcessHost:
                 self._children[name] = self._spawn(self._specs[name], again=True)
 
 
+def end_alone() -> None:
+    """End without anybody's help, after the time that stopping in order may take."""
+    time.sleep(ALONE_S)
+    os._exit(1)
+
+
 def main(argv: Sequence[str]) -> int:
     """Be one node until told to stop; 0 when done, 1 after a crash."""
     logging.basicConfig(
@@ -108,13 +115,17 @@ def main(argv: Sequence[str]) -> int:
         return 1  # the parent died before the kernel was told to tell us
     runner = NodeRunner(NodeSpec.from_json(argv[0]), again=argv[2] == "again")
 
+    done: set[str] = set()  # the signal may come several times, one within the other
+
     def end(*_: object) -> None:
+        if "alone" not in done and os.getppid() != parent:  # nobody would end us for certain
+            done.add("alone")
+            in_a_thread(end_alone)
+        if "told" in done:
+            return
+        done.add("told")
         starting = runner.state == "starting" and not runner.stopping
-        runner.stop()
-        if os.getppid() != parent:  # nobody is left who would end us for certain
-            timer = threading.Timer(ALONE_S, os._exit, (1,))
-            timer.daemon = True
-            timer.start()
+        in_a_thread(runner.stop)
         if starting:
             raise SystemExit(0)  # out of a setup that may wait for others for minutes
 

@@ -16,6 +16,7 @@ from runtime.config import ConfigError, load
 from runtime.endpoints import check_bind, served
 from runtime.errors import CommandFailed
 from runtime.graph import PUBLISHER
+from runtime.interrupts import in_a_thread
 from runtime.node import NodeRunner, NodeSpec
 
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     # No client may end what all the others rely on: that is for a signal to do.
     runner = NodeRunner(spec, stay_refused=False, stoppable=False)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: runner.stop())
+        signal.signal(number, lambda *_: in_a_thread(runner.stop))
     state = runner.run()
     if state == "refused":
         raise ConfigError(runner.error)

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from runtime.interrupts import NUMBERS, interruptible
+from runtime.interrupts import NUMBERS, Interrupts, interruptible
 
 
 def raise_here(number: signal.Signals) -> None:
@@ -39,3 +39,10 @@ def test_signals_are_taken_back_from_a_library() -> None:
         interrupts.listen()
         raise_here(signal.SIGTERM)
         assert interrupts.wait(5.0)
+
+
+def test_a_signal_that_comes_inside_the_event_does_not_wait_for_itself() -> None:
+    interrupts = Interrupts()
+    with interrupts._cond:  # where the main thread may be when the signal comes
+        interrupts._handle(signal.SIGTERM, None)
+    assert interrupts.is_set() and interrupts.wait(5)
