@@ -28,6 +28,8 @@ REPO = Path(__file__).resolve().parents[2]
 PRIVATE = r"""
 mount --bind "$REPO" /srv/repo
 mount --bind /srv/passwd /etc/passwd
+mount --bind /srv/hosts /etc/hosts
+mount --bind /srv/resolv.conf /etc/resolv.conf
 mount --bind /srv/tmp /tmp
 [ -d "$REPO" ] || { mkdir -p "$REPO" && mount --bind /srv/repo "$REPO"; }
 """
@@ -115,6 +117,9 @@ class Machine:
         others = [line for line in lines if not line.startswith("root:")]
         root = "root:x:0:0:root:/srv/home:/bin/bash"
         (self.base / "passwd").write_text("\n".join([root, *others]) + "\n")
+        # Its own name without asking a name server, of which there is none.
+        (self.base / "hosts").write_text(f"127.0.0.1 localhost\n{self.address} {self.name}\n")
+        (self.base / "resolv.conf").write_text("")
         shutil.rmtree(self.base / "tmp", ignore_errors=True)  # a reboot clears it
         (self.base / "tmp").mkdir()
         clock = ("--monotonic", str(self._ahead_s), "--boottime", str(self._ahead_s))
