@@ -32,25 +32,31 @@ chmod 700 "$keys" && chmod 600 "$token" "$keys"/*.secret
 # The mode is stated rather than guessed from the token's presence: without it Ray would
 # start open to everybody when the token is missing.
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+# The head calls workers that went away until they answer, for a year rather than 15 minutes:
+# Ray never again calls a host on which that failed once.
+export AUTOSCALER_NODE_START_WAIT_S=31536000
 ulimit -c 0 # a core dump holds keys
 # Shares, not limits: a host with few cores still takes every process of its role.
 cpus=$(nproc)
 [ "$cpus" -ge 4 ] || cpus=4
 
-if [ "$role" = robot ]; then
+start() {
   "$ray" stop
-  exec "$ray" start --head --port=6379 --dashboard-host=127.0.0.1 --num-cpus="$cpus" \
-    --metrics-export-port=$metrics_port --resources='{"robot": 1}' \
-    --autoscaling-config="$HOME/ray_bootstrap_config.yaml"
-fi
+  "$ray" start "$@" --num-cpus="$cpus" --metrics-export-port=$metrics_port
+}
 
-[ -s "$keys/server.secret" ] || refuse "no server.secret in $keys, with which System 2 shows who it is"
-if [ "${OPENHELIX_WITHOUT_GPU:-0}" = 1 ]; then
-  gpus=0
+if [ "$role" = robot ]; then
+  options=(--head --port=6379 --dashboard-host=127.0.0.1 --resources='{"robot": 1}'
+    --autoscaling-config="$HOME/ray_bootstrap_config.yaml")
 else
-  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
-  [ "$gpus" -gt 0 ] || refuse "no GPU: nvidia-smi shows none (install the driver, or take the host out of worker_ips)"
+  [ -s "$keys/server.secret" ] || refuse "no server.secret in $keys, with which System 2 shows who it is"
+  if [ "${OPENHELIX_WITHOUT_GPU:-0}" = 1 ]; then
+    gpus=0
+  else
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+    [ "$gpus" -gt 0 ] || refuse "no GPU: nvidia-smi shows none (install the driver, or take the host out of worker_ips)"
+  fi
+  options=(--address="${RAY_HEAD_IP:?}:6379" --num-gpus="$gpus" --resources='{"s2_gpu": 1}')
 fi
-"$ray" stop
-exec "$ray" start --address="${RAY_HEAD_IP:?}:6379" --num-cpus="$cpus" --num-gpus="$gpus" \
-  --metrics-export-port=$metrics_port --resources='{"s2_gpu": 1}'
+# Ray gives a start half a minute, which a host that has just booted may need for itself.
+start "${options[@]}" || { sleep 5 && start "${options[@]}"; } || { sleep 15 && start "${options[@]}"; }

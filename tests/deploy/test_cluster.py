@@ -197,5 +197,16 @@ def test_secrets_are_closed_to_others(host: Host) -> None:
     assert all(path.stat().st_mode & 0o077 == 0 for path in (secret, token))
 
 
+def test_a_start_that_fails_is_tried_again(host: Host) -> None:
+    once = host.checkout / "once"
+    host.script(
+        host.checkout / ".venv" / "bin" / "ray",
+        f'[ "$1" = stop ] || [ -e {once} ] || {{ touch {once}; exit 1; }}; echo "$*" >> {host.calls}',
+    )
+    host.script(host.bin / "sleep", "exit 0")
+    assert host.start("robot").returncode == 0
+    assert host.calls.read_text().count("start --head") == 1
+
+
 def test_an_unknown_role_is_refused(host: Host) -> None:
     assert "expected robot or system2" in host.start("gpu").stderr
