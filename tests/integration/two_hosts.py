@@ -145,7 +145,7 @@ class TwoHosts:
         """What `ray status` says on the head."""
         return self.on(self.robot, f"RAY_AUTH_MODE=token {BIN}/ray status")
 
-    def await_gpu(self, timeout_s: float = 180.0) -> float:
+    def await_gpu(self, timeout_s: float = 300.0) -> float:
         """Wait until Ray knows the GPU host; return how long it took."""
         try:
             return until("s2_gpu", lambda: "s2_gpu" in self.status(), timeout_s, every_s=3.0)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,30 @@ from system1.policy import DiffusionPolicy
 from system2.checkpoint import LatentHead
 from system2.model import open_checkpoint
 from tests.training.conftest import settings
+
+KILLED_AT_STEP_17 = """
+import os, signal, sys
+from runtime.cli import main
+from system1.train import Trainer
+
+step = Trainer.train_step
+
+def until_17(self):
+    if self.step == 17:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self)
+
+Trainer.train_step = until_17
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def own_threads() -> Iterator[None]:
+    """What a test sets torch's threads to ends with it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def write(config, place: Path) -> Path:
@@ -116,25 +139,29 @@ def test_bad_input_gets_one_line(frames, llava, tmp_path, capsys, words, said) -
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
-def test_killed_and_called_again_it_ends_as_if_nothing_had_been(frames, llava, tmp_path) -> None:
-    whole = settings(frames, llava, tmp_path / "a", "policy.steps=60", "policy.save_every=5")
-    main(["train", "policy", "--config", str(write(whole, tmp_path / "a.yaml"))])
-    config = settings(frames, llava, tmp_path / "b", "policy.steps=60", "policy.save_every=5")
-    file = write(config, tmp_path / "b.yaml")
-    command = [sys.executable, "-m", "runtime.cli", "train", "policy", "--config", str(file)]
-    state = tmp_path / "b" / "policy" / "train_state.safetensors"
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}
-    ) as process:
-        for _ in range(1200):
-            if state.is_file() or process.poll() is not None:
-                break
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-    assert state.is_file()
-    main(["train", "policy", "--config", str(file)])
-    done, again = (load_file(tmp_path / x / "policy" / "model.safetensors") for x in "ab")
-    for name, tensor in done.items():
+def test_killed_and_called_again_it_ends_as_if_nothing_had_been(
+    frames, llava, tmp_path, own_threads
+) -> None:
+    # The same bits need the same number of threads: sums are split among them.
+    same = ("policy.steps=30", "policy.save_every=5", "threads=1")
+    files = {
+        name: write(settings(frames, llava, tmp_path / name, *same), tmp_path / f"{name}.yaml")
+        for name in ("whole", "killed")
+    }
+    words = ["train", "policy", "--config"]
+    assert main([*words, str(files["whole"])]) == 0
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_STEP_17, *words, str(files["killed"])],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    killed = tmp_path / "killed" / "policy"
+    assert json.loads((killed / "train.json").read_text())["step"] == 15  # two steps are lost
+    assert main([*words, str(files["killed"])]) == 0
+    whole, again = (load_file(tmp_path / x / "policy" / "model.safetensors") for x in files)
+    for name, tensor in whole.items():
         assert torch.equal(tensor, again[name]), name
 
 
