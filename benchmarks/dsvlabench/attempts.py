@@ -40,8 +40,8 @@ class Attempt:
         self._watch = Watch(rig, engine)
         rig.loop.subscribers.append(self._watch)
 
-    def outcome(self, wall_s: float) -> Outcome:
-        """Return the result as plain data."""
+    def outcome(self, wall_s: float, cpu_s: float = 0.0) -> Outcome:
+        """Return the result as plain data; `cpu_s` is the process's own time."""
         results: Sequence[TaskResult] = self._rig.director.results if self._rig else ()
         rows = [self._row(number, result) for number, result in enumerate(results)]
         in_a_row = next((i for i, row in enumerate(rows) if not row["success"]), len(rows))
@@ -62,6 +62,8 @@ class Attempt:
                 "task_s": [round(r.duration_s, 3) for r in results],
                 "s1_s": round(sum(planner.latencies_s), 3) if planner else 0.0,
                 "s2_s": round(self._watch.seconds, 3) if self._watch else 0.0,
+                "cpu_s": round(cpu_s, 3),
+                "s2_cpu_s": round(self._watch.cpu_s, 3) if self._watch else 0.0,
             },
         }
         return Outcome(result, self.video)

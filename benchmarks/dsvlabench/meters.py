@@ -22,12 +22,16 @@ class EngineMeter:
 
     Attributes:
         engine: the engine itself; calls to it are not counted.
+        calls: so far.
+        seconds, cpu_s: by the clock, and of this process's processor time, which others that
+            are busy on the machine do not change.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.calls = 0
         self.seconds = 0.0
+        self.cpu_s = 0.0
 
     @property
     def spec(self) -> LatentSpec:
@@ -38,11 +42,12 @@ class EngineMeter:
         self.engine.warm_up()
 
     def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
-        start_s = time.perf_counter()
+        start_s, cpu_s = time.perf_counter(), time.process_time()
         try:
             return self.engine.encode(images, instructions)
         finally:
             self.seconds += time.perf_counter() - start_s
+            self.cpu_s += time.process_time() - cpu_s
             self.calls += 1
 
     def close(self) -> None:
@@ -64,6 +69,7 @@ class Watch:
         self._engine, self._goals = engine, rig.loop.goals
         self._period_s = rig.loop.period_ns * 1e-9
         self._begin_s = engine.seconds if engine else 0.0
+        self._begin_cpu_s = engine.cpu_s if engine else 0.0
         self._begin_calls = engine.calls if engine else 0
         self._tasks: list[dict[str, int]] = []
         self._ages: list[list[int]] = []  # of the latent behind each plan, in steps
@@ -87,6 +93,11 @@ class Watch:
     def seconds(self) -> float:
         """What System 2 has computed so far took."""
         return self._engine.seconds - self._begin_s if self._engine else 0.0
+
+    @property
+    def cpu_s(self) -> float:
+        """The processor time that it took in this process."""
+        return self._engine.cpu_s - self._begin_cpu_s if self._engine else 0.0
 
     def row(self, number: int) -> dict[str, Any]:
         """What to report of a task, by its place in the chain."""

@@ -126,7 +126,7 @@ class Runner:
 
     def run(self, episode: Episode, conditions: Conditions, film: bool = False) -> Outcome:
         """Run one episode. Never raises for what goes wrong in it: that is a failed episode."""
-        started_s = time.perf_counter()
+        started_s, cpu_s = time.perf_counter(), time.process_time()
         attempt = Attempt(episode)
         try:
             if film:
@@ -142,7 +142,7 @@ class Runner:
             attempt.error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:REASON_CHARS]
             log.warning("%s: %s", episode.key, attempt.error)
             self._discard(episode.scene)
-        return attempt.outcome(time.perf_counter() - started_s)
+        return attempt.outcome(time.perf_counter() - started_s, time.process_time() - cpu_s)
 
     def close(self) -> None:
         """Release worlds and System 2."""

@@ -123,17 +123,24 @@ def timing(results: Sequence[Result]) -> dict[str, Any]:
     """What it took on this machine.
 
     System 2's time for a task is that of all the latents which the schedule asked for, at what
-    those that were computed took on average.
+    those that were computed took on average. `cpu_s_per_step` and `s2_cpu_s_per_latent` are
+    the processor time of the process that ran the episodes: what another program on the machine
+    does not change. They are null on the wall clock and where a GPU or a server does the work.
     """
     done = work(results)
     tasks, steps = done["tasks_attempted"], done["env_steps"] + done["hold_steps"]
     totals = {k: sum(r["timing"][k] for r in results) for k in ("wall_s", "s1_s", "s2_s")}
+    cpu = {k: sum(r["timing"].get(k, 0.0) for r in results) for k in ("cpu_s", "s2_cpu_s")}
     call_s = totals["s2_s"] / done["latents_encoded"] if done["latents_encoded"] else None
+    call_cpu_s = cpu["s2_cpu_s"] / done["latents_encoded"] if cpu["s2_cpu_s"] else None
     return {
         "episode_s_mean": _mean([r["timing"]["wall_s"] for r in results]),
         "s1_s_per_task": totals["s1_s"] / tasks if tasks else None,
         "s2_s_per_latent": call_s,
         "s2_s_per_task": call_s * done["latents_per_task"] if call_s else 0.0,
+        "s2_cpu_s_per_latent": call_cpu_s,
+        "s2_cpu_s_per_task": call_cpu_s * done["latents_per_task"] if call_cpu_s else None,
+        "cpu_s_per_step": cpu["cpu_s"] / steps if steps and cpu["cpu_s"] else None,
         "steps_per_s": steps / totals["wall_s"] if totals["wall_s"] > 0 else None,
     }
 

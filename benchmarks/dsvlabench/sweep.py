@@ -53,6 +53,9 @@ def _arguments() -> Parser:
     parser.add_argument("--latencies", type=_numbers, default=LATENCIES, metavar="N,...")
     parser.add_argument("--clock", default="lockstep", metavar="|".join(CLOCKS))
     parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="write the finished sweep here too, to keep"
+    )
+    parser.add_argument(
         "--drift-sequences", type=int, default=3, metavar="N", help="chains to measure drift on"
     )
     return parser
@@ -72,6 +75,9 @@ def main(argv: Sequence[str]) -> int:
     finally:
         pools.close()
     write(report, folder)
+    if options.results is not None:
+        options.results.mkdir(parents=True, exist_ok=True)
+        write(to_keep(report), options.results, kept=True)
     sys.stdout.write(json.dumps(report) + "\n" if options.json else to_markdown(report))
     return 0
 
@@ -224,6 +230,7 @@ def cell(report: Mapping[str, Any], interval: int) -> Cell:
         "latent_age_steps": report["work"]["latent_age_steps"],
         "latents_per_task": report["work"]["latents_per_task"],
         "s2_s_per_task": report["timing"]["s2_s_per_task"],
+        "s2_cpu_s_per_task": report["timing"].get("s2_cpu_s_per_task"),
         "folder": report["folder"],
     }
 
@@ -262,6 +269,7 @@ def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
         "drift: cosine",
         "latents a task",
         "System 2, s a task",
+        "of processor time",
     ]
     scale, digits = (1.0, 2) if chain else (100.0, 1)
     rows = []
@@ -280,6 +288,7 @@ def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
                 "" if cosine is None else f"{cosine:.3f}",
                 f"{c['latents_per_task'] or 0:.1f}",
                 f"{c['s2_s_per_task']:.2f}",
+                "" if c.get("s2_cpu_s_per_task") is None else f"{c['s2_cpu_s_per_task']:.2f}",
             ]
         )
     return header, rows
@@ -309,12 +318,32 @@ def note(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
     )
 
 
-def to_markdown(report: Mapping[str, Any]) -> str:
-    """Return the sweep as Markdown."""
-    parts = ["# Asynchrony sweep\n"]
+def weights(report: Mapping[str, Any]) -> str:
+    """Return in one sentence what was measured."""
+    policy, system2 = report["policy"], report["system2"]
+    text = f"Policy `{policy['checkpoint']}` (hash {policy['sha256']})"
+    return text + (f", latents {system2['spec_id']}." if system2 else ", without System 2.")
+
+
+def to_markdown(report: Mapping[str, Any], pictures: bool = False) -> str:
+    """Return the sweep as Markdown, with the pictures that lie beside it or without."""
+    parts = ["# Asynchrony sweep\n", weights(report) + "\n"]
     for name, cells in suites_of(report).items():
-        parts += [f"## {name}\n", note(report, cells) + "\n", markdown_table(table_of(cells))]
+        parts += [f"## {name}\n", note(report, cells) + "\n"]
+        parts += [f"![{name}]({picture_of(name)})\n"] if pictures else []
+        parts.append(markdown_table(table_of(cells)))
     return "\n".join(parts)
+
+
+def picture_of(name: str) -> str:
+    """Return the file of a suite's plot."""
+    return f"{name.replace(' ', '-')}.png"
+
+
+def to_keep(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a report without the places that only this machine knows."""
+    cells = [{k: v for k, v in cell.items() if k != "folder"} for cell in report["cells"]]
+    return {**report, "cells": cells}
 
 
 def plot(name: str, cells: Sequence[Cell]) -> bytes:
@@ -336,14 +365,15 @@ def plot(name: str, cells: Sequence[Cell]) -> bytes:
     )
 
 
-def write(report: Mapping[str, Any], folder: Path) -> None:
-    """Write the sweep as JSON, Markdown, HTML and one PNG a suite."""
+def write(report: Mapping[str, Any], folder: Path, kept: bool = False) -> None:
+    """Write the sweep as JSON, Markdown and one PNG a suite; with HTML if it is not to be kept."""
     body: list[str] = []
     for name, cells in suites_of(report).items():
         picture = plot(name, cells)
-        replace_file(folder / f"{name.replace(' ', '-')}.png", picture)
+        replace_file(folder / picture_of(name), picture)
         body += [f"<h2>{name}</h2><p>{note(report, cells)}</p>", image(picture)]
         body.append(html_table(table_of(cells)))
     replace_file(folder / "sweep.json", json.dumps(report, indent=1).encode() + b"\n")
-    replace_file(folder / "sweep.md", to_markdown(report).encode())
-    replace_file(folder / "sweep.html", page("Asynchrony sweep", body).encode())
+    replace_file(folder / "sweep.md", to_markdown(report, pictures=True).encode())
+    if not kept:
+        replace_file(folder / "sweep.html", page("Asynchrony sweep", body).encode())
