@@ -14,15 +14,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import platform
+import random
 import struct
+import time
 from pathlib import Path
 from typing import Final
 
 log = logging.getLogger(__name__)
 
+AUTOGROUP: Final = Path("/proc/self/autogroup")
+GROUP_TURNS: Final = 20  # two to three seconds
 SHORT_SLICE_NS: Final = 100_000  # the shortest that Linux takes
 _SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
 # struct sched_attr: size, policy, flags, nice, priority, runtime, deadline, period.
@@ -39,10 +44,38 @@ def step_back(nice: int) -> None:
             os.setpriority(os.PRIO_PROCESS, thread, now)
     if os.getsid(0) != os.getpid():
         return  # a group that is shared with others, who did not ask for it
+    _group_steps_back(now)
+
+
+def _group_steps_back(nice: int) -> None:
+    """Set the niceness of this session's group.
+
+    Unprivileged processes share one turn in each tenth of a second, all of them together;
+    those of a run want theirs at the same time, so who is told EAGAIN asks again.
+    """
+    for turn in range(GROUP_TURNS):
+        try:
+            AUTOGROUP.write_text(str(nice))
+            return
+        except OSError as error:
+            if error.errno != errno.EAGAIN or turn == GROUP_TURNS - 1:
+                log.debug("autogroup: %s", error)
+                return
+        # Not of one length: those that were refused together would come back together.
+        time.sleep(0.1 + 0.05 * random.random())
+
+
+def group_nice() -> int | None:
+    """Return the niceness of this process's group; None where it is in none.
+
+    In none are those whose session began before the kernel's grouping, as that of its first
+    process: their file is there, and empty.
+    """
     try:
-        Path("/proc/self/autogroup").write_text(str(now))
-    except OSError as error:
-        log.debug("autogroup: %s", error)
+        words = AUTOGROUP.read_text().split()
+    except OSError:
+        return None
+    return int(words[-1]) if words else None
 
 
 def _threads() -> list[int]:

@@ -224,19 +224,26 @@ def test_a_reader_that_is_stuck_holds_up_nobody(tmp_path: Path) -> None:
     stuck.setsockopt(zmq.SUBSCRIBE, b"")
     stuck.connect(outlet.bound)
     reader = NewestReader(outlet.bound, "latents/a", LatentGoal)
-    large = LatentGoal(np.ones((64, 1024), np.float32), 0, 0, 0, 0, "spec")  # 262 kB
-    heard = seen = 0
+    large = LatentGoal(np.ones((16, 1024), np.float32), 0, 0, 0, 0, "spec")  # 65 kB
+    heard = False
     while not (heard and stuck.poll(0)):  # both have joined
         outlet.send("a", large)
-        heard += reader.wait(0.02) and reader.poll() is not None
-    for _ in range(1500):  # more than the queue of one that does not read
-        outlet.send("a", large)
-        seen += reader.poll() is not None
-    last = replace(large, seq=7)
-    outlet.send("a", last)
-    while (goal := reader.poll()) is None or goal.seq != 7:
-        assert reader.wait(10.0)
-    assert seen > 100 and reader.stats.gaps == 0
+        heard = heard or (reader.wait(0.02) and reader.poll() is not None)
+    sent = 1500  # more than the queue of one that does not read
+    for number in range(1, sent + 1):
+        outlet.send("a", replace(large, seq=number))
+        while (goal := reader.poll()) is None or goal.seq != number:
+            assert reader.wait(60.0)
+    assert reader.stats.gaps == 0
+    queued = 0
+    while True:  # what the stuck one finds when it wakes: its queue was full, the rest is lost
+        if not stuck.poll(20):
+            outlet.send("end", large)
+        elif stuck.recv_multipart()[0].startswith(b"latents/end\0"):
+            break
+        else:
+            queued += 1
+    assert queued < sent
     reader.close()
     stuck.close(linger=0)
     outlet.close()
