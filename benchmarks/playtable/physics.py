@@ -16,9 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pybullet as p
-
 from benchmarks.playtable import urdf
+from benchmarks.playtable.bullet import pybullet as p
 from benchmarks.playtable.scene import (
     BUTTON_FORCE_N,
     DOOR_FRICTION_N,

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pybullet as p
 
 from benchmarks.playtable.actions import Command
+from benchmarks.playtable.bullet import pybullet as p
 from benchmarks.playtable.physics import World, euler_from_quaternion, quaternion_from_euler
 from benchmarks.playtable.scene import ROBOT_Q0_RAD
 from runtime.types import F64
