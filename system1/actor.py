@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 from system1.config import PolicyConfig, official_calvin
 from system1.denoiser import DiffuserActorHead
 from system1.encoder import OfficialEncoder, OfficialScene
+from system1.keypose_head import KeyposeTargets
 from system1.losses import LossParts, diffusion_loss
 from system1.model import gaussian, rows_to_poses
 from system1.normalizer import Normalizer
@@ -187,8 +188,12 @@ class DiffuserActor(nn.Module):
         mask: Tensor,
         draws: int = 1,
         generator: torch.Generator | None = None,
+        keyposes: KeyposeTargets | None = None,
     ) -> LossParts:
-        """Return the training loss of one batch; see `system1.model.VisuomotorPolicy.loss`."""
+        """Return the training loss of one batch; see `system1.model.VisuomotorPolicy.loss`.
+
+        The published network says nothing of keyposes; they are not looked at.
+        """
         tensors = self.tensors_of(inputs)
         self.check(*tensors)
         scene = self.encode(*tensors, mask=not bool(torch.isfinite(tensors[1]).all()))

@@ -15,11 +15,14 @@ an episode never spans two shards.
                      t_obs + (i + 1) / hz, xyz and quaternion xyzw
     target_open      (N, H) float32: openness commanded, 0 closed to 1 open
     target_mask      (N, H) bool: False past the end of the episode
+    keypose_pose     (N, 2, 7) float32: where the TCP was at the next keypose, and when next the
+                     gripper changed or, where it no more did, when the task was done
+    keypose_open     (N, 2) float32: openness commanded from there on
     task             (N,) int32: index into `cache.json`'s tasks
     instruction      (N,) int32: index into its instructions
     episode, step    (N,) int32: which episode, and its environment step at 1 / hz
 
-`cache.json`: {"format": 1, "hz", "horizon", "nhist", "cameras": [{name, height, width,
+`cache.json`: {"format": 2, "hz", "horizon", "nhist", "cameras": [{name, height, width,
 work_height, work_width}], "tasks": [...], "instructions": [...], "shards": [{"file",
 "frames"}], "notes": {...}}.
 
@@ -47,10 +50,10 @@ from safetensors.numpy import save_file
 
 from runtime.spec import LatentSpec
 from runtime.types import CameraFrame
-from system1.config import CameraConfig, PolicyConfig
+from system1.config import KEYPOSES, CameraConfig, PolicyConfig
 from system1.points import shrink
 
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 56 * 2**20  # an upper bound of what is gathered before a shard is written
 DEPTH_UNIT_M = 1e-4
 
@@ -156,6 +159,8 @@ class CacheWriter:
             "target_pose": ((c.horizon, 7), "float32"),
             "target_open": ((c.horizon,), "float32"),
             "target_mask": ((c.horizon,), "bool"),
+            "keypose_pose": ((KEYPOSES, 7), "float32"),
+            "keypose_open": ((KEYPOSES,), "float32"),
             "task": ((), "int32"),
             "instruction": ((), "int32"),
             "step": ((), "int32"),

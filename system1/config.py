@@ -20,6 +20,8 @@ Head = Literal["diffuser_actor", "trajectory", "plain", "dit", "lstm"]
 Prediction = Literal["epsilon", "sample", "v"]
 SamplerName = Literal["ddpm", "ddim", "dpmpp"]
 
+KEYPOSES = 2  # labels of a frame: the next keypose; the next change of the gripper or the end
+
 # Bounds of the gripper-relative workspace on which the published CALVIN checkpoints were
 # trained (the union over scenes A to D with a buffer of 1 cm), metres.
 OFFICIAL_BOUNDS_M = (
@@ -72,6 +74,7 @@ class PolicyConfig:
     layers: int = 4
     ffn_mult: int = 2
     scene_tokens: int = 0  # farthest-point-sampled scene tokens; 0 keeps all
+    keyposes: int = 0  # next keyposes that the scene's tokens vote for; 0 for none
     dropout: float = 0.0
     # diffusion
     train_steps: int = 100
@@ -95,6 +98,8 @@ class PolicyConfig:
         for name in ("horizon", "nhist", "latent_tokens", "latent_dim", "latent_memory", "n_tasks"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is below 1")
+        if self.keyposes not in (0, KEYPOSES):
+            raise ConfigError(f"keyposes: {self.keyposes} is neither 0 nor {KEYPOSES}")
         if not self.cameras:
             raise ConfigError("cameras: at least one is needed")
 
@@ -136,7 +141,7 @@ class PolicyConfig:
 
 def small(**changes: Any) -> PolicyConfig:
     """Return the preset for two CPU cores: a few million parameters, its own light encoder."""
-    return replace(PolicyConfig(), **changes)
+    return replace(PolicyConfig(), **{"keyposes": KEYPOSES, **changes})
 
 
 def official_calvin(nhist: int = 1, latent_tokens: int = 1, **changes: Any) -> PolicyConfig:

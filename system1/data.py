@@ -17,6 +17,7 @@ from torch import Tensor
 
 from runtime.spec import LatentSpec
 from system1.cache import DEPTH_UNIT_M, FORMAT, CacheError
+from system1.keypose_head import KeyposeTargets
 from system1.points import deproject
 from system1.rotations import (
     intrinsic_xyz_to_matrix,
@@ -36,6 +37,7 @@ class Batch:
     rows: Tensor  # (B, H, 9) relative, metres and 6D
     openness: Tensor  # (B, H)
     mask: Tensor  # (B, H) bool
+    keyposes: KeyposeTargets
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,19 @@ class Cache:
             inputs = vary(inputs, augment, generator)
         rows = relative_rows(self.gather("target_pose", frames), proprio[:, -1, :7], rotation)
         openness, real = self.gather("target_open", frames), self.gather("target_mask", frames)
-        return Batch(inputs, rows.to(device), openness.to(device), real.bool().to(device))
+        return Batch(
+            inputs,
+            rows.to(device),
+            openness.to(device),
+            real.bool().to(device),
+            self._keyposes(frames, proprio[:, -1, :7], rotation, device),
+        )
+
+    def _keyposes(
+        self, frames: Tensor, now: Tensor, rotation: str, device: torch.device | str
+    ) -> KeyposeTargets:
+        rows = relative_rows(self.gather("keypose_pose", frames), now, rotation)
+        return KeyposeTargets(rows.to(device), self.gather("keypose_open", frames).to(device))
 
     def _camera(
         self, name: str, frames: Tensor, device: torch.device | str

@@ -9,6 +9,8 @@ valid points. A cell without a valid point is masked out.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -16,9 +18,10 @@ from torch.nn.functional import silu
 from system1.attention import Block, blocks_of, metric_frequencies, rotary_code
 from system1.condition import Condition
 from system1.config import PolicyConfig
+from system1.keypose_head import KeyposeHead
 from system1.points import farthest_point_sample, masked_pool
 from system1.rotations import matrix_to_6d, quat_to_matrix, xyzw_to_wxyz
-from system1.scene import PROPRIO_FEATURES, Inputs, Scene
+from system1.scene import PROPRIO_FEATURES, Inputs, Scene, merge_masks
 
 POINT_UNIT_M = 0.3  # points relative to the gripper are divided by this
 WAVES_M = (0.4, 0.1)  # wavelengths of the sine channels
@@ -119,6 +122,7 @@ class LightEncoder(nn.Module):
             Block(dim, config.heads, config.ffn_mult, cross=False)
             for _ in range(config.context_layers if seen else 0)
         )
+        self.keyposes = KeyposeHead(dim, config.keyposes) if seen and config.keyposes else None
         self.register_buffer(
             "frequencies", metric_frequencies(dim // config.heads), persistent=False
         )
@@ -152,4 +156,15 @@ class LightEncoder(nn.Module):
         code = rotary_code(xyz, self.frequencies, self.heads)
         for layer in blocks_of(self.context):
             joined = layer(joined, layer.tables(signal), code, None, seen)
-        return Scene(joined, xyz, seen, condition, condition_mask, signal, features)
+        scene = Scene(joined, xyz, seen, condition, condition_mask, signal, features)
+        return scene if self.keyposes is None else with_keyposes(scene, self.keyposes)
+
+
+def with_keyposes(scene: Scene, head: KeyposeHead) -> Scene:
+    """Return the scene with what its tokens vote for among its tokens and in its signal."""
+    vote, tokens, told = head(scene.tokens, scene.xyz, scene.mask)
+    joined = torch.cat((scene.tokens, tokens), 1)
+    xyz = torch.cat((scene.xyz, vote.position.to(scene.xyz.dtype)), 1)
+    mask = merge_masks([(scene.mask, scene.tokens), (None, tokens)])
+    signal = scene.signal + told
+    return replace(scene, tokens=joined, xyz=xyz, mask=mask, signal=signal, vote=vote)

@@ -21,19 +21,21 @@ POSITION_WEIGHT, ROTATION_WEIGHT, GRIPPER_WEIGHT = 30.0, 10.0, 1.0
 
 @dataclass(frozen=True, slots=True)
 class LossParts:
-    """The three parts, unweighted, and their weighted sum; scalars."""
+    """The parts, the first three unweighted, and their weighted sum; scalars."""
 
     position: Tensor
     rotation: Tensor
     gripper: Tensor
+    keypose: Tensor | float = 0.0  # weighted already; see `keypose_head.keypose_loss`
 
     @property
     def total(self) -> Tensor:
-        """30 position + 10 rotation + gripper."""
+        """30 position + 10 rotation + gripper, and the keyposes' own."""
         return (
             POSITION_WEIGHT * self.position
             + ROTATION_WEIGHT * self.rotation
             + GRIPPER_WEIGHT * self.gripper
+            + self.keypose
         )
 
 

@@ -7,6 +7,7 @@ compares heads changes one word of the configuration.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from system1.encoder_light import LightEncoder
 from system1.heads.base import DirectHead
 from system1.heads.registry import build_head
 from system1.heads.trajectory import TrajectoryHead
+from system1.keypose_head import KeyposeTargets, keypose_loss
 from system1.losses import LossParts, diffusion_loss, trajectory_loss
 from system1.normalizer import Normalizer
 from system1.points import clean_points
@@ -99,6 +101,7 @@ class VisuomotorPolicy(nn.Module):
         mask: Tensor,
         draws: int = 1,
         generator: torch.Generator | None = None,
+        keyposes: KeyposeTargets | None = None,
     ) -> LossParts:
         """Return the training loss of one batch.
 
@@ -109,8 +112,23 @@ class VisuomotorPolicy(nn.Module):
             mask: (B, T) bool, True where a row is real.
             draws: noise draws an observation; the observation is encoded once.
             generator: source of timesteps and noise; the global one when None.
+            keyposes: what the scene's tokens should vote for; None leaves them untaught.
         """
         scene = self.encode(inputs)
+        parts = self._trajectory_loss(scene, rows, openness, mask, draws, generator)
+        if keyposes is None or scene.vote is None:
+            return parts
+        return replace(parts, keypose=keypose_loss(scene.vote, keyposes))
+
+    def _trajectory_loss(
+        self,
+        scene: Scene,
+        rows: Tensor,
+        openness: Tensor,
+        mask: Tensor,
+        draws: int,
+        generator: torch.Generator | None,
+    ) -> LossParts:
         clean = self.normalizer.normalize(rows)
         if isinstance(self.head, DirectHead):
             predicted, logits = self.head(scene, rows.shape[1])

@@ -39,6 +39,17 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyposeVote:
+    """Where the hand should go next, in the opinion of every scene token; see `keypose_head`."""
+
+    position: Tensor  # (B, K, 3) metres, relative to the gripper: the weighted mean of votes
+    rotation: Tensor  # (B, K, 6) 6D, relative to the gripper
+    opened: Tensor  # (B, K) logits of the gripper's state from there on
+    weight: Tensor  # (B, N, K), one over each keypose's tokens
+    votes: Tensor  # (B, N, K, 3) metres, relative to the gripper
+
+
+@dataclass(frozen=True, slots=True)
 class Scene:
     """Everything about the observation that a head may look at; made once a call."""
 
@@ -49,6 +60,7 @@ class Scene:
     condition_mask: Tensor  # (B, M) bool
     signal: Tensor  # (B, dim): condition and proprioception, for AdaLN
     proprio: Tensor  # (B, nhist, 14) features
+    vote: KeyposeVote | None = None  # its tokens are the last of `tokens`
 
 
 def merge_masks(parts: list[tuple[Tensor | None, Tensor]]) -> Tensor | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from system1.door import open_door
 from system1.losses import trajectory_errors
 from system1.model import gaussian
 from system1.normalizer import Normalizer
+from system1.optim import OptimizerName, Optimizers
 from system1.train_state import (
     STATE,
     Ema,
@@ -55,8 +57,9 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()  # prefixes of parameters that stay as they are
     steps: int = 20_000
     batch: int = 32
-    draws: int = 8
-    lr: float = 3e-4
+    draws: int = 4
+    optimizer: OptimizerName = "muon"
+    lr: float = 1e-3
     weight_decay: float = 5e-3
     warmup: int = 200
     decay_to: float = 0.05  # the rate falls along a cosine to this share of itself
@@ -105,6 +108,29 @@ def policy_config(config: TrainConfig, cache: Cache) -> PolicyConfig:
     return PRESETS[config.preset](**{**taken, **config.changes})
 
 
+def grown(model: Network, changes: Mapping[str, Any], seed: int) -> Network:
+    """Return a trained network with fields of its configuration changed.
+
+    Parts that it did not have are fresh, all others as they were.
+
+    Raises:
+        ConfigError: a change gives weights that are there another shape, or loses some.
+    """
+    config = replace(model.config, **changes)
+    if config == model.config:
+        return model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = build_model(config, model.normalizer)
+    state, old = made.state_dict(), model.state_dict()
+    for name, tensor in old.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise ConfigError(f"changes: {', '.join(sorted(changes))} would lose {name}")
+        state[name] = tensor
+    made.load_state_dict(state)
+    return made
+
+
 def fresh_network(config: PolicyConfig, cache: Cache, frames: Tensor, seed: int) -> Network:
     """Return an untrained network whose normaliser is fitted to some frames of a cache."""
     with torch.random.fork_rng(devices=[]):
@@ -131,24 +157,22 @@ class Trainer:
             if name.startswith(tuple(config.freeze)):
                 p.requires_grad_(False)
         self.ema = Ema(self.model, config.ema)
-        decayed = [p for p in trained(self.model).values() if p.ndim > 1]
-        plain = [p for p in trained(self.model).values() if p.ndim <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+        self.optimizers = Optimizers(
+            trained(self.model), config.optimizer, config.lr, config.weight_decay
+        )
         self.step = 0
         self.history: list[dict[str, Any]] = []
         config.out.mkdir(parents=True, exist_ok=True)
         if (config.out / STATE).is_file():
-            self.step, self.history = load_state(config.out, self.model, self.ema, self.optimizer)
+            self.step, self.history = load_state(
+                config.out, self.model, self.ema, self.optimizers.parts
+            )
             log.info("going on at step %d", self.step)
 
     def _network(self) -> Network:
         config = self.config
         if config.init is not None:
-            model = load_policy(config.init)
+            model = grown(load_policy(config.init), config.changes, config.seed)
             spec = self.cache.latent_spec
             if spec is not None:
                 model = open_door(model, spec, config.seed)
@@ -186,17 +210,21 @@ class Trainer:
         batch = self._batch(self.train_frames[picks], generator, c.augment)
         with self.precision():
             parts = self.model.loss(
-                batch.inputs, batch.rows, batch.openness, batch.mask, c.draws, generator
+                batch.inputs,
+                batch.rows,
+                batch.openness,
+                batch.mask,
+                c.draws,
+                generator,
+                batch.keyposes,
             )
         loss = parts.total
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss of step {self.step} is {loss.item()}")
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizers.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(list(trained(self.model).values()), c.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.step)
-        self.optimizer.step()
+        self.optimizers.step(self.rate(self.step))
         self.ema.update(self.model, self.step)
         self.step += 1
         return {
@@ -205,6 +233,7 @@ class Trainer:
             "position": float(parts.position.detach()),
             "rotation": float(parts.rotation.detach()),
             "gripper": float(parts.gripper.detach()),
+            "keypose": float(torch.as_tensor(parts.keypose).detach()),
             "grad_norm": float(norm),
             "lr": self.rate(self.step - 1),
         }
@@ -257,7 +286,7 @@ class Trainer:
         self.ema.swap(self.model)
         save_policy(out, self.policy_config, self.model.state_dict(), self.model.normalizer)
         self.ema.swap(self.model)
-        save_state(out, self.model, self.ema, self.optimizer, self.step, self.history)
+        save_state(out, self.model, self.ema, self.optimizers.parts, self.step, self.history)
         try:
             plot_history(out / "loss.png", self.history)
         except ImportError:

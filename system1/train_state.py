@@ -1,6 +1,6 @@
 """What a training run must remember to go on as if it had never stopped.
 
-Weights, their exponential moving average, both moments of AdamW, the step and the history of
+Weights, their exponential moving average, what the optimisers remember, the step and the history of
 losses; all in safetensors and JSON. Randomness needs no state: every step seeds its own
 generator from the run's seed and the step's number. The history is written before the
 weights and the weights say which step they are of, so a run killed between the two goes on
@@ -10,7 +10,7 @@ from whole weights and forgets the rows after them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from system1.optim import memory_of
 
 STATE, LOG = "train_state.safetensors", "train.json"
 
@@ -65,7 +67,7 @@ def save_state(
     folder: Path,
     model: nn.Module,
     ema: Ema,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     step: int,
     history: list[dict[str, Any]],
     keep: Callable[[str], bool] = lambda name: True,
@@ -76,7 +78,7 @@ def save_state(
         folder: of the run.
         model: with the newest weights.
         ema: their average.
-        optimizer: AdamW.
+        optimizers: whatever steps the weights.
         step: steps taken.
         history: rows of the log.
         keep: which of the model's tensors to write, by name; what never changes need not be.
@@ -85,7 +87,7 @@ def save_state(
     tensors: dict[str, Tensor] = {f"model.{n}": t for n, t in state.items() if keep(n)}
     tensors |= {f"ema.{n}": t for n, t in ema.values.items()}
     for name, p in trained(model).items():
-        for key, value in optimizer.state.get(p, {}).items():
+        for key, value in memory_of(optimizers, p)[1].items():
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
     cpu = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
     log = folder / f".{LOG}.part"
@@ -100,7 +102,7 @@ def load_state(
     folder: Path,
     model: nn.Module,
     ema: Ema,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     keep: Callable[[str], bool] = lambda name: True,
 ) -> tuple[int, list[dict[str, Any]]]:
     """Read the state back; return the step to go on with and the history.
@@ -121,11 +123,12 @@ def load_state(
         ema.values[name] = tensors[f"ema.{name}"].to(p.device)
         moments = {
             key: tensors[f"optimizer.{key}.{name}"]
-            for key in ("step", "exp_avg", "exp_avg_sq")
+            for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
             if f"optimizer.{key}.{name}" in tensors
         }
-        if moments:
-            optimizer.state[p] = {
+        owner, _ = memory_of(optimizers, p)
+        if moments and owner is not None:
+            owner.state[p] = {
                 key: value if key == "step" else value.to(p.device)
                 for key, value in moments.items()
             }

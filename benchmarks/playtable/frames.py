@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save
@@ -34,13 +35,17 @@ from benchmarks.playtable.appearance import Appearance
 from benchmarks.playtable.cameras import RenderedFrame, SceneRenderer
 from benchmarks.playtable.collect_unit import read_unit
 from benchmarks.playtable.demonstrations import Demonstration
+from benchmarks.playtable.keyposes import keyposes
 from benchmarks.playtable.scene import SCENES
 from benchmarks.playtable.tasks import TASK_NAMES
 from system1.cache import DEPTH_UNIT_M, FORMAT
 from system1.config import CameraConfig, PolicyConfig, small
 from system1.points import shrink
 
+F32 = npt.NDArray[np.float32]
+
 FARTHEST_M = 6.5  # as far as 16 bits of the cache's unit reach
+KEYPOSE_AHEAD = 4
 MIN_ROWS = 4  # a moment with fewer usable targets teaches too little for its picture
 MOST_UNITS, MOST_DEMONSTRATIONS = 100_000, 100  # room in an episode's number
 
@@ -207,6 +212,31 @@ def _resized(rgb: Any, size: int) -> Tensor:
     return small_[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
+def next_keyposes(demonstration: Demonstration, steps: list[int]) -> tuple[F32, F32]:
+    """Where the hand goes from some steps of a demonstration; see `system1.cache`.
+
+    The next keypose is at least `KEYPOSE_AHEAD` steps away: one that is all but reached tells
+    nothing of what comes then.
+
+    Returns:
+        (N, 2, 7) TCP poses and (N, 2) openness commanded from there on.
+    """
+    openness, done = demonstration.targets[:, 7], max(demonstration.steps, 0)
+    ends = min(done + 1, len(openness) - 1)
+    changes = [int(s) for s in np.flatnonzero(openness[1:] != openness[:-1]) + 1 if s <= ends]
+    turns = [int(s) for s in keyposes(demonstration.proprio[: ends + 1, :7], openness[: ends + 1])]
+    at = np.array(
+        [
+            (
+                next((t for t in turns if t >= step + KEYPOSE_AHEAD), ends),
+                next((c for c in changes if c >= step), ends),
+            )
+            for step in steps
+        ]
+    )
+    return demonstration.proprio[at, :7], openness[at]
+
+
 def labels(
     demonstration: Demonstration, episode: int, steps: list[int], policy: PolicyConfig
 ) -> dict[str, Tensor]:
@@ -216,6 +246,7 @@ def labels(
     rows = demonstration.targets[np.minimum(index, len(demonstration.targets) - 1)]
     usable = np.array([usable_rows(demonstration, step, horizon) for step in steps])
     past = np.array(steps)[:, None] + np.arange(1 - policy.nhist, 1)
+    poses, opened = next_keyposes(demonstration, steps)
     sentence = instructions().index(demonstration.instruction)
     at = torch.tensor(steps, dtype=torch.int32)
     return {
@@ -223,6 +254,8 @@ def labels(
         "target_pose": torch.from_numpy(np.ascontiguousarray(rows[..., :7])),
         "target_open": torch.from_numpy(np.ascontiguousarray(rows[..., 7])),
         "target_mask": torch.from_numpy(np.arange(horizon) < usable[:, None]),
+        "keypose_pose": torch.from_numpy(poses),
+        "keypose_open": torch.from_numpy(opened),
         "task": torch.full((count,), TASK_NAMES.index(demonstration.task), dtype=torch.int32),
         "instruction": torch.full((count,), sentence, dtype=torch.int32),
         "episode": torch.full((count,), episode, dtype=torch.int32),

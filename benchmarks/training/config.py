@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from runtime.config import ConfigError
+from system1.optim import OptimizerName
 from system2.latents import BadLatent, LatentConfig
 from system2.train import Regime
 
@@ -42,22 +43,27 @@ class PolicyStage(_Section):
     Attributes:
         checkpoint: a trained policy's folder, taken instead of training one.
         pretrained: False: the stages after begin with an untrained policy (Table 4's contrast).
+        init: a policy's folder whose weights the training begins with; what `changes` adds to
+            the network is fresh.
         preset, changes: which network; fields of `system1.config.PolicyConfig`.
+        optimizer: "muon" or "adamw"; see `system1.optim`.
     """
 
     checkpoint: Path | None = None
     pretrained: bool = True
+    init: Path | None = None
     preset: str = "small"
     changes: dict[str, Any] = {}
     steps: Count = 20_000
     batch: Count = 32
-    draws: Count = 8
-    lr: Positive = 3e-4
+    draws: Count = 4
+    optimizer: OptimizerName = "muon"
+    lr: Positive = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 5e-3
     warmup: Whole = 200
-    ema: Share = 0.999
+    ema: Share = 0.998
     eval_every: Count = 500
-    save_every: Count = 500
+    save_every: Count = 100
 
 
 class LatentSection(_Section):

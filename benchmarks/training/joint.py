@@ -185,7 +185,13 @@ class Joint:
             with self.precision():
                 parts.append(
                     self.policy.loss(
-                        given, batch.rows, batch.openness, batch.mask, draws, noise or generator
+                        given,
+                        batch.rows,
+                        batch.openness,
+                        batch.mask,
+                        draws,
+                        noise or generator,
+                        batch.keyposes,
                     )
                 )
             return parts[0].total
@@ -250,7 +256,13 @@ class Joint:
                 inputs.without_latent(), task=self.cache.task[drawn.frames].to(self.device)
             )
             told = self.policy.loss(
-                named, batch.rows, batch.openness, batch.mask, 4, self.generator(start, 3)
+                named,
+                batch.rows,
+                batch.openness,
+                batch.mask,
+                4,
+                self.generator(start, 3),
+                batch.keyposes,
             )
             values["val_policy_named"] = float(told.total)
             guess = nearest_task(self.policy, drawn.sample.z)

@@ -67,6 +67,8 @@ def policy_settings(config: TrainingConfig, deadline_ns: int = 0) -> TrainConfig
         out=config.folder / "policy",
         preset=p.preset,
         changes=p.changes,
+        init=p.init,
+        optimizer=p.optimizer,
         steps=p.steps,
         batch=p.batch,
         draws=p.draws,
@@ -138,7 +140,7 @@ class JointRun:
         self.history: list[dict[str, Any]] = []
         if (self.folder / STATE).is_file():
             self.step, self.history = load_state(
-                self.folder, self.pair, self.joint.ema, self.joint.optimizer, self.pair.kept
+                self.folder, self.pair, self.joint.ema, [self.joint.optimizer], self.pair.kept
             )
             log.info("%s: going on at step %d", stage, self.step)
         elif begin and self.before is None and self.section.start == "table":
@@ -232,7 +234,7 @@ class JointRun:
         self._save_average(out)
         joint.ema.swap(self.pair)
         save_state(
-            out, self.pair, joint.ema, joint.optimizer, self.step, self.history, self.pair.kept
+            out, self.pair, joint.ema, [joint.optimizer], self.step, self.history, self.pair.kept
         )
         try:
             plot_joint(out / "loss.png", self.stage, self.history)

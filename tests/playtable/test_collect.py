@@ -120,6 +120,12 @@ def test_the_cache_shows_what_was_done(made: tuple[Path, dict]) -> None:
         assert np.array_equal(tensors["target_pose"][i, :rows], sent[:, :7])
         assert np.array_equal(tensors["target_open"][i, :rows], sent[:, 7])
         assert np.array_equal(tensors["proprio"][i, 0], d.proprio[step])
+        at = [np.flatnonzero((d.proprio[:, :7] == p).all(1)) for p in tensors["keypose_pose"][i]]
+        change = at[1][-1]  # the gripper keeps its state until there, or to the end
+        assert at[0][-1] > step or step > d.steps - 4
+        assert change >= step or change == len(d.targets) - 1
+        assert len(set(d.targets[step : max(change, step + 1), 7])) == 1
+        assert tensors["keypose_open"][i, 1] == d.targets[change, 7]
         assert TASK_NAMES[tensors["task"][i]] == d.task
         assert instructions()[tensors["instruction"][i]] == d.instruction
         assert tensors["steps_left"][i] == d.steps - step

@@ -13,7 +13,7 @@ import numpy as np
 from runtime.spec import LatentSpec
 from runtime.types import CameraFrame
 from system1.cache import CacheWriter, chunk_targets, shrunk, write_latents
-from system1.config import PolicyConfig
+from system1.config import KEYPOSES, PolicyConfig
 
 SPEED_M = 0.01  # a step
 
@@ -53,6 +53,9 @@ def make_cache(folder: Path, config: PolicyConfig, episodes: int = 12, frames: i
         arrays |= chunk_targets(
             path[1:], np.full(frames, float(task == 0)), range(frames), config.horizon
         )
+        end = np.concatenate(([*goal, 0.0], [0, 0, 0, 1])).astype(np.float32)
+        arrays["keypose_pose"] = np.tile(end, (frames, KEYPOSES, 1))
+        arrays["keypose_open"] = np.full((frames, KEYPOSES), float(task == 0), np.float32)
         arrays["task"] = np.full(frames, task, np.int32)
         arrays["instruction"] = np.full(frames, task, np.int32)
         arrays["step"] = np.arange(frames, dtype=np.int32)

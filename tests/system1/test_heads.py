@@ -108,5 +108,5 @@ def test_fewer_scene_tokens():
     model = stirred(config)
     with torch.inference_mode():
         scene = model.encode(batch_of(config, [0, 1]))
-    assert scene.tokens.shape[:2] == (2, 3)
+    assert scene.tokens.shape[:2] == (2, 3 + config.keyposes)
     assert torch.isfinite(model.sample_inputs(batch_of(config, [0, 1]))).all()

@@ -12,6 +12,7 @@ from system1.config import ConfigError
 from system1.data import Augment, Cache
 from system1.door import DOOR
 from system1.losses import LossParts, diffusion_loss, trajectory_loss
+from system1.optim import OPTIMIZERS
 from system1.policy import DiffusionPolicy
 from system1.sampler import row_alphas
 from system1.train import TrainConfig, Trainer, policy_config, train
@@ -124,6 +125,41 @@ def test_a_run_can_start_from_a_checkpoint(folder, tmp_path):
     assert second.policy_config.use_latent
     assert second.policy_config.latent_model_id == "fake0"
     assert second.train_step()["loss"] > 0
+
+
+def test_a_run_can_start_from_a_checkpoint_and_add_to_it(folder, tmp_path):
+    plain = {**SMALL, "keyposes": 0}
+    first = Trainer(run_config(folder, tmp_path / "a", latents=None, changes=plain))
+    first.train_step()
+    first.save()
+    weights = DiffusionPolicy.load(tmp_path / "a").model.state_dict()
+    config = run_config(folder, tmp_path / "b", latents=None, init=tmp_path / "a")
+    second = Trainer(replace(config, changes={"keyposes": 2}))
+    state = second.model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
+    added = set(state) - set(weights)
+    assert added and all(name.startswith("encoder.keyposes.") for name in added)
+    assert second.train_step()["keypose"] > 0
+    with pytest.raises(ConfigError, match="changes: encoder_width would lose"):
+        Trainer(replace(config, out=tmp_path / "c", changes={"encoder_width": 16}))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_optimiser_goes_on_as_it_was(folder, tmp_path, optimizer):
+    changes = {**SMALL, "dim": 96, "heads": 4}
+    config = run_config(folder, tmp_path, changes=changes, optimizer=optimizer)
+    whole = Trainer(config)
+    whole.train_step()
+    whole.save()
+    again = Trainer(config)
+    for run in (whole, again):
+        run.train_step()
+    for (name, a), b in zip(
+        whole.model.state_dict().items(), again.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    kinds = {type(part).__name__ for part in whole.optimizers.parts}
+    assert kinds == ({"AdamW", "Muon"} if optimizer == "muon" else {"AdamW"})
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
