@@ -221,6 +221,8 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
         key, sign, value = text.partition("=")
         if not sign or not key:
             raise ConfigError(f"{text!r}: write an override as section.field=value")
+        if not value.strip():  # to YAML nothing is null: a default would be used without a word
+            raise ConfigError(f"{key}: nothing follows '='; write a value, or null for none")
         node = result
         *parents, last = key.removeprefix("--").replace("-", "_").split(".")
         for name in parents:

@@ -14,8 +14,6 @@ ready and ends them in order. `runtime.addresses` says where they listen.
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
 import threading
 import time
 import uuid
@@ -28,6 +26,7 @@ from runtime.config import ConfigError, Placement, RunConfig
 from runtime.endpoints import check_bind
 from runtime.node import NodeSpec
 from runtime.rpc import RpcClient, RpcError, RpcRefused
+from runtime.scratch import ScratchFolder
 from runtime.sinks import ObserverNode
 
 # A control loop that crashed must not start again by itself beside a moving arm, and a world
@@ -129,13 +128,16 @@ class Graph:
     """The running processes of one run."""
 
     def __init__(self, config: RunConfig, job: dict[str, Any], folder: Path) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="openhelix-"))
-        transport = config.transport
-        self.endpoints = Endpoints.of(config, self._folder)
-        self._keys = str(transport.keys) if transport.keys else None
-        for endpoint in (*self.endpoints.channels.values(), *self.endpoints.control.values()):
-            check_bind(endpoint, self._keys)  # here too, before anything is started
-        self.specs = build(config, self.endpoints, job, str(folder))
+        self._keys = str(config.transport.keys) if config.transport.keys else None
+        self._scratch = ScratchFolder()
+        try:
+            self.endpoints = ends = Endpoints.of(config, self._scratch.path)
+            for endpoint in (*ends.channels.values(), *ends.control.values()):
+                check_bind(endpoint, self._keys)  # here too, before anything is started
+            self.specs = build(config, ends, job, str(folder))
+        except Exception:
+            self._scratch.close()
+            raise
         self._clients: dict[str, RpcClient] = {}
         self._run = uuid.uuid4().hex
         self._config, self._log_folder = config, folder / "logs"
@@ -240,7 +242,7 @@ class Graph:
         for client in self._clients.values():
             client.close()
         self._clients.clear()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.close()
 
     def _client(self, name: str) -> RpcClient:
         if name not in self._clients:

@@ -7,11 +7,9 @@ leaves behind cannot help or harm the next.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from benchmarks.dsvlabench.attempts import Outcome
@@ -24,6 +22,7 @@ from runtime.director import Assignment
 from runtime.display import Display
 from runtime.errors import CommandFailed
 from runtime.realtime_run import run_realtime
+from runtime.scratch import ScratchFolder
 from runtime.spec import PolicySpec
 
 
@@ -56,8 +55,7 @@ class RealtimePool:
         episode, started_s = job.episode, time.perf_counter()
         report: dict[str, Any] = {}
         error, video = None, None
-        with tempfile.TemporaryDirectory(prefix="openhelix-eval-") as name:
-            folder = Path(name)
+        with ScratchFolder() as folder:
             try:
                 report = run_realtime(
                     self._config_of(job),

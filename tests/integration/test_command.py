@@ -135,6 +135,7 @@ def test_a_crash_of_the_control_process_is_told_in_one_line(tmp_path: Path) -> N
     [
         (["sytem2.hz=1"], "did you mean 'system2'"),
         (["tasks.instruction=' '"], "tasks.instruction"),
+        (["tasks.instruction="], "tasks.instruction: nothing follows"),
         (["world.scene=Q"], "'A', 'B', 'C' or 'D'"),
         (["--frobnicate"], "unknown option"),
         (["robot.name=panda"], "no driver 'panda'; there are: "),

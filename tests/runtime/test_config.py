@@ -38,6 +38,8 @@ def test_overrides_reach_nested_fields_with_yaml_types() -> None:
         ("system2.engine.target=nope", ["system2.engine.target"]),
         ("seed.deep=1", ["seed"]),
         ("system2", ["section.field=value"]),
+        ("tasks.instruction=", ["tasks.instruction", "nothing follows", "null"]),
+        ("system2.hz= ", ["system2.hz", "nothing follows"]),
     ],
 )
 def test_wrong_values_get_one_clear_line(override: str, words: list[str]) -> None:
