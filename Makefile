@@ -55,7 +55,7 @@ test: setup ## Run the tests (under 15 minutes on 2 cores).
 	$(PY) -m pytest -q -m "not slow and not gpu" tests/integration
 
 test-slow: setup ## Run the slow tests too.
-	$(PY) -m pytest -q -m "not gpu" --timeout=3600 tests
+	HYPOTHESIS_PROFILE=search $(PY) -m pytest -q -m "not gpu" --timeout=3600 tests
 
 test-gpu: ## Run the GPU tests (skipped with a reason where there is no GPU).
 	$(PY) -m pytest -q -m gpu tests

@@ -266,7 +266,9 @@ def test_a_forger_does_not_displace_the_publisher(
 
 
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(st.lists(st.binary(max_size=120), max_size=4), max_size=6), st.booleans())
 def test_arbitrary_frames_never_raise(
