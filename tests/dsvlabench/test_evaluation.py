@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -215,6 +214,23 @@ def test_a_worker_refuses_what_does_not_fit(ray_session):
         pool.start()
 
 
+KILLED_AFTER_3 = """
+import os, signal, sys
+from benchmarks.dsvlabench.results import Store
+from runtime.cli import main
+
+add = Store.add
+
+def until_three(self, *result):
+    add(self, *result)
+    if len(self.results) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Store.add = until_three
+main(sys.argv[1:])
+"""
+
+
 def test_a_killed_evaluation_is_continued(tmp_path):
     words = [
         *("eval", "--suite", "tasks", "--episodes-per-task", "4", "--steps", "60", "--json"),
@@ -229,26 +245,16 @@ def test_a_killed_evaluation_is_continued(tmp_path):
         "system2.engine={target: 'tests.dsvlabench.small:WordEngine', options: {}}",
     ]
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "runtime.cli", *words]
     environment = os.environ | {"PYTHONPATH": str(root)}
-
-    def finished():
-        return sum(1 for p in tmp_path.glob("run/shards/*.jsonl") for _ in p.open())
-
-    process = subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    deadline_s = time.monotonic() + 120
-    while finished() < 3 and process.poll() is None and time.monotonic() < deadline_s:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    before = finished()
-    assert 3 <= before < 12
+    command = [sys.executable, "-c", KILLED_AFTER_3, *words]
+    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, timeout=240)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
+    assert sum(1 for p in tmp_path.glob("run/shards/*.jsonl") for _ in p.open()) == 3
+    command = [sys.executable, "-m", "runtime.cli", *words]
     ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, timeout=240)
     assert ended.returncode == 0, ended.stderr.decode()[-2000:]
     report = json.loads(ended.stdout)
-    assert report["n_episodes"] == 12 and report["resumed_episodes"] == before
+    assert report["n_episodes"] == 12 and report["resumed_episodes"] == 3
     pool = LocalPool(small_config())
     suite = Suite("tasks", count=4, tasks=SUITE.tasks)
     evaluate(small_plan(suite, steps=60, interval=30), pool, tmp_path / "whole")

@@ -51,7 +51,7 @@ class Remote:
     node: PlannerNode
     stop: threading.Event
 
-    def reply(self, timeout_s: float = 5.0) -> Any:
+    def reply(self, timeout_s: float = 60.0) -> Any:
         """Poll until the reply to the last request is there; None if it has no chunk."""
         for _ in range(int(timeout_s / 0.005)):
             chunk = self.planner.poll()
@@ -73,7 +73,7 @@ def remote(tmp_path: Path) -> Iterator[Remote]:
     planner = RemotePlanner(
         Publisher(plans, "plans", bind=False), NewestReader(chunks, "chunks", PlanReply), REPLAN_NS
     )
-    threading.Event().wait(0.2)  # both connections
+    threading.Event().wait(1.0)  # both connections
     yield Remote(planner, node, stop)
     stop.set()
     thread.join(timeout=5.0)

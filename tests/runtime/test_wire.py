@@ -112,7 +112,7 @@ def settle(raw: Raw, reader: NewestReader[LatentGoal]) -> list[LatentGoal]:
 def take_one(raw: Raw, reader: NewestReader[LatentGoal]) -> LatentGoal | None:
     """Let everything queue up, then poll once."""
     until(lambda: reader.wait(0.1))
-    time.sleep(0.05)
+    time.sleep(0.5)
     return reader.poll()
 
 
@@ -290,7 +290,7 @@ def test_a_flood_is_read_in_bounded_steps(tmp_path: Path) -> None:
     join(raw, reader)
     for seq in range(95):
         raw.message(seq, value=seq)
-    time.sleep(0.2)
+    time.sleep(0.5)
     before = reader.stats.received
     first = reader.poll()
     assert reader.stats.received - before <= 10
