@@ -13,7 +13,7 @@ role=${1:-}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 ray=$here/.venv/bin/ray
 keys=${OPENHELIX_KEYS:-$HOME/.openhelix/keys}
-metrics_port=9120 # of Ray itself; the project's own are in runtime/config.py
+metrics_port=9140 # of Ray itself; the project's own begin at 9108, the status page is at 9120
 
 refuse() {
   echo "openhelix: $(hostname) refuses to be a $role host: $1" >&2

@@ -5,6 +5,7 @@ One cluster serves all tests of this file, in their order.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -71,6 +72,17 @@ def test_only_system2_is_on_the_network(cluster: TwoHosts, endless: Run) -> None
     ours = cluster.robot.run("ss", "-Hltn")
     for port in (5700, 5701, 5713):
         assert f"{cluster.gpu.address}:{port} " in theirs and f":{port} " not in ours
+    assert endless.running
+
+
+def test_rays_own_metrics_are_where_prometheus_looks(cluster: TwoHosts, endless: Run) -> None:
+    file = "/tmp/ray/prom_metrics_service_discovery.json"
+    targets = [t for group in json.loads(cluster.robot.run("cat", file)) for t in group["targets"]]
+    for host in (cluster.robot, cluster.gpu):
+        assert f"{host.address}:9140" in targets
+        found = cluster.metrics(cluster.robot, f"http://{host.address}:9140/metrics")
+        assert any(name.startswith("ray_") for name in found)
+    assert ":9120 " not in cluster.robot.run("ss", "-Hltn")  # the status page's
     assert endless.running
 
 
