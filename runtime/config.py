@@ -77,7 +77,7 @@ class System1Config(_Section):
     """The fast system."""
 
     policy: PolicyPart = PolicyPart()
-    replan_steps: Count = 8  # control ticks from one chunk's observation to the next one's
+    replan_steps: Count = 4  # control ticks from one chunk's observation to the next one's
     blend_s: NonNegative = 0.1  # overlap of two chunks over which they are blended
     latent_memory: Count = 1  # recent latents handed to the policy
     placement: Placement = Placement(cpus=0.5, threads=1, nice=5)
