@@ -188,7 +188,7 @@ def fingerprint(part: Part) -> str:
         if name == "path" and value == "shipped":
             path = SHIPPED
         if path is not None and path.exists():
-            digest.update(_content(path))
+            digest.update(content(path))
         elif name == "path" and value not in (None, "shipped"):
             raise ConfigError(f"system1.policy.options.path: no checkpoint at {value}")
         else:
@@ -196,7 +196,8 @@ def fingerprint(part: Part) -> str:
     return digest.hexdigest()[:16]
 
 
-def _content(path: Path) -> bytes:
+def content(path: Path) -> bytes:
+    """Return a hash of a file, or of a folder's files and their names."""
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:

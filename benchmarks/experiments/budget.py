@@ -1,6 +1,8 @@
 """How long will it take? Told before anything starts, from measured times.
 
-What a step costs is in `costs`; evaluations that are finished correct it for this machine.
+What a step costs is in `costs`, in processor time; evaluations that are finished correct it for
+this machine and its weights, in processor time too, so that an hour in which the machine was
+busy with something else does not count.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.experiments.costs import costs, step_s
+from benchmarks.experiments.costs import costs, step_s, tasks_expected
 from benchmarks.experiments.measures import Measure
 from benchmarks.experiments.session import Session
 
@@ -34,10 +36,10 @@ def correction(session: Session, measures: Sequence[Measure]) -> float:
     ratios = []
     for measure in measures:
         score = session.report(measure)
-        if score is not None and score["steps_per_s"] and score["env_steps"] >= 500:
+        if score is not None and score["cpu_s"] and score["env_steps"] >= 500:
             expected = step_s(measure, 1)
             if expected is not None:
-                ratios.append(1 / (score["steps_per_s"] * expected))
+                ratios.append(score["cpu_s"] / score["env_steps"] / expected)
     return statistics.median(ratios) if ratios else 1.0
 
 
@@ -57,7 +59,9 @@ def todo(session: Session) -> list[Item]:
                 items.append(Item(measure.key, None, 0.0))
                 continue
             each, load = factor * step, float(costs()["evaluation"]["start_s"])
-            expected, most = measure.steps_expected() * each, measure.steps_at_most() * each
+            most = measure.steps_at_most() * each
+            tasks = 5 if measure.suite.is_chain else 1
+            expected = most * tasks_expected(measure) / tasks
             items.append(Item(measure.key, load + expected, load + most))
     return items
 

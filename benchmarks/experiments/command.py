@@ -121,7 +121,7 @@ def make_session(options: Namespace, overrides: Sequence[str], known: Catalogue)
     train, run = changed(overrides)
     check_options(train)
     root = (options.root or cache_root() / "experiments" / options.scale).resolve()
-    data, frames = _data(options)
+    data, frames, refusal = _data(options)
     trainer: Trainer = resolve(options.trainer)() if options.trainer else TrainCommand(data, root)
     request = Request(
         known,
@@ -135,20 +135,22 @@ def make_session(options: Namespace, overrides: Sequence[str], known: Catalogue)
         options.workers,
         None if options.hours is None else time.monotonic() + 3600 * options.hours,
     )
-    return Session(request, Trainings(root / "trainings", trainer), Console("experiment"))
+    session = Session(request, Trainings(root / "trainings", trainer), Console("experiment"))
+    trains = not (options.no_training or options.report or options.estimate or options.trainer)
+    if refusal is not None and trains and any(t.reads_data for t in session.wanted()):
+        raise refusal
+    return session
 
 
-def _data(options: Namespace) -> tuple[Path, Path | None]:
-    """Return the collection and its frames; no frames where none are needed or there are none."""
+def _data(options: Namespace) -> tuple[Path, Path | None, ConfigError | None]:
+    """Return the collection and its frames, or why there are none."""
     config = TrainingConfig() if options.data is None else TrainingConfig(data=options.data)
     if options.trainer:
-        return config.data, None
+        return config.data, None, None
     try:
-        return config.data, config.frames_folder()
-    except ConfigError:
-        if options.no_training or options.report or options.estimate:
-            return config.data, None
-        raise
+        return config.data, config.frames_folder(), None
+    except ConfigError as refusal:
+        return config.data, None, refusal
 
 
 def default_out(session: Session) -> Path:

@@ -1,17 +1,21 @@
 """Measured times of a step: of an evaluation, of a training of each kind.
 
-An environment step costs its physics; every plan a picture of each camera and System 1; every
-latent that a plan is made from a call of System 2. These and the steps of the trainings were
-measured by `benchmarks.perf.bench_experiments`.
+An environment step costs its physics and its share of a plan; every latent that a plan is made
+from a call of System 2. These and what a sample costs in each kind of training are processor
+times of one thread, measured by `benchmarks.perf.bench_experiments`: they are the same while
+something else keeps the machine busy, and on a machine with a core to spare they are the wall
+time too.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from benchmarks.dsvlabench.evaluation import ROOT
+from benchmarks.dsvlabench.suites import CHAINS
 from benchmarks.experiments.measures import Measure
 from benchmarks.experiments.trainings import Training
 from benchmarks.training.config import TrainingConfig
@@ -32,11 +36,17 @@ def step_s(measure: Measure, workers: int) -> float | None:
     found = costs().get("evaluation")
     if found is None:
         return None
-    latents = measure.training.stage == "pair"
     refresh = max(REPLAN_STEPS, measure.conditions.interval)
-    one = float(found["env_step_s"]) + float(found["plan_s"]) / REPLAN_STEPS
-    one += float(found["latent_s"]) / refresh if latents else 0.0
+    one = float(found["env_step_s"])
+    one += float(found["latent_s"]) / refresh if measure.training.stage != "policy" else 0.0
     return one / (1.0 + (workers - 1) * float(costs()["worker_gain"]))
+
+
+def tasks_expected(measure: Measure) -> float:
+    """Return how many tasks an episode attempts: of a chain's five, as many as were measured."""
+    if measure.suite.name not in CHAINS:
+        return 1.0
+    return float(costs().get("evaluation", {}).get("tasks_a_chain", 2.5))
 
 
 def training_s(training: Training, n_frames: int) -> float | None:
@@ -46,30 +56,69 @@ def training_s(training: Training, n_frames: int) -> float | None:
         training: what.
         n_frames: of the data, about one in `latent.stride` of which gets states.
     """
-    found, options = costs().get("training"), training.options
-    if found is None or options.get("device", "cpu") != "cpu":
+    found = costs().get("training")
+    if not training.reads_data:
+        return 0.0
+    if found is None or training.options.get("device", "cpu") != "cpu":
         return None
-    default = TrainingConfig()
+    work = Work(training.options, found)
+    one = (
+        work.samples_s("policy", "policy") if training.stage == "policy" else work.pair_s(n_frames)
+    )
+    return one / float(found["thread_gain"])
 
-    def of(key: str) -> Any:
+
+class Work:
+    """The processor time of a training.
+
+    Args:
+        options: of `openhelix train`.
+        found: measured costs.
+    """
+
+    def __init__(self, options: Mapping[str, Any], found: Mapping[str, float]) -> None:
+        self._options, self._found, self._default = options, found, TrainingConfig()
+        self._text = "" if self.of("latent.vision") else "_text"
+
+    def of(self, key: str) -> Any:
+        """Return an option, or what it is where nothing is said."""
         section, name = key.split(".")
-        return options.get(key, getattr(getattr(default, section), name))
+        return self._options.get(key, getattr(getattr(self._default, section), name))
 
-    if training.stage == "policy":
-        if "policy.checkpoint" in options:
-            return 0.0
-        return float(found["policy_step_s"]) * float(of("policy.steps"))
-    one, two = float(of("stage1.steps")), float(of("stage2.steps"))
-    # Every episode has one, whatever the stride.
-    stride = min(float(of("latent.stride")), FRAMES_AN_EPISODE)
-    states = n_frames / stride * float(of("latent.phrasings")) * float(found["states_frame_s"])
-    prefixes = float(of("latent.frames")) * float(found["prefix_frame_s"])
-    learns_act = of("latent.regime") != "frozen" and of("latent.kind") == "act_last"
-    seconds = one * float(found["prefix_step_s" if learns_act else "states_step_s"])
-    if one and learns_act:
-        seconds += prefixes  # too much where another variant has made them
-    if of("latent.regime") in ("lora", "full"):
-        return seconds + two * float(found["live_step_s"])
-    if of("latent.feed") == "prefix":
-        return seconds + prefixes + two * float(found["prefix_step_s"])
-    return seconds + states + two * float(found["states_step_s"])
+    def samples_s(self, section: str, kind: str) -> float:
+        """Return what the steps of a stage cost."""
+        samples = float(self.of(f"{section}.steps")) * float(self.of(f"{section}.batch"))
+        return samples * self.sample_s(kind)
+
+    def sample_s(self, kind: str) -> float:
+        """Return what a sample of a kind costs; "again" makes a frozen model's state each time."""
+        if kind == "again":
+            return self._found["states_sample_s"] + self._found[f"states_frame{self._text}_s"]
+        return self._found[f"{kind}_sample_s"]
+
+    def kinds(self) -> dict[str, str]:
+        """Return where the latents of each stage that has steps come from."""
+        feed, regime = self.of("latent.feed"), self.of("latent.regime")
+        learns_act = regime != "frozen" and self.of("latent.kind") == "act_last"
+        first = "prefix" if learns_act and feed != "states" else "states"
+        second = "prefix" if feed == "prefix" else "states"
+        if regime in ("lora", "full"):
+            second = "live"
+        elif feed == "live":
+            first = second = "again"
+        stages = {"stage1": first, "stage2": second}
+        return {stage: kind for stage, kind in stages.items() if self.of(f"{stage}.steps")}
+
+    def pair_s(self, n_frames: int) -> float:
+        """Return what both stages cost, and what they read of the frozen language model."""
+        kinds = self.kinds()
+        seconds = self._found["open_s"] * len(kinds)
+        if "prefix" in kinds.values():  # too much where another variant has made them
+            frames = float(self.of("latent.frames"))
+            seconds += frames * self._found[f"prefix_frame{self._text}_s"]
+        if "states" in kinds.values():
+            # Every episode has one, whatever the stride.
+            frames = n_frames / min(float(self.of("latent.stride")), FRAMES_AN_EPISODE)
+            each = float(self.of("latent.phrasings")) * self._found[f"states_frame{self._text}_s"]
+            seconds += frames * each
+        return seconds + sum(self.samples_s(stage, kind) for stage, kind in kinds.items())

@@ -22,7 +22,6 @@ from benchmarks.experiments.spec import Row, Scale
 from benchmarks.experiments.trainings import Training
 
 SCENE = "D"  # training is on A, B and C
-EXPECTED_TASKS = 2.5  # of five, that a chain attempts, where nothing has been measured
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,6 @@ class Measure:
         tasks = 5 if self.suite.name in CHAINS else 1
         return len(self.suite.episodes()) * tasks * self.conditions.steps_limit
 
-    def steps_expected(self) -> float:
-        """Return about how many environment steps it will take."""
-        tasks = EXPECTED_TASKS if self.suite.name in CHAINS else 1.0
-        return len(self.suite.episodes()) * tasks * self.conditions.steps_limit
-
 
 def measure_of(
     row: Row, training: Training, scale: Scale, seed: int, run: Sequence[str], smoke_tasks: bool
@@ -117,12 +111,15 @@ def score_of(report: Mapping[str, Any]) -> dict[str, Any]:
     else:
         kept += ["success_rate", "ci95", "n_episodes", "per_pattern", "per_motion"]
     found = {key: report[key] for key in kept if key in report}
+    found["policy_sha256"] = report["policy"]["sha256"]
+    found["latents"] = report["system2"]["spec_id"] if report["system2"] else None
     work, timing = report["work"], report["timing"]
     return found | {
         "env_steps": work["env_steps"],
         "latent_age_steps": work["latent_age_steps"],
         "latents_per_task": work["latents_per_task"],
         "steps_per_s": timing["steps_per_s"],
+        "cpu_s": (timing.get("cpu_s_per_step") or 0.0) * (work["env_steps"] + work["hold_steps"]),
         "wall_s": report["wall_s"],
         "workers": report["workers"],
     }

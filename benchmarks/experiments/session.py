@@ -227,7 +227,7 @@ class Session:
             "seed": self.request.seed,
             "rows": rows,
             "contrasts": [self._contrast(experiment, c) for c in experiment.contrasts],
-            "notes": list(experiment.notes),
+            "notes": [*experiment.notes, *self.request.scale.notes],
         }
 
     def _row(self, row: Row) -> dict[str, Any]:

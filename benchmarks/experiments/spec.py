@@ -27,7 +27,8 @@ class Variant(_Section):
     Attributes:
         says: what it is, in words.
         policy: "pretrained" begins with the policy that was trained alone, "scratch" with an
-            untrained one; "only" is that policy by itself, told its task's number.
+            untrained one; "only" is that policy by itself, told its task's number; "shipped" is
+            the project's own pair as it is, and nothing is trained.
         regime: what of the language model learns; "frozen" trains the projector alone.
         clip, aux, vision: alignment loss, auxiliary action head, image in System 2's prompt.
         prealign: stage 1 (projector and `<ACT>` alone) before stage 2.
@@ -36,7 +37,7 @@ class Variant(_Section):
     """
 
     says: str
-    policy: Literal["pretrained", "scratch", "only"] = "pretrained"
+    policy: Literal["pretrained", "scratch", "only", "shipped"] = "pretrained"
     regime: Literal["frozen", "prompt", "lora", "full"] = "prompt"
     clip: bool = False
     aux: bool = False
@@ -174,6 +175,7 @@ class Scale(_Section):
         train_regime: further ones for a regime.
         run: overrides of the runs that are measured.
         official: whether results may be kept as the project's own.
+        notes: what must be known to read any table measured at it.
     """
 
     says: str
@@ -186,3 +188,4 @@ class Scale(_Section):
     train_regime: dict[str, dict[str, Any]] = {}
     run: tuple[str, ...] = ()
     official: bool = True
+    notes: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from benchmarks.training.export import SHIP, SYSTEM1, SYSTEM2
 from benchmarks.training.folders import LATENT
 from runtime.config import ConfigError, apply_overrides, validate
 from runtime.errors import CommandFailed
+from system1.checkpoint import CONFIG, load_policy, save_policy
+from system1.model import VisuomotorPolicy
 
-LOG, PREPARED = "train.log", "prepared"
+LOG, PREPARED, POLICY = "train.log", "prepared", "policy"
 Command = Sequence[str]
 
 
@@ -52,8 +55,10 @@ class TrainCommand:
 
     def train(self, training: Training, folder: Path, parent: Path | None, say: Say) -> None:
         """See `Trainer.train`."""
-        given = training.options.get("policy.checkpoint")
-        if training.stage == "policy" and given is not None:
+        if training.stage == "shipped":
+            return
+        if training.given is not None:
+            told_by_name(training.given, folder / POLICY)
             return
         options = dict(training.options) | {"data": str(self._data), "out": str(folder)}
         if training.stage == "pair":
@@ -79,8 +84,12 @@ class TrainCommand:
 
     def overrides(self, training: Training, folder: Path) -> list[str]:
         """See `Trainer.overrides`."""
+        if training.stage == "shipped":
+            return []
         if training.stage == "policy":
-            return [f"system1.policy.options.path={self._policy_of(training, folder)}"]
+            alone = folder / POLICY
+            path = alone if alone.is_dir() else self._policy_of(training, folder)
+            return [f"system1.policy.options.path={path}"]
         return exported(folder)
 
     def seconds(self, training: Training) -> float | None:
@@ -97,8 +106,7 @@ class TrainCommand:
 
     def _policy_of(self, training: Training | None, folder: Path) -> Path:
         assert training is not None
-        given = training.options.get("policy.checkpoint")
-        return Path(given) if given is not None else folder / "policy"
+        return training.given if training.given is not None else folder / POLICY
 
     def _share(self, folder: Path) -> None:
         shared = (self._root / PREPARED).resolve()
@@ -106,6 +114,20 @@ class TrainCommand:
         link = folder / PREPARED
         if not link.exists():
             link.symlink_to(shared, target_is_directory=True)
+
+
+def told_by_name(given: Path, out: Path) -> None:
+    """Write a policy that takes latents as one that is told its task's number instead.
+
+    Its table of tasks is still there: in a tenth of the samples of its training the latent was
+    left out. A policy that takes none is used where it is.
+    """
+    if not (given / CONFIG).is_file():
+        return
+    policy = load_policy(given)
+    if isinstance(policy, VisuomotorPolicy) and policy.config.use_latent:
+        config = replace(policy.config, use_latent=False)
+        save_policy(out, config, policy.state_dict(), policy.normalizer)
 
 
 def exported(folder: Path) -> list[str]:

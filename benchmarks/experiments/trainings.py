@@ -20,12 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from benchmarks.dsvlabench.evaluation import ROOT, content
 from benchmarks.dsvlabench.results import replace_file
 from benchmarks.experiments.spec import Scale, Variant
 from runtime.config import ConfigError
 from runtime.errors import CommandFailed
 
 TRAINED, FAILED, CLOCK = "trained.json", "failed.json", "clock.json"
+GIVEN = "policy.checkpoint"
+SHIPPED = ROOT / "checkpoints"
+SHIPPED_POLICY = SHIPPED / "system1-laptop"
 Say = Callable[[str], None]
 
 
@@ -34,16 +38,30 @@ class Training:
     """One training.
 
     Attributes:
-        stage: "policy" is System 1 alone, "pair" both systems together.
+        stage: "policy" is System 1 alone, "pair" both systems together, "shipped" the project's
+            own pair, which is there.
         options: of `openhelix train`, by their dotted names.
         data: what identifies the data: a hash, or the path of data that cannot be hashed.
         parent: the policy that a pair begins with.
+        weights: a hash of the weights that it is given, and that may be others tomorrow.
     """
 
-    stage: Literal["policy", "pair"]
+    stage: Literal["policy", "pair", "shipped"]
     options: Mapping[str, Any] = field(default_factory=dict)
     data: str = ""
     parent: Training | None = None
+    weights: str = ""
+
+    @property
+    def given(self) -> Path | None:
+        """The trained policy that it is given."""
+        path = self.options.get(GIVEN) if self.stage == "policy" else None
+        return None if path is None else Path(path)
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether something is trained, for which there must be data."""
+        return self.stage == "pair" or (self.stage == "policy" and self.given is None)
 
     @property
     def key(self) -> str:
@@ -53,11 +71,13 @@ class Training:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
+        options = {k: v for k, v in self.options.items() if k != GIVEN or not self.weights}
         return {
             "stage": self.stage,
-            "options": dict(self.options),
+            "options": options,
             "data": self.data,
             "parent": None if self.parent is None else self.parent.key,
+            "weights": self.weights,
         }
 
 
@@ -94,11 +114,15 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
         data: what identifies the data.
         changes: options that the user changed; they win.
     """
-    common = {k: v for k, v in {**scale.train, **changes}.items() if not _of_pair(k)}
-    policy = Training("policy", common, data)
+    if variant.policy == "shipped":
+        return Training("shipped", weights=_digest(SHIPPED))
+    base = dict(scale.train)
+    if GIVEN not in changes and any(map(_of_policy, changes)):
+        base.pop(GIVEN, None)  # who says how the policy is trained wants it trained
+    policy = _policy_training({**base, **changes}, data)
     if variant.policy == "only":
         return policy
-    options: dict[str, Any] = {**scale.train, **scale.train_regime.get(variant.regime, {})}
+    options: dict[str, Any] = {**base, **scale.train_regime.get(variant.regime, {})}
     options |= {
         "latent.regime": variant.regime,
         "latent.clip": 1.0 if variant.clip else 0.0,
@@ -118,7 +142,22 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
         # The policy's own training is the parent's; only what the pair does shapes the pair.
         kept = {k: v for k, v in options.items() if k == "policy.changes" or not _of_policy(k)}
         return Training("pair", kept, data, policy)
-    return Training("pair", options | {"policy.pretrained": False}, data)
+    kept = {k: v for k, v in options.items() if k != GIVEN}
+    return Training("pair", kept | {"policy.pretrained": False}, data)
+
+
+def _policy_training(options: Mapping[str, Any], data: str) -> Training:
+    """Return the training of the policy alone; a policy that is given needs no data."""
+    common = {k: v for k, v in options.items() if not _of_pair(k)}
+    given = common.pop(GIVEN, None)
+    if given is None:
+        return Training("policy", common, data)
+    path = SHIPPED_POLICY if given == "shipped" else Path(given).expanduser()
+    return Training("policy", {GIVEN: str(path)}, weights=_digest(path))
+
+
+def _digest(folder: Path) -> str:
+    return content(folder).hex()[:16] if folder.is_dir() else ""
 
 
 def _of_pair(key: str) -> bool:

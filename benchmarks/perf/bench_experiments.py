@@ -1,11 +1,12 @@
-"""What the paper's experiments cost here: a step of each kind of training, a step of evaluation.
+"""What the paper's experiments cost here: a step of evaluation, a sample of each kind of training.
 
-`openhelix experiment` tells from these figures how long it will take. Trainings run as
-`openhelix train` does, at the batches of the laptop scale, for a few steps; the evaluation is
-of chains with the laptop System 2, whose every plan has a fresh latent. What a second worker
-brings is `bench_eval`'s.
+`openhelix experiment` tells from these figures how long it will take. All are processor times of
+one thread, so another program on the machine does not change them. Trainings begin with the
+shipped policy, at a small batch, for a few steps; the evaluation is of chains with the shipped
+pair, whose every plan has a fresh latent. What a second worker brings is `bench_eval`'s; what a
+second thread brings a training is measured here, on the wall clock: leave the machine alone.
 
-    python -m benchmarks.perf.bench_experiments --data COLLECTION [--out FILE] [--skip-training]
+    python -m benchmarks.perf.bench_experiments [--data COLLECTION] [--out FILE] [--only NAME ...]
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import argparse
 import json
 import os
 import platform
-import re
-import subprocess
+import statistics
 import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.dsvlabench.eval import load_config
 from benchmarks.dsvlabench.evaluation import Console, Plan, evaluate
@@ -30,52 +33,54 @@ from benchmarks.dsvlabench.pool import LocalPool
 from benchmarks.dsvlabench.runner import Conditions
 from benchmarks.dsvlabench.suites import Suite
 from benchmarks.experiments.costs import COSTS
+from benchmarks.experiments.trainings import SHIPPED_POLICY
 from benchmarks.training.config import TrainingConfig
+from benchmarks.training.feeds import encode_prefix, encode_read_outs
+from benchmarks.training.joint_run import JointRun, policy_settings
+from runtime.config import validate
+from system1.train import Trainer
 
 EVAL = COSTS.with_name("eval.json")
+SHARDS, STEPS, FRAMES = 4, 4, 16
 COMMON: Mapping[str, Any] = {
     "eval_frames": 8,
-    "log_every": 1,
-    "latent.frames": 64,  # with a prefix
-    "latent.stride": 256,  # one in so many frames with a state
-    "latent.phrasings": 1,
-    "latent.lag_steps": 0,
+    "stage1": {"steps": 0},
+    "stage2": {"steps": 1000, "batch": 16},
+    "policy": {"checkpoint": str(SHIPPED_POLICY), "batch": 16},
 }
-SHARDS = 4
-STAGES = {"policy": "policy", "prefix": "stage1", "states": "stage2", "live": "stage2"}
+LATENT: Mapping[str, Any] = {"frames": 32, "stride": 1000, "phrasings": 1}
 KINDS: Mapping[str, Mapping[str, Any]] = {
-    "policy": {"policy.steps": 10},
-    "prefix": {"stage1.steps": 10, "stage1.start": "random"},
-    "states": {"stage1.steps": 0, "stage2.steps": 10, "latent.feed": "states"},
-    "live": {"stage1.steps": 0, "stage2.steps": 4, "stage2.batch": 8, "latent.regime": "lora"},
+    "prefix": {"feed": "prefix"},
+    "states": {"feed": "states", "regime": "frozen"},
+    "live": {"regime": "lora"},
 }
+PARTS = ("evaluation", "policy", *KINDS)
 
 
 def evaluation(sequences: int, steps: int) -> dict[str, Any]:
-    """Return the seconds of an environment step, a plan and a latent, and of loading."""
+    """Return the processor seconds of an environment step, of a latent, and of loading."""
     options = Namespace(world="playtable", scene="D", clock="lockstep")
     config = load_config(None, (), options)
     plan = Plan(Suite("calvin", count=sequences), Conditions(steps, interval=1), config)
-    begun_s = time.monotonic()
+    begun_s = time.process_time()
     pool = LocalPool(config)
     try:
         pool.start()
-        load_s = time.monotonic() - begun_s
+        load_s = time.process_time() - begun_s
         with tempfile.TemporaryDirectory() as folder:
             report = evaluate(plan, pool, Path(folder) / "run", Console("bench"))
-            lines = (Path(folder) / "run" / "shards" / "0000.jsonl").read_text().splitlines()
     finally:
         pool.close()
-    timing = [json.loads(line)["episode"]["timing"] for line in lines]
-    total = {k: sum(t[k] for t in timing) for k in ("wall_s", "s1_s", "s2_s")}
-    work = report["work"]
-    env_steps = work["env_steps"] + work["hold_steps"]
+    timing, work = report["timing"], report["work"]
+    latents_a_step = work["latents_encoded"] / (work["env_steps"] + work["hold_steps"])
+    latent_s = timing["s2_cpu_s_per_latent"]
     return {
         "sequences": sequences,
-        "env_steps": env_steps,
-        "env_step_s": (total["wall_s"] - total["s1_s"]) / env_steps,
-        "plan_s": (total["s1_s"] - total["s2_s"]) / work["plans"],  # a plan waits for its latent
-        "latent_s": total["s2_s"] / work["latents_encoded"],
+        "env_steps": work["env_steps"],
+        "tasks_a_chain": work["tasks_attempted"] / sequences,
+        "env_step_s": timing["cpu_s_per_step"]
+        - latents_a_step * latent_s,  # with its share of a plan
+        "latent_s": latent_s,
         "start_s": load_s,
     }
 
@@ -98,36 +103,81 @@ def some_of(frames: Path, folder: Path) -> Path:
     return made
 
 
-def training(data: Path, root: Path) -> dict[str, Any]:
-    """Return the seconds of a training step of each kind, and of a prepared frame."""
-    found: dict[str, Any] = {}
-    for kind, options in KINDS.items():
-        out, stage = root / kind, STAGES[kind]
-        words = dict(COMMON) | dict(options) | {"data": data, "out": out}
-        if kind != "policy":
-            words["policy.checkpoint"] = root / "policy" / "policy"
-            words[f"{stage}.start"] = "random"
-        command = [sys.executable, "-m", "runtime.cli", "train", stage, "--json"]
-        command += [f"{key}={value}" for key, value in words.items()]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise SystemExit(f"{kind}: {done.stderr.strip().splitlines()[-1]}")
-        history = json.loads((out / stage / "train.json").read_text())["history"]
-        rows = [row for row in history if "grad_norm" in row]
-        # The first step builds what later ones reuse, the last one also evaluates.
-        first, last = rows[0], rows[-2]
-        steps = last["step"] - first["step"]
-        found[f"{kind}_step_s"] = (last["seconds"] - first["seconds"]) / steps
-        sys.stderr.write(f"{kind}: {found[f'{kind}_step_s']:.3f} s a step\n")
-        frames = re.findall(r"([\d.]+) s a frame", done.stderr)
-        if frames:
-            found[f"{kind}_frame_s"] = float(frames[-1])
+def timed(what: Callable[[], Any], times: int = 1) -> float:
+    """Return the processor seconds of one of several calls."""
+    begun_s = time.process_time()
+    for _ in range(times):
+        what()
+    return (time.process_time() - begun_s) / times
+
+
+def joint(kind: str, data: Path, out: Path) -> dict[str, float]:
+    """Return what a sample of a joint training costs, and what its feed costs a frame."""
+    latent = {**LATENT, **KINDS[kind]}
+    given = {**COMMON, "data": str(data), "out": str(out), "latent": latent}
+    config = validate(TrainingConfig, given)
+    found: dict[str, float] = {}
+    runs: list[JointRun] = []
+    open_s = timed(lambda: runs.append(JointRun(config, "stage2")))
+    run = runs[0]
+    if kind in ("prefix", "states"):
+        found = frames_s(run, kind)
+        open_s -= len(run.joint.feed.frames) * found[f"{kind}_frame_s"]
+    batch = config.stage2.batch
+    run.train_step()  # builds what later ones reuse
+    found[f"{kind}_sample_s"] = timed(run.train_step, STEPS) / batch
+    if kind == "prefix":
+        found["open_s"] = max(0.0, open_s) + timed(run.evaluate)
+        found["thread_gain"] = thread_gain(run)
     return found
 
 
-def threads() -> int:
-    """Return how many threads a training takes here."""
-    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+def frames_s(run: JointRun, kind: str) -> dict[str, float]:
+    """Return what the frozen language model costs a frame, with and without its image."""
+    encode = encode_prefix if kind == "prefix" else encode_read_outs
+    frames = run.joint.feed.frames[:FRAMES]
+    said = run.source.sentences.of_frames(frames, 1)
+    found = {}
+    with_image = run.learner.head.config
+    for name, config in (("", with_image), ("_text", replace(with_image, vision=False))):
+        run.learner.head.config = config
+        seconds = timed(lambda: encode(run.learner, run.source, 8, frames, said))
+        found[f"{kind}_frame{name}_s"] = seconds / len(frames)
+    run.learner.head.config = with_image
+    return found
+
+
+def thread_gain(run: JointRun) -> float:
+    """Return how much faster all cores take a step than one thread does, on the wall clock."""
+    ratios = []
+    for _ in range(3):
+        wall_s = []
+        for count in (1, os.cpu_count() or 1):
+            torch.set_num_threads(count)
+            begun_s = time.perf_counter()
+            run.train_step()
+            wall_s.append(time.perf_counter() - begun_s)
+        ratios.append(wall_s[0] / wall_s[1])
+    torch.set_num_threads(1)
+    return max(1.0, statistics.median(ratios))
+
+
+def policy(data: Path, out: Path) -> dict[str, float]:
+    """Return what a sample of the policy's own training costs."""
+    given = {"data": str(data), "out": str(out), "policy": {"batch": 16, "steps": 1000}}
+    config = validate(TrainingConfig, given)
+    trainer = Trainer(policy_settings(config))
+    trainer.train_step()
+    return {"policy_sample_s": timed(trainer.train_step, STEPS) / config.policy.batch}
+
+
+def training(kind: str, frames: Path) -> dict[str, float]:
+    """Return the processor seconds of a sample of a kind, and of a prepared frame."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        data = some_of(frames, root)
+        return policy(data, root / kind) if kind == "policy" else joint(kind, data, root / kind)
 
 
 def worker_gain() -> float:
@@ -141,26 +191,27 @@ def worker_gain() -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write."""
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--data", type=Path, required=True)
+    arguments.add_argument("--data", type=Path, default=TrainingConfig().data)
     arguments.add_argument("--sequences", type=int, default=4)
     arguments.add_argument("--steps", type=int, default=60)
-    arguments.add_argument("--skip-training", action="store_true")
+    arguments.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     arguments.add_argument("--out", type=Path, default=COSTS)
     options = arguments.parse_args(argv)
-    report: dict[str, Any] = {
+    before: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    report = before | {
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "load_before": os.getloadavg()[0],
-        "evaluation": evaluation(options.sequences, options.steps),
         "worker_gain": worker_gain(),
     }
-    if not options.skip_training:
-        with tempfile.TemporaryDirectory() as root:
+    for part in options.only:  # written part by part: it may be cut short
+        if part == "evaluation":
+            report[part] = evaluation(options.sequences, options.steps)
+        else:
             frames = TrainingConfig(data=options.data).frames_folder()
-            data = some_of(frames, Path(root))
-            report["training"] = training(data, Path(root)) | {"threads": threads()}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+            report["training"] = report.get("training", {}) | training(part, frames)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
     sys.stdout.write(json.dumps(report) + "\n")
     return 0
 

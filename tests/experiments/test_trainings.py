@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.experiments import costs
 from benchmarks.experiments.catalogue import catalogue
-from benchmarks.experiments.train_command import TrainCommand, changed, check_options, exported
+from benchmarks.experiments.train_command import (
+    TrainCommand,
+    changed,
+    check_options,
+    exported,
+    told_by_name,
+)
 from benchmarks.experiments.trainings import Trainings, in_order, trainings_of
 from runtime.config import ConfigError
 from runtime.errors import CommandFailed
+from system1.checkpoint import build_model, load_policy, save_policy
+from system1.config import small
 from tests.experiments.fakes import FakeTrainer
 
 VARIANTS = catalogue().variants
@@ -56,6 +66,13 @@ def test_the_variants_are_what_the_paper_says():
     )
     assert training("pseudo").options["policy.changes"] == {"head": "lstm"}
     assert training("lora").options["stage2.batch"] == 8
+
+
+def test_who_says_how_the_policy_is_trained_gets_it_trained():
+    assert training("prompt").parent.given is not None
+    own = training("prompt", {"policy.steps": 7}).parent
+    assert own.given is None and own.reads_data and own.options["policy.steps"] == 7
+    assert "policy.checkpoint" not in training("pseudo").options
 
 
 def test_parents_come_first_and_once():
@@ -116,7 +133,7 @@ def command(tmp_path):
 
 def test_openhelix_train_is_told_all_of_it(tmp_path, command):
     trainings = Trainings(tmp_path / "root" / "trainings", command)
-    wanted = training("prompt_aux")
+    wanted = training("prompt_aux", {"policy.steps": 7})
     found = trainings.ensure(wanted, lambda text: None)
     folder = trainings.place(wanted)
     words = json.loads((folder / "words.json").read_text())
@@ -144,7 +161,7 @@ def test_a_given_policy_is_not_trained(tmp_path, command):
 def test_a_training_that_fails_says_why_and_is_not_finished(tmp_path, command):
     trainings = Trainings(tmp_path / "trainings", command)
     for seed, message in ((13, "the loss was not finite"), (14, "not finished")):
-        wanted = training("policy_table", {"seed": seed})
+        wanted = training("policy_table", {"seed": seed, "policy.steps": 7})
         with pytest.raises(CommandFailed, match=message):
             trainings.ensure(wanted, lambda text: None)
         assert trainings.done(wanted) is None
@@ -160,18 +177,69 @@ def test_overrides_are_sorted_out():
 
 
 def test_what_is_measured_says_how_long_it_takes(monkeypatch):
-    measured = {f"{k}_step_s": 1.0 for k in ("policy", "prefix", "states", "live")}
-    measured |= {"prefix_frame_s": 0.5, "states_frame_s": 0.25}
+    measured = {f"{k}_sample_s": 1.0 for k in ("policy", "prefix", "states", "live")}
+    measured |= {f"prefix_frame{t}_s": 0.5 for t in ("", "_text")}
+    measured |= {f"states_frame{t}_s": 0.25 for t in ("", "_text")}
+    measured |= {"open_s": 2.0, "thread_gain": 1.0}
     monkeypatch.setattr(costs, "costs", lambda: {"training": measured})
-    policy, prompt = training("policy_table"), training("prompt")
-    assert costs.training_s(policy, 800) == policy.options["policy.steps"]
-    want = 500 + 2000 * 0.5 + 800 / 8 * 2 * 0.25 + 1500  # stage 1, prefixes, states, 2
-    assert costs.training_s(prompt, 800) == want
-    assert costs.training_s(training("lora"), 800) == 500 + 2000 * 0.5 + 400
-    assert costs.training_s(training("frozen"), 800) == 500 + 50 + 1500
-    assert costs.training_s(training("e2e_prompt"), 800) == 2000 * 0.5 + 1500
-    assert costs.training_s(training("prompt", {"device": "cuda"}), 800) is None
-    given = training("policy_table", {"policy.checkpoint": "x"})
-    assert costs.training_s(given, 800) == 0.0
+    few = {"policy.batch": 1, "stage1.batch": 2, "stage2.batch": 3, "stage1.steps": 10}
+    few |= {"stage2.steps": 20, "latent.frames": 100, "latent.stride": 4, "latent.phrasings": 2}
+
+    def seconds(name, **changes):
+        return costs.training_s(training(name, few | changes), 800)
+
+    alone = training("policy_table", {"policy.checkpoint": None, "policy.steps": 7, **few})
+    assert costs.training_s(alone, 800) == 7
+    prefixes, states = 100 * 0.5, 800 / 4 * 2 * 0.25
+    assert seconds("prompt") == 2 * 2 + 20 + prefixes + states + 60
+    assert seconds("prompt", **{"latent.feed": "prefix"}) == 2 * 2 + 20 + prefixes + 60
+    assert seconds("lora") == 2 * 2 + 20 + prefixes + 60
+    assert seconds("frozen") == 2 * 2 + states + 20 + 60
+    assert seconds("frozen", **{"latent.feed": "live"}) == 2 * 2 + (20 + 60) * 1.25
+    assert seconds("e2e_prompt", **{"stage1.steps": 0}) == 2 + prefixes + 60
+    assert seconds("prompt", device="cuda") is None
+    assert seconds("shipped") == 0.0
+    assert costs.training_s(training("policy_table", {"policy.checkpoint": "x"}), 800) == 0.0
     monkeypatch.setattr(costs, "costs", dict)
-    assert costs.training_s(policy, 800) is None
+    assert costs.training_s(alone, 800) is None
+
+
+def test_other_weights_at_the_same_place_are_another_training(tmp_path):
+    given = tmp_path / "policy"
+    given.mkdir()
+    (given / "model.safetensors").write_bytes(b"one")
+    changes = {"policy.checkpoint": str(given)}
+    before, policy = training("prompt", changes), training("policy_table", changes)
+    moved = tmp_path / "elsewhere"
+    given.rename(moved)
+    elsewhere = training("prompt", {"policy.checkpoint": str(moved)})
+    assert elsewhere.key == before.key and elsewhere.parent.given == moved
+    (moved / "model.safetensors").write_bytes(b"two")
+    assert training("prompt", {"policy.checkpoint": str(moved)}).key != before.key
+    assert training("policy_table", {"policy.checkpoint": str(moved)}).key != policy.key
+
+
+def test_the_shipped_pair_needs_no_data_and_no_training(tmp_path, command):
+    wanted = training("shipped")
+    assert wanted == training("shipped", {"stage2.steps": 3}, data="other")
+    assert not wanted.reads_data and training("prompt").reads_data
+    found = Trainings(tmp_path / "trainings", command).ensure(wanted, lambda text: None)
+    assert found["overrides"] == []  # it is what a run takes anyhow
+
+
+def test_a_policy_that_takes_latents_can_be_told_its_task_by_name(tmp_path):
+    taught = small_policy(use_latent=True)
+    save_policy(tmp_path / "given", taught.config, taught.state_dict(), taught.normalizer)
+    told_by_name(tmp_path / "given", tmp_path / "alone")
+    alone = load_policy(tmp_path / "alone")
+    assert alone.config == replace(taught.config, use_latent=False)
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(tensor, taught.state_dict()[name])
+    # One that takes none is left where it is.
+    told_by_name(tmp_path / "alone", tmp_path / "other")
+    told_by_name(tmp_path / "nowhere", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def small_policy(**changes):
+    return build_model(replace(small(), **changes))
