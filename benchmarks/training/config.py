@@ -137,6 +137,7 @@ class JointStage(_Section):
             language model's own weights (regimes "lora" and "full").
         start: "table": the projector starts by saying what the policy's task table says,
             by least squares; "random": it starts untrained. Read where no stage came before.
+        align_steps: with "table": so many steps on the table alone come first; see `align.py`.
     """
 
     steps: Whole
@@ -153,6 +154,7 @@ class JointStage(_Section):
     eval_every: Count = 250
     save_every: Count = 100
     start: Literal["table", "random"] = "table"
+    align_steps: Whole = 400
 
 
 class Stage1(JointStage):
