@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.dsvlabench.evaluation import ROOT, Console
-from benchmarks.experiments import tables
+from benchmarks.experiments import overview, tables
 from benchmarks.experiments.budget import todo, told
 from benchmarks.experiments.catalogue import Catalogue, catalogue
 from benchmarks.experiments.other_kinds import Probes, design_outcome
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         _run(session, folder, console, options.no_training)
     outcomes = write_all(session, folder)
     if options.json:
-        found = {"findings": tables.findings(outcomes), "experiments": outcomes}
+        found = {"findings": overview.findings(outcomes), "experiments": outcomes}
         sys.stdout.write(json.dumps(found, default=str) + "\n")
     else:
         sys.stdout.write("\n".join(f"{o['name']}: {o['state']}" for o in outcomes) + "\n")
@@ -184,7 +184,7 @@ def write_all(session: Session, folder: Path) -> list[dict[str, Any]]:
         drawn = Probes(session, experiment).pictures() if experiment.kind == "probe" else None
         tables.write(outcome, folder, drawn)
     names = list(session.request.catalogue.experiments)
-    tables.write_overview(folder, names)
+    overview.write_overview(folder, names)
     return outcomes
 
 

@@ -67,6 +67,13 @@ class Request:
         """How much is trained and measured."""
         return self.catalogue.scale(self.scale_name)
 
+    def command(self, name: str) -> str:
+        """Return what to call to have an experiment's figures again."""
+        seed = [f"--seed {self.seed}"] if self.seed else []
+        train = [f"train.{key}={value}" for key, value in self.train.items()]
+        scale = f"--scale {self.scale_name}"
+        return " ".join(["openhelix experiment", name, scale, *seed, *train, *self.run])
+
     @property
     def experiments(self) -> list[Experiment]:
         """What is asked for."""
@@ -225,6 +232,7 @@ class Session:
             "state": state,
             "scale": {"name": self.request.scale_name, **self.request.scale.model_dump()},
             "seed": self.request.seed,
+            "command": self.request.command(experiment.name),
             "rows": rows,
             "contrasts": [self._contrast(experiment, c) for c in experiment.contrasts],
             "notes": [*experiment.notes, *self.request.scale.notes],

@@ -14,8 +14,7 @@ from typing import Any
 from benchmarks.dsvlabench.plots import beside, lines
 from benchmarks.dsvlabench.report import interval, markdown_table, percent
 from benchmarks.dsvlabench.results import replace_file
-from benchmarks.experiments.catalogue import FINDINGS
-from benchmarks.experiments.judge import HOLDS, MISSING, NOT, finding_verdict
+from benchmarks.experiments.judge import MISSING
 
 Outcome = Mapping[str, Any]
 DISAGREES = "†"
@@ -62,7 +61,7 @@ def headline(outcome: Outcome) -> str:
     """Return in one paragraph what state an experiment is in."""
     scale = outcome["scale"]
     text = f"State: **{outcome['state']}**. Scale: {scale['name']} ({scale['says']})"
-    text += f", seed {outcome['seed']}."
+    text += f", seed {outcome['seed']}. Again: `{outcome['command']}`."
     if not scale["official"]:
         text += " A test of the plumbing: its figures mean nothing."
     return text
@@ -175,7 +174,8 @@ def contrast_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
 
 def used_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
     """Return the conditions of each measured row."""
-    header = ["row", "variant", "steps a task", "System 2 every", "clock", "trained", "evaluation"]
+    header = ["row", "variant", "steps a task", "System 2 every", "clock", "trained"]
+    header += ["weights", "evaluation"]
     rows = []
     for row in outcome["rows"]:
         if row["variant"] is None or row["score"] is None:
@@ -194,10 +194,17 @@ def used_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
                 every,
                 score["clock"],
                 trained,
-                f"{score['wall_s'] / 60:.0f} min, {score['n_errors']} broke off",
+                weights(score),
+                f"{score['cpu_s'] / 60:.1f} min of one core, {score['n_errors']} broke off",
             ]
         )
     return header, rows
+
+
+def weights(score: Outcome) -> str:
+    """Return by which hashes the weights of a score are known: the policy's, and the latents'."""
+    latents = score["latents"]
+    return f"`{score['policy_sha256']}`" + (f", latents `{latents}`" if latents else "")
 
 
 def picture(outcome: Outcome) -> bytes | None:
@@ -281,47 +288,3 @@ def _measured(outcome: Outcome | None) -> int:
     scores = [row["score"] for row in outcome["rows"] if row["score"] is not None]
     trials = sum(s.get("n_sequences") or s.get("n_episodes") or 0 for s in scores)
     return trials + sum(p["n_starts"] for p in outcome.get("probes", {}).values())
-
-
-def write_overview(folder: Path, names: Sequence[str]) -> None:
-    """Write the overview of all experiments that a folder holds."""
-    outcomes = [found for name in names if (found := read(folder, name)) is not None]
-    if not outcomes:
-        return
-    replace_file(folder / "README.md", summary(outcomes).encode())
-    text = json.dumps(findings(outcomes), indent=1)
-    replace_file(folder / "findings.json", text.encode() + b"\n")
-
-
-def findings(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Return the five findings with what the experiments say of each."""
-    found = []
-    for number, text in FINDINGS.items():
-        rows = [
-            {"experiment": o["name"], "says": c["says"], "verdict": c["verdict"]}
-            for o in outcomes
-            for c in o["contrasts"]
-            if c["finding"] == number
-        ]
-        verdict = finding_verdict([r["verdict"] for r in rows])
-        found.append({"finding": number, "text": text, "verdict": verdict, "claims": rows})
-    return found
-
-
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """Return the overview of all experiments as Markdown."""
-    states = [[f"[{label(o['name'])}]({o['name']}.md)", o["title"], o["state"]] for o in outcomes]
-    rows = []
-    for f in findings(outcomes):
-        counts = [sum(c["verdict"] == v for c in f["claims"]) for v in (HOLDS, NOT)]
-        rows.append([f"{f['finding']}. {f['text']}", f["verdict"], *map(str, counts)])
-    return "\n".join(
-        [
-            "# The paper's experiments, here\n",
-            headline({**outcomes[0], "state": "see below"}) + "\n",
-            "## The five findings\n",
-            markdown_table((["finding", "verdict", "claims that hold", "contradicted"], rows)),
-            "## Tables and figures\n",
-            markdown_table((["", "about", "state"], states)),
-        ]
-    )
