@@ -71,13 +71,19 @@ def lines(
     title: str,
     ticks: Sequence[float] = (),
 ) -> bytes:
-    """Return lines of (x, y, low, high) on a logarithmic x axis, one for each name."""
-    figure, axes = _figure(5.6, 3.4)
+    """Return lines of (x, y, low, high) on a logarithmic x axis, one for each name.
+
+    Several lines stand a little beside each other, so that all intervals can be seen.
+    """
+    figure, axes = _figure(6.2, 3.8)
     for number, (name, points) in enumerate(series.items()):
         data = np.array(points, np.float64)
         colour = COLOURS[number % len(COLOURS)]
-        axes.plot(data[:, 0], data[:, 1], "o-", color=colour, label=name, lw=1.6, ms=4)
-        axes.fill_between(data[:, 0], data[:, 2], data[:, 3], color=colour, alpha=0.13, lw=0)
+        x = data[:, 0] * 1.04 ** (number - (len(series) - 1) / 2)
+        errors = np.clip(np.stack((data[:, 1] - data[:, 2], data[:, 3] - data[:, 1])), 0, None)
+        style: dict[str, Any] = {"fmt": "o-", "lw": 1.6, "ms": 4, "elinewidth": 1.2, "capsize": 2}
+        axes.errorbar(x, data[:, 1], yerr=errors, color=colour, label=name, **style)
+    axes.set_ylim(bottom=0)
     axes.set_xscale("log")
     axes.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
@@ -85,7 +91,7 @@ def lines(
     axes.set_ylabel(y_label, fontsize=8)
     axes.set_title(title, fontsize=9, color=INK, loc="left")
     axes.grid(color=PALE, lw=0.5)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=len(series))
     return png(figure)
 
 
@@ -97,7 +103,7 @@ def beside(
     title: str,
 ) -> bytes:
     """Return horizontal bars of (value, low, high) with published values as marks beside them."""
-    figure, axes = _figure(7.0, 1.1 + 0.42 * len(names))
+    figure, axes = _figure(8.6, 1.3 + 0.4 * len(names))
     y = np.arange(len(names))[::-1]
     data = np.array(ours, np.float64)
     errors = np.clip(np.stack((data[:, 0] - data[:, 1], data[:, 2] - data[:, 0])), 0, None)
@@ -110,5 +116,5 @@ def beside(
     axes.set_xlim(left=0)
     axes.set_xlabel(y_label, fontsize=8)
     axes.set_title(title, fontsize=9, color=INK, loc="left")
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=2)
     return png(figure)
