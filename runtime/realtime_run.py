@@ -57,7 +57,7 @@ def run_realtime(
             if interrupted.is_set():
                 raise KeyboardInterrupt
             system2 = graph.health("system2")
-            graph.ask("control", "start", latent_spec=system2["latent_spec"])
+            graph.ask("control", "start", timeout_s=30.0, latent_spec=system2["latent_spec"])
             ready_s = time.monotonic() - started_s
             report = _watch(graph, config, display, interrupted)
             if graph.has("observer"):

@@ -26,6 +26,8 @@ SMALL = (
     "output.metrics_port=0",
     "output.video=false",
     "output.status=false",
+    # A busy machine starves a simulated camera or world for longer than real ones may be silent.
+    *("safety.camera_max_age_s=20", "safety.proprioception_max_age_s=5"),
 )
 FAR = Assignment("", "reach 0.3 0.1 0.7")  # out of reach within the steps of a test
 
@@ -39,9 +41,9 @@ class Session:
 
     def begin(self) -> None:
         """Wait until all is ready and give the word."""
-        self.graph.wait_ready(90.0, lambda _: None, threading.Event())
+        self.graph.wait_ready(200.0, lambda _: None, threading.Event())
         spec = self.graph.health("system2")["latent_spec"]
-        self.graph.ask("control", "start", latent_spec=spec)
+        self.graph.ask("control", "start", timeout_s=60.0, latent_spec=spec)
 
     def until(
         self, what: str, test: Callable[[dict[str, Any]], bool], timeout_s: float = 30.0
@@ -59,7 +61,7 @@ class Session:
     def finished(self, timeout_s: float = 30.0) -> dict[str, Any]:
         """Wait for the end; return the report."""
         self.until("the end", lambda h: h["finished"], timeout_s)
-        return self.graph.ask("control", "report")
+        return self.graph.ask("control", "report", timeout_s=60.0)
 
     def pid(self, node: str) -> int:
         return int(self.graph.health(node)["pid"])

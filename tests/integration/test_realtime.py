@@ -53,8 +53,10 @@ def test_killing_system2_is_survived_and_work_resumes(tmp_path: Path) -> None:
         # The loop goes on with its last latent meanwhile, and its age says so.
         run.until("an old latent", lambda h: (h["latent_age_s"] or 0) > 0.8)
         assert run.graph.health("control")["loop_state"] == "run"
-        health = run.until("a fresh latent", lambda h: (h["latent_age_s"] or 9) < 0.5)
-        assert health["loop_state"] == "run"
+        run.until(
+            "work with a fresh latent",
+            lambda h: (h["latent_age_s"] or 9) < 0.5 and h["loop_state"] == "run",
+        )
         assert run.pid("system2") != old
 
 
@@ -71,7 +73,7 @@ def test_silence_of_system2_beyond_its_grace_stops_until_it_returns(tmp_path: Pa
 
 
 def test_a_frozen_camera_stops_the_robot_for_good(tmp_path: Path) -> None:
-    with session(tmp_path, "tasks.steps_limit=100000", "safety.camera_max_age_s=0.7") as run:
+    with session(tmp_path, "tasks.steps_limit=100000", "safety.camera_max_age_s=3") as run:
         run.begin()
         run.until("work", lambda h: h["steps"] > 10)
         run.signal("camera", signal.SIGSTOP)
@@ -113,7 +115,12 @@ def test_the_world_goes_on_when_nobody_commands_it(tmp_path: Path) -> None:
     with session(tmp_path, "tasks.steps_limit=20") as run:
         run.begin()
         run.finished()
-        before = run.graph.health("world")["starved_steps"]
-        time.sleep(1.0)
-        after = run.graph.health("world")["starved_steps"]
-    assert 20 <= after - before <= 40  # about 30 a second, on its own clock
+        before, since_s = run.graph.health("world")["starved_steps"], time.monotonic()
+
+        def gone_on() -> int:
+            return int(run.graph.health("world")["starved_steps"]) - before
+
+        run.until("steps that nobody commanded", lambda _: gone_on() >= 90)
+        steps, took_s = gone_on(), time.monotonic() - since_s
+    # 30 a second, on its own clock, and up to a second that a busy machine had kept from it.
+    assert steps <= 30 * took_s + 30
