@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,7 +117,8 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
-        raise ConfigError(f"{text!r}: wants whole numbers, for example 1,10,60") from None
+        wanted = f"{text!r} is not whole numbers, for example 1,10,60"
+        raise ArgumentTypeError(wanted) from None
 
 
 def make_plans(options: Namespace, overrides: Sequence[str]) -> list[Plan]:

@@ -1,13 +1,14 @@
 """Evaluation's figures: sequences an hour, what rendering costs, and what workers bring.
 
-The same CALVIN sequences are run by one worker with frames drawn on demand (as `openhelix eval`
-does), drawn at every step, and not drawn at all (one picture for all steps: the price of the
-rest), round by round; then by one and by two Ray workers, loading left out. Sequences an hour
-of the three ways are at the environment steps that a sequence takes with frames on demand, since
-a policy that sees one picture for ever does something else.
+The same CALVIN sequences are run by one and by two Ray workers, loading left out; then, with few
+steps a task, by one process with frames drawn on demand (as `openhelix eval` does), drawn at
+every step, and not drawn at all (one picture for all steps: the price of the rest), round by
+round. Sequences an hour of the three ways are at the environment steps that a sequence takes
+with Ray's workers and all steps, since a policy that sees one picture for ever does something
+else.
 
-    python -m benchmarks.perf.bench_eval [--sequences 8] [--steps 360] [--rounds 2] [--out FILE]
-        [section.field=value ...]
+    python -m benchmarks.perf.bench_eval [--sequences 8] [--steps 360] [--few-steps 60]
+        [--rounds 2] [--out FILE] [section.field=value ...]
 """
 
 from __future__ import annotations
@@ -71,12 +72,25 @@ class OnePicture(Runner):
         return robot
 
 
-def one_worker(config: RunConfig, episodes: Sequence[Episode], how: Conditions, rounds: int) -> Any:
-    """Time the three ways of drawing, one after the other in every round."""
+def one_worker(
+    config: RunConfig,
+    episodes: Sequence[Episode],
+    how: Conditions,
+    rounds: int,
+    each: float,
+) -> Any:
+    """Time the three ways of drawing, one after the other in every round.
+
+    Args:
+        config: of the run.
+        episodes: the sequences.
+        how: they are run.
+        rounds: how often.
+        each: environment steps of a sequence, for sequences an hour.
+    """
     kinds = {"on_demand": Runner, "every_step": EveryStep, "one_picture": OnePicture}
     runners = {name: kind(config) for name, kind in kinds.items()}
     step_s: dict[str, list[float]] = {name: [] for name in kinds}
-    steps = 0
     for runner in runners.values():
         runner.run(episodes[0], Conditions(8, how.interval))
     for _ in range(rounds):
@@ -86,12 +100,9 @@ def one_worker(config: RunConfig, episodes: Sequence[Episode], how: Conditions, 
             wall_s = time.perf_counter() - started_s
             done = sum(r["env_steps"] + r["hold_steps"] for e in results for r in e["tasks"])
             step_s[name].append(wall_s / done)
-            if name == "on_demand":
-                steps = done
     for runner in runners.values():
         runner.close()
-    each = steps / len(episodes)
-    found: dict[str, Any] = {"env_steps_per_sequence": each}
+    found: dict[str, Any] = {"env_steps_per_sequence": each, "steps_limit": how.steps_limit}
     for name, values in step_s.items():
         best, middle = min(values), statistics.median(values)
         found[name] = {
@@ -119,9 +130,13 @@ def workers(config: RunConfig, episodes: Sequence[Episode], how: Conditions, rou
             same.append(_untimed(outcomes))
     pools[1].close()
     pools[2].close()
+    rows = [row for result in same[0] for row in result["tasks"]]
+    steps = sum(row["env_steps"] + row["hold_steps"] for row in rows)
     ratio = statistics.median([a / b for a, b in zip(wall_s[1], wall_s[2], strict=True)])
     rates = {n: 3600 * len(episodes) / statistics.median(values) for n, values in wall_s.items()}
     return {
+        "env_steps_per_sequence": steps / len(episodes),
+        "tasks_attempted_per_sequence": len(rows) / len(episodes),
         "sequences_per_hour": {str(n): rate for n, rate in rates.items()},
         "speedup_2_workers": ratio,
         "minutes_for_100_sequences_2_workers": 6000 / rates[2],
@@ -139,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench_eval", description=__doc__)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--steps", type=int, default=360)
+    parser.add_argument("--few-steps", type=int, default=60)
     parser.add_argument("--interval", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
@@ -146,7 +162,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = Namespace(world="playtable", scene="D", clock="lockstep")
     config = load_config(None, overrides, place)
     episodes = Suite("calvin", count=options.sequences).episodes()
-    how = Conditions(options.steps, options.interval)
+    begun_s, load = time.monotonic(), os.getloadavg()[0]
+    pair = workers(config, episodes, Conditions(options.steps, options.interval), options.rounds)
+    few = Conditions(options.few_steps, options.interval)
+    one = one_worker(config, episodes, few, options.rounds, pair["env_steps_per_sequence"])
     report = {
         "what": "CALVIN sequences in PlayTable, lockstep clock",
         "sequences": options.sequences,
@@ -155,10 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "policy": config.system1.policy.model_dump(mode="json"),
         "system2": config.system2.engine.model_dump(mode="json"),
         "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
+        "load_before": load,
         "machine": platform.machine(),
-        "one_process": one_worker(config, episodes, how, options.rounds),
-        "ray_workers": workers(config, episodes, how, options.rounds),
+        "one_process": one,
+        "ray_workers": pair,
+        "took_s": round(time.monotonic() - begun_s, 1),
     }
     text = json.dumps(report, indent=1) + "\n"
     options.out.parent.mkdir(parents=True, exist_ok=True)
