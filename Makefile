@@ -98,13 +98,15 @@ data: setup ## Demonstrations and frames for training, in the cache (resumable):
 train: setup ## Both systems, from the data to checkpoints (resumable; docs/training.md): SCENES=ABC ARGS=
 	$(VENV)/bin/openhelix train all data=demonstrations_$(SCENES) $(ARGS)
 
-sweep: setup ## Success against the age of the latent, lockstep then wall clock, in outputs/ (resumable): ARGS=
-	$(VENV)/bin/openhelix sweep --workers 2 --sequences 20 --episodes-per-task 2 $(ARGS)
+sweep: setup ## Success against the age of the latent, lockstep then wall clock (resumable): STEPS= ARGS=
+	$(VENV)/bin/openhelix sweep --workers 2 --sequences 20 --episodes-per-task 1 --steps $(STEPS) \
+	  --results benchmarks/results/sweep $(ARGS)
 	$(VENV)/bin/openhelix sweep --clock realtime --out outputs/sweep-wall --sequences 4 \
 	  --episodes-per-task 1 --tasks lift_red_block_table,lift_blue_block_table,lift_pink_block_table \
-	  --patterns static,circular --steps 60 $(ARGS)
+	  --patterns static,circular --steps $(STEPS) \
+	  --results benchmarks/results/sweep-wall $(ARGS)
 
-paper: setup ## Every table and figure of the paper, here (resumable; a night): SCALE=laptop|gpu|full ARGS=
+paper: setup ## Every table and figure of the paper, here (resumable; a night): SCALE=quick|laptop|gpu|full ARGS=
 	$(VENV)/bin/openhelix experiment all --scale $(SCALE) --workers 2 $(ARGS)
 
 bench-eval: setup ## Evaluation figures as JSON.

@@ -88,7 +88,7 @@ def _arguments() -> Parser:
     add = result.add_argument
     add("names", nargs="*", metavar="NAME", help="table1 ... table9, figure4, figure5, all")
     add("--list", action="store_true", help="say what there is")
-    add("--scale", default="laptop", metavar="smoke|laptop|gpu|full")
+    add("--scale", default="laptop", metavar="smoke|quick|laptop|gpu|full")
     add("--data", type=Path, metavar="DIR", help="a collection (train's default)")
     add("--root", type=Path, metavar="DIR", help="trainings and evaluations (in the cache)")
     add("--out", type=Path, metavar="DIR", help="results (benchmarks/results)")
