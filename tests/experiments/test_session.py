@@ -41,7 +41,9 @@ def test_a_table_is_trained_measured_and_written(table4):
     (found,) = outcome["contrasts"]
     assert found["n_pairs"] == 1 and found["verdict"] == "undecided"
     assert found["paper_difference"] == pytest.approx(0.68)
+    assert outcome["command"] == "openhelix experiment table4 --scale smoke"
     text = (table4 / "out" / "table4.md").read_text()
+    assert outcome["rows"][0]["score"]["policy_sha256"] in text
     for stated in ("# Table 4", "96 83 68 58 48", "lockstep", "smoke", "mean nothing", "undecided"):
         assert stated in text
     assert (table4 / "out" / "table4.png").read_bytes().startswith(b"\x89PNG")
