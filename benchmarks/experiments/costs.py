@@ -78,7 +78,6 @@ class Work:
 
     def __init__(self, options: Mapping[str, Any], found: Mapping[str, float]) -> None:
         self._options, self._found, self._default = options, found, TrainingConfig()
-        self._text = "" if self.of("latent.vision") else "_text"
 
     def of(self, key: str) -> Any:
         """Return an option, or what it is where nothing is said."""
@@ -93,7 +92,7 @@ class Work:
     def sample_s(self, kind: str) -> float:
         """Return what a sample of a kind costs; "again" makes a frozen model's state each time."""
         if kind == "again":
-            return self._found["states_sample_s"] + self._found[f"states_frame{self._text}_s"]
+            return self._found["states_sample_s"] + self._found["states_frame_s"]
         return self._found[f"{kind}_sample_s"]
 
     def kinds(self) -> dict[str, str]:
@@ -115,10 +114,10 @@ class Work:
         seconds = self._found["open_s"] * len(kinds)
         if "prefix" in kinds.values():  # too much where another variant has made them
             frames = float(self.of("latent.frames"))
-            seconds += frames * self._found[f"prefix_frame{self._text}_s"]
+            seconds += frames * self._found["prefix_frame_s"]
         if "states" in kinds.values():
             # Every episode has one, whatever the stride.
             frames = n_frames / min(float(self.of("latent.stride")), FRAMES_AN_EPISODE)
-            each = float(self.of("latent.phrasings")) * self._found[f"states_frame{self._text}_s"]
+            each = float(self.of("latent.phrasings")) * self._found["states_frame_s"]
             seconds += frames * each
         return seconds + sum(self.samples_s(stage, kind) for stage, kind in kinds.items())

@@ -21,7 +21,6 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ def joint(kind: str, data: Path, out: Path) -> dict[str, float]:
     open_s = timed(lambda: runs.append(JointRun(config, "stage2")))
     run = runs[0]
     if kind in ("prefix", "states"):
-        found = frames_s(run, kind)
+        found[f"{kind}_frame_s"] = frame_s(run, kind)
         open_s -= len(run.joint.feed.frames) * found[f"{kind}_frame_s"]
     batch = config.stage2.batch
     run.train_step()  # builds what later ones reuse
@@ -132,19 +131,12 @@ def joint(kind: str, data: Path, out: Path) -> dict[str, float]:
     return found
 
 
-def frames_s(run: JointRun, kind: str) -> dict[str, float]:
-    """Return what the frozen language model costs a frame, with and without its image."""
+def frame_s(run: JointRun, kind: str) -> float:
+    """Return what the frozen language model costs a frame."""
     encode = encode_prefix if kind == "prefix" else encode_read_outs
     frames = run.joint.feed.frames[:FRAMES]
     said = run.source.sentences.of_frames(frames, 1)
-    found = {}
-    with_image = run.learner.head.config
-    for name, config in (("", with_image), ("_text", replace(with_image, vision=False))):
-        run.learner.head.config = config
-        seconds = timed(lambda: encode(run.learner, run.source, 8, frames, said))
-        found[f"{kind}_frame{name}_s"] = seconds / len(frames)
-    run.learner.head.config = with_image
-    return found
+    return timed(lambda: encode(run.learner, run.source, 8, frames, said)) / len(frames)
 
 
 def thread_gain(run: JointRun) -> float:
