@@ -1,14 +1,14 @@
 """Evaluation's figures: sequences an hour, what rendering costs, and what workers bring.
 
-The same CALVIN sequences are run by one and by two Ray workers, loading left out; then, with few
-steps a task, by one process with frames drawn on demand (as `openhelix eval` does), drawn at
-every step, and not drawn at all (one picture for all steps: the price of the rest), round by
-round. Sequences an hour of the three ways are at the environment steps that a sequence takes
-with Ray's workers and all steps, since a policy that sees one picture for ever does something
-else.
+Many CALVIN sequences with few steps a task are run by one and by two Ray workers, round by round,
+then a few with all steps by two; loading is left out. Then, with few steps a task, one process
+runs sequences with frames drawn on demand (as `openhelix eval` does), drawn at every step, and not
+drawn at all (one picture for all steps: the price of the rest). Sequences an hour of the three
+ways are at the environment steps that a sequence takes with all steps, since a policy that sees
+one picture for ever does something else.
 
-    python -m benchmarks.perf.bench_eval [--sequences 8] [--steps 360] [--few-steps 60]
-        [--rounds 2] [--out FILE] [section.field=value ...]
+    python -m benchmarks.perf.bench_eval [--sequences 8] [--steps 360] [--many 24]
+        [--few-steps 60] [--rounds 2] [--out FILE] [section.field=value ...]
 """
 
 from __future__ import annotations
@@ -115,33 +115,61 @@ def one_worker(
     return found
 
 
-def workers(config: RunConfig, episodes: Sequence[Episode], how: Conditions, rounds: int) -> Any:
-    """Time one and two Ray workers on the same sequences."""
+def workers(
+    config: RunConfig,
+    many: Sequence[Episode],
+    few: Conditions,
+    episodes: Sequence[Episode],
+    how: Conditions,
+    rounds: int,
+) -> Any:
+    """Time one and two Ray workers on many short sequences, then two on whole ones.
+
+    Scaling is of many short sequences, in which it hardly counts that one worker is without work
+    while the other finishes the last one; of whole ones, there would have to be a hundred.
+
+    Args:
+        config: of the run.
+        many, few: sequences, and how they are run to see what a second worker brings.
+        episodes, how: those that say how long a hundred take.
+        rounds: how often one and two workers run `many`.
+    """
     pools = {n: RayPool(config, n) for n in (1, 2)}
     wall_s: dict[int, list[float]] = {n: [] for n in pools}
     pools[2].start()  # it makes the Ray that both use, with a core for each
     pools[1].start()
     same: list[list[dict[str, Any]]] = []
+    for pool in pools.values():
+        timed(pool, many[: 2 * pool.workers], Conditions(8, few.interval))
     for _ in range(rounds):
         for n, pool in pools.items():
-            started_s = time.perf_counter()
-            outcomes = [o for _, o in pool.run([Job(e, how) for e in episodes])]
-            wall_s[n].append(time.perf_counter() - started_s)
-            same.append(_untimed(outcomes))
+            seconds, results = timed(pool, many, few)
+            wall_s[n].append(seconds)
+            same.append(results)
+    whole_s, whole = timed(pools[2], episodes, how)
     pools[1].close()
     pools[2].close()
-    rows = [row for result in same[0] for row in result["tasks"]]
+    rows = [row for result in whole for row in result["tasks"]]
     steps = sum(row["env_steps"] + row["hold_steps"] for row in rows)
     ratio = statistics.median([a / b for a, b in zip(wall_s[1], wall_s[2], strict=True)])
-    rates = {n: 3600 * len(episodes) / statistics.median(values) for n, values in wall_s.items()}
     return {
         "env_steps_per_sequence": steps / len(episodes),
         "tasks_attempted_per_sequence": len(rows) / len(episodes),
-        "sequences_per_hour": {str(n): rate for n, rate in rates.items()},
+        "wall_s_short_sequences": {str(n): values for n, values in wall_s.items()},
         "speedup_2_workers": ratio,
-        "minutes_for_100_sequences_2_workers": 6000 / rates[2],
+        "sequences_per_hour_2_workers": 3600 * len(episodes) / whole_s,
+        "minutes_for_100_sequences_2_workers": 100 * whole_s / len(episodes) / 60,
         "results_identical": all(results == same[0] for results in same),
     }
+
+
+def timed(
+    pool: RayPool, episodes: Sequence[Episode], how: Conditions
+) -> tuple[float, list[dict[str, Any]]]:
+    """Return the seconds of some episodes and their results without times."""
+    started_s = time.perf_counter()
+    outcomes = [o for _, o in pool.run([Job(e, how) for e in episodes])]
+    return time.perf_counter() - started_s, _untimed(outcomes)
 
 
 def _untimed(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -153,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write JSON."""
     parser = argparse.ArgumentParser(prog="bench_eval", description=__doc__)
     parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--many", type=int, default=24)
     parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--few-steps", type=int, default=60)
     parser.add_argument("--interval", type=int, default=30)
@@ -163,8 +192,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(None, overrides, place)
     episodes = Suite("calvin", count=options.sequences).episodes()
     begun_s, load = time.monotonic(), os.getloadavg()[0]
-    pair = workers(config, episodes, Conditions(options.steps, options.interval), options.rounds)
     few = Conditions(options.few_steps, options.interval)
+    how = Conditions(options.steps, options.interval)
+    many = Suite("calvin", count=options.many).episodes()
+    pair = workers(config, many, few, episodes, how, options.rounds)
     one = one_worker(config, episodes, few, options.rounds, pair["env_steps_per_sequence"])
     report = {
         "what": "CALVIN sequences in PlayTable, lockstep clock",
