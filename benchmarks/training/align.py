@@ -9,6 +9,8 @@ answer a sample where a trajectory has many.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, layer_norm
@@ -17,7 +19,10 @@ from benchmarks.training.joint import Joint
 from system1.model import VisuomotorPolicy
 from system1.train_state import cosine_rate
 
+log = logging.getLogger(__name__)
+
 WARMUP = 10
+LOG_EVERY = 50
 
 
 def align(joint: Joint, steps: int) -> list[float]:
@@ -48,6 +53,8 @@ def align(joint: Joint, steps: int) -> list[float]:
             group["lr"] = group["top"] * cosine_rate(number, WARMUP, steps)
         optimizer.step()
         losses.append(float(loss.detach()))
+        if len(losses) % LOG_EVERY == 0:
+            log.info("aligning: step %d of %d, loss %.3f", len(losses), steps, losses[-1])
     return losses
 
 
