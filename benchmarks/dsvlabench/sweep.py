@@ -22,16 +22,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dsvlabench import plots
 from benchmarks.dsvlabench.eval import arguments, load_config, make_suite
 from benchmarks.dsvlabench.evaluation import Console, Plan, evaluate
 from benchmarks.dsvlabench.metrics import EvalMetrics, served
 from benchmarks.dsvlabench.pool import Pool, open_pool
-from benchmarks.dsvlabench.report import html_table, image, interval, markdown_table, page
-from benchmarks.dsvlabench.results import read_results, replace_file
+from benchmarks.dsvlabench.results import read_results
 from benchmarks.dsvlabench.runner import Conditions
 from benchmarks.dsvlabench.stats import Paired, mcnemar, paired_bootstrap
 from benchmarks.dsvlabench.suites import CHAINS, SUITES
+from benchmarks.dsvlabench.sweep_report import (
+    Cell,
+    command_again,
+    to_keep,
+    to_markdown,
+    write,
+)
 from runtime.commands.arguments import Parser, parse
 from runtime.config import ConfigError, RunConfig
 
@@ -42,7 +47,6 @@ FOLDER = Path("outputs") / "sweep"
 CLOCKS = ("lockstep", "realtime", "both")
 DRIFT_COUNT = 1  # of the count, the part on which drift is measured
 SHARED = ("world", "scene", "seed", "steps_limit", "policy", "system2")  # by all cells
-Cell = dict[str, Any]
 PoolFor = Callable[[RunConfig], Pool]
 
 
@@ -72,6 +76,7 @@ def main(argv: Sequence[str]) -> int:
         with served(plans[0].config, console.say) as metrics:
             drift = options.drift_sequences
             report = sweep(plans, pools, folder, drift, console, metrics)
+            report["command"] = command_again(argv)
     finally:
         pools.close()
     write(report, folder)
@@ -254,127 +259,3 @@ def _compare(cells: Sequence[Cell]) -> None:
         "p": test.p,
         "test": test.test,
     }
-
-
-def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    """Return the cells of one suite as a table."""
-    chain = "avg_len" in cells[0]
-    header = [
-        "interval",
-        "latency",
-        "average length" if chain else "success %",
-        "95 % interval",
-        "against the first: difference",
-        "p",
-        "latent age, steps",
-        "drift: cosine",
-        "latents a task",
-        "System 2, s a task",
-        "of processor time",
-    ]
-    scale, digits = (1.0, 2) if chain else (100.0, 1)
-    rows = []
-    for c in cells:
-        drift = c["drift"] or {}
-        cosine, age = drift.get("cosine_mean"), c["latent_age_steps"]["mean"]
-        rows.append(
-            [
-                str(c["interval"]),
-                "its own" if c["latency"] is None else str(c["latency"]),
-                f"{scale * _score(c):.{digits}f}",
-                interval(c["ci95"], scale, digits),
-                f"{scale * c['against']['difference']:+.{digits}f}",
-                f"{c['against']['p']:.3g}",
-                "" if age is None else f"{age:.1f}",
-                "" if cosine is None else f"{cosine:.3f}",
-                f"{c['latents_per_task'] or 0:.1f}",
-                f"{c['s2_s_per_task']:.2f}",
-                "" if c.get("s2_cpu_s_per_task") is None else f"{c['s2_cpu_s_per_task']:.2f}",
-            ]
-        )
-    return header, rows
-
-
-def _score(c: Cell) -> float:
-    return float(c["avg_len"] if "avg_len" in c else c["success_rate"])
-
-
-def suites_of(report: Mapping[str, Any]) -> dict[str, list[Cell]]:
-    """Return the cells by suite and clock."""
-    found: dict[str, list[Cell]] = {}
-    for c in report["cells"]:
-        name = c["suite"] + ("" if c["clock"] == "lockstep" else " on the wall clock")
-        found.setdefault(name, []).append(c)
-    return found
-
-
-def note(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
-    """Return what a table's scores depend on, in one sentence."""
-    trials = cells[0].get("n_sequences") or cells[0].get("n_episodes")
-    kind = "sequences" if "avg_len" in cells[0] else "episodes"
-    return (
-        f"{trials} {kind} a cell, {cells[0]['clock']} clock, at most {report['steps_limit']} "
-        f"environment steps a task, {report['world']} scene {report['scene']}, seed "
-        f"{report['seed']}; interval and latency in environment steps of 1/30 s."
-    )
-
-
-def weights(report: Mapping[str, Any]) -> str:
-    """Return in one sentence what was measured."""
-    policy, system2 = report["policy"], report["system2"]
-    text = f"Policy `{policy['checkpoint']}` (hash {policy['sha256']})"
-    return text + (f", latents {system2['spec_id']}." if system2 else ", without System 2.")
-
-
-def to_markdown(report: Mapping[str, Any], pictures: bool = False) -> str:
-    """Return the sweep as Markdown, with the pictures that lie beside it or without."""
-    parts = ["# Asynchrony sweep\n", weights(report) + "\n"]
-    for name, cells in suites_of(report).items():
-        parts += [f"## {name}\n", note(report, cells) + "\n"]
-        parts += [f"![{name}]({picture_of(name)})\n"] if pictures else []
-        parts.append(markdown_table(table_of(cells)))
-    return "\n".join(parts)
-
-
-def picture_of(name: str) -> str:
-    """Return the file of a suite's plot."""
-    return f"{name.replace(' ', '-')}.png"
-
-
-def to_keep(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a report without the places that only this machine knows."""
-    cells = [{k: v for k, v in cell.items() if k != "folder"} for cell in report["cells"]]
-    return {**report, "cells": cells}
-
-
-def plot(name: str, cells: Sequence[Cell]) -> bytes:
-    """Return score against interval, one line a latency, as PNG."""
-    chain = "avg_len" in cells[0]
-    scale = 1.0 if chain else 100.0
-    series: dict[str, list[tuple[float, float, float, float]]] = {}
-    for c in cells:
-        low, high = c["ci95"]
-        point = (float(c["interval"]), scale * _score(c), scale * low, scale * high)
-        late = "its own latency" if c["latency"] is None else f"latency {c['latency']} steps"
-        series.setdefault(late, []).append(point)
-    return plots.lines(
-        series,
-        "environment steps from one latent to the next",
-        "tasks in a row" if chain else "success, %",
-        f"{name}: success against asynchrony",
-        sorted({c["interval"] for c in cells}),
-    )
-
-
-def write(report: Mapping[str, Any], folder: Path, kept: bool = False) -> None:
-    """Write the sweep as JSON, Markdown and one PNG a suite; with HTML if it is not to be kept."""
-    body: list[str] = []
-    for name, cells in suites_of(report).items():
-        picture = plot(name, cells)
-        replace_file(folder / picture_of(name), picture)
-        body += [f"<h2>{name}</h2><p>{note(report, cells)}</p>", image(picture)]
-        body.append(html_table(table_of(cells)))
-    replace_file(folder / "sweep.json", json.dumps(report, indent=1).encode() + b"\n")
-    replace_file(folder / "sweep.md", to_markdown(report, pictures=True).encode())
-    if not kept:
-        replace_file(folder / "sweep.html", page("Asynchrony sweep", body).encode())

@@ -17,7 +17,8 @@ from benchmarks.dsvlabench.evaluation import Console, evaluate
 from benchmarks.dsvlabench.pool import LocalPool
 from benchmarks.dsvlabench.suites import Suite
 from benchmarks.dsvlabench.sweep import _arguments as sweep_arguments
-from benchmarks.dsvlabench.sweep import make_plans, name_of, sweep, table_of, to_keep, write
+from benchmarks.dsvlabench.sweep import make_plans, name_of, sweep
+from benchmarks.dsvlabench.sweep_report import command_again, table_of, to_keep, write
 from runtime.cli import main
 from runtime.commands.arguments import parse
 from tests.dsvlabench.small import CAMERAS, small_config, small_plan
@@ -209,11 +210,13 @@ def test_a_sweep_has_a_cell_for_each_interval_and_latency(pool, tmp_path):
     text = (tmp_path / "sweep" / "sweep.md").read_text()
     assert "2 sequences a cell, lockstep clock, at most 20 environment steps" in text
     assert "![calvin](calvin.png)" in text and report["policy"]["sha256"] in text
+    report["command"] = command_again(["--out", "x", "--steps", "9", "--results", "y"])
     (tmp_path / "kept").mkdir()
     write(to_keep(report), tmp_path / "kept", kept=True)
     kept = (tmp_path / "kept" / "sweep.json").read_text()
     assert len(json.loads(kept)["cells"]) == len(cells) and str(tmp_path) not in kept
     assert not (tmp_path / "kept" / "sweep.html").exists()
+    assert "`openhelix sweep --steps 9`" in (tmp_path / "kept" / "sweep.md").read_text()
     header, rows = table_of(cells[:4])
     assert len(rows) == 4 and all(len(row) == len(header) for row in rows)
 
