@@ -103,7 +103,7 @@ def picture_of(name: str) -> str:
 
 def command_again(argv: Sequence[str]) -> str:
     """Return what to call to have a sweep's figures again, without places and workers."""
-    left = list(argv)
+    left = [word for word in argv if not word.startswith("output.")]
     for name in ("--out", "--results", "--workers"):
         while name in left:
             at = left.index(name)

@@ -22,6 +22,10 @@ from benchmarks.training.config import TrainingConfig
 
 COSTS = ROOT / "benchmarks" / "perf" / "results" / "experiments.json"
 REPLAN_STEPS = 8
+MEASURED = {
+    *(f"{kind}_sample_s" for kind in ("policy", "prefix", "states", "live")),
+    *("prefix_frame_s", "states_frame_s", "open_s", "thread_gain"),
+}
 FRAMES_AN_EPISODE = 8.0  # of those that are drawn
 
 
@@ -56,10 +60,10 @@ def training_s(training: Training, n_frames: int) -> float | None:
         training: what.
         n_frames: of the data, about one in `latent.stride` of which gets states.
     """
-    found = costs().get("training")
+    found = costs().get("training", {})
     if not training.reads_data:
         return 0.0
-    if found is None or training.options.get("device", "cpu") != "cpu":
+    if not MEASURED <= set(found) or training.options.get("device", "cpu") != "cpu":
         return None
     work = Work(training.options, found)
     one = (
