@@ -63,7 +63,7 @@ def training_s(training: Training, n_frames: int) -> float | None:
     found = costs().get("training", {})
     if not training.reads_data:
         return 0.0
-    if not MEASURED <= set(found) or training.options.get("device", "cpu") != "cpu":
+    if not MEASURED.issubset(found) or training.options.get("device", "cpu") != "cpu":
         return None
     work = Work(training.options, found)
     one = (
