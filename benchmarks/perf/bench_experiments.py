@@ -40,14 +40,15 @@ from runtime.config import validate
 from system1.train import Trainer
 
 EVAL = COSTS.with_name("eval.json")
-SHARDS, STEPS, FRAMES = 4, 4, 16
+SHARDS, FRAMES = 4, 16
 COMMON: Mapping[str, Any] = {
     "eval_frames": 8,
     "stage1": {"steps": 0},
-    "stage2": {"steps": 1000, "batch": 16},
     "policy": {"checkpoint": str(SHIPPED_POLICY), "batch": 16},
 }
 LATENT: Mapping[str, Any] = {"frames": 32, "stride": 1000, "phrasings": 1}
+# Batch and steps: the language model forward and back costs ten times the rest.
+SIZE: Mapping[str, tuple[int, int]] = {"prefix": (16, 4), "states": (16, 4), "live": (4, 2)}
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "prefix": {"feed": "prefix"},
     "states": {"feed": "states", "regime": "frozen"},
@@ -112,8 +113,9 @@ def timed(what: Callable[[], Any], times: int = 1) -> float:
 
 def joint(kind: str, data: Path, out: Path) -> dict[str, float]:
     """Return what a sample of a joint training costs, and what its feed costs a frame."""
-    latent = {**LATENT, **KINDS[kind]}
-    given = {**COMMON, "data": str(data), "out": str(out), "latent": latent}
+    batch, steps = SIZE[kind]
+    latent, stage2 = {**LATENT, **KINDS[kind]}, {"steps": 1000, "batch": batch}
+    given = {**COMMON, "data": str(data), "out": str(out), "latent": latent, "stage2": stage2}
     config = validate(TrainingConfig, given)
     found: dict[str, float] = {}
     runs: list[JointRun] = []
@@ -122,9 +124,8 @@ def joint(kind: str, data: Path, out: Path) -> dict[str, float]:
     if kind in ("prefix", "states"):
         found[f"{kind}_frame_s"] = frame_s(run, kind)
         open_s -= len(run.joint.feed.frames) * found[f"{kind}_frame_s"]
-    batch = config.stage2.batch
     run.train_step()  # builds what later ones reuse
-    found[f"{kind}_sample_s"] = timed(run.train_step, STEPS) / batch
+    found[f"{kind}_sample_s"] = timed(run.train_step, steps) / batch
     if kind == "prefix":
         found["open_s"] = max(0.0, open_s) + timed(run.evaluate)
         found["thread_gain"] = thread_gain(run)
@@ -160,7 +161,7 @@ def policy(data: Path, out: Path) -> dict[str, float]:
     config = validate(TrainingConfig, given)
     trainer = Trainer(policy_settings(config))
     trainer.train_step()
-    return {"policy_sample_s": timed(trainer.train_step, STEPS) / config.policy.batch}
+    return {"policy_sample_s": timed(trainer.train_step, 4) / config.policy.batch}
 
 
 def training(kind: str, frames: Path) -> dict[str, float]:

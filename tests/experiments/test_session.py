@@ -169,3 +169,14 @@ def test_the_estimate_alone_starts_nothing(tmp_path, capsys):
 def test_smoke_results_have_a_place_of_their_own(tmp_path):
     options, overrides = parse(_arguments(), words(tmp_path, "table4")[1:])
     assert command.default_out(make_session(options, overrides, catalogue())).parts[0] == "outputs"
+
+
+def test_what_the_shipped_pair_is_measured_for_needs_no_data(tmp_path):
+    given = ["figure4", "table7", "--data", "/none", "--root", str(tmp_path / "root")]
+    made = make_session(*parse(_arguments(), given), catalogue())
+    assert [t.stage for t in made.wanted()] == ["shipped"]
+    assert made.request.command("figure4") == "openhelix experiment figure4 --scale laptop"
+    other = ["table6", "--seed", "3", "train.stage2.steps=5", "system1.replan_steps=4"]
+    words = [*other, "--root", str(tmp_path / "root"), "--data", "/none", "--report"]
+    command_line = make_session(*parse(_arguments(), words), catalogue()).request.command("table6")
+    assert command_line.endswith("--seed 3 train.stage2.steps=5 system1.replan_steps=4")
