@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--data", type=Path, default=TrainingConfig().data)
-    arguments.add_argument("--sequences", type=int, default=4)
+    arguments.add_argument("--sequences", type=int, default=12)
     arguments.add_argument("--steps", type=int, default=60)
     arguments.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     arguments.add_argument("--out", type=Path, default=COSTS)
