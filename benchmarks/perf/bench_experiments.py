@@ -114,7 +114,7 @@ def timed(what: Callable[[], Any], times: int = 1) -> float:
 def joint(kind: str, data: Path, out: Path) -> dict[str, float]:
     """Return what a sample of a joint training costs, and what its feed costs a frame."""
     batch, steps = SIZE[kind]
-    latent, stage2 = {**LATENT, **KINDS[kind]}, {"steps": 1000, "batch": batch}
+    latent, stage2 = {**LATENT, **KINDS[kind]}, {"steps": 1000, "batch": batch, "start": "random"}
     given = {**COMMON, "data": str(data), "out": str(out), "latent": latent, "stage2": stage2}
     config = validate(TrainingConfig, given)
     found: dict[str, float] = {}
