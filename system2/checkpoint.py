@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from runtime.spec import LatentSpec
 from system2.latents import BadLatent, LatentConfig, MapPool, digest, read_out
@@ -27,20 +28,30 @@ LATENT_DIM = 512  # width of the policy's instruction input (paper Appendix A.3;
 class LatentHead(nn.Module):
     """`<ACT>` embeddings, the projector between the two systems, and the learned pooling.
 
-    The projector is one linear layer, as in the paper's public recipe.
+    The projector is one linear layer, as in the paper's public recipe, or with a hidden layer
+    before it (`neck`, GELU) the MLP of the paper's Sec. 5.4. A linear map can only pass on how
+    sure the language model is of one task or another; a hidden layer can decide.
     """
 
-    def __init__(self, config: LatentConfig, hidden: int, dim: int = LATENT_DIM) -> None:
+    def __init__(
+        self, config: LatentConfig, hidden: int, dim: int = LATENT_DIM, width: int = 0
+    ) -> None:
         super().__init__()
         self.config = config
         self.hidden = hidden
         self.act = nn.Parameter(torch.zeros(config.n_act, hidden))
-        self.projector = nn.Linear(hidden, dim)
+        self.neck = nn.Linear(hidden, width) if width else None
+        self.projector = nn.Linear(width or hidden, dim)
         self.pool = MapPool(hidden) if config.kind == "pool_map" else None
 
     @classmethod
     def fresh(
-        cls, config: LatentConfig, table: Tensor, dim: int = LATENT_DIM, seed: int = 0
+        cls,
+        config: LatentConfig,
+        table: Tensor,
+        dim: int = LATENT_DIM,
+        seed: int = 0,
+        width: int = 0,
     ) -> LatentHead:
         """Return an untrained head for a model with the embedding table `table` (V, hidden).
 
@@ -48,7 +59,7 @@ class LatentHead(nn.Module):
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            head = cls(config, table.shape[1], dim)
+            head = cls(config, table.shape[1], dim, width)
             table = table.detach().to("cpu", torch.float32)
             noise = torch.randn(config.n_act, table.shape[1])
             with torch.no_grad():
@@ -57,6 +68,8 @@ class LatentHead(nn.Module):
 
     def project(self, latent: Tensor, filled: Tensor) -> Tensor:
         """(…, n, hidden) and (…, n) bool to (…, n, dim); padding stays zero."""
+        if self.neck is not None:
+            latent = gelu(self.neck(latent))
         return self.projector(latent) * filled.unsqueeze(-1)
 
     def forward(self, hidden: Tensor, layout: Layout, raw: bool = False) -> Tensor:
@@ -68,7 +81,9 @@ class LatentHead(nn.Module):
         """Identity of everything that shapes the latent: the LLaVA, its prompt, these weights."""
         tensors = dict(self.state_dict())
         if raw:
-            tensors = {k: v for k, v in tensors.items() if not k.startswith("projector.")}
+            tensors = {
+                k: v for k, v in tensors.items() if not k.startswith(("neck.", "projector."))
+            }
         return f"{checkpoint.model_id}-{checkpoint.template.name}-{digest(tensors)}"
 
     def spec(self, checkpoint: Checkpoint, raw: bool) -> LatentSpec:
@@ -104,8 +119,10 @@ class LatentHead(nn.Module):
             raise CheckpointError(f"latent_projector: {str(path)!r} holds no <ACT> and projector")
         if not all(bool(value.isfinite().all()) for value in state.values()):
             raise CheckpointError(f"latent_projector: {str(path)!r} has values that are not finite")
-        dim, hidden = state["projector.weight"].shape
-        head = cls(LatentConfig(**about["latent"]), hidden, dim)
+        dim, inner = state["projector.weight"].shape
+        hidden = state["act"].shape[1]
+        width = inner if "neck.weight" in state else 0
+        head = cls(LatentConfig(**about["latent"]), hidden, dim, width)
         head.load_state_dict(state)
         return head
 

@@ -74,6 +74,7 @@ class LatentSection(_Section):
         kind, n_act, layer, text_rows, vision: the read-out; see `system2.latents`.
         regime: what of the language model learns.
         lora_rank: of regime "lora".
+        projector_width: of the projector's hidden layer; 0 for a single linear layer.
         aux: train the auxiliary action head beside (paper's Eq. 1 and 2).
         clip: weight of the alignment loss to the instruction's embedding; 0 for none.
         lag_steps: a latent may come from an observation up to this many environment steps old
@@ -98,6 +99,7 @@ class LatentSection(_Section):
     vision: bool = True
     regime: Literal["frozen", "prompt_tuning", "lora", "full"] = "prompt_tuning"
     lora_rank: Count = 16
+    projector_width: Whole = 256
     aux: bool = True
     clip: Annotated[float, Field(ge=0)] = 0.0
     lag_steps: Whole = 40
@@ -136,8 +138,7 @@ class JointStage(_Section):
         lr_head, lr_act, lr_language: of projector and auxiliary head, of `<ACT>`, of the
             language model's own weights (regimes "lora" and "full").
         start: "table": the projector starts by saying what the policy's task table says,
-            by least squares; "random": it starts untrained. Read where no stage came before.
-        align_steps: with "table": so many steps on the table alone come first; see `align.py`.
+            see `start.py`; "random": it starts untrained. Read where no stage came before.
     """
 
     steps: Whole
@@ -154,7 +155,6 @@ class JointStage(_Section):
     eval_every: Count = 250
     save_every: Count = 100
     start: Literal["table", "random"] = "table"
-    align_steps: Whole = 400
 
 
 class Stage1(JointStage):

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.training.align import align
 from benchmarks.training.config import JointStage, TrainingConfig
 from benchmarks.training.feeds import (
     Feed,
@@ -210,10 +209,6 @@ class JointRun:
 
     def _start(self) -> None:
         found = start_from_table(self.joint)
-        if found and self.section.align_steps:
-            losses = align(self.joint, self.section.align_steps)
-            found |= {"aligned_first_loss": losses[0], "aligned_last_loss": losses[-1]}
-            log.info("%s: aligned, loss %.3f to %.3f", self.stage, losses[0], losses[-1])
         self.joint.ema.values = {
             n: p.detach().clone() for n, p in self.pair.named_parameters() if p.requires_grad
         }
@@ -289,7 +284,7 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
     model = whole.model.eval()
     table = model.get_input_embeddings().weight[: checkpoint.act_ids[0]]
     if before is None:
-        head = LatentHead.fresh(read_out, table, seed=config.seed)
+        head = LatentHead.fresh(read_out, table, seed=config.seed, width=section.projector_width)
     else:
         head = LatentHead.load(before / LATENT)
         if head.config != read_out:

@@ -60,7 +60,7 @@ def settings(frames: Path, llava: str, out: Path, *more: str) -> TrainingConfig:
         "stage2": {"steps": 4, "batch": 8, "draws": 2, "warmup": 1, "eval_every": 4},
     }
     for stage in ("stage1", "stage2"):
-        base[stage] |= {"save_every": 2, "align_steps": 2}
+        base[stage]["save_every"] = 2
     return validate(TrainingConfig, apply_overrides(base, more))
 
 

@@ -28,6 +28,7 @@ def moved(run: JointRun, steps: int = 2) -> set[str]:
     changed = {n for n, p in run.pair.named_parameters() if not torch.equal(p, before[n])}
     parts = {
         "learner.head.act": "act",
+        "learner.head.neck": "projector",
         "learner.head.projector": "projector",
         "learner.head.pool": "pool",
         "learner.aux": "aux",
