@@ -71,8 +71,9 @@ class Request:
         """Return what to call to have an experiment's figures again."""
         seed = [f"--seed {self.seed}"] if self.seed else []
         train = [f"train.{key}={value}" for key, value in self.train.items()]
+        run = [word for word in self.run if not word.startswith("output.")]
         scale = f"--scale {self.scale_name}"
-        return " ".join(["openhelix experiment", name, scale, *seed, *train, *self.run])
+        return " ".join(["openhelix experiment", name, scale, *seed, *train, *run])
 
     @property
     def experiments(self) -> list[Experiment]:
