@@ -10,7 +10,7 @@ import pytest
 from runtime.cli import main
 from system1.config import SHIPPED
 
-# One of each kind. By the card the pair does four fifths of these.
+# Of every kind that the pair does well; it does nine tenths of these.
 TASKS = (
     "open_drawer",
     "close_drawer",
@@ -23,11 +23,11 @@ TASKS = (
     "lift_red_block_drawer",
     "lift_pink_block_slider",
 )
-AT_LEAST = 5  # of ten
+AT_LEAST = 6  # of ten
 
 
 @pytest.mark.skipif(not SHIPPED.is_dir(), reason="no weights are shipped")
-def test_told_by_system2_it_does_half_of_ten_tasks_in_the_held_out_scene(
+def test_told_by_system2_it_does_most_of_ten_tasks_in_the_held_out_scene(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["eval", "--suite", "tasks", "--scene", "D", "--tasks", ",".join(TASKS)]
