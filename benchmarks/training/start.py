@@ -161,8 +161,9 @@ def fitted(
     joint: Joint, policy: VisuomotorPolicy, seen: Tensor, label: Tensor
 ) -> tuple[torch.nn.Linear, torch.nn.Linear]:
     """Return the two layers that send discriminants (N, r) to their tasks' rows of the table."""
-    head = joint.learner.head
+    head, threads = joint.learner.head, torch.get_num_threads()
     generator = joint.generator(0, 2)
+    torch.set_num_threads(1)  # matrices so small that threads would wait for each other
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(joint.config.seed)
         inner = torch.nn.Linear(seen.shape[1], head.projector.in_features).to(seen.device)
@@ -180,6 +181,7 @@ def fitted(
         loss.backward()
         optimizer.step()
         rate.step()
+    torch.set_num_threads(threads)
     return inner, last
 
 

@@ -70,7 +70,7 @@ def test_the_result_does_not_depend_on_what_ran_before(runner):
 def test_frames_are_drawn_only_for_plans(runner):
     result = run(runner, chain("open_drawer"), steps_limit=24, interval=1).result
     (row,) = result["tasks"]
-    assert row["plans"] == row["encoded"] == result["renders"] == 3
+    assert row["plans"] == row["encoded"] == result["renders"] == 6
     assert row["latents"] == 24
 
 
@@ -110,7 +110,7 @@ def test_latency_makes_the_first_latent_late_and_the_others_older(runner):
 def test_drift_is_one_for_a_latent_that_does_not_change(runner):
     result = run(runner, chain("open_drawer"), interval=60, drift=True).result
     ages = [age for age, _ in result["drift"]]
-    assert ages == [8, 16, 24, 32]
+    assert ages == list(range(4, 4 + 4 * len(ages), 4)) and len(ages) >= 8
     assert all(0.9999 < cosine <= 1.0 for _, cosine in result["drift"])
     plain = run(runner, chain("open_drawer"), interval=60).result
     assert plain["tasks"] == result["tasks"] and plain["drift"] == []

@@ -25,6 +25,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_start() -> Iterator[None]:
+    """Two tasks are told apart in few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.training.start.FIT_STEPS", 120)
+        yield
+
+
 @pytest.fixture(scope="session")
 def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "frames"
