@@ -7,8 +7,9 @@ gradients through the policy takes hours.
 
 A linear projector is a ridge regression. One with a hidden layer does far better: Fisher's
 discriminants (few dozen directions in which a state's task shows and its picture does not)
-make its first layer, and a small fit within them the rest. With 1,942 samples of 34 tasks the
-regression named 66 % of held-out tasks, the discriminants 87 %.
+make its first layer, and a small fit within them the rest. With 1,942 samples of
+34 tasks (and a tower that was not trained, which makes it harder) the regression named 66 %
+of held-out tasks, the discriminants 87 %; with the trained tower they name 99 %.
 """
 
 from __future__ import annotations
