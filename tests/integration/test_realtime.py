@@ -50,8 +50,8 @@ def test_killing_system2_is_survived_and_work_resumes(tmp_path: Path) -> None:
         run.until("work", lambda h: h["steps"] > 10)
         old = run.pid("system2")
         run.signal("system2", signal.SIGKILL)
-        # The loop goes on with its last latent meanwhile, and its age says so.
-        run.until("an old latent", lambda h: (h["latent_age_s"] or 0) > 0.8)
+        # The loop goes on with its last latent meanwhile; its age was 0.2 s at most before.
+        run.until("an old latent", lambda h: (h["latent_age_s"] or 0) > 0.3)
         assert run.graph.health("control")["loop_state"] == "run"
         run.until(
             "work with a fresh latent",
