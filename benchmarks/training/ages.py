@@ -24,7 +24,7 @@ class Ages:
 
     def __init__(self, cache: Cache, sources: Tensor, lag: int) -> None:
         self._step, self._hz = cache.step, cache.hz
-        self._sources = sources
+        self._sources = sources = sources.contiguous()  # torch warns of a slice
         step = cache.step
         ordinal = episode_ordinals(cache)
         # Wider than an episode and the lag together, so that no window reaches another episode.

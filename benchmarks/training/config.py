@@ -134,6 +134,7 @@ class JointStage(_Section):
 
     Attributes:
         steps: 0 leaves the stage out.
+        optimizer: of the policy, as in `PolicyStage`; all else has AdamW.
         lr_policy: of the policy; stage 1 keeps it frozen.
         lr_head, lr_act, lr_language: of projector and auxiliary head, of `<ACT>`, of the
             language model's own weights (regimes "lora" and "full").
@@ -144,6 +145,7 @@ class JointStage(_Section):
     steps: Whole
     batch: Count = 32
     draws: Count = 4
+    optimizer: OptimizerName = "adamw"
     lr_policy: Positive = 1e-4
     lr_head: Positive = 5e-4
     lr_act: Positive = 1e-3

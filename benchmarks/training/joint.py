@@ -22,6 +22,7 @@ from system1.checkpoint import Network
 from system1.data import Augment, Batch, Cache, relative_rows
 from system1.door import nearest_task
 from system1.losses import LossParts
+from system1.optim import BETAS, Optimizers
 from system1.scene import Inputs
 from system1.train_state import Ema, cosine_rate, trained
 from system2.train import ActionTarget, LossWeights, Sample, System2Learner
@@ -90,28 +91,32 @@ class Joint:
         if len(self.train_frames) == 0:
             raise ConfigError("latent.frames: no frame has a latent within latent.lag_steps")
         self.ema = Ema(self.pair, self.section.ema)
-        self.optimizer = torch.optim.AdamW(self.groups(), betas=(0.9, 0.95))
+        self.optimizers = self.made_optimizers()
 
-    def groups(self) -> list[dict[str, Any]]:
-        """Return the optimiser's groups; each has its own top rate, in `top`."""
+    def made_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the optimisers; each group has its own top rate, in `top`."""
         s: JointStage = self.section
+        found: list[torch.optim.Optimizer] = []
+        policy = trained(self.policy)
+        if policy:
+            found += Optimizers(policy, s.optimizer, s.lr_policy, s.weight_decay).parts
         learned = self.learner.learned()
-        policy = [p for p in self.policy.parameters() if p.requires_grad]
-        wide = [p for p in policy if p.ndim > 1]
-        thin = [p for p in policy if p.ndim <= 1]
         head = [p for p in learned.head if p.requires_grad]
         rows = [
-            (wide, s.lr_policy, s.weight_decay),
-            (thin, s.lr_policy, 0.0),
             (head, s.lr_head, 1e-5),  # the paper's decay for the language side
             (learned.act, s.lr_act, 0.0),
             (learned.language, s.lr_language, 1e-5),
         ]
-        return [
-            {"params": params, "lr": rate, "top": rate, "weight_decay": decay}
+        groups = [
+            {"params": params, "lr": rate, "weight_decay": decay}
             for params, rate, decay in rows
             if params
         ]
+        if groups:
+            found.append(torch.optim.AdamW(groups, betas=BETAS))
+        for group in (g for part in found for g in part.param_groups):
+            group["top"] = group["lr"]
+        return found
 
     def generator(self, step: int, stream: int = 0) -> torch.Generator:
         """Return the generator of a step; its numbers depend on nothing else."""
@@ -136,13 +141,15 @@ class Joint:
         loss = torch.stack([value for name, value in terms.items() if name in COUNTED]).sum()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss of step {number} is {loss.item()}")
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(list(trained(self.pair).values()), s.clip_norm)
         share = cosine_rate(number, s.warmup, s.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["top"] * share
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["top"] * share
+            optimizer.step()
         self.ema.update(self.pair, number)
         values = {name: float(value.detach()) for name, value in terms.items()}
         return {

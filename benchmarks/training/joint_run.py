@@ -140,7 +140,7 @@ class JointRun:
         self.history: list[dict[str, Any]] = []
         if (self.folder / STATE).is_file():
             self.step, self.history = load_state(
-                self.folder, self.pair, self.joint.ema, [self.joint.optimizer], self.pair.kept
+                self.folder, self.pair, self.joint.ema, self.joint.optimizers, self.pair.kept
             )
             log.info("%s: going on at step %d", stage, self.step)
         elif begin and self.before is None and self.section.start == "table":
@@ -234,7 +234,7 @@ class JointRun:
         self._save_average(out)
         joint.ema.swap(self.pair)
         save_state(
-            out, self.pair, joint.ema, [joint.optimizer], self.step, self.history, self.pair.kept
+            out, self.pair, joint.ema, joint.optimizers, self.step, self.history, self.pair.kept
         )
         try:
             plot_joint(out / "loss.png", self.stage, self.history)

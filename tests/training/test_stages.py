@@ -112,6 +112,7 @@ def weights(run: JointRun) -> dict[str, torch.Tensor]:
     [
         ("stage1", ()),
         ("stage2", ("stage1.steps=0",)),
+        ("stage2", ("stage1.steps=0", "stage2.optimizer=muon")),
         ("stage2", ("stage1.steps=0", "latent.regime=lora")),
     ],
 )
