@@ -143,10 +143,12 @@ def _turned_away() -> list[Any]:
             height=8,
         ),
         lines(
-            "Connections refused a second",
-            "key: none or a wrong one; protocol: no CURVE; unfinished: broke off.",
+            "Connections refused and ended a second",
+            "key: none or a wrong one; protocol: no CURVE; unfinished: broke off. "
+            "ended: a robot left, or was cut off for a frame beyond all limits.",
             "hertz",
             (rate("wire_refused_total", "channel, reason", here=False), "{{channel}} {{reason}}"),
+            (rate("wire_ended_total", "channel", here=False), "{{channel}} ended"),
             width=24,
         ),
     ]
