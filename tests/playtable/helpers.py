@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from benchmarks.playtable.facts import COLOURS
 from runtime.types import F64
 
 _TCP = (0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963)
@@ -40,3 +41,21 @@ def waypoints(
         actions += [(goal, euler, gripper)] * dwell
         at = goal
     return actions
+
+
+SEEN = dict.fromkeys(COLOURS, 100)
+
+
+def truth(**changes):
+    """What `StateMaker.draw` says of a state with blue in the hand, up on the right."""
+    base = {
+        "places": {"red": "table", "blue": "hand", "pink": "cabinet"},
+        "tcp": (0.25, -0.1, 0.7),
+        "slide": 1.0,
+        "drawer": 0.0,
+        "bulb": True,
+        "led": False,
+        "held": "blue",
+        "xyz": {"red": (-0.1, -0.1, 0.46), "blue": (0.25, -0.1, 0.7), "pink": (0.1, 0.1, 0.46)},
+    }
+    return base | changes

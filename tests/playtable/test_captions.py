@@ -8,32 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.playtable.captions import (
-    COLOURS,
-    PLACES,
-    SIDES,
-    caption,
-    facts_of,
-    make_dataset,
-    questions,
-)
-
-
-def truth(**changes):
-    base = {
-        "places": {"red": "table", "blue": "hand", "pink": "cabinet"},
-        "tcp": (0.25, -0.1, 0.7),
-        "slide": 1.0,
-        "drawer": 0.0,
-        "bulb": True,
-        "led": False,
-        "held": "blue",
-        "xyz": {"red": (-0.1, -0.1, 0.46), "blue": (0.25, -0.1, 0.7), "pink": (0.1, 0.1, 0.46)},
-    }
-    return base | changes
-
-
-SEEN = dict.fromkeys(COLOURS, 100)
+from benchmarks.playtable.captions import caption, make_dataset, questions
+from benchmarks.playtable.facts import COLOURS, PLACES, SIDES, facts_of
+from tests.playtable.helpers import SEEN, truth
 
 
 def answers(facts) -> dict[tuple[str, str], str]:
