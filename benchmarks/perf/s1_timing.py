@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from system1.packed import KERNELS
+
 Run = Callable[[], Tensor]
+Shape = Sequence[int]
 
 
 def sync(device: str) -> None:
@@ -43,13 +47,36 @@ def alternate(runs: dict[str, Callable[[], Any]], repeats: int, device: str) -> 
 
 
 def gflop(run: Run) -> float:
-    """Return the GFLOP of one call; attention is counted as the products it is made of."""
+    """Return the GFLOP of one call.
+
+    Attention is counted as the products it is made of, and so are oneDNN's operators on packed
+    weights, of which torch's counter knows nothing.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False, custom_mapping=packed_operators()) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         run()
     return round(counter.get_total_flops() / 1e9, 2)
+
+
+def packed_operators() -> dict[Any, Callable[..., int]]:
+    """Return what oneDNN's linear and convolution cost, by operator; empty without oneDNN."""
+    if KERNELS is None:
+        return {}
+
+    def linear(x: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+        return 2 * prod(out_shape) * x[-1]
+
+    def convolution(x: Shape, *rest: Any, out_shape: Shape, **_: Any) -> int:
+        # The fused form has a map to add before the weight.
+        weight = [s for s in rest if isinstance(s, torch.Size) and len(s) == 4][-1]
+        return 2 * prod(out_shape) * prod(weight[1:])
+
+    return {KERNELS._linear_pointwise: linear, KERNELS._convolution_pointwise: convolution}
 
 
 def deviation(exact: Tensor, other: Tensor) -> dict[str, float]:

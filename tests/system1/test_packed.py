@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import relu
 
+from benchmarks.perf.s1_timing import gflop
 from system1 import packed
 from system1.actor import DiffuserActor
 from system1.backbone import Bottleneck
@@ -121,3 +122,17 @@ def test_without_the_kernels_the_plain_operators_run(monkeypatch):
         monkeypatch.setattr(packed, "KERNELS", None)
         got = model.encode(*inputs)
     torch.testing.assert_close(got.context, want.context, atol=1e-5, rtol=1e-5)
+
+
+@needs_kernels
+def test_the_bench_counts_what_packed_operators_compute(monkeypatch):
+    block, layer = Bottleneck(256, 64, 1).eval().requires_grad_(False), linear()
+    pixels, rows = numbers(2, 256, 24, 24), numbers(2, 20_000, 12)
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            return block(pixels).sum() + layer.add(rows, layer.relu(rows)).sum()
+
+    counted = gflop(run)
+    monkeypatch.setattr(packed, "packable", lambda x, weight: False)
+    assert counted == gflop(run) > 0.1
