@@ -47,6 +47,31 @@ def build_model(config: PolicyConfig, normalizer: Normalizer | None = None) -> N
     return VisuomotorPolicy(config, normalizer)
 
 
+def seeded_model(config: PolicyConfig, seed: int, normalizer: Normalizer | None = None) -> Network:
+    """Return the network of a configuration; its fresh weights follow from the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model(config, normalizer)
+
+
+def rebuilt(model: Network, config: PolicyConfig, seed: int) -> tuple[Network, list[str]]:
+    """Return a network of another configuration, with the weights of `model` where they fit.
+
+    Returns:
+        The network, its other weights fresh, and the names of the weights of `model` that
+        it has no place for: it lacks them or has them in another shape.
+    """
+    made = seeded_model(config, seed, model.normalizer)
+    state, unfit = made.state_dict(), []
+    for name, tensor in model.state_dict().items():
+        if name in state and state[name].shape == tensor.shape:
+            state[name] = tensor
+        else:
+            unfit.append(name)
+    made.load_state_dict(state)
+    return made, unfit
+
+
 def load_strict(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load a state dict whose names and shapes must be exactly the model's.
 

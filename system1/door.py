@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from runtime.spec import LatentSpec
-from system1.checkpoint import CheckpointError, Network, build_model
+from system1.checkpoint import CheckpointError, Network, rebuilt
 from system1.config import PolicyConfig
 from system1.model import VisuomotorPolicy
 
@@ -48,19 +48,14 @@ def open_door(model: Network, spec: LatentSpec, seed: int = 0) -> Network:
     ):
         model.config = config
         return model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made = build_model(config, model.normalizer)
-    state, old = made.state_dict(), model.state_dict()
-    for name, tensor in state.items():
-        if tensor.shape == old[name].shape:
-            state[name] = old[name]
-        elif not name.startswith(DOOR):
+    made, unfit = rebuilt(model, config, seed)
+    for name in unfit:
+        if not name.startswith(DOOR):
+            old, new = (tuple(m.state_dict()[name].shape) for m in (model, made))
             raise CheckpointError(
-                f"{name}: shape {tuple(old[name].shape)}, a latent of {spec.n_tokens} tokens of "
-                f"width {spec.dim} needs {tuple(tensor.shape)}"
+                f"{name}: shape {old}, a latent of {spec.n_tokens} tokens of "
+                f"width {spec.dim} needs {new}"
             )
-    made.load_state_dict(state)
     return made
 
 

@@ -21,7 +21,7 @@ from runtime.interfaces import PolicyFault
 from runtime.spec import PolicySpec, SpecMismatch, check_frame
 from runtime.types import ActionChunk, CameraFrame, LatentGoal, Observation
 from system1.accelerate import GraphedSampler, to_bf16
-from system1.checkpoint import Network, build_model, load_policy
+from system1.checkpoint import Network, load_policy, seeded_model
 from system1.config import SHIPPED, CameraConfig, PolicyConfig, small
 from system1.model import gaussian
 from system1.points import deproject, shrink
@@ -118,10 +118,7 @@ class DiffusionPolicy:
     @staticmethod
     def build(config: PolicyConfig, seed: int, device: str = "cpu") -> DiffusionPolicy:
         """Return a policy with random weights; the same seed gives the same weights."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = build_model(config)
-        return DiffusionPolicy(model, device)
+        return DiffusionPolicy(seeded_model(config, seed), device)
 
     @property
     def counters(self) -> Counters:

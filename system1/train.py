@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from system1.cache import CacheError
-from system1.checkpoint import Network, build_model, load_policy, save_policy
+from system1.checkpoint import Network, load_policy, rebuilt, save_policy, seeded_model
 from system1.config import PRESETS, CameraConfig, ConfigError, PolicyConfig
 from system1.data import Augment, Batch, Cache
 from system1.door import open_door
@@ -119,23 +119,15 @@ def grown(model: Network, changes: Mapping[str, Any], seed: int) -> Network:
     config = replace(model.config, **changes)
     if config == model.config:
         return model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made = build_model(config, model.normalizer)
-    state, old = made.state_dict(), model.state_dict()
-    for name, tensor in old.items():
-        if name not in state or state[name].shape != tensor.shape:
-            raise ConfigError(f"changes: {', '.join(sorted(changes))} would lose {name}")
-        state[name] = tensor
-    made.load_state_dict(state)
+    made, lost = rebuilt(model, config, seed)
+    if lost:
+        raise ConfigError(f"changes: {', '.join(sorted(changes))} would lose {lost[0]}")
     return made
 
 
 def fresh_network(config: PolicyConfig, cache: Cache, frames: Tensor, seed: int) -> Network:
     """Return an untrained network whose normaliser is fitted to some frames of a cache."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_model(config)
+    model = seeded_model(config, seed)
     if config.head != "diffuser_actor":
         model.set_normalizer(Normalizer.fit(*cache.all_rows(frames, config.rotation)))
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ import torch
 from system1.actor import DiffuserActor
 from system1.checkpoint import (
     CheckpointError,
+    build_model,
     convert_official,
     load_official,
     load_policy,
+    rebuilt,
     save_policy,
+    seeded_model,
 )
 from system1.config import ConfigError, PolicyConfig, official_calvin, small
 from system1.normalizer import Normalizer
@@ -144,3 +148,23 @@ def test_bad_configurations_name_the_field(changes, field):
 def test_configuration_round_trip():
     for config in (small(nhist=2), official_calvin(3, 16)):
         assert PolicyConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_a_rebuilt_network_keeps_what_fits_and_names_the_rest():
+    torch.manual_seed(7)
+    model = build_model(tiny(keyposes=0))
+    before = torch.get_rng_state()
+    made, unfit = rebuilt(model, replace(model.config, encoder_width=16, keyposes=2), seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    kept, now = model.state_dict(), made.state_dict()
+    assert 0 < len(unfit) < len(kept)
+    for name, tensor in kept.items():
+        assert (name in unfit) == (now[name].shape != tensor.shape), name
+        if name not in unfit:
+            assert torch.equal(now[name], tensor), name
+    fresh = seeded_model(made.config, 3).state_dict()
+    added = set(now) - set(kept)
+    assert added and all(torch.equal(now[name], fresh[name]) for name in [*added, *unfit])
+    # What a smaller configuration lacks is named too.
+    lost = set(rebuilt(made, replace(made.config, keyposes=0), seed=3)[1])
+    assert lost == added
