@@ -109,7 +109,7 @@ class JointRun:
         config: of the whole training.
         stage: which.
         deadline_ns: monotonic time to stop after; 0 for none.
-        begin: fit the projector's start where the stage is new.
+        begin: False only makes what the stage reads, and binds its folder to no settings.
 
     Raises:
         ConfigError: the settings contradict each other, the data, or an earlier run.
@@ -131,7 +131,8 @@ class JointRun:
         spec = self.learner.head.spec(self.learner.checkpoint, raw=False)
         policy = open_door(policy, spec, config.seed)
         self.source = Source.open(self.cache, config.seed, config.latent.vision)
-        self._settings(write=True)
+        if begin:
+            self._settings(write=True)
         feed = self._feed()
         self.joint = Joint(config, stage, self.cache, policy, self.learner, feed)
         if config.latent.clip:

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, gelu, layer_norm
+from torch.nn.functional import cross_entropy, gelu
 
 from benchmarks.training.joint import Joint, sample_of
-from system1.door import nearest_task, task_anchors
+from system1.door import door_tokens, nearest_task, task_anchors
 from system1.model import VisuomotorPolicy
 
 SAMPLES = 8192
@@ -192,15 +192,12 @@ def table_loss(policy: VisuomotorPolicy, latent: Tensor, table: Tensor, task: Te
     Both in units of the distance between neighbouring rows.
 
     Args:
-        policy: whose door it is; its weights are not to learn.
+        policy: whose door it is; its weights collect no gradients.
         latent: (B, n, dim).
         table: (n_tasks, width), the rows.
         task: (B,).
     """
-    condition = policy.encoder.condition
-    weight, bias, slot = (p.detach() for p in (*condition.project.parameters(), condition.slot))
-    normed = layer_norm(latent.to(slot), latent.shape[-1:])
-    said = (normed @ weight.T + bias + slot).mean(1).float()
+    said = door_tokens(policy, latent).mean(1).float()
     apart = torch.cdist(table, table) + torch.eye(len(table), device=table.device) * 1e9
     unit = apart.amin(1).square().mean()
     squared = torch.cdist(said, table).square() / unit

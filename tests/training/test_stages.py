@@ -151,6 +151,14 @@ def test_a_time_limit_stops_and_the_same_command_goes_on(frames, llava, tmp_path
     assert again["step"] == 4
 
 
+def test_preparing_binds_a_stage_to_no_settings(frames, llava, trained_policy, tmp_path) -> None:
+    first = settings(frames, llava, tmp_path, f"policy.checkpoint={trained_policy}")
+    prepare(first, 0)
+    assert not list((tmp_path / "stage1").glob("*"))
+    other = first.model_copy(update={"stage1": first.stage1.model_copy(update={"steps": 1})})
+    assert run_joint(other, "stage1", 0)["step"] == 1
+
+
 def test_a_policy_trained_by_system1_alone_is_gone_on_with(frames, llava, tmp_path) -> None:
     config = settings(frames, llava, tmp_path)
     from benchmarks.training.joint_run import policy_settings
