@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, linear
 
 from runtime.spec import LatentSpec
 from system1.checkpoint import CheckpointError, Network, rebuilt
@@ -59,12 +59,14 @@ def open_door(model: Network, spec: LatentSpec, seed: int = 0) -> Network:
     return made
 
 
-@torch.no_grad()
 def door_tokens(model: VisuomotorPolicy, latent: Tensor) -> Tensor:
-    """Return what the policy makes of fresh latents (B, n, dim): tokens (B, n, width)."""
+    """Return what the policy makes of fresh latents (B, n, dim): tokens (B, n, width).
+
+    Gradients reach the latents, never the policy's weights.
+    """
     condition = model.encoder.condition
-    width = latent.shape[-1]
-    return condition.project(layer_norm(latent.to(condition.slot), (width,))) + condition.slot
+    weight, bias, slot = (p.detach() for p in (*condition.project.parameters(), condition.slot))
+    return linear(layer_norm(latent.to(slot), latent.shape[-1:]), weight, bias) + slot
 
 
 @torch.no_grad()

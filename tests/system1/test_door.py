@@ -11,7 +11,7 @@ from runtime.spec import LatentSpec
 from system1 import policy as policy_module
 from system1.checkpoint import CheckpointError, build_model, save_policy
 from system1.config import official_calvin
-from system1.door import DOOR, nearest_task, open_door, task_anchors
+from system1.door import DOOR, door_tokens, nearest_task, open_door, task_anchors
 from system1.policy import DiffusionPolicy
 from tests.system1.test_policy import observe, tiny
 
@@ -73,6 +73,17 @@ def test_everything_behind_the_door_is_kept() -> None:
             assert torch.equal(tensor, state[name]), name
     same = open_door(after, LatentSpec("act_lang", 5, 64, "z"))
     assert same is after and after.config.latent_model_id == "z"
+
+
+def test_gradients_reach_the_latents_and_no_weight_of_the_policy() -> None:
+    made = model(latent_tokens=2)
+    latent = torch.randn(3, 2, made.config.latent_dim, requires_grad=True)
+    tokens = door_tokens(made, latent)
+    said, _ = made.encoder.condition.embed(latent.unsqueeze(1), None, None)
+    torch.testing.assert_close(tokens, said)
+    (tokens * torch.randn(tokens.shape)).sum().backward()
+    assert latent.grad is not None and bool((latent.grad != 0).any(-1).all())
+    assert all(p.grad is None for p in made.parameters())
 
 
 def test_a_published_policy_takes_its_own_width_alone() -> None:
