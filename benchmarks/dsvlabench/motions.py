@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Protocol
 
 from benchmarks.playtable.scene import BLOCK_SIDE_M, PHYSICS_HZ, Scene, get_scene
@@ -212,12 +211,7 @@ class MovingBlock:
     def __enter__(self) -> MovingBlock:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _before_substep(self, world: _World) -> None:
