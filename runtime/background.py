@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 log = logging.getLogger(__name__)
 
@@ -100,3 +100,24 @@ class Background(Generic[T]):
         except Exception as error:
             self.error = self.error or error
             log.exception("%s could not be finished", self._thread.name)
+
+
+class Counted:
+    """The counters of what leaves its work to a `Background`, as metrics read them."""
+
+    _work: Background[Any]
+
+    @property
+    def written(self) -> int:
+        """Items worked off."""
+        return self._work.written
+
+    @property
+    def dropped(self) -> int:
+        """Items lost."""
+        return self._work.dropped
+
+    @property
+    def queued(self) -> int:
+        """Items waiting."""
+        return self._work.queued

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runtime.background import Background
+from runtime.background import Background, Counted
 from runtime.codec import WireError, decode, decode_dict, encode, encode_dict
 from runtime.segments import SegmentReader, SegmentWriter
 from runtime.types import Action, ActionChunk, CameraFrame, LatentGoal, Observation
@@ -40,7 +40,7 @@ class Message(NamedTuple):
     message: Any  # of the topic's class; a dict for "tick" and "event"
 
 
-class Recorder:
+class Recorder(Counted):
     """A subscriber that records every tick.
 
     Args:
@@ -65,21 +65,6 @@ class Recorder:
         self._work: Background[Tick | dict[str, Any]] = Background(
             "recorder", self._write, self._writer.close, queue_size, lossless
         )
-
-    @property
-    def written(self) -> int:
-        """Ticks and events written."""
-        return self._work.written
-
-    @property
-    def dropped(self) -> int:
-        """Ticks and events lost."""
-        return self._work.dropped
-
-    @property
-    def queued(self) -> int:
-        """Ticks and events waiting."""
-        return self._work.queued
 
     def __call__(self, tick: Tick) -> None:
         """Take one tick; a few microseconds."""

@@ -16,7 +16,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from runtime.background import Background
+from runtime.background import Background, Counted
 from runtime.types import U8
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class _Shot(NamedTuple):
     state: str
 
 
-class VideoRecorder:
+class VideoRecorder(Counted):
     """A subscriber that films what the cameras see.
 
     A frame is written whenever a camera has a new image.
@@ -119,21 +119,6 @@ class VideoRecorder:
         self._work: Background[_Shot] = Background(
             "video", self._write, self._mp4.close, queue_size, lossless
         )
-
-    @property
-    def written(self) -> int:
-        """Frames in the file."""
-        return self._work.written
-
-    @property
-    def dropped(self) -> int:
-        """Frames lost."""
-        return self._work.dropped
-
-    @property
-    def queued(self) -> int:
-        """Frames waiting."""
-        return self._work.queued
 
     def __call__(self, tick: Tick) -> None:
         """Take one tick; a few microseconds."""

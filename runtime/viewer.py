@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.background import Background
+from runtime.background import Background, Counted
 from runtime.types import CameraFrame, Observation
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class ViewerMissing(ValueError):
     """Rerun is not installed; the message says how to get it."""
 
 
-class RerunViewer:
+class RerunViewer(Counted):
     """A subscriber that shows cameras, point cloud, arm, trajectory and latent age.
 
     Args:
@@ -61,21 +61,6 @@ class RerunViewer:
         self._work: Background[Tick] = Background(
             "viewer", self._show, self._end, queue_size, lossless
         )
-
-    @property
-    def written(self) -> int:
-        """Ticks shown."""
-        return self._work.written
-
-    @property
-    def dropped(self) -> int:
-        """Ticks not shown."""
-        return self._work.dropped
-
-    @property
-    def queued(self) -> int:
-        """Ticks waiting."""
-        return self._work.queued
 
     def __call__(self, tick: Tick) -> None:
         """Take one tick; a few microseconds."""
