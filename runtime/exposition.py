@@ -111,6 +111,20 @@ class Endpoint:
         self._thread.join(timeout=2.0)
 
 
+def _as_plain_text(app: Any) -> Any:
+    """Answer in Prometheus' own text format, whatever is asked for.
+
+    Prometheus 2 asks for OpenMetrics, and prometheus_client 0.26 writes `vllm:name` there as
+    `vllm_name`: no dashboard would find it.
+    """
+
+    def plain(environ: dict[str, Any], start_response: Any) -> Any:
+        environ.pop("HTTP_ACCEPT", None)
+        return app(environ, start_response)
+
+    return plain
+
+
 def serve(port: int, *parts: Any, host: str = LOOPBACK) -> Endpoint:
     """Serve `parts` and this process's own figures.
 
@@ -134,6 +148,7 @@ def serve(port: int, *parts: Any, host: str = LOOPBACK) -> Endpoint:
             f"output.metrics_port: {port} at {host} cannot be used ({error.strerror}); "
             "0 takes a free one"
         ) from None
+    server.set_app(_as_plain_text(server.get_app()))
     endpoint = Endpoint(host, server, thread, visits)
     log.info("metrics at %s", endpoint.url)
     return endpoint

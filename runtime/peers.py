@@ -17,6 +17,7 @@ import zmq
 from prometheus_client.core import Metric
 from zmq.utils.monitor import parse_monitor_message
 
+from runtime.codec import MAX_FRAME_BYTES
 from runtime.metrics import counter
 from runtime.sockets import Port
 
@@ -77,11 +78,17 @@ class PeerWatch:
             self.admitted += 1
         elif event == zmq.EVENT_DISCONNECTED:
             self.ended += 1
+            if _worth_telling(self.ended):
+                log.info(
+                    "%s: a connection ended (its peer left, or sent a frame beyond %d MiB and was "
+                    "cut off); %d so far",
+                    *(self._channel, MAX_FRAME_BYTES >> 20, self.ended),
+                )
         elif event in _REFUSALS:
             reason = _REFUSALS[event]
             self.refused[reason] += 1
             told = self.refused[reason]
-            if told & (told - 1) == 0:  # whoever is refused tries again and again
+            if _worth_telling(told):
                 log.warning(
                     "%s: refused a connection (%s); %d so far",
                     *(self._channel, _EXPLAINED[reason], told),
@@ -92,6 +99,11 @@ class PeerWatch:
         if not self._events.closed:
             self._socket.disable_monitor()
             self._events.close(linger=0)
+
+
+def _worth_telling(count: int) -> bool:
+    """Whether to log it: whoever is refused tries again and again."""
+    return count & (count - 1) == 0
 
 
 class PeerMetrics:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +16,10 @@ from benchmarks.dsvlabench.metrics import served
 from benchmarks.dsvlabench.pool import LocalPool
 from benchmarks.dsvlabench.suites import Suite
 from benchmarks.playtable.tasks import TASKS
+from runtime.config import METRICS_PARTS
 from runtime.director import Assignment
+from runtime.exposition import serve
+from runtime.gpu import GpuMetrics
 from tests.deploy.dashboards import PanelQuery, queries
 from tests.dsvlabench.small import CAMERAS, small_config, small_plan
 from tests.integration.observed import BINARY, MISSING, Prometheus, Sample, prometheus
@@ -31,8 +36,8 @@ PARTS = (
 LED, DRAWER = (Assignment(t, TASKS[t].sentence) for t in ("turn_on_led", "open_drawer"))
 # Series that neither a laptop nor a run on one host can have.
 ELSEWHERE = {
-    "vllm:": "needs vLLM's engine; tests/system2/test_engines_vllm.py looks for them there",
-    "openhelix_gpu_memory": "needs a GPU",
+    "vllm:": "needs vLLM: tests/integration/test_prometheus_vllm.py asks these",
+    "openhelix_gpu_memory": "needs a GPU; a test below makes one up",
 }
 
 
@@ -138,6 +143,31 @@ def test_legends_name_labels_that_the_series_have(seen: Seen) -> None:
             wanted = label.partition("}}")[0]
             if samples and wanted != "robot":  # a label of targets on other hosts
                 assert any(wanted in s["metric"] for s in samples), f"{query.panel}: {wanted}"
+
+
+def test_the_panel_about_gpus_has_an_answer_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        device_count=lambda: 1,
+        memory_reserved=lambda _: 30 << 30,
+        mem_get_info=lambda _: (50 << 30, 80 << 30),
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    asked = [query for query in queries() if "openhelix_gpu_memory" in query.expr]
+    assert len(asked) == 3
+    with prometheus(tmp_path) as server:
+        endpoint = serve(server.parts_port + METRICS_PARTS.index("system2"), GpuMetrics())
+        try:
+            for query in asked:
+                expr = query.filled(RANGE_S, RATE_S)
+                server.until(query.legend, lambda expr=expr: server.ask(expr))
+            used = "openhelix_gpu_memory_used_bytes / openhelix_gpu_memory_total_bytes"
+            assert server.value(used) == 0.375
+        finally:
+            endpoint.close()
 
 
 def test_a_system2_that_hangs_raises_the_alarm(tmp_path: Path) -> None:

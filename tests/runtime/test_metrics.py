@@ -31,8 +31,18 @@ from runtime.types import Action, ActionChunk, LatentGoal
 MS = 1_000_000
 
 
+# What Prometheus 2 sends. It prefers OpenMetrics, in which names with a colon would be garbled.
+ACCEPT = (
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+)
+
+
 def scrape(endpoint):
-    text = urllib.request.urlopen(endpoint.url, timeout=5).read().decode()
+    request = urllib.request.Request(endpoint.url, headers={"Accept": ACCEPT})
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        text = answer.read().decode()
     samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

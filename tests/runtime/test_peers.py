@@ -86,7 +86,10 @@ def test_wrong_keys_and_rubbish_are_counted_by_what_they_are(
         part.close()
 
 
-def test_a_frame_beyond_the_limit_ends_its_senders_connection_alone(tmp_path: Path) -> None:
+def test_a_frame_beyond_the_limit_ends_its_senders_connection_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     address = f"ipc://{tmp_path}/requests"
     reader = NewestPerTopic(address, GoalRequest)
     watch = PeerWatch("requests", reader.port)
@@ -110,6 +113,7 @@ def test_a_frame_beyond_the_limit_ends_its_senders_connection_alone(tmp_path: Pa
         return watch.ended == 1
 
     until(cut_off)
+    assert "requests: a connection ended" in caplog.text and "beyond 64 MiB" in caplog.text
     gaps = reader.stats.gaps
 
     def heard() -> bool:
