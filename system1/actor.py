@@ -9,7 +9,7 @@ are differences of Euler angles; `system1.policy.to_absolute` undoes that.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from system1.config import PolicyConfig, official_calvin
@@ -18,52 +18,28 @@ from system1.encoder import OfficialEncoder, OfficialScene
 from system1.keypose_head import KeyposeTargets
 from system1.losses import LossParts, diffusion_loss
 from system1.model import gaussian, rows_to_poses
+from system1.network import DiffusionNetwork
 from system1.normalizer import Normalizer
 from system1.points import clean_points
-from system1.sampler import Noise, Plan, draw_noise, make_plan, row_alphas, run_plan
+from system1.sampler import Noise, draw_noise, run_plan
 from system1.scene import Inputs
 
 FULL = 200  # pixels of a CALVIN image before the crop
 CROP = slice(20, 180)
 
 
-class DiffuserActor(nn.Module):
+class DiffuserActor(DiffusionNetwork):
     """Images, points, gripper history and latent to a trajectory relative to the gripper."""
-
-    alphas: Tensor
-    offset: Tensor
-    scale: Tensor
 
     def __init__(
         self, config: PolicyConfig | None = None, normalizer: Normalizer | None = None
     ) -> None:
-        super().__init__()
-        self.config = config = config or official_calvin()
+        config = config or official_calvin()
+        super().__init__(config, normalizer or Normalizer.official())
         self.encoder = OfficialEncoder(
             config.dim, config.heads, config.nhist, config.latent_dim, config.horizon
         )
         self.prediction_head = DiffuserActorHead(config)
-        normalizer = normalizer or Normalizer.official()
-        self.register_buffer("alphas", row_alphas(config), persistent=False)
-        self.register_buffer("offset", normalizer.offset.clone(), persistent=False)
-        self.register_buffer("scale", normalizer.scale.clone(), persistent=False)
-        self._plan = make_plan(config)
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """The normaliser, on the model's device."""
-        return Normalizer(self.offset, self.scale)
-
-    def use_sampler(self, sampler: str | None = None, steps: int | None = None) -> None:
-        """Choose another sampler or number of steps for `sample`."""
-        self._plan = make_plan(self.config, sampler, steps)  # type: ignore[arg-type]
-
-    @property
-    def plan(self) -> Plan:
-        """The sampler in use, on the model's device."""
-        if self._plan.clean_out.device != self.offset.device:
-            self._plan = self._plan.to(self.offset.device)
-        return self._plan
 
     def encode(
         self, rgb: Tensor, pcd: Tensor, gripper: Tensor, latent: Tensor, mask: bool = False

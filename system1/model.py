@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from system1.config import PolicyConfig
@@ -20,10 +20,11 @@ from system1.heads.registry import build_head
 from system1.heads.trajectory import TrajectoryHead
 from system1.keypose_head import KeyposeTargets, keypose_loss
 from system1.losses import LossParts, diffusion_loss, trajectory_loss
+from system1.network import DiffusionNetwork
 from system1.normalizer import Normalizer
 from system1.points import clean_points
 from system1.rotations import matrix_from_6d, matrix_to_quat
-from system1.sampler import Noise, Plan, draw_noise, make_plan, row_alphas, run_plan
+from system1.sampler import Noise, draw_noise, run_plan
 from system1.scene import Inputs, Scene
 
 
@@ -47,29 +48,15 @@ def rows_to_poses(rows: Tensor, logits: Tensor) -> Tensor:
     return torch.cat((rows[..., :3], quat, logits.sigmoid()), -1)
 
 
-class VisuomotorPolicy(nn.Module):
+class VisuomotorPolicy(DiffusionNetwork):
     """Observation and latent to a trajectory relative to the gripper."""
 
-    alphas: Tensor
-    offset: Tensor
-    scale: Tensor
-
     def __init__(self, config: PolicyConfig, normalizer: Normalizer | None = None) -> None:
-        super().__init__()
-        self.config = config
+        normalizer = normalizer or Normalizer.default(config)
+        super().__init__(config, normalizer)
         self.encoder = LightEncoder(config)
         self.head = build_head(config)
-        self.register_buffer("alphas", row_alphas(config), persistent=False)
-        normalizer = normalizer or Normalizer.default(config)
-        self.register_buffer("offset", normalizer.offset.clone(), persistent=False)
-        self.register_buffer("scale", normalizer.scale.clone(), persistent=False)
         self.set_normalizer(normalizer)
-        self._plan = make_plan(config)
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """The normaliser, on the model's device."""
-        return Normalizer(self.offset, self.scale)
 
     def set_normalizer(self, normalizer: Normalizer) -> None:
         """Take over a normaliser fitted to data."""
@@ -77,17 +64,6 @@ class VisuomotorPolicy(nn.Module):
         self.scale.copy_(normalizer.scale.expand_as(self.scale))
         if isinstance(self.head, TrajectoryHead):
             self.head.metres.copy_(self.scale[:, :3])
-
-    def use_sampler(self, sampler: str | None = None, steps: int | None = None) -> None:
-        """Choose another sampler or number of steps for `sample`."""
-        self._plan = make_plan(self.config, sampler, steps)  # type: ignore[arg-type]
-
-    @property
-    def plan(self) -> Plan:
-        """The sampler in use, on the model's device."""
-        if self._plan.clean_out.device != self.offset.device:
-            self._plan = self._plan.to(self.offset.device)
-        return self._plan
 
     def encode(self, inputs: Inputs) -> Scene:
         """Encode a batch of observations once, for as many draws or steps as wanted."""
