@@ -6,6 +6,7 @@ refusal in log and metrics, and asserts that the two robots did not notice.
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     share = (f"system2.connect={address}", keys, *LENIENT, f"{LIMIT}=100000")
     with (base / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "runtime.cli", "serve", address, *SMALL, keys, "--json"],
+            [sys.executable, "-m", "runtime.cli", "serve", address, *SMALL, keys],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -282,6 +283,7 @@ def test_a_frame_beyond_all_limits_ends_its_senders_connection(fleet: Fleet) -> 
         until("a connection", connected)
         raw.send(bytes(MAX_FRAME_BYTES + 1))
         until("its end", lambda: fleet.count("wire_ended_total", "requests") > before)
+    assert "requests: a connection ended" in fleet.log.read_text()
     raw.close(linger=0)
     context.term()
 
@@ -299,6 +301,47 @@ def test_a_second_robot_with_a_taken_name_is_refused_before_it_starts(
         second.begin()
     assert fleet.count("system2_shed_total", "name_taken") == before + 1
     assert "'arm1' refused: name_taken" in fleet.log.read_text()
+
+
+def test_kill_9_of_every_process_of_a_robot_harms_no_other_and_frees_its_name(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    words = (
+        *(f"system2.connect={fleet.ends['control']}", f"transport.keys={fleet.keys}"),
+        *(*LENIENT, f"{LIMIT}=100000", "robot.id=arm3", "output.status=true"),
+    )
+    with fleet.undisturbed():
+        with session(tmp_path / "first", *words) as third:
+            third.begin()
+            third.until("work", lambda h: h["steps"] > 5)
+            for node in ("system1", "camera"):
+                old = third.pid(node)
+                third.signal(node, signal.SIGKILL)
+
+                def back(node: str = node, old: int = old) -> bool:
+                    health = third.graph.health(node)
+                    return health["state"] == "ready" and health["pid"] != old
+
+                until(f"another {node}", back)
+            steps = third.graph.health("control")["steps"]
+            third.until("work again", lambda h: h["steps"] > steps + 5)
+            gone = ("observer", "world", "control")
+            for node in gone:
+                third.signal(node, signal.SIGKILL)
+            until("its end", lambda: set(third.graph.ended()) == set(gone))
+        with session(tmp_path / "second", *words) as again:
+
+            def begun() -> bool:
+                try:
+                    again.begin()
+                except ConfigError as error:  # a name stays claimed for 10 s
+                    if "is in use" not in str(error):
+                        raise
+                    return False
+                return True
+
+            until("its name again", begun)
+            again.until("work under the same name", lambda h: h["steps"] > 5)
 
 
 def test_whoever_uses_a_taken_name_without_asking_is_not_heard(fleet: Fleet) -> None:
