@@ -220,5 +220,5 @@ class EngineBase:
         head, layout = self._head, prompt.layout
         states = states.to("cpu", torch.float32)
         if head.config.last_token_only and states.shape[0] == 1:
-            return states if raw else head.projector(states)
+            return states if raw else head.project(states, torch.ones(1, dtype=torch.bool))
         return head(states, layout, raw=raw)

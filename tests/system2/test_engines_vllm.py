@@ -96,9 +96,10 @@ def test_the_search_for_kernels_sees_real_attributes_only() -> None:
     assert real_vars(Answers)["kernel"] == "a class attribute"
 
 
-def test_swap_changes_the_latent_on_both(vllm, plain, images, tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [0, 24])  # without and with a hidden layer in the projector
+def test_swap_changes_the_latent_on_both(vllm, plain, images, width: int, tmp_path: Path) -> None:
     old, old_spec = vllm.encode(images, TEXTS), vllm.spec
-    head = LatentHead.fresh(vllm.head.config, plain._table(), seed=7)
+    head = LatentHead.fresh(vllm.head.config, plain._table(), seed=7, width=width)
     head.save(tmp_path / "head.safetensors")
     original = vllm.head
     try:
