@@ -32,13 +32,6 @@ TASKS = ("turn_on_led", "open_drawer")
 
 
 @pytest.fixture(scope="module")
-def pool():
-    found = LocalPool(small_config())
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
 def two(pool, tmp_path_factory):
     """The same episodes at two step limits: the second cannot do what takes longer."""
     base = tmp_path_factory.mktemp("two")

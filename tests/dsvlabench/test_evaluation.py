@@ -24,13 +24,6 @@ SUITE = Suite("tasks", count=2, tasks=("turn_on_led", "open_drawer", "lift_red_b
 
 
 @pytest.fixture(scope="module")
-def pool():
-    found = LocalPool(small_config())
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
 def done(pool, tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval") / "run"
     return folder, evaluate(small_plan(SUITE), pool, folder)

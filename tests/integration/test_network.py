@@ -16,6 +16,7 @@ from runtime.curve import generate
 from runtime.endpoints import BindRefused
 from runtime.graph import GraphError
 from tests.integration.session import SMALL, session
+from tests.keys import key_folders
 
 
 def free_port(count: int) -> int:
@@ -89,20 +90,6 @@ def test_two_robots_share_one_system2_and_survive_its_restart(tmp_path: Path) ->
         with served(address):
             for arm in (arm1, arm2):
                 arm.until("a fresh latent", lambda h: (h["latent_age_s"] or 9) < 0.5)
-
-
-def key_folders(tmp_path: Path) -> dict[str, Path]:
-    """Folders of keys: a server's, a known robot's, an unknown one's, another server's."""
-    folders = {name: tmp_path / name for name in ("server", "known", "unknown", "misled")}
-    server = generate(folders["server"], "server")
-    other = generate(tmp_path / "other", "server")
-    for name in ("known", "unknown", "misled"):
-        pair = generate(folders[name], name)
-        trusted = other if name == "misled" else server
-        (folders[name] / "server.public").write_bytes(trusted.public)
-        if name != "unknown":
-            (folders["server"] / f"{name}.public").write_bytes(pair.public)
-    return folders
 
 
 def test_strangers_are_refused_and_the_running_robot_does_not_notice(tmp_path: Path) -> None:

@@ -7,9 +7,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,31 +17,15 @@ from runtime.curve import CurveClient, CurveServer, KeyFileError, generate, load
 from runtime.rpc import RpcClient, RpcRefused, RpcServer, RpcTimeout
 from runtime.types import LatentGoal
 from runtime.wire import NewestReader, Publisher
+from tests.keys import key_folders
+from tests.runtime.wire_ports import PATIENCE_S, until
 
-PATIENCE_S = 20.0
 LATENT = LatentGoal(np.zeros((1, 4), np.float32), 0, 0, 0, 0, "")
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
-    """The folders of a server and of clients: known, unknown, and of another server."""
-    found = {name: tmp_path / name for name in ("server", "known", "unknown", "misled")}
-    server = generate(found["server"], "server")
-    other = generate(tmp_path / "other", "server")
-    for name in ("known", "unknown", "misled"):
-        pair = generate(found[name], name)
-        trusted = other if name == "misled" else server
-        (found[name] / "server.public").write_bytes(trusted.public)
-        if name != "unknown":
-            (found["server"] / f"{name}.public").write_bytes(pair.public)
-    return found
-
-
-def until(condition: Callable[[], Any]) -> None:
-    give_up = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
-        time.sleep(0.005)
+    return key_folders(tmp_path)
 
 
 def test_keys_are_written_for_their_owner_alone(tmp_path: Path) -> None:
