@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from runtime.interrupts import in_a_thread
 from runtime.node import NodeRunner, NodeSpec
@@ -24,6 +25,15 @@ from runtime.node import NodeRunner, NodeSpec
 log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
 ALONE_S = 5.0  # how long a child whose parent died may take to stop the robot and end
+
+
+def reap(process: subprocess.Popen[Any], patience_s: float) -> None:
+    """Wait for a process that was told to end; kill it when the patience is over."""
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 class ProcessHost:
@@ -62,11 +72,7 @@ class ProcessHost:
             child.terminate()
         give_up_s = time.monotonic() + timeout_s
         for child in self._children.values():
-            try:
-                child.wait(max(0.0, give_up_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+            reap(child, max(0.0, give_up_s - time.monotonic()))
 
     def _spawn(self, spec: NodeSpec, again: bool) -> subprocess.Popen[bytes]:
         with (self._log_folder / f"{spec.name}.log").open("ab") as output:

@@ -16,6 +16,8 @@ from typing import Any
 
 import aiohttp
 
+from runtime.processes import reap
+
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -101,11 +103,7 @@ async def browse(url: str, folder: Path) -> AsyncIterator[Page]:
                 yield page
     finally:
         process.terminate()
-        try:
-            process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        reap(process, 10.0)
 
 
 async def _port(path: Path, process: subprocess.Popen[bytes]) -> int:

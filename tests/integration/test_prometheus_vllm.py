@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from runtime.endpoints import served
+from runtime.processes import reap
 from runtime.types import GoalRequest
 from runtime.wire import Publisher
 from tests.deploy.dashboards import PanelQuery, queries
@@ -74,11 +75,7 @@ def vllm_served(folder: Path, metrics_port: int) -> Iterator[str]:
         yield served(address)["requests"]
     finally:
         process.terminate()
-        try:
-            process.wait(30.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        reap(process, 30.0)
 
 
 @pytest.mark.timeout(420)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from runtime.node import NodeSpec
-from runtime.processes import ProcessHost
+from runtime.processes import ProcessHost, reap
 from runtime.rpc import RpcClient, RpcError
 
 
@@ -108,3 +110,18 @@ def test_a_node_that_waits_in_its_setup_ends_when_told(host: ProcessHost, tmp_pa
     health(node, "starting")
     host.close(timeout_s=60.0)  # then it would be killed, and close nothing
     assert "closed" in (tmp_path / "logs" / "slow.log").read_text()
+
+
+def test_who_does_not_end_when_told_is_ended_for_certain() -> None:
+    words = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    for line, code in (("import time", -signal.SIGTERM), (words, -signal.SIGKILL)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"{line}; print(flush=True); time.sleep(600)"],
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        reap(process, 0.2 if code == -signal.SIGKILL else 60.0)
+        process.stdout.close()
+        assert process.returncode == code
