@@ -40,6 +40,20 @@ class VisionShape:
     def n_tokens(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    def clip_config(self) -> Any:
+        """Return the tower's configuration as transformers names it."""
+        from transformers import CLIPVisionConfig
+
+        return CLIPVisionConfig(
+            hidden_size=self.width,
+            intermediate_size=4 * self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            projection_dim=self.width,
+        )
+
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write what `model.open_checkpoint` reads beside the weights."""
@@ -69,7 +83,7 @@ def write_llava(
         recipe: what it was made from, for the manifest.
     """
     import torch
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     names = [IMAGE_TOKEN, *(act_token(i) for i in range(MAX_ACT))]
     tokenizer.add_special_tokens(
@@ -86,15 +100,7 @@ def write_llava(
         noise = torch.randn(table.shape[0] - old_rows, table.shape[1]) * table[:old_rows].std()
         table[old_rows:] = mean + noise
         config = LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                hidden_size=shape.width,
-                intermediate_size=4 * shape.width,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                image_size=shape.image_size,
-                patch_size=shape.patch_size,
-                projection_dim=shape.width,
-            ),
+            vision_config=shape.clip_config(),
             text_config=language.config,
             image_token_index=ids[0],
             vision_feature_layer=-1,

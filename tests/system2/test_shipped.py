@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_shipped_weights_fit_the_default_shape() -> None:
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     from tests.system2 import tiny
 
@@ -29,18 +29,7 @@ def test_shipped_weights_fit_the_default_shape() -> None:
     text.num_attention_heads, text.num_key_value_heads, text.num_hidden_layers = 9, 3, 1
     text.head_dim = 64
     model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                hidden_size=shape.width,
-                intermediate_size=4 * shape.width,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                image_size=shape.image_size,
-                patch_size=shape.patch_size,
-                projection_dim=shape.width,
-            ),
-            text_config=text,
-        )
+        LlavaConfig(vision_config=shape.clip_config(), text_config=text)
     )
     weights = load_file(SHIPPED / "vision.safetensors")
     load_vision(model, weights)
