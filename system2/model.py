@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ __all__ = [
     "write_llava",
 ]
 
+log = logging.getLogger(__name__)
 _FORMAT = 3  # raise it when the same parts would give another folder
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "system2-laptop"
 
@@ -121,13 +123,21 @@ def build(
     Args:
         vision: shape of the tower; None for the default.
         vision_weights: safetensors with `vision_tower.*` and `multi_modal_projector.*`;
-            None takes the shipped ones where they fit the shape, else random ones.
+            None takes the shipped ones for the default shape, random ones for another (and,
+            with a warning, where the shipped file is missing).
         seed: of the random weights.
     """
     shape = vision or VisionShape()
     shipped = SHIPPED / "vision.safetensors"
-    if vision_weights is None and vision is None and shipped.is_file():
-        vision_weights = shipped
+    if vision_weights is None and vision is None:
+        if shipped.is_file():
+            vision_weights = shipped
+        else:
+            log.warning(
+                "%s is missing: the laptop LLaVA's vision tower and projector have random "
+                "weights, so its latents say nothing of what the camera sees",
+                shipped,
+            )
     gguf = language_model_file()
     recipe = {
         "format": _FORMAT,

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
+from system2 import model
 from system2.model import (
     MANIFEST,
     CheckpointError,
@@ -86,6 +87,34 @@ def test_what_is_no_llava_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match="want a 'llava'"):
         open_checkpoint(str(tmp_path / "other"))
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Warnings of `system2.model`."""
+    return [r.getMessage() for r in caplog.records if r.name == "system2.model"]
+
+
+def test_a_missing_shipped_tower_is_told_and_a_chosen_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    language = tmp_path / "language.gguf"
+    language.write_bytes(b"words")
+    taken: list[Path | None] = []
+    monkeypatch.setattr(model, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(model, "language_model_file", lambda: language)
+    monkeypatch.setattr(model, "_assemble", lambda *args: taken.append(args[3]))
+    folder = model.build()
+    again = model.build()  # assembled already, and as untrained as before
+    assert folder == again and taken == [None]
+    missing = tmp_path / "shipped" / "vision.safetensors"
+    assert len(told(caplog)) == 2
+    assert all(str(missing) in line and "random weights" in line for line in told(caplog))
+    caplog.clear()
+    model.build(vision=model.VisionShape(layers=1))
+    missing.parent.mkdir()
+    missing.write_bytes(b"weights")
+    assert model.build() != folder
+    assert taken == [None, None, missing] and not told(caplog)
 
 
 @pytest.mark.slow
