@@ -149,4 +149,5 @@ def test_without_vision(tiny_model: str, images) -> None:
 def test_the_laptop_model_equals_transformers(images) -> None:
     a = TransformersEngine("laptop", dtype="float32", device="cpu").encode(images, TEXTS)
     b = VllmEngine("laptop", dtype="float32").encode(images, TEXTS)
-    assert np.abs(a - b).max() < 1e-4
+    # The trained projector gives numbers up to 23, of which float32 keeps seven digits.
+    assert np.abs(a - b).max() < 2e-5 * np.abs(a).max()
