@@ -9,7 +9,8 @@ It all takes six to eight minutes.
 
 Overhead: a real loop (PlayTable's processes, small System 1 and System 2, SCHED_FIFO where it
 is granted) with metrics and recording switched on and off in turns of a second, so that all
-ways share one run. A Prometheus-like client scrapes once in every turn that has metrics.
+ways share one run and are compared block by block, with an interval. A Prometheus-like client
+scrapes once in every turn that has metrics.
 
     python -m benchmarks.perf.bench_fleet [--seconds 20] [--overhead-seconds 100] [--out FILE]
 """
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ CAMERA_NS = 100_000_000
 WARM_UP_S = 5.0
 AGE_LIMIT_S = 2.0
 READY_S = 240.0
+LEAST_OVERHEAD_S = 15.0  # for the first plan, and two blocks of turns
 INSTRUCTIONS = (
     "push the sliding door to the left side",
     "pull the handle to open the drawer",
@@ -189,6 +191,22 @@ def tried(count: int, ends: dict[str, str], client: RpcClient, args: Any) -> dic
     return stage(count, ends, client, args) | {"first_try": first}
 
 
+def most(
+    holds: Callable[[int], bool], ladder: Sequence[int] = (1, *LADDER)
+) -> tuple[int, int | None]:
+    """Return the largest number that holds and the next one up, which breaks; None if none did."""
+    good, bad = 0, None
+    for count in ladder:
+        if not holds(count):
+            bad = count
+            break
+        good = count
+    while bad is not None and bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if holds(middle) else (good, middle)
+    return good, bad
+
+
 @contextmanager
 def system2(args: Any, folder: Path) -> Iterator[tuple[dict[str, str], RpcClient]]:
     """`openhelix serve` with the configured engine; ready when it is given."""
@@ -233,18 +251,14 @@ def robots_served(args: Any) -> dict[str, Any]:
         offers = {images: stage(1, ends, client, args, images) for images in OFFERS}
         stages[1] = offers[IMAGES_A_LATENT]
         if not stages[1]["holds"]:
-            stages[1] = tried(1, ends, client, args)
-        good, bad = (1, None) if stages[1]["holds"] else (0, 1)
-        for count in LADDER if good else ():
-            stages[count] = tried(count, ends, client, args)
-            if not stages[count]["holds"]:
-                bad = count
-                break
-            good = count
-        while bad is not None and bad - good > 1:
-            middle = (good + bad) // 2
-            stages[middle] = tried(middle, ends, client, args)
-            good, bad = (middle, bad) if stages[middle]["holds"] else (good, middle)
+            stages[1] = stage(1, ends, client, args) | {"first_try": stages[1]}
+
+        def holds(count: int) -> bool:
+            if count not in stages:
+                stages[count] = tried(count, ends, client, args)
+            return bool(stages[count]["holds"])
+
+        good, bad = most(holds)
         health = client.call("health", {}, 10.0)
     return {
         "hz": args.hz,
@@ -273,6 +287,10 @@ def main() -> int:
     parser.add_argument("--only", choices=("robots", "overhead"), default=None)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/perf/results/fleet.json"))
     args = parser.parse_args()
+    if args.seconds <= 0 or args.hz <= 0 or args.max_batch < 1:
+        parser.error("--seconds, --hz and --max-batch must be above 0")
+    if 0 < args.overhead_seconds < LEAST_OVERHEAD_S:
+        parser.error(f"--overhead-seconds: 0, or at least {LEAST_OVERHEAD_S:g}")
     read_yaml(args.config)  # a wrong path is told before anything is started
     result: dict[str, Any] = (
         json.loads(args.out.read_text()) if args.only and args.out.exists() else {}

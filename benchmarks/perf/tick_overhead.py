@@ -3,24 +3,27 @@
 The control node of a real graph runs in this process, its neighbours (PlayTable's world and
 cameras, a small System 1 and System 2, an observer that records) in theirs. Turns of a second
 with nothing, with metrics, with the tick stream that recordings are made of, and with both
-follow one another, so that all ways see the same machine. Two times are kept of every tick:
-until the action is sent, which subscribers must not lengthen, and until the last subscriber
-has been told.
+follow one another in blocks of four, shuffled anew in each, so that all ways see the same
+machine. What a way costs is the difference to "nothing" of the same block, with the 95 %
+bootstrap interval over the blocks. Two times are kept of every tick: until the action is sent,
+which subscribers must not lengthen, and until the last subscriber has been told.
 """
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.dsvlabench.stats import paired_bootstrap
 from runtime.collectors import LoopMetrics
 from runtime.config import load
 from runtime.control import ControlNode
@@ -44,6 +47,8 @@ SMALL = (
     *("ray=false", "output.metrics_port=0", "output.video=false", "output.record=true"),
     "tasks.steps_limit=1000000",
 )
+Row = tuple[float, float, float]  # of a tick, us: all of it, its CPU time, until the action
+Block = dict[str, list[Row]]  # by way
 SCRAPER = """
 import sys, urllib.request
 for line in sys.stdin:
@@ -76,21 +81,26 @@ class Turns:
         self._scraper = subprocess.Popen(
             [sys.executable, "-c", SCRAPER], stdin=subprocess.PIPE, text=True
         )
-        self.took: dict[str, list[tuple[float, float, float]]] = {name: [] for name in WAYS}
+        self.blocks: list[Block] = []
+        self._order, self._random = list(WAYS), random.Random(0)
         self._count = 0
 
     def __call__(self) -> Tick:
         turn, place = divmod(self._count, TURN_TICKS)
-        way = list(WAYS)[turn % len(WAYS)]
+        number = turn % len(WAYS)
         self._count += 1
         if place == 0:
-            self._switch(WAYS[way])
+            if number == 0:
+                self._random.shuffle(self._order)
+                self.blocks.append({way: [] for way in WAYS})
+            self._switch(WAYS[self._order[number]])
         cpu_ns, wall_ns = time.thread_time_ns(), time.perf_counter_ns()
         tick = self._tick()
         wall_ns = time.perf_counter_ns() - wall_ns
         cpu_ns = time.thread_time_ns() - cpu_ns
         if place > 0 and tick.state == "run":  # the first tick of a turn finds cold caches
-            self.took[way].append((wall_ns * 1e-3, cpu_ns * 1e-3, tick.duration_s * 1e6))
+            row = (wall_ns * 1e-3, cpu_ns * 1e-3, tick.duration_s * 1e6)
+            self.blocks[-1][self._order[number]].append(row)
         return tick
 
     def _switch(self, kinds: tuple[type, ...]) -> None:
@@ -132,7 +142,7 @@ def overhead(seconds: float) -> dict[str, Any]:
             node.close()
             host.close()
             graph.close()
-    return _summary(turns.took, config.control.hz, granted)
+    return summary(turns.blocks, config.control.hz) | {"sched_fifo": granted}
 
 
 def _latent_spec(graph: Graph) -> dict[str, Any]:
@@ -145,38 +155,54 @@ def _latent_spec(graph: Graph) -> dict[str, Any]:
         client.close()
 
 
-def _summary(
-    took: dict[str, list[tuple[float, float, float]]], hz: float, fifo: bool
-) -> dict[str, Any]:
+def summary(blocks: Sequence[Block], hz: float) -> dict[str, Any]:
+    """Return what each way costs a tick; blocks in which a way has few ticks are left out.
+
+    Raises:
+        ValueError: fewer than two blocks are whole.
+    """
+    whole = [b for b in blocks if all(len(rows) >= TURN_TICKS // 2 for rows in b.values())]
+    if len(whole) < 2:
+        raise ValueError(f"--overhead-seconds: {len(whole)} whole blocks of turns, need 2 or more")
+    period_us = 1e6 / hz
     ways: dict[str, Any] = {}
-    for way, rows in took.items():
-        wall, cpu, to_action = np.array(rows).T
+    for way in WAYS:
+        wall, cpu, to_action = np.concatenate([b[way] for b in whole]).T
         ways[way] = {
-            "ticks": len(rows),
+            "ticks": len(wall),
             "tick_us": _figures(wall),
             "tick_cpu_us": _figures(cpu),
             "to_action_us": _figures(to_action),
         }
-    base = ways["nothing"]
-    period_us = 1e6 / hz
-    for way in ("metrics", "recording", "both"):
-        extra_us = ways[way]["tick_us"]["mean"] - base["tick_us"]["mean"]
-        later_us = ways[way]["to_action_us"]["mean"] - base["to_action_us"]["mean"]
-        ways[way] |= {
-            "extra_us": extra_us,
-            "percent_of_period": 100 * extra_us / period_us,
-            "percent_of_tick": 100 * extra_us / base["tick_us"]["mean"],
-            "action_later_us": later_us,
-            "action_later_percent_of_period": 100 * later_us / period_us,
-        }
-    return {"turn_ticks": TURN_TICKS, "period_us": period_us, "sched_fifo": fifo, "ways": ways}
+        if way != "nothing":
+            extra = _extra(whole, way, 0, np.mean)
+            tick_us = ways["nothing"]["tick_us"]["mean"]
+            ways[way] |= {
+                "extra_us": extra,
+                "extra_median_us": _extra(whole, way, 0, np.median),
+                "extra_cpu_us": _extra(whole, way, 1, np.mean),
+                "action_later_us": _extra(whole, way, 2, np.mean),
+                "percent_of_period": {k: 100 * v / period_us for k, v in extra.items()},
+                "percent_of_tick": {k: 100 * v / tick_us for k, v in extra.items()},
+            }
+    return {"turn_ticks": TURN_TICKS, "blocks": len(whole), "period_us": period_us, "ways": ways}
+
+
+def _extra(
+    blocks: Sequence[Block], way: str, column: int, of: Callable[[Any], Any]
+) -> dict[str, float]:
+    """Return a way's turns minus "nothing" of the same blocks, with the interval of the mean."""
+    first, second = (
+        [float(of(np.asarray(block[name])[:, column])) for block in blocks]
+        for name in ("nothing", way)
+    )
+    paired = paired_bootstrap(first, second)
+    return {"mean": paired.difference, "from": paired.ci95[0], "to": paired.ci95[1]}
 
 
 def _figures(values: Any) -> dict[str, float]:
-    """Return percentiles, and the mean without the slowest hundredth."""
-    kept = np.sort(values)[: max(1, round(0.99 * len(values)))]
     return {
         "p50": float(np.percentile(values, 50)),
         "p99": float(np.percentile(values, 99)),
-        "mean": float(kept.mean()),
+        "mean": float(np.mean(values)),
     }
