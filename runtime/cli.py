@@ -33,7 +33,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The page that `openhelix --help` prints."""
-    rows = "\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
     return (
         f"usage: openhelix COMMAND [--config FILE] [section.field=value ...] [--json]\n\n{rows}\n\n"
         "`openhelix COMMAND --help` says more."

@@ -26,7 +26,7 @@ class CollectConfig(BaseModel):
     """One collection.
 
     Attributes:
-        out: folder; None for `demonstrations/<scenes>` in the cache.
+        out: folder; None for `data/demonstrations_<scenes>` in the cache.
         scenes: letters out of ABCD.
         tasks: names; all 34 by default.
         per_task: demonstrations per task and scene.
