@@ -39,6 +39,7 @@ from runtime.assembly import IMAGES_A_LATENT, request_interval_ns
 from runtime.config import load, read_yaml
 from runtime.endpoints import served
 from runtime.goals import WireGoals
+from runtime.processes import reap
 from runtime.rpc import RpcClient, RpcError
 from runtime.types import CameraFrame, LatentGoal, Observation
 from runtime.wire import NewestReader, Publisher
@@ -236,11 +237,7 @@ def system2(args: Any, folder: Path) -> Iterator[tuple[dict[str, str], RpcClient
     finally:
         client.close()
         process.terminate()
-        try:
-            process.wait(15.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        reap(process, 15.0)
 
 
 def robots_served(args: Any) -> dict[str, Any]:
