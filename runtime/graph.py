@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from runtime.addresses import CHANNELS, Endpoints, stays
 from runtime.config import ConfigError, Placement, RunConfig
-from runtime.endpoints import check_bind
+from runtime.endpoints import check_bind, check_connect, served
 from runtime.node import NodeSpec
 from runtime.rpc import RpcClient, RpcError, RpcRefused
 from runtime.scratch import ScratchFolder
@@ -132,8 +132,11 @@ class Graph:
         self._scratch = ScratchFolder()
         try:
             self.endpoints = ends = Endpoints.of(config, self._scratch.path)
+            elsewhere = config.system2.connect
+            theirs = set(served(elsewhere).values()) if elsewhere is not None else set()
             for endpoint in (*ends.channels.values(), *ends.control.values()):
-                check_bind(endpoint, self._keys)  # here too, before anything is started
+                check = check_connect if endpoint in theirs else check_bind
+                check(endpoint, self._keys)  # here too, before anything is started
             self.specs = build(config, ends, job, str(folder))
         except Exception:
             self._scratch.close()

@@ -29,6 +29,9 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument("--max-batch", type=int, default=8, help="most requests in one call")
     arguments.add_argument("--max-robots", type=int, default=64, help="further ones are refused")
     options, overrides = parse(arguments, argv)
+    for name in ("max_batch", "max_robots"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be 1 or more")
     config = load(options.config, overrides)
     logging.basicConfig(level=logging.WARNING if options.json else logging.INFO)
     keys = str(config.transport.keys) if config.transport.keys else None

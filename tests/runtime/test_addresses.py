@@ -8,6 +8,8 @@ import pytest
 
 from runtime.addresses import CHANNELS, NODES, Endpoints, stays
 from runtime.config import ConfigError, RunConfig, load
+from runtime.endpoints import BindRefused, ConnectRefused
+from runtime.graph import Graph
 
 CLUSTER = ("ray_address=auto", "transport.keys=~/keys")
 
@@ -66,3 +68,13 @@ def test_hosts_that_cannot_work_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=expected):
         Endpoints.of(config(*CLUSTER, *overrides), tmp_path)
+
+
+def test_without_keys_no_run_listens_to_others_or_trusts_a_system2_elsewhere(
+    tmp_path: Path,
+) -> None:
+    job = {"assignments": [], "initial": None}
+    with pytest.raises(ConnectRefused, match="refusing to trust another host"):
+        Graph(config("system2.connect=tcp://10.0.0.2:5800"), job, tmp_path)
+    with pytest.raises(BindRefused, match="refusing to bind beyond this host"):
+        Graph(config("transport.host=0.0.0.0"), job, tmp_path)
