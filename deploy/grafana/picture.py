@@ -220,7 +220,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     board = json.loads((FOLDER / f"{options.board}.json").read_text())
     source = Source(options.prometheus, time.time(), round(60 * options.minutes))
-    draw(board, source).savefig(options.out)
+    try:
+        figure = draw(board, source)
+    except OSError as error:
+        parser.error(f"--prometheus: {options.prometheus} does not answer ({error})")
+    figure.savefig(options.out)
 
 
 if __name__ == "__main__":

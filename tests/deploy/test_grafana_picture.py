@@ -79,3 +79,13 @@ def test_tables_are_sorted_by_number_and_joined_by_label(url: str) -> None:
     assert titles == ["success", "95 % from", "to"]
     assert [row[0] for row in rows] == ["10", "30"]
     assert rows[0][1:] == [1.0, 1.0, 1.0]
+
+
+def test_a_prometheus_that_is_not_there_is_said_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fleet", "--prometheus", "http://127.0.0.1:9", "--out", str(tmp_path / "x.png")]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2 and "does not answer" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
