@@ -5,12 +5,12 @@ One cluster serves all tests of this file, in their order.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import pytest
 
 from tests.integration.hosts import why_not
+from tests.integration.observed import BINARY, MISSING
 from tests.integration.two_hosts import AHEAD_S, BIN, Run, TwoHosts, two_hosts, until
 
 WHY_NOT = why_not()
@@ -75,13 +75,20 @@ def test_only_system2_is_on_the_network(cluster: TwoHosts, endless: Run) -> None
     assert endless.running
 
 
-def test_rays_own_metrics_are_where_prometheus_looks(cluster: TwoHosts, endless: Run) -> None:
-    file = "/tmp/ray/prom_metrics_service_discovery.json"
-    targets = [t for group in json.loads(cluster.robot.run("cat", file)) for t in group["targets"]]
-    for host in (cluster.robot, cluster.gpu):
-        assert f"{host.address}:9140" in targets
-        found = cluster.metrics(cluster.robot, f"http://{host.address}:9140/metrics")
-        assert any(name.startswith("ray_") for name in found)
+@pytest.mark.skipif(BINARY is None, reason=MISSING)
+def test_a_prometheus_beside_the_robot_sees_both_hosts_rays(
+    cluster: TwoHosts, endless: Run
+) -> None:
+    with cluster.prometheus():
+        both = {f"{host.address}:9140" for host in (cluster.robot, cluster.gpu)}
+
+        def there(expr: str) -> set[str]:
+            return {str(s["metric"].get("instance")) for s in cluster.ask(expr)}
+
+        until("both Rays", lambda: both <= there('up{job="ray"} == 1'), 120, every_s=2.0)
+        until("what they count", lambda: both <= there("ray_node_cpu_count"), 60, every_s=2.0)
+        ticks = 'rate(openhelix_loop_ticks_total{state="run"}[20s]) > 0'
+        until("the run's own", lambda: there(ticks) == {"127.0.0.1:9108"}, 60, every_s=2.0)
     assert ":9120 " not in cluster.robot.run("ss", "-Hltn")  # the status page's
     assert endless.running
 

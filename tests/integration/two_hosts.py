@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,6 +180,32 @@ class TwoHosts:
         text = host.run(sys.executable, "-c", FETCH, url, check=False)
         found = re.findall(r"^([a-z]\S*) ([-+.\deE]+)$", text, re.MULTILINE)
         return {name: float(value) for name, value in found}
+
+    @contextmanager
+    def prometheus(self) -> Iterator[None]:
+        """On the robot's host, as docs/operate.md starts it, with what `ray up` brought there."""
+        home = "/srv/home"
+        words = (
+            *("prometheus", f"--config.file={home}/openhelix/deploy/prometheus/prometheus.yml"),
+            *(f"--storage.tsdb.path={home}/prometheus", "--web.listen-address=127.0.0.1:9090"),
+        )
+        log = (self.lab.folder / "prometheus.log").open("wb")
+        process = subprocess.Popen(self.robot.command(words), stdout=log, stderr=log)
+        try:
+            yield
+        finally:
+            self.robot.run("pkill", "-x", "prometheus", check=False)  # of that host's processes
+            process.wait(30.0)
+            log.close()
+
+    def ask(self, expr: str) -> list[dict[str, Any]]:
+        """Put a question to that Prometheus; nothing while it does not answer."""
+        url = f"http://127.0.0.1:9090/api/v1/query?{urllib.parse.urlencode({'query': expr})}"
+        text = self.robot.run(sys.executable, "-c", FETCH, url, check=False)
+        try:
+            return list(json.loads(text)["data"]["result"])
+        except ValueError:
+            return []
 
     def close(self) -> None:
         for run in self._runs:
