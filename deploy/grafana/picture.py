@@ -187,7 +187,7 @@ def _table(axes: Axes, panel: dict[str, Any], source: Source) -> None:
     labels, titles, rows = _joined(panel, source)
     axes.set_axis_off()
     if rows:
-        text = [[c if isinstance(c, str) else f"{c:.3g}" for c in row] for row in rows]
+        text = [[c if isinstance(c, str) else f"{round(c, 9):.3g}" for c in row] for row in rows]
         table = axes.table(text[:14], colLabels=[*labels, *titles], loc="upper center")
         table.auto_set_font_size(False)
         table.set_fontsize(7)
@@ -215,11 +215,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("board", choices=sorted(path.stem for path in FOLDER.glob("*.json")))
     parser.add_argument("--prometheus", default="http://127.0.0.1:9090", metavar="URL")
-    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--minutes", type=float, default=15.0, help="how much is shown")
+    parser.add_argument("--ago", type=float, default=0.0, help="minutes from its end to now")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(argv)
     board = json.loads((FOLDER / f"{options.board}.json").read_text())
-    source = Source(options.prometheus, time.time(), round(60 * options.minutes))
+    source = Source(options.prometheus, time.time() - 60 * options.ago, round(60 * options.minutes))
     try:
         figure = draw(board, source)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,7 @@ class Answers(BaseHTTPRequestHandler):
     """Two series for every question; buckets where the legend will ask for them."""
 
     asked: list[str]
+    ends_s: list[float]
 
     def do_GET(self) -> None:
         address = urllib.parse.urlparse(self.path)
@@ -30,6 +32,7 @@ class Answers(BaseHTTPRequestHandler):
         several = [("0.1", 1.0), ("0.5", 3.0), ("+Inf", 3.0)]
         metrics = [LABELS | {"le": le, "interval": str(round(10 * v))} for le, v in several]
         end_s = float(asked.get("end", asked.get("time", "0")))
+        type(self).ends_s.append(end_s)
         values = [
             [[end_s - 60, str(v)], [end_s - 30, str(2 * v)], [end_s, str(v)]] for _, v in several
         ]
@@ -47,7 +50,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    Answers.asked = []
+    Answers.asked, Answers.ends_s = [], []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -60,7 +63,9 @@ def url() -> Iterator[str]:
 @pytest.mark.parametrize("name", ["realtime", "success"])  # all kinds of panels between them
 def test_a_dashboard_is_drawn_whole(name: str, url: str, tmp_path: Path) -> None:
     out = tmp_path / "board.png"
-    main([name, "--prometheus", url, "--minutes", "2", "--out", str(out)])
+    now_s = time.time()
+    main([name, "--prometheus", url, "--minutes", "2", "--ago", "3", "--out", str(out)])
+    assert all(now_s - 180 <= end_s <= time.time() - 180 for end_s in Answers.ends_s)
     with Image.open(out) as image:
         width, height = image.size
         colours = len(image.convert("RGB").getcolors(1 << 24) or ())

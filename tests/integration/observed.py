@@ -29,14 +29,14 @@ class Prometheus:
     """The server, from outside."""
 
     def __init__(self, port: int, parts_port: int) -> None:
-        self._url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{port}"
         self.parts_port = parts_port  # of a run: `output.metrics_port`
 
     def get(self, path: str, **parameters: str) -> Any:
         """Ask the HTTP API; an error in the question fails the test with its text."""
         query = urllib.parse.urlencode(parameters)
         try:
-            with urllib.request.urlopen(f"{self._url}/api/v1/{path}?{query}", timeout=20) as answer:
+            with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=20) as answer:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{parameters}: {error.read().decode()}") from None
