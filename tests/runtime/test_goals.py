@@ -138,6 +138,7 @@ def test_lockstep_says_what_arrived_and_when_and_numbers_go_on() -> None:
                 assert (arrived.source, arrived.compute_s) == ("lockstep", 1.0)
     # The latent of tick 6 would come at 7; that of the next instruction's tick 3 at 4.
     assert told == [(1, 1, 0, 0), (1, 4, 1, 3), (1, 7, 2, 6), (2, 1, 3, 0), (2, 4, 4, 3)]
+    assert goals.missed == 0
     goals.close()
     assert engine.closed == 1
 

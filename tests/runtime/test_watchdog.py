@@ -167,7 +167,8 @@ def test_a_source_stops_the_arm_after_its_bound_and_not_at_it():
     assert not dog.latent_silent(6 * S) and dog.latent_silent(6 * S + 1000)
     assert dog.check(8 * S) is None
     dog.saw("proprioception", 8 * S + 1, 8 * S + 1)
-    assert dog.check(8 * S + 1).reason == "latent_silent"
+    stop = dog.check(8 * S + 1)
+    assert stop.reason == "latent_silent" and stop.age_s == pytest.approx(3.0)
 
 
 def test_what_is_not_watched_is_not_looked_at():
