@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -61,12 +62,21 @@ async def photograph(url: str, profile: Path, run: subprocess.Popen[bytes], out:
 
 async def _better(tab: Page, best: int, out: Path) -> int:
     seen = json.loads(await tab.evaluate(SEEN))
-    at_work = seen["state"].lower() == "run" and seen["steps"] > 20
+    if not _at_work(seen) or seen["good"] <= best:
+        return best
+    trial = out.with_suffix(".new.png")
+    await tab.screenshot(trial, height=1040)
+    after = json.loads(await tab.evaluate(SEEN))  # what changed meanwhile may be in the picture
+    if not _at_work(after) or after["good"] != seen["good"]:
+        trial.unlink()
+        return best
+    trial.replace(out)
+    return int(seen["good"])
+
+
+def _at_work(seen: dict[str, Any]) -> bool:
     fresh = 0 < (seen["age"] or 0) < (seen["limit"] or 0)
-    if at_work and fresh and seen["good"] > best:
-        await tab.screenshot(out, height=1010)
-        best = int(seen["good"])
-    return best
+    return seen["state"].lower() == "run" and seen["steps"] > 20 and fresh
 
 
 def board(name: str, minutes: float, server: Prometheus, out: Path) -> None:
