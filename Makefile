@@ -50,9 +50,12 @@ run-sim: setup ## Run one five-task sequence: HZ2= STEPS= SEQ= SCENE= CLOCK=real
 	$(VENV)/bin/openhelix run --config $(CONFIG) system2.hz=$(HZ2) tasks.steps_limit=$(STEPS) \
 	  tasks.sequence=$(SEQ) world.scene=$(SCENE) control.clock=$(CLOCK) $(ARGS)
 
+# They start whole systems, one at a time.
+ALONE = tests/integration tests/faults
+
 test: setup ## Run the tests (under 15 minutes on 2 cores).
-	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" tests --ignore tests/integration
-	$(PY) -m pytest -q -m "not slow and not gpu" tests/integration
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" tests $(foreach t,$(ALONE),--ignore $(t))
+	$(PY) -m pytest -q -m "not slow and not gpu" $(ALONE)
 
 test-slow: setup ## Run the slow tests too.
 	HYPOTHESIS_PROFILE=search $(PY) -m pytest -q -m "not gpu" --timeout=3600 tests

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 import urllib.request
 from pathlib import Path
@@ -42,67 +41,6 @@ def test_a_run_moves_the_arm_and_reports_what_it_measured(tmp_path: Path) -> Non
     assert sinks["ticks_lost"] == 0 and sinks["video"]["written"] > 10
     with av.open(str(tmp_path / "video.mp4")) as video:
         assert sum(1 for _ in video.decode(video=0)) == sinks["video"]["written"]
-
-
-def test_killing_system2_is_survived_and_work_resumes(tmp_path: Path) -> None:
-    with session(tmp_path, "tasks.steps_limit=100000", "safety.latent_max_age_s=1.0") as run:
-        run.begin()
-        run.until("work", lambda h: h["steps"] > 10)
-        old = run.pid("system2")
-        run.signal("system2", signal.SIGKILL)
-        # The loop goes on with its last latent meanwhile; its age was 0.2 s at most before.
-        run.until("an old latent", lambda h: (h["latent_age_s"] or 0) > 0.3)
-        assert run.graph.health("control")["loop_state"] == "run"
-        run.until(
-            "work with a fresh latent",
-            lambda h: (h["latent_age_s"] or 9) < 0.5 and h["loop_state"] == "run",
-        )
-        assert run.pid("system2") != old
-
-
-def test_silence_of_system2_beyond_its_grace_stops_until_it_returns(tmp_path: Path) -> None:
-    limits = ("safety.latent_max_age_s=0.6", "safety.latent_grace_s=0.4")
-    with session(tmp_path, "tasks.steps_limit=100000", *limits) as run:
-        run.begin()
-        run.until("work", lambda h: h["steps"] > 10)
-        run.signal("system2", signal.SIGSTOP)
-        health = run.until("a stop", lambda h: h["loop_state"] == "stop")
-        assert "latent silent" in health["loop_reason"]
-        run.signal_again("system2", signal.SIGCONT)
-        run.until("work again", lambda h: h["loop_state"] == "run")
-
-
-def test_a_frozen_camera_stops_the_robot_for_good(tmp_path: Path) -> None:
-    with session(tmp_path, "tasks.steps_limit=100000", "safety.camera_max_age_s=3") as run:
-        run.begin()
-        run.until("work", lambda h: h["steps"] > 10)
-        run.signal("camera", signal.SIGSTOP)
-        report = run.finished()
-        run.signal_again("camera", signal.SIGCONT)
-    assert "camera stale" in report["stopped"]
-    assert report["safe_stops"] == {"camera_stale": 1}
-    assert report["tasks"][0]["reason"].startswith("safe stop")
-
-
-def test_a_dead_world_stops_the_run(tmp_path: Path) -> None:
-    with session(tmp_path, "tasks.steps_limit=100000") as run:
-        run.begin()
-        run.until("work", lambda h: h["steps"] > 10)
-        run.signal("world", signal.SIGKILL)
-        report = run.finished()
-    assert "proprioception stale" in report["stopped"]
-
-
-def test_a_failing_policy_makes_the_robot_hold_not_fall(tmp_path: Path) -> None:
-    policy = (
-        "system1.policy.options={cameras: [[static, 200, 200]], speed_m: 0.002, fail_at: 3}",
-        "tasks.steps_limit=60",
-    )
-    with session(tmp_path, *policy) as run:
-        run.begin()
-        report = run.finished()
-    assert report["s1_failures"] == 1
-    assert report["tasks"][0]["env_steps"] == 60 and report["stopped"] is None
 
 
 def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path: Path) -> None:
