@@ -36,7 +36,7 @@ import psutil
 
 from benchmarks.perf.tick_overhead import overhead
 from runtime.assembly import IMAGES_A_LATENT, request_interval_ns
-from runtime.config import load, read_yaml
+from runtime.config import ConfigError, load
 from runtime.endpoints import served
 from runtime.goals import WireGoals
 from runtime.processes import reap
@@ -288,7 +288,10 @@ def main() -> int:
         parser.error("--seconds, --hz and --max-batch must be above 0")
     if 0 < args.overhead_seconds < LEAST_OVERHEAD_S:
         parser.error(f"--overhead-seconds: 0, or at least {LEAST_OVERHEAD_S:g}")
-    read_yaml(args.config)  # a wrong path is told before anything is started
+    try:
+        load(args.config)
+    except ConfigError as error:
+        parser.error(f"--config: {error}")
     result: dict[str, Any] = (
         json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
     )
