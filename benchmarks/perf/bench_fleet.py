@@ -291,7 +291,7 @@ def main() -> int:
     try:
         load(args.config)
     except ConfigError as error:
-        parser.error(f"--config: {error}")
+        parser.error(str(error))
     result: dict[str, Any] = (
         json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
     )
