@@ -1,10 +1,13 @@
-"""`openhelix run` as a process of its own: started, waited for, looked into."""
+"""`openhelix run` and its status page as processes: started, waited for, looked into."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ import psutil
 
 from tests.integration.session import SMALL
 
-RUN = [sys.executable, "-m", "runtime.cli", "run", *SMALL, "tasks.instruction=reach 0.3 0.1 0.7"]
+CLI = (sys.executable, "-m", "runtime.cli")
+RUN = [*CLI, "run", *SMALL, "tasks.instruction=reach 0.3 0.1 0.7"]
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -43,3 +47,20 @@ def nodes_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 def started(folder: Path) -> bool:
     """Whether the loop has begun, as its log says."""
     return "the loop starts" in control_log(folder)
+
+
+@contextmanager
+def page(base: Path) -> Iterator[str]:
+    """`openhelix status --web`; gives its address."""
+    process = subprocess.Popen(
+        [*CLI, "status", "--web", "--json", "--listen", "127.0.0.1:0", f"output.folder={base}"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield str(json.loads(process.stdout.readline())["url"])
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+    assert process.returncode == 0

@@ -14,10 +14,7 @@ import asyncio
 import contextlib
 import json
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +22,9 @@ from PIL import Image
 
 from deploy.grafana.picture import main as draw
 from tests.integration.browser import CHROMIUM, Page, browse
+from tests.integration.command import CLI, page
 from tests.integration.observed import BINARY, Prometheus, prometheus
 
-CLI = (sys.executable, "-m", "runtime.cli")
 CONFIG = ("--config", "configs/run.yaml")
 COLOURS = 128  # of a dashboard's file: a third of the bytes, and nobody sees it
 SEEN = """JSON.stringify({
@@ -36,19 +33,6 @@ SEEN = """JSON.stringify({
     good: Number(document.getElementById('succeeded').textContent),
     age: Number(document.getElementById('age').textContent),
     limit: Number(document.getElementById('age-limit').textContent)})"""
-
-
-@contextmanager
-def page(base: Path) -> Iterator[str]:
-    """`openhelix status --web`; gives its address."""
-    words = ("status", "--web", "--json", "--listen", "127.0.0.1:0", f"output.folder={base}")
-    process = subprocess.Popen([*CLI, *words], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield str(json.loads(process.stdout.readline())["url"])
-    finally:
-        process.terminate()
-        process.communicate(timeout=20)
 
 
 async def photograph(url: str, profile: Path, run: subprocess.Popen[bytes], out: Path) -> None:

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -20,9 +19,9 @@ import pytest
 from PIL import Image
 
 from tests.integration.browser import CHROMIUM, browse
+from tests.integration.command import CLI, page
 from tests.integration.session import SMALL
 
-CLI = (sys.executable, "-m", "runtime.cli")
 PATIENCE_S = 90.0
 
 
@@ -47,23 +46,6 @@ def running(base: Path) -> Iterator[subprocess.Popen[str]]:
         if process.poll() is None:
             process.terminate()
             process.communicate(timeout=60)
-
-
-@contextmanager
-def page(base: Path) -> Iterator[str]:
-    """`openhelix status --web`; gives its address."""
-    process = subprocess.Popen(
-        [*CLI, "status", "--web", "--json", "--listen", "127.0.0.1:0", f"output.folder={base}"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        yield str(json.loads(process.stdout.readline())["url"])
-    finally:
-        process.terminate()
-        process.communicate(timeout=20)
-    assert process.returncode == 0
 
 
 def status(base: Path, *words: str) -> subprocess.CompletedProcess[str]:
