@@ -134,6 +134,7 @@ def make_session(options: Namespace, overrides: Sequence[str], known: Catalogue)
         tuple(run),
         options.workers,
         None if options.hours is None else time.monotonic() + 3600 * options.hours,
+        None if options.data is None else str(options.data),
     )
     session = Session(request, Trainings(root / "trainings", trainer), Console("experiment"))
     trains = not (options.no_training or options.report or options.estimate or options.trainer)

@@ -19,9 +19,9 @@ from benchmarks.dsvlabench.suites import CHAINS
 from benchmarks.experiments.measures import Measure
 from benchmarks.experiments.trainings import Training
 from benchmarks.training.config import TrainingConfig
+from runtime.config import RunConfig
 
 COSTS = ROOT / "benchmarks" / "perf" / "results" / "experiments.json"
-REPLAN_STEPS = 8
 MEASURED = {
     *(f"{kind}_sample_s" for kind in ("policy", "prefix", "states", "live")),
     *("prefix_frame_s", "states_frame_s", "open_s", "thread_gain"),
@@ -40,7 +40,7 @@ def step_s(measure: Measure, workers: int) -> float | None:
     found = costs().get("evaluation")
     if found is None:
         return None
-    refresh = max(REPLAN_STEPS, measure.conditions.interval)
+    refresh = max(RunConfig().system1.replan_steps, measure.conditions.interval)
     one = float(found["env_step_s"])
     one += float(found["latent_s"]) / refresh if measure.training.stage != "policy" else 0.0
     return one / (1.0 + (workers - 1) * float(costs()["worker_gain"]))

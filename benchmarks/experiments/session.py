@@ -49,6 +49,7 @@ class Request:
         run: overrides of the run's configuration.
         workers: of an evaluation.
         until_s: on `time.monotonic`; nothing is begun after it.
+        data_name: the collection as the user named it; None is the default one.
     """
 
     catalogue: Catalogue
@@ -61,6 +62,7 @@ class Request:
     run: Sequence[str] = ()
     workers: int = 1
     until_s: float | None = None
+    data_name: str | None = None
 
     @property
     def scale(self) -> Scale:
@@ -70,10 +72,11 @@ class Request:
     def command(self, name: str) -> str:
         """Return what to call to have an experiment's figures again."""
         seed = [f"--seed {self.seed}"] if self.seed else []
+        data = [f"--data {self.data_name}"] if self.data_name else []
         train = [f"train.{key}={value}" for key, value in self.train.items()]
         run = [word for word in self.run if not word.startswith("output.")]
         scale = f"--scale {self.scale_name}"
-        return " ".join(["openhelix experiment", name, scale, *seed, *train, *run])
+        return " ".join(["openhelix experiment", name, scale, *data, *seed, *train, *run])
 
     @property
     def experiments(self) -> list[Experiment]:
