@@ -152,7 +152,7 @@ class Session:
 
         Args:
             after: called when an evaluation is finished.
-            train: False measures what is trained and leaves out the rest.
+            train: False trains nothing: what is not trained is left out.
 
         Raises:
             OutOfTime: before all was done.
@@ -160,13 +160,15 @@ class Session:
                 failed is in `failed`, and its rows are left out.
         """
         for experiment in self.request.experiments:
-            if train:
-                self._train(experiment)
+            self._train(experiment, train)
             self._measure(experiment, after)
 
-    def _train(self, experiment: Experiment) -> None:
-        """Train what an experiment needs; one that fails leaves its rows out and no others."""
-        wanted = self.needs(experiment)
+    def _train(self, experiment: Experiment, train: bool) -> None:
+        """Train what an experiment needs; one that fails leaves its rows out and no others.
+
+        Weights that are given need no training, so they are there even if nothing is trained.
+        """
+        wanted = [t for t in self.needs(experiment) if train or not t.reads_data]
         for number, training in enumerate(wanted, 1):
             if self.trainings.done(training) is not None:
                 continue
