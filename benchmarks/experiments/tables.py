@@ -131,22 +131,27 @@ def patterns_table(rows: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]
     """Return success by motion, ours beside the paper's, or None where nothing moves."""
     if rows[0]["suite"] != "calvin-d":
         return None
-    groups: list[str] = []
-    for row in rows:
-        score, paper = row["score"] or {}, (row["paper"] or {}).get("patterns") or {}
-        groups += [g for g in [*score.get("per_motion", {}), *paper] if g not in groups]
-    groups.sort(key=lambda g: (g.split()[0] != "static", g))
+    ours = [row["score"].get("per_motion", {}) if row["score"] else {} for row in rows]
+    theirs = [_paper_motions(row) for row in rows]
+    groups = sorted({g for found in (*ours, *theirs) for g in found}, key=_by_motion)
     lines_: list[list[str]] = []
-    for row in rows:
+    for row, found, given in zip(rows, ours, theirs, strict=True):
         if row["score"] is not None:
-            scores = row["score"].get("per_motion", {})
-            cells = [_cell(scores.get(g)) for g in groups]
-            lines_.append([f"{row['name']}: ours", *cells])
-        if (row["paper"] or {}).get("patterns"):
-            given = row["paper"]["patterns"]
+            lines_.append([f"{row['name']}: ours", *(_cell(found.get(g)) for g in groups)])
+        if given:
             cells = [f"{given[g]:g}" if g in given else "-" for g in groups]
             lines_.append([f"{row['name']}: paper", *cells])
     return (["by motion and speed, %", *groups], lines_) if lines_ else None
+
+
+def _paper_motions(row: Outcome) -> dict[str, float]:
+    """Return the paper's rates by motion, named as ours are: all moved at the paper's speed."""
+    given = (row["paper"] or {}).get("patterns") or {}
+    return {g if g == "static" else f"{g} paper": rate for g, rate in given.items()}
+
+
+def _by_motion(group: str) -> tuple[bool, str]:
+    return group != "static", group
 
 
 def _cell(rate: Outcome | None) -> str:

@@ -118,7 +118,11 @@ def test_moving_blocks_and_designs(tmp_path):
     outcome = json.loads((tmp_path / "out" / "table1.json").read_text())
     assert set(outcome["rows"][0]["score"]["per_motion"]) >= {"static", "left paper", "left x5"}
     text = (tmp_path / "out" / "table1.md").read_text()
-    assert "by motion and speed" in text and "| 84 |" in text
+    (header,) = (line for line in text.splitlines() if "by motion and speed" in line)
+    assert header.count("static") == header.count("left paper") == 1 and "left |" not in header
+    (quoted,) = (line for line in text.splitlines() if "3D Diffuser Actor): paper" in line)
+    columns = dict(zip(header.split("|"), quoted.split("|"), strict=True))
+    assert float(columns[" left paper "]) == 84 and float(columns[" static "]) == 82
     assert "RoboDual" in (tmp_path / "out" / "table8.md").read_text()
 
 
