@@ -62,6 +62,7 @@ def draw(made: Mapping[str, Any], moved: Sequence[U8], shift_at: int, title: str
         values = made["distances"][name]
         right.plot(values, [y] * len(values), ".", color=INK, ms=3)
     right.set_yticks(at, names, fontsize=8)
+    right.locator_params(axis="x", nbins=3)  # small numbers are long
     right.set_xlabel("1 - cosine of the latent (dots: starts)", fontsize=9)
     right.set_title("what moves the latent", fontsize=9, color=INK, loc="left")
     figure.suptitle(title, fontsize=10, color=INK)

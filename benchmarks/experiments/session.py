@@ -269,7 +269,7 @@ class Session:
             "n_wanted": len(measure.suite.episodes()),
             "evaluation": measure.key,
             "training": measure.training.key,
-            "training_options": dict(measure.training.options),
+            "training_options": measure.training.shown_options,
             "training_failed": self.trainings.failure(measure.training),
             "training_s": None if done is None else done["seconds"],
             "score": self.report(measure),

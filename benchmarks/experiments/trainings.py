@@ -59,6 +59,14 @@ class Training:
         return None if path is None else Path(path)
 
     @property
+    def shown_options(self) -> dict[str, Any]:
+        """The options as results name them: a policy of the project by its place in it."""
+        given = self.given
+        if given is None or not given.is_relative_to(ROOT):
+            return dict(self.options)
+        return {**self.options, GIVEN: str(given.relative_to(ROOT))}
+
+    @property
     def reads_data(self) -> bool:
         """Whether something is trained, for which there must be data."""
         return self.stage == "pair" or (self.stage == "policy" and self.given is None)

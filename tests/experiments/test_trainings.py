@@ -211,6 +211,10 @@ def test_other_weights_at_the_same_place_are_another_training(tmp_path):
     (given / "model.safetensors").write_bytes(b"one")
     changes = {"policy.checkpoint": str(given)}
     before, policy = training("prompt", changes), training("policy_table", changes)
+    assert policy.shown_options["policy.checkpoint"] == str(given)
+    ours = training("policy_table", {"policy.checkpoint": "shipped"})
+    # Results are read on other machines: the project's own are named by their place in it.
+    assert ours.shown_options["policy.checkpoint"] == "checkpoints/system1-laptop"
     moved = tmp_path / "elsewhere"
     given.rename(moved)
     elsewhere = training("prompt", {"policy.checkpoint": str(moved)})
