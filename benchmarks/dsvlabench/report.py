@@ -67,11 +67,12 @@ def headline(report: Mapping[str, Any]) -> str:
 def settings(report: Mapping[str, Any]) -> Table:
     """Return what was evaluated, as a table."""
     policy, system2 = report["policy"], report["system2"]
+    latent = [system2["spec"]["kind"], system2["spec_id"]] if system2 else ["none"]
     rows = [
         ["policy", f"{policy['target']} ({policy['checkpoint'] or 'no checkpoint: untrained'})"],
         ["policy, sha256", policy["sha256"]],
         ["System 2", f"{system2['target']}" if system2 else "none"],
-        ["latent", f"{system2['spec']['kind']}, {system2['spec_id']}" if system2 else "none"],
+        ["latent", ", ".join(filter(None, latent))],
         ["replanning", f"every {report['replan_steps']} steps"],
         ["environment steps", str(report["work"]["env_steps"])],
         ["latents a task", f"{report['work']['latents_per_task'] or 0:.1f}"],

@@ -81,8 +81,11 @@ def note(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
 def weights(report: Mapping[str, Any]) -> str:
     """Return in one sentence what was measured."""
     policy, system2 = report["policy"], report["system2"]
-    text = f"Policy `{policy['checkpoint']}` (hash {policy['sha256']})"
-    return text + (f", latents {system2['spec_id']}." if system2 else ", without System 2.")
+    text = f"Policy `{policy['checkpoint'] or 'untrained'}` (hash {policy['sha256']})"
+    if not system2:
+        return f"{text}, without System 2."
+    # On the wall clock System 2 is in another process, which does not say.
+    return text + (f", latents {system2['spec_id']}." if system2["spec_id"] else ".")
 
 
 def to_markdown(report: Mapping[str, Any], pictures: bool = False) -> str:

@@ -203,6 +203,11 @@ def test_a_sweep_has_a_cell_for_each_interval_and_latency(pool, tmp_path):
     text = (tmp_path / "sweep" / "sweep.md").read_text()
     assert "2 sequences a cell, lockstep clock, at most 20 environment steps" in text
     assert "![calvin](calvin.png)" in text and report["policy"]["sha256"] in text
+    assert f"latents {report['system2']['spec_id']}" in text
+    on_wall = {**report, "system2": {**report["system2"], "spec_id": None}}
+    (tmp_path / "wall").mkdir()
+    write(on_wall, tmp_path / "wall")  # System 2 is in a process of its own there
+    assert "None" not in (tmp_path / "wall" / "sweep.md").read_text().splitlines()[2]
     report["command"] = command_again(["--out", "x", "--steps", "9", "--results", "y"])
     (tmp_path / "kept").mkdir()
     write(to_keep(report), tmp_path / "kept", kept=True)
