@@ -43,7 +43,7 @@ $(STAMP): $(LOCK) pyproject.toml
 	  $(PY) -m pip install -q --no-deps --no-build-isolation -e .; \
 	fi || { echo "setup: could not install $(LOCK); torch==2.13.0+cpu comes from PyTorch's CPU wheel index: name it in PIP_EXTRA_INDEX_URL (and UV_EXTRA_INDEX_URL), or a folder with the wheel in PIP_FIND_LINKS"; exit 2; }
 	@echo "setup: compiling what a run imports"
-	@$(PY) -W ignore -c "from system2.engines.vllm_plugin import register; register(); import $(IMPORTS)" >/dev/null 2>&1 || true
+	@$(PY) -W ignore -c "from openhelix.system2.engines.vllm_plugin import register; register(); import $(IMPORTS)" >/dev/null 2>&1 || true
 	@touch $@
 
 run-sim: setup ## Run one five-task sequence: HZ2= STEPS= SEQ= SCENE= CLOCK=realtime|lockstep CONFIG= ARGS=
@@ -80,20 +80,20 @@ lock: ## Compile requirements/*.in into the locks (needs uv; UPGRADE=1 for newer
 	  --override requirements/overrides-gpu.txt requirements/gpu.in -o requirements/gpu.lock
 
 bench-runtime: setup ## Wire, pacing, tick and whole-run figures as JSON (leave the machine alone meanwhile).
-	$(PY) -m benchmarks.perf.bench_wire
-	$(PY) -m benchmarks.perf.bench_loop
-	$(PY) -m benchmarks.perf.bench_tick_parts --out benchmarks/perf/results/tick_parts.json
-	$(PY) -m benchmarks.perf.bench_run
+	$(PY) -m openhelix.benchmarks.perf.bench_wire
+	$(PY) -m openhelix.benchmarks.perf.bench_loop
+	$(PY) -m openhelix.benchmarks.perf.bench_tick_parts --out benchmarks/perf/results/tick_parts.json
+	$(PY) -m openhelix.benchmarks.perf.bench_run
 
 bench-sim: setup ## Simulator figures as JSON, beside calvin_env where it is installed.
-	$(PY) -m benchmarks.perf.bench_sim
-	$(PY) -m benchmarks.perf.compare_worlds
+	$(PY) -m openhelix.benchmarks.perf.bench_sim
+	$(PY) -m openhelix.benchmarks.perf.compare_worlds
 
 bench-s1: setup ## System 1 figures as JSON.
-	$(PY) -m benchmarks.perf.bench_s1
+	$(PY) -m openhelix.benchmarks.perf.bench_s1
 
 bench-s2: setup ## System 2 figures as JSON.
-	$(PY) -m benchmarks.perf.bench_s2
+	$(PY) -m openhelix.benchmarks.perf.bench_s2
 
 data: setup ## Demonstrations and frames for training, in the cache (resumable): SCENES=ABC PER_TASK=20 ARGS=
 	$(VENV)/bin/openhelix collect scenes=$(SCENES) per_task=$(PER_TASK) frames.system2_px=200 $(ARGS)
@@ -113,15 +113,15 @@ paper: setup ## Every table and figure of the paper, here (resumable; a night): 
 	$(VENV)/bin/openhelix experiment all --scale $(SCALE) --workers 2 $(ARGS)
 
 bench-eval: setup ## Evaluation figures as JSON.
-	$(PY) -m benchmarks.perf.bench_eval
+	$(PY) -m openhelix.benchmarks.perf.bench_eval
 
 .PHONY: bench-fleet
 bench-fleet: setup ## Robots that one System 2 serves, and what looking on costs the loop, as JSON.
-	$(PY) -m benchmarks.perf.bench_fleet
+	$(PY) -m openhelix.benchmarks.perf.bench_fleet
 
 dashboards: setup ## Write Grafana's dashboards and docs/metrics.md from their sources.
-	$(PY) -m deploy.grafana.build
-	$(PY) -m deploy.metrics_page
+	$(PY) -m openhelix.deploy.grafana.build
+	$(PY) -m openhelix.deploy.metrics_page
 
 clean: ## Remove outputs and caches of this checkout (not .venv).
 	rm -rf outputs build .pytest_cache .mypy_cache .ruff_cache .hypothesis

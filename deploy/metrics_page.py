@@ -1,4 +1,4 @@
-"""`make dashboards`: writes docs/metrics.md from the catalogue of runtime/metrics.py.
+"""`make dashboards`: writes docs/metrics.md from the catalogue of runtime/observe/metrics.py.
 
 Beside each metric it says where it is seen without asking: on which dashboards and in which
 alerts, straight or through a recording rule.
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import yaml
 
-from runtime.config import METRICS_PARTS, OutputConfig
-from runtime.metrics import Entry, sections
+from openhelix.runtime.core.config import METRICS_PARTS, OutputConfig
+from openhelix.runtime.observe.metrics import Entry, sections
 
 DEPLOY = Path(__file__).resolve().parent
 PAGE = DEPLOY.parent / "docs" / "metrics.md"
 HEAD = """# Every metric
 
-Written by `make dashboards` from `runtime/metrics.py`; [operate.md](operate.md) says how to scrape
+Written by `make dashboards` from `runtime/observe/metrics.py`; [operate.md](operate.md) says how to scrape
 them and what the alerts mean. *Seen* names the dashboards and alerts that a metric feeds, straight or
 through a recording rule; *by hand* is one that a person asks Prometheus for when something is wrong.
 

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from system1.config import PolicyConfig, official_calvin
-from system1.denoiser import DiffuserActorHead
-from system1.encoder import OfficialEncoder, OfficialScene
-from system1.keypose_head import KeyposeTargets
-from system1.losses import LossParts, diffusion_loss
-from system1.model import gaussian, rows_to_poses
-from system1.network import DiffusionNetwork
-from system1.normalizer import Normalizer
-from system1.points import clean_points
-from system1.sampler import Noise, draw_noise, run_plan
-from system1.scene import Inputs
+from openhelix.system1.config import PolicyConfig, official_calvin
+from openhelix.system1.denoiser import DiffuserActorHead
+from openhelix.system1.encoder import OfficialEncoder, OfficialScene
+from openhelix.system1.keypose_head import KeyposeTargets
+from openhelix.system1.losses import LossParts, diffusion_loss
+from openhelix.system1.model import DiffusionNetwork, gaussian, rows_to_poses
+from openhelix.system1.normalizer import Normalizer
+from openhelix.system1.points import clean_points
+from openhelix.system1.sampler import Noise, draw_noise, run_plan
+from openhelix.system1.scene import Inputs
 
 FULL = 200  # pixels of a CALVIN image before the crop
 CROP = slice(20, 180)
@@ -67,7 +66,7 @@ class DiffuserActor(DiffusionNetwork):
     def denoise(
         self, scene: OfficialScene, first: Tensor, drawn: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Run the sampler from the state `first`; see `system1.sampler.run_plan`."""
+        """Run the sampler from the state `first`; see `openhelix.system1.sampler.run_plan`."""
         plan = self.plan
         return run_plan(plan, self.prediction_head.prepare(scene, plan.times), first, drawn)
 
@@ -96,7 +95,7 @@ class DiffuserActor(DiffusionNetwork):
             gripper: (B, nhist, 7 or 8): xyz, quaternion wxyz, openness; newest last. Only
                 the positions are read, as in the published code.
             latent: (B, n, 512).
-            noise: source of every Gaussian draw; see `system1.sampler.draw_noise`.
+            noise: source of every Gaussian draw; see `openhelix.system1.sampler.draw_noise`.
 
         Returns:
             (B, T, 8): xyz in metres and quaternion wxyz, relative to the newest gripper
@@ -166,7 +165,7 @@ class DiffuserActor(DiffusionNetwork):
         generator: torch.Generator | None = None,
         keyposes: KeyposeTargets | None = None,
     ) -> LossParts:
-        """Return the training loss of one batch; see `system1.model.VisuomotorPolicy.loss`.
+        """Return the training loss of one batch; see `openhelix.system1.model.VisuomotorPolicy.loss`.
 
         The published network says nothing of keyposes; they are not looked at.
         """

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, relu, scaled_dot_product_attention, silu
 
-from system1.packed import Linear, Pack
+from openhelix.system1.packed import Linear, Pack
 
 WRITTEN_OUT_ROWS = 128  # from here on `written_out` may be the faster one; see there
 ALIGNED = 16  # ... when the number of keys is a multiple of this

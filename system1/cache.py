@@ -48,10 +48,10 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import save_file
 
-from runtime.spec import LatentSpec
-from runtime.types import CameraFrame
-from system1.config import KEYPOSES, CameraConfig, PolicyConfig
-from system1.points import shrink
+from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.runtime.core.types import CameraFrame
+from openhelix.system1.config import KEYPOSES, CameraConfig, PolicyConfig
+from openhelix.system1.points import shrink
 
 FORMAT = 2
 SHARD_BYTES = 56 * 2**20  # an upper bound of what is gathered before a shard is written

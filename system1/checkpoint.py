@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from system1.actor import DiffuserActor
-from system1.config import PolicyConfig, official_calvin
-from system1.model import VisuomotorPolicy
-from system1.normalizer import Normalizer
+from openhelix.system1.actor import DiffuserActor
+from openhelix.system1.config import PolicyConfig, official_calvin
+from openhelix.system1.model import VisuomotorPolicy
+from openhelix.system1.normalizer import Normalizer
 
 CONFIG, WEIGHTS, NORMALIZER, SPEC = (
     "config.json",

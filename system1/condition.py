@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from system1.attention import sinusoid
-from system1.config import PolicyConfig
-from system1.scene import Inputs
+from openhelix.system1.attention import sinusoid
+from openhelix.system1.config import PolicyConfig
+from openhelix.system1.scene import Inputs
 
 AGE_UNIT_S = 0.01  # the sinusoid code's unit; its longest wave is then minutes
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime.spec import ActionSpec, CameraSpec, LatentSpec, PolicySpec
+from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, LatentSpec, PolicySpec
 
 # The policy that comes with the project, where one does; `DiffusionPolicy.load("shipped")`.
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "system1-laptop"
@@ -109,7 +109,7 @@ class PolicyConfig:
         return round(1e9 / self.hz)
 
     def spec(self) -> PolicySpec:
-        """Return what the policy expects and promises; see `runtime.spec`."""
+        """Return what the policy expects and promises; see `openhelix.runtime.core.interfaces`."""
         latent = None
         if self.use_latent:
             latent = LatentSpec(

@@ -15,18 +15,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from runtime.spec import LatentSpec
-from system1.cache import DEPTH_UNIT_M, FORMAT, CacheError
-from system1.keypose_head import KeyposeTargets
-from system1.points import deproject
-from system1.rotations import (
+from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.system1.cache import DEPTH_UNIT_M, FORMAT, CacheError
+from openhelix.system1.keypose_head import KeyposeTargets
+from openhelix.system1.points import deproject
+from openhelix.system1.rotations import (
     intrinsic_xyz_to_matrix,
     matrix_to_6d,
     matrix_to_euler,
     quat_to_matrix,
     xyzw_to_wxyz,
 )
-from system1.scene import Inputs
+from openhelix.system1.scene import Inputs
 
 
 @dataclass(frozen=True, slots=True)

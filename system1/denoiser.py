@@ -22,11 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from system1.attention import official_frequencies, rotary_code, sinusoid
-from system1.config import PolicyConfig
-from system1.encoder import OfficialScene
-from system1.heads.base import Step
-from system1.layers import (
+from openhelix.system1.attention import official_frequencies, rotary_code, sinusoid
+from openhelix.system1.config import PolicyConfig
+from openhelix.system1.encoder import OfficialScene
+from openhelix.system1.heads.base import Step
+from openhelix.system1.layers import (
     CrossStack,
     KeyValue,
     LanguageStack,

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from system1.attention import Block, blocks_of, metric_frequencies, rotary_code
-from system1.condition import Condition
-from system1.config import PolicyConfig
-from system1.keypose_head import KeyposeHead
-from system1.points import farthest_point_sample, masked_pool
-from system1.rotations import matrix_to_6d, quat_to_matrix, xyzw_to_wxyz
-from system1.scene import PROPRIO_FEATURES, Inputs, Scene, merge_masks
+from openhelix.system1.attention import Block, blocks_of, metric_frequencies, rotary_code
+from openhelix.system1.condition import Condition
+from openhelix.system1.config import PolicyConfig
+from openhelix.system1.keypose_head import KeyposeHead
+from openhelix.system1.points import farthest_point_sample, masked_pool
+from openhelix.system1.rotations import matrix_to_6d, quat_to_matrix, xyzw_to_wxyz
+from openhelix.system1.scene import PROPRIO_FEATURES, Inputs, Scene, merge_masks
 
 POINT_UNIT_M = 0.3  # points relative to the gripper are divided by this
 WAVES_M = (0.4, 0.1)  # wavelengths of the sine channels

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, layer_norm
 
-from system1.scene import KeyposeVote
+from openhelix.system1.scene import KeyposeVote
 
 VOTE_UNIT_M = 0.1  # of the offsets that tokens learn, and of the loss
 WAVES_M = (0.8, 0.2, 0.05)  # wavelengths in which the voted place is told

@@ -15,8 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from system1.attention import AdaLN, Attention, modulate
-from system1.packed import Linear
+from openhelix.system1.attention import AdaLN, Attention, modulate
+from openhelix.system1.packed import Linear
 
 Table = tuple[Tensor, Tensor]
 KeyValue = tuple[Tensor, Tensor]

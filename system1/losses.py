@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from system1.config import Prediction
-from system1.rotations import matrix_from_6d, quat_to_matrix
-from system1.sampler import POSITION, add_noise, target_of
+from openhelix.system1.config import Prediction
+from openhelix.system1.rotations import matrix_from_6d, quat_to_matrix
+from openhelix.system1.sampler import POSITION, add_noise, target_of
 
 POSITION_WEIGHT, ROTATION_WEIGHT, GRIPPER_WEIGHT = 30.0, 10.0, 1.0
 

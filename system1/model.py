@@ -10,22 +10,59 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from system1.config import PolicyConfig
-from system1.encoder_light import LightEncoder
-from system1.heads.base import DirectHead
-from system1.heads.registry import build_head
-from system1.heads.trajectory import TrajectoryHead
-from system1.keypose_head import KeyposeTargets, keypose_loss
-from system1.losses import LossParts, diffusion_loss, trajectory_loss
-from system1.network import DiffusionNetwork
-from system1.normalizer import Normalizer
-from system1.points import clean_points
-from system1.rotations import matrix_from_6d, matrix_to_quat
-from system1.sampler import Noise, draw_noise, run_plan
-from system1.scene import Inputs, Scene
+from openhelix.system1.config import PolicyConfig
+from openhelix.system1.encoder_light import LightEncoder
+from openhelix.system1.heads.base import DirectHead
+from openhelix.system1.heads.registry import build_head
+from openhelix.system1.heads.trajectory import TrajectoryHead
+from openhelix.system1.keypose_head import KeyposeTargets, keypose_loss
+from openhelix.system1.losses import LossParts, diffusion_loss, trajectory_loss
+from openhelix.system1.normalizer import Normalizer
+from openhelix.system1.points import clean_points
+from openhelix.system1.rotations import matrix_from_6d, matrix_to_quat
+from openhelix.system1.sampler import Noise, Plan, draw_noise, make_plan, row_alphas, run_plan
+from openhelix.system1.scene import Inputs, Scene
+
+# ------------------------------------------------------------------------------------------------
+# What our network and the published one have in common: schedule, normaliser, sampler in use.
+#
+# Buffers, none of them in a checkpoint: the schedule and the sampler follow from the
+# configuration, the normaliser is a file of its own.
+
+
+class DiffusionNetwork(nn.Module):
+    """A network that denoises trajectories; its parts are the subclass's."""
+
+    alphas: Tensor
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(self, config: PolicyConfig, normalizer: Normalizer) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("alphas", row_alphas(config), persistent=False)
+        self.register_buffer("offset", normalizer.offset.clone(), persistent=False)
+        self.register_buffer("scale", normalizer.scale.clone(), persistent=False)
+        self._plan = make_plan(config)
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """The normaliser, on the model's device."""
+        return Normalizer(self.offset, self.scale)
+
+    def use_sampler(self, sampler: str | None = None, steps: int | None = None) -> None:
+        """Choose another sampler or number of steps for `sample`."""
+        self._plan = make_plan(self.config, sampler, steps)  # type: ignore[arg-type]
+
+    @property
+    def plan(self) -> Plan:
+        """The sampler in use, on the model's device."""
+        if self._plan.clean_out.device != self.offset.device:
+            self._plan = self._plan.to(self.offset.device)
+        return self._plan
 
 
 def gaussian(generator: torch.Generator | None, device: torch.device | None = None) -> Noise:
@@ -156,7 +193,7 @@ class VisuomotorPolicy(DiffusionNetwork):
             pcd: world points in metres, of the same shapes; NaN marks an invalid point.
             gripper: (B, nhist, 7 or 8): xyz, quaternion wxyz, openness; newest last.
             latent: (B, n, d), or None for the null latent.
-            noise: source of every Gaussian draw; see `system1.sampler.draw_noise`.
+            noise: source of every Gaussian draw; see `openhelix.system1.sampler.draw_noise`.
             task: (B,) rows of the task table, -1 for none.
 
         Returns:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from system1.config import OFFICIAL_BOUNDS_M, PolicyConfig
+from openhelix.system1.config import OFFICIAL_BOUNDS_M, PolicyConfig
 
 IDENTITY_6D = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 

@@ -17,15 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.interfaces import PolicyFault
-from runtime.spec import PolicySpec, SpecMismatch, check_frame
-from runtime.types import ActionChunk, CameraFrame, LatentGoal, Observation
-from system1.accelerate import GraphedSampler, to_bf16
-from system1.checkpoint import Network, load_policy, seeded_model
-from system1.config import SHIPPED, CameraConfig, PolicyConfig, small
-from system1.model import gaussian
-from system1.points import deproject, shrink
-from system1.rotations import (
+from openhelix.runtime.core.interfaces import PolicyFault, PolicySpec, SpecMismatch, check_frame
+from openhelix.runtime.core.types import ActionChunk, CameraFrame, LatentGoal, Observation
+from openhelix.system1.checkpoint import Network, load_policy, seeded_model
+from openhelix.system1.config import SHIPPED, CameraConfig, PolicyConfig, small
+from openhelix.system1.fast_modes import GraphedSampler, to_bf16
+from openhelix.system1.model import gaussian
+from openhelix.system1.points import deproject, shrink
+from openhelix.system1.rotations import (
     euler_to_matrix,
     matrix_to_euler,
     matrix_to_intrinsic_xyz,
@@ -34,7 +33,7 @@ from system1.rotations import (
     wxyz_to_xyzw,
     xyzw_to_wxyz,
 )
-from system1.scene import Inputs
+from openhelix.system1.scene import Inputs
 
 
 @dataclass(slots=True)
@@ -67,7 +66,7 @@ def to_absolute(rows: Tensor, tcp: Tensor, rotation: str) -> tuple[Tensor, Tenso
 
 
 class DiffusionPolicy:
-    """A System 1 policy; implements `runtime.interfaces.Policy`."""
+    """A System 1 policy; implements `openhelix.runtime.core.interfaces.Policy`."""
 
     def __init__(self, model: Network, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
@@ -81,7 +80,7 @@ class DiffusionPolicy:
         self._published = self.config.head == "diffuser_actor"
         self._generator = torch.Generator()
         self._history: deque[np.ndarray] = deque(maxlen=self.config.nhist)
-        self._epoch = 0
+        self._instruction_id = 0
         self._task = -1
         self.reset(0)
 
@@ -96,12 +95,12 @@ class DiffusionPolicy:
         """Read a checkpoint folder; None gives the untrained `small` policy, seed 0.
 
         Args:
-            path: a folder that `system1.checkpoint.save_policy` wrote, or "shipped": the one
+            path: a folder that `openhelix.system1.checkpoint.save_policy` wrote, or "shipped": the one
                 that comes with the project, and None as long as none does.
             device: "cpu", "cuda" or "cuda:N".
             sampler: "ddpm", "ddim" or "dpmpp" instead of the configuration's.
             steps: denoising steps instead of the configuration's.
-            bf16: run in bfloat16; see `system1.accelerate`.
+            bf16: run in bfloat16; see `openhelix.system1.fast_modes`.
         """
         if path == "shipped":
             path = SHIPPED if SHIPPED.is_dir() else None
@@ -177,10 +176,10 @@ class DiffusionPolicy:
             SpecMismatch: a frame or a latent is not what the spec promised.
             PolicyFault: the network's output was not finite.
         """
-        if observation.epoch != self._epoch:
+        if observation.instruction_id != self._instruction_id:
             self._history.clear()
-            self._epoch = observation.epoch
-        usable = self._usable(latents, observation.epoch)
+            self._instruction_id = observation.instruction_id
+        usable = self._usable(latents, observation.instruction_id)
         inputs = self.prepare(observation, usable)
         noise = gaussian(self._generator)
         rows = self._sampler.sample_inputs(inputs, noise)[0].cpu().double()
@@ -198,7 +197,7 @@ class DiffusionPolicy:
             dt_ns=dt_ns,
             poses=poses,
             gripper=gripper,
-            epoch=observation.epoch,
+            instruction_id=observation.instruction_id,
             latent_seq=usable[-1].seq if usable else -1,
             t_obs_ns=observation.t_ns,
         )
@@ -251,7 +250,7 @@ class DiffusionPolicy:
         self._invalid += (~valid).sum()
         return image, xyz, valid
 
-    def _usable(self, latents: Sequence[LatentGoal], epoch: int) -> list[LatentGoal]:
+    def _usable(self, latents: Sequence[LatentGoal], instruction_id: int) -> list[LatentGoal]:
         if self._spec.latent is None:
             return []
         usable = []
@@ -261,7 +260,7 @@ class DiffusionPolicy:
                 raise SpecMismatch(f"latent.z: shape {latent.z.shape}, the policy needs {want}")
             if not np.isfinite(latent.z).all():
                 self._counters.bad_latents += 1
-            elif latent.epoch == epoch:
+            elif latent.instruction_id == instruction_id:
                 usable.append(latent)
         return usable[-self.config.latent_memory :]
 
@@ -294,4 +293,4 @@ class DiffusionPolicy:
             for c in self.config.cameras
         }
         pose = np.array([0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 1.0])
-        return Observation(0, frames, pose, 0.08, True, np.zeros(7), self._epoch)
+        return Observation(0, frames, pose, 0.08, True, np.zeros(7), self._instruction_id)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from system1.config import PolicyConfig, Prediction, SamplerName
+from openhelix.system1.config import PolicyConfig, Prediction, SamplerName
 
 POSITION, ROTATION = 3, 6  # numbers a row
 ROW = POSITION + ROTATION

@@ -1,12 +1,12 @@
 """Training System 1 from a cache of expert data; on a CPU in hours, on a GPU in minutes.
 
-An observation is encoded once and gets `draws` noise draws (`system1.losses`): the encoder
+An observation is encoded once and gets `draws` noise draws (`openhelix.system1.losses`): the encoder
 is most of the cost and the denoiser's draws share its keys and values, so a step of 8 draws
 costs little more than one of 1 and its gradient is far less noisy.
 
-`python -m system1.train --cache FOLDER --out FOLDER` trains; run again with the same
+`python -m openhelix.system1.train --cache FOLDER --out FOLDER` trains; run again with the same
 arguments it goes on where it stopped. `--out` holds a checkpoint folder of the average
-weights (`system1.checkpoint`), the training state, `train.json` and `loss.png`.
+weights (`openhelix.system1.checkpoint`), the training state, `train.json` and `loss.png`.
 """
 
 from __future__ import annotations
@@ -21,25 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from system1.cache import CacheError
-from system1.checkpoint import Network, load_policy, rebuilt, save_policy, seeded_model
-from system1.config import PRESETS, CameraConfig, ConfigError, PolicyConfig
-from system1.data import Augment, Batch, Cache
-from system1.door import open_door
-from system1.losses import trajectory_errors
-from system1.model import gaussian
-from system1.normalizer import Normalizer
-from system1.optim import OptimizerName, Optimizers
-from system1.train_state import (
+from openhelix.system1.cache import CacheError
+from openhelix.system1.checkpoint import Network, load_policy, rebuilt, save_policy, seeded_model
+from openhelix.system1.config import PRESETS, CameraConfig, ConfigError, PolicyConfig
+from openhelix.system1.data import Augment, Batch, Cache
+from openhelix.system1.latent_adapter import adapt_to_latent
+from openhelix.system1.losses import trajectory_errors
+from openhelix.system1.model import gaussian
+from openhelix.system1.normalizer import Normalizer
+from openhelix.system1.train_loop import (
     STATE,
     Ema,
+    OptimizerName,
+    Optimizers,
+    Pace,
     cosine_rate,
+    deadline_after,
     load_state,
     plot_history,
+    run_loop,
     save_state,
     trained,
 )
-from system1.training_loop import Pace, deadline_after, run_loop
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +170,7 @@ class Trainer:
             model = grown(load_policy(config.init), config.changes, config.seed)
             spec = self.cache.latent_spec
             if spec is not None:
-                model = open_door(model, spec, config.seed)
+                model = adapt_to_latent(model, spec, config.seed)
             elif model.config.use_latent:
                 model.config = replace(model.config, use_latent=False)
             self.policy_config = model.config

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from runtime.spec import LatentSpec
-from system2.latents import BadLatent, LatentConfig, MapPool, digest, read_out
-from system2.model import Checkpoint, CheckpointError
-from system2.prompt import Layout
+from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.system2.latents import BadLatent, LatentConfig, MapPool, digest, read_out
+from openhelix.system2.model import Checkpoint, CheckpointError
+from openhelix.system2.prompt import Layout
 
 LATENT_DIM = 512  # width of the policy's instruction input (paper Appendix A.3; CLIP's width)
 

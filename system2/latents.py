@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from runtime.spec import LatentSpec
-from system2.prompt import Layout
+from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.system2.prompt import Layout
 
 KINDS = ("act_last", "act_mid", "act_lang", "hidden_all", "pool_max", "pool_map", "lang")
 NEEDS_VISION = ("hidden_all", "pool_max", "pool_map")

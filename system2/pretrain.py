@@ -14,12 +14,16 @@ trained beside it, keeps positions in the tokens that words round off.
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +31,319 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from system2.model import CheckpointError, load_tokenizer, load_vision, vision_state
+from openhelix.system2.model import (
+    Checkpoint,
+    CheckpointError,
+    VisionShape,
+    build,
+    load_tokenizer,
+    load_vision,
+    open_checkpoint,
+    vision_state,
+)
+from openhelix.system2.train import Prefix, compute_prefix, states_after
+
+# ------------------------------------------------------------------------------------------------
+# Soft captions: the wording in which a frozen language model reads an image best.
+#
+# A language model of 135 million parameters answers questions about a caption in plain words
+# little better than by guessing. Its input embeddings need not be words, though. Here every
+# place of the caption and every word that may stand there gets an embedding of its own, which
+# starts as the word's and is tuned, through the frozen language model, until questions about
+# captions are answered. A hundred vectors are learned, without any image; the tower is then
+# trained to write in this wording (`pretrain`).
+
+
+@dataclass(frozen=True, slots=True)
+class WordingConfig:
+    """Numbers of one run: captions a step, questions a caption, steps, Adam's rate.
+
+    `full_weight` is that of the cross-entropy over the whole vocabulary, beside the one
+    among the question's choices.
+    """
+
+    steps: int = 300
+    captions: int = 4
+    questions: int = 6
+    lr: float = 4e-3
+    full_weight: float = 0.1
+    save_every: int = 25
+    seed: int = 0
+
+
+class SoftCaption(nn.Module):
+    """Embeddings of caption words by place.
+
+    Args:
+        table: (V, hidden) input embeddings of the words that captions use.
+        candidates: (n_image, V) bool: which words stand at each place.
+    """
+
+    def __init__(self, table: Tensor, candidates: Tensor) -> None:
+        super().__init__()
+        place, word = candidates.nonzero(as_tuple=True)
+        slots = torch.full(candidates.shape, -1, dtype=torch.long)
+        slots[place, word] = torch.arange(len(place))
+        self.slots: Tensor
+        self.register_buffer("slots", slots)  # (n_image, V) row of `rows`, -1 for none
+        self.rows = nn.Parameter(table[word].clone())  # (candidates, hidden)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Word indices (B, n_image) to embeddings (B, n_image, hidden)."""
+        places = torch.arange(index.shape[1], device=index.device)
+        return self.rows[self.slots[places, index]]
+
+    def dense(self) -> Tensor:
+        """(n_image, V, hidden); zeros where a word never stands."""
+        filled = self.slots.clamp(min=0)
+        return self.rows[filled] * (self.slots >= 0).unsqueeze(-1)
+
+
+def pack(prefix: Tensor, questions: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Put one prefix and several questions about it into one sequence.
+
+    Each question sees the prefix and itself, as if it had followed the prefix alone.
+
+    Args:
+        prefix: (T, hidden).
+        questions: each (t_i, hidden).
+
+    Returns:
+        embeddings (N, hidden), mask (N, N) bool, positions (N,), ends (len(questions),).
+    """
+    start = prefix.shape[0]
+    lengths = [len(q) for q in questions]
+    owner = torch.repeat_interleave(torch.arange(len(questions)), torch.tensor(lengths))
+    owner = torch.cat([torch.full((start,), -1), owner])
+    within = torch.cat([torch.arange(n) for n in lengths])
+    positions = torch.cat([torch.arange(start), start + within])
+    same = (owner[:, None] == owner[None, :]) | (owner[None, :] == -1)
+    mask = same & torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
+    ends = start + torch.tensor(lengths).cumsum(0) - 1
+    return torch.cat([prefix, *questions]), mask, positions, ends
+
+
+class WordingTrainer:
+    """Tunes a `SoftCaption` through a frozen LLaVA.
+
+    Args:
+        model: `LlavaForConditionalGeneration`, frozen; bfloat16 does.
+        checkpoint: its description.
+        soft: what is tuned.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, soft: SoftCaption) -> None:
+        self._model, self._soft = model.requires_grad_(False), soft
+        builder = checkpoint.prompts(1)
+        self._template = builder.template
+        self._ids: Callable[[str], list[int]] = lambda text: builder.tokenize(text)[0]
+        self._head = self._embed(self._template.head)
+
+    def _embed(self, text: str) -> Tensor:
+        return self._model.get_input_embeddings()(torch.tensor(self._ids(text)))
+
+    def loss(
+        self, index: Tensor, asked: Sequence[Sequence[Any]], full_weight: float
+    ) -> tuple[Tensor, float]:
+        """Return the loss on one caption's questions, and the fraction answered rightly.
+
+        Args:
+            index: (n_image,) word indices.
+            asked: questions of a record.
+            full_weight: see `WordingConfig`.
+        """
+        soft = self._soft(index[None])[0]
+        template = self._template
+        texts = [f"{template.body}{q}{template.tail}{opening}" for _, q, opening, _, _ in asked]
+        prefix = torch.cat([self._head, soft.to(self._head.dtype)])
+        rows, mask, positions, ends = pack(prefix, [self._embed(text) for text in texts])
+        states = self._model.model.language_model(
+            inputs_embeds=rows[None],
+            attention_mask=mask[None, None],
+            position_ids=positions[None],
+            use_cache=False,
+        ).last_hidden_state[0, ends]
+        logits = self._model.lm_head(states).float()
+        terms, right = [], 0
+        for row, (_, _, _, wanted, choices) in zip(logits, asked, strict=True):
+            first = [self._ids(" " + choice)[0] for choice in choices]
+            answer = torch.tensor(choices.index(wanted))
+            among = F.cross_entropy(row[first], answer)
+            whole = F.cross_entropy(row, torch.tensor(first[int(answer)]))
+            terms.append(among + full_weight * whole)
+            right += int(row[first].argmax() == answer)
+        return torch.stack(terms).mean(), right / len(asked)
+
+    def train(
+        self,
+        words: Tensor,
+        records: Sequence[dict[str, Any]],
+        config: WordingConfig,
+        out: Path,
+        tell: Callable[[dict[str, float]], None] = lambda _: None,
+    ) -> None:
+        """Tune in place; resumes from `out/wording.safetensors`.
+
+        Args:
+            words: (N, n_image) word indices of the captions.
+            records: N records with `questions`.
+            config: numbers of the run.
+            out: where it is saved.
+            tell: hears loss and accuracy of each step.
+        """
+        out.mkdir(parents=True, exist_ok=True)
+        file, first = out / "wording.safetensors", 0
+        optimiser = torch.optim.Adam(self._soft.parameters(), lr=config.lr, betas=(0.9, 0.98))
+        if file.is_file():
+            state = load_file(file)
+            first = int(state["step"])
+            with torch.no_grad():
+                self._soft.rows.copy_(state["rows"])
+            moments = {
+                "step": state["step"].float(),
+                "exp_avg": state["m"],
+                "exp_avg_sq": state["v"],
+            }
+            optimiser.state[self._soft.rows] = moments
+        for step in range(first, config.steps):
+            started = time.monotonic()
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            for group in optimiser.param_groups:
+                group["lr"] = (
+                    config.lr * min(1.0, (step + 1) / 10) * (1 - 0.9 * step / config.steps)
+                )
+            losses, rights = [], []
+            for row in torch.randint(
+                len(records), (config.captions,), generator=generator
+            ).tolist():
+                every = records[row]["questions"]
+                some = torch.randperm(len(every), generator=generator)[: config.questions]
+                loss, right = self.loss(words[row], [every[i] for i in some], config.full_weight)
+                (loss / config.captions).backward()
+                losses.append(loss.item())
+                rights.append(right)
+            optimiser.step()
+            optimiser.zero_grad()
+            row = {"step": step + 1, "loss": sum(losses) / len(losses)}
+            row |= {"right": sum(rights) / len(rights), "took_s": time.monotonic() - started}
+            tell(row)
+            with (out / "wording.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                moments = optimiser.state[self._soft.rows]
+                state = {"rows": self._soft.rows.detach(), "step": torch.tensor(step + 1)}
+                state |= {"m": moments["exp_avg"], "v": moments["exp_avg_sq"]}
+                save_file(state, out / "wording.part")
+                (out / "wording.part").rename(file)
+
+
+# ------------------------------------------------------------------------------------------------
+# How much a frozen language model understands of an image: questions with short answers.
+#
+# The answering sentence is begun ("The drawer is") and its next word chosen among the
+# question's choices by probability, so a model that sees nothing scores what guessing scores. Three controls stand beside the image:
+# none at all, another picture's, and the caption as text, which is the most that this language
+# model could read out of a perfect tower.
+
+
+Source = Literal["image", "none", "other", "caption"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Right answers and questions asked."""
+
+    right: int
+    asked: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / max(1, self.asked)
+
+
+class Reader:
+    """Asks a LLaVA's language model about images.
+
+    Args:
+        model: transformers' `LlavaForConditionalGeneration`.
+        checkpoint: its description.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+        self._model, self._checkpoint = model, checkpoint
+        builder = checkpoint.prompts(1)
+        self._template, self._bos = builder.template, builder.bos
+        self._ids: Callable[[str], list[int]] = lambda text: builder.tokenize(text)[0]
+
+    @torch.inference_mode()
+    def answer(self, shown: Tensor | str | None, questions: Sequence[Sequence[Any]]) -> list[int]:
+        """Return the index of the chosen answer for each question of a record.
+
+        Args:
+            shown: projected image tokens (n_image, hidden), a text in its place, or None.
+            questions: about what is shown.
+        """
+        prefix = self._prefix(shown)
+        body = "" if shown is None else self._template.body
+        tail = self._template.tail
+        rows = [self._ids(f"{body}{q}{tail}{opening}") for _, q, opening, _, _ in questions]
+        longest = max(map(len, rows))
+        padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        table = self._model.get_input_embeddings()
+        states = states_after(
+            self._model.model.language_model,
+            prefix.rows(torch.zeros(len(rows), dtype=torch.long)),
+            table(padded),
+        )
+        ends = torch.tensor([len(row) - 1 for row in rows])
+        logits = self._model.lm_head(states[torch.arange(len(rows)), ends]).float()
+        chosen = []
+        for row, (*_, choices) in enumerate(questions):
+            first = [self._ids(" " + choice)[0] for choice in choices]
+            chosen.append(int(logits[row, first].argmax()))
+        return chosen
+
+    def _prefix(self, shown: Tensor | str | None) -> Prefix:
+        head = [] if self._bos is None else [self._bos]
+        head += self._ids(self._template.head)
+        if isinstance(shown, str):
+            head += self._ids(shown)
+        embeddings = self._model.get_input_embeddings()(torch.tensor([head]))
+        if isinstance(shown, Tensor):
+            embeddings = torch.cat([embeddings, shown[None].to(embeddings.dtype)], dim=1)
+        lengths = torch.tensor([embeddings.shape[1]])
+        return compute_prefix(self._model.model.language_model, embeddings, lengths)
+
+    def accuracy(
+        self,
+        records: Sequence[dict[str, Any]],
+        source: Source,
+        tokens: Callable[[int], Tensor],
+    ) -> dict[str, Score]:
+        """Ask every question of every record; return the scores by kind and under "all".
+
+        Args:
+            records: with `row`, `caption` and `questions`.
+            source: what is shown.
+            tokens: a row's projected image tokens.
+        """
+        right: dict[str, int] = defaultdict(int)
+        asked: dict[str, int] = defaultdict(int)
+        for index, record in enumerate(records):
+            shown: Tensor | str | None = None
+            if source == "caption":
+                shown = record["caption"]
+            elif source != "none":
+                # "other": the picture half the set away, which has another state.
+                at = index if source == "image" else (index + len(records) // 2) % len(records)
+                shown = tokens(records[at]["row"])
+            asks = record["questions"]
+            chosen = self.answer(shown, asks)
+            for (kind, _, _, wanted, choices), got in zip(asks, chosen, strict=True):
+                for name in (kind, "all"):
+                    asked[name] += 1
+                    right[name] += choices[got] == wanted
+        return {name: Score(right[name], asked[name]) for name in sorted(asked)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +417,7 @@ class VisionLearner(nn.Module):
         model: transformers' `LlavaForConditionalGeneration`.
         processor: its image processor.
         data: captions that the words are taken from.
-        wording: tuned embeddings (n_image, V, hidden) of `system2.wording`; None for the
+        wording: tuned embeddings (n_image, V, hidden) of `openhelix.system2.pretrain`; None for the
             words' own.
     """
 
@@ -322,3 +638,161 @@ def open_for_training(
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     return model, processor, tokenize
+
+
+# ------------------------------------------------------------------------------------------------
+# The whole recipe for the laptop model's eyes, stage by stage, resumable at each.
+#
+#     python -m openhelix.benchmarks.calvin.captions --out DATA     # pictures with words
+#     python -m openhelix.system2.pretrain --data DATA --out OUT         # the four stages below
+#     python -m openhelix.system2.pretrain --data DATA --out OUT --stage evaluate --limit 100
+#
+# 1. `words`: tower and projector learn to write captions in plain word embeddings.
+# 2. `wording`: the embeddings themselves are tuned, without images, until the frozen language
+#    model answers questions about captions.
+# 3. `retarget`: tower and projector learn to write in that wording.
+# 4. `evaluate`: questions about held-out states and a held-out scene, with the image, without
+#    it, with another picture's, and with the perfect caption.
+
+
+log = logging.getLogger(__name__)
+STAGES = ("words", "wording", "retarget", "evaluate")
+HELD_OUT = ("test-states", "test-scene")
+
+
+class Recipe:
+    """The stages, sharing data folders and one output folder.
+
+    Args:
+        data: holds `train`, `test-states` and `test-scene`.
+        out: each stage has a folder in it.
+        seed: of the untrained tower.
+    """
+
+    def __init__(self, data: Path, out: Path, seed: int = 0) -> None:
+        self._data, self._out = data, out
+        # An explicit shape: from an untrained tower, not from the shipped weights.
+        self._path = str(build(vision=VisionShape(), seed=seed))
+        self._checkpoint: Checkpoint = open_checkpoint(self._path)
+
+    def words(self, config: PretrainConfig) -> VisionLearner:
+        """Stage 1."""
+        model, processor, tokenize = open_for_training(self._path)
+        data = self._captions("train", tokenize)
+        return train(model, processor, data, config, self._out / "words", _tell)
+
+    def wording(self, config: WordingConfig) -> None:
+        """Stage 2."""
+        model, processor, tokenize = open_for_training(self._path)
+        data = self._captions("train", tokenize)
+        learner = VisionLearner(model, processor, data)
+        soft = SoftCaption(learner.table[0], learner.candidates)
+        index = torch.searchsorted(learner.vocabulary, data.words)
+        trainer = WordingTrainer(model.to(torch.bfloat16), self._checkpoint, soft)
+        trainer.train(index, data.records, config, self._out / "wording", _tell)
+
+    def tuned(self, learner: VisionLearner) -> Tensor:
+        """Return stage 2's embeddings (n_image, V, hidden)."""
+        soft = SoftCaption(learner.table[0], learner.candidates)
+        rows = load_file(self._out / "wording" / "wording.safetensors")["rows"]
+        soft.rows.data.copy_(rows)
+        return soft.dense().detach()
+
+    def retarget(self, config: PretrainConfig) -> VisionLearner:
+        """Stage 3."""
+        model, processor, tokenize = open_for_training(self._path)
+        data = self._captions("train", tokenize)
+        wording = self.tuned(VisionLearner(model, processor, data))
+        folder = self._out / "retarget"
+        return train(model, processor, data, config, folder, _tell, wording, self._out / "words")
+
+    def evaluate(self, limit: int, controls: int, stage: str = "retarget") -> dict[str, Any]:
+        """Stage 4: accuracies with the number of questions asked.
+
+        Args:
+            limit: pictures a held-out set for which questions are asked with the image.
+            controls: pictures for each control.
+            stage: whose weights.
+        """
+        weights = self._out / stage / "vision.safetensors"
+        model, processor, tokenize = open_for_training(self._path, weights)
+        learner = VisionLearner(model, processor, self._captions("train", tokenize))
+        if stage == "retarget":
+            learner.table = self.tuned(learner)
+        reader_model = open_for_training(self._path)[0].to(torch.bfloat16)
+        load_vision(reader_model, load_file(weights))
+        reader = Reader(reader_model, self._checkpoint)
+        report: dict[str, Any] = {}
+        for name in HELD_OUT:
+            data = self._captions(name, tokenize)
+            perfect = torch.searchsorted(learner.vocabulary, data.words)
+            shown: dict[str, Callable[[int], Tensor]] = {
+                "image": partial(_seen, learner, data),
+                "other": partial(_seen, learner, data),
+                "none": partial(_written, learner, perfect),
+                "perfect_caption": partial(_written, learner, perfect),
+            }
+            result: dict[str, Any] = {"caption_words": caption_accuracy(learner, data)}
+            for source, tokens in shown.items():
+                some = data.records[: limit if source == "image" else controls]
+                kind: Any = "image" if source == "perfect_caption" else source
+                scores = reader.accuracy(some, kind, tokens)
+                result[source] = {
+                    k: {"accuracy": round(s.accuracy, 4), "asked": s.asked}
+                    for k, s in scores.items()
+                }
+                log.info("%s %s %s", name, source, result[source]["all"])
+            report[name] = result
+        (self._out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        return report
+
+    def _captions(self, name: str, tokenize: Callable[[str], list[int]]) -> Captions:
+        return Captions(self._data / name, tokenize, self._checkpoint.n_image)
+
+
+@torch.inference_mode()
+def _seen(learner: VisionLearner, data: Captions, row: int) -> Tensor:
+    """What the tower makes of a picture."""
+    return learner(data.pixels(np.array([row])))[0]
+
+
+def _written(learner: VisionLearner, index: Tensor, row: int) -> Tensor:
+    """What a perfect tower would have made of it."""
+    return learner.table[torch.arange(index.shape[1]), index[row]]
+
+
+def _tell(row: dict[str, float]) -> None:
+    log.info("%s", {key: round(value, 4) for key, value in row.items()})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages; each goes on where it stopped."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stage", choices=STAGES, nargs="+", default=list(STAGES))
+    parser.add_argument("--steps", type=int, default=3000, help="of words")
+    parser.add_argument("--wording-steps", type=int, default=150)
+    parser.add_argument("--retarget-steps", type=int, default=1000)
+    parser.add_argument("--limit", type=int, default=100, help="pictures asked about")
+    parser.add_argument("--controls", type=int, default=40, help="pictures asked about in controls")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bf16", action="store_true", help="autocast the tower's training")
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    recipe = Recipe(options.data, options.out)
+    vision = PretrainConfig(steps=options.steps, bf16=options.bf16)
+    if "words" in options.stage:
+        recipe.words(vision)
+    if "wording" in options.stage:
+        recipe.wording(WordingConfig(steps=options.wording_steps, captions=3, save_every=10))
+    if "retarget" in options.stage:
+        recipe.retarget(replace(vision, steps=options.retarget_steps, lr=5e-4, warmup=50, seed=1))
+    if "evaluate" in options.stage:
+        recipe.evaluate(options.limit, options.controls)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -21,16 +21,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from runtime.config import ConfigError, load
-from runtime.resolve import resolve
-from system2.engines.base import EngineBase
-from system2.model import Checkpoint, CheckpointError, load_tokenizer
-from system2.prompt import BadImage
+from openhelix.runtime.core.config import ConfigError, load
+from openhelix.runtime.core.plugins import resolve
+from openhelix.system2.engines.base import EngineBase
+from openhelix.system2.model import Checkpoint, CheckpointError, load_tokenizer
+from openhelix.system2.prompt import BadImage
 
 SPATIAL_WORDS = ("left", "right", "up", "down", "front", "back", "above", "below", "in", "on")
 ENGINES = {
-    "vllm": "system2.engines.vllm:VllmEngine",
-    "transformers": "system2.engines.transformers:TransformersEngine",
+    "vllm": "openhelix.system2.engines.vllm:VllmEngine",
+    "transformers": "openhelix.system2.engines.transformers:TransformersEngine",
 }
 
 

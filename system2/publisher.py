@@ -18,20 +18,18 @@ from typing import Any
 
 import zmq
 
-from runtime.assembly import make
-from runtime.clock import Clock, MonotonicClock
-from runtime.codec import encode
-from runtime.collectors import System2Metrics, WireMetrics
-from runtime.config import Part
-from runtime.exposition import LOOPBACK, Endpoint, Library, serve
-from runtime.gpu import GpuMetrics
-from runtime.interfaces import Engine
-from runtime.newest import ENVELOPE, topic_bytes
-from runtime.peers import PeerMetrics, PeerWatch
-from runtime.sockets import Port
-from runtime.types import GoalRequest, LatentGoal
-from runtime.wire import NewestPerTopic
-from system2.scheduler import GoalScheduler, Limits
+from openhelix.runtime.control.assembly import make
+from openhelix.runtime.core.clock import Clock, MonotonicClock
+from openhelix.runtime.core.config import Part
+from openhelix.runtime.core.interfaces import Engine
+from openhelix.runtime.core.types import GoalRequest, LatentGoal
+from openhelix.runtime.observe.collectors import System2Metrics, WireMetrics
+from openhelix.runtime.observe.metrics import LOOPBACK, Endpoint, GpuMetrics, Library, serve
+from openhelix.runtime.observe.peers import PeerMetrics, PeerWatch
+from openhelix.runtime.transport.codec import encode
+from openhelix.runtime.transport.sockets import Port
+from openhelix.runtime.transport.wire import ENVELOPE, NewestPerTopic, topic_bytes
+from openhelix.system2.scheduler import GoalScheduler, Limits
 
 log = logging.getLogger(__name__)
 IDLE_S = 0.05  # how often to look for a stop while nothing is due
@@ -44,7 +42,7 @@ MAX_REQUEST_BYTES = 32 << 20  # an RGB image of 4K has 25 MB
 class LatentOutlet:
     """One bound PUB socket with a topic and a sequence for every robot.
 
-    `runtime.wire.Publisher` has one topic a socket; many robots subscribe to this one
+    `openhelix.runtime.transport.wire.Publisher` has one topic a socket; many robots subscribe to this one
     address, each exactly to its own topic.
     """
 
@@ -97,7 +95,7 @@ class LatentOutlet:
 
 
 class PublisherNode:
-    """The node "system2" of a run's graph; see `runtime.node.Node`.
+    """The node "system2" of a run's graph; see `openhelix.runtime.launch.node.Node`.
 
     Args:
         engine: {"target": "module:Class", "options": {…}}.

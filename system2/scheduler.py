@@ -4,8 +4,8 @@
 no model. Every robot has its own grid of absolute deadlines `t_first + i / hz`. At a
 deadline its newest request is due; robots that are due together go through the engine as
 one batch, the longest overdue first, owners (CURVE keys) in turn. One batch at a time: deadlines that pass by a whole
-period while the engine is busy are skipped and counted, never caught up. A new epoch is due
-at once, since the robot is waiting for it. `system2.publisher` is the process around it.
+period while the engine is busy are skipped and counted, never caught up. A new instruction_id is due
+at once, since the robot is waiting for it. `openhelix.system2.publisher` is the process around it.
 
 A name belongs to the robot that uses it until that falls silent. Two robots under one name
 would get each other's latents, so the second is refused, when it asks (`claim`) and when it
@@ -15,18 +15,108 @@ does not.
 from __future__ import annotations
 
 import logging
+import re
 import uuid
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
-from runtime.clock import Clock
-from runtime.interfaces import Engine
-from runtime.types import F32, GoalRequest, LatentGoal
-from system2.names import NameRefused, Names, in_turn, in_use, usable
+from openhelix.runtime.core.clock import Clock
+from openhelix.runtime.core.interfaces import Engine
+from openhelix.runtime.core.types import F32, GoalRequest, LatentGoal
+from openhelix.runtime.transport.wire import TAKEOVER_NS
+
+# ------------------------------------------------------------------------------------------------
+# Whose name is whose at a System 2 that several robots share.
+#
+# Two robots under one name would get each other's latents and act on them. So a name belongs
+# to the robot that uses it until that has been silent for a while, and a run asks for its name
+# before it starts. A robot's owner is whose key it comes with.
+
+
+CLAIM_NS: Final = 10_000_000_000  # how long a claimed name waits for its robot's first request
+_NAME: Final = re.compile(r"[\w.:/-]{1,64}", re.ASCII)  # a name becomes part of a topic
+
+
+class NameRefused(ValueError):
+    """A robot cannot have a name; one line says why, `reason` is a metric's label."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+def usable(name: str) -> bool:
+    """Whether a robot may be called that."""
+    return _NAME.fullmatch(name) is not None
+
+
+def in_use(heard_ns: int | None, now_ns: int) -> bool:
+    """Whether a robot that was heard then still has its name."""
+    return heard_ns is not None and now_ns - heard_ns < TAKEOVER_NS
+
+
+def in_turn(names: Sequence[str], owner_of: Callable[[str], str]) -> Iterator[str]:
+    """Yield one robot of each owner after the other: many names bring nobody more."""
+    waiting: dict[str, deque[str]] = {}
+    for name in names:
+        waiting.setdefault(owner_of(name), deque()).append(name)
+    while waiting:
+        for owner in list(waiting):
+            yield waiting[owner].popleft()
+            if not waiting[owner]:
+                del waiting[owner]
+
+
+class Names:
+    """Claims of runs that are about to ask for their first latent.
+
+    Args:
+        clock: a monotonic clock.
+        max_robots: how many names there may be at once.
+    """
+
+    def __init__(self, clock: Clock, max_robots: int) -> None:
+        self._clock, self._max_robots = clock, max_robots
+        self._claims: dict[str, tuple[str, int]] = {}  # by name: which run, and since when
+
+    def claim(self, name: str, run: str, heard_ns: Mapping[str, int]) -> None:
+        """Reserve a name for a run; again by the same run is fine.
+
+        Args:
+            name: the robot's.
+            run: identity of the run, new at every start.
+            heard_ns: when each robot was last heard.
+
+        Raises:
+            NameRefused: the name is in use or unusable, or there are too many robots.
+        """
+        now = self._clock.now_ns()
+        for other, (_, since) in list(self._claims.items()):
+            if now - since > CLAIM_NS and not in_use(heard_ns.get(other), now):
+                del self._claims[other]
+        if self._claims.get(name, ("", 0))[0] != run:
+            self._check(name, heard_ns, now)
+        self._claims[name] = (run, now)
+
+    def _check(self, name: str, heard_ns: Mapping[str, int], now: int) -> None:
+        if not usable(name):
+            text = f"robot.id: {name[:80]!r}, must be 1 to 64 letters, digits, `-` and `_`"
+            raise NameRefused("bad_name", text)
+        if name in self._claims or in_use(heard_ns.get(name), now):
+            raise NameRefused(
+                "name_taken",
+                f"robot.id: {name!r} is in use at this System 2; choose another, or wait "
+                f"{CLAIM_NS * 1e-9:.0f} s if that robot has just ended",
+            )
+        names = self._claims.keys() | heard_ns.keys()
+        if name not in names and len(names) >= self._max_robots:
+            text = f"system2.connect: this System 2 serves {self._max_robots} robots at most"
+            raise NameRefused("too_many_robots", text)
+
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +141,7 @@ class Sink(Protocol):
 class RobotState:
     """What is remembered of one robot."""
 
-    epoch: int
+    instruction_id: int
     source: str
     due_ns: int  # the next deadline
     heard_ns: int
@@ -139,7 +229,7 @@ class GoalScheduler:
         self._names = Names(clock, self._limits.max_robots)
 
     def claim(self, name: str, run: str) -> None:
-        """Reserve a name for a run that is about to ask; see `system2.names`.
+        """Reserve a name for a run that is about to ask; see `openhelix.system2.scheduler`.
 
         Raises:
             ValueError: the name is in use or unusable, or there are too many robots.
@@ -168,7 +258,7 @@ class GoalScheduler:
             if len(self.robots) >= self._limits.max_robots and not self._make_room(now):
                 self._shed("too_many_robots", request.robot)
                 return False
-            robot = RobotState(request.epoch, request.source, due_ns=now, heard_ns=now)
+            robot = RobotState(request.instruction_id, request.source, due_ns=now, heard_ns=now)
             self.robots[request.robot] = robot
         elif (
             robot.sender not in (None, sender)
@@ -178,12 +268,12 @@ class GoalScheduler:
             self._shed("name_taken", request.robot)
             return False
         robot.heard_ns, robot.sender, robot.owner = now, sender, owner
-        fresh = (request.epoch, request.source) != (robot.epoch, robot.source)
+        fresh = (request.instruction_id, request.source) != (robot.instruction_id, robot.source)
         if not fresh and robot.pending is not None and request.seq < robot.pending.seq:
             self.totals.shed["out_of_order"] += 1
             return False
         if fresh:
-            robot.epoch, robot.source = request.epoch, request.source
+            robot.instruction_id, robot.source = request.instruction_id, request.source
             robot.due_ns = now
         if robot.pending is not None:
             robot.superseded += 1
@@ -291,7 +381,7 @@ class GoalScheduler:
         goal = LatentGoal(
             z=z,
             seq=robot.seq,
-            epoch=request.epoch,
+            instruction_id=request.instruction_id,
             t_obs_ns=request.t_obs_ns,
             t_pub_ns=now,
             spec_id=self._engine.spec.spec_id,
@@ -356,7 +446,7 @@ class GoalScheduler:
             "wait_s": percentiles(list(totals.wait_s)),
             "robots": {
                 name: {
-                    "epoch": robot.epoch,
+                    "instruction_id": robot.instruction_id,
                     "published": robot.seq,
                     "skipped": robot.skipped,
                     "superseded": robot.superseded,

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.spec import ActionSpec, CameraSpec, LatentSpec, PolicySpec
-from runtime.types import ActionChunk, LatentGoal, Observation
+from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, LatentSpec, PolicySpec
+from openhelix.runtime.core.types import ActionChunk, LatentGoal, Observation
 
 LATENT = LatentSpec("act_last", n_tokens=1, dim=8)
 PERIOD_NS = round(1e9 / 30)
@@ -50,7 +50,7 @@ class ReachPolicy:
             dt_ns=PERIOD_NS,
             poses=np.hstack((positions, np.tile(observation.tcp_pose[3:], (len(steps), 1)))),
             gripper=np.ones(len(steps)),
-            epoch=observation.epoch,
+            instruction_id=observation.instruction_id,
             latent_seq=latents[-1].seq,
             t_obs_ns=observation.t_ns,
         )

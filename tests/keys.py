@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime.curve import generate
+from openhelix.runtime.transport.sockets import generate
 
 
 def key_folders(folder: Path) -> dict[str, Path]:

@@ -7,7 +7,7 @@ drawn at all (one picture for all steps: the price of the rest). Sequences an ho
 ways are at the environment steps that a sequence takes with all steps, since a policy that sees
 one picture for ever does something else.
 
-    python -m benchmarks.perf.bench_eval [--sequences 8] [--steps 360] [--many 24]
+    python -m openhelix.benchmarks.perf.bench_eval [--sequences 8] [--steps 360] [--many 24]
         [--few-steps 60] [--rounds 2] [--out FILE] [section.field=value ...]
 """
 
@@ -25,17 +25,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dsvlabench.attempts import Outcome
-from benchmarks.dsvlabench.eval import load_config
-from benchmarks.dsvlabench.pool import Job
-from benchmarks.dsvlabench.runner import Conditions, Runner
-from benchmarks.dsvlabench.suites import Episode, Suite
-from benchmarks.dsvlabench.workers import RayPool
-from runtime.assembly import Rig
-from runtime.config import RunConfig
-from runtime.loop import Tick
-from runtime.robots.env import EnvRobot
-from runtime.types import CameraFrame
+from openhelix.benchmarks.evaluation.eval import load_config
+from openhelix.benchmarks.evaluation.measurement import Outcome
+from openhelix.benchmarks.evaluation.pool import Job
+from openhelix.benchmarks.evaluation.ray_pool import RayPool
+from openhelix.benchmarks.evaluation.runner import Conditions, Runner
+from openhelix.benchmarks.evaluation.suites import Episode, Suite
+from openhelix.runtime.control.assembly import ControlStack
+from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.core.config import RunConfig
+from openhelix.runtime.core.types import CameraFrame
+from openhelix.runtime.robots.env import EnvRobot
 
 OUT = Path("benchmarks/perf/results/eval.json")
 
@@ -43,10 +43,10 @@ OUT = Path("benchmarks/perf/results/eval.json")
 class EveryStep(Runner):
     """Draws both cameras at every step."""
 
-    def _rig(self, robot: EnvRobot, episode: Episode, conditions: Conditions) -> Rig:
-        rig = super()._rig(robot, episode, conditions)
-        rig.loop.subscribers.append(_look)
-        return rig
+    def _stack(self, robot: EnvRobot, episode: Episode, conditions: Conditions) -> ControlStack:
+        stack = super()._stack(robot, episode, conditions)
+        stack.loop.subscribers.append(_look)
+        return stack
 
 
 def _look(tick: Tick) -> None:

@@ -6,7 +6,7 @@ shipped policy, at a small batch, for a few steps; the evaluation is of chains w
 pair, whose every plan has a fresh latent. What a second worker brings is `bench_eval`'s; what a
 second thread brings a training is measured here, on the wall clock: leave the machine alone.
 
-    python -m benchmarks.perf.bench_experiments [--data COLLECTION] [--out FILE] [--only NAME ...]
+    python -m openhelix.benchmarks.perf.bench_experiments [--data COLLECTION] [--out FILE] [--only NAME ...]
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.dsvlabench.eval import load_config
-from benchmarks.dsvlabench.evaluation import Console, Plan, evaluate
-from benchmarks.dsvlabench.pool import LocalPool
-from benchmarks.dsvlabench.runner import Conditions
-from benchmarks.dsvlabench.suites import Suite
-from benchmarks.experiments.costs import COSTS
-from benchmarks.experiments.trainings import SHIPPED_POLICY
-from benchmarks.training.config import TrainingConfig
-from benchmarks.training.feeds import encode_prefix, encode_read_outs
-from benchmarks.training.joint_run import JointRun, policy_settings
-from runtime.config import validate
-from system1.train import Trainer
+from openhelix.benchmarks.evaluation.eval import load_config
+from openhelix.benchmarks.evaluation.evaluation import Console, Plan, evaluate
+from openhelix.benchmarks.evaluation.pool import LocalPool
+from openhelix.benchmarks.evaluation.runner import Conditions
+from openhelix.benchmarks.evaluation.suites import Suite
+from openhelix.benchmarks.paper.costs import COSTS
+from openhelix.benchmarks.paper.trainings import SHIPPED_POLICY
+from openhelix.benchmarks.training.config import TrainingConfig
+from openhelix.benchmarks.training.feeds import encode_prefix, encode_read_outs
+from openhelix.benchmarks.training.stages import JointRun, policy_settings
+from openhelix.runtime.core.config import validate
+from openhelix.system1.train import Trainer
 
 EVAL = COSTS.with_name("eval.json")
 SHARDS, FRAMES = 4, 16

@@ -12,7 +12,7 @@ is granted) with metrics and recording switched on and off in turns of a second,
 ways share one run and are compared block by block, with an interval. A Prometheus-like client
 scrapes once in every turn that has metrics.
 
-    python -m benchmarks.perf.bench_fleet [--seconds 20] [--overhead-seconds 100] [--out FILE]
+    python -m openhelix.benchmarks.perf.bench_fleet [--seconds 20] [--overhead-seconds 100] [--out FILE]
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.perf.tick_overhead import overhead
-from runtime.assembly import IMAGES_A_LATENT, request_interval_ns
-from runtime.config import ConfigError, load
-from runtime.endpoints import served
-from runtime.goals import WireGoals
-from runtime.processes import reap
-from runtime.rpc import RpcClient, RpcError
-from runtime.types import CameraFrame, LatentGoal, Observation
-from runtime.wire import NewestReader, Publisher
+from openhelix.benchmarks.perf.tick_overhead import overhead
+from openhelix.runtime.control.assembly import IMAGES_A_LATENT, request_interval_ns
+from openhelix.runtime.control.goals import WireGoals
+from openhelix.runtime.core.config import ConfigError, load
+from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
+from openhelix.runtime.launch.processes import reap
+from openhelix.runtime.transport.rpc import RpcClient, RpcError
+from openhelix.runtime.transport.sockets import served
+from openhelix.runtime.transport.wire import NewestReader, Publisher
 
 _stages = itertools.count()  # numbers names: a System 2 keeps a name for who has it
 OFFERS = (2, IMAGES_A_LATENT)  # images a robot offers for each latent, side by side
@@ -214,7 +214,15 @@ def system2(args: Any, folder: Path) -> Iterator[tuple[dict[str, str], RpcClient
     address = f"ipc://{folder}/s2"
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "runtime.cli", "serve", address, "--config", str(args.config)),
+            *(
+                sys.executable,
+                "-m",
+                "openhelix.runtime.cli.main",
+                "serve",
+                address,
+                "--config",
+                str(args.config),
+            ),
             *("--json", f"--max-batch={args.max_batch}", "--max-robots=1024"),
             *(f"system2.hz={args.hz}", "output.metrics_port=0"),
         ],

@@ -4,7 +4,7 @@ Four ways at two rates, in turns of two seconds within one run, so that whatever
 machine does hits all of them alike. Nothing but pacing is measured here: no observation, no
 inference. `missed` counts whole periods that were skipped.
 
-    python -m benchmarks.perf.bench_loop [--seconds 60] [--spin-us 300] [--out FILE]
+    python -m openhelix.benchmarks.perf.bench_loop [--seconds 60] [--spin-us 300] [--out FILE]
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.clock import MonotonicClock, Pacer
-from runtime.realtime import enter, leave
+from openhelix.runtime.control.realtime import enter, leave
+from openhelix.runtime.core.clock import MonotonicClock, Pacer
 
 RATES_HZ = (30, 100)
 TURN_S = 2.0

@@ -4,7 +4,7 @@ Runs `openhelix run` as a user does (all processes, both systems, the simulator 
 cameras), one long instruction, once with SCHED_FIFO and once without, and reads the figures
 from its own report and from the processes' proportional set sizes.
 
-    python -m benchmarks.perf.bench_run [--seconds 60] [--config configs/run.yaml] [--out FILE]
+    python -m openhelix.benchmarks.perf.bench_run [--seconds 60] [--config configs/run.yaml] [--out FILE]
 """
 
 from __future__ import annotations
@@ -87,7 +87,15 @@ def run(seconds: float, config: Path, words: tuple[str, ...]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "runtime.cli", "run", "--config", str(config), "--json"),
+                *(
+                    sys.executable,
+                    "-m",
+                    "openhelix.runtime.cli.main",
+                    "run",
+                    "--config",
+                    str(config),
+                    "--json",
+                ),
                 *("tasks.instruction=push the sliding door to the left side",),
                 *(f"tasks.steps_limit={steps}", f"output.folder={folder}"),
                 *("output.metrics_port=0", "system2.hz=1", *words),

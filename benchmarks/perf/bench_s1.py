@@ -1,6 +1,6 @@
 """How fast System 1 is, what it costs, and how far each fast mode strays from the exact one.
 
-    python -m benchmarks.perf.bench_s1 --threads 2
+    python -m openhelix.benchmarks.perf.bench_s1 --threads 2
 
 runs every case in a process of its own (so that peak memory is that case's alone) and writes
 one JSON file: device, threads, versions, and a record a case with the median and 90th
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.perf.s1_cases import CASES
+from openhelix.benchmarks.perf.s1_cases import CASES
 
 RESULTS = Path(__file__).parent / "results" / "bench_s1.json"
 
@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "bench_s1.json"
 def spawn(case: str, argv: list[str], threads: int) -> dict[str, Any]:
     """Run one case in a process of its own."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "benchmarks.perf.bench_s1", *argv, "--case", case]
+    command = [sys.executable, "-m", "openhelix.benchmarks.perf.bench_s1", *argv, "--case", case]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1] if done.stderr else "no output"}

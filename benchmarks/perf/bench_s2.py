@@ -4,7 +4,7 @@ Each section runs in a process of its own, so that one's memory and threads are 
 next's; what is compared is measured in turns within one process. Nothing is fetched: the
 laptop model is assembled on the first run.
 
-    python -m benchmarks.perf.bench_s2 [--threads 2] [--only latency robots tuning start]
+    python -m openhelix.benchmarks.perf.bench_s2 [--threads 2] [--only latency robots tuning start]
                                        [--model laptop] [--out FILE]
 """
 
@@ -52,8 +52,8 @@ def summary(values_s: Sequence[float]) -> dict[str, float]:
 
 def latency(options: argparse.Namespace) -> dict[str, Any]:
     """vLLM and transformers in turns, batch 1 and 8, and how far apart their latents are."""
-    from system2.engines.transformers import TransformersEngine
-    from system2.engines.vllm import VllmEngine
+    from openhelix.system2.engines.transformers import TransformersEngine
+    from openhelix.system2.engines.vllm import VllmEngine
 
     common = {"dtype": options.dtype, "threads": options.threads}
     plain = TransformersEngine(options.model, **common)
@@ -81,14 +81,14 @@ def latency(options: argparse.Namespace) -> dict[str, Any]:
 
 def robots(options: argparse.Namespace) -> dict[str, Any]:
     """Eight robots at 1 Hz from one engine, through the real node and sockets."""
-    from runtime.types import GoalRequest, LatentGoal
-    from runtime.wire import NewestReader, Publisher, ipc_endpoint
-    from system2.publisher import PublisherNode
+    from openhelix.runtime.core.types import GoalRequest, LatentGoal
+    from openhelix.runtime.transport.wire import NewestReader, Publisher, ipc_endpoint
+    from openhelix.system2.publisher import PublisherNode
 
     folder = Path(tempfile.mkdtemp())
     requests, latents = ipc_endpoint(folder, "requests"), ipc_endpoint(folder, "latents")
     engine = {
-        "target": "system2.engines.vllm:VllmEngine",
+        "target": "openhelix.system2.engines.vllm:VllmEngine",
         "options": {"model": options.model, "dtype": options.dtype, "threads": options.threads},
     }
     node = PublisherNode(engine, 1.0, requests, latents)
@@ -148,11 +148,11 @@ def tuning(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import LlavaForConditionalGeneration
 
-    from system2.checkpoint import LatentHead
-    from system2.images import as_pil
-    from system2.latents import LatentConfig
-    from system2.model import open_checkpoint
-    from system2.train import System2Learner
+    from openhelix.system2.checkpoint import LatentHead
+    from openhelix.system2.latents import LatentConfig
+    from openhelix.system2.model import open_checkpoint
+    from openhelix.system2.prompt import as_pil
+    from openhelix.system2.train import System2Learner
 
     torch.set_num_threads(options.threads)
     checkpoint = open_checkpoint(options.model)
@@ -202,7 +202,7 @@ def start(options: argparse.Namespace) -> dict[str, Any]:
         "import json,sys,time,psutil\n"
         "began=time.time()-psutil.Process().create_time()\n"
         "t=time.time()\n"
-        "from system2.engines.vllm import VllmEngine\n"
+        "from openhelix.system2.engines.vllm import VllmEngine\n"
         f"e=VllmEngine({options.model!r},dtype={options.dtype!r},threads={options.threads})\n"
         "e.warm_up()\n"
         "ready=time.time()-t+began\n"
@@ -260,7 +260,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out.is_file():  # sections measured one by one join up
         result = json.loads(options.out.read_text()) | result
     for name in options.only:
-        command = [sys.executable, "-m", "benchmarks.perf.bench_s2", *words, "--section", name]
+        command = [
+            sys.executable,
+            "-m",
+            "openhelix.benchmarks.perf.bench_s2",
+            *words,
+            "--section",
+            name,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT")]
         if done.returncode or not lines:

@@ -7,7 +7,7 @@ is `step` with both cameras, all three with the hand at the table and the blocks
 cost Bullet as much as everything else; `free_*` moves above them. The real calvin_env is measured beside them where it is
 installed (it runs in its own process; each step pays one round trip).
 
-    python -m benchmarks.perf.bench_sim [--rounds 8] [--steps 120] [--calvin auto|no] [--out FILE]
+    python -m openhelix.benchmarks.perf.bench_sim [--rounds 8] [--steps 120] [--calvin auto|no] [--out FILE]
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.playtable.appearance import Appearance
-from benchmarks.playtable.cameras import SceneRenderer
-from benchmarks.playtable.env import PlayTableEnv
-from runtime.resolve import ResolveError, resolve
-from runtime.types import F64
+from openhelix.benchmarks.calvin.appearance import Appearance
+from openhelix.benchmarks.calvin.cameras import SceneRenderer
+from openhelix.benchmarks.calvin.env import PlayTableEnv
+from openhelix.runtime.core.plugins import ResolveError, resolve
+from openhelix.runtime.core.types import F64
 
-CALVIN = "benchmarks.playtable.calvin:CalvinEnv"
+CALVIN = "openhelix.benchmarks.calvin.calvin_env:CalvinEnv"
 MEMORY_ENVS = 4
 
 
@@ -109,7 +109,10 @@ def calvin_or_none(choice: str) -> Callable[..., Any] | None:
     if choice == "no":
         return None
     try:
-        module, kind = resolve("benchmarks.playtable.calvin:is_installed"), resolve(CALVIN)
+        module, kind = (
+            resolve("openhelix.benchmarks.calvin.calvin_env:is_installed"),
+            resolve(CALVIN),
+        )
     except ResolveError:
         return None
     return kind if module() else None
@@ -192,7 +195,7 @@ def measure_views(rounds: int) -> dict[str, Any]:
 MEMORY_CODE = f"""
 import json, os, psutil, time
 begin = time.perf_counter()
-from benchmarks.playtable.env import PlayTableEnv
+from openhelix.benchmarks.calvin.env import PlayTableEnv
 rss = lambda: psutil.Process(os.getpid()).memory_info().rss / 2**20
 envs, sizes = [], []
 for _ in range({MEMORY_ENVS}):

@@ -5,7 +5,7 @@ cameras, 16-row chunks), after 10 ms of sleep, as in a run; the parts take turns
 that they can be compared on a busy machine. `before_action` is what lies between a deadline and
 the action, `after_action` what the subscribers in the control process take then.
 
-    python -m benchmarks.perf.bench_tick_parts [--rounds 600] [--out FILE]
+    python -m openhelix.benchmarks.perf.bench_tick_parts [--rounds 600] [--out FILE]
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from runtime.chunks import ChunkBuffer
-from runtime.clock import FakeClock, Pacer
-from runtime.collectors import LoopMetrics
-from runtime.loop import Tick
-from runtime.realtime import enter, leave
-from runtime.safety import SafetyFilter, SafetyLimits, StopMachine, Watchdog
-from runtime.stream import TickMessage, TickPublisher
-from runtime.types import Action, ActionChunk, CameraFrame, Observation
-from runtime.wire import NewestReader, Publisher
+from openhelix.runtime.control.chunks import ChunkBuffer
+from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.control.realtime import enter, leave
+from openhelix.runtime.core.clock import FakeClock, Pacer
+from openhelix.runtime.core.safety import SafetyFilter, SafetyLimits, SafetyState, Watchdog
+from openhelix.runtime.core.types import Action, ActionChunk, CameraFrame, Observation
+from openhelix.runtime.observe.collectors import LoopMetrics
+from openhelix.runtime.observe.observer import TickMessage, TickPublisher
+from openhelix.runtime.transport.wire import NewestReader, Publisher
 
 PERIOD_NS = 33_333_333
 REPLAN_TICKS = 8
@@ -57,14 +57,16 @@ class Parts:
         self.clock = FakeClock()
         self.chunks, self.limits = ChunkBuffer(), SafetyFilter()
         self.watchdog = Watchdog(SafetyLimits(), ("static", "gripper"))
-        self.machine, self.pacer = StopMachine(), Pacer(self.clock, PERIOD_NS)
+        self.safety, self.pacer = SafetyState(), Pacer(self.clock, PERIOD_NS)
         self.watchdog.arm(self.clock.now_ns())
         loop: Any = SimpleNamespace(planner=SimpleNamespace(latencies_s=deque(maxlen=64)))
         self.metrics = LoopMetrics(loop, self.pacer)
-        director: Any = SimpleNamespace(current=None, results=[], steps=0, succeeded=0, total=1)
+        episode_runner: Any = SimpleNamespace(
+            current=None, results=[], steps=0, succeeded=0, total=1
+        )
         self.actions = Publisher(f"ipc://{folder}/actions", "actions")
         self.ticks = Publisher(f"ipc://{folder}/ticks", "ticks")
-        self.stream = TickPublisher(self.ticks, director)
+        self.stream = TickPublisher(self.ticks, episode_runner)
         # Somebody has to listen, or nothing is sent at all.
         self.readers: list[NewestReader[Any]] = [
             NewestReader(f"ipc://{folder}/actions", "actions", Action),
@@ -93,7 +95,7 @@ class Parts:
             chunk = ActionChunk(start, PERIOD_NS, rows, np.ones(16), 0, t_obs_ns=start)
             timed("chunk_put", lambda: self.chunks.put(chunk, now))
         target = timed("chunk_sample", lambda: self.chunks.sample(now + PERIOD_NS // 2))
-        timed("stop_machine", lambda: self.machine.update(None, ""))
+        timed("stop_machine", lambda: self.safety.update(None, ""))
         reference = self.sent if self.sent is not None else seen.tcp_pose
         assert target is not None
         self.sent = timed("limits", lambda: self.limits.limit(target, reference, 1 / 30))

@@ -5,7 +5,7 @@ machine (root, `deploy/install-debian.sh`), then one `openhelix run` with the la
 System 2 on one host, everything else on the other, TCP with CURVE between them. Both share
 this machine's cores, so ages and lateness are upper bounds of what two machines do.
 
-    python -m benchmarks.perf.bench_two_hosts [--steps 600] [--out FILE] [section.field=value ...]
+    python -m openhelix.benchmarks.perf.bench_two_hosts [--steps 600] [--out FILE] [section.field=value ...]
 """
 
 from __future__ import annotations

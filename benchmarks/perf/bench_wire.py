@@ -21,7 +21,7 @@ Nobody polls shared memory for the other process: on two cores that takes the pr
 the threads that carry the messages. Each measurement has a time limit, and a peer that died
 ends the bench with a message.
 
-    python -m benchmarks.perf.bench_wire [--messages 200000] [--rounds 2000] [--out FILE]
+    python -m openhelix.benchmarks.perf.bench_wire [--messages 200000] [--rounds 2000] [--out FILE]
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ import msgpack
 import numpy as np
 import zmq
 
-from runtime.types import CameraFrame, LatentGoal, Observation
-from runtime.wire import NewestReader, Publisher, ipc_endpoint
+from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
+from openhelix.runtime.transport.wire import NewestReader, Publisher, ipc_endpoint
 
 BLOCK = 50  # messages of one kind before the other has its turn
 GAP_S = 0.005

@@ -5,7 +5,7 @@ eight scripted motions on the mechanisms, the 34 oracles on all ordered pairs of
 states, and what both cameras see; then steps a second, side by side in one run (calvin_env's
 measured inside its own process). Needs calvin_env; says how to get it otherwise.
 
-    python -m benchmarks.perf.compare_worlds [--steps 200] [--images DIR] [--out FILE]
+    python -m openhelix.benchmarks.perf.compare_worlds [--steps 200] [--images DIR] [--out FILE]
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.dsvlabench.sequences import get_sequences, initial_state
-from benchmarks.perf import world_scripts as scripts
-from benchmarks.playtable.calvin import CalvinEnv, CalvinNotInstalledError
-from benchmarks.playtable.env import PlayTableEnv
-from benchmarks.playtable.tasks import TASKS, completed
+from openhelix.benchmarks.calvin.calvin_env import CalvinEnv, CalvinNotInstalledError
+from openhelix.benchmarks.calvin.env import PlayTableEnv
+from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
+from openhelix.benchmarks.calvin.tasks import TASKS, completed
+from openhelix.benchmarks.perf import world_scripts as scripts
 
 WORLDS = ("playtable", "calvin_env")
 OUT = Path(__file__).parent / "results" / "compare_worlds.json"

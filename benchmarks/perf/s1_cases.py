@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.perf.s1_networks import (
+from openhelix.benchmarks.perf.s1_networks import (
     official,
     run_inputs,
     run_of,
@@ -20,7 +20,7 @@ from benchmarks.perf.s1_networks import (
     seeded,
     small_policy,
 )
-from benchmarks.perf.s1_timing import (
+from openhelix.benchmarks.perf.s1_timing import (
     Run,
     alternate,
     deviation,
@@ -28,10 +28,10 @@ from benchmarks.perf.s1_timing import (
     peak_mib,
     with_deviation,
 )
-from system1.accelerate import GraphedSampler, compile_denoiser, to_bf16
-from system1.actor import DiffuserActor
-from system1.points import farthest_point_sample
-from system1.sampler import draw_noise
+from openhelix.system1.actor import DiffuserActor
+from openhelix.system1.fast_modes import GraphedSampler, compile_denoiser, to_bf16
+from openhelix.system1.points import farthest_point_sample
+from openhelix.system1.sampler import draw_noise
 
 Record = dict[str, Any]
 

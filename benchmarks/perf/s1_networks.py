@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.perf.s1_timing import Run
-from system1.accelerate import GraphedSampler
-from system1.actor import DiffuserActor
-from system1.checkpoint import Network, build_model, load_policy
-from system1.config import official_calvin, small
-from system1.sampler import Noise
-from system1.scene import Inputs
+from openhelix.benchmarks.perf.s1_timing import Run
+from openhelix.system1.actor import DiffuserActor
+from openhelix.system1.checkpoint import Network, build_model, load_policy
+from openhelix.system1.config import official_calvin, small
+from openhelix.system1.fast_modes import GraphedSampler
+from openhelix.system1.sampler import Noise
+from openhelix.system1.scene import Inputs
 
 Observation = tuple[Tensor, Tensor, Tensor, Tensor]  # what `DiffuserActor.sample` takes
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from system1.packed import KERNELS
+from openhelix.system1.packed import KERNELS
 
 Run = Callable[[], Tensor]
 Shape = Sequence[int]

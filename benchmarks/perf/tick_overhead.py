@@ -23,15 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.dsvlabench.stats import paired_bootstrap
-from runtime.collectors import LoopMetrics
-from runtime.config import load
-from runtime.control import ControlNode
-from runtime.graph import Graph
-from runtime.loop import Tick
-from runtime.processes import ProcessHost
-from runtime.rpc import RpcClient
-from runtime.stream import TickPublisher
+from openhelix.benchmarks.evaluation.stats import paired_bootstrap
+from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.core.config import load
+from openhelix.runtime.launch.control_process import ControlNode
+from openhelix.runtime.launch.graph import Graph
+from openhelix.runtime.launch.processes import ProcessHost
+from openhelix.runtime.observe.collectors import LoopMetrics
+from openhelix.runtime.observe.observer import TickPublisher
+from openhelix.runtime.transport.rpc import RpcClient
 
 TURN_TICKS = 30
 WAYS: dict[str, tuple[type, ...]] = {
@@ -71,8 +71,8 @@ class Turns:
     """Takes the place of the loop's `tick` and keeps what each one took, by way."""
 
     def __init__(self, node: ControlNode) -> None:
-        assert node.rig is not None
-        self._loop = node.rig.loop
+        assert node.stack is not None
+        self._loop = node.stack.loop
         self._tick = self._loop.tick
         self._url = str(node.health()["metrics_url"])
         self._switched = [Switched(part) for part in self._loop.subscribers]

@@ -19,9 +19,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from benchmarks.training.config import STAGES, TrainingConfig
-from runtime.commands.arguments import Parser, parse, parser
-from runtime.config import ConfigError, apply_overrides, read_yaml, validate
+from openhelix.benchmarks.training.config import STAGES, TrainingConfig
+from openhelix.runtime.cli.arguments import Parser, parse, parser
+from openhelix.runtime.core.config import ConfigError, apply_overrides, read_yaml, validate
 
 PATHS = ("data", "out", "policy.checkpoint")
 
@@ -71,10 +71,10 @@ def run(config: TrainingConfig, stage: str) -> dict[str, Any]:
     """Run a stage, or all of them; return what they say of themselves."""
     import torch
 
-    from benchmarks.training.export import export
-    from benchmarks.training.folders import NotDone
-    from benchmarks.training.stages import prepare, run_joint, run_policy
-    from system1.training_loop import deadline_after
+    from openhelix.benchmarks.training.config import NotDone
+    from openhelix.benchmarks.training.export import export
+    from openhelix.benchmarks.training.stages import prepare, run_joint, run_policy
+    from openhelix.system1.train_loop import deadline_after
 
     config.latent.read_out()
     config.frames_folder()

@@ -8,16 +8,20 @@ settings while the ones before it stand.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from safetensors.torch import save_file
+from torch import Tensor
 
-from runtime.config import ConfigError
-from system1.optim import OptimizerName
-from system2.latents import BadLatent, LatentConfig
-from system2.train import Regime
+from openhelix.runtime.core.config import ConfigError
+from openhelix.system1.checkpoint import CONFIG
+from openhelix.system1.train_loop import OptimizerName
+from openhelix.system2.latents import BadLatent, LatentConfig
+from openhelix.system2.train import Regime
 
 STAGES = ("policy", "prepare", "stage1", "stage2", "export", "all")
 Count = Annotated[int, Field(ge=1)]
@@ -45,8 +49,8 @@ class PolicyStage(_Section):
         pretrained: False: the stages after begin with an untrained policy (Table 4's contrast).
         init: a policy's folder whose weights the training begins with; what `changes` adds to
             the network is fresh.
-        preset, changes: which network; fields of `system1.config.PolicyConfig`.
-        optimizer: "muon" or "adamw"; see `system1.optim`.
+        preset, changes: which network; fields of `openhelix.system1.config.PolicyConfig`.
+        optimizer: "muon" or "adamw"; see `openhelix.system1.train_loop`.
     """
 
     checkpoint: Path | None = None
@@ -71,7 +75,7 @@ class LatentSection(_Section):
 
     Attributes:
         model: "laptop", a LLaVA's folder, or a hub name.
-        kind, n_act, layer, text_rows, vision: the read-out; see `system2.latents`.
+        kind, n_act, layer, text_rows, vision: the read-out; see `openhelix.system2.latents`.
         regime: what of the language model learns.
         lora_rank: of regime "lora".
         projector_width: of the projector's hidden layer; 0 for a single linear layer.
@@ -81,14 +85,14 @@ class LatentSection(_Section):
             (asynchronous training), as at one a second it does; 0 trains synchronously.
         null: share of samples whose latent is left out and whose task is named instead.
         feed: "live" runs the language model in every step, "prefix" over cached keys and
-            values of some frames (exact, see `system2.prefix`), "states" not at all: it
+            values of some frames (exact, see `openhelix.system2.train`), "states" not at all: it
             reads states at an `<ACT>` that no longer learns; "auto" picks.
         frames: most frames with a cached prefix; each serves the frames up to `lag_steps` after.
         stride: every so many-th frame of an episode has cached states.
         phrasings: sentences a frame has states for.
         max_gb: refuse to write more than this; feed "live" keeps no more in memory.
         encode_batch: frames encoded together.
-        dtype: of the language model, as in `system2.engines.base`.
+        dtype: of the language model, as in `openhelix.system2.engines.base`.
     """
 
     model: str = "laptop"
@@ -233,3 +237,96 @@ class TrainingConfig(_Section):
 def cache_root() -> Path:
     """Return the folder for data and caches: OPENHELIX_CACHE, or ~/.cache/openhelix."""
     return Path(os.environ.get("OPENHELIX_CACHE") or Path.home() / ".cache" / "openhelix")
+
+
+# ------------------------------------------------------------------------------------------------
+# What the stages leave in their folders, and what they ask of each other's.
+
+
+SETTINGS, BEGAN, LATENT, AUX, LANGUAGE = (
+    "settings.json",
+    "began.json",
+    "latent.safetensors",
+    "aux.safetensors",
+    "language.safetensors",
+)
+# What may differ between a run and the one that continues it.
+FREE = ("eval_every", "save_every", "max_gb", "encode_batch", "checkpoint")
+
+
+class NotDone(Exception):
+    """The time limit came; the same command goes on."""
+
+
+def keep_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
+    """Check that a stage goes on as it was begun, and write what it was begun with.
+
+    Args:
+        folder: of the stage.
+        settings: sections of plain values.
+        write: False checks alone, before anything is opened.
+
+    Raises:
+        ConfigError: a stage is being continued with another setting.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    file = folder / SETTINGS
+    before = json.loads(file.read_text()) if file.is_file() else settings
+    for section, values in settings.items():
+        old = before.get(section)
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            was = old.get(key) if isinstance(old, dict) else old
+            if was != value:
+                where = f"{section}.{key}".rstrip(".")
+                raise ConfigError(
+                    f"{where}: {folder} was begun with {was!r}, not {value!r}; "
+                    "choose another out=FOLDER or remove it"
+                )
+    if not write:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def section_settings(section: Any) -> dict[str, Any]:
+    """Return a section without what may change on the way."""
+    return {k: v for k, v in section.model_dump(mode="json").items() if k not in FREE}
+
+
+def finished(
+    stage: str, folder: Path, step: int, history: list[dict[str, Any]], steps: int
+) -> dict[str, Any]:
+    """Return what a stage says of itself.
+
+    Raises:
+        NotDone: it is not at its last step.
+    """
+    if step < steps:
+        raise NotDone(f"{stage}: stopped at step {step} of {steps} by the time limit")
+    last: dict[str, Any] = next((row for row in reversed(history) if "val_loss" in row), {})
+    return {"stage": stage, "folder": str(folder), **last}
+
+
+def base_policy_folder(config: TrainingConfig) -> Path | None:
+    """Return the folder of the pretrained policy; None for an untrained one.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not config.policy.pretrained:
+        return None
+    folder = config.policy.checkpoint or config.folder / "policy"
+    folder = folder.expanduser()
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(
+            f"policy.checkpoint: no policy in {folder}; run `openhelix train policy` first, name "
+            "a folder, or say policy.pretrained=false"
+        )
+    return folder
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors, first under another name."""
+    part = path.with_name(f".{path.name}.part")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
+    part.replace(path)

@@ -6,23 +6,355 @@ learn: everything, `<ACT>` alone, or nothing of the language model.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.training.ages import at_most, spread
-from benchmarks.training.config import REGIMES, LatentSection
-from benchmarks.training.pictures import Pictures, Sentences
-from benchmarks.training.store import Plan, Store
-from runtime.config import ConfigError
-from system1.data import Cache
-from system2.latents import digest
-from system2.prefix import Prefix
-from system2.states import encode_states
-from system2.train import Regime, Sample, System2Learner
+from openhelix.benchmarks.training.config import REGIMES, LatentSection
+from openhelix.runtime.core.config import ConfigError
+from openhelix.system1.data import Cache
+from openhelix.system2.latents import digest
+from openhelix.system2.train import Prefix, Regime, Sample, System2Learner, encode_states
+
+# ------------------------------------------------------------------------------------------------
+# Which observation a frame's latent comes from.
+#
+# At run time a latent is older than the frame that it steers. So in training every frame is
+# drawn equally often, and its latent comes from any observation of its episode that has one and
+# is at most `lag` environment steps older. That is also why not every frame needs a latent.
+
+
+class Ages:
+    """Matches frames with older ones that have a latent.
+
+    Args:
+        cache: whose episodes lie one after the other, each in time order.
+        sources: (N,) ascending, the frames that have a latent.
+        lag: most environment steps between the two.
+    """
+
+    def __init__(self, cache: Cache, sources: Tensor, lag: int) -> None:
+        self._step, self._hz = cache.step, cache.hz
+        self._sources = sources = sources.contiguous()  # torch warns of a slice
+        step = cache.step
+        ordinal = episode_ordinals(cache)
+        # Wider than an episode and the lag together, so that no window reaches another episode.
+        width = int(step.max()) + lag + 1
+        key = ordinal * width + step
+        self._first = torch.searchsorted(key[sources], torch.maximum(key - lag, ordinal * width))
+        self._last = torch.searchsorted(sources, torch.arange(len(cache)), right=True) - 1
+
+    def reachable(self, frames: Tensor) -> Tensor:
+        """Return those of frames (B,) that have a source."""
+        return frames[self._first[frames] <= self._last[frames]]
+
+    def draw(self, frames: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return a source's row (B,) for each frame, evenly over those it has, and its age."""
+        first, last = self._first[frames], self._last[frames]
+        share = torch.rand(len(frames), generator=generator)
+        rows = first + (share * (last - first + 1)).long()
+        return rows, self.age_s(frames, rows)
+
+    def newest(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the newest source's row (B,) for each frame, and its age."""
+        rows = self._last[frames]
+        return rows, self.age_s(frames, rows)
+
+    def age_s(self, frames: Tensor, rows: Tensor) -> Tensor:
+        """Return how many seconds lie between sources and frames, (B,)."""
+        return (self._step[frames] - self._step[self._sources[rows]]).float() / self._hz
+
+
+def episode_ordinals(cache: Cache) -> Tensor:
+    """Return each frame's episode (N,), counted from 0 in the order of the frames."""
+    changes = torch.ones(len(cache), dtype=torch.long)
+    changes[1:] = (cache.episode[1:] != cache.episode[:-1]).long()
+    return changes.cumsum(0) - 1
+
+
+def spread(cache: Cache, stride: int) -> Tensor:
+    """Return each episode's first frame and every `stride`-th after it, ascending."""
+    ordinal = episode_ordinals(cache)
+    starts = torch.searchsorted(ordinal, ordinal)  # the first frame of each frame's episode
+    return torch.nonzero((torch.arange(len(cache)) - starts) % stride == 0)[:, 0]
+
+
+def at_most(cache: Cache, count: int) -> Tensor:
+    """Return about `count` frames, no more, as evenly over the episodes as they go.
+
+    Every episode has its first frame among them, unless there are more episodes than `count`:
+    then some episodes have none.
+    """
+    longest = int(torch.bincount(episode_ordinals(cache)).max())
+    for stride in range(1, longest + 1):
+        frames = spread(cache, stride)
+        if len(frames) <= count:
+            return frames
+    return frames[:: -(-len(frames) // count)]
+
+
+# ------------------------------------------------------------------------------------------------
+# What System 2 sees and is told about a frame of the training cache.
+#
+# Its pictures are those that `openhelix collect frames.system2_px=200` draws beside the cache,
+# at the size that the camera delivers; without them the policy's own smaller pictures of the
+# same camera are taken. Its sentences are all that the cache uses for the frame's task.
+
+
+log = logging.getLogger(__name__)
+DRAWN = "system2"
+
+
+class Pictures:
+    """System 2's pictures of the frames of a cache.
+
+    Args:
+        cache: the frames.
+        wanted: False for a System 2 without vision, which asks for none.
+
+    Raises:
+        ConfigError: some of them are missing, or the cache has no static camera.
+    """
+
+    def __init__(self, cache: Cache, wanted: bool = True) -> None:
+        self._cache = cache
+        self._parts: list[Any] = []
+        self.source = "none"
+        if not wanted:
+            return
+        files = [shard["file"] for shard in cache.meta["shards"]]
+        sizes = [int(shard["frames"]) for shard in cache.meta["shards"]]
+        self._starts = np.cumsum([0, *sizes])
+        folder = cache.folder / DRAWN
+        self.source = "the policy's, enlarged"
+        if folder.is_dir():
+            missing = [name for name in files if not (folder / name).is_file()]
+            if missing:
+                raise ConfigError(
+                    f"data: {folder} lacks {missing[0]}; run `openhelix collect` again"
+                )
+            self._parts = [
+                safe_open(folder / name, framework="pt").get_slice("rgb") for name in files
+            ]
+            self.source = "drawn at the camera's size"
+        elif "static" not in cache.cameras:
+            raise ConfigError(
+                f"data: {cache.folder} has no camera 'static' for System 2 to look at"
+            )
+        else:
+            log.info("System 2 sees the policy's small pictures: no %s", folder)
+
+    def __call__(self, frames: Tensor) -> list[Image.Image]:
+        """Return the pictures of frames (B,)."""
+        if not self._parts:
+            rgb = self._cache.gather("rgb.static", frames)
+            return [Image.fromarray(image.numpy()) for image in rgb]
+        out = []
+        for frame in frames.tolist():
+            shard = int(np.searchsorted(self._starts, frame, side="right")) - 1
+            row = frame - int(self._starts[shard])
+            out.append(Image.fromarray(self._parts[shard][row : row + 1][0].numpy()))
+        return out
+
+
+class Sentences:
+    """Which of the cache's instructions belong to which task, and a frame's choice of them."""
+
+    def __init__(self, cache: Cache, seed: int) -> None:
+        self.texts: list[str] = cache.meta["instructions"]
+        self._seed = seed
+        self._task = cache.task
+        said = cache.gather("instruction", torch.arange(len(cache))).long()
+        pairs = torch.stack((cache.task, said), 1).unique(dim=0)
+        tasks = range(len(cache.meta["tasks"]))
+        self._of = {t: pairs[pairs[:, 0] == t, 1].numpy() for t in tasks}
+
+    def of_frames(self, frames: Tensor, each: int) -> Tensor:
+        """Return instructions (B, each) for frames (B,): different ones while there are enough.
+
+        A frame's choice depends on the seed and the frame alone.
+        """
+        out = np.empty((len(frames), each), np.int64)
+        for row, frame in enumerate(frames.tolist()):
+            have = self._of[int(self._task[frame])]
+            rng = np.random.default_rng([self._seed, frame])
+            order = rng.permutation(have)
+            out[row] = np.resize(order, each)
+        return torch.from_numpy(out)
+
+    def drawn(self, frames: Tensor, generator: torch.Generator) -> Tensor:
+        """Return one instruction (B,) a frame, drawn anew."""
+        shares = torch.rand(len(frames), generator=generator)
+        picked = [
+            self._of[int(self._task[frame])][int(share * len(self._of[int(self._task[frame])]))]
+            for frame, share in zip(frames.tolist(), shares.tolist(), strict=True)
+        ]
+        return torch.tensor(picked)
+
+    def first(self, task: int) -> str:
+        """Return one sentence of a task; its name where the cache has none."""
+        have = self._of[task]
+        return self.texts[int(have[0])] if len(have) else f"task {task}"
+
+    def __getitem__(self, index: Tensor) -> list[str]:
+        """Return the sentences of indices (B,)."""
+        return [self.texts[i] for i in index.tolist()]
+
+
+# ------------------------------------------------------------------------------------------------
+# What the frozen language model makes of the frames, computed once and kept.
+#
+# Two kinds, each in a folder named by everything that it depends on, so that what was made for
+# other settings is never read:
+#
+# - `prefix`: keys and values of image and sentence before `<ACT>` (`openhelix.system2.train`), with
+#   which `<ACT>` can be trained exactly. For SmolLM2-135M 2.2 MB a frame in bfloat16.
+# - `states`: read-outs at an `<ACT>` that no longer learns, a kilobyte each.
+#
+# A part file appears whole or not at all, so a killed run goes on where it was. What would
+# need more disk than allowed or free is refused before it begins.
+
+
+ABOUT = "about.json"
+Encode = Callable[[Tensor, Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which frames, and which sentences for each.
+
+    Attributes:
+        frames: (N,) ascending.
+        instructions: (N, P).
+        bytes_each: disk a frame takes, at most.
+        part: frames a file.
+    """
+
+    frames: Tensor
+    instructions: Tensor
+    bytes_each: int
+    part: int
+
+    @property
+    def parts(self) -> int:
+        """How many files."""
+        return -(-len(self.frames) // self.part)
+
+    def rows(self, part: int) -> slice:
+        """Return the rows of a file."""
+        return slice(part * self.part, min((part + 1) * self.part, len(self.frames)))
+
+
+class Store:
+    """A folder of part files and the plan that they follow."""
+
+    def __init__(self, root: Path, kind: str, identity: dict[str, Any], plan: Plan) -> None:
+        self.plan, self.kind = plan, kind
+        self.identity = identity | {"frames": len(plan.frames), "part": plan.part}
+        text = json.dumps(self.identity, sort_keys=True)
+        chosen = hashlib.sha256(plan.instructions.numpy().tobytes())
+        chosen.update(plan.frames.numpy().tobytes())
+        name = hashlib.sha256((text + chosen.hexdigest()).encode()).hexdigest()[:12]
+        self.folder = root / f"{kind}-{name}"
+        self._files: dict[int, Any] = {}
+
+    def path(self, part: int) -> Path:
+        """Return a part's file."""
+        return self.folder / f"part-{part:05d}.safetensors"
+
+    def missing(self) -> list[int]:
+        """Return the parts still to do."""
+        return [part for part in range(self.plan.parts) if not self.path(part).is_file()]
+
+    def check_disk(self, max_gb: float) -> None:
+        """Refuse what does not fit.
+
+        Raises:
+            ConfigError: more is needed than allowed or free.
+        """
+        todo = sum(self.plan.rows(p).stop - self.plan.rows(p).start for p in self.missing())
+        need = todo * self.plan.bytes_each
+        root = self.folder.parent
+        root.mkdir(parents=True, exist_ok=True)
+        there = sum(f.stat().st_size for f in root.rglob("*.safetensors"))
+        if there + need > max_gb * 1e9:
+            raise ConfigError(
+                f"latent.max_gb: {(there + need) / 1e9:.2f} GB would lie in {root}, {max_gb:g} are "
+                "allowed; take fewer latent.frames, a larger latent.stride, or remove old folders"
+            )
+        free = shutil.disk_usage(root).free
+        if need > free:
+            raise ConfigError(f"out: {need / 1e9:.2f} GB are needed, {free / 1e9:.2f} are free")
+
+    def build(self, encode: Encode, max_gb: float, deadline_ns: int = 0) -> bool:
+        """Make what is missing; return whether all is there.
+
+        Args:
+            encode: frames (B,) and instructions (B, P) to tensors with a row a frame.
+            max_gb: most that may lie in the folder above.
+            deadline_ns: monotonic time after which no further part is begun; 0 for none.
+        """
+        todo = self.missing()
+        if not todo:
+            return True
+        self.check_disk(max_gb)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / ABOUT).write_text(json.dumps(self.identity, indent=1) + "\n")
+        size = len(self.plan.frames) * self.plan.bytes_each / 1e9
+        log.info("%s: %d frames, at most %.2f GB", self.kind, len(self.plan.frames), size)
+        begun, done = time.monotonic_ns(), 0
+        for part in todo:
+            if deadline_ns and time.monotonic_ns() >= deadline_ns:
+                return False
+            rows = self.plan.rows(part)
+            tensors = encode(self.plan.frames[rows], self.plan.instructions[rows])
+            temporary = self.path(part).with_suffix(".part")
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+            temporary.replace(self.path(part))
+            done += rows.stop - rows.start
+            each = (time.monotonic_ns() - begun) * 1e-9 / done
+            left = sum(self.plan.rows(p).stop - self.plan.rows(p).start for p in todo) - done
+            log.info(
+                "%s: %d left, %.3f s a frame, %.1f min to go",
+                self.kind,
+                left,
+                each,
+                left * each / 60,
+            )
+        return True
+
+    def read(self, rows: Tensor) -> list[dict[str, Tensor]]:
+        """Return the tensors of some rows (B,), one dictionary a row."""
+        out = []
+        for row in rows.tolist():
+            part, at = divmod(row, self.plan.part)
+            if part not in self._files:
+                self._files[part] = safe_open(self.path(part), framework="pt")
+            file = self._files[part]
+            out.append({k: file.get_slice(k)[at : at + 1][0] for k in file.keys()})  # noqa: SIM118
+        return out
+
+    def whole(self) -> dict[str, Tensor]:
+        """Return every tensor of the store in memory, in the plan's order."""
+        parts = []
+        for part in range(self.plan.parts):
+            with safe_open(self.path(part), framework="pt") as file:
+                parts.append({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
+        return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
 
 PREFIX_PART, STATES_PART = 64, 512  # frames a file
 

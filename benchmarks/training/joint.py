@@ -14,18 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training.ages import Ages
-from benchmarks.training.config import JointStage, TrainingConfig
-from benchmarks.training.feeds import Drawn, Feed
-from runtime.config import ConfigError
-from system1.checkpoint import Network
-from system1.data import Augment, Batch, Cache, relative_rows
-from system1.door import nearest_task
-from system1.losses import LossParts
-from system1.optim import BETAS, Optimizers
-from system1.scene import Inputs
-from system1.train_state import Ema, cosine_rate, trained
-from system2.train import ActionTarget, LossWeights, Sample, System2Learner
+from openhelix.benchmarks.training.config import JointStage, TrainingConfig
+from openhelix.benchmarks.training.feeds import Ages, Drawn, Feed
+from openhelix.runtime.core.config import ConfigError
+from openhelix.system1.checkpoint import Network
+from openhelix.system1.data import Augment, Batch, Cache, relative_rows
+from openhelix.system1.latent_adapter import nearest_task
+from openhelix.system1.losses import LossParts
+from openhelix.system1.scene import Inputs
+from openhelix.system1.train_loop import BETAS, Ema, Optimizers, cosine_rate, trained
+from openhelix.system2.train import ActionTarget, LossWeights, Sample, System2Learner
 
 Stage = Literal["stage1", "stage2"]
 

@@ -2,20 +2,368 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import time
+from pathlib import Path
 from typing import Any
 
-from benchmarks.training.config import TrainingConfig
-from benchmarks.training.feeds import feed_kind
-from benchmarks.training.folders import (
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from openhelix.benchmarks.training.config import (
+    AUX,
+    BEGAN,
+    LANGUAGE,
     LATENT,
+    JointStage,
+    NotDone,
+    TrainingConfig,
+    base_policy_folder,
     finished,
     keep_settings,
     section_settings,
+    write_tensors,
 )
-from benchmarks.training.joint import Stage
-from benchmarks.training.joint_run import JointRun, policy_settings
-from runtime.errors import CommandFailed
-from system1.train import Trainer
+from openhelix.benchmarks.training.feeds import (
+    Feed,
+    LiveFeed,
+    PrefixFeed,
+    Source,
+    StateFeed,
+    Store,
+    encode_prefix,
+    encode_read_outs,
+    feed_kind,
+    prefix_store,
+    regime_of,
+    states_store,
+)
+from openhelix.benchmarks.training.joint import Joint, Stage
+from openhelix.benchmarks.training.start import start_from_table
+from openhelix.runtime.core.config import CommandFailed, ConfigError
+from openhelix.system1.checkpoint import WEIGHTS, Network, load_policy, save_policy
+from openhelix.system1.data import Cache
+from openhelix.system1.latent_adapter import adapt_to_latent, task_anchors, with_latent
+from openhelix.system1.train import TrainConfig, Trainer, fresh_network, policy_config
+from openhelix.system1.train_loop import STATE, Pace, load_state, run_loop, save_state
+from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.engines.base import pick_dtype
+from openhelix.system2.model import open_checkpoint, sha256_file
+from openhelix.system2.train import System2Learner
+
+# ------------------------------------------------------------------------------------------------
+# The loss curves of a joint stage.
+
+
+TERMS = (
+    ("loss", "all"),
+    ("policy", "policy"),
+    ("aux_position", "auxiliary: position"),
+    ("aux_rotation", "auxiliary: rotation"),
+    ("clip", "alignment"),
+)
+HELD_OUT = (
+    ("val_policy", "policy, told by latents"),
+    ("val_policy_named", "policy, told the task's name"),
+    ("val_loss", "all"),
+)
+
+
+def plot_joint(path: Path, stage: str, history: list[dict[str, Any]]) -> None:
+    """Draw training terms, held-out losses, and how often a latent means the right task."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    for axis, lines, marker in ((axes[0], TERMS, ""), (axes[1], HELD_OUT, ".")):
+        for key, label in lines:
+            points = [(row["step"], row[key]) for row in history if row.get(key, 0) > 0]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, marker=marker)
+        if axis.lines:
+            axis.set_yscale("log")
+            axis.legend()
+    axes[0].set(xlabel="step", title=f"{stage}: training")
+    axes[1].set(xlabel="step", title="held-out episodes, average weights")
+    points = [(r["step"], 100 * r["val_task_top1"]) for r in history if "val_task_top1" in r]
+    if points:
+        axes[2].plot(*zip(*points, strict=True), marker=".")
+    axes[2].set(
+        xlabel="step", ylabel="%", title="latents nearest to their task's row", ylim=(0, 100)
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------
+# One joint stage: its parts opened or continued, trained, and written.
+
+
+log = logging.getLogger(__name__)
+
+
+def policy_settings(config: TrainingConfig, deadline_ns: int = 0) -> TrainConfig:
+    """Return System 1's own configuration of the stage `policy`."""
+    p = config.policy
+    left = (deadline_ns - time.monotonic_ns()) * 1e-9 if deadline_ns else 0.0
+    return TrainConfig(
+        cache=config.frames_folder(),
+        out=config.folder / "policy",
+        preset=p.preset,
+        changes=p.changes,
+        init=p.init,
+        optimizer=p.optimizer,
+        steps=p.steps,
+        batch=p.batch,
+        draws=p.draws,
+        lr=p.lr,
+        weight_decay=p.weight_decay,
+        warmup=p.warmup,
+        ema=p.ema,
+        bf16=config.bf16,
+        device=config.device,
+        seed=config.seed,
+        validation=config.validation,
+        eval_every=p.eval_every,
+        eval_frames=config.eval_frames,
+        save_every=p.save_every,
+        log_every=config.log_every,
+        time_limit_s=max(left, 1e-6) if deadline_ns else 0.0,
+    )
+
+
+def base_policy(config: TrainingConfig, cache: Cache) -> Network:
+    """Return the policy that the two joint stages begin with."""
+    folder = base_policy_folder(config)
+    if folder is not None:
+        model = load_policy(folder)
+        have, want = model.config.horizon, cache.meta["horizon"]
+        if have != want:
+            raise ConfigError(f"policy.checkpoint: horizon {have}, the data has {want}")
+        return model
+    settings = policy_settings(config)
+    frames, _ = cache.split(config.validation, config.seed)
+    return fresh_network(policy_config(settings, cache), cache, frames, config.seed)
+
+
+class JointRun:
+    """One joint stage: its parts, opened or continued, and its folder.
+
+    Args:
+        config: of the whole training.
+        stage: which.
+        deadline_ns: monotonic time to stop after; 0 for none.
+        begin: False only makes what the stage reads, and binds its folder to no settings.
+
+    Raises:
+        ConfigError: the settings contradict each other, the data, or an earlier run.
+        NotDone: the time limit came while System 2's states were being made.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, stage: Stage, deadline_ns: int = 0, begin: bool = True
+    ) -> None:
+        self.config, self.stage = config, stage
+        self.section: JointStage = getattr(config, stage)
+        self.folder = config.folder / stage
+        self.deadline_ns = deadline_ns
+        self.cache = Cache(config.frames_folder())
+        self.before = self._before()
+        self._settings(write=False)
+        policy = self._policy()
+        self.learner = open_learner(config, stage, self.before)
+        spec = self.learner.head.spec(self.learner.checkpoint, raw=False)
+        policy = adapt_to_latent(policy, spec, config.seed)
+        self.source = Source.open(self.cache, config.seed, config.latent.vision)
+        if begin:
+            self._settings(write=True)
+        feed = self._feed()
+        self.joint = Joint(config, stage, self.cache, policy, self.learner, feed)
+        if config.latent.clip:
+            self.joint.clip_text = alignment_text(self.joint, self.source)
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        if (self.folder / STATE).is_file():
+            self.step, self.history = load_state(
+                self.folder, self.pair, self.joint.ema, self.joint.optimizers, self.pair.kept
+            )
+            log.info("%s: going on at step %d", stage, self.step)
+        elif begin and self.before is None and self.section.start == "table":
+            self._start()
+
+    @property
+    def pair(self) -> Any:
+        """Both systems."""
+        return self.joint.pair
+
+    def _before(self) -> Path | None:
+        """Return the folder of the stage that this one begins from."""
+        if self.stage == "stage1" or self.config.stage1.steps == 0:
+            return None
+        folder = self.config.folder / "stage1"
+        if not (folder / LATENT).is_file():
+            raise ConfigError(
+                f"stage2: nothing in {folder}; run `openhelix train stage1` first, or say "
+                "stage1.steps=0"
+            )
+        return folder
+
+    def _policy(self) -> Network:
+        if self.before is not None:
+            return load_policy(self.before)
+        return base_policy(self.config, self.cache)
+
+    def _settings(self, write: bool) -> None:
+        own = {
+            self.stage: section_settings(self.section),
+            "latent": section_settings(self.config.latent),
+            "seed": self.config.seed,
+        }
+        keep_settings(self.folder, own, write)
+        origin = self.before or base_policy_folder(self.config)
+        if write and origin is not None and not (self.folder / BEGAN).is_file():
+            began = {"policy": str(origin), "sha256": sha256_file(origin / WEIGHTS)}
+            (self.folder / BEGAN).write_text(json.dumps(began, indent=1) + "\n")
+
+    def _feed(self) -> Feed:
+        section, learner = self.config.latent, self.learner
+        kind = feed_kind(section, self.stage, self.config.device)
+        log.info("%s: latents from feed %r, regime %r", self.stage, kind, learner.regime)
+        if kind == "live":
+            learner.to(self.config.device)
+            return LiveFeed(learner, self.source, section.max_gb * 1e9)
+        store = self.prepare(kind)
+        return PrefixFeed(learner, store) if kind == "prefix" else StateFeed(learner, store)
+
+    def prepare(self, kind: str) -> Store:
+        """Make the store of a kind, or what is missing of it."""
+        section, learner, source = self.config.latent, self.learner, self.source
+        learner.to(self.config.device)
+        root = self.config.folder / "prepared"
+        make = prefix_store if kind == "prefix" else states_store
+        encode = encode_prefix if kind == "prefix" else encode_read_outs
+        store = make(root, learner, source, section)
+        learner.eval()
+
+        def of_frames(frames: Tensor, said: Tensor) -> dict[str, Tensor]:
+            return encode(learner, source, section.encode_batch, frames, said)
+
+        if not store.build(of_frames, section.max_gb, self.deadline_ns):
+            raise NotDone(f"{self.stage}: {kind} not complete when the time limit came")
+        return store
+
+    def _start(self) -> None:
+        found = start_from_table(self.joint)
+        self.joint.ema.values = {
+            n: p.detach().clone() for n, p in self.pair.named_parameters() if p.requires_grad
+        }
+        if found:
+            log.info("%s: projector fitted to the task table: %s", self.stage, found)
+            row = {f"start_{k}": v for k, v in found.items()}
+            self.history.append({"step": 0, "seconds": 0.0, **row, **self.evaluate()})
+
+    def train_step(self) -> dict[str, float]:
+        """See `openhelix.system1.train_loop.Run`."""
+        row = self.joint.step(self.step)
+        self.step += 1
+        return row
+
+    def evaluate(self) -> dict[str, float]:
+        """See `openhelix.system1.train_loop.Run`."""
+        return self.joint.evaluate()
+
+    def save(self) -> None:
+        """Write both systems' average weights, then the state, then the plot."""
+        joint, out = self.joint, self.folder
+        joint.ema.swap(self.pair)
+        self._save_average(out)
+        joint.ema.swap(self.pair)
+        save_state(
+            out, self.pair, joint.ema, joint.optimizers, self.step, self.history, self.pair.kept
+        )
+        try:
+            plot_joint(out / "loss.png", self.stage, self.history)
+        except ImportError:
+            log.warning("matplotlib is not installed: no loss.png")
+
+    def _save_average(self, out: Path) -> None:
+        learner, policy = self.learner, self.joint.policy
+        spec = learner.head.spec(learner.checkpoint, raw=False)
+        policy.config = with_latent(policy.config, spec)
+        save_policy(out, policy.config, policy.state_dict(), policy.normalizer)
+        note = {"stage": self.stage, "step": self.step}
+        part = out / f".{LATENT}.part"
+        learner.head.save(part, base=learner.checkpoint.model_id, note=note)
+        part.replace(out / LATENT)
+        write_tensors(out / AUX, dict(learner.aux.state_dict()))
+        language = {n: p for n, p in learner.model.named_parameters() if p.requires_grad}
+        if language:
+            write_tensors(out / LANGUAGE, dict(language))
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step.
+
+        Raises:
+            NotDone: the time limit came first.
+        """
+        s = self.section
+        pace = Pace(s.steps, s.eval_every, s.save_every, self.config.log_every, self.deadline_ns)
+        run_loop(self, pace)
+        return finished(self.stage, self.folder, self.step, self.history, s.steps)
+
+
+def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> System2Learner:
+    """Return System 2 with its head from the stage before, or a fresh one.
+
+    Raises:
+        ConfigError: the stage before was trained for another read-out.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    section, regime = config.latent, regime_of(config.latent, stage)
+    read_out = section.read_out()
+    checkpoint = open_checkpoint(section.model, section.n_act)
+    read_out.layer_of(checkpoint.layers)
+    dtype = torch.float32 if regime in ("lora", "full") else pick_dtype(section.dtype)
+    whole = LlavaForConditionalGeneration.from_pretrained(checkpoint.path, dtype=dtype)
+    model = whole.model.eval()
+    table = model.get_input_embeddings().weight[: checkpoint.act_ids[0]]
+    if before is None:
+        head = LatentHead.fresh(read_out, table, seed=config.seed, width=section.projector_width)
+    else:
+        head = LatentHead.load(before / LATENT)
+        if head.config != read_out:
+            raise ConfigError(f"latent: stage1 was trained for {head.config}, not {read_out}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        learner = System2Learner(model, checkpoint, head, regime, section.lora_rank)
+    if before is not None:
+        learner.aux.load_state_dict(load_file(before / AUX))
+        if (before / LANGUAGE).is_file():
+            model.load_state_dict(load_file(before / LANGUAGE), strict=False)
+    return learner
+
+
+def alignment_text(joint: Joint, source: Source) -> Tensor:
+    """Return what the alignment loss pulls each task's latent to, (n_tasks, dim).
+
+    The instruction as the policy knows it: its table's row, seen through its door. A policy
+    without a table has the language model's own embedding of one sentence a task, turned to
+    the latent's width by a fixed random map.
+    """
+    anchors = task_anchors(joint.policy)
+    if anchors is not None:
+        return anchors[:, 0].to(joint.device)
+    tasks = range(len(source.cache.meta["tasks"]))
+    text = joint.learner.text_embedding([source.sentences.first(task) for task in tasks])
+    width = joint.learner.head.projector.out_features
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.randn(text.shape[1], width, generator=generator).to(text) / width**0.5
+    return text @ turn
 
 
 def run_policy(config: TrainingConfig, deadline_ns: int) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu
 
-from benchmarks.training.joint import Joint, sample_of
-from system1.door import door_tokens, nearest_task, task_anchors
-from system1.model import VisuomotorPolicy
+from openhelix.benchmarks.training.joint import Joint, sample_of
+from openhelix.system1.latent_adapter import adapter_tokens, nearest_task, task_anchors
+from openhelix.system1.model import VisuomotorPolicy
 
 SAMPLES = 8192
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # in units of the states' mean variance
@@ -197,7 +197,7 @@ def table_loss(policy: VisuomotorPolicy, latent: Tensor, table: Tensor, task: Te
         table: (n_tasks, width), the rows.
         task: (B,).
     """
-    said = door_tokens(policy, latent).mean(1).float()
+    said = adapter_tokens(policy, latent).mean(1).float()
     apart = torch.cdist(table, table) + torch.eye(len(table), device=table.device) * 1e9
     unit = apart.amin(1).square().mean()
     squared = torch.cdist(said, table).square() / unit

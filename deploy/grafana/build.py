@@ -6,7 +6,7 @@ from pathlib import Path
 
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
-from deploy.grafana.boards import asynchrony, fleet, realtime, success
+from openhelix.deploy.grafana.boards import asynchrony, fleet, realtime, success
 
 FOLDER = Path(__file__).resolve().parent / "dashboards"
 BOARDS = (realtime, success, asynchrony, fleet)

@@ -24,7 +24,7 @@ from grafana_foundation_sdk.models import dashboard as d
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from deploy.grafana.promql import Column, Query
+from openhelix.deploy.grafana.promql import Column, Query
 
 SOURCE = d.DataSourceRef(type_val="prometheus", uid="openhelix-prometheus")
 TAG = "openhelix"

@@ -1,6 +1,6 @@
 """Draws a dashboard without Grafana: its own queries, put to a Prometheus, with matplotlib.
 
-    python -m deploy.grafana.picture realtime --minutes 5 --out realtime.png
+    python -m openhelix.deploy.grafana.picture realtime --minutes 5 --out realtime.png
 
 For reports, and for hosts without Grafana. The places, titles, units and questions are the
 dashboard's; the looks are not Grafana's.

@@ -17,10 +17,10 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from runtime.quaternion import QuaternionError, normalise
-from runtime.resolve import resolve
-from runtime.spec import RobotSpec
-from runtime.types import Action, Observation
+from openhelix.runtime.core.interfaces import RobotSpec
+from openhelix.runtime.core.plugins import resolve
+from openhelix.runtime.core.quaternion import QuaternionError, normalise
+from openhelix.runtime.core.types import Action, Observation
 
 GROUP = "openhelix.robots"
 Features = Mapping[str, type | tuple[int, ...]]
@@ -185,7 +185,7 @@ def robot_class(name: str) -> Any:
 
     Raises:
         UnknownRobot: there is no such driver; the message lists those there are.
-        runtime.resolve.ResolveError: the module or class does not exist.
+        openhelix.runtime.core.plugins.ResolveError: the module or class does not exist.
     """
     if ":" in name:
         return resolve(name)

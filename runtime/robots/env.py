@@ -2,7 +2,7 @@
 
 Time stands still between two actions, so this is the driver of the lockstep clock, and of a
 wall clock that may wait for its world. The real-time simulator, whose physics and cameras run
-in processes of their own, is `runtime.robots.sim`.
+in processes of their own, is `openhelix.runtime.robots.sim`.
 
 Frames can be drawn on demand: a world that stands still between two actions has nothing to
 miss, and a policy that plans every eighth step leaves seven in eight images unseen.
@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from runtime.clock import Clock, MonotonicClock
-from runtime.quaternion import from_euler_xyz, normalise
-from runtime.resolve import resolve
-from runtime.robots.base import NotConnected, Robot, RobotError, check_action
-from runtime.spec import ActionSpec, CameraSpec, RobotSpec
-from runtime.types import Action, CameraFrame, Observation
+from openhelix.runtime.core.clock import Clock, MonotonicClock
+from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, RobotSpec
+from openhelix.runtime.core.plugins import resolve
+from openhelix.runtime.core.quaternion import from_euler_xyz, normalise
+from openhelix.runtime.core.types import Action, CameraFrame, Observation
+from openhelix.runtime.robots.base import NotConnected, Robot, RobotError, check_action
 
 log = logging.getLogger(__name__)
 
 CONTROL_HZ = 30.0  # calvin_env's; its step has no other length
 CAMERA_SIZES: Mapping[str, tuple[int, int]] = {"static": (200, 200), "gripper": (84, 84)}
-ORACLE = "benchmarks.playtable.tasks:completed"
+ORACLE = "openhelix.benchmarks.calvin.tasks:completed"
 
 
 class FramesOnDemand(Mapping[str, CameraFrame]):
@@ -178,7 +178,7 @@ class EnvRobot(Robot):
         return Action(
             pose=np.array((x, y, z, *rotation)),
             gripper=1.0 if opens else 0.0,
-            epoch=action.epoch,
+            instruction_id=action.instruction_id,
             t_ns=action.t_ns,
             info=action.info,
         )
@@ -190,7 +190,7 @@ class EnvRobot(Robot):
     def hold_action(self, last: Action | None) -> Action:
         """Repeat the last target: commanding the measured pose would sag with the arm."""
         if last is not None:
-            return Action(np.array(last.pose), last.gripper, last.epoch)
+            return Action(np.array(last.pose), last.gripper, last.instruction_id)
         self._connected()
         robot = self._info["robot_info"]
         return Action(_tcp_pose(robot), 1.0 if float(robot["gripper_action"]) > 0 else 0.0)
@@ -275,7 +275,7 @@ class PlayTableRobot(EnvRobot):
         seed: int = 0,
     ) -> None:
         def make_env() -> Any:
-            env = resolve("benchmarks.playtable.env:PlayTableEnv")
+            env = resolve("openhelix.benchmarks.calvin.env:PlayTableEnv")
             return env(scene=scene, cameras=tuple(cameras), seed=seed)
 
         super().__init__(make_env, cameras, clock, frames_on_demand=True)
@@ -295,3 +295,34 @@ class PlayTableRobot(EnvRobot):
 def _tcp_pose(robot_info: Mapping[str, Any]) -> Any:
     """Return calvin_env's TCP position and euler angles as a pose (7,)."""
     return np.array((*robot_info["tcp_pos"], *from_euler_xyz(robot_info["tcp_orn"])), np.float64)
+
+
+# ------------------------------------------------------------------------------------------------
+# The real calvin_env as a robot, in a process of its own.
+#
+# calvin_env renders about 12 steps a second, so it belongs to the lockstep clock; on the wall
+# clock every tick waits for it. Where it is not installed, `connect` says how to get it.
+
+
+class CalvinRobot(EnvRobot):
+    """One calvin_env.
+
+    Args:
+        scene: "A" to "D".
+        cameras: names, of "static" and "gripper".
+        clock: see `EnvRobot`.
+        frames_on_demand: see `EnvRobot`; it draws 38 + 20 ms for a step of 2 ms.
+    """
+
+    def __init__(
+        self,
+        scene: str = "D",
+        cameras: Sequence[str] = ("static", "gripper"),
+        clock: Clock | None = None,
+        frames_on_demand: bool = False,
+    ) -> None:
+        def make_env() -> Any:
+            env = resolve("openhelix.benchmarks.calvin.calvin_env:CalvinEnv")
+            return env(scene=scene, cameras=tuple(cameras))
+
+        super().__init__(make_env, cameras, clock, frames_on_demand=frames_on_demand)

@@ -14,11 +14,11 @@ from math import exp, hypot
 
 import numpy as np
 
-from runtime.clock import Clock, MonotonicClock
-from runtime.quaternion import Quat, Vec3, from_euler_xyz, normalise, slerp
-from runtime.robots.base import NotConnected, Robot, RobotError, check_action
-from runtime.spec import ActionSpec, CameraSpec, RobotSpec
-from runtime.types import F64, U8, Action, CameraFrame, Observation
+from openhelix.runtime.core.clock import Clock, MonotonicClock
+from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, RobotSpec
+from openhelix.runtime.core.quaternion import Quat, Vec3, from_euler_xyz, normalise, slerp
+from openhelix.runtime.core.types import F64, U8, Action, CameraFrame, Observation
+from openhelix.runtime.robots.base import NotConnected, Robot, RobotError, check_action
 
 TABLE_Z_M = 0.44
 OPEN_WIDTH_M = 0.08
@@ -126,7 +126,7 @@ class FakeRobot(Robot):
         sent = Action(
             pose=np.array((x, y, z, *self._target[1])),
             gripper=self._target[2],
-            epoch=action.epoch,
+            instruction_id=action.instruction_id,
             t_ns=action.t_ns,
             info=action.info,
         )
@@ -141,7 +141,7 @@ class FakeRobot(Robot):
 
     def hold_action(self, last: Action | None) -> Action:
         if last is not None:
-            return Action(np.array(last.pose), last.gripper, last.epoch)
+            return Action(np.array(last.pose), last.gripper, last.instruction_id)
         _, position, rotation, _ = self._state
         return Action(np.array((*position, *rotation)), self._target[2])
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from runtime.codec import encode, register
-from runtime.quaternion import from_euler_xyz
-from runtime.robots.base import NotConnected, Robot, RobotError, check_action
-from runtime.rpc import RpcClient, RpcError
-from runtime.spec import ActionSpec, CameraSpec, RobotSpec
-from runtime.types import F64, Action, CameraFrame, Observation
-from runtime.wire import NewestReader, Publisher
+from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, RobotSpec
+from openhelix.runtime.core.quaternion import from_euler_xyz
+from openhelix.runtime.core.types import F64, Action, CameraFrame, Observation
+from openhelix.runtime.robots.base import NotConnected, Robot, RobotError, check_action
+from openhelix.runtime.transport.codec import encode, register
+from openhelix.runtime.transport.rpc import RpcClient, RpcError
+from openhelix.runtime.transport.wire import NewestReader, Publisher
 
 # CALVIN's cameras, pixels (height, width).
 CAMERA_SIZES = {"static": (200, 200), "gripper": (84, 84)}
@@ -32,7 +32,7 @@ class WorldState:
 
     t_ns: int  # the time that this state is the state of
     robot_obs: F64  # (15,) as calvin_env gives it
-    visual: F64  # everything visible; see benchmarks.playtable.cameras
+    visual: F64  # everything visible; see openhelix.benchmarks.calvin.cameras
     task_seq: int  # counts calls of begin_task
     env_steps: int  # since the last reset
     completed: tuple[str, ...]  # tasks done since begin_task

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from system1.config import PolicyConfig
-from system1.heads.base import DirectHead
-from system1.scene import PROPRIO_FEATURES, Scene
+from openhelix.system1.config import PolicyConfig
+from openhelix.system1.heads.base import DirectHead
+from openhelix.system1.scene import PROPRIO_FEATURES, Scene
 
 
 class LstmHead(DirectHead):

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from system1.attention import sinusoid
-from system1.config import PolicyConfig
-from system1.heads.base import DiffusionHead, Step
-from system1.scene import Scene, merge_masks
+from openhelix.system1.attention import sinusoid
+from openhelix.system1.config import PolicyConfig
+from openhelix.system1.heads.base import DiffusionHead, Step
+from openhelix.system1.scene import Scene, merge_masks
 
 
 class PlainHead(DiffusionHead):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from system1.config import ConfigError, PolicyConfig
-from system1.heads.base import DiffusionHead, DirectHead
-from system1.heads.dit import DitHead
-from system1.heads.lstm import LstmHead
-from system1.heads.plain import PlainHead
-from system1.heads.trajectory import TrajectoryHead
+from openhelix.system1.config import ConfigError, PolicyConfig
+from openhelix.system1.heads.base import DiffusionHead, DirectHead
+from openhelix.system1.heads.dit import DitHead
+from openhelix.system1.heads.lstm import LstmHead
+from openhelix.system1.heads.plain import PlainHead
+from openhelix.system1.heads.trajectory import TrajectoryHead
 
 HEADS: dict[str, type[DiffusionHead | DirectHead]] = {
     "trajectory": TrajectoryHead,

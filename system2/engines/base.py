@@ -16,12 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from runtime.spec import LatentSpec
-from runtime.types import F32
-from system2.checkpoint import LatentHead, check_fit, head_for, with_act
-from system2.images import as_batch
-from system2.model import SHIPPED, CheckpointError, open_checkpoint
-from system2.prompt import BadInstruction, Prompt
+from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.runtime.core.types import F32
+from openhelix.system2.checkpoint import LatentHead, check_fit, head_for, with_act
+from openhelix.system2.model import SHIPPED, CheckpointError, open_checkpoint
+from openhelix.system2.prompt import BadInstruction, Prompt, as_batch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,7 +54,7 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 class EngineBase:
-    """An engine without its model; see `runtime.interfaces.Engine`.
+    """An engine without its model; see `openhelix.runtime.core.interfaces.Engine`.
 
     Args:
         model: "laptop", a LLaVA folder, or a hub name.
@@ -173,7 +172,7 @@ class EngineBase:
         self.encode([side], ["move"])
 
     def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
-        """Return latents (B, n_tokens, dim) float32; see `runtime.interfaces.Engine`.
+        """Return latents (B, n_tokens, dim) float32; see `openhelix.runtime.core.interfaces.Engine`.
 
         Raises:
             ValueError: an image or instruction is unusable; the message names which.

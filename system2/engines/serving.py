@@ -11,8 +11,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from system2.cache import build_once, cache_dir
-from system2.model import Checkpoint
+from openhelix.system2.model import Checkpoint, build_once, cache_dir
 
 _FORMAT = 1  # raise it when the same checkpoint would give another folder
 TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from system2.engines.base import EngineBase
-from system2.prompt import Prompt
+from openhelix.system2.engines.base import EngineBase
+from openhelix.system2.prompt import Prompt
 
 
 class TransformersEngine(EngineBase):

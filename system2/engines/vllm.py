@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from system2.engines.base import EncodeError, EngineBase
-from system2.engines.serving import serving_folder
-from system2.engines.vllm_plugin import register
-from system2.latents import BadLatent, LatentConfig
-from system2.prompt import Prompt
+from openhelix.system2.engines.base import EncodeError, EngineBase
+from openhelix.system2.engines.serving import serving_folder
+from openhelix.system2.engines.vllm_plugin import register
+from openhelix.system2.latents import BadLatent, LatentConfig
+from openhelix.system2.prompt import Prompt
 
 
 class VllmEngine(EngineBase):
@@ -51,7 +51,7 @@ class VllmEngine(EngineBase):
         if kind == "act_mid":
             raise BadLatent(
                 "latent.kind: vLLM returns the last layer only; "
-                "'act_mid' is served by system2.engines.transformers:TransformersEngine"
+                "'act_mid' is served by openhelix.system2.engines.transformers:TransformersEngine"
             )
 
     def _load(self, config: LatentConfig | None, max_instruction_tokens: int) -> None:
@@ -96,7 +96,7 @@ class VllmEngine(EngineBase):
             kv_cache_memory_bytes=self._kv_bytes(length),
             distributed_executor_backend="uni",
             enforce_eager=self._eager,
-            disable_log_stats=False,  # they are served with our own; see runtime.exposition.Library
+            disable_log_stats=False,  # they are served with our own; see openhelix.runtime.observe.metrics.Library
             seed=0,
         )
 

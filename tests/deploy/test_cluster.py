@@ -15,9 +15,8 @@ import yaml
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from runtime.addresses import Endpoints, stays
-from runtime.config import load
-from runtime.graph import build
+from openhelix.runtime.core.config import load
+from openhelix.runtime.launch.graph import Endpoints, build, stays
 
 REPO = Path(__file__).resolve().parents[2]
 DEPLOY = REPO / "deploy"

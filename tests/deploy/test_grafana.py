@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.grafana.build import FOLDER, rendered
-from deploy.grafana.panels import SOURCE
-from deploy.metrics_page import PAGE, page, seen_where
-from runtime.metrics import catalogue
+from openhelix.deploy.grafana.build import FOLDER, rendered
+from openhelix.deploy.grafana.panels import SOURCE
+from openhelix.deploy.metrics_page import PAGE, page, seen_where
+from openhelix.runtime.observe.metrics import catalogue
 from tests.deploy.dashboards import dashboards, panels, queries
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -76,7 +76,7 @@ def test_queries_ask_for_metrics_that_exist() -> None:
 def test_what_no_dashboard_and_no_alert_uses_is_named() -> None:
     # Looked at one by one when something is wrong; the page of metrics says "by hand" of them.
     assert {name for name, seen in seen_where().items() if not seen} == {
-        "openhelix_loop_epoch",
+        "openhelix_loop_instruction_id",
         "openhelix_chunks_used_total",
         "openhelix_chunk_rows_blended_total",
         "openhelix_chunk_run_outs_total",
@@ -95,7 +95,7 @@ def test_the_page_of_metrics_says_where_each_is_seen() -> None:
     assert rows["openhelix_loop_period_seconds"] == "[TicksLate](operate.md#openhelixtickslate)"
     # By way of two recording rules.
     assert "SuccessFalling" in rows["openhelix_tasks_total"]
-    assert rows["openhelix_loop_epoch"] == "by hand"
+    assert rows["openhelix_loop_instruction_id"] == "by hand"
 
 
 def test_compose_mounts_what_is_there_and_starts_the_versions_named() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deploy.grafana.picture import Source, _joined, main
+from openhelix.deploy.grafana.picture import Source, _joined, main
 from tests.deploy.dashboards import dashboards, panels
 
 LABELS = {"instance": "r:1", "part": "control", "task": "turn_on_led", "suite": "calvin"}

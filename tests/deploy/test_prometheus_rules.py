@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runtime.config import METRICS_PARTS, OutputConfig
-from runtime.metrics import catalogue
+from openhelix.runtime.core.config import METRICS_PARTS, OutputConfig
+from openhelix.runtime.observe.metrics import catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "prometheus"

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.interfaces import PolicyFault
-from system1.accelerate import GraphedSampler, to_bf16
-from system1.policy import DiffusionPolicy
-from system1.sampler import draw_noise
-from system1.scene import Inputs
+from openhelix.runtime.core.interfaces import PolicyFault
+from openhelix.system1.fast_modes import GraphedSampler, to_bf16
+from openhelix.system1.policy import DiffusionPolicy
+from openhelix.system1.sampler import draw_noise
+from openhelix.system1.scene import Inputs
 from tests.system1.test_actor import make
 from tests.system1.test_actor import observe as observe_official
 from tests.system1.test_heads import batch_of, stirred

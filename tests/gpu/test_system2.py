@@ -17,8 +17,8 @@ pytestmark = [
 
 
 def test_vllm_equals_transformers_on_cuda(tmp_path: Path) -> None:
-    from system2.engines.transformers import TransformersEngine
-    from system2.engines.vllm import VllmEngine
+    from openhelix.system2.engines.transformers import TransformersEngine
+    from openhelix.system2.engines.vllm import VllmEngine
 
     path = str(tiny.write_laptop_like(tmp_path / "tiny"))
     rng = np.random.default_rng(0)

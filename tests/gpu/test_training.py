@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.training.export import export
-from benchmarks.training.stages import run_joint, run_policy
+from openhelix.benchmarks.training.export import export
+from openhelix.benchmarks.training.stages import run_joint, run_policy
 from tests.system1.synthetic import make_cache
 from tests.system1.test_policy import tiny
 from tests.system2.tiny import write_laptop_like

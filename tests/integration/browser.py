@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-from runtime.processes import reap
+from openhelix.runtime.launch.processes import reap
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

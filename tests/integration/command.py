@@ -15,7 +15,7 @@ import psutil
 
 from tests.integration.session import SMALL
 
-CLI = (sys.executable, "-m", "runtime.cli")
+CLI = (sys.executable, "-m", "openhelix.runtime.cli.main")
 RUN = [*CLI, "run", *SMALL, "tasks.instruction=reach 0.3 0.1 0.7"]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from runtime.config import METRICS_PARTS
+from openhelix.runtime.core.config import METRICS_PARTS
 
 CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "prometheus"
 BINARY = shutil.which("prometheus")

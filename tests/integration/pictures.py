@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from deploy.grafana.picture import main as draw
+from openhelix.deploy.grafana.picture import main as draw
 from tests.integration.browser import CHROMIUM, Page, browse
 from tests.integration.command import CLI, page
 from tests.integration.observed import BINARY, Prometheus, prometheus

@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 
-from runtime.config import RunConfig, load
-from runtime.director import Assignment
-from runtime.graph import Graph
+from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.core.config import RunConfig, load
+from openhelix.runtime.launch.graph import Graph
 
 SMALL = (
     "system2.engine={target: 'tests.fakes:PointEngine', options: {}}",

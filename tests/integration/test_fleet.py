@@ -22,14 +22,14 @@ import pytest
 import zmq
 from prometheus_client.parser import text_string_to_metric_families
 
-from runtime.codec import MAX_FRAME_BYTES
-from runtime.config import ConfigError
-from runtime.curve import CurveClient, generate
-from runtime.director import Assignment
-from runtime.endpoints import served as endpoints_of
-from runtime.rpc import RpcClient, RpcError
-from runtime.types import GoalRequest, LatentGoal
-from runtime.wire import NewestReader, Publisher
+from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.types import GoalRequest, LatentGoal
+from openhelix.runtime.transport.codec import MAX_FRAME_BYTES
+from openhelix.runtime.transport.rpc import RpcClient, RpcError
+from openhelix.runtime.transport.sockets import CurveClient, generate
+from openhelix.runtime.transport.sockets import served as endpoints_of
+from openhelix.runtime.transport.wire import NewestReader, Publisher
 from tests.integration.session import SMALL, Session, session
 from tests.integration.test_network import free_port
 
@@ -115,7 +115,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     share = (f"system2.connect={address}", keys, *LENIENT, f"{LIMIT}=100000")
     with (base / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "runtime.cli", "serve", address, *SMALL, keys],
+            [sys.executable, "-m", "openhelix.runtime.cli.main", "serve", address, *SMALL, keys],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -123,7 +123,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         try:
             with (
                 session(base / "one", *share, "robot.id=arm1") as arm1,
-                # Its instructions are short, so that its epochs move on.
+                # Its instructions are short, so that its instruction_ids move on.
                 session(
                     *(base / "two", *share, "robot.id=arm2", f"{LIMIT}=30"),
                     assignments=(HERE,) * 1000,
@@ -146,22 +146,22 @@ def test_each_simulator_has_its_own_epoch_and_its_own_latents(fleet: Fleet) -> N
         name: NewestReader(fleet.ends["latents"], f"latents/{name}", LatentGoal, keys=fleet.keys)
         for name in goals
     }
-    epochs: dict[str, set[int]] = {name: set() for name in goals}
+    instruction_ids: dict[str, set[int]] = {name: set() for name in goals}
 
     def heard() -> bool:
         for name, reader in readers.items():
             latent = reader.poll()
             if latent is not None:
                 np.testing.assert_allclose(latent.z[0, :3], goals[name], atol=1e-6)
-                epochs[name].add(latent.epoch)
-        return len(epochs["arm2"]) >= 3 and bool(epochs["arm1"])
+                instruction_ids[name].add(latent.instruction_id)
+        return len(instruction_ids["arm2"]) >= 3 and bool(instruction_ids["arm1"])
 
     with fleet.undisturbed():
         until("three instructions of the second robot", heard)
-    assert epochs["arm1"] == {1}
+    assert instruction_ids["arm1"] == {1}
     robots = fleet.arms[0].graph.health("system2")["robots"]
     assert set(robots) == {"arm1", "arm2"}
-    assert robots["arm1"]["epoch"] == 1 and robots["arm2"]["epoch"] >= 3
+    assert robots["arm1"]["instruction_id"] == 1 and robots["arm2"]["instruction_id"] >= 3
     for reader in readers.values():
         reader.close()
 
@@ -366,7 +366,7 @@ def test_whoever_uses_a_taken_name_without_asking_is_not_heard(fleet: Fleet) -> 
             return all(found.get(key, 0.0) > before[key] + 3 for key in ways.values())
 
         until("refusals on both ways", refused)
-        assert fleet.arms[0].graph.health("system2")["robots"]["arm1"]["epoch"] == 1
+        assert fleet.arms[0].graph.health("system2")["robots"]["arm1"]["instruction_id"] == 1
     for publisher in publishers.values():
         publisher.close()
 

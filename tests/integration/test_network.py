@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.config import ConfigError
-from runtime.curve import generate
-from runtime.endpoints import BindRefused
-from runtime.graph import GraphError
+from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.launch.graph import GraphError
+from openhelix.runtime.transport.sockets import BindRefused, generate
 from tests.integration.session import SMALL, session
 from tests.keys import key_folders
 
@@ -58,7 +57,16 @@ def test_beyond_this_host_keys_are_required(tmp_path: Path) -> None:
 @contextmanager
 def served(address: str, *words: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "runtime.cli", "serve", address, *SMALL, *words, "--json"],
+        [
+            sys.executable,
+            "-m",
+            "openhelix.runtime.cli.main",
+            "serve",
+            address,
+            *SMALL,
+            *words,
+            "--json",
+        ],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -141,7 +149,9 @@ def test_a_shared_system2_that_is_not_there_is_named(tmp_path: Path) -> None:
 )
 def test_serve_refuses_in_one_line(words: list[str], expected: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "runtime.cli", "serve", *words], capture_output=True, text=True
+        [sys.executable, "-m", "openhelix.runtime.cli.main", "serve", *words],
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 2 and expected in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1

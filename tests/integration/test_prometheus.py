@@ -11,17 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.dsvlabench.evaluation import evaluate
-from benchmarks.dsvlabench.metrics import served
-from benchmarks.dsvlabench.pool import LocalPool
-from benchmarks.dsvlabench.suites import Suite
-from benchmarks.playtable.tasks import TASKS
-from runtime.config import METRICS_PARTS
-from runtime.director import Assignment
-from runtime.exposition import serve
-from runtime.gpu import GpuMetrics
+from openhelix.benchmarks.calvin.tasks import TASKS
+from openhelix.benchmarks.evaluation.evaluation import evaluate
+from openhelix.benchmarks.evaluation.metrics import served
+from openhelix.benchmarks.evaluation.pool import LocalPool
+from openhelix.benchmarks.evaluation.suites import Suite
+from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.core.config import METRICS_PARTS
+from openhelix.runtime.observe.metrics import GpuMetrics, serve
 from tests.deploy.dashboards import PanelQuery, queries
-from tests.dsvlabench.small import CAMERAS, small_config, small_plan
+from tests.evaluation.small import CAMERAS, small_config, small_plan
 from tests.integration.observed import BINARY, MISSING, Prometheus, Sample, prometheus
 from tests.integration.session import session
 
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.skipif(BINARY is None, reason=MISSING)
 RANGE_S, RATE_S = 300, 20
 # Goes to the LED's button at that sentence, to some other point at any other.
 PARTS = (
-    "system2.engine={target: 'tests.dsvlabench.small:WordEngine', options: {}}",
+    "system2.engine={target: 'tests.evaluation.small:WordEngine', options: {}}",
     "system1.policy={target: 'tests.fakes:ReachPolicy', "
     f"options: {{cameras: {CAMERAS}, speed_m: 0.01}}}}",
 )

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.endpoints import served
-from runtime.processes import reap
-from runtime.types import GoalRequest
-from runtime.wire import Publisher
+from openhelix.runtime.core.types import GoalRequest
+from openhelix.runtime.launch.processes import reap
+from openhelix.runtime.transport.sockets import served
+from openhelix.runtime.transport.wire import Publisher
 from tests.deploy.dashboards import PanelQuery, queries
 from tests.integration.observed import BINARY, MISSING, prometheus
 from tests.system2 import tiny
@@ -58,13 +58,13 @@ def asked(requests: str) -> Iterator[None]:
 def vllm_served(folder: Path, metrics_port: int) -> Iterator[str]:
     """`openhelix serve` with a tiny LLaVA on vLLM; gives where requests go."""
     model = tiny.write_laptop_like(folder / "tiny")
-    engine = "{target: 'system2.engines.vllm:VllmEngine', options: {model: '%s', dtype: float32}}"
+    engine = "{target: 'openhelix.system2.engines.vllm:VllmEngine', options: {model: '%s', dtype: float32}}"
     address = f"ipc://{folder}/s2"
     words = (f"system2.engine={engine % model}", "system2.hz=5")
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "runtime.cli", "serve", address, "--json"),
+                *(sys.executable, "-m", "openhelix.runtime.cli.main", "serve", address, "--json"),
                 *(*words, f"output.metrics_port={metrics_port}"),
             ],
             env=os.environ | {"OPENHELIX_CACHE": str(folder / "cache")},

@@ -10,8 +10,8 @@ import av
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from runtime.config import ConfigError
-from runtime.director import Assignment
+from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.core.config import ConfigError
 from tests.integration.session import FAR, session
 
 

@@ -66,7 +66,7 @@ def test_a_run_spans_both_hosts_and_knows_the_offset_of_their_clocks(cluster: Tw
 
 
 def test_only_system2_is_on_the_network(cluster: TwoHosts, endless: Run) -> None:
-    ask = f"source ~/.bashrc; {BIN}/python -c 'import runtime.node as n; print(n.__file__)'"
+    ask = f"source ~/.bashrc; {BIN}/python -c 'import openhelix.runtime.launch.node as n; print(n.__file__)'"
     assert cluster.on(cluster.gpu, ask).strip() == "/srv/home/openhelix/runtime/node.py"
     theirs = cluster.gpu.run("ss", "-Hltn")
     ours = cluster.robot.run("ss", "-Hltn")
@@ -110,10 +110,10 @@ def test_a_strangers_key_and_token_open_nothing(cluster: TwoHosts, endless: Run)
     cluster.bare.run(
         str(BIN / "python"),
         "-c",
-        "from runtime.curve import generate; generate('~/keys', 'mallory')",
+        "from openhelix.runtime.transport.sockets import generate; generate('~/keys', 'mallory')",
     )
     ask = (
-        "from runtime.rpc import RpcClient; "
+        "from openhelix.runtime.transport.rpc import RpcClient; "
         f"RpcClient('tcp://{cluster.gpu.address}:5713', keys='~/keys').call('health', timeout_s=2)"
     )
     assert "refuses this host's CURVE key" in cluster.bare.run(

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.perf.bench_fleet import LADDER, most
-from benchmarks.perf.tick_overhead import TURN_TICKS, WAYS, Block, summary
+from openhelix.benchmarks.perf.bench_fleet import LADDER, most
+from openhelix.benchmarks.perf.tick_overhead import TURN_TICKS, WAYS, Block, summary
 
 
 @given(limit=st.integers(0, LADDER[-1] + 5))

@@ -10,8 +10,7 @@ import hypothesis.extra.numpy as hnp
 import numpy as np
 from hypothesis import strategies as st
 
-from runtime.codec import WireError, encode, register
-from runtime.types import (
+from openhelix.runtime.core.types import (
     F32,
     Action,
     ActionChunk,
@@ -20,6 +19,7 @@ from runtime.types import (
     LatentGoal,
     Observation,
 )
+from openhelix.runtime.transport.codec import WireError, encode, register
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ ACTIONS = st.builds(
     Action,
     pose=arrays("f8", 7),
     gripper=FINITE,
-    epoch=INTS,
+    instruction_id=INTS,
     t_ns=INTS,
     info=st.dictionaries(st.text(max_size=8), FLOATS, max_size=3),
 )
@@ -90,7 +90,7 @@ MESSAGES = st.one_of(
         gripper_width=FLOATS,
         gripper_open=st.booleans(),
         joints=arrays("f8", st.integers(0, 9)),
-        epoch=INTS,
+        instruction_id=INTS,
     ),
     st.builds(
         GoalRequest,
@@ -98,7 +98,7 @@ MESSAGES = st.one_of(
         instruction=st.text(max_size=40),
         robot=st.text(max_size=8),
         seq=INTS,
-        epoch=INTS,
+        instruction_id=INTS,
         t_obs_ns=INTS,
         source=st.text(max_size=8),
     ),
@@ -106,7 +106,7 @@ MESSAGES = st.one_of(
         LatentGoal,
         z=arrays("f4", st.tuples(st.integers(0, 4), st.integers(0, 300))),
         seq=INTS,
-        epoch=INTS,
+        instruction_id=INTS,
         t_obs_ns=INTS,
         t_pub_ns=INTS,
         spec_id=st.text(max_size=12),

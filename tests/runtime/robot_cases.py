@@ -15,17 +15,16 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 
-from runtime.clock import FakeClock
-from runtime.quaternion import IDENTITY, from_rotation_vector, rotation_vector
-from runtime.resolve import resolve
-from runtime.robots.base import Robot, make_robot
-from runtime.robots.calvin import CalvinRobot
-from runtime.robots.env import EnvRobot, PlayTableRobot
-from runtime.robots.fake import FakeRobot
-from runtime.robots.lerobot import LeRobotAdapter
-from runtime.robots.sim import SimRobot
-from runtime.rpc import RpcServer
-from runtime.types import CameraFrame
+from openhelix.runtime.core.clock import FakeClock
+from openhelix.runtime.core.plugins import resolve
+from openhelix.runtime.core.quaternion import IDENTITY, from_rotation_vector, rotation_vector
+from openhelix.runtime.core.types import CameraFrame
+from openhelix.runtime.robots.base import Robot, make_robot
+from openhelix.runtime.robots.env import CalvinRobot, EnvRobot, PlayTableRobot
+from openhelix.runtime.robots.fake import FakeRobot
+from openhelix.runtime.robots.lerobot import LeRobotAdapter
+from openhelix.runtime.robots.sim import SimRobot
+from openhelix.runtime.transport.rpc import RpcServer
 from tests.runtime.docs_code import module
 
 PERIOD_NS = 1_000_000_000 // 30
@@ -247,7 +246,7 @@ def playtable():
 
 
 def calvin():
-    from benchmarks.playtable.calvin import is_installed
+    from openhelix.benchmarks.calvin.calvin_env import is_installed
 
     if not is_installed():
         pytest.skip("calvin_env is not installed; `openhelix doctor` says how to get it")
@@ -258,7 +257,7 @@ class SimHost:
     """PlayTable's world and camera nodes, in threads instead of processes."""
 
     def __init__(self, folder):
-        host = "benchmarks.playtable.host"
+        host = "openhelix.benchmarks.calvin.world_process"
         names = ("actions", "states", "frames", "world_control")
         self.ends = {name: f"ipc://{folder}/{name}" for name in names}
         ends = self.ends

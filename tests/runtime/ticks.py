@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.loop import Tick
-from runtime.types import Action, ActionChunk, CameraFrame, LatentGoal, Observation
+from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.core.types import Action, ActionChunk, CameraFrame, LatentGoal, Observation
 
 PERIOD_NS = 33_333_333
 
@@ -19,9 +19,11 @@ def frame(t_ns, size, shade):
     return CameraFrame(t_ns, rgb, np.ones((size, size), np.float32), K, T)
 
 
-def latent(seq, epoch, t_ns):
+def latent(seq, instruction_id, t_ns):
     z = np.full((1, 8), seq, np.float32)
-    return LatentGoal(z=z, seq=seq, epoch=epoch, t_obs_ns=t_ns, t_pub_ns=t_ns, spec_id="x")
+    return LatentGoal(
+        z=z, seq=seq, instruction_id=instruction_id, t_obs_ns=t_ns, t_pub_ns=t_ns, spec_id="x"
+    )
 
 
 def chunk_for(observation, latents):
@@ -35,26 +37,28 @@ def chunk_for(observation, latents):
         dt_ns=PERIOD_NS,
         poses=poses,
         gripper=np.full(4, 0.5),
-        epoch=observation.epoch,
+        instruction_id=observation.instruction_id,
         latent_seq=seq,
         t_obs_ns=observation.t_ns,
     )
 
 
-def ticks(count, camera_every=3, latent_every=5, chunk_every=4, delay=2, epochs=1):
+def ticks(count, camera_every=3, latent_every=5, chunk_every=4, delay=2, instruction_ids=1):
     """A run: cameras slower than the loop, chunks that come `delay` ticks after their input."""
     made, frames, recent, waiting = [], {}, [], []
     for i in range(count):
-        t, epoch = 10**9 + i * PERIOD_NS, i * epochs // count
+        t, instruction_id = 10**9 + i * PERIOD_NS, i * instruction_ids // count
         if i % camera_every == 0:
             frames = {"static": frame(t, 64, 3 * i), "gripper": frame(t, 32, 5 * i)}
         pose = np.array([0.01 * i, 0, 0.5, 0, 0, 0, 1.0])
-        observation = Observation(t, frames, pose, 0.05, True, np.zeros(7), epoch)
-        new_latent = latent(i // latent_every, epoch, t) if i % latent_every == 0 else None
+        observation = Observation(t, frames, pose, 0.05, True, np.zeros(7), instruction_id)
+        new_latent = latent(i // latent_every, instruction_id, t) if i % latent_every == 0 else None
         recent = [new_latent] if new_latent else recent
-        if i % chunk_every == 0 and recent and recent[0].epoch == epoch:
+        if i % chunk_every == 0 and recent and recent[0].instruction_id == instruction_id:
             waiting.append((i + delay, chunk_for(observation, recent)))
-        ready = [chunk for due, chunk in waiting if due == i and chunk.epoch == epoch]
+        ready = [
+            chunk for due, chunk in waiting if due == i and chunk.instruction_id == instruction_id
+        ]
         made.append(
             Tick(
                 index=i + 1,
@@ -62,7 +66,7 @@ def ticks(count, camera_every=3, latent_every=5, chunk_every=4, delay=2, epochs=
                 observation=observation,
                 state="run",
                 reason="",
-                sent=Action(pose, 1.0, epoch, t_ns=t + PERIOD_NS),
+                sent=Action(pose, 1.0, instruction_id, t_ns=t + PERIOD_NS),
                 new_latent=new_latent,
                 new_chunk=ready[0] if ready else None,
                 latent_age_s=0.25,

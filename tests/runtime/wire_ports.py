@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import zmq
 
-from runtime.codec import encode
-from runtime.newest import ENVELOPE
-from runtime.types import GoalRequest, LatentGoal
-from runtime.wire import NewestReader
+from openhelix.runtime.core.types import GoalRequest, LatentGoal
+from openhelix.runtime.transport.codec import encode
+from openhelix.runtime.transport.wire import ENVELOPE, NewestReader
 
 PATIENCE_S = 20.0  # how long a test waits for what is sure to happen
 

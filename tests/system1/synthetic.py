@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.spec import LatentSpec
-from runtime.types import CameraFrame
-from system1.cache import CacheWriter, chunk_targets, shrunk, write_latents
-from system1.config import KEYPOSES, PolicyConfig
+from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.runtime.core.types import CameraFrame
+from openhelix.system1.cache import CacheWriter, chunk_targets, shrunk, write_latents
+from openhelix.system1.config import KEYPOSES, PolicyConfig
 
 SPEED_M = 0.01  # a step
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from system1.accelerate import GraphedSampler, to_bf16
-from system1.attention import Attention, written_out
-from system1.encoder import pad_sampled
-from system1.policy import DiffusionPolicy
+from openhelix.system1.attention import Attention, written_out
+from openhelix.system1.encoder import pad_sampled
+from openhelix.system1.fast_modes import GraphedSampler, to_bf16
+from openhelix.system1.policy import DiffusionPolicy
 from tests.system1.test_actor import make, seeded
 from tests.system1.test_actor import observe as observe_official
 from tests.system1.test_heads import batch_of, stirred
@@ -82,7 +82,7 @@ def test_graphs_on_a_cpu_fall_back_and_say_why():
 
 @pytest.mark.slow
 def test_compiled_is_exact_enough():
-    from system1.accelerate import compile_denoiser
+    from openhelix.system1.fast_modes import compile_denoiser
 
     config = tiny()
     model, inputs = stirred(config), batch_of(config, [0])

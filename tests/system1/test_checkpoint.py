@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from system1.actor import DiffuserActor
-from system1.checkpoint import (
+from openhelix.system1.actor import DiffuserActor
+from openhelix.system1.checkpoint import (
     CheckpointError,
     build_model,
     convert_official,
@@ -21,9 +21,9 @@ from system1.checkpoint import (
     save_policy,
     seeded_model,
 )
-from system1.config import ConfigError, PolicyConfig, official_calvin, small
-from system1.normalizer import Normalizer
-from system1.policy import DiffusionPolicy
+from openhelix.system1.config import ConfigError, PolicyConfig, official_calvin, small
+from openhelix.system1.normalizer import Normalizer
+from openhelix.system1.policy import DiffusionPolicy
 from tests.system1.test_policy import goal, observe, tiny
 
 

@@ -7,12 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from runtime.spec import LatentSpec
-from system1 import policy as policy_module
-from system1.checkpoint import CheckpointError, build_model, save_policy
-from system1.config import official_calvin
-from system1.door import DOOR, door_tokens, nearest_task, open_door, task_anchors
-from system1.policy import DiffusionPolicy
+from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.system1 import policy as policy_module
+from openhelix.system1.checkpoint import CheckpointError, build_model, save_policy
+from openhelix.system1.config import official_calvin
+from openhelix.system1.latent_adapter import (
+    ADAPTER,
+    adapt_to_latent,
+    adapter_tokens,
+    nearest_task,
+    task_anchors,
+)
+from openhelix.system1.policy import DiffusionPolicy
 from tests.system1.test_policy import observe, tiny
 
 
@@ -23,7 +29,7 @@ def model(**changes):
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_a_policy_told_by_an_anchor_acts_as_told_by_name(tokens) -> None:
-    made = open_door(model(), LatentSpec("act_last", tokens, 512, "x"))
+    made = adapt_to_latent(model(), LatentSpec("act_last", tokens, 512, "x"))
     for p in made.parameters():  # a fresh network's zeroed layers would hide the condition
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.2)
@@ -64,21 +70,21 @@ def test_the_table_speaks_where_there_is_no_latent() -> None:
 def test_everything_behind_the_door_is_kept() -> None:
     before = model()
     state = {n: t.clone() for n, t in before.state_dict().items()}
-    after = open_door(before, LatentSpec("act_lang", 5, 64, "y"), seed=3)
+    after = adapt_to_latent(before, LatentSpec("act_lang", 5, 64, "y"), seed=3)
     assert after.config.latent_tokens == 5 and after.config.use_latent
     fresh = {n for n, t in after.state_dict().items() if t.shape != state[n].shape}
     assert fresh == {"encoder.condition.project.weight", "encoder.condition.slot"}
     for name, tensor in after.state_dict().items():
-        if not name.startswith(DOOR):
+        if not name.startswith(ADAPTER):
             assert torch.equal(tensor, state[name]), name
-    same = open_door(after, LatentSpec("act_lang", 5, 64, "z"))
+    same = adapt_to_latent(after, LatentSpec("act_lang", 5, 64, "z"))
     assert same is after and after.config.latent_model_id == "z"
 
 
 def test_gradients_reach_the_latents_and_no_weight_of_the_policy() -> None:
     made = model(latent_tokens=2)
     latent = torch.randn(3, 2, made.config.latent_dim, requires_grad=True)
-    tokens = door_tokens(made, latent)
+    tokens = adapter_tokens(made, latent)
     said, _ = made.encoder.condition.embed(latent.unsqueeze(1), None, None)
     torch.testing.assert_close(tokens, said)
     (tokens * torch.randn(tokens.shape)).sum().backward()
@@ -90,9 +96,9 @@ def test_a_published_policy_takes_its_own_width_alone() -> None:
     config = official_calvin(dim=48, heads=2, layers=1)
     made = build_model(config)
     assert task_anchors(made) is None
-    assert open_door(made, LatentSpec("act_last", 4, 512, "x")).config.latent_tokens == 4
+    assert adapt_to_latent(made, LatentSpec("act_last", 4, 512, "x")).config.latent_tokens == 4
     with pytest.raises(CheckpointError, match="width 64 needs"):
-        open_door(made, LatentSpec("act_last", 1, 64, "x"))
+        adapt_to_latent(made, LatentSpec("act_last", 1, 64, "x"))
 
 
 def test_shipped_is_the_shipped_policy_or_the_untrained_one(tmp_path, monkeypatch) -> None:

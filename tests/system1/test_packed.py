@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn.functional import relu
 
-from benchmarks.perf.s1_timing import gflop
-from system1 import packed
-from system1.actor import DiffuserActor
-from system1.backbone import Bottleneck
-from system1.packed import KERNELS, Linear, Pack, fold, packable
+from openhelix.benchmarks.perf.s1_timing import gflop
+from openhelix.system1 import packed
+from openhelix.system1.actor import DiffuserActor
+from openhelix.system1.encoder import Bottleneck
+from openhelix.system1.packed import KERNELS, Linear, Pack, fold, packable
 from tests.system1.test_actor import observe, stir
 
 needs_kernels = pytest.mark.skipif(KERNELS is None, reason="this torch has no packed kernels")

@@ -9,8 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from system1.points import clean_points, deproject, farthest_point_sample, masked_pool, shrink
-from system1.rotations import euler_to_matrix
+from openhelix.system1.points import (
+    clean_points,
+    deproject,
+    farthest_point_sample,
+    masked_pool,
+    shrink,
+)
+from openhelix.system1.rotations import euler_to_matrix
 
 
 def camera(width: int, height: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

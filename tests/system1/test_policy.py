@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.interfaces import PolicyFault
-from runtime.planner import PlanRequest, SyncPlanner
-from runtime.planning import PlannerNode
-from runtime.spec import SpecMismatch
-from runtime.types import CameraFrame, LatentGoal, Observation
-from system1.config import CameraConfig, PolicyConfig, small
-from system1.policy import DiffusionPolicy, to_absolute
-from system1.rotations import matrix_to_6d, quat_to_matrix, xyzw_to_wxyz
+from openhelix.runtime.control.planner import PlanRequest, SyncPlanner
+from openhelix.runtime.core.interfaces import PolicyFault, SpecMismatch
+from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
+from openhelix.runtime.launch.system1_process import System1Node
+from openhelix.system1.config import CameraConfig, PolicyConfig, small
+from openhelix.system1.policy import DiffusionPolicy, to_absolute
+from openhelix.system1.rotations import matrix_to_6d, quat_to_matrix, xyzw_to_wxyz
 
 
 def tiny(**changes) -> PolicyConfig:
@@ -34,7 +33,9 @@ def tiny(**changes) -> PolicyConfig:
     return small(**{**base, **changes})
 
 
-def observe(config: PolicyConfig, t_ns: int = 1_000, epoch: int = 0, seed: int = 0) -> Observation:
+def observe(
+    config: PolicyConfig, t_ns: int = 1_000, instruction_id: int = 0, seed: int = 0
+) -> Observation:
     rng = np.random.default_rng(seed)
     frames = {}
     for c in config.cameras:
@@ -44,12 +45,12 @@ def observe(config: PolicyConfig, t_ns: int = 1_000, epoch: int = 0, seed: int =
         frames[c.name] = CameraFrame(t_ns, rgb, depth, k, np.eye(4))
     quat = np.array([1.0, 0.02, -0.01, 0.03])
     pose = np.concatenate(([0.1, -0.2, 0.5], quat / np.linalg.norm(quat)))
-    return Observation(t_ns, frames, pose, 0.04, True, np.zeros(7), epoch)
+    return Observation(t_ns, frames, pose, 0.04, True, np.zeros(7), instruction_id)
 
 
-def goal(config: PolicyConfig, seq: int = 0, epoch: int = 0, t_ns: int = 0) -> LatentGoal:
+def goal(config: PolicyConfig, seq: int = 0, instruction_id: int = 0, t_ns: int = 0) -> LatentGoal:
     z = np.random.default_rng(seq).normal(size=(config.latent_tokens, config.latent_dim))
-    return LatentGoal(z.astype(np.float32), seq, epoch, t_ns, t_ns, "")
+    return LatentGoal(z.astype(np.float32), seq, instruction_id, t_ns, t_ns, "")
 
 
 def test_a_seed_fixes_the_chunk():
@@ -71,11 +72,13 @@ def test_a_seed_fixes_the_chunk():
 def test_the_chunk_is_on_the_time_grid_and_in_the_world_frame():
     config = tiny()
     policy = DiffusionPolicy.build(config, 0)
-    obs = observe(config, t_ns=7_000_000_000, epoch=3)
-    chunk = policy.act(obs, [goal(config, seq=4, epoch=3), goal(config, seq=9, epoch=2)])
+    obs = observe(config, t_ns=7_000_000_000, instruction_id=3)
+    chunk = policy.act(
+        obs, [goal(config, seq=4, instruction_id=3), goal(config, seq=9, instruction_id=2)]
+    )
     assert chunk.dt_ns == round(1e9 / 30)
     assert chunk.t_start_ns == obs.t_ns + chunk.dt_ns
-    assert (chunk.epoch, chunk.latent_seq, chunk.t_obs_ns) == (3, 4, obs.t_ns)
+    assert (chunk.instruction_id, chunk.latent_seq, chunk.t_obs_ns) == (3, 4, obs.t_ns)
     assert chunk.poses.shape == (6, 7)
     assert chunk.poses.dtype == np.float64
     np.testing.assert_allclose(np.linalg.norm(chunk.poses[:, 3:], axis=1), 1, atol=1e-6)
@@ -189,7 +192,7 @@ def test_a_fault_is_counted_on_both_clocks_and_the_policy_asked_again():
     weight = policy.model.head.out.weight
     kept = weight.clone()
     planner = SyncPlanner(policy, replan_ns=1)
-    node = PlannerNode({"target": "system1.policy:DiffusionPolicy.load"}, "", "")
+    node = System1Node({"target": "openhelix.system1.policy:DiffusionPolicy.load"}, "", "")
     node._policy = policy
     replies = []
     node._replies = type("Sent", (), {"send": lambda self, reply: replies.append(reply)})()
@@ -213,7 +216,7 @@ def test_history_is_forgotten_at_a_new_instruction():
         moved.tcp_pose[0] += 0.1 * i
         seen = policy.prepare(moved, [])
     assert len(torch.unique(seen.proprio[0, :, 0])) == 3
-    policy.act(observe(config, epoch=1), [])
+    policy.act(observe(config, instruction_id=1), [])
     assert len(policy._history) == 1
 
 

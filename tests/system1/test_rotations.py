@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from system1.rotations import (
+from openhelix.system1.rotations import (
     euler_to_matrix,
     intrinsic_xyz_to_matrix,
     matrix_from_6d,

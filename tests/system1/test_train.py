@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from system1.config import ConfigError
-from system1.data import Augment, Cache
-from system1.door import DOOR
-from system1.losses import LossParts, diffusion_loss, trajectory_loss
-from system1.optim import OPTIMIZERS
-from system1.policy import DiffusionPolicy
-from system1.sampler import row_alphas
-from system1.train import TrainConfig, Trainer, policy_config, train
+from openhelix.system1.config import ConfigError
+from openhelix.system1.data import Augment, Cache
+from openhelix.system1.latent_adapter import ADAPTER
+from openhelix.system1.losses import LossParts, diffusion_loss, trajectory_loss
+from openhelix.system1.policy import DiffusionPolicy
+from openhelix.system1.sampler import row_alphas
+from openhelix.system1.train import TrainConfig, Trainer, policy_config, train
+from openhelix.system1.train_loop import OPTIMIZERS
 from tests.system1.synthetic import make_cache
 from tests.system1.test_policy import tiny
 
@@ -120,7 +120,7 @@ def test_a_run_can_start_from_a_checkpoint(folder, tmp_path):
     second = Trainer(run_config(folder, tmp_path / "b", init=tmp_path / "a"))
     weights = DiffusionPolicy.load(tmp_path / "a").model.state_dict()
     for name, tensor in second.model.state_dict().items():
-        if not name.startswith(DOOR):  # the cache's latents have another width
+        if not name.startswith(ADAPTER):  # the cache's latents have another width
             assert torch.equal(tensor, weights[name]), name
     assert second.policy_config.use_latent
     assert second.policy_config.latent_model_id == "fake0"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from system2.cache import build_once, cache_dir, sha256_file
+from openhelix.system2.model import build_once, cache_dir, sha256_file
 
 
 def _build_slowly(folder: str, log: str) -> None:

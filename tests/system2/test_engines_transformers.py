@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from system2.checkpoint import LatentHead
-from system2.engines.transformers import TransformersEngine
-from system2.latents import KINDS, LatentConfig
-from system2.model import CheckpointError
-from system2.prompt import BadImage, BadInstruction
+from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.engines.transformers import TransformersEngine
+from openhelix.system2.latents import KINDS, LatentConfig
+from openhelix.system2.model import CheckpointError
+from openhelix.system2.prompt import BadImage, BadInstruction
 from tests.system2.conftest import TEXTS
 
 

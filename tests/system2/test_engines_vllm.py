@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.exposition import Library
-from system2.checkpoint import LatentHead
-from system2.engines.transformers import TransformersEngine
-from system2.engines.vllm import VllmEngine
-from system2.engines.vllm_plugin import real_hasattr, real_vars
-from system2.latents import BadLatent
-from system2.prompt import BadImage, BadInstruction
+from openhelix.runtime.observe.metrics import Library
+from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.engines.transformers import TransformersEngine
+from openhelix.system2.engines.vllm import VllmEngine
+from openhelix.system2.engines.vllm_plugin import real_hasattr, real_vars
+from openhelix.system2.latents import BadLatent
+from openhelix.system2.prompt import BadImage, BadInstruction
 from tests.system2 import tiny
 from tests.system2.conftest import TEXTS
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from system2.checkpoint import LatentHead
-from system2.latents import KINDS, NEEDS_VISION, BadLatent, LatentConfig, MapPool, read_out
-from system2.model import CheckpointError
-from system2.prompt import Layout
+from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.latents import (
+    KINDS,
+    NEEDS_VISION,
+    BadLatent,
+    LatentConfig,
+    MapPool,
+    read_out,
+)
+from openhelix.system2.model import CheckpointError
+from openhelix.system2.prompt import Layout
 
 LAYOUT = Layout(length=20, image=(2, 10), text=(11, 16), act=(18, 20))
 HIDDEN = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from system2 import model
-from system2.model import (
+from openhelix.system2 import model
+from openhelix.system2.model import (
     MANIFEST,
     CheckpointError,
     act_token,
@@ -90,8 +90,8 @@ def test_what_is_no_llava_is_refused(tmp_path: Path) -> None:
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Warnings of `system2.model`."""
-    return [r.getMessage() for r in caplog.records if r.name == "system2.model"]
+    """Warnings of `openhelix.system2.model`."""
+    return [r.getMessage() for r in caplog.records if r.name == "openhelix.system2.model"]
 
 
 def test_a_missing_shipped_tower_is_told_and_a_chosen_one_is_not(

@@ -12,18 +12,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from system2.model import CheckpointError, open_checkpoint
-from system2.pretrain import (
+from openhelix.system2.model import CheckpointError, open_checkpoint
+from openhelix.system2.pretrain import (
     Captions,
     PretrainConfig,
+    Reader,
+    SoftCaption,
     VisionLearner,
+    WordingConfig,
+    WordingTrainer,
     augment,
     caption_accuracy,
     open_for_training,
+    pack,
     train,
 )
-from system2.reading import Reader
-from system2.wording import SoftCaption, WordingConfig, WordingTrainer, pack
 
 
 def write_dataset(folder: Path, n: int = 64) -> Path:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.config import ConfigError
-from system2.engines.transformers import TransformersEngine
-from system2.probe import WordSpace, main, probe, probe_episode
-from system2.prompt import BadImage
+from openhelix.runtime.core.config import ConfigError
+from openhelix.system2.engines.transformers import TransformersEngine
+from openhelix.system2.probe import WordSpace, main, probe, probe_episode
+from openhelix.system2.prompt import BadImage
 
 
 @pytest.fixture(scope="module")

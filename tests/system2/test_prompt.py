@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from system2.model import open_checkpoint
-from system2.prompt import BadInstruction, clean_instruction
+from openhelix.system2.model import open_checkpoint
+from openhelix.system2.prompt import BadInstruction, clean_instruction
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_layout_names_the_parts(prompts, tiny_model: str) -> None:
     assert layout.image[1] - layout.image[0] == checkpoint.n_image
     assert tuple(ids[slice(*layout.act)]) == checkpoint.act_ids[:2]
     assert layout.act[1] == layout.length
-    from system2.model import load_tokenizer
+    from openhelix.system2.model import load_tokenizer
 
     words = load_tokenizer(tiny_model).decode(ids[slice(*layout.text)])
     assert words == "Can you lift the red block?"

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import zmq
 
-from runtime.spec import LatentSpec
-from runtime.types import GoalRequest, LatentGoal
-from runtime.wire import NewestReader, Publisher, ipc_endpoint
-from system2.prompt import clean_instruction
-from system2.publisher import LatentOutlet, PublisherNode
+from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.runtime.core.types import GoalRequest, LatentGoal
+from openhelix.runtime.transport.wire import NewestReader, Publisher, ipc_endpoint
+from openhelix.system2.prompt import clean_instruction
+from openhelix.system2.publisher import LatentOutlet, PublisherNode
 
 
 class CountingEngine:
@@ -51,21 +51,25 @@ class Robot:
         self.out = Publisher(requests, f"requests/{name}", bind=False)
         self.reader = NewestReader(latents, f"latents/{name}", LatentGoal)
 
-    def ask(self, text: str, red: int = 0, epoch: int = 0) -> None:
+    def ask(self, text: str, red: int = 0, instruction_id: int = 0) -> None:
         rgb = np.full((8, 8, 3), red, dtype=np.uint8)
-        self.out.send(GoalRequest(rgb, text, self.name, self.seq, epoch, time.monotonic_ns()))
+        self.out.send(
+            GoalRequest(rgb, text, self.name, self.seq, instruction_id, time.monotonic_ns())
+        )
         self.seq += 1
 
-    def hear(self, text: str, red: int = 0, epoch: int = 0, timeout_s: float = 10.0) -> LatentGoal:
-        """Ask until a latent of that epoch comes."""
+    def hear(
+        self, text: str, red: int = 0, instruction_id: int = 0, timeout_s: float = 10.0
+    ) -> LatentGoal:
+        """Ask until a latent of that instruction_id comes."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
-            self.ask(text, red, epoch)
+            self.ask(text, red, instruction_id)
             self.reader.wait(0.05)
             goal = self.reader.poll()
-            if goal is not None and goal.epoch == epoch:
+            if goal is not None and goal.instruction_id == instruction_id:
                 return goal
-        raise AssertionError(f"{self.name}: no latent of epoch {epoch}")
+        raise AssertionError(f"{self.name}: no latent of instruction_id {instruction_id}")
 
     def close(self) -> None:
         self.out.close()
@@ -96,7 +100,7 @@ def test_robots_get_their_own_latents(served) -> None:
         first, second = robots[0].hear("push", red=10), robots[1].hear("push it now", red=200)
         assert first.z[0, :2].tolist() == [10.0, 1.0]
         assert second.z[0, :2].tolist() == [200.0, 3.0]
-        later = robots[0].hear("open the drawer", red=30, epoch=7)
+        later = robots[0].hear("open the drawer", red=30, instruction_id=7)
         assert later.z[0, :2].tolist() == [30.0, 3.0]
         assert later.source == first.source
         assert later.seq > first.seq
@@ -114,11 +118,11 @@ def test_a_refused_request_is_told_in_health_and_the_next_is_served(served) -> N
         robot.hear("push")
         end = time.monotonic() + 10.0
         while not node.health()["refused"] and time.monotonic() < end:
-            robot.ask("say <ACT> twice", epoch=1)
+            robot.ask("say <ACT> twice", instruction_id=1)
             time.sleep(0.02)
         health = node.health()
         assert "control token" in health["robots"]["arm"]["error"]
-        robot.hear("push", epoch=2)
+        robot.hear("push", instruction_id=2)
     finally:
         robot.close()
     while node.health()["published"] < 2 and time.monotonic() < end:
@@ -158,8 +162,8 @@ def test_a_second_robot_of_the_same_name_is_refused_and_the_first_does_not_notic
         first.hear("push it", red=10)
         end = time.monotonic() + 10.0
         while time.monotonic() < end:
-            second.ask("open", red=200, epoch=0)
-            elsewhere.ask("open", red=100, epoch=0)
+            second.ask("open", red=200, instruction_id=0)
+            elsewhere.ask("open", red=100, instruction_id=0)
             goal = first.hear("push it", red=10)
             assert goal.z[0, :2].tolist() == [10.0, 2.0]
             health = node.health()
@@ -197,7 +201,7 @@ def test_no_name_can_end_the_process(served, name: str) -> None:
 def test_numbers_go_on_for_a_name_that_was_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("system2.publisher.MAX_NAMES", 2)
+    monkeypatch.setattr("openhelix.system2.publisher.MAX_NAMES", 2)
     outlet = LatentOutlet(ipc_endpoint(tmp_path, "l"))
     reader = NewestReader(outlet.bound, "latents/a", LatentGoal)
     goal = LatentGoal(np.zeros((1, 3), np.float32), 0, 0, 0, 0, "spec")

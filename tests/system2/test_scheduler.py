@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.clock import FakeClock
-from runtime.codec import WireError
-from runtime.spec import LatentSpec
-from runtime.types import GoalRequest, LatentGoal
-from system2.prompt import BadInstruction
-from system2.scheduler import EngineBroken, GoalScheduler, Limits
+from openhelix.runtime.core.clock import FakeClock
+from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.runtime.core.types import GoalRequest, LatentGoal
+from openhelix.runtime.transport.codec import WireError
+from openhelix.system2.prompt import BadInstruction
+from openhelix.system2.scheduler import EngineBroken, GoalScheduler, Limits
 
 S = 1_000_000_000
 RGB = np.zeros((4, 4, 3), dtype=np.uint8)
@@ -65,7 +65,7 @@ class Out:
         self.sent.append((robot, goal))
 
 
-class Rig:
+class ControlStack:
     def __init__(
         self, hz: float = 1.0, cost_s: float = 0.1, each_s: float = 0.0, **limits: Any
     ) -> None:
@@ -77,8 +77,10 @@ class Rig:
         )
         self.seq: Counter[str] = Counter()
 
-    def offer(self, robot: str = "a", epoch: int = 0, text: str = "move") -> bool:
-        request = GoalRequest(RGB, text, robot, self.seq[robot], epoch, self.clock.now_ns(), "r")
+    def offer(self, robot: str = "a", instruction_id: int = 0, text: str = "move") -> bool:
+        request = GoalRequest(
+            RGB, text, robot, self.seq[robot], instruction_id, self.clock.now_ns(), "r"
+        )
         self.seq[robot] += 1
         return self.scheduler.offer(request)
 
@@ -96,244 +98,244 @@ class Rig:
 
 
 def test_publishes_at_hz_and_echoes() -> None:
-    rig = Rig(hz=2.0)
-    rig.run(10.0)
-    goals = [goal for _, goal in rig.out.sent]
+    stack = ControlStack(hz=2.0)
+    stack.run(10.0)
+    goals = [goal for _, goal in stack.out.sent]
     assert 19 <= len(goals) <= 21
     assert [goal.seq for goal in goals] == list(range(len(goals)))
     assert all(goal.t_pub_ns >= goal.t_obs_ns for goal in goals)
-    assert {goal.spec_id for goal in goals} == {rig.engine.spec.spec_id}
+    assert {goal.spec_id for goal in goals} == {stack.engine.spec.spec_id}
     starts = np.array([goal.t_pub_ns for goal in goals[1:]]) - round(0.1 * S)
     # On the grid of half seconds, however long the work took: no drift.
     assert (np.abs(starts - np.round(starts / (S / 2)) * (S / 2)) <= 0.1 * S).all()
-    assert rig.scheduler.totals.skipped == 0
+    assert stack.scheduler.totals.skipped == 0
 
 
 def test_the_newest_request_wins_and_the_older_are_counted() -> None:
-    rig = Rig()
-    rig.offer()
-    rig.scheduler.serve()
+    stack = ControlStack()
+    stack.offer()
+    stack.scheduler.serve()
     for _ in range(5):
-        rig.clock.advance(S // 20)
-        rig.offer()
-    newest_ns = rig.clock.now_ns()
-    rig.clock.advance(S)
-    rig.scheduler.serve()
-    assert rig.out.sent[-1][1].t_obs_ns == newest_ns
-    assert rig.scheduler.robots["a"].superseded == 4
+        stack.clock.advance(S // 20)
+        stack.offer()
+    newest_ns = stack.clock.now_ns()
+    stack.clock.advance(S)
+    stack.scheduler.serve()
+    assert stack.out.sent[-1][1].t_obs_ns == newest_ns
+    assert stack.scheduler.robots["a"].superseded == 4
 
 
 def test_deadlines_missed_by_a_slow_engine_are_skipped_and_counted() -> None:
-    rig = Rig(hz=10.0, cost_s=0.35)
-    rig.run(7.0, every_s=0.01)
-    totals = rig.scheduler.totals
+    stack = ControlStack(hz=10.0, cost_s=0.35)
+    stack.run(7.0, every_s=0.01)
+    totals = stack.scheduler.totals
     assert 18 <= totals.published <= 21  # one at a time, none caught up
     assert totals.skipped >= 2 * totals.published
     assert totals.skipped + totals.published <= 72
 
 
 def test_a_silent_robot_is_no_missed_deadline() -> None:
-    rig = Rig(hz=10.0)
-    rig.offer()
-    rig.scheduler.serve()
-    rig.clock.advance(5 * S)
-    rig.offer()
-    assert rig.scheduler.serve() == 1
-    assert rig.scheduler.totals.skipped == 0
+    stack = ControlStack(hz=10.0)
+    stack.offer()
+    stack.scheduler.serve()
+    stack.clock.advance(5 * S)
+    stack.offer()
+    assert stack.scheduler.serve() == 1
+    assert stack.scheduler.totals.skipped == 0
 
 
 def test_a_new_epoch_is_served_at_once() -> None:
-    rig = Rig(hz=0.5)
-    rig.offer(epoch=1)
-    rig.scheduler.serve()
-    rig.clock.advance(S // 10)
-    rig.offer(epoch=1)
-    assert rig.scheduler.serve() == 0
-    rig.offer(epoch=2)
-    assert rig.scheduler.serve() == 1
-    assert rig.out.sent[-1][1].epoch == 2
+    stack = ControlStack(hz=0.5)
+    stack.offer(instruction_id=1)
+    stack.scheduler.serve()
+    stack.clock.advance(S // 10)
+    stack.offer(instruction_id=1)
+    assert stack.scheduler.serve() == 0
+    stack.offer(instruction_id=2)
+    assert stack.scheduler.serve() == 1
+    assert stack.out.sent[-1][1].instruction_id == 2
 
 
 def test_robots_due_together_share_a_batch() -> None:
-    rig = Rig(max_batch=3)
+    stack = ControlStack(max_batch=3)
     for name in "abcd":
-        rig.offer(name, text=name)
-    rig.scheduler.serve()
-    rig.scheduler.serve()
-    assert [sorted(batch) for batch in rig.engine.batches] == [["a", "b", "c"], ["d"]]
-    assert [robot for robot, _ in rig.out.sent] == ["a", "b", "c", "d"]
+        stack.offer(name, text=name)
+    stack.scheduler.serve()
+    stack.scheduler.serve()
+    assert [sorted(batch) for batch in stack.engine.batches] == [["a", "b", "c"], ["d"]]
+    assert [robot for robot, _ in stack.out.sent] == ["a", "b", "c", "d"]
 
 
 def test_overload_is_shared_evenly() -> None:
-    rig = Rig(hz=10.0, cost_s=0.2, max_batch=2)
-    rig.run(30.0, robots="abcdefg", every_s=0.01)
-    served = Counter(robot for robot, _ in rig.out.sent)
+    stack = ControlStack(hz=10.0, cost_s=0.2, max_batch=2)
+    stack.run(30.0, robots="abcdefg", every_s=0.01)
+    served = Counter(robot for robot, _ in stack.out.sent)
     assert max(served.values()) - min(served.values()) <= 1
 
 
 def test_many_names_bring_their_owner_no_more_than_one_does_another() -> None:
     """Thirty robots of one key ask for four times what there is; another key's two are served."""
-    rig = Rig(cost_s=0.1, each_s=0.1, max_batch=8)
+    stack = ControlStack(cost_s=0.1, each_s=0.1, max_batch=8)
     mine, many = ("a", "b"), [f"flood{i}" for i in range(30)]
     end = 60 * S
-    while rig.clock.now_ns() < end:
+    while stack.clock.now_ns() < end:
         for name in (*mine, *many):
-            request = GoalRequest(RGB, "move", name, rig.seq[name], 0, rig.clock.now_ns())
-            rig.seq[name] += 1
-            rig.scheduler.offer(request, name, "mine" if name in mine else "many")
-        if rig.scheduler.serve() == 0:
-            rig.clock.advance(S // 100)
-    sent = Counter(robot for robot, _ in rig.out.sent)
+            request = GoalRequest(RGB, "move", name, stack.seq[name], 0, stack.clock.now_ns())
+            stack.seq[name] += 1
+            stack.scheduler.offer(request, name, "mine" if name in mine else "many")
+        if stack.scheduler.serve() == 0:
+            stack.clock.advance(S // 100)
+    sent = Counter(robot for robot, _ in stack.out.sent)
     for name in mine:
         assert sent[name] >= 0.9 * 60, sent  # a second is what one batch of eight takes
     assert max(sent[name] for name in many) <= 0.3 * 60
 
 
 def test_a_bad_request_is_refused_and_the_others_are_served() -> None:
-    rig = Rig()
+    stack = ControlStack()
     for name, text in (("a", "move"), ("b", "bad"), ("c", "push")):
-        rig.offer(name, text=text)
-    assert rig.scheduler.serve() == 2
-    assert [robot for robot, _ in rig.out.sent] == ["a", "c"]
-    health = rig.scheduler.health()
+        stack.offer(name, text=text)
+    assert stack.scheduler.serve() == 2
+    assert [robot for robot, _ in stack.out.sent] == ["a", "c"]
+    health = stack.scheduler.health()
     assert health["refused"] == 1
     assert "bad" in health["robots"]["b"]["error"]
-    rig.clock.advance(S)
-    rig.offer("b", text="good")
-    rig.scheduler.serve()
-    assert rig.scheduler.health()["robots"]["b"]["error"] == ""
+    stack.clock.advance(S)
+    stack.offer("b", text="good")
+    stack.scheduler.serve()
+    assert stack.scheduler.health()["robots"]["b"]["error"] == ""
 
 
 def test_a_latent_that_cannot_travel_is_counted_and_the_next_goes_out() -> None:
-    rig = Rig()
-    rig.out.refuses = True
-    rig.offer("a")
-    rig.offer("b")
-    assert rig.scheduler.serve() == 0
-    health = rig.scheduler.health()
+    stack = ControlStack()
+    stack.out.refuses = True
+    stack.offer("a")
+    stack.offer("b")
+    assert stack.scheduler.serve() == 0
+    health = stack.scheduler.health()
     assert health["published"] == 0
     assert health["failures"] == {"nonfinite": 2}
     assert "LatentGoal.z" in health["robots"]["a"]["error"]
-    rig.out.refuses = False
-    rig.clock.advance(S)
-    rig.offer("a")
-    assert rig.scheduler.serve() == 1
-    assert [goal.seq for _, goal in rig.out.sent] == [0]
+    stack.out.refuses = False
+    stack.clock.advance(S)
+    stack.offer("a")
+    assert stack.scheduler.serve() == 1
+    assert [goal.seq for _, goal in stack.out.sent] == [0]
 
 
 def test_latents_that_are_not_finite_are_counted_and_nothing_goes_out() -> None:
-    rig = Rig(max_failures=2)
-    rig.engine.value = float("nan")
+    stack = ControlStack(max_failures=2)
+    stack.engine.value = float("nan")
     for _ in range(5):  # more than may fail in a row: the engine itself works
-        rig.offer()
-        assert rig.scheduler.serve() == 0
-        rig.clock.advance(S)
-    rig.engine.value = 1.0
-    rig.offer()
-    assert rig.scheduler.serve() == 1
-    assert rig.scheduler.health()["failures"] == {"latents": 5}
+        stack.offer()
+        assert stack.scheduler.serve() == 0
+        stack.clock.advance(S)
+    stack.engine.value = 1.0
+    stack.offer()
+    assert stack.scheduler.serve() == 1
+    assert stack.scheduler.health()["failures"] == {"latents": 5}
 
 
 def test_a_failing_engine_is_tried_again_then_given_up() -> None:
-    rig = Rig(max_failures=3)
-    rig.engine.lost = True
+    stack = ControlStack(max_failures=3)
+    stack.engine.lost = True
     for _ in range(2):
-        rig.offer(text="broken")
-        assert rig.scheduler.serve() == 0
-        rig.clock.advance(S)
-    rig.offer(text="move")
-    assert rig.scheduler.serve() == 1  # one success forgives
+        stack.offer(text="broken")
+        assert stack.scheduler.serve() == 0
+        stack.clock.advance(S)
+    stack.offer(text="move")
+    assert stack.scheduler.serve() == 1  # one success forgives
     for _ in range(2):
-        rig.clock.advance(S)
-        rig.offer(text="broken")
-        rig.scheduler.serve()
-    rig.clock.advance(S)
-    rig.offer(text="broken")
+        stack.clock.advance(S)
+        stack.offer(text="broken")
+        stack.scheduler.serve()
+    stack.clock.advance(S)
+    stack.offer(text="broken")
     with pytest.raises(EngineBroken, match="3 engine calls"):
-        rig.scheduler.serve()
+        stack.scheduler.serve()
 
 
 def test_one_robots_requests_cannot_make_an_engine_start_anew_that_works_for_the_others() -> None:
-    rig = Rig(max_failures=2)
+    stack = ControlStack(max_failures=2)
     for _ in range(6):
-        rig.offer("a", text="broken")
-        assert rig.scheduler.serve() == 0
-        rig.clock.advance(S)
-    rig.offer("b")
-    assert rig.scheduler.serve() == 1
-    assert rig.scheduler.health()["failures"] == {"RuntimeError": 6}
+        stack.offer("a", text="broken")
+        assert stack.scheduler.serve() == 0
+        stack.clock.advance(S)
+    stack.offer("b")
+    assert stack.scheduler.serve() == 1
+    assert stack.scheduler.health()["failures"] == {"RuntimeError": 6}
 
 
 def test_load_is_shed_with_a_counted_reason() -> None:
-    rig = Rig(max_robots=2, max_wait_s=1.0, forget_s=30.0)
-    assert rig.offer("a")
-    assert rig.offer("b")
-    assert not rig.offer("c")
-    rig.clock.advance(2 * S)
-    assert rig.scheduler.serve() == 0
-    assert rig.scheduler.totals.shed == {"too_many_robots": 1, "too_old": 2}
-    rig.clock.advance(31 * S)
-    assert rig.offer("c")  # the silent ones gave their places back
-    assert set(rig.scheduler.robots) == {"c"}
+    stack = ControlStack(max_robots=2, max_wait_s=1.0, forget_s=30.0)
+    assert stack.offer("a")
+    assert stack.offer("b")
+    assert not stack.offer("c")
+    stack.clock.advance(2 * S)
+    assert stack.scheduler.serve() == 0
+    assert stack.scheduler.totals.shed == {"too_many_robots": 1, "too_old": 2}
+    stack.clock.advance(31 * S)
+    assert stack.offer("c")  # the silent ones gave their places back
+    assert set(stack.scheduler.robots) == {"c"}
 
 
 def test_a_name_stays_with_its_robot_until_that_falls_silent() -> None:
-    rig = Rig()
-    scheduler = rig.scheduler
+    stack = ControlStack()
+    scheduler = stack.scheduler
     request = GoalRequest(RGB, "move", "a", 0, 0, 0)
     other = GoalRequest(RGB, "stop", "a", 7, 3, 0)
     assert scheduler.offer(request, "first")
     assert not scheduler.offer(other, "second")
-    assert scheduler.robots["a"].pending is request and scheduler.robots["a"].epoch == 0
+    assert scheduler.robots["a"].pending is request and scheduler.robots["a"].instruction_id == 0
     assert scheduler.totals.shed == {"name_taken": 1}
-    rig.clock.advance(3 * S)
+    stack.clock.advance(3 * S)
     assert scheduler.offer(other, "second")
-    assert scheduler.robots["a"].epoch == 3
+    assert scheduler.robots["a"].instruction_id == 3
 
 
 @pytest.mark.parametrize("name", ["", "x" * 65, "a\0b", "a b", "\u00e4rm"])
 def test_a_name_that_cannot_be_a_topic_is_refused(name: str) -> None:
-    rig = Rig()
-    assert not rig.offer(name)
+    stack = ControlStack()
+    assert not stack.offer(name)
     with pytest.raises(ValueError, match=r"robot\.id"):
-        rig.scheduler.claim(name, "run")
-    assert rig.scheduler.totals.shed == {"bad_name": 2} and not rig.scheduler.robots
+        stack.scheduler.claim(name, "run")
+    assert stack.scheduler.totals.shed == {"bad_name": 2} and not stack.scheduler.robots
 
 
 def test_a_claimed_name_is_refused_to_others_while_it_is_used() -> None:
-    rig = Rig(max_robots=2)
-    claim = rig.scheduler.claim
+    stack = ControlStack(max_robots=2)
+    claim = stack.scheduler.claim
     claim("a", "run1")
     claim("a", "run1")  # again is fine
     with pytest.raises(ValueError, match="'a' is in use"):
         claim("a", "run2")
     for _ in range(15):  # beyond the life of a claim, the robot's own requests keep it
-        rig.clock.advance(S)
-        rig.offer("a")
+        stack.clock.advance(S)
+        stack.offer("a")
     with pytest.raises(ValueError, match="'a' is in use"):
         claim("a", "run2")
     claim("b", "run2")
     with pytest.raises(ValueError, match="2 robots at most"):
         claim("c", "run3")
-    assert rig.scheduler.totals.shed == {"name_taken": 2, "too_many_robots": 1}
-    rig.clock.advance(11 * S)
+    assert stack.scheduler.totals.shed == {"name_taken": 2, "too_many_robots": 1}
+    stack.clock.advance(11 * S)
     claim("a", "run4")  # that robot has ended
 
 
 def test_a_robot_that_never_claimed_its_name_keeps_it_too() -> None:
-    rig = Rig()
-    rig.offer("a")
+    stack = ControlStack()
+    stack.offer("a")
     with pytest.raises(ValueError, match="'a' is in use"):
-        rig.scheduler.claim("a", "run")
-    rig.clock.advance(3 * S)
-    rig.scheduler.claim("a", "run")
+        stack.scheduler.claim("a", "run")
+    stack.clock.advance(3 * S)
+    stack.scheduler.claim("a", "run")
 
 
 def test_nonsense_limits_are_refused() -> None:
     with pytest.raises(ValueError, match=r"limits\.max_batch"):
         Limits(max_batch=0)
     with pytest.raises(ValueError, match="hz"):
-        Rig(hz=0.0)
+        ControlStack(hz=0.0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -347,20 +349,20 @@ def test_nonsense_limits_are_refused() -> None:
 def test_whatever_comes_every_latent_is_of_the_robots_epoch_and_newer(
     events: list[tuple[str, int, float, bool]], cost_s: float
 ) -> None:
-    rig = Rig(hz=3.0, cost_s=cost_s, max_batch=2)
-    for robot, epoch, wait_s, serve in events:
-        rig.clock.advance(round(wait_s * S))
-        rig.offer(robot, epoch=epoch, text=f"{robot} {epoch}")
+    stack = ControlStack(hz=3.0, cost_s=cost_s, max_batch=2)
+    for robot, instruction_id, wait_s, serve in events:
+        stack.clock.advance(round(wait_s * S))
+        stack.offer(robot, instruction_id=instruction_id, text=f"{robot} {instruction_id}")
         if serve:
-            rig.scheduler.serve()
+            stack.scheduler.serve()
     last: dict[str, LatentGoal] = {}
-    for robot, goal in rig.out.sent:
+    for robot, goal in stack.out.sent:
         if robot in last:
             assert goal.t_obs_ns > last[robot].t_obs_ns
             assert goal.seq == last[robot].seq + 1
         last[robot] = goal
-    offered = sum(rig.seq.values())
-    pending = sum(r.pending is not None for r in rig.scheduler.robots.values())
-    superseded = sum(r.superseded for r in rig.scheduler.robots.values())
-    shed = sum(rig.scheduler.totals.shed.values())
-    assert offered == len(rig.out.sent) + pending + superseded + shed
+    offered = sum(stack.seq.values())
+    pending = sum(r.pending is not None for r in stack.scheduler.robots.values())
+    superseded = sum(r.superseded for r in stack.scheduler.robots.values())
+    shed = sum(stack.scheduler.totals.shed.values())
+    assert offered == len(stack.out.sent) + pending + superseded + shed

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
-from system2.engines.serving import serving_folder
-from system2.model import open_checkpoint
+from openhelix.system2.engines.serving import serving_folder
+from openhelix.system2.model import open_checkpoint
 
 
 @pytest.fixture

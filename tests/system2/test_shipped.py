@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from system2.model import SHIPPED, VisionShape, load_vision, open_checkpoint
-from system2.prompt import TEMPLATES
+from openhelix.system2.model import SHIPPED, VisionShape, load_vision, open_checkpoint
+from openhelix.system2.prompt import TEMPLATES
 
 pytestmark = pytest.mark.skipif(
     not (SHIPPED / "vision.safetensors").is_file(), reason="no weights are shipped"
@@ -38,12 +38,12 @@ def test_shipped_weights_fit_the_default_shape() -> None:
 
 @pytest.mark.slow
 def test_the_laptop_model_sees_a_scene_that_it_was_not_trained_on(tmp_path: Path) -> None:
-    captions = pytest.importorskip("benchmarks.playtable.captions")
+    captions = pytest.importorskip("openhelix.benchmarks.calvin.captions")
     from PIL import Image
     from transformers import LlavaForConditionalGeneration
 
-    from system2.engines.transformers import TransformersEngine
-    from system2.reading import Reader
+    from openhelix.system2.engines.transformers import TransformersEngine
+    from openhelix.system2.pretrain import Reader
 
     captions.make_dataset(tmp_path, "D", 20, seed=77)
     images = np.load(tmp_path / "images.npy")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from system2.checkpoint import LatentHead
-from system2.images import as_pil
-from system2.latents import LatentConfig
-from system2.model import open_checkpoint
-from system2.prefix import Prefix
-from system2.train import (
+from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.latents import LatentConfig
+from openhelix.system2.model import open_checkpoint
+from openhelix.system2.prompt import as_pil
+from openhelix.system2.train import (
     ActionTarget,
     LossWeights,
+    Prefix,
     RegimeError,
     System2Learner,
     action_loss,

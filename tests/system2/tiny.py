@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from system2.model import VisionShape, write_llava
+from openhelix.system2.model import VisionShape, write_llava
 
 WORDS = [
     "Can you lift the red block? move the slider to the left, open the drawer",

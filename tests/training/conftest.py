@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.training.config import TrainingConfig
-from runtime.config import apply_overrides, validate
+from openhelix.benchmarks.training.config import TrainingConfig
+from openhelix.runtime.core.config import apply_overrides, validate
 from tests.system1.synthetic import make_cache
 from tests.system1.test_policy import tiny
 from tests.system2.tiny import write_laptop_like
@@ -29,7 +29,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def quick_start() -> Iterator[None]:
     """Two tasks are told apart in few steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("benchmarks.training.start.FIT_STEPS", 120)
+        patch.setattr("openhelix.benchmarks.training.start.FIT_STEPS", 120)
         yield
 
 
@@ -75,7 +75,7 @@ def settings(frames: Path, llava: str, out: Path, *more: str) -> TrainingConfig:
 @pytest.fixture(scope="session")
 def trained_policy(frames: Path, llava: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a policy trained alone, for the stages after."""
-    from benchmarks.training.stages import run_policy
+    from openhelix.benchmarks.training.stages import run_policy
 
     out = tmp_path_factory.mktemp("policy")
     run_policy(settings(frames, llava, out, "policy.steps=30", "policy.save_every=30"), 0)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.training.ages import Ages, at_most, spread
+from openhelix.benchmarks.training.feeds import Ages, at_most, spread
 
 
 class FakeCache:

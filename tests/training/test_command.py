@@ -14,17 +14,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from benchmarks.training.card import changed
-from runtime.cli import main
-from system1.policy import DiffusionPolicy
-from system2.checkpoint import LatentHead
-from system2.model import open_checkpoint
+from openhelix.benchmarks.training.export import changed
+from openhelix.runtime.cli.main import main
+from openhelix.system1.policy import DiffusionPolicy
+from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.model import open_checkpoint
 from tests.training.conftest import settings
 
 KILLED_AT_STEP_17 = """
 import os, signal, sys
-from runtime.cli import main
-from system1.train import Trainer
+from openhelix.runtime.cli.main import main
+from openhelix.system1.train import Trainer
 
 step = Trainer.train_step
 
@@ -79,9 +79,8 @@ def test_all_stages_end_in_a_folder_to_ship(frames, llava, tmp_path, capsys) -> 
 
 
 def test_an_exported_language_model_speaks_as_the_trained_one(frames, llava, tmp_path) -> None:
-    from benchmarks.training.export import export
-    from benchmarks.training.joint_run import JointRun
-    from benchmarks.training.stages import run_joint, run_policy
+    from openhelix.benchmarks.training.export import export
+    from openhelix.benchmarks.training.stages import JointRun, run_joint, run_policy
 
     config = settings(
         frames, llava, tmp_path, "latent.regime=lora", "stage1.steps=0", "stage2.lr_language=0.01"
@@ -95,7 +94,7 @@ def test_an_exported_language_model_speaks_as_the_trained_one(frames, llava, tmp
     pictures, texts = run.source.pictures(frames_), ["open", "close"]
     with torch.no_grad():
         trained = run.learner(pictures, texts).z
-    from system2.engines.transformers import TransformersEngine
+    from openhelix.system2.engines.transformers import TransformersEngine
 
     ship = tmp_path / "ship"
     engine = TransformersEngine(

@@ -8,15 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.training.folders import LATENT, NotDone
-from benchmarks.training.joint_run import JointRun
-from benchmarks.training.stages import prepare, run_joint, run_policy
-from runtime.config import ConfigError
-from system1.checkpoint import load_policy
-from system1.door import DOOR
-from system1.policy import DiffusionPolicy
-from system1.train import TrainConfig, Trainer
-from system2.checkpoint import LatentHead
+from openhelix.benchmarks.training.config import LATENT, NotDone
+from openhelix.benchmarks.training.stages import JointRun, prepare, run_joint, run_policy
+from openhelix.runtime.core.config import ConfigError
+from openhelix.system1.checkpoint import load_policy
+from openhelix.system1.latent_adapter import ADAPTER
+from openhelix.system1.policy import DiffusionPolicy
+from openhelix.system1.train import TrainConfig, Trainer
+from openhelix.system2.checkpoint import LatentHead
 from tests.training.conftest import settings
 
 
@@ -79,7 +78,7 @@ def test_the_pair_learns_and_round_trips(frames, llava, tmp_path) -> None:
         assert (tmp_path / stage / "loss.png").stat().st_size > 5_000
     policy = DiffusionPolicy.load(tmp_path / "stage2")
     head = LatentHead.load(tmp_path / "stage2" / LATENT)
-    from system2.model import open_checkpoint
+    from openhelix.system2.model import open_checkpoint
 
     assert policy.spec.latent == head.spec(open_checkpoint(llava), raw=False)
     trained = load_policy(tmp_path / "stage1").state_dict()
@@ -161,7 +160,7 @@ def test_preparing_binds_a_stage_to_no_settings(frames, llava, trained_policy, t
 
 def test_a_policy_trained_by_system1_alone_is_gone_on_with(frames, llava, tmp_path) -> None:
     config = settings(frames, llava, tmp_path)
-    from benchmarks.training.joint_run import policy_settings
+    from openhelix.benchmarks.training.stages import policy_settings
 
     own = policy_settings(config)
     run = Trainer(TrainConfig(**{f: getattr(own, f) for f in own.__slots__}))
@@ -223,7 +222,7 @@ def test_every_latent_can_be_trained_on(frames, llava, trained_policy, tmp_path,
     assert policy.config.latent_kind == head.config.name
     before = load_file(trained_policy / "model.safetensors")
     for name, tensor in policy.state_dict().items():
-        if not name.startswith(DOOR):
+        if not name.startswith(ADAPTER):
             assert torch.equal(tensor, before[name]), name
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.training.start import discriminants, ridge, table_loss
-from system1.door import task_anchors
-from system1.policy import DiffusionPolicy
+from openhelix.benchmarks.training.start import discriminants, ridge, table_loss
+from openhelix.system1.latent_adapter import task_anchors
+from openhelix.system1.policy import DiffusionPolicy
 from tests.system1.test_policy import tiny
 
 

@@ -8,26 +8,26 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from benchmarks.training.config import LatentSection
-from benchmarks.training.feeds import (
+from openhelix.benchmarks.training.config import LatentSection
+from openhelix.benchmarks.training.feeds import (
     LiveFeed,
+    Plan,
     PrefixFeed,
     Source,
     StateFeed,
+    Store,
     encode_prefix,
     encode_read_outs,
     feed_kind,
     prefix_store,
     states_store,
 )
-from benchmarks.training.store import Plan, Store
-from runtime.config import ConfigError
-from system1.data import Cache
-from system2.checkpoint import LatentHead
-from system2.latents import LatentConfig
-from system2.model import open_checkpoint
-from system2.states import encode_states
-from system2.train import System2Learner
+from openhelix.runtime.core.config import ConfigError
+from openhelix.system1.data import Cache
+from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.latents import LatentConfig
+from openhelix.system2.model import open_checkpoint
+from openhelix.system2.train import System2Learner, encode_states
 
 
 def learner(llava: str, **config) -> System2Learner:

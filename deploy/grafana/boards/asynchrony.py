@@ -6,8 +6,8 @@ from typing import Any
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from deploy.grafana.panels import bars, board, heat, lines, rows
-from deploy.grafana.promql import HERE, buckets, mean, quantile, rate, success
+from openhelix.deploy.grafana.panels import bars, board, heat, lines, rows
+from openhelix.deploy.grafana.promql import HERE, buckets, mean, quantile, rate, success
 
 CELL = ["suite", "clock", "interval", "latency"]
 AGES = "eval_latent_age_steps"

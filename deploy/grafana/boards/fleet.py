@@ -6,8 +6,8 @@ from typing import Any
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from deploy.grafana.panels import board, figure, heat, lines, rows
-from deploy.grafana.promql import HERE, buckets, events, rate
+from openhelix.deploy.grafana.panels import board, figure, heat, lines, rows
+from openhelix.deploy.grafana.promql import HERE, buckets, events, rate
 
 NAME = "{{instance}}"
 BUSY = f"instance:openhelix_system2_busy:ratio1m{HERE}"

@@ -6,8 +6,8 @@ from typing import Any
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from deploy.grafana.panels import board, figure, heat, lines, rows, states
-from deploy.grafana.promql import HERE, buckets, events, quantile, quantiles, rate
+from openhelix.deploy.grafana.panels import board, figure, heat, lines, rows, states
+from openhelix.deploy.grafana.promql import HERE, buckets, events, quantile, quantiles, rate
 
 LATE, AGE = "loop_tick_lateness_seconds", "latent_age_seconds"
 MODES = {"run": "green", "hold": "orange", "stop": "red"}

@@ -6,8 +6,8 @@ from typing import Any
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from deploy.grafana.panels import bars, board, figure, heat, lines, rows
-from deploy.grafana.promql import HERE, buckets, events, longer, mean, rate, success
+from openhelix.deploy.grafana.panels import bars, board, figure, heat, lines, rows
+from openhelix.deploy.grafana.promql import HERE, buckets, events, longer, mean, rate, success
 
 CHAINS, EVAL_CHAINS = "chain_successes", "eval_chain_successes"
 HOUR = "instance:openhelix_success"

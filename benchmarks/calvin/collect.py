@@ -1,0 +1,552 @@
+"""`openhelix collect`: let the experts work, keep what succeeds.
+
+A collection is a folder of unit files. A unit file appears whole or not at all, so a killed
+collection is continued by the same command; a folder that was begun with other settings, or
+that holds something else, is refused before anything is written. `card.json` says what is in
+it: counts, failures, step numbers, settings, and a SHA-256 of every file. Then the moments
+that training reads are drawn (`openhelix.benchmarks.calvin.frames`), likewise file by file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from safetensors import safe_open
+
+from openhelix.benchmarks.calvin.cameras import SceneRenderer
+from openhelix.benchmarks.calvin.dataset import DatasetWriter, replace_file
+from openhelix.benchmarks.calvin.demonstrations import (
+    Demonstration,
+    collect_unit,
+    read_unit,
+    unit_bytes,
+)
+from openhelix.benchmarks.calvin.frames import (
+    FramesConfig,
+    cache_index,
+    draw_for_system2,
+    draw_unit,
+    keyposes,
+)
+from openhelix.benchmarks.calvin.physics import euler_from_quaternion
+from openhelix.benchmarks.calvin.scene import get_scene
+from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
+from openhelix.runtime.core.config import ConfigError, apply_overrides, read_yaml, validate
+from openhelix.runtime.core.types import F64
+from openhelix.system1.cache import frames_digest
+
+# ------------------------------------------------------------------------------------------------
+# What a collection is: one frozen record, from YAML, overrides or the command line.
+
+
+VERSION = 1  # of what the experts do and of what is stored; data of another is not mixed
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def cache_root() -> Path:
+    """The folder for data and caches: OPENHELIX_CACHE, or ~/.cache/openhelix."""
+    return Path(os.environ.get("OPENHELIX_CACHE") or Path.home() / ".cache" / "openhelix")
+
+
+class CollectConfig(BaseModel):
+    """One collection.
+
+    Attributes:
+        out: folder; None for `data/demonstrations_<scenes>` in the cache.
+        scenes: letters out of ABCD.
+        tasks: names; all 34 by default.
+        per_task: demonstrations per task and scene.
+        seed: decides everything else.
+        disturbed: share of demonstrations in which the arm is pushed once.
+        chain: at most so many tasks without a reset.
+        jobs: processes.
+        format: "states" keeps states and actions, from which `system1`'s training data is
+            drawn; "calvin" writes CALVIN's layout, with rendered frames.
+        compress: CALVIN's layout only: smaller files, slower.
+        frames: what is drawn for training (format "states"); `frames.every=0` draws nothing.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    out: Path | None = None
+    scenes: str = "ABC"
+    tasks: tuple[str, ...] = TASK_NAMES
+    per_task: Count = 100
+    seed: Annotated[int, Field(ge=0)] = 0
+    disturbed: Share = 0.4
+    chain: Count = 5
+    jobs: Count = 2
+    format: Literal["states", "calvin"] = "states"
+    compress: bool = True
+    frames: FramesConfig = FramesConfig()
+
+    @field_validator("scenes")
+    @classmethod
+    def _known_scenes(cls, value: str) -> str:
+        if not value or len(set(value)) != len(value):
+            raise ValueError(f"{value!r} is no choice of different letters out of ABCD")
+        return "".join(get_scene(letter).name for letter in value)
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("names no task")
+        return tuple(get_task(task).name for task in value)
+
+    @property
+    def folder(self) -> Path:
+        """Where the collection goes."""
+        return self.out or cache_root() / "data" / f"demonstrations_{self.scenes}"
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a folder to be continued."""
+        keep = ("scenes", "tasks", "seed", "disturbed", "chain", "format")
+        dumped = self.model_dump(mode="json")
+        return {"version": VERSION, **{key: dumped[key] for key in keep}}
+
+
+# ------------------------------------------------------------------------------------------------
+# What the parts of a collection share: where units are, and the pool of processes.
+
+
+UNITS = "units"
+Report = Callable[[int, int, str], None]  # done, to do, what the last one was
+
+
+def unit_path(folder: Path, scene: str, number: int) -> Path:
+    """Where a unit is kept."""
+    return folder / UNITS / f"{scene}_{number:05d}.npz"
+
+
+def pooled(
+    function: Callable[..., int], work: Sequence[tuple[Any, ...]], jobs: int
+) -> Iterator[int]:
+    """Run `function` over `work` in processes of its own; yields results as they come."""
+    if jobs == 1:
+        for item in work:
+            yield function(*item)
+        return
+    with ProcessPoolExecutor(min(jobs, max(len(work), 1)), mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(function, *item) for item in work]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+# ------------------------------------------------------------------------------------------------
+# The second half of a collection: draw the training frames of every unit, file by file.
+
+
+FRAMES, SYSTEM2, ABOUT = "frames", "system2", "moments.json"
+FRAMES_EACH = 10  # moments of a demonstration with every=4, for the estimate of disk
+
+
+def draw(config: CollectConfig, report: Report | None = None) -> dict[str, Any]:
+    """Draw the training frames that are missing; returns what the card says of them.
+
+    Raises:
+        ConfigError: it would take more disk than allowed or free, or the folder's frames
+            were drawn with other settings.
+    """
+    root, settings = config.folder, config.frames
+    folder, begun = root / FRAMES, time.monotonic()
+    units = [unit_path(root, s, n) for n in range(config.per_task) for s in config.scenes]
+    units = [unit for unit in units if unit.exists()]
+    todo = [u for u in units if not shard_path(u).exists()]
+    more = len(todo) * len(config.tasks) * FRAMES_EACH * 4 // settings.every
+    check_frames_folder(folder, settings, more * settings.bytes_per_frame())
+    text = settings.model_dump_json()
+    work: list[tuple[Any, ...]] = [(str(unit), text) for unit in todo]
+    for done, count in enumerate(pooled(write_shard, work, config.jobs), 1):
+        if report is not None:
+            report(done, len(todo), f"{count} frames")
+    if settings.system2_px:
+        _draw_for_system2(config, units, report)
+    shards = [
+        {"file": shard_path(u).name, "frames": frames_in(shard_path(u))} for u in sorted(units)
+    ]
+    notes = {"collection": root.name, "moments": settings.moments()}
+    replace_file(folder / "cache.json", cache_index(shards, notes))
+    return {
+        "frames": sum(int(str(shard["frames"])) for shard in shards),
+        "frames_bytes": sum(f.stat().st_size for f in folder.rglob("*.safetensors")),
+        "frames_files": len(shards),
+        "frames_sha256": frames_digest(folder, shards),
+        "frames_settings": settings.model_dump(mode="json"),
+        "frames_wall_s": round(time.monotonic() - begun, 1),
+    }
+
+
+def _draw_for_system2(config: CollectConfig, units: list[Path], report: Report | None) -> None:
+    """System 2's images of every shard that has none yet."""
+    folder = config.folder / FRAMES / SYSTEM2
+    sizes = folder / "size.json"
+    if sizes.exists() and json.loads(sizes.read_text()) != config.frames.system2_px:
+        raise ConfigError(f"frames.system2_px: {folder} was drawn with another size")
+    replace_file(sizes, json.dumps(config.frames.system2_px).encode())
+    missing = [u for u in units if not (folder / shard_path(u).name).exists()]
+    text = config.frames.model_dump_json()
+    work: list[tuple[Any, ...]] = [(str(unit), text) for unit in missing]
+    for done, count in enumerate(pooled(write_system2, work, config.jobs), 1):
+        if report is not None:
+            report(done, len(missing), f"{count} images for System 2")
+
+
+def shard_path(unit: Path) -> Path:
+    """Where the frames of a unit are kept."""
+    return unit.parent.parent / FRAMES / f"{unit.stem}.safetensors"
+
+
+def frames_in(path: Path, name: str = "task") -> int:
+    """How many rows a file holds."""
+    with safe_open(path, "np") as stored:
+        return int(stored.get_slice(name).get_shape()[0])
+
+
+def check_frames_folder(folder: Path, settings: FramesConfig, more: int) -> None:
+    """Make the frames folder, or refuse before anything is written.
+
+    Args:
+        folder: of the frames.
+        settings: of the frames.
+        more: bytes that are to come, estimated.
+    """
+    about = folder / ABOUT
+    if about.exists() and json.loads(about.read_text(encoding="utf-8")) != settings.moments():
+        raise ConfigError(
+            f"frames: {folder} was drawn with other settings; remove it or use the same"
+        )
+    there = sum(f.stat().st_size for f in folder.rglob("*.safetensors")) if folder.exists() else 0
+    if there + more > settings.max_gb * 1e9:
+        raise ConfigError(
+            f"frames.max_gb: {(there + more) / 1e9:.1f} GB are needed, {settings.max_gb} allowed"
+        )
+    free = shutil.disk_usage(folder.parent).free
+    if more > free:
+        raise ConfigError(f"out: {more / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+    replace_file(about, json.dumps(settings.moments(), indent=1).encode())
+    for torn in folder.rglob(".*.tmp"):
+        torn.unlink()
+
+
+def write_shard(unit: str, settings: str) -> int:
+    """Draw one unit's frames into their shard; returns how many."""
+    torch.set_num_threads(1)
+    path = shard_path(Path(unit))
+    replace_file(path, draw_unit(Path(unit), FramesConfig.model_validate_json(settings)))
+    return frames_in(path)
+
+
+def write_system2(unit: str, settings: str) -> int:
+    """Draw one unit's images for System 2; returns how many."""
+    torch.set_num_threads(1)
+    shard = shard_path(Path(unit))
+    path = shard.parent / SYSTEM2 / shard.name
+    replace_file(path, draw_for_system2(Path(unit), FramesConfig.model_validate_json(settings)))
+    return frames_in(path, "rgb")
+
+
+SETTINGS, CARD = "collection.json", "card.json"
+
+
+def open_folder(config: CollectConfig) -> Path:
+    """Make the collection's folder, or check that it is one that may be continued.
+
+    Raises:
+        ConfigError: the folder holds other data, or was begun with other settings.
+    """
+    folder, settings = config.folder, config.folder / SETTINGS
+    if settings.exists():
+        try:
+            before = json.loads(settings.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = {}
+        for key, value in json.loads(json.dumps(config.identity())).items():
+            if before.get(key) != value:
+                was = "others" if isinstance(value, list) else repr(before.get(key))
+                raise ConfigError(
+                    f"{key}: {folder} was begun with {was}; choose another folder with out=DIR"
+                )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"out: {folder} holds other data; choose an empty folder")
+    else:
+        replace_file(settings, json.dumps(config.identity(), indent=1).encode())
+    for torn in folder.glob(f"{UNITS}/.*.tmp"):
+        torn.unlink()
+    return folder
+
+
+def missing_units(config: CollectConfig, folder: Path) -> list[tuple[str, int]]:
+    """The units still to do, scenes in turn, so that an unfinished collection is balanced."""
+    wanted = [(scene, n) for n in range(config.per_task) for scene in config.scenes]
+    return [(s, n) for s, n in wanted if not unit_path(folder, s, n).exists()]
+
+
+def write_unit(folder: str, scene: str, number: int, identity: dict[str, Any]) -> int:
+    """Collect one unit into its file; returns how many demonstrations it has."""
+    unit = collect_unit(
+        scene, number, identity["tasks"], identity["seed"], identity["disturbed"], identity["chain"]
+    )
+    replace_file(unit_path(Path(folder), scene, number), unit_bytes(unit))
+    return len(unit.demonstrations)
+
+
+def collect(config: CollectConfig, report: Report | None = None) -> dict[str, Any]:
+    """Collect what is missing; return the card.
+
+    Args:
+        config: what to collect.
+        report: told of the progress.
+
+    Raises:
+        ConfigError: the folder cannot be used.
+    """
+    folder = open_folder(config)
+    todo = missing_units(config, folder)
+    identity, begun = config.identity(), time.monotonic()
+    work = [(str(folder), scene, number, identity) for scene, number in todo]
+    for done, count in enumerate(pooled(write_unit, work, config.jobs), 1):
+        if report is not None:
+            report(done, len(todo), f"{count} demonstrations")
+    card = make_card(folder, identity)
+    card["wall_s"] = round(time.monotonic() - begun, 1)
+    card["new_units"] = len(todo)
+    replace_file(folder / CARD, json.dumps(card, indent=1).encode())
+    return card
+
+
+def make_card(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """What a collection holds, from its files."""
+    counts, tried, failed, no_start = (Counter[str]() for _ in range(4))
+    steps: dict[str, list[int]] = {}
+    digests: dict[str, str] = {}
+    frames = size = 0
+    for path in sorted((folder / UNITS).glob("*.npz")):
+        about, _ = read_unit(path)
+        data = path.read_bytes()
+        digests[path.name], size = hashlib.sha256(data).hexdigest(), size + len(data)
+        for row in about["demonstrations"]:
+            counts[f"{about['scene']}/{row['task']}"] += 1
+            steps.setdefault(row["task"], []).append(row["success_step"])
+            frames += row["steps"]
+        for total, part in ((tried, "tried"), (failed, "failed"), (no_start, "no_start")):
+            total.update(about[part])
+    whole = hashlib.sha256("".join(digests[n] for n in sorted(digests)).encode()).hexdigest()
+    return {
+        "what": "demonstrations of CALVIN's 34 tasks by scripted experts in PlayTable",
+        "settings": identity,
+        "demonstrations": sum(counts.values()),
+        "steps": frames,
+        "hours_of_play": round(frames / 30 / 3600, 2),
+        "bytes": size,
+        "expert_success": round(1 - sum(failed.values()) / max(sum(tried.values()), 1), 4),
+        "by_scene_and_task": dict(sorted(counts.items())),
+        "tried": dict(sorted(tried.items())),
+        "failed": dict(sorted(failed.items())),
+        "no_start": dict(sorted(no_start.items())),
+        "median_steps": {t: float(np.median(s)) for t, s in sorted(steps.items())},
+        "sha256": whole,
+        "files": digests,
+    }
+
+
+def demonstrations(folder: Path | str) -> Iterator[Demonstration]:
+    """All demonstrations of a collection, in the order of its files.
+
+    Raises:
+        ValueError: the folder is no collection, or a file is damaged.
+    """
+    root = Path(folder)
+    if not (root / SETTINGS).exists():
+        raise ValueError(f"{root}: no {SETTINGS} here, so no collection of demonstrations")
+    for path in sorted((root / UNITS).glob("*.npz")):
+        yield from read_unit(path)[1]
+
+
+def parse(argv: Sequence[str]) -> tuple[CollectConfig, bool]:
+    """The settings from `--config FILE`, `field=value` words and `--json`.
+
+    Raises:
+        ConfigError: in one line, the field and what is valid.
+    """
+    words = list(argv)
+    as_json = "--json" in words
+    words = [w for w in words if w != "--json"]
+    file: Path | None = None
+    overrides = []
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            raise SystemExit(_help())
+        if "=" not in word:
+            if not word.startswith("--") or not words:
+                raise ConfigError(f"{word!r}: unknown option; settings are written field=value")
+            word = f"{word}={words.pop(0)}"
+        key, _, value = word.removeprefix("--").partition("=")
+        if key == "config":
+            file = Path(value)
+        elif key in ("scenes", "out"):
+            overrides.append(f"{key}={json.dumps(value)}")
+        else:
+            overrides.append(f"{key}={value}")
+    return validate(CollectConfig, apply_overrides(read_yaml(file), overrides)), as_json
+
+
+def _help() -> int:
+    fields = "\n".join(
+        f"  {name}={field.default!r}"
+        if name != "tasks"
+        else "  tasks=[rotate_red_block_right, ...]"
+        for name, field in CollectConfig.model_fields.items()
+    )
+    sys.stdout.write(
+        f"usage: openhelix collect [--config FILE] [field=value ...] [--json]\n\n{__doc__}\n"
+        f"Settings and their defaults:\n{fields}\n"
+    )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `openhelix collect`; returns the exit code.
+
+    Raises:
+        ConfigError: bad input, in one line; nothing was written.
+    """
+    config, as_json = parse(sys.argv[1:] if argv is None else argv)
+    begun = time.monotonic()
+
+    def report(done: int, total: int, what: str) -> None:
+        left = (time.monotonic() - begun) / done * (total - done)
+        sys.stderr.write(f"{done} of {total}: {what}, {left:.0f} s to go\n")
+
+    if config.format == "calvin":
+        card = export_calvin(config, report)
+    else:
+        card = collect(config, report)
+        if config.frames.every:
+            begun = time.monotonic()
+            card |= draw(config, report)
+            replace_file(config.folder / CARD, json.dumps(card, indent=1).encode())
+    brief = {k: v for k, v in card.items() if k != "files"} | {"folder": str(config.folder)}
+    sys.stdout.write(json.dumps(brief, indent=None if as_json else 1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except ValueError as error:
+        sys.stderr.write(f"collect: {error}\n")
+        raise SystemExit(2) from None
+
+
+# ------------------------------------------------------------------------------------------------
+# A collection in CALVIN's layout: the same demonstrations, drawn frame by frame.
+#
+# States are collected first (that part is small and is kept beside the frames), then rendered
+# in a fixed order, so that a killed export goes on where the last whole episode ended. Scene D
+# beside other scenes becomes the `validation` split, as in CALVIN's ABC->D.
+
+
+def robot_obs(demonstration: Demonstration, step: int) -> F64:
+    """calvin_env's (15,) at a step of a demonstration."""
+    p, state = demonstration.proprio[step].astype(np.float64), demonstration.states[step]
+    gripper = 1.0 if p[8] > 0.5 else -1.0
+    euler = euler_from_quaternion(p[3:7])
+    return np.array([*p[:3], *euler, p[7], *state[:7].astype(np.float64), gripper])
+
+
+def scene_obs(demonstration: Demonstration, step: int) -> F64:
+    """calvin_env's (24,) at a step of a demonstration."""
+    state = demonstration.states[step].astype(np.float64)
+    values = [*state[9:15]]
+    for block in state[15:].reshape(3, 7):
+        values += [*block[:3], *euler_from_quaternion(block[3:])]
+    return np.array(values)
+
+
+def split_of(scene: str, scenes: str) -> str:
+    """CALVIN's split for a scene: D is for validation where others are trained on."""
+    return "validation" if scene == "D" and len(scenes) > 1 else "training"
+
+
+def export_calvin(config: CollectConfig, report: Report | None = None) -> dict[str, Any]:
+    """Collect and render; return the card.
+
+    Raises:
+        ConfigError: the folder cannot be used.
+    """
+    folder = open_folder(config)
+    states = folder / "states"
+    card = collect(config.model_copy(update={"out": states, "format": "states"}), report)
+    found = [d for scene in config.scenes for d in _of_scene(states, scene)]
+    written: dict[str, int] = {}
+    for split in sorted({split_of(s, config.scenes) for s in config.scenes}):
+        part = [d for d in found if split_of(d.scene, config.scenes) == split]
+        written[split] = _write_split(folder / split, part, config.compress, report)
+    card |= {"frames": written, "format": "calvin"}
+    replace_file(folder / CARD, json.dumps(card, indent=1).encode())
+    return card
+
+
+def _of_scene(states: Path, scene: str) -> Iterator[Demonstration]:
+    return (d for d in demonstrations(states) if d.scene == scene)
+
+
+def _write_split(
+    folder: Path, found: list[Demonstration], compress: bool, report: Report | None
+) -> int:
+    """Write what is not there yet; returns the number of frames of the split."""
+    renderer: SceneRenderer | None = None
+    with DatasetWriter(folder, compress=compress) as writer:
+        for i, demonstration in enumerate(found):
+            if i < writer.n_episodes:
+                continue
+            if renderer is None or renderer.scene.name != demonstration.scene:
+                renderer = SceneRenderer(demonstration.scene)
+            with writer.episode(demonstration.scene) as episode:
+                for step in range(len(demonstration.states)):
+                    episode.add(_observation(demonstration, step, renderer))
+                last = min(demonstration.steps, 63)
+                episode.annotate(0, last, demonstration.task, demonstration.instruction)
+            if report is not None:
+                report(i + 1, len(found), "episodes")
+        _write_keyposes(folder, found)
+        return writer.n_frames
+
+
+def _observation(
+    demonstration: Demonstration, step: int, renderer: SceneRenderer
+) -> dict[str, Any]:
+    frames = renderer.render(demonstration.states[step].astype(np.float64))
+    return {
+        "rgb_obs": {f"rgb_{name}": frame.rgb for name, frame in frames.items()},
+        "depth_obs": {f"depth_{name}": frame.depth for name, frame in frames.items()},
+        "robot_obs": robot_obs(demonstration, step),
+        "scene_obs": scene_obs(demonstration, step),
+    }
+
+
+def _write_keyposes(folder: Path, found: list[Demonstration]) -> None:
+    """`keyposes.json`: per episode, the frames (from the episode's first) of its keyposes."""
+    rows = [keyposes(d.proprio[:, :7], d.proprio[:, 8] > 0.5).tolist() for d in found]
+    replace_file(folder / "keyposes.json", json.dumps(rows).encode())

@@ -1,0 +1,526 @@
+"""CALVIN's dataset layout: one `.npz` a frame, index files beside them.
+
+A split's folder can be read by code written for CALVIN, and CALVIN's own folders by ours.
+Writing survives a kill at any moment: frames are written first, then one line is appended
+to `episodes.jsonl`, and that line is the commit. Whatever is not in a complete line does
+not exist; reopening the folder goes on behind it. CALVIN's index files are derived from
+those lines by `close`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from openhelix.benchmarks.calvin.tasks import get_task
+
+# ------------------------------------------------------------------------------------------------
+# Reading and writing the two object arrays of CALVIN's layout without trusting them.
+#
+# `auto_lang_ann.npy` and `scene_info.npy` are dictionaries inside an object array, which
+# NumPy stores as a pickle, and a pickle may run any code that its author likes. CALVIN's own
+# code reads nothing else, so ours writes them, but beside each goes the same content as JSON
+# (embeddings as a plain array), which is what we read when it is there. Otherwise the pickle
+# is read by an unpickler that admits plain containers, numbers, strings and arrays, and
+# refuses every other global by name.
+
+
+LANG_FILE = Path("lang_annotations") / "auto_lang_ann.npy"
+LANG_TWIN = Path("lang_annotations") / "auto_lang_ann.json"
+EMB_TWIN = Path("lang_annotations") / "auto_lang_emb.npy"
+# What array pickles are made of, under the names of NumPy 1 and NumPy 2.
+_ADMITTED = {
+    *(("numpy", name) for name in ("ndarray", "dtype")),
+    *(
+        (f"numpy.{core}.{module}", name)
+        for core in ("core", "_core")
+        for module, name in (
+            ("multiarray", "_reconstruct"),
+            ("multiarray", "scalar"),
+            ("numeric", "_frombuffer"),
+        )
+    ),
+    ("_codecs", "encode"),
+}
+
+
+class DatasetError(ValueError):
+    """A dataset file is missing, damaged, or holds what it must not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """One labelled stretch of play.
+
+    Attributes:
+        start: First frame.
+        end: Last frame, inclusive.
+        task: One of the 34 names.
+        text: The instruction.
+    """
+
+    start: int
+    end: int
+    task: str
+    text: str
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits containers, numbers, strings and arrays only."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ADMITTED:
+            raise DatasetError(f"holds {module}.{name}, which is not data")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def load_object_array(path: Path) -> Any:
+    """The one object inside a `.npy` file that CALVIN wrote, read by the guarded loader.
+
+    Raises:
+        DatasetError: Not an object array of one element, damaged, or not plain data.
+    """
+    data = path.read_bytes()
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(stream)
+        if not dtype.hasobject or shape != ():
+            raise DatasetError(f"is an array {dtype} {shape}, not one pickled object")
+        array = _ArrayUnpickler(stream).load()
+        return array.item()
+    except DatasetError as error:
+        raise DatasetError(f"{path.name}: {error}") from None
+    except Exception as error:
+        raise DatasetError(f"{path.name}: cannot be read ({type(error).__name__})") from error
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def npy_bytes(array: npt.NDArray[Any]) -> bytes:
+    """An array as the content of a `.npy` file; objects pickled only if it holds objects."""
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=array.dtype.hasobject)
+    return stream.getvalue()
+
+
+def object_bytes(value: Any) -> bytes:
+    """One object as CALVIN stores it: a zero-dimensional object array."""
+    box = np.empty((), dtype=object)
+    box[()] = value
+    return npy_bytes(box)
+
+
+def write_annotations(
+    folder: Path, annotations: Sequence[Annotation], embeddings: npt.NDArray[np.float32]
+) -> None:
+    """Write `lang_annotations/` for CALVIN's code, and the plain twins for ours.
+
+    Args:
+        folder: The split's folder, for example `training`.
+        annotations: What was done when.
+        embeddings: (N, 1, d) sentence embeddings, one per annotation; d may be 0.
+
+    Raises:
+        DatasetError: The embeddings do not fit.
+    """
+    if embeddings.ndim != 3 or embeddings.shape[:2] != (len(annotations), 1):
+        raise DatasetError(
+            f"embeddings: shape {embeddings.shape}, wants ({len(annotations)}, 1, d)"
+        )
+    language = {
+        "ann": [a.text for a in annotations],
+        "task": [a.task for a in annotations],
+        "emb": embeddings,
+    }
+    spans = [(a.start, a.end) for a in annotations]
+    content = {"language": language, "info": {"episodes": [], "indx": spans}}
+    replace_file(folder / LANG_FILE, object_bytes(content))
+    replace_file(folder / EMB_TWIN, npy_bytes(embeddings))
+    rows = [[a.start, a.end, a.task, a.text] for a in annotations]
+    replace_file(folder / LANG_TWIN, json.dumps(rows).encode())
+
+
+def read_annotations(folder: Path) -> tuple[list[Annotation], npt.NDArray[np.float32]]:
+    """The annotations of a split, from the plain twins if they are there.
+
+    Returns:
+        Annotations and their embeddings (N, 1, d).
+
+    Raises:
+        DatasetError: Neither form is there, or it is damaged.
+    """
+    if (folder / LANG_TWIN).exists() and (folder / EMB_TWIN).exists():
+        try:
+            rows = json.loads((folder / LANG_TWIN).read_text(encoding="utf-8"))
+            embeddings = np.load(folder / EMB_TWIN, allow_pickle=False)
+            return [Annotation(int(s), int(e), str(t), str(x)) for s, e, t, x in rows], embeddings
+        except (ValueError, TypeError) as error:
+            raise DatasetError(f"{LANG_TWIN}: cannot be read ({error})") from error
+    if not (folder / LANG_FILE).exists():
+        raise DatasetError(f"{folder}: has no {LANG_FILE}")
+    content = load_object_array(folder / LANG_FILE)
+    try:
+        language: Mapping[str, Any] = content["language"]
+        spans = content["info"]["indx"]
+        annotations = [
+            Annotation(int(span[0]), int(span[1]), str(task), str(text))
+            for span, task, text in zip(spans, language["task"], language["ann"], strict=True)
+        ]
+        embeddings = np.asarray(language["emb"], dtype=np.float32)
+        return annotations, embeddings.reshape(len(annotations), 1, -1)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DatasetError(f"{LANG_FILE}: not CALVIN's annotations ({error})") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# The log of a dataset being written: one JSON line per committed episode.
+#
+# What CALVIN keeps in several index files is derived from these lines, so there is one place
+# that says what exists, and appending to it is the commit.
+
+
+F64 = npt.NDArray[np.float64]
+NORMALIZE = "calvin_agent.utils.transforms.NormalizeVector"  # what CALVIN's loader expects
+
+
+def moments(frames: Sequence[F64]) -> list[list[float]]:
+    """Sum and sum of squares of vectors, by column."""
+    rows = np.asarray(frames)
+    return [rows.sum(0).tolist(), np.square(rows).sum(0).tolist()]
+
+
+def log_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row, separators=(",", ":")).encode() + b"\n" for row in rows)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The committed episodes; a torn last line is one that was never committed."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    try:
+        rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        starts = [row["start"] for row in rows]
+        if starts != [0, *(row["end"] + 1 for row in rows)][: len(rows)]:
+            raise DatasetError(f"{path.name}: episodes do not follow one another")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path.name}: damaged ({error})") from error
+    return rows
+
+
+def scene_spans(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """First and last frame of each scene, under CALVIN's names."""
+    spans: dict[str, list[int]] = {}
+    for row in rows:
+        span = spans.setdefault(f"calvin_scene_{row['scene']}", [row["start"], row["end"]])
+        span[1] = row["end"]
+    return spans
+
+
+def statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means and deviations of the observations and bounds of the actions, as CALVIN's."""
+    count = sum(row["end"] - row["start"] + 1 for row in rows)
+    result: dict[str, Any] = {}
+    for key in ("robot_obs", "scene_obs"):
+        total, squares = (np.sum([row[key][i] for row in rows], axis=0) for i in (0, 1))
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+        result[key] = [{"_target_": NORMALIZE, "mean": mean.tolist(), "std": std.tolist()}]
+    result["act_min_bound"] = np.min([row["actions"][0] for row in rows], axis=0).tolist()
+    result["act_max_bound"] = np.max([row["actions"][1] for row in rows], axis=0).tolist()
+    return result
+
+
+F32 = npt.NDArray[np.float32]
+Frame = dict[str, npt.NDArray[Any]]
+Embed = Callable[[list[str]], F32]
+
+LOG = "episodes.jsonl"
+MAX_REL_POS_M, MAX_REL_ORN_RAD = 0.02, 0.05
+MAX_WINDOW = 64  # frames of an annotation in CALVIN
+
+
+def frame_name(index: int) -> str:
+    """File name of a frame."""
+    return f"episode_{index:07d}.npz"
+
+
+def absolute_action(next_robot_obs: F64) -> F64:
+    """(7,) the TCP pose one frame later (xyz m, Euler xyz rad) and the gripper command."""
+    return np.append(next_robot_obs[:6], next_robot_obs[14])
+
+
+def relative_action(robot_obs: F64, action: F64) -> F64:
+    """(7,) the action relative to the present TCP pose, in [-1, 1] of CALVIN's largest step.
+
+    Args:
+        robot_obs: (15,) now.
+        action: (7,) absolute, as `absolute_action` gives it.
+    """
+    shift = np.clip((action[:3] - robot_obs[:3]) / MAX_REL_POS_M, -1, 1)
+    turn = action[3:6] - robot_obs[3:6]
+    turn = (turn + np.pi) % (2 * np.pi) - np.pi  # the short way round
+    turn = np.clip(turn / MAX_REL_ORN_RAD, -1, 1)
+    return np.concatenate([shift, turn, action[6:]])
+
+
+def make_frame(observation: Mapping[str, Any], next_robot_obs: F64) -> Frame:
+    """One frame's arrays from an env's observation and the next `robot_obs`."""
+    robot_obs = np.asarray(observation["robot_obs"], dtype=np.float64)
+    action = absolute_action(np.asarray(next_robot_obs, dtype=np.float64))
+    return {
+        "actions": action,
+        "rel_actions": relative_action(robot_obs, action),
+        "robot_obs": robot_obs,
+        "scene_obs": np.asarray(observation["scene_obs"], dtype=np.float64),
+        **observation.get("rgb_obs", {}),
+        **observation.get("depth_obs", {}),
+    }
+
+
+class Episode:
+    """An episode being written; made by `DatasetWriter.episode`."""
+
+    def __init__(self, folder: Path, first: int, compress: bool) -> None:
+        self._folder, self.first, self._compress = folder, first, compress
+        self._pending: Mapping[str, Any] | None = None
+        self._vectors: dict[str, list[F64]] = {"robot_obs": [], "scene_obs": [], "actions": []}
+        self.annotations: list[Annotation] = []
+
+    def __len__(self) -> int:
+        return len(self._vectors["actions"]) + (self._pending is not None)
+
+    def add(self, observation: Mapping[str, Any]) -> None:
+        """Append one frame: what `env.reset` or `env.step` returned.
+
+        A frame is written when the next arrives, because its action is where the arm was
+        then; the last frame's action is to stay.
+        """
+        for key, size in (("robot_obs", 15), ("scene_obs", 24)):
+            value = np.asarray(observation.get(key, ()), dtype=np.float64)
+            if value.shape != (size,) or not np.isfinite(value).all():
+                raise DatasetError(f"{key}: shape {value.shape}, wants ({size},), finite")
+        if self._pending is not None:
+            self._write(self._pending, observation["robot_obs"])
+        self._pending = observation
+
+    def annotate(self, start: int, end: int, task: str, text: str) -> None:
+        """Label frames `start` to `end` (of this episode, inclusive).
+
+        Raises:
+            DatasetError: No such frames, an empty text, or a window longer than CALVIN's 64.
+            UnknownTaskError: No such task.
+        """
+        get_task(task)
+        if not 0 <= start <= end < len(self) or end - start >= MAX_WINDOW or not text.strip():
+            raise DatasetError(
+                f"annotation: frames {start} to {end} of {len(self)} as {text!r}; wants up to "
+                f"{MAX_WINDOW} frames of the episode and a text"
+            )
+        self.annotations.append(Annotation(self.first + start, self.first + end, task, text))
+
+    def finish(self) -> dict[str, Any]:
+        """Write the last frame; returns what the log keeps."""
+        if self._pending is None:
+            raise DatasetError("episode: has no frames")
+        self._write(self._pending, self._pending["robot_obs"])
+        self._pending = None
+        actions = np.array(self._vectors["actions"])
+        return {
+            "start": self.first,
+            "end": self.first + len(actions) - 1,
+            "annotations": [[a.start, a.end, a.task, a.text] for a in self.annotations],
+            "robot_obs": moments(self._vectors["robot_obs"]),
+            "scene_obs": moments(self._vectors["scene_obs"]),
+            "actions": [actions.min(0).tolist(), actions.max(0).tolist()],
+        }
+
+    def _write(self, observation: Mapping[str, Any], next_robot_obs: F64) -> None:
+        frame = make_frame(observation, next_robot_obs)
+        stream = io.BytesIO()
+        (np.savez_compressed if self._compress else np.savez)(stream, **frame)  # type: ignore[arg-type]
+        index = self.first + len(self._vectors["actions"])
+        replace_file(self._folder / frame_name(index), stream.getvalue())
+        for key, rows in self._vectors.items():
+            rows.append(frame[key])
+
+
+class DatasetWriter:
+    """Writes one split (for example `training`), or goes on with one.
+
+    Args:
+        folder: The split's folder; made if it is missing.
+        compress: Compress frames (about 3x smaller, slower); CALVIN's are not.
+        embed: Sentence embeddings (N, 1, d) of texts, which CALVIN's language models want;
+            without it they are written with d = 0.
+
+    Raises:
+        DatasetError: The folder holds frames but no log: somebody else's data.
+    """
+
+    def __init__(self, folder: Path | str, *, compress: bool = False, embed: Embed | None = None):
+        self.folder, self._compress, self._embed = Path(folder), compress, embed
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / LOG).exists() and any(self.folder.glob("episode_*.npz")):
+            raise DatasetError(f"{self.folder}: has frames and no {LOG}; refusing to write here")
+        self._rows = read_log(self.folder / LOG)
+        replace_file(self.folder / LOG, log_bytes(self._rows))  # drops a torn last line
+        self._clear_uncommitted()
+        self._open = False
+
+    @property
+    def n_episodes(self) -> int:
+        """Committed episodes."""
+        return len(self._rows)
+
+    @property
+    def n_frames(self) -> int:
+        """Committed frames; the next frame's index."""
+        return self._rows[-1]["end"] + 1 if self._rows else 0
+
+    @contextmanager
+    def episode(self, scene: str) -> Iterator[Episode]:
+        """Write one episode; leaving the block commits it, an exception discards it."""
+        name = str(scene).removeprefix("calvin_scene_")
+        if self._open:
+            raise DatasetError("episode: the one before is not finished")
+        earlier = {row["scene"] for row in self._rows}
+        if name in earlier and name != self._rows[-1]["scene"]:
+            raise DatasetError(f"scene: {name} again; CALVIN keeps a scene's frames together")
+        self._open = True
+        try:
+            episode = Episode(self.folder, self.n_frames, self._compress)
+            yield episode
+            row = {"scene": name, **episode.finish()}
+            with (self.folder / LOG).open("ab") as log:
+                log.write(log_bytes([row]))
+                log.flush()
+                os.fsync(log.fileno())
+            self._rows.append(row)
+        except BaseException:
+            self._clear_uncommitted()
+            raise
+        finally:
+            self._open = False
+
+    def _clear_uncommitted(self) -> None:
+        """Remove the frames of an episode that was never committed."""
+        for temporary in self.folder.glob(".episode_*.tmp"):
+            temporary.unlink()
+        index = self.n_frames
+        while (path := self.folder / frame_name(index)).exists():
+            path.unlink()
+            index += 1
+
+    def close(self) -> None:
+        """Write CALVIN's index files; may be called at any time, and again."""
+        if not self._rows:
+            return
+        spans = np.array([[row["start"], row["end"]] for row in self._rows], dtype=np.int64)
+        replace_file(self.folder / "ep_start_end_ids.npy", npy_bytes(spans))
+        lengths = spans[:, 1] - spans[:, 0] + 1
+        replace_file(self.folder / "ep_lens.npy", npy_bytes(lengths))
+        scenes = scene_spans(self._rows)
+        replace_file(self.folder / "scene_info.npy", object_bytes(scenes))
+        replace_file(self.folder / "scene_info.json", json.dumps(scenes).encode())
+        replace_file(
+            self.folder / "statistics.yaml", yaml.safe_dump(statistics(self._rows)).encode()
+        )
+        notes = [Annotation(*note) for row in self._rows for note in row["annotations"]]
+        texts = [note.text for note in notes]
+        embedded = self._embed(texts) if self._embed and texts else np.zeros((len(texts), 1, 0))
+        write_annotations(self.folder, notes, np.asarray(embedded, dtype=np.float32))
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Dataset:
+    """Reads one split in CALVIN's layout, whoever wrote it.
+
+    Args:
+        folder: For example `task_D_D/training`.
+
+    Attributes:
+        episodes: (N, 2) first and last frame of each episode, inclusive.
+
+    Raises:
+        DatasetError: No `ep_start_end_ids.npy`, or it is damaged.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "ep_start_end_ids.npy"
+        try:
+            self.episodes: npt.NDArray[np.int64] = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"{path}: cannot be read ({error})") from error
+        if self.episodes.ndim != 2 or self.episodes.shape[1] != 2:
+            raise DatasetError(f"{path}: shape {self.episodes.shape}, wants (N, 2)")
+
+    def frame(self, index: int, keys: Sequence[str] | None = None) -> Frame:
+        """One frame's arrays, or only those named by `keys`.
+
+        Raises:
+            DatasetError: No such frame, key, or a damaged file.
+        """
+        try:
+            with np.load(self.folder / frame_name(index), allow_pickle=False) as stored:
+                return {key: stored[key] for key in (keys or stored.files)}
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise DatasetError(f"{frame_name(index)}: cannot be read ({error})") from error
+
+    def window(self, start: int, end: int, keys: Sequence[str]) -> Frame:
+        """Frames `start` to `end` inclusive, stacked by key."""
+        frames = [self.frame(index, keys) for index in range(start, end + 1)]
+        return {key: np.stack([frame[key] for frame in frames]) for key in keys}
+
+    def annotations(self) -> tuple[list[Annotation], F32]:
+        """Annotations and their embeddings (N, 1, d); see `read_annotations`."""
+        return read_annotations(self.folder)
+
+    def scenes(self) -> dict[str, tuple[int, int]]:
+        """First and last frame of each scene."""
+        twin = self.folder / "scene_info.json"
+        try:
+            if twin.exists():
+                spans = json.loads(twin.read_text(encoding="utf-8"))
+            else:
+                spans = load_object_array(self.folder / "scene_info.npy")
+            return {str(k): (int(v[0]), int(v[1])) for k, v in spans.items()}
+        except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
+            raise DatasetError(f"scene_info: cannot be read ({error})") from error
+
+    def statistics(self) -> dict[str, Any]:
+        """`statistics.yaml` as it is."""
+        try:
+            return dict(yaml.safe_load((self.folder / "statistics.yaml").read_text()))
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise DatasetError(f"statistics.yaml: cannot be read ({error})") from error

@@ -1,0 +1,166 @@
+"""`openhelix compare A B`: is B better than A, on the same episodes?
+
+Episodes are paired by their key, so both runs faced the same starts, words and noise; what
+differs between them otherwise is listed, because a difference has one cause only if one
+thing differs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from openhelix.benchmarks.calvin.sequences import LENGTH
+from openhelix.benchmarks.calvin.tasks import TASK_NAMES
+from openhelix.benchmarks.evaluation.report import interval, markdown_table
+from openhelix.benchmarks.evaluation.results import read_results, read_run
+from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
+from openhelix.benchmarks.evaluation.suites import CHAINS
+from openhelix.runtime.cli.arguments import Parser
+from openhelix.runtime.core.config import ConfigError
+
+MUST_AGREE = ("name", "seed")  # else equal keys are not equal episodes
+Result = Mapping[str, Any]
+
+
+def compare(first: Path, second: Path) -> dict[str, Any]:
+    """Compare two evaluations by folder.
+
+    Raises:
+        ValueError: one of them is no evaluation or is damaged, or they share no episodes.
+    """
+    a, b = (read_run(folder)["identity"] for folder in (first, second))
+    for name in MUST_AGREE:
+        if a.get(name) != b.get(name):
+            what = "suite" if name == "name" else name
+            raise ConfigError(f"compare: {what} is {a.get(name)!r} in A, {b.get(name)!r} in B")
+    pairs = paired(read_results(first), read_results(second))
+    if not pairs:
+        raise ConfigError(f"compare: {first} and {second} have no episode in common")
+    found: dict[str, Any] = {
+        "a": str(first),
+        "b": str(second),
+        "suite": a["name"],
+        "seed": a["seed"],
+        "clock": [a["clock"], b["clock"]],
+        "steps_limit": [a["steps_limit"], b["steps_limit"]],
+        "n_pairs": len(pairs),
+        "differs": {
+            key: [a.get(key), b.get(key)]
+            for key in sorted(set(a) | set(b))
+            if a.get(key) != b.get(key)
+        },
+    }
+    if a["name"] in CHAINS:
+        found["avg_len"] = _means(pairs, lambda r: r["in_a_row"])
+        found["success_in_a_row"] = [_successes(pairs, _reached(k)) for k in range(LENGTH)]
+    else:
+        found["success_rate"] = _successes(pairs, lambda r: r["success"])
+    return found | {"per_task": per_task(pairs)}
+
+
+def paired(first: Sequence[Result], second: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """Return the episodes that both have, in A's order."""
+    there = {r["key"]: r for r in second}
+    return [(r, there[r["key"]]) for r in first if r["key"] in there]
+
+
+def per_task(pairs: Sequence[tuple[Result, Result]]) -> dict[str, Any]:
+    """Compare tasks that both attempted in the same episode."""
+    rows: dict[str, list[tuple[bool, bool]]] = {}
+    for a, b in pairs:
+        for mine, other in zip(a["tasks"], b["tasks"], strict=False):
+            rows.setdefault(mine["task"], []).append((mine["success"], other["success"]))
+    return {
+        name: _both([x for x, _ in rows[name]], [y for _, y in rows[name]], mcnemar)
+        for name in TASK_NAMES
+        if name in rows
+    }
+
+
+def _reached(k: int) -> Callable[[Result], bool]:
+    return lambda result: bool(result["in_a_row"] > k)
+
+
+def _successes(
+    pairs: Sequence[tuple[Result, Result]], value: Callable[[Result], bool]
+) -> dict[str, Any]:
+    return _both([value(a) for a, _ in pairs], [value(b) for _, b in pairs], mcnemar)
+
+
+def _means(
+    pairs: Sequence[tuple[Result, Result]], value: Callable[[Result], float]
+) -> dict[str, Any]:
+    return _both([value(a) for a, _ in pairs], [value(b) for _, b in pairs], paired_bootstrap)
+
+
+def _both(a: Sequence[Any], b: Sequence[Any], test: Callable[..., Paired]) -> dict[str, Any]:
+    result = asdict(test(a, b))
+    return {"a": sum(a) / len(a), "b": sum(b) / len(b)} | result | {"ci95": list(result["ci95"])}
+
+
+def to_markdown(found: Mapping[str, Any]) -> str:
+    """Return a comparison as Markdown."""
+    header = ["", "A", "B", "B - A", "95 % interval", "p", "pairs", "B better", "B worse"]
+    rows = []
+    if "avg_len" in found:
+        rows.append(_row("average length", found["avg_len"], 1.0))
+        rows += [
+            _row(f"{k} in a row, %", row, 100.0)
+            for k, row in enumerate(found["success_in_a_row"], 1)
+        ]
+    else:
+        rows.append(_row("success, %", found["success_rate"], 100.0))
+    tasks = [_row(name, row, 100.0) for name, row in found["per_task"].items()]
+    differs = [[key, _text(a), _text(b)] for key, (a, b) in found["differs"].items()]
+    clocks, limits = (
+        " and ".join(dict.fromkeys(map(str, found[k]))) for k in ("clock", "steps_limit")
+    )
+    parts = [
+        f"# {found['suite']}: A and B\n",
+        f"A is `{found['a']}`, B is `{found['b']}`; {found['n_pairs']} pairs of episodes, "
+        f"{clocks} clock, at most {limits} environment steps a task, seed {found['seed']}.\n",
+        markdown_table((header, rows)),
+        "Success rates: McNemar's exact test; average length: paired bootstrap.\n",
+        "## What differs\n",
+        markdown_table((["setting", "A", "B"], differs)) if differs else "Nothing.\n",
+        "## By task, %\n",
+        markdown_table((header, tasks)),
+    ]
+    return "\n".join(parts)
+
+
+def _row(name: str, row: Mapping[str, Any], scale: float) -> list[str]:
+    digits = 2 if scale == 1.0 else 1
+    return [
+        name,
+        f"{scale * row['a']:.{digits}f}",
+        f"{scale * row['b']:.{digits}f}",
+        f"{scale * row['difference']:+.{digits}f}",
+        interval(row["ci95"], scale, digits),
+        f"{row['p']:.3g}",
+        str(row["n"]),
+        str(row["better"]),
+        str(row["worse"]),
+    ]
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compare two folders of results."""
+    arguments = Parser(prog="openhelix compare", description=__doc__)
+    arguments.add_argument("a", type=Path, metavar="A", help="folder of an evaluation")
+    arguments.add_argument("b", type=Path, metavar="B", help="folder of another one")
+    arguments.add_argument("--json", action="store_true", help="print one JSON object")
+    options = arguments.parse_args(argv)
+    found = compare(options.a, options.b)
+    sys.stdout.write(json.dumps(found) + "\n" if options.json else to_markdown(found))
+    return 0

@@ -1,0 +1,268 @@
+"""An evaluation: what is missing is run, what is finished is kept, and all is summed up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from openhelix.benchmarks.evaluation.pool import Job, Pool
+from openhelix.benchmarks.evaluation.results import ResultsError, Store, replace_file, summarise
+from openhelix.benchmarks.evaluation.runner import Conditions
+from openhelix.benchmarks.evaluation.suites import Suite, spread
+from openhelix.runtime.control.report import versions
+from openhelix.runtime.core.config import ConfigError, Part, RunConfig
+from openhelix.system1.config import SHIPPED
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("runtime", "system1", "system2", "benchmarks/calvin", "benchmarks/evaluation")
+Progress = Callable[[int, int, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One evaluation, complete.
+
+    Attributes:
+        suite: the episodes.
+        conditions: how they are run.
+        config: what is evaluated.
+        threads: of torch.
+        videos: how many episodes are filmed, evenly spread over the list.
+        filmed: keys of episodes that are filmed besides.
+    """
+
+    suite: Suite
+    conditions: Conditions
+    config: RunConfig
+    threads: int = 1
+    videos: int = 0
+    filmed: tuple[str, ...] = ()
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that shapes the results, as plain data."""
+        config = self.config
+        return {
+            **self.suite.identity(),
+            "clock": config.control.clock,
+            "hz2": config.system2.hz if config.control.clock == "realtime" else None,
+            "steps_limit": self.conditions.steps_limit,
+            "interval": self.conditions.interval,
+            "latency": self.conditions.latency,
+            "drift": self.conditions.drift,
+            "policy": config.system1.policy.model_dump(mode="json"),
+            "policy_sha256": fingerprint(config.system1.policy),
+            "system2": config.system2.engine.model_dump(mode="json"),
+            "system2_sha256": fingerprint(config.system2.engine),
+            "camera": config.system2.camera,
+            "replan_steps": config.system1.replan_steps,
+            "blend_s": config.system1.blend_s,
+            "latent_memory": config.system1.latent_memory,
+            "control_hz": config.control.hz,
+            "safety": _plain(config.model_dump(mode="json")["safety"]),
+            "threads": self.threads,
+        }
+
+
+def evaluate(
+    plan: Plan, pool: Pool, folder: Path, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run what is missing; return the summary, which is also written to the folder.
+
+    Args:
+        plan: what to evaluate.
+        pool: runs the episodes; started here, closed by its owner.
+        folder: of the results; continued if it holds some of this very evaluation.
+        progress: told after each episode how many are finished, of how many, and the last.
+
+    Raises:
+        ValueError: something is refused; one line says what. Nothing was overwritten.
+    """
+    episodes = plan.suite.episodes()
+    store = Store(folder, plan.identity(), episodes, code_hash())
+    begun_s = time.monotonic()
+    try:
+        missing, resumed = store.missing, len(store.results)
+        about = pool.start() if missing or not (folder / "about.json").exists() else None
+        about = _about(folder, about, resumed > 0)
+        films = spread(episodes, plan.videos)
+        films |= {e.index for e in episodes if e.key in plan.filmed}
+        ready_s = time.monotonic()
+        jobs = [Job(e, plan.conditions, e.index in films) for e in missing]
+        for _, outcome in pool.run(jobs) if jobs else ():
+            store.add(outcome.result, outcome.video)
+            if progress is not None:
+                progress(len(store.results), len(episodes), outcome.result)
+        report = summarise(plan.suite, store.results) | {
+            **header(plan, about),
+            "code": store.codes,
+            "folder": str(folder),
+            "workers": pool.workers,
+            "resumed_episodes": resumed,
+            "load_s": round(ready_s - begun_s, 2),
+            "wall_s": round(time.monotonic() - ready_s, 2),
+            "versions": versions(),
+        }
+        store.finish(report)
+        return report
+    finally:
+        store.close()
+
+
+def _about(folder: Path, about: dict[str, Any] | None, resumed: bool) -> dict[str, Any]:
+    """Keep what a pool said of itself; a finished evaluation need not load anything again.
+
+    Raises:
+        ResultsError: the model behind the same configuration is another one by now.
+    """
+    path = folder / "about.json"
+    if path.exists():
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            raise ResultsError(f"{path}: damaged; choose another folder") from None
+        if about is None:
+            return before
+        if resumed and before != _plain(about):
+            differs = [k for k in about if before.get(k) != _plain(about[k])]
+            raise ResultsError(
+                f"--out: {folder} was begun with another model: {', '.join(differs)} differ; "
+                "choose another folder"
+            )
+    assert about is not None
+    replace_file(path, json.dumps(about, indent=1).encode() + b"\n")
+    return dict(_plain(about))
+
+
+def header(plan: Plan, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what every score must say of itself."""
+    policy, engine = plan.config.system1.policy, plan.config.system2.engine
+    wall = plan.config.control.clock == "realtime"
+    uses_system2 = about["policy_spec"]["latent"] is not None
+    return {
+        "suite": plan.suite.name,
+        "world": plan.suite.world,
+        "scene": ",".join(plan.suite.scenes),
+        "seed": plan.suite.seed,
+        "clock": plan.config.control.clock,
+        "steps_limit": plan.conditions.steps_limit,
+        "interval": None if wall else plan.conditions.interval,
+        "latency": None if wall else plan.conditions.latency,
+        "hz2": plan.config.system2.hz if wall else None,
+        "replan_steps": plan.config.system1.replan_steps,
+        "policy": {
+            "target": policy.target,
+            "checkpoint": policy.options.get("path"),
+            "sha256": fingerprint(policy),
+            "spec": about["policy_spec"],
+        },
+        "system2": {
+            "target": engine.target,
+            "options": _plain(engine.options),
+            "sha256": fingerprint(engine),
+            "spec": about["latent_spec"],
+            "spec_id": about["spec_id"],
+        }
+        if uses_system2
+        else None,
+    }
+
+
+def fingerprint(part: Part) -> str:
+    """Return a hash of a part: its target and options, files and folders by their content.
+
+    Raises:
+        ConfigError: `options.path` names nothing.
+    """
+    digest = hashlib.sha256(part.target.encode())
+    for name, value in sorted(part.options.items()):
+        digest.update(f"\0{name}\0".encode())
+        path = Path(value) if isinstance(value, str) and value else None
+        if name == "path" and value == "shipped":
+            path = SHIPPED
+        if path is not None and path.exists():
+            digest.update(content(path))
+        elif name == "path" and value not in (None, "shipped"):
+            raise ConfigError(f"system1.policy.options.path: no checkpoint at {value}")
+        else:
+            digest.update(json.dumps(_plain(value), sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def content(path: Path) -> bytes:
+    """Return a hash of a file, or of a folder's files and their names."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.digest()
+
+
+def code_hash() -> str:
+    """Return a hash of the program: results of different programs are not one evaluation."""
+    digest = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+class Console:
+    """Tells a person how far it is, on standard error: a line that is rewritten, or lines.
+
+    Args:
+        what: first word of the line.
+        stream: where to.
+        every_s: seconds between lines where they cannot be rewritten.
+    """
+
+    def __init__(self, what: str, stream: TextIO | None = None, every_s: float = 10.0) -> None:
+        self._what, self._stream = what, stream or sys.stderr
+        self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._every_s = 0.2 if self._live else every_s
+        self._begun_s = time.monotonic()
+        self._next_s = 0.0
+        self._first: int | None = None
+        self._good = self._seen = 0
+
+    def say(self, text: str) -> None:
+        """Write one line."""
+        self._stream.write(f"{self._what}: {text}\n")
+        self._stream.flush()
+
+    def __call__(self, done: int, total: int, result: Mapping[str, Any]) -> None:
+        now_s = time.monotonic()
+        self._first = done - 1 if self._first is None else self._first
+        self._seen += 1
+        self._good += result["in_a_row"]
+        if result["error"]:
+            self.say(f"{result['key']} failed: {result['error']}")
+        if now_s < self._next_s and done < total:
+            return
+        self._next_s = now_s + self._every_s
+        left_s = (now_s - self._begun_s) / (done - self._first) * (total - done)
+        text = (
+            f"{self._what}: {done} of {total} episodes, {self._good / self._seen:.2f} tasks each, "
+            f"{_clock(left_s)} to go"
+        )
+        self._stream.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
+        if self._live and done == total:
+            self._stream.write("\n")
+        self._stream.flush()
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

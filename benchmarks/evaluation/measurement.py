@@ -1,0 +1,338 @@
+"""One attempt at an episode: what is known of it, whenever and however it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from openhelix.benchmarks.evaluation.suites import Episode
+from openhelix.runtime.control.assembly import ControlStack
+from openhelix.runtime.control.episode_runner import TaskResult
+from openhelix.runtime.control.goals import LockstepGoals
+from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.core.interfaces import Engine, LatentSpec, Policy, PolicySpec
+from openhelix.runtime.core.types import F32, ActionChunk, LatentGoal, Observation
+from openhelix.runtime.robots.env import EnvRobot
+
+# ------------------------------------------------------------------------------------------------
+# System 2 on a schedule, computing only those latents that a plan is made from.
+#
+# A policy that plans every eighth step reads one in eight of the latents of a System 2 that
+# refreshes every step. The others change nothing, so they are scheduled and counted but never
+# computed: the same results, at an eighth of the cost.
+
+
+NOT_YET: F32 = np.zeros((0, 0), np.float32)
+
+
+class DemandGoals(LockstepGoals):
+    """`LockstepGoals` whose latents have no content until `filled` is asked for them.
+
+    Args:
+        engine, camera, interval, latency, memory: see `LockstepGoals`.
+        draw_now: look at the image when the latent is scheduled, for worlds that cannot show
+            an instant later.
+
+    Attributes:
+        scheduled: latents so far, computed or not.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        camera: str,
+        interval: int,
+        latency: int,
+        memory: int = 1,
+        draw_now: bool = False,
+    ) -> None:
+        super().__init__(engine, camera, interval, latency, memory)
+        self._draw_now = draw_now
+        self._ask: dict[int, Callable[[], F32]] = {}  # by seq, of this instruction
+        self._z: dict[int, F32] = {}
+
+    @property
+    def scheduled(self) -> int:
+        """Latents so far, computed or not."""
+        return self._seq
+
+    def begin(self, instruction_id: int, instruction: str) -> None:
+        super().begin(instruction_id, instruction)
+        self._ask.clear()
+        self._z.clear()
+
+    def filled(self, latent: LatentGoal) -> LatentGoal:
+        """Return the latent with its content."""
+        if latent.seq not in self._z:
+            self._z[latent.seq] = self._ask.pop(latent.seq)()
+        return replace(latent, z=self._z[latent.seq])
+
+    def _compute(self, observation: Observation) -> LatentGoal:
+        frames, text, engine = observation.frames, self.instruction, self._engine
+        if self._draw_now:
+            frames = {self._camera: frames[self._camera]}
+        seq = self._seq
+        self._ask[seq] = lambda: engine.encode([frames[self._camera].rgb], [text])[0]
+        self._forget()
+        self._seq += 1
+        return LatentGoal(
+            z=NOT_YET,
+            seq=seq,
+            instruction_id=self.instruction_id,
+            t_obs_ns=observation.t_ns,
+            t_pub_ns=observation.t_ns,
+            spec_id=self._spec_id,
+            source="lockstep",
+        )
+
+    def _forget(self) -> None:
+        """Drop what was replaced before anybody asked."""
+        live = {latent.seq for latent in self.recent} | {goal.seq for _, goal in self._on_the_way}
+        for kept in (self._ask, self._z):
+            for seq in [seq for seq in kept if seq not in live and seq < self._seq]:
+                del kept[seq]
+
+
+class DemandPolicy:
+    """A policy whose latents are filled when it plans.
+
+    Args:
+        policy: the policy.
+        goals: what its latents come from.
+    """
+
+    def __init__(self, policy: Policy, goals: DemandGoals) -> None:
+        self._policy, self._goals = policy, goals
+
+    @property
+    def spec(self) -> PolicySpec:
+        return self._policy.spec
+
+    def warm_up(self) -> None:
+        self._policy.warm_up()
+
+    def reset(self, seed: int | None = None) -> None:
+        self._policy.reset(seed)
+
+    def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
+        return self._policy.act(observation, [self._goals.filled(goal) for goal in latents])
+
+
+# ------------------------------------------------------------------------------------------------
+# What is measured while an episode runs: System 2's work, the latents' age and their drift.
+
+
+class EngineMeter:
+    """An engine that counts its calls and their time.
+
+    Attributes:
+        engine: the engine itself; calls to it are not counted.
+        calls: so far.
+        seconds, cpu_s: by the clock, and of this process's processor time, which others that
+            are busy on the machine do not change.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.calls = 0
+        self.seconds = 0.0
+        self.cpu_s = 0.0
+
+    @property
+    def spec(self) -> LatentSpec:
+        """What the latents are."""
+        return self.engine.spec
+
+    def warm_up(self) -> None:
+        self.engine.warm_up()
+
+    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
+        start_s, cpu_s = time.perf_counter(), time.process_time()
+        try:
+            return self.engine.encode(images, instructions)
+        finally:
+            self.seconds += time.perf_counter() - start_s
+            self.cpu_s += time.process_time() - cpu_s
+            self.calls += 1
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class Watch:
+    """A subscriber that keeps, for each task, System 2's work and the age of the latents in use.
+
+    `latents` are those that the schedule asked for, `encoded` those that were computed because
+    a plan was made from them; see `openhelix.benchmarks.evaluation.measurement`.
+    """
+
+    EMPTY: Mapping[str, Any] = MappingProxyType(
+        {"latents": 0, "encoded": 0, "latent_age_steps": None, "plans": 0}
+    )
+
+    def __init__(self, stack: ControlStack, engine: EngineMeter | None) -> None:
+        self._engine, self._goals = engine, stack.loop.goals
+        self._period_s = stack.loop.period_ns * 1e-9
+        self._begin_s = engine.seconds if engine else 0.0
+        self._begin_cpu_s = engine.cpu_s if engine else 0.0
+        self._begin_calls = engine.calls if engine else 0
+        self._tasks: list[dict[str, int]] = []
+        self._ages: list[list[int]] = []  # of the latent behind each plan, in steps
+
+    def __call__(self, tick: Tick) -> None:
+        while len(self._tasks) < tick.observation.instruction_id:
+            self._tasks.append({"latents": 0, "encoded": 0, "plans": 0})
+            self._ages.append([])
+        task = self._tasks[-1]
+        if isinstance(self._goals, DemandGoals) and self._engine is not None:
+            before = self._tasks[:-1]
+            calls = self._engine.calls - self._begin_calls
+            task["latents"] = self._goals.scheduled - sum(t["latents"] for t in before)
+            task["encoded"] = calls - sum(t["encoded"] for t in before)
+        if tick.new_chunk is not None:
+            task["plans"] += 1
+            if tick.latent_age_s is not None:
+                self._ages[-1].append(round(tick.latent_age_s / self._period_s))
+
+    @property
+    def seconds(self) -> float:
+        """What System 2 has computed so far took."""
+        return self._engine.seconds - self._begin_s if self._engine else 0.0
+
+    @property
+    def cpu_s(self) -> float:
+        """The processor time that it took in this process."""
+        return self._engine.cpu_s - self._begin_cpu_s if self._engine else 0.0
+
+    def row(self, number: int) -> dict[str, Any]:
+        """What to report of a task, by its place in the chain."""
+        if number >= len(self._tasks):
+            return dict(self.EMPTY)
+        ages = self._ages[number]
+        age = {"mean": round(float(np.mean(ages)), 3), "max": max(ages)} if ages else None
+        return self._tasks[number] | {"latent_age_steps": age}
+
+
+class Drift:
+    """A subscriber that compares the latent behind each plan with a fresh one.
+
+    What the plan *would* have been conditioned on costs one more call of System 2 a plan; the
+    run itself goes on unchanged.
+
+    Attributes:
+        samples: [age in steps, cosine] of every plan that used a latent older than its image.
+    """
+
+    def __init__(self, stack: ControlStack, engine: Engine, camera: str) -> None:
+        self._stack, self._engine, self._camera = stack, engine, camera
+        self.samples: list[list[float]] = []
+
+    def __call__(self, tick: Tick) -> None:
+        loop, current = self._stack.loop, self._stack.episode_runner.current
+        if tick.new_chunk is None or loop.goals is None or current is None:
+            return
+        used = loop.goals.recent[-1]
+        if isinstance(loop.goals, DemandGoals):
+            used = loop.goals.filled(used)
+        age_ns = tick.observation.t_ns - used.t_obs_ns
+        if age_ns <= 0:
+            return
+        frame = tick.observation.frames[self._camera]
+        fresh = self._engine.encode([frame.rgb], [current.instruction])[0]
+        age = round(age_ns / loop.period_ns)
+        self.samples.append([age, round(cosine(used.z, fresh), 6)])
+
+
+def cosine(a: F32, b: F32) -> float:
+    """Return the cosine of two latents (n_tokens, d), taken as one vector each."""
+    x, y = np.ravel(a).astype(np.float64), np.ravel(b).astype(np.float64)
+    length = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return float(x @ y) / length if length > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an episode: plain data, and the film of it, if it was filmed."""
+
+    result: dict[str, Any]
+    video: bytes | None = None
+
+
+class Attempt:
+    """What is known of an episode so far; complete enough to report whenever it breaks off."""
+
+    def __init__(self, episode: Episode) -> None:
+        self.episode = episode
+        self.error: str | None = None
+        self.video: bytes | None = None
+        self.drift: Drift | None = None
+        self._watch: Watch | None = None
+        self._stack: ControlStack | None = None
+        self._robot: EnvRobot | None = None
+        self._renders = 0
+
+    def begin(self, stack: ControlStack, engine: EngineMeter | None, robot: EnvRobot) -> None:
+        """Watch this stack from now on."""
+        self._stack, self._robot, self._renders = stack, robot, robot.renders
+        self._watch = Watch(stack, engine)
+        stack.loop.subscribers.append(self._watch)
+
+    def outcome(self, wall_s: float, cpu_s: float = 0.0) -> Outcome:
+        """Return the result as plain data; `cpu_s` is the process's own time."""
+        results: Sequence[TaskResult] = self._stack.episode_runner.results if self._stack else ()
+        rows = [self._row(number, result) for number, result in enumerate(results)]
+        in_a_row = next((i for i, row in enumerate(rows) if not row["success"]), len(rows))
+        planner = self._stack.loop.planner if self._stack else None
+        result = {
+            "index": self.episode.index,
+            "key": self.episode.key,
+            "scene": self.episode.scene,
+            "groups": dict(self.episode.groups),
+            "in_a_row": in_a_row,
+            "success": in_a_row == len(self.episode.tasks),
+            "error": self.error,
+            "tasks": rows + self._broken(len(rows)),
+            "renders": self._robot.renders - self._renders if self._robot else 0,
+            "drift": self.drift.samples if self.drift else [],
+            "timing": {
+                "wall_s": round(wall_s, 3),
+                "task_s": [round(r.duration_s, 3) for r in results],
+                "s1_s": round(sum(planner.latencies_s), 3) if planner else 0.0,
+                "s2_s": round(self._watch.seconds, 3) if self._watch else 0.0,
+                "cpu_s": round(cpu_s, 3),
+                "s2_cpu_s": round(self._watch.cpu_s, 3) if self._watch else 0.0,
+            },
+        }
+        return Outcome(result, self.video)
+
+    def _row(self, number: int, result: TaskResult) -> dict[str, Any]:
+        assert self._watch is not None
+        return {
+            "task": result.task,
+            "instruction": result.instruction,
+            "success": result.success,
+            "env_steps": result.env_steps,
+            "hold_steps": result.hold_steps,
+            "reason": result.reason,
+            **self._watch.row(number),
+        }
+
+    def _broken(self, done: int) -> list[dict[str, Any]]:
+        """The row of the task during which the episode broke off, if it did."""
+        if self.error is None or done == len(self.episode.tasks):
+            return []
+        steps = self._stack.episode_runner.steps if self._stack else 0
+        row = {
+            "task": self.episode.tasks[done],
+            "instruction": self.episode.instructions[done],
+            "success": False,
+            "env_steps": steps,
+            "hold_steps": 0,
+            "reason": self.error,
+        }
+        return [row | (self._watch.row(done) if self._watch else dict(Watch.EMPTY))]

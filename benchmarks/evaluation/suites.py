@@ -1,0 +1,280 @@
+"""What is asked of a policy: suites as lists of episodes.
+
+An episode is plain data, made from the suite's settings and one seed alone, so any process
+can run any episode, in any order, and get the same result. Suites differ only in how the list
+is made:
+
+    tasks     single tasks from random starts in which they can be done
+    calvin    CALVIN's five-task chains, from CALVIN's own layouts
+    calvin-e  the same chains in other words (CALVIN-E)
+    calvin-d  grasping blocks that move (CALVIN-D), every lift task and pattern
+
+The static pattern of calvin-d is its control: the same starts, nothing moves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from openhelix.benchmarks.calvin import phrases
+from openhelix.benchmarks.calvin.motions import PATTERNS, PRESETS, speed_m_s
+from openhelix.benchmarks.calvin.scene import get_scene
+from openhelix.benchmarks.calvin.sequences import N_SEQUENCES, get_sequences
+from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS, get_task
+
+SUITES = ("tasks", "calvin", "calvin-e", "calvin-d")
+CHAINS = ("calvin", "calvin-e")  # scored by tasks in a row, not by success
+GRASP_TASKS = tuple(name for name, task in TASKS.items() if task.family == "lift")
+WORLDS = ("playtable", "calvin")
+
+
+class SuiteError(ValueError):
+    """A suite that cannot be made; the message names the option and what is valid."""
+
+
+@dataclass(frozen=True, slots=True)
+class Motion:
+    """A block that moves until it is touched; see `openhelix.benchmarks.calvin.motions`."""
+
+    block: str  # "block_red", ...
+    pattern: str
+    speed_m_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One attempt at a task, or at a chain of tasks.
+
+    Attributes:
+        index: place in the suite's list.
+        key: says what it is; two evaluations are paired by it.
+        scene: "A" to "D".
+        tasks: in order; the attempt ends at the first failure.
+        instructions: one a task.
+        seed: of the policy's randomness.
+        sequence: CALVIN's sequence that it starts from; None for a drawn start.
+        draw: seed of a drawn start.
+        motion: of the block to grasp.
+        groups: what results are grouped by, besides task and scene.
+    """
+
+    index: int
+    key: str
+    scene: str
+    tasks: tuple[str, ...]
+    instructions: tuple[str, ...]
+    seed: int
+    sequence: int | None = None
+    draw: tuple[int, ...] = ()
+    motion: Motion | None = None
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Episode:
+        """Read `to_json`'s output."""
+        values = dict(data)
+        for name in ("tasks", "instructions", "draw"):
+            values[name] = tuple(values[name])
+        if values["motion"] is not None:
+            values["motion"] = Motion(**values["motion"])
+        return Episode(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """What to make episodes of.
+
+    Attributes:
+        name: one of `SUITES`.
+        world: one of `WORLDS`.
+        scenes: one or more of A to D.
+        count: sequences of a chain suite (the first of CALVIN's 1000); else episodes for each
+            task, and for each pattern and speed of calvin-d.
+        seed: of starts, wording and the policy's noise.
+        tasks: which tasks of "tasks" or "calvin-d"; () for all.
+        patterns, speeds: of calvin-d; speeds are names of `motions.PRESETS` or m/s.
+        phrases: of calvin-e: "seen", "unseen", "all", or a file `{task: [sentence]}`.
+    """
+
+    name: str
+    world: str = "playtable"
+    scenes: tuple[str, ...] = ("D",)
+    count: int = 10
+    seed: int = 0
+    tasks: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = PATTERNS
+    speeds: tuple[str, ...] = ("paper",)
+    phrases: str = "unseen"
+
+    def __post_init__(self) -> None:
+        if self.name not in SUITES:
+            raise SuiteError(f"--suite: {self.name!r} is none of {', '.join(SUITES)}")
+        if self.world not in WORLDS:
+            raise SuiteError(f"--world: {self.world!r} is none of {', '.join(WORLDS)}")
+        if self.name == "calvin-d" and self.world != "playtable":
+            raise SuiteError("--world: calvin-d needs playtable; calvin_env's blocks cannot move")
+        if not self.scenes or len(set(self.scenes)) < len(self.scenes):
+            raise SuiteError(f"--scene: {''.join(self.scenes)!r} is not one or more of A, B, C, D")
+        for scene in self.scenes:
+            get_scene(scene)
+        limit = N_SEQUENCES if self.is_chain else 100_000
+        what = "--sequences" if self.is_chain else "--episodes-per-task"
+        if not 1 <= self.count <= limit:
+            raise SuiteError(f"{what}: {self.count} is not between 1 and {limit}")
+        if self.seed < 0:
+            raise SuiteError(f"--seed: {self.seed} is negative")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        valid = GRASP_TASKS if self.name == "calvin-d" else TASK_NAMES
+        for task in self.tasks:
+            if self.is_chain:
+                raise SuiteError(f"--tasks: {self.name} is made of CALVIN's chains; leave it out")
+            if task not in valid:
+                raise SuiteError(f"--tasks: {task!r} is none of {', '.join(valid)}")
+        for pattern in self.patterns:
+            if pattern not in PATTERNS:
+                raise SuiteError(f"--patterns: {pattern!r} is none of {', '.join(PATTERNS)}")
+        for speed in self.speeds:
+            _speed("left", speed)
+        if self.name == "calvin-e":
+            self.sentences()
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether it is scored by tasks in a row."""
+        return self.name in CHAINS
+
+    def identity(self) -> dict[str, Any]:
+        """Return what shapes the list of episodes, as plain data."""
+        data = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        for name, suite in (
+            ("patterns", "calvin-d"),
+            ("speeds", "calvin-d"),
+            ("phrases", "calvin-e"),
+        ):
+            if self.name != suite:
+                del data[name]
+        if self.name == "calvin-e":
+            # A file of the same name may say something else tomorrow.
+            text = json.dumps({k: list(v) for k, v in self.sentences().items()}, sort_keys=True)
+            data["phrases_sha256"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return data
+
+    def sentences(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the wordings that this suite draws from, by task.
+
+        Raises:
+            PhraseError: a file that cannot be used.
+            SuiteError: it lacks a task.
+        """
+        if self.name != "calvin-e":
+            return phrases.validation()
+        if self.phrases in phrases.SPLITS:
+            found = phrases.calvin_e(self.phrases)
+        else:
+            found = phrases.load(self.phrases)
+        missing = [name for name in TASK_NAMES if name not in found]
+        if missing:
+            raise SuiteError(f"--phrases: {self.phrases} has no sentence for {missing[0]}")
+        return found
+
+    def episodes(self) -> list[Episode]:
+        """Return the list; the same settings give the same list."""
+        make = {"tasks": self._single, "calvin-d": self._moving}.get(self.name, self._chains)
+        return make()
+
+    def _single(self) -> list[Episode]:
+        episodes: list[Episode] = []
+        for scene in self.scenes:
+            for n in range(self.count):
+                for task in self.tasks or TASK_NAMES:
+                    episodes.append(self._drawn(len(episodes), scene, task, n))
+        return episodes
+
+    def _moving(self) -> list[Episode]:
+        episodes: list[Episode] = []
+        for scene in self.scenes:
+            for n in range(self.count):
+                for task in self.tasks or GRASP_TASKS:
+                    for pattern in self.patterns:
+                        # Nothing moves at any speed of the static pattern: once is enough.
+                        for speed in self.speeds[:1] if pattern == "static" else self.speeds:
+                            episodes.append(
+                                self._drawn(len(episodes), scene, task, n, pattern, speed)
+                            )
+        return episodes
+
+    def _drawn(
+        self, index: int, scene: str, task: str, n: int, pattern: str = "", speed: str = ""
+    ) -> Episode:
+        key, motion, groups = f"{scene}/{task}/{n}", None, {}
+        # All patterns of one number share a start, so that they can be compared in pairs.
+        draw = (zlib.crc32(key.encode()), self.seed)
+        if pattern:
+            still = pattern == "static"
+            key += f"/{pattern}" + ("" if still else f"/{speed}")
+            motion = Motion(TASKS[task].target, pattern, _speed(pattern, speed))
+            groups = {"pattern": pattern, "speed": "0" if still else speed}
+            groups["motion"] = pattern if still else f"{pattern} {speed}"
+        return Episode(
+            index=index,
+            key=key,
+            scene=scene,
+            tasks=(task,),
+            instructions=(get_task(task).sentence,),
+            seed=_seed(self.seed, key),
+            draw=draw,
+            motion=motion,
+            groups=groups,
+        )
+
+    def _chains(self) -> list[Episode]:
+        sentences = self.sentences()
+        episodes: list[Episode] = []
+        for scene in self.scenes:
+            for number, (_, tasks) in enumerate(get_sequences(self.count)):
+                key = f"{scene}/{number}"
+                rng = np.random.default_rng([zlib.crc32(key.encode()), self.seed])
+                said = tuple(phrases.choose(sentences, task, rng) for task in tasks)
+                seed = _seed(self.seed, key)
+                episodes.append(
+                    Episode(len(episodes), key, scene, tasks, said, seed, sequence=number)
+                )
+        return episodes
+
+
+def _seed(seed: int, key: str) -> int:
+    return zlib.crc32(f"{seed} {key}".encode())
+
+
+def _speed(pattern: str, speed: str) -> float:
+    """Return m/s of a preset's name or of a number."""
+    if speed in PRESETS:
+        return speed_m_s(pattern, speed)
+    try:
+        value = float(speed)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 0.5:
+        raise SuiteError(f"--speeds: {speed!r} is none of {', '.join(PRESETS)}, nor 0 to 0.5 m/s")
+    return value
+
+
+def spread(episodes: Sequence[Episode], count: int) -> set[int]:
+    """Return the indices of `count` episodes, evenly spread over the list."""
+    if count <= 0 or not episodes:
+        return set()
+    picked = np.linspace(0, len(episodes) - 1, min(count, len(episodes)))
+    return {episodes[round(float(i))].index for i in picked}

@@ -1,0 +1,402 @@
+"""`openhelix sweep`: how old may the goal be? (paper Sec. 5.6)
+
+Every cell of the sweep is an evaluation of its own, on the same episodes: System 2 refreshes
+every `interval` environment steps and its latent arrives `latency` steps later. Beside the
+score stand the age of the latents that plans were made from, their drift (the cosine to the
+latent that System 2 would give at that moment, measured on the first episodes of a cell) and
+System 2's work for a task. Cells that are finished are not run again.
+
+`--clock realtime` (or `both`) runs the same cadences on the wall clock, with System 2 in a
+process of its own: `control.hz / interval` hertz. Its latency is then what it is on this
+machine, and a cadence that it cannot keep shows in the latents that it gave a task.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from openhelix.benchmarks.evaluation import plots
+from openhelix.benchmarks.evaluation.eval import arguments, load_config, make_suite
+from openhelix.benchmarks.evaluation.evaluation import Console, Plan, evaluate
+from openhelix.benchmarks.evaluation.metrics import EvalMetrics, served
+from openhelix.benchmarks.evaluation.pool import Pool, open_pool
+from openhelix.benchmarks.evaluation.report import html_table, image, interval, markdown_table, page
+from openhelix.benchmarks.evaluation.results import read_results, replace_file
+from openhelix.benchmarks.evaluation.runner import Conditions
+from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
+from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES
+from openhelix.runtime.cli.arguments import Parser, parse
+from openhelix.runtime.core.config import ConfigError, RunConfig
+
+# ------------------------------------------------------------------------------------------------
+# A sweep for people: tables, and a plot a suite of success against the age of the latent.
+
+
+Cell = dict[str, Any]
+
+
+def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Return the cells of one suite as a table."""
+    chain = "avg_len" in cells[0]
+    header = [
+        "interval",
+        "latency",
+        "average length" if chain else "success %",
+        "95 % interval",
+        "against the first: difference",
+        "p",
+        "latent age, steps",
+        "drift: cosine",
+        "latents a task",
+        "System 2, s a task",
+        "of processor time",
+    ]
+    scale, digits = (1.0, 2) if chain else (100.0, 1)
+    rows = []
+    for c in cells:
+        drift = c["drift"] or {}
+        cosine, age = drift.get("cosine_mean"), c["latent_age_steps"]["mean"]
+        rows.append(
+            [
+                str(c["interval"]),
+                "its own" if c["latency"] is None else str(c["latency"]),
+                f"{scale * _score(c):.{digits}f}",
+                interval(c["ci95"], scale, digits),
+                f"{scale * c['against']['difference']:+.{digits}f}",
+                f"{c['against']['p']:.3g}",
+                "" if age is None else f"{age:.1f}",
+                "" if cosine is None else f"{cosine:.3f}",
+                f"{c['latents_per_task'] or 0:.1f}",
+                f"{c['s2_s_per_task']:.2f}",
+                "" if c.get("s2_cpu_s_per_task") is None else f"{c['s2_cpu_s_per_task']:.2f}",
+            ]
+        )
+    return header, rows
+
+
+def _score(c: Cell) -> float:
+    return float(c["avg_len"] if "avg_len" in c else c["success_rate"])
+
+
+def suites_of(report: Mapping[str, Any]) -> dict[str, list[Cell]]:
+    """Return the cells by suite and clock."""
+    found: dict[str, list[Cell]] = {}
+    for c in report["cells"]:
+        name = c["suite"] + ("" if c["clock"] == "lockstep" else " on the wall clock")
+        found.setdefault(name, []).append(c)
+    return found
+
+
+def note(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
+    """Return what a table's scores depend on, in one sentence."""
+    trials = cells[0].get("n_sequences") or cells[0].get("n_episodes")
+    kind = "sequences" if "avg_len" in cells[0] else "episodes"
+    return (
+        f"{trials} {kind} a cell, {cells[0]['clock']} clock, at most {report['steps_limit']} "
+        f"environment steps a task, {report['world']} scene {report['scene']}, seed "
+        f"{report['seed']}; interval and latency in environment steps of 1/30 s."
+    )
+
+
+def weights(report: Mapping[str, Any]) -> str:
+    """Return in one sentence what was measured."""
+    policy, system2 = report["policy"], report["system2"]
+    text = f"Policy `{policy['checkpoint'] or 'untrained'}` (hash {policy['sha256']})"
+    if not system2:
+        return f"{text}, without System 2."
+    # On the wall clock System 2 is in another process, which does not say.
+    return text + (f", latents {system2['spec_id']}." if system2["spec_id"] else ".")
+
+
+def to_markdown(report: Mapping[str, Any], pictures: bool = False) -> str:
+    """Return the sweep as Markdown, with the pictures that lie beside it or without."""
+    parts = ["# Asynchrony sweep\n", weights(report) + "\n"]
+    parts += [f"Again: `{report['command']}`\n"] if "command" in report else []
+    for name, cells in suites_of(report).items():
+        parts += [f"## {name}\n", note(report, cells) + "\n"]
+        parts += [f"![{name}]({picture_of(name)})\n"] if pictures else []
+        parts.append(markdown_table(table_of(cells)))
+    return "\n".join(parts)
+
+
+def picture_of(name: str) -> str:
+    """Return the file of a suite's plot."""
+    return f"{name.replace(' ', '-')}.png"
+
+
+def command_again(argv: Sequence[str]) -> str:
+    """Return what to call to have a sweep's figures again, without places and workers."""
+    left = [word for word in argv if not word.startswith("output.")]
+    for name in ("--out", "--results", "--workers"):
+        while name in left:
+            at = left.index(name)
+            del left[at : at + 2]
+    return shlex.join(["openhelix", "sweep", *left])
+
+
+def to_keep(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a report without the places that only this machine knows."""
+    cells = [{k: v for k, v in cell.items() if k != "folder"} for cell in report["cells"]]
+    return {**report, "cells": cells}
+
+
+def plot(name: str, cells: Sequence[Cell]) -> bytes:
+    """Return score against interval, one line a latency, as PNG."""
+    chain = "avg_len" in cells[0]
+    scale = 1.0 if chain else 100.0
+    series: dict[str, list[tuple[float, float, float, float]]] = {}
+    for c in cells:
+        low, high = c["ci95"]
+        point = (float(c["interval"]), scale * _score(c), scale * low, scale * high)
+        late = "its own latency" if c["latency"] is None else f"latency {c['latency']} steps"
+        series.setdefault(late, []).append(point)
+    return plots.lines(
+        series,
+        "environment steps from one latent to the next",
+        "tasks in a row" if chain else "success, %",
+        f"{name}: success against asynchrony",
+        sorted({c["interval"] for c in cells}),
+    )
+
+
+def write(report: Mapping[str, Any], folder: Path, kept: bool = False) -> None:
+    """Write the sweep as JSON, Markdown and one PNG a suite; with HTML if it is not to be kept."""
+    body: list[str] = []
+    for name, cells in suites_of(report).items():
+        picture = plot(name, cells)
+        replace_file(folder / picture_of(name), picture)
+        body += [f"<h2>{name}</h2><p>{note(report, cells)}</p>", image(picture)]
+        body.append(html_table(table_of(cells)))
+    replace_file(folder / "sweep.json", json.dumps(report, indent=1).encode() + b"\n")
+    replace_file(folder / "sweep.md", to_markdown(report, pictures=True).encode())
+    if not kept:
+        replace_file(folder / "sweep.html", page("Asynchrony sweep", body).encode())
+
+
+INTERVALS = (1, 2, 5, 10, 20, 30, 60)
+LATENCIES = (0, 6, 15)  # 0, 0.2 and 0.5 s at 30 Hz
+SUITES_SWEPT = ("calvin", "calvin-d")
+FOLDER = Path("outputs") / "sweep"
+CLOCKS = ("lockstep", "realtime", "both")
+DRIFT_COUNT = 1  # of the count, the part on which drift is measured
+SHARED = ("world", "scene", "seed", "steps_limit", "policy", "system2")  # by all cells
+PoolFor = Callable[[RunConfig], Pool]
+
+
+def _arguments() -> Parser:
+    parser = arguments("sweep", __doc__ or "")
+    parser.add_argument("--suites", type=_words, default=SUITES_SWEPT, metavar="SUITE,...")
+    parser.add_argument("--intervals", type=_numbers, default=INTERVALS, metavar="N,...")
+    parser.add_argument("--latencies", type=_numbers, default=LATENCIES, metavar="N,...")
+    parser.add_argument("--clock", default="lockstep", metavar="|".join(CLOCKS))
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="write the finished sweep here too, to keep"
+    )
+    parser.add_argument(
+        "--drift-sequences", type=int, default=3, metavar="N", help="chains to measure drift on"
+    )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Sweep; 0 when all cells have been run."""
+    options, overrides = parse(_arguments(), argv)
+    logging.basicConfig(level=logging.ERROR)
+    plans = make_plans(options, overrides)
+    folder = options.out or FOLDER
+    console, pools = Console("sweep"), Pools(options.workers, options.threads)
+    try:
+        with served(plans[0].config, console.say) as metrics:
+            drift = options.drift_sequences
+            report = sweep(plans, pools, folder, drift, console, metrics)
+            report["command"] = command_again(argv)
+    finally:
+        pools.close()
+    write(report, folder)
+    if options.results is not None:
+        options.results.mkdir(parents=True, exist_ok=True)
+        write(to_keep(report), options.results, kept=True)
+    sys.stdout.write(json.dumps(report) + "\n" if options.json else to_markdown(report))
+    return 0
+
+
+class Pools:
+    """The pool that a cell needs; one stays open while the next cell can use it too.
+
+    Lockstep cells share one. On the wall clock the cadence is part of the configuration, and
+    episodes run one after the other whatever the number of workers.
+    """
+
+    def __init__(self, workers: int, threads: int = 1) -> None:
+        self._workers, self._threads = workers, threads
+        self._config: RunConfig | None = None
+        self._pool: Pool | None = None
+
+    def __call__(self, config: RunConfig) -> Pool:
+        """Return a pool for cells of this configuration."""
+        if self._pool is None or config != self._config:
+            self.close()
+            workers = 1 if config.control.clock == "realtime" else self._workers
+            self._config, self._pool = config, open_pool(config, workers, self._threads)
+        return self._pool
+
+    def close(self) -> None:
+        """Release everything."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        wanted = f"{text!r} is not whole numbers, for example 1,10,60"
+        raise ArgumentTypeError(wanted) from None
+
+
+def make_plans(options: Namespace, overrides: Sequence[str]) -> list[Plan]:
+    """Return one evaluation a cell.
+
+    Raises:
+        ConfigError: in one line, the option and what is valid.
+    """
+    if min(options.intervals, default=0) < 1 or min(options.latencies, default=-1) < 0:
+        raise ConfigError("--intervals must be at least 1, --latencies at least 0")
+    for name in options.suites:
+        if name not in SUITES:
+            raise ConfigError(f"--suites: {name!r} is none of {', '.join(SUITES)}")
+    if options.workers < 1 or options.threads < 1 or options.steps < 1:
+        raise ConfigError("--workers, --threads and --steps must be at least 1")
+    if options.clock not in CLOCKS:
+        raise ConfigError(f"--clock: {options.clock!r} is none of {', '.join(CLOCKS)}")
+    plans: list[Plan] = []
+    for clock in CLOCKS[:2] if options.clock == "both" else (options.clock,):
+        config = load_config(options.config, overrides, _at_clock(options, clock))
+        for name in options.suites:
+            # Chains are CALVIN's own: a choice of tasks is for the other suites swept.
+            chosen = {"tasks": ()} if name in CHAINS and len(options.suites) > 1 else {}
+            suite = make_suite(Namespace(**(vars(options) | chosen)), name)
+            # On the wall clock the latency is System 2's own.
+            for latency in options.latencies if clock == "lockstep" else (0,):
+                for steps in options.intervals:
+                    conditions = Conditions(options.steps, steps, latency)
+                    plans.append(Plan(suite, conditions, _at(config, steps), options.threads))
+    return plans
+
+
+def _at_clock(options: Namespace, clock: str) -> Namespace:
+    return Namespace(**(vars(options) | {"clock": clock}))
+
+
+def _at(config: RunConfig, interval: int) -> RunConfig:
+    """Return the configuration in which System 2 has this cadence; lockstep's is a condition."""
+    if config.control.clock == "lockstep":
+        return config
+    system2 = config.system2.model_copy(update={"hz": config.control.hz / interval})
+    return config.model_copy(update={"system2": system2})
+
+
+def sweep(
+    plans: Sequence[Plan],
+    pools: PoolFor,
+    folder: Path,
+    drift_count: int,
+    console: Console,
+    metrics: EvalMetrics | None = None,
+) -> dict[str, Any]:
+    """Run every cell; return the table of cells with what they are compared to.
+
+    Args:
+        plans: the cells.
+        pools: returns what runs the episodes of a configuration.
+        folder: holds one folder a cell.
+        drift_count: sequences, or a hundredth of it episodes a task, on which drift is measured.
+        console: told of the progress.
+        metrics: counts the episodes.
+    """
+    metrics = metrics or EvalMetrics()
+    cells: list[Cell] = []
+    for number, plan in enumerate(plans, 1):
+        place = folder / "cells" / name_of(plan)
+        console.say(f"cell {number} of {len(plans)}: {place.name}")
+        pool = pools(plan.config)
+        report = evaluate(plan, pool, place, metrics.watch(plan, Console("sweep")))
+        measured = drift_count > 0 and plan.config.control.clock == "lockstep"
+        drift = _drift(plan, pool, folder, drift_count) if measured else None
+        cells.append(cell(report, plan.conditions.interval) | {"drift": drift})
+        _compare(cells)
+    first = dict(cells[0])
+    return {key: first[key] for key in SHARED} | {
+        "cells": [{k: v for k, v in c.items() if k not in SHARED} for c in cells]
+    }
+
+
+def _drift(plan: Plan, pool: Pool, folder: Path, count: int) -> dict[str, Any]:
+    """Measure drift on a few episodes of a cell, apart from its score and its timing."""
+    few = min(plan.suite.count, count if plan.suite.is_chain else DRIFT_COUNT)
+    small = replace(
+        plan,
+        suite=replace(plan.suite, count=few),
+        conditions=replace(plan.conditions, drift=True),
+    )
+    return dict(evaluate(small, pool, folder / "drift" / name_of(plan))["work"]["drift"])
+
+
+def name_of(plan: Plan) -> str:
+    """Return a cell's name: suite, interval, latency; on the wall clock "wall"."""
+    interval, latency = plan.conditions.interval, f"d{plan.conditions.latency:02d}"
+    wall = plan.config.control.clock == "realtime"
+    return f"{plan.suite.name}-i{interval:02d}-{'wall' if wall else latency}"
+
+
+def cell(report: Mapping[str, Any], interval: int) -> Cell:
+    """Return the line of the table that an evaluation at this cadence gives."""
+    if "avg_len" in report:
+        score = {k: report[k] for k in ("avg_len", "ci95", "success_in_a_row", "n_sequences")}
+    else:
+        score = {k: report[k] for k in ("success_rate", "ci95", "n_episodes")}
+        score |= {k: report[k] for k in ("per_pattern",) if k in report}
+    return {
+        **{key: report[key] for key in ("suite", "clock", "latency", "hz2", *SHARED)},
+        "interval": interval,
+        **score,
+        "n_errors": report["n_errors"],
+        "latent_age_steps": report["work"]["latent_age_steps"],
+        "latents_per_task": report["work"]["latents_per_task"],
+        "s2_s_per_task": report["timing"]["s2_s_per_task"],
+        "s2_cpu_s_per_task": report["timing"].get("s2_cpu_s_per_task"),
+        "folder": report["folder"],
+    }
+
+
+def _compare(cells: Sequence[Cell]) -> None:
+    """Compare the newest cell with the first one of its suite and clock, episode by episode."""
+    now = cells[-1]
+    base = next(c for c in cells if (c["suite"], c["clock"]) == (now["suite"], now["clock"]))
+    a, b = (read_results(Path(c["folder"])) for c in (base, now))
+    test: Paired
+    if "avg_len" in now:
+        test = paired_bootstrap([r["in_a_row"] for r in a], [r["in_a_row"] for r in b])
+    else:
+        test = mcnemar([r["success"] for r in a], [r["success"] for r in b])
+    now["against"] = {
+        "interval": base["interval"],
+        "latency": base["latency"],
+        "difference": test.difference,
+        "ci95": list(test.ci95),
+        "p": test.p,
+        "test": test.test,
+    }

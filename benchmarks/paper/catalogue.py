@@ -1,0 +1,287 @@
+"""Reads the YAML files of `paper/`: experiments, variants and scales, checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from openhelix.runtime.core.config import ConfigError, read_yaml, validate
+from openhelix.system2.latents import KINDS
+
+# ------------------------------------------------------------------------------------------------
+# What an experiment is: rows of variants and conditions, the paper's figures, what to compare.
+#
+# Experiments are YAML files in `paper/`, one for each table and figure of the paper, so that
+# what is trained, how it is measured and what the paper says stand side by side and a user can
+# add one without touching code. These models check them; a wrong key or name is one line.
+
+
+Count = Annotated[int, Field(ge=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+LENGTH = 5  # tasks in a chain
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Variant(_Section):
+    """One way to build and train the pair of systems.
+
+    Attributes:
+        says: what it is, in words.
+        policy: "pretrained" begins with the policy that was trained alone, "scratch" with an
+            untrained one; "only" is that policy by itself, told its task's number; "shipped" is
+            the project's own pair as it is, and nothing is trained.
+        regime: what of the language model learns; "frozen" trains the projector alone.
+        clip, aux, vision: alignment loss, auxiliary action head, image in System 2's prompt.
+        prealign: stage 1 (projector and `<ACT>` alone) before stage 2.
+        latent: the read-out, a kind of `openhelix.system2.latents`.
+        head: System 1's; "lstm" sees no live image, which makes a pseudo dual system.
+    """
+
+    says: str
+    policy: Literal["pretrained", "scratch", "only", "shipped"] = "pretrained"
+    regime: Literal["frozen", "prompt", "lora", "full"] = "prompt"
+    clip: bool = False
+    aux: bool = False
+    vision: bool = True
+    prealign: bool = True
+    latent: str = "act_last"
+    head: Literal["trajectory", "dit", "plain", "lstm"] = "trajectory"
+
+
+class Published(_Section):
+    """What the paper prints for a row; None where it prints nothing.
+
+    Attributes:
+        in_a_row: percent of chains with 1 to 5 tasks done.
+        avg_len: as printed, which is not always the sum of the rates.
+        patterns: percent of successes by motion (Table 1).
+    """
+
+    in_a_row: tuple[Percent, Percent, Percent, Percent, Percent] | None = None
+    avg_len: Annotated[float, Field(ge=0, le=LENGTH)] | None = None
+    patterns: dict[str, Percent] | None = None
+
+    @property
+    def length(self) -> float | None:
+        """Average length that the printed rates add up to; else the printed one."""
+        return sum(self.in_a_row) / 100 if self.in_a_row is not None else self.avg_len
+
+    @property
+    def disagrees(self) -> bool:
+        """Whether the printed average is not what the printed rates (whole percents) add up to."""
+        if self.in_a_row is None or self.avg_len is None or self.length is None:
+            return False
+        return not math.isclose(self.length, self.avg_len, abs_tol=0.03)
+
+
+class Row(_Section):
+    """One line of a table: a variant under some conditions.
+
+    Attributes:
+        id: what comparisons call it.
+        name: what the table calls it.
+        variant: a name in `variants.yaml`; None for a method that is only quoted.
+        suite: of `openhelix eval`.
+        steps: environment steps a task.
+        interval, latency: System 2 refreshes every so many steps, and arrives so late; with
+            interval 1 every plan has a fresh latent.
+        patterns, speeds: of calvin-d.
+        final: measured on the scale's larger number of sequences, as the paper's Tables 7, 9.
+        paper: its figures.
+    """
+
+    id: str = Field(pattern=r"^[\w-]+$")
+    name: str
+    variant: str | None = None
+    suite: Literal["calvin", "calvin-e", "calvin-d"] = "calvin"
+    steps: Count = 60
+    interval: Count = 1
+    latency: Annotated[int, Field(ge=0)] = 0
+    patterns: tuple[str, ...] = ("static", "left", "forward", "diagonal", "circular")
+    speeds: tuple[str, ...] = ("paper",)
+    final: bool = False
+    paper: Published | None = None
+
+
+class Contrast(_Section):
+    """Two rows on the same episodes, and what the paper's finding says of them.
+
+    Attributes:
+        a, b: rows by id.
+        finding: of the paper's five, which one this bears on.
+        expect: "b_better": b scores higher than a; "same": they differ by less than `margin`.
+        margin: in tasks in a row for chains, in success rate else.
+        patterns: only these motions count.
+        says: the claim in words.
+    """
+
+    a: str
+    b: str
+    finding: Annotated[int, Field(ge=1, le=5)]
+    expect: Literal["b_better", "same"] = "b_better"
+    margin: Annotated[float, Field(gt=0)] = 0.3
+    patterns: tuple[str, ...] = ()
+    says: str
+
+
+class Experiment(_Section):
+    """A table or figure of the paper.
+
+    Attributes:
+        name, title: "table2", and what it is about.
+        kind: "rows" is trained and evaluated; "probe" looks at latents; "design" only
+            describes methods.
+        rows, contrasts: see there.
+        notes: what must be known to read our figures beside the paper's.
+    """
+
+    name: str
+    title: str
+    kind: Literal["rows", "probe", "design"] = "rows"
+    rows: tuple[Row, ...] = ()
+    contrasts: tuple[Contrast, ...] = ()
+    notes: tuple[str, ...] = ()
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _names(self) -> Experiment:
+        ids = [row.id for row in self.rows]
+        for name in ids:
+            if ids.count(name) > 1:
+                raise ValueError(f"row {name!r} occurs twice")
+        for contrast in self.contrasts:
+            for name in (contrast.a, contrast.b):
+                if name not in ids:
+                    raise ValueError(f"contrast names row {name!r}; valid: {', '.join(ids)}")
+            a, b = self.row(contrast.a), self.row(contrast.b)
+            if a.suite != b.suite:
+                raise ValueError(f"{a.id} and {b.id} are of different suites: no pairs")
+        return self
+
+    def row(self, name: str) -> Row:
+        """Return a row by its id."""
+        return next(row for row in self.rows if row.id == name)
+
+
+class Scale(_Section):
+    """How much is trained and measured.
+
+    Attributes:
+        says: in words.
+        sequences, final_sequences: chains of a row, and of a row that is `final`.
+        episodes_per_task: of calvin-d, for each task and motion.
+        max_steps: cuts every row's step limit; None leaves it.
+        threads: of torch, for each worker of an evaluation.
+        train: overrides of `openhelix train`, for every training.
+        train_regime: further ones for a regime.
+        run: overrides of the runs that are measured.
+        official: whether results may be kept as the project's own.
+        notes: what must be known to read any table measured at it.
+    """
+
+    says: str
+    sequences: Count
+    final_sequences: Count
+    episodes_per_task: Count
+    max_steps: Count | None = None
+    threads: Count = 1
+    train: dict[str, Any] = {}
+    train_regime: dict[str, dict[str, Any]] = {}
+    run: tuple[str, ...] = ()
+    official: bool = True
+    notes: tuple[str, ...] = ()
+
+
+M = TypeVar("M", bound=BaseModel)
+FOLDER = Path(__file__).parent / "experiments"
+NAMES = (*(f"table{n}" for n in range(1, 10)), "figure4", "figure5")
+BESIDE = ("variants", "scales")
+FINDINGS = {
+    1: "A dual system is needed: pseudo dual systems fail in dynamic scenes.",
+    2: "Prompt tuning keeps the model's generalisation to other wordings.",
+    3: "Fine-tuning a pretrained policy beats training it from scratch.",
+    4: "Pre-aligning the projector is essential, and an auxiliary visual task helps.",
+    5: "How often System 2 refreshes hardly matters; latents are static semantics.",
+}
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All that can be run, by name."""
+
+    experiments: dict[str, Experiment]
+    variants: dict[str, Variant]
+    scales: dict[str, Scale]
+
+    def experiment(self, name: str) -> Experiment:
+        """Return an experiment.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        if name not in self.experiments:
+            raise ConfigError(f"experiment: {name!r} is none of {', '.join(self.experiments)}")
+        return self.experiments[name]
+
+    def scale(self, name: str) -> Scale:
+        """Return a scale.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        if name not in self.scales:
+            raise ConfigError(f"--scale: {name!r} is none of {', '.join(self.scales)}")
+        return self.scales[name]
+
+
+def load_catalogue(folder: Path = FOLDER) -> Catalogue:
+    """Read a folder of experiments, `variants.yaml` and `scales.yaml`.
+
+    Raises:
+        ConfigError: one line says which file and entry, and what is valid.
+    """
+    variants = {
+        name: _checked(Variant, data, f"variants.yaml: {name}")
+        for name, data in read_yaml(folder / "variants.yaml").items()
+    }
+    for name, variant in variants.items():
+        if variant.latent not in KINDS:
+            raise ConfigError(f"variants.yaml: {name}: latent is none of {', '.join(KINDS)}")
+    scales = {
+        name: _checked(Scale, data, f"scales.yaml: {name}")
+        for name, data in read_yaml(folder / "scales.yaml").items()
+    }
+    files = {p.stem: p for p in folder.glob("*.yaml") if p.stem not in BESIDE}
+    order = [*(n for n in NAMES if n in files), *sorted(set(files) - set(NAMES))]
+    experiments = {}
+    for name in order:
+        data = {"name": name, **read_yaml(files[name])}
+        experiments[name] = _checked(Experiment, data, files[name].name)
+        for row in experiments[name].rows:
+            if row.variant is not None and row.variant not in variants:
+                raise ConfigError(
+                    f"{files[name].name}: {row.id}: variant {row.variant!r} is none of "
+                    f"{', '.join(variants)}"
+                )
+    return Catalogue(experiments, variants, scales)
+
+
+@cache
+def catalogue() -> Catalogue:
+    """Return the project's own."""
+    return load_catalogue()
+
+
+def _checked(model: type[M], data: dict[str, Any], where: str) -> M:
+    try:
+        return validate(model, data)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None

@@ -1,0 +1,194 @@
+"""`openhelix experiment NAME...`: the paper's tables and figures, here.
+
+NAME is table1 to table9, figure4, figure5, or `all`. What is missing is trained and measured,
+what is there is used; killed at any moment, the same command goes on. Overrides are those of a
+run (`system1.replan_steps=4`) or, with `train.` before them, of `openhelix train`
+(`train.stage2.steps=500`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from openhelix.benchmarks.evaluation.evaluation import ROOT, Console
+from openhelix.benchmarks.paper import overview, tables
+from openhelix.benchmarks.paper.catalogue import Catalogue, Experiment, catalogue
+from openhelix.benchmarks.paper.costs import todo, told
+from openhelix.benchmarks.paper.other_kinds import Probes, design_outcome
+from openhelix.benchmarks.paper.session import OutOfTime, Request, Session
+from openhelix.benchmarks.paper.train_command import TrainCommand, changed, check_options, data_id
+from openhelix.benchmarks.paper.trainings import Trainer, Trainings
+from openhelix.benchmarks.training.config import TrainingConfig, cache_root
+from openhelix.runtime.cli.arguments import Parser, parse, parser
+from openhelix.runtime.core.config import CommandFailed, ConfigError
+from openhelix.runtime.core.plugins import resolve
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run experiments; 0 when all that was asked for is there, or the time given is over.
+
+    Raises:
+        ConfigError: bad input, in one line.
+        CommandFailed: a training failed; all else was done.
+    """
+    options, overrides = parse(_arguments(), argv)
+    logging.basicConfig(level=logging.ERROR)
+    known = catalogue()
+    if options.list:
+        sys.stdout.write(listing(known))
+        return 0
+    session = make_session(options, overrides, known)
+    console = Console("experiment")
+    folder = options.out or default_out(session)
+    _refuse_mixture(session, folder)
+    console.say(f"work in {session.request.root}, results in {folder}")
+    if not options.report:
+        console.say(told(todo(session)))
+        if options.estimate:
+            return 0
+        _run(session, folder, console, options.no_training)
+    outcomes = write_all(session, folder)
+    if options.json:
+        found = {"findings": overview.findings(outcomes), "experiments": outcomes}
+        sys.stdout.write(json.dumps(found, default=str) + "\n")
+    else:
+        sys.stdout.write("\n".join(f"{o['name']}: {o['state']}" for o in outcomes) + "\n")
+    if session.failed:
+        raise CommandFailed(f"{len(session.failed)} trainings failed: {'; '.join(session.failed)}")
+    return 0
+
+
+def _run(session: Session, folder: Path, console: Console, no_training: bool) -> None:
+    try:
+        session.run(lambda: _quietly(session, folder), train=not no_training)
+        for experiment in session.request.experiments:
+            if experiment.kind == "probe":
+                Probes(session, experiment).run()
+    except OutOfTime:
+        console.say("the time given is over; the same command goes on")
+
+
+def _quietly(session: Session, folder: Path) -> None:
+    write_all(session, folder)
+
+
+def _arguments() -> Parser:
+    result = parser("experiment", __doc__ or "")
+    add = result.add_argument
+    add("names", nargs="*", metavar="NAME", help="table1 ... table9, figure4, figure5, all")
+    add("--list", action="store_true", help="say what there is")
+    add("--scale", default="laptop", metavar="smoke|quick|laptop|gpu|full")
+    add("--data", type=Path, metavar="DIR", help="a collection (train's default)")
+    add("--root", type=Path, metavar="DIR", help="trainings and evaluations (in the cache)")
+    add("--out", type=Path, metavar="DIR", help="results (benchmarks/results)")
+    add("--workers", type=int, default=1, metavar="N", help="processes of an evaluation (1)")
+    add("--seed", type=int, default=0)
+    add("--hours", type=float, metavar="H", help="begin nothing after this long")
+    add("--estimate", action="store_true", help="only say how long it will take")
+    add("--report", action="store_true", help="only write what there is")
+    add("--no-training", action="store_true", help="measure what is trained, train nothing")
+    add("--trainer", metavar="MODULE:CLASS", help="another one than `openhelix train`")
+    return result
+
+
+def make_session(options: Namespace, overrides: Sequence[str], known: Catalogue) -> Session:
+    """Return the session that the command line describes.
+
+    Raises:
+        ConfigError: in one line, the option and what is valid.
+    """
+    names = list(known.experiments) if options.names == ["all"] else list(options.names)
+    if not names:
+        raise ConfigError(f"NAME: say all, or one of {', '.join(known.experiments)}")
+    for name in names:
+        known.experiment(name)
+    known.scale(options.scale)
+    if options.workers < 1 or options.seed < 0:
+        raise ConfigError("--workers must be at least 1, --seed at least 0")
+    if options.hours is not None and options.hours <= 0:
+        raise ConfigError(f"--hours: {options.hours:g} is not above 0")
+    train, run = changed(overrides)
+    check_options(train)
+    root = (options.root or cache_root() / "experiments" / options.scale).resolve()
+    data, frames, refusal = _data(options)
+    trainer: Trainer = resolve(options.trainer)() if options.trainer else TrainCommand(data, root)
+    request = Request(
+        known,
+        names,
+        options.scale,
+        root,
+        "none" if frames is None else data_id(frames),
+        options.seed,
+        train,
+        tuple(run),
+        options.workers,
+        None if options.hours is None else time.monotonic() + 3600 * options.hours,
+        None if options.data is None else str(options.data),
+    )
+    session = Session(request, Trainings(root / "trainings", trainer), Console("experiment"))
+    trains = not (options.no_training or options.report or options.estimate or options.trainer)
+    if refusal is not None and trains and any(t.reads_data for t in session.wanted()):
+        raise refusal
+    return session
+
+
+def _data(options: Namespace) -> tuple[Path, Path | None, ConfigError | None]:
+    """Return the collection and its frames, or why there are none."""
+    config = TrainingConfig() if options.data is None else TrainingConfig(data=options.data)
+    if options.trainer:
+        return config.data, None, None
+    try:
+        return config.data, config.frames_folder(), None
+    except ConfigError as refusal:
+        return config.data, None, refusal
+
+
+def default_out(session: Session) -> Path:
+    """Return where results go if nothing else is said."""
+    scale = session.request.scale_name
+    return RESULTS if session.request.scale.official else Path("outputs") / f"experiments-{scale}"
+
+
+def _refuse_mixture(session: Session, folder: Path) -> None:
+    """Keep figures that mean nothing away from the project's results."""
+    official = session.request.scale.official
+    if not official and folder.resolve().is_relative_to(RESULTS):
+        raise ConfigError(f"--out: {folder} is for results; a smoke test's go elsewhere")
+
+
+def outcome_of(session: Session, experiment: Experiment) -> dict[str, Any]:
+    """Return an experiment's outcome, whatever its kind."""
+    if experiment.kind == "probe":
+        return Probes(session, experiment).outcome()
+    if experiment.kind == "design":
+        return design_outcome(session, experiment)
+    return session.outcome(experiment)
+
+
+def write_all(session: Session, folder: Path) -> list[dict[str, Any]]:
+    """Write the experiments asked for and the overview of all; return the outcomes."""
+    outcomes = []
+    for experiment in session.request.experiments:
+        outcome = outcome_of(session, experiment)
+        outcomes.append(outcome)
+        drawn = Probes(session, experiment).pictures() if experiment.kind == "probe" else None
+        tables.write(outcome, folder, drawn)
+    names = list(session.request.catalogue.experiments)
+    overview.write_overview(folder, names)
+    return outcomes
+
+
+def listing(known: Catalogue) -> str:
+    """Return what there is to run."""
+    rows = [f"{name:<9} {e.title}" for name, e in known.experiments.items()]
+    scales = [f"{name:<9} {s.says}" for name, s in known.scales.items()]
+    return "\n".join([*rows, "", "scales:", *scales]) + "\n"

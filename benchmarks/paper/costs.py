@@ -1,0 +1,212 @@
+"""Measured times of a step: of an evaluation, of a training of each kind.
+
+An environment step costs its physics and its share of a plan; every latent that a plan is made
+from a call of System 2. These and what a sample costs in each kind of training are processor
+times of one thread, measured by `openhelix.benchmarks.perf.bench_experiments`: they are the same while
+something else keeps the machine busy, and on a machine with a core to spare they are the wall
+time too.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from openhelix.benchmarks.evaluation.evaluation import ROOT
+from openhelix.benchmarks.evaluation.suites import CHAINS
+from openhelix.benchmarks.paper.measures import Measure
+from openhelix.benchmarks.paper.session import Session
+from openhelix.benchmarks.paper.trainings import Training
+from openhelix.benchmarks.training.config import TrainingConfig
+from openhelix.runtime.core.config import RunConfig
+
+COSTS = ROOT / "benchmarks" / "perf" / "results" / "experiments.json"
+MEASURED = {
+    *(f"{kind}_sample_s" for kind in ("policy", "prefix", "states", "live")),
+    *("prefix_frame_s", "states_frame_s", "open_s", "thread_gain"),
+}
+FRAMES_AN_EPISODE = 8.0  # of those that are drawn
+
+
+@cache
+def costs() -> dict[str, Any]:
+    """Return the measured costs; empty where nothing has been measured."""
+    return dict(json.loads(COSTS.read_text())) if COSTS.exists() else {}
+
+
+def step_s(measure: Measure, workers: int) -> float | None:
+    """Return the expected wall seconds of one environment step, or None if nothing is known."""
+    found = costs().get("evaluation")
+    if found is None:
+        return None
+    refresh = max(RunConfig().system1.replan_steps, measure.conditions.interval)
+    one = float(found["env_step_s"])
+    one += float(found["latent_s"]) / refresh if measure.training.stage != "policy" else 0.0
+    return one / (1.0 + (workers - 1) * float(costs()["worker_gain"]))
+
+
+def tasks_expected(measure: Measure) -> float:
+    """Return how many tasks an episode attempts: of a chain's five, as many as were measured."""
+    if measure.suite.name not in CHAINS:
+        return 1.0
+    return float(costs().get("evaluation", {}).get("tasks_a_chain", 2.5))
+
+
+def training_s(training: Training, n_frames: int) -> float | None:
+    """Return how long `openhelix train` takes for a training, or None if nothing is known.
+
+    Args:
+        training: what.
+        n_frames: of the data, about one in `latent.stride` of which gets states.
+    """
+    found = costs().get("training", {})
+    if not training.reads_data:
+        return 0.0
+    if not MEASURED.issubset(found) or training.options.get("device", "cpu") != "cpu":
+        return None
+    work = Work(training.options, found)
+    one = (
+        work.samples_s("policy", "policy") if training.stage == "policy" else work.pair_s(n_frames)
+    )
+    return one / float(found["thread_gain"])
+
+
+class Work:
+    """The processor time of a training.
+
+    Args:
+        options: of `openhelix train`.
+        found: measured costs.
+    """
+
+    def __init__(self, options: Mapping[str, Any], found: Mapping[str, float]) -> None:
+        self._options, self._found, self._default = options, found, TrainingConfig()
+
+    def of(self, key: str) -> Any:
+        """Return an option, or what it is where nothing is said."""
+        section, name = key.split(".")
+        return self._options.get(key, getattr(getattr(self._default, section), name))
+
+    def samples_s(self, section: str, kind: str) -> float:
+        """Return what the steps of a stage cost."""
+        samples = float(self.of(f"{section}.steps")) * float(self.of(f"{section}.batch"))
+        return samples * self.sample_s(kind)
+
+    def sample_s(self, kind: str) -> float:
+        """Return what a sample of a kind costs; "again" makes a frozen model's state each time."""
+        if kind == "again":
+            return self._found["states_sample_s"] + self._found["states_frame_s"]
+        return self._found[f"{kind}_sample_s"]
+
+    def kinds(self) -> dict[str, str]:
+        """Return where the latents of each stage that has steps come from."""
+        feed, regime = self.of("latent.feed"), self.of("latent.regime")
+        learns_act = regime != "frozen" and self.of("latent.kind") == "act_last"
+        first = "prefix" if learns_act and feed != "states" else "states"
+        second = "prefix" if feed == "prefix" else "states"
+        if regime in ("lora", "full"):
+            second = "live"
+        elif feed == "live":
+            first = second = "again"
+        stages = {"stage1": first, "stage2": second}
+        return {stage: kind for stage, kind in stages.items() if self.of(f"{stage}.steps")}
+
+    def pair_s(self, n_frames: int) -> float:
+        """Return what both stages cost, and what they read of the frozen language model."""
+        kinds = self.kinds()
+        seconds = self._found["open_s"] * len(kinds)
+        if "prefix" in kinds.values():  # too much where another variant has made them
+            frames = float(self.of("latent.frames"))
+            seconds += frames * self._found["prefix_frame_s"]
+        if "states" in kinds.values():
+            # Every episode has one, whatever the stride.
+            frames = n_frames / min(float(self.of("latent.stride")), FRAMES_AN_EPISODE)
+            each = float(self.of("latent.phrasings")) * self._found["states_frame_s"]
+            seconds += frames * each
+        return seconds + sum(self.samples_s(stage, kind) for stage, kind in kinds.items())
+
+
+# ------------------------------------------------------------------------------------------------
+# How long will it take? Told before anything starts, from measured times.
+#
+# What a step costs is in `costs`, in processor time; evaluations that are finished correct it for
+# this machine and its weights, in processor time too, so that an hour in which the machine was
+# busy with something else does not count.
+
+
+@dataclass(frozen=True)
+class Item:
+    """One training or evaluation that is still to be done.
+
+    Attributes:
+        what: its folder's name.
+        seconds: expected; None where nothing is known.
+        at_most: of an evaluation in which every task takes all its steps.
+    """
+
+    what: str
+    seconds: float | None
+    at_most: float | None = None
+
+
+def correction(session: Session, measures: Sequence[Measure]) -> float:
+    """Return how much slower than expected the finished evaluations were; 1 without any."""
+    ratios = []
+    for measure in measures:
+        score = session.report(measure)
+        if score is not None and score["cpu_s"] and score["env_steps"] >= 500:
+            expected = step_s(measure, 1)
+            if expected is not None:
+                ratios.append(score["cpu_s"] / score["env_steps"] / expected)
+    return statistics.median(ratios) if ratios else 1.0
+
+
+def todo(session: Session) -> list[Item]:
+    """Return what is still to be done, in order."""
+    items = [
+        Item(t.key, session.trainings.seconds(t))
+        for t in session.wanted()
+        if session.trainings.done(t) is None
+    ]
+    measures = list({m.key: m for m in map(session.measure, session.rows())}.values())
+    factor = correction(session, measures)
+    for measure in measures:
+        if session.report(measure) is None:
+            step = step_s(measure, session.request.workers)
+            if step is None:
+                items.append(Item(measure.key, None, 0.0))
+                continue
+            each, load = factor * step, float(costs()["evaluation"]["start_s"])
+            most = measure.steps_at_most() * each
+            tasks = 5 if measure.suite.is_chain else 1
+            expected = most * tasks_expected(measure) / tasks
+            items.append(Item(measure.key, load + expected, load + most))
+    return items
+
+
+def told(items: Sequence[Item]) -> str:
+    """Return the estimate in words."""
+    trainings = [i for i in items if i.at_most is None]
+    rest = [i for i in items if i.at_most is not None]
+    most = sum(i.at_most or 0.0 for i in rest)
+    total = sum(i.seconds or 0.0 for i in items)
+    return (
+        f"{len(trainings)} trainings {_sum(trainings)}; {len(rest)} evaluations {_sum(rest)}, "
+        f"at most {hours(most)}; together about {hours(total)}"
+    )
+
+
+def _sum(items: Sequence[Item]) -> str:
+    unknown = sum(i.seconds is None for i in items)
+    known = hours(sum(i.seconds or 0.0 for i in items))
+    return known + (f" and {unknown} of unknown length" if unknown else "")
+
+
+def hours(seconds: float) -> str:
+    """Return a duration for people."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

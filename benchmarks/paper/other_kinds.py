@@ -1,0 +1,166 @@
+"""The experiments that are no table of scores: the latent probe and the table of designs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from openhelix.benchmarks.evaluation.eval import load_config
+from openhelix.benchmarks.evaluation.evaluation import fingerprint
+from openhelix.benchmarks.evaluation.results import replace_file
+from openhelix.benchmarks.paper.catalogue import Experiment
+from openhelix.benchmarks.paper.figure5 import (
+    Pictures,
+    ProbeOptions,
+    claims,
+    distance_table,
+    draw,
+    probe,
+    take_pictures,
+)
+from openhelix.benchmarks.paper.measures import SCENE
+from openhelix.benchmarks.paper.session import Session
+from openhelix.runtime.control.assembly import make
+from openhelix.runtime.core.config import ConfigError, EnginePart
+from openhelix.system2.model import SHIPPED
+
+UNTRAINED = "as shipped, <ACT> untrained"
+SMOKE = {"starts": 1, "steps": 10}
+
+
+class Probes:
+    """Figure 5: the probe of every System 2 that there is.
+
+    Args:
+        session: knows trainings and the root.
+        experiment: of kind "probe".
+    """
+
+    def __init__(self, session: Session, experiment: Experiment) -> None:
+        self._session, self._experiment = session, experiment
+        options = {k: v for k, v in experiment.options.items() if k != "variants"}
+        if not session.request.scale.official:
+            options |= SMOKE
+        options["seed"] = session.request.seed
+        unknown = set(options) - {f.name for f in fields(ProbeOptions)}
+        if unknown:
+            raise ConfigError(f"{experiment.name}: options: {unknown.pop()!r} is unknown")
+        self.options = ProbeOptions(**options)
+        self._pictures: list[Pictures] | None = None
+
+    def engines(self) -> dict[str, EnginePart]:
+        """Return the System 2s to look at, by what they are called; trained ones if they are."""
+        request, found = self._session.request, {}
+        base = load_config(None, request.run, Namespace(world="playtable", scene=SCENE))
+        shipped = (SHIPPED / "latent.safetensors").is_file()
+        found["as shipped" if shipped else UNTRAINED] = base.system2.engine
+        for name in self._experiment.options.get("variants", ()):
+            done = self._session.trainings.done(self._session.training(name))
+            if done is not None:
+                words = [*done["overrides"], *request.run]
+                config = load_config(None, words, Namespace(world="playtable", scene=SCENE))
+                found[request.catalogue.variants[name].says] = config.system2.engine
+        return found
+
+    def place(self, who: str, part: EnginePart) -> Path:
+        """Return the folder of one System 2's probe."""
+        text = json.dumps([asdict(self.options), who, fingerprint(part)], sort_keys=True)
+        digest = hashlib.sha256(text.encode())
+        for path in sorted(p for p in SHIPPED.glob("*.safetensors") if p.is_file()):
+            digest.update(path.read_bytes())
+        return self._session.request.root / "probes" / digest.hexdigest()[:12]
+
+    def run(self) -> None:
+        """Probe what has not been probed."""
+        for who, part in self.engines().items():
+            folder = self.place(who, part)
+            if (folder / "probe.json").exists():
+                continue
+            self._session.say(f"probe of {who}")
+            if self._pictures is None:
+                self._pictures = take_pictures(self.options)
+            engine = make(part)
+            try:
+                made = probe(self._pictures, engine, self.options)
+            finally:
+                engine.close()
+            folder.mkdir(parents=True, exist_ok=True)
+            picture = draw(made, self._pictures[0].moved, self.options.shift_at, who)
+            replace_file(folder / "probe.png", picture)
+            replace_file(folder / "probe.json", json.dumps(made).encode())
+
+    def outcome(self) -> dict[str, Any]:
+        """Return the experiment as plain data."""
+        found = self._session.outcome(self._experiment)
+        probes, contrasts, tables = {}, [], []
+        wanted = 1 + len(self._experiment.options.get("variants", ()))
+        for who, part in self.engines().items():
+            path = self.place(who, part) / "probe.json"
+            if path.exists():
+                made = json.loads(path.read_text(encoding="utf-8"))
+                probes[who] = made
+                # Before training, <ACT> means nothing: its figures are shown, no claim is made.
+                contrasts += claims(made, who) if who != UNTRAINED else []
+                tables.append([f"What moves the latent ({who})", *distance_table(made)])
+                tables.append([f"The words nearest to it ({who})", *_words(made)])
+        state = "not run" if not probes else "complete"
+        if probes and len(probes) < wanted:
+            state = f"partial: {len(probes)} of {wanted} models"
+        o = self.options
+        note = (
+            f"{o.starts} starts of {o.task} in scene {o.scene}, a scripted expert acting, the "
+            f"block moved {o.shift_m:g} m to the left at environment step {o.shift_at}, up to "
+            f"{o.steps} steps; no policy and no clock is involved."
+        )
+        return found | {
+            "state": state,
+            "contrasts": contrasts,
+            "probes": probes,
+            "tables": tables,
+            "notes": [note, *found["notes"]],
+        }
+
+    def pictures(self) -> dict[str, bytes]:
+        """Return the drawings by file name."""
+        found = {}
+        for number, (who, part) in enumerate(self.engines().items()):
+            path = self.place(who, part) / "probe.png"
+            if path.exists():
+                suffix = f"-{number}" if number else ""
+                found[f"{self._experiment.name}{suffix}.png"] = path.read_bytes()
+        return found
+
+
+def _words(made: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    episode = made["episode"]
+    for row in (*episode[:3], episode[-1]):
+        words = ", ".join(f"{n['word']} {n['cosine']:.2f}" for n in row["nearest"])
+        best = max(row["probability"], key=row["probability"].get)
+        rows.append([str(row["step"]), words, f"{best} {row['probability'][best]:.2f}"])
+    return ["step", "ten nearest words", "first word of space"], rows
+
+
+def design_outcome(session: Session, experiment: Experiment) -> dict[str, Any]:
+    """Return the table of designs as plain data."""
+    methods: Sequence[Mapping[str, str]] = experiment.options.get("methods", ())
+    header = ["method", "System 2", "latent", "System 1", "here: read-out, regime, head, policy"]
+    rows = [
+        [
+            m["method"],
+            m["system2"],
+            m["latent"],
+            m["system1"],
+            f"`{m['paper_latent_here']}`, {m['regime']}, {m['head']}, {m['policy']}",
+        ]
+        for m in methods
+    ]
+    return session.outcome(experiment) | {
+        "state": "a description; the paper's table has no scores",
+        "tables": [["Methods, and how they are expressed here", header, rows]],
+    }

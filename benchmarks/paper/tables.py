@@ -1,0 +1,295 @@
+"""An experiment for people: Markdown with the paper's figures beside ours, JSON, a plot.
+
+What has not been run says so, what has been run in part says how much, and every score comes
+with its number of trials, clock, step limit and interval.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from openhelix.benchmarks.evaluation.plots import beside, lines
+from openhelix.benchmarks.evaluation.report import interval, markdown_table, percent
+from openhelix.benchmarks.evaluation.results import replace_file
+from openhelix.benchmarks.paper.judge import MISSING
+
+Outcome = Mapping[str, Any]
+DISAGREES = "†"
+
+
+def to_markdown(outcome: Outcome, pictures: Sequence[str] = ()) -> str:
+    """Return an experiment as Markdown."""
+    parts = [f"# {label(outcome['name'])}: {outcome['title']}\n", headline(outcome) + "\n"]
+    parts += [f"![{name}]({name})\n" for name in pictures]
+    for title, rows in by_suite(outcome).items():
+        if len(by_suite(outcome)) > 1:
+            parts.append(f"## {title}\n")
+        parts.append(markdown_table(table(rows)))
+        parts += [markdown_table(found) for found in [patterns_table(rows)] if found]
+    if any(row["paper_disagrees"] for row in outcome["rows"]):
+        parts.append(
+            f"{DISAGREES} The paper's average length is not what its own rates add up to; "
+            "comparisons use the sum of the rates.\n"
+        )
+    if outcome["contrasts"]:
+        parts += ["## Does it hold here?\n", markdown_table(contrast_table(outcome))]
+        parts.append(
+            "Pairs are the same episodes; success rates by McNemar's exact test, average lengths "
+            "by paired permutation, intervals by paired bootstrap. *holds* and *contradicted* are said at p < 0.05 (or, for "
+            '"the same", by where the 95 % interval lies); all else is undecided.\n'
+        )
+    for title, header, rows in outcome.get("tables", ()):
+        parts += [f"## {title}\n", markdown_table((header, rows))]
+    if outcome["notes"]:
+        parts += ["## To know\n", "\n".join(f"- {note}" for note in outcome["notes"]) + "\n"]
+    used = used_table(outcome)
+    if used[1]:
+        parts += ["## What was measured\n", markdown_table(used)]
+    return "\n".join(parts)
+
+
+def label(name: str) -> str:
+    """Return "Table 2" for "table2"."""
+    head = name.rstrip("0123456789")
+    return f"{head.capitalize()} {name[len(head) :]}".strip()
+
+
+def headline(outcome: Outcome) -> str:
+    """Return in one paragraph what state an experiment is in."""
+    scale = outcome["scale"]
+    text = f"State: **{outcome['state']}**. Scale: {scale['name']} ({scale['says']})"
+    text += f", seed {outcome['seed']}. Again: `{outcome['command']}`."
+    if not scale["official"]:
+        text += " A test of the plumbing: its figures mean nothing."
+    return text
+
+
+def by_suite(outcome: Outcome) -> dict[str, list[Outcome]]:
+    """Return the rows by the benchmark that they are of."""
+    names = {"calvin": "CALVIN", "calvin-e": "CALVIN-E", "calvin-d": "CALVIN-D"}
+    found: dict[str, list[Outcome]] = {}
+    for row in outcome["rows"]:
+        found.setdefault(names[row["suite"]], []).append(row)
+    return found
+
+
+def table(rows: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """Return rows of one suite as a table: ours, with interval and n, beside the paper's."""
+    if rows[0]["suite"] == "calvin-d":
+        header = ["", "ours: success %", "95 % interval", "n", "paper: success %"]
+        return header, [
+            [row["name"], *_rate(row), percent(_paper_rate(row)) or "-"] for row in rows
+        ]
+    header = ["", "ours: 1 to 5 in a row, %", "avg. length", "95 % interval", "n"]
+    header += ["paper: 1 to 5 in a row, %", "avg. length"]
+    return header, [[row["name"], *_chain(row), *_paper_chain(row)] for row in rows]
+
+
+def _state(row: Outcome) -> str:
+    if row["variant"] is None:
+        return "-"
+    if row.get("training_failed"):
+        return f"training failed: {row['training_failed']}"
+    done = row.get("n_so_far", 0)
+    return f"not finished ({done} of {row['n_wanted']})" if done else "not run"
+
+
+def _rate(row: Outcome) -> list[str]:
+    score = row["score"]
+    if score is None:
+        return [_state(row), "", ""]
+    return [percent(score["success_rate"]), interval(score["ci95"]), str(score["n_episodes"])]
+
+
+def _chain(row: Outcome) -> list[str]:
+    score = row["score"]
+    if score is None:
+        return [_state(row), "", "", ""]
+    rates = " ".join(f"{100 * x:.0f}" for x in score["success_in_a_row"])
+    limits = interval(score["ci95"], 1, 2)
+    return [rates, f"{score['avg_len']:.2f}", limits, str(score["n_sequences"])]
+
+
+def _paper_chain(row: Outcome) -> list[str]:
+    paper = row["paper"]
+    if paper is None or paper["in_a_row"] is None:
+        return ["-", "-"]
+    length = paper["avg_len"] if paper["avg_len"] is not None else row["paper_length"]
+    mark = DISAGREES if row["paper_disagrees"] else ""
+    return [" ".join(f"{x:g}" for x in paper["in_a_row"]), f"{length:.2f}{mark}"]
+
+
+def _paper_rate(row: Outcome) -> float | None:
+    patterns = (row["paper"] or {}).get("patterns")
+    return sum(patterns.values()) / len(patterns) / 100 if patterns else None
+
+
+def patterns_table(rows: Sequence[Outcome]) -> tuple[list[str], list[list[str]]] | None:
+    """Return success by motion, ours beside the paper's, or None where nothing moves."""
+    if rows[0]["suite"] != "calvin-d":
+        return None
+    ours = [row["score"].get("per_motion", {}) if row["score"] else {} for row in rows]
+    theirs = [_paper_motions(row) for row in rows]
+    groups = sorted({g for found in (*ours, *theirs) for g in found}, key=_by_motion)
+    lines_: list[list[str]] = []
+    for row, found, given in zip(rows, ours, theirs, strict=True):
+        if row["score"] is not None:
+            lines_.append([f"{row['name']}: ours", *(_cell(found.get(g)) for g in groups)])
+        if given:
+            cells = [f"{given[g]:g}" if g in given else "-" for g in groups]
+            lines_.append([f"{row['name']}: paper", *cells])
+    return (["by motion and speed, %", *groups], lines_) if lines_ else None
+
+
+def _paper_motions(row: Outcome) -> dict[str, float]:
+    """Return the paper's rates by motion, named as ours are: all moved at the paper's speed."""
+    given = (row["paper"] or {}).get("patterns") or {}
+    return {g if g == "static" else f"{g} paper": rate for g, rate in given.items()}
+
+
+def _by_motion(group: str) -> tuple[bool, str]:
+    return group != "static", group
+
+
+def _cell(rate: Outcome | None) -> str:
+    if rate is None or rate["success_rate"] is None:
+        return "-"
+    return f"{percent(rate['success_rate'])} (n {rate['n_episodes']})"
+
+
+def contrast_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
+    """Return the verdicts as a table."""
+    header = ["claim", "finding", "verdict", "difference", "95 % interval", "p", "pairs", "paper"]
+    rows = []
+    for c in outcome["contrasts"]:
+        theirs = c["paper_difference"]
+        cells = ["", "", "", ""]
+        if c["verdict"] != MISSING:
+            digits = 5 if c["unit"] == "1 - cosine" else 2
+            cells = [f"{c['difference']:+.{digits}f}", interval(c["ci95"], 1, digits)]
+            cells.append(f"{c['p']:.3g}")
+            cells.append(str(c["n_pairs"]))
+        paper = "" if theirs is None else f"{theirs:+.2f}"
+        rows.append([c["says"], str(c["finding"]), c["verdict"], *cells, paper])
+    return header, rows
+
+
+def used_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
+    """Return the conditions of each measured row."""
+    header = ["row", "variant", "steps a task", "System 2 every", "clock", "trained"]
+    header += ["weights", "evaluation"]
+    rows = []
+    for row in outcome["rows"]:
+        if row["variant"] is None or row["score"] is None:
+            continue
+        score = row["score"]
+        every = "1 step (each plan a fresh latent)"
+        if row["interval"] > 1:
+            every = f"{row['interval']} steps"
+        took = row["training_s"]
+        trained = "" if took is None else f"{took / 60:.0f} min (`{row['training']}`)"
+        rows.append(
+            [
+                row["id"],
+                row["says"],
+                str(score["steps_limit"]),
+                every,
+                score["clock"],
+                trained,
+                weights(score),
+                f"{score['cpu_s'] / 60:.1f} min of one core, {score['n_errors']} broke off",
+            ]
+        )
+    return header, rows
+
+
+def weights(score: Outcome) -> str:
+    """Return by which hashes the weights of a score are known: the policy's, and the latents'."""
+    latents = score["latents"]
+    return f"`{score['policy_sha256']}`" + (f", latents `{latents}`" if latents else "")
+
+
+def picture(outcome: Outcome) -> bytes | None:
+    """Return ours beside the paper's as PNG, or None where nothing has been run."""
+    done = [row for row in outcome["rows"] if row["score"] is not None]
+    if not done:
+        return None
+    if outcome["name"].startswith("figure") and len({r["interval"] for r in done}) > 1:
+        points = [
+            (float(r["interval"]), *(100 * v for v in (_score(r), *r["score"]["ci95"])))
+            for r in done
+        ]
+        return lines(
+            {"ours": points},
+            "environment steps from one latent to the next",
+            "success, %",
+            outcome["title"],
+            [r["interval"] for r in done],
+        )
+    chains = [row for row in done if "avg_len" in row["score"]]
+    rows = chains or done
+    scale = 1.0 if chains else 100.0
+    mixed = len({r["suite"] for r in rows}) > 1
+    names = [r["name"] + (f" ({r['suite']})" if mixed else "") for r in rows]
+    ours = [
+        (scale * _score(r), scale * r["score"]["ci95"][0], scale * r["score"]["ci95"][1])
+        for r in rows
+    ]
+    theirs = [r["paper_length"] if chains else _percent_of(r) for r in rows]
+    return beside(
+        names, ours, theirs, "tasks in a row" if chains else "success, %", outcome["title"]
+    )
+
+
+def _percent_of(row: Outcome) -> float | None:
+    rate = _paper_rate(row)
+    return None if rate is None else 100 * rate
+
+
+def _score(row: Outcome) -> float:
+    score = row["score"]
+    return float(score["avg_len"] if "avg_len" in score else score["success_rate"])
+
+
+def write(outcome: Outcome, folder: Path, drawn: Mapping[str, bytes] | None = None) -> bool:
+    """Write an experiment as JSON, Markdown and a plot, unless better is there.
+
+    A folder of results that was made elsewhere, with more rows measured, is left as it is.
+
+    Args:
+        outcome: what to write.
+        folder: where to.
+        drawn: pictures by file name; None draws the usual one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if _measured(outcome) < _measured(read(folder, str(outcome["name"]))):
+        return False
+    if drawn is None:
+        found = picture(outcome)
+        drawn = {} if found is None else {f"{outcome['name']}.png": found}
+    for name, data in drawn.items():
+        replace_file(folder / name, data)
+    replace_file(folder / f"{outcome['name']}.md", to_markdown(outcome, list(drawn)).encode())
+    text = json.dumps(outcome, indent=1, default=str)
+    replace_file(folder / f"{outcome['name']}.json", text.encode() + b"\n")
+    return True
+
+
+def read(folder: Path, name: str) -> Outcome | None:
+    """Return an experiment that was written before, or None; damage counts as none."""
+    try:
+        return dict(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _measured(outcome: Outcome | None) -> int:
+    """Return how many episodes and probes an outcome rests on."""
+    if outcome is None:
+        return -1
+    scores = [row["score"] for row in outcome["rows"] if row["score"] is not None]
+    trials = sum(s.get("n_sequences") or s.get("n_episodes") or 0 for s in scores)
+    return trials + sum(p["n_starts"] for p in outcome.get("probes", {}).values())

@@ -1,0 +1,186 @@
+"""Trainings by `openhelix train`, each in a process of its own.
+
+A process of its own, because a training's memory must be free again before an evaluation
+begins, and because a kill then ends a training and nothing else. What `openhelix train` says
+goes to `train.log` in the training's folder.
+
+All pairs share one folder of prepared states: it is named by content there, and frozen models
+prepare the same states whatever the policy is taught with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from openhelix.benchmarks.paper.costs import training_s
+from openhelix.benchmarks.paper.trainings import Say, Training
+from openhelix.benchmarks.training.config import LATENT, TrainingConfig
+from openhelix.benchmarks.training.export import SHIP, SYSTEM1, SYSTEM2
+from openhelix.runtime.core.config import CommandFailed, ConfigError, apply_overrides, validate
+from openhelix.system1.checkpoint import CONFIG, load_policy, save_policy
+from openhelix.system1.model import VisuomotorPolicy
+
+LOG, PREPARED, POLICY = "train.log", "prepared", "policy"
+Command = Sequence[str]
+
+
+class TrainCommand:
+    """`openhelix train`.
+
+    Args:
+        data: the collection, or its frames.
+        root: holds what trainings share.
+        command: the program's first words.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        root: Path,
+        command: Command = (sys.executable, "-m", "openhelix.runtime.cli.main", "train"),
+    ) -> None:
+        self._data, self._root, self._command = data, root, tuple(command)
+
+    def train(self, training: Training, folder: Path, parent: Path | None, say: Say) -> None:
+        """See `Trainer.train`."""
+        if training.stage == "shipped":
+            return
+        if training.given is not None:
+            told_by_name(training.given, folder / POLICY)
+            return
+        options = dict(training.options) | {"data": str(self._data), "out": str(folder)}
+        if training.stage == "pair":
+            self._share(folder)
+            if parent is not None:
+                options["policy.checkpoint"] = str(self._policy_of(training.parent, parent))
+        stage = "policy" if training.stage == "policy" else "all"
+        words = [*self._command, stage, *map(_word, options.items()), "--json"]
+        say(f"log in {folder / LOG}")
+        with (folder / LOG).open("ab") as log:
+            done = subprocess.run(
+                words, stdout=subprocess.PIPE, stderr=log, check=False, env=dict(os.environ)
+            )
+        if done.returncode != 0:
+            last = ((folder / LOG).read_text(errors="replace").strip() or "no word").splitlines()[
+                -1
+            ]
+            raise CommandFailed(
+                f"{training.key}: openhelix train ended with {done.returncode}: {last}"
+            )
+        if not json.loads(done.stdout.decode().strip().splitlines()[-1])["finished"]:
+            raise CommandFailed(f"{training.key}: not finished within its time limit")
+
+    def overrides(self, training: Training, folder: Path) -> list[str]:
+        """See `Trainer.overrides`."""
+        if training.stage == "shipped":
+            return []
+        if training.stage == "policy":
+            alone = folder / POLICY
+            path = alone if alone.is_dir() else self._policy_of(training, folder)
+            return [f"system1.policy.options.path={path}"]
+        return exported(folder)
+
+    def seconds(self, training: Training) -> float | None:
+        """See `Trainer.seconds`."""
+        return training_s(training, self._frames())
+
+    def _frames(self) -> int:
+        """Return how many frames the data has; 0 where there is none."""
+        try:
+            index = TrainingConfig(data=self._data).frames_folder() / "cache.json"
+        except ConfigError:
+            return 0
+        return sum(int(shard["frames"]) for shard in json.loads(index.read_text())["shards"])
+
+    def _policy_of(self, training: Training | None, folder: Path) -> Path:
+        assert training is not None
+        return training.given if training.given is not None else folder / POLICY
+
+    def _share(self, folder: Path) -> None:
+        shared = (self._root / PREPARED).resolve()
+        shared.mkdir(parents=True, exist_ok=True)
+        link = folder / PREPARED
+        if not link.exists():
+            link.symlink_to(shared, target_is_directory=True)
+
+
+def told_by_name(given: Path, out: Path) -> None:
+    """Write a policy that takes latents as one that is told its task's number instead.
+
+    Its table of tasks is still there: in a tenth of the samples of its training the latent was
+    left out. A policy that takes none is used where it is.
+    """
+    if not (given / CONFIG).is_file():
+        return
+    policy = load_policy(given)
+    if isinstance(policy, VisuomotorPolicy) and policy.config.use_latent:
+        config = replace(policy.config, use_latent=False)
+        save_policy(out, config, policy.state_dict(), policy.normalizer)
+
+
+def exported(folder: Path) -> list[str]:
+    """Return what a run is told to use an exported pair.
+
+    Raises:
+        CommandFailed: it is not as expected.
+    """
+    place = folder / SHIP
+    policy, latent, llava = place / SYSTEM1, place / SYSTEM2 / LATENT, place / SYSTEM2 / "llava"
+    for path in (policy, latent):
+        if not path.exists():
+            raise CommandFailed(f"{place}: openhelix train left no {path.relative_to(place)}")
+    model = [f"system2.engine.options.model={llava}"] if llava.is_dir() else []
+    return [
+        f"system1.policy.options.path={policy}",
+        f"system2.engine.options.latent_projector={latent}",
+        *model,
+    ]
+
+
+def _word(item: tuple[str, Any]) -> str:
+    key, value = item
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def data_id(frames: Path) -> str:
+    """Return what identifies training data: a hash of its index, which lists every shard.
+
+    Raises:
+        ConfigError: the index cannot be read.
+    """
+    try:
+        return hashlib.sha256((frames / "cache.json").read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise ConfigError(f"--data: {frames}: no cache.json ({error.strerror})") from None
+
+
+def changed(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Split overrides: `train.KEY=VALUE` for the training, the rest for the run."""
+    train: dict[str, Any] = {}
+    run: list[str] = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key.startswith("train."):
+            train[key.removeprefix("train.")] = yaml.safe_load(value)
+        else:
+            run.append(text)
+    return train, run
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse training options that `openhelix train` does not have.
+
+    Raises:
+        ConfigError: one line names the option.
+    """
+    validate(TrainingConfig, apply_overrides({}, [_word(item) for item in options.items()]))

@@ -1,0 +1,258 @@
+"""What is trained for a variant, so named that no training is done twice.
+
+A training is known by a hash of all that shapes it: its options, its data and the training it
+begins with. Variants of different tables that come out alike share it, and so do variants
+that begin with the same pretrained policy. A folder `<stage>-<hash>` holds it, and
+`trained.json` in it says that it is finished, how long it took and what a run is told to use
+it.
+
+Who trains is behind `Trainer`: `openhelix train` in a process of its own (`TrainCommand`), or
+a small stand-in where only the plumbing is of interest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from openhelix.benchmarks.evaluation.evaluation import ROOT, content
+from openhelix.benchmarks.evaluation.results import replace_file
+from openhelix.benchmarks.paper.catalogue import Scale, Variant
+from openhelix.runtime.core.config import CommandFailed, ConfigError
+
+TRAINED, FAILED, CLOCK = "trained.json", "failed.json", "clock.json"
+GIVEN = "policy.checkpoint"
+SHIPPED = ROOT / "checkpoints"
+SHIPPED_POLICY = SHIPPED / "system1-laptop"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training.
+
+    Attributes:
+        stage: "policy" is System 1 alone, "pair" both systems together, "shipped" the project's
+            own pair, which is there.
+        options: of `openhelix train`, by their dotted names.
+        data: what identifies the data: a hash, or the path of data that cannot be hashed.
+        parent: the policy that a pair begins with.
+        weights: a hash of the weights that it is given, and that may be others tomorrow.
+    """
+
+    stage: Literal["policy", "pair", "shipped"]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    data: str = ""
+    parent: Training | None = None
+    weights: str = ""
+
+    @property
+    def given(self) -> Path | None:
+        """The trained policy that it is given."""
+        path = self.options.get(GIVEN) if self.stage == "policy" else None
+        return None if path is None else Path(path)
+
+    @property
+    def shown_options(self) -> dict[str, Any]:
+        """The options as results name them: a policy of the project by its place in it."""
+        given = self.given
+        if given is None or not given.is_relative_to(ROOT):
+            return dict(self.options)
+        return {**self.options, GIVEN: str(given.relative_to(ROOT))}
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether something is trained, for which there must be data."""
+        return self.stage == "pair" or (self.stage == "policy" and self.given is None)
+
+    @property
+    def key(self) -> str:
+        """The hash of all that shapes it."""
+        text = json.dumps(self.to_json(), sort_keys=True, default=str)
+        return f"{self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        options = {k: v for k, v in self.options.items() if k != GIVEN or not self.weights}
+        return {
+            "stage": self.stage,
+            "options": options,
+            "data": self.data,
+            "parent": None if self.parent is None else self.parent.key,
+            "weights": self.weights,
+        }
+
+
+class Trainer(Protocol):
+    """Trains, and says what a run is told to use the result."""
+
+    def train(self, training: Training, folder: Path, parent: Path | None, say: Say) -> None:
+        """Train into a folder; called again after a kill, it goes on.
+
+        Args:
+            training: what.
+            folder: where to.
+            parent: folder of the training that it begins with.
+            say: told of the progress.
+
+        Raises:
+            ValueError: the training is refused; one line.
+            CommandFailed: it failed.
+        """
+
+    def overrides(self, training: Training, folder: Path) -> list[str]:
+        """Return what a run is told (`section.field=value`) to use what a folder holds."""
+
+    def seconds(self, training: Training) -> float | None:
+        """Return how long it will take on this machine, or None if nothing is known."""
+
+
+def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str, Any]) -> Training:
+    """Return the training of a variant; those it begins with hang on it.
+
+    Args:
+        variant: what to build.
+        scale: how much.
+        data: what identifies the data.
+        changes: options that the user changed; they win.
+    """
+    if variant.policy == "shipped":
+        return Training("shipped", weights=_digest(SHIPPED))
+    base = dict(scale.train)
+    if GIVEN not in changes and any(map(_of_policy, changes)):
+        base.pop(GIVEN, None)  # who says how the policy is trained wants it trained
+    policy = _policy_training({**base, **changes}, data)
+    if variant.policy == "only":
+        return policy
+    options: dict[str, Any] = {**base, **scale.train_regime.get(variant.regime, {})}
+    options |= {
+        "latent.regime": variant.regime,
+        "latent.clip": 1.0 if variant.clip else 0.0,
+        "latent.aux": variant.aux,
+        "latent.vision": variant.vision,
+        "latent.kind": variant.latent,
+    }
+    if not variant.prealign:
+        # Nothing tells the projector anything before both learn together.
+        options |= {"stage1.steps": 0, "stage2.start": "random"}
+        if variant.regime == "prompt" and variant.latent == "act_last":
+            options["latent.feed"] = "prefix"  # else only stage 1 would train <ACT>
+    if variant.head != "trajectory":
+        options["policy.changes"] = {"head": variant.head}
+    options |= changes
+    if variant.policy == "pretrained":
+        # The policy's own training is the parent's; only what the pair does shapes the pair.
+        kept = {k: v for k, v in options.items() if k == "policy.changes" or not _of_policy(k)}
+        return Training("pair", kept, data, policy)
+    kept = {k: v for k, v in options.items() if k != GIVEN}
+    return Training("pair", kept | {"policy.pretrained": False}, data)
+
+
+def _policy_training(options: Mapping[str, Any], data: str) -> Training:
+    """Return the training of the policy alone; a policy that is given needs no data."""
+    common = {k: v for k, v in options.items() if not _of_pair(k)}
+    given = common.pop(GIVEN, None)
+    if given is None:
+        return Training("policy", common, data)
+    path = SHIPPED_POLICY if given == "shipped" else Path(given).expanduser()
+    return Training("policy", {GIVEN: str(path)}, weights=_digest(path))
+
+
+def _digest(folder: Path) -> str:
+    return content(folder).hex()[:16] if folder.is_dir() else ""
+
+
+def _of_pair(key: str) -> bool:
+    return key.split(".")[0] in ("latent", "stage1", "stage2")
+
+
+def _of_policy(key: str) -> bool:
+    return key.split(".")[0] == "policy"
+
+
+def in_order(trainings: Iterable[Training]) -> list[Training]:
+    """Return all that must be trained, each once, parents first."""
+    found: dict[str, Training] = {}
+    for training in trainings:
+        if training.parent is not None:
+            found.setdefault(training.parent.key, training.parent)
+        found.setdefault(training.key, training)
+    return list(found.values())
+
+
+class Trainings:
+    """Trainings in a folder.
+
+    Args:
+        folder: of all of them.
+        trainer: does what is not there.
+    """
+
+    def __init__(self, folder: Path, trainer: Trainer) -> None:
+        self._folder, self._trainer = folder, trainer
+
+    def place(self, training: Training) -> Path:
+        """Return the folder of a training."""
+        return self._folder / training.key
+
+    def done(self, training: Training) -> dict[str, Any] | None:
+        """Return what `trained.json` says, or None if it is not finished.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        path = self.place(training) / TRAINED
+        if not path.exists():
+            return None
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+            if found["training"] != json.loads(json.dumps(training.to_json(), default=str)):
+                raise ValueError
+        except (ValueError, KeyError):
+            raise ConfigError(f"{path}: damaged; delete {path.parent} to train it again") from None
+        return found
+
+    def ensure(self, training: Training, say: Say) -> dict[str, Any]:
+        """Train what is not finished, parents first; return what `trained.json` says."""
+        found = self.done(training)
+        if found is not None:
+            return found
+        parent = None
+        if training.parent is not None:
+            self.ensure(training.parent, say)
+            parent = self.place(training.parent)
+        folder = self.place(training)
+        folder.mkdir(parents=True, exist_ok=True)
+        clock, begun_s = folder / CLOCK, time.monotonic()
+        before_s = float(json.loads(clock.read_text())["seconds"]) if clock.exists() else 0.0
+        try:
+            self._trainer.train(training, folder, parent, say)
+        except CommandFailed as error:
+            replace_file(folder / FAILED, json.dumps({"why": str(error)}).encode())
+            raise
+        finally:
+            seconds = before_s + time.monotonic() - begun_s
+            replace_file(clock, json.dumps({"seconds": seconds}).encode())
+        found = {
+            "training": json.loads(json.dumps(training.to_json(), default=str)),
+            "seconds": round(seconds, 1),
+            "overrides": self._trainer.overrides(training, folder),
+        }
+        replace_file(folder / TRAINED, json.dumps(found, indent=1).encode() + b"\n")
+        return found
+
+    def failure(self, training: Training) -> str | None:
+        """Return why a training failed when it was last tried, or None."""
+        path = self.place(training) / FAILED
+        if self.done(training) is not None or not path.exists():
+            return None
+        return str(json.loads(path.read_text(encoding="utf-8"))["why"])
+
+    def seconds(self, training: Training) -> float | None:
+        """Return how long a training is still going to take; 0 if it is finished."""
+        return 0.0 if self.done(training) is not None else self._trainer.seconds(training)

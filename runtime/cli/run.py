@@ -1,0 +1,116 @@
+"""`openhelix run`: the whole system, on the wall clock or in lockstep."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from openhelix.runtime.cli.arguments import parse, parser
+from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.core.config import ConfigError, RunConfig, load
+from openhelix.runtime.core.plugins import resolve
+from openhelix.runtime.observe.display import Display
+from openhelix.runtime.observe.viewer import require
+from openhelix.runtime.robots.base import robot_class
+
+EXIT_INTERRUPTED = 130  # by Ctrl-C; the robot was stopped and the report written
+EXIT_STOPPED = 3  # the robot was stopped for safety before the run was complete
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run; 0 when the run completed, whatever the success rate."""
+    return _run(argv, record=False)
+
+
+def record(argv: Sequence[str]) -> int:
+    """Run with recording on."""
+    return _run(argv, record=True)
+
+
+def _run(argv: Sequence[str], record: bool) -> int:
+    arguments = parser("record" if record else "run", __doc__ or "")
+    arguments.add_argument("--no-ray", action="store_true", help="plain processes, for debugging")
+    arguments.add_argument("--viewer", action="store_true", help="log to Rerun")
+    options, overrides = parse(arguments, argv)
+    if options.no_ray:
+        overrides.append("ray=false")
+    if options.viewer:
+        overrides.append("output.viewer=true")
+    if record:
+        overrides.append("output.record=true")
+    config = load(options.config, overrides)
+    logging.basicConfig(level=logging.WARNING)
+    if config.output.viewer:
+        require()
+    robot_class(config.robot.name)  # there is one of that name, before anything is started
+    assignments, initial = plan(config)
+    folder = make_output_folder(config.output.folder)
+    display = Display(live=config.output.live and not options.json)
+    if config.control.clock == "lockstep":
+        from openhelix.runtime.launch.run import run_lockstep as run
+    else:
+        from openhelix.runtime.launch.run import run_realtime as run
+    report = run(config, assignments, initial, folder, display)
+    write_report(report, folder)
+    publish_latest(folder, config.output.folder)
+    if options.json:
+        print(json.dumps(report))
+    else:
+        display.summary(report, folder)
+    if report["interrupted"]:
+        return EXIT_INTERRUPTED
+    return EXIT_STOPPED if report["stopped"] else 0
+
+
+def plan(config: RunConfig) -> tuple[list[Assignment], dict[str, Any] | None]:
+    """Return what to do and the initial state of a world that can be set."""
+    if config.tasks.instruction is not None:
+        text = config.tasks.instruction.strip()
+        if not text:
+            raise ConfigError("tasks.instruction: is empty; write what the robot is to do")
+        return [Assignment("", text)], None
+    sequences = resolve("openhelix.benchmarks.calvin.sequences:get_sequences")
+    initial_state = resolve("openhelix.benchmarks.calvin.sequences:initial_state")
+    tasks = resolve("openhelix.benchmarks.calvin.tasks:TASKS")
+    state, names = sequences(config.tasks.sequence + 1)[config.tasks.sequence]
+    robot_obs, scene_obs = initial_state(state, config.world.scene)
+    initial = {"robot_obs": list(map(float, robot_obs)), "scene_obs": list(map(float, scene_obs))}
+    return [Assignment(name, tasks[name].sentence) for name in names], initial
+
+
+def make_output_folder(base: Path) -> Path:
+    """Return a new folder for this run; an earlier run's is never touched."""
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 100_000):
+            folder = base / f"run-{number:04d}"
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+    except OSError as error:
+        raise ConfigError(f"output.folder: cannot write to {base}: {error.strerror}") from None
+    raise ConfigError(f"output.folder: {base} holds too many runs")
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Write `report.json` whole or not at all."""
+    part = folder / "report.json.part"
+    part.write_text(json.dumps(report, indent=2) + "\n")
+    part.rename(folder / "report.json")
+
+
+def publish_latest(folder: Path, base: Path) -> None:
+    """Point `latest` at this run."""
+    link = base / "latest"
+    part = base / f".latest-{os.getpid()}"
+    part.symlink_to(folder.name)
+    if link.exists() and not link.is_symlink():
+        part.unlink()
+        raise ConfigError(f"{link}: is in the way; it should be a link that runs replace")
+    part.rename(link)

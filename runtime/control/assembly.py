@@ -1,0 +1,199 @@
+"""Builds a control loop from a configuration; the one place where its parts meet.
+
+Both clocks use the same classes and differ only in four of them: the clock, the planner and
+the goals (other processes, or inside the tick), and the robot.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from openhelix.runtime.control.chunks import ChunkBuffer
+from openhelix.runtime.control.episode_runner import EpisodeRunner
+from openhelix.runtime.control.goals import Goals, LockstepGoals, WireGoals
+from openhelix.runtime.control.loop import ControlLoop
+from openhelix.runtime.control.planner import Planner, PlanReply, RemotePlanner
+from openhelix.runtime.control.realtime import SlackCollector
+from openhelix.runtime.core.clock import Clock, FakeClock, MonotonicClock, Pacer
+from openhelix.runtime.core.config import ConfigError, Part, RunConfig
+from openhelix.runtime.core.interfaces import (
+    Engine,
+    LatentSpec,
+    PolicySpec,
+    check_latent,
+    check_robot,
+)
+from openhelix.runtime.core.plugins import resolve
+from openhelix.runtime.core.safety import SafetyFilter, SafetyLimits, SafetyState, Watchdog
+from openhelix.runtime.core.types import LatentGoal
+from openhelix.runtime.robots.base import Robot, World
+from openhelix.runtime.transport.wire import NewestReader, Publisher
+
+# System 2 takes the newest image when its deadline comes. How old that already is adds to the
+# age of every latent, so more are offered than are used (bench_fleet measures what it brings).
+IMAGES_A_LATENT = 5
+PREFETCH_NS = 1_000_000  # before a deadline: what a prefetch takes on cold caches, twice
+
+
+@dataclass(frozen=True, slots=True)
+class ControlStack:
+    """A loop with all that belongs to it."""
+
+    loop: ControlLoop
+    pacer: Pacer
+    episode_runner: EpisodeRunner
+
+    def close(self) -> None:
+        self.loop.planner.close()
+        if self.loop.goals is not None:
+            self.loop.goals.close()
+
+
+def make(part: Part) -> Any:
+    """Return `target(**options)`.
+
+    Raises:
+        ConfigError: the target does not take these options.
+        ResolveError: there is no such target.
+    """
+    target = resolve(part.target)
+    try:
+        inspect.signature(target).bind(**part.options)
+    except TypeError as error:
+        raise ConfigError(f"options of {part.target}: {error}") from None
+    return target(**part.options)
+
+
+def period_ns(config: RunConfig) -> int:
+    """One control period."""
+    return round(1e9 / config.control.hz)
+
+
+def replan_ns(config: RunConfig) -> int:
+    """Time from one chunk's observation to the next one's."""
+    return config.system1.replan_steps * period_ns(config)
+
+
+def freshness(config: RunConfig) -> SafetyLimits:
+    """Return the limits with a maximum latent age that System 2's own cadence can keep.
+
+    At a slow cadence a latent is a period old before the next is even due.
+    """
+    slowest_s = 2.5 / config.system2.hz
+    if config.control.clock == "lockstep":
+        steps = 2.5 * config.interval_steps + config.lockstep.latency_steps
+        slowest_s = steps / config.control.hz
+    limits = config.safety
+    return replace(limits, latent_max_age_s=max(limits.latent_max_age_s, slowest_s))
+
+
+def build_stack(
+    config: RunConfig,
+    robot: Robot,
+    spec: PolicySpec,
+    planner: Planner,
+    goals: Goals | None,
+    clock: Clock,
+) -> ControlStack:
+    """Join the parts; `robot` is connected. Raises SpecMismatch when they do not fit."""
+    check_robot(robot.spec, spec)
+    period = period_ns(config)
+    # A frame that is drawn when it is looked at is never stale, and looking would draw it.
+    lively = not getattr(robot, "frames_on_demand", False)
+    names = tuple(camera.name for camera in spec.cameras) if lively else ()
+    loop = ControlLoop(
+        robot=robot,
+        goals=goals,
+        planner=planner,
+        chunks=ChunkBuffer(config.system1.blend_s),
+        limits=SafetyFilter(config.safety),
+        watchdog=Watchdog(freshness(config), names, use_latent=goals is not None),
+        machine=SafetyState(),
+        clock=clock,
+        period_ns=period,
+        seed=config.seed,
+    )
+    pacer = Pacer(clock, period)
+    episode_runner = EpisodeRunner(
+        loop=loop,
+        world=robot if isinstance(robot, World) else None,
+        steps_limit=config.tasks.steps_limit,
+        stop_at_failure=config.tasks.stop_at_failure,
+        wait=pacer.wait if isinstance(clock, FakeClock) else _waiter(pacer, loop),
+        hold_limit=round(config.control.hold_limit_s * config.control.hz),
+    )
+    return ControlStack(loop, pacer, episode_runner)
+
+
+def request_interval_ns(hz: float, images: int = IMAGES_A_LATENT) -> int:
+    """Return the time between two images that a robot offers to a System 2 of that rate."""
+    return round(1e9 / (images * max(hz, 1.0)))
+
+
+def wire_goals(config: RunConfig, requests: str, latents: str) -> WireGoals:
+    """Return System 2 in another process, reached over two endpoints."""
+    keys = str(config.transport.keys) if config.transport.keys else None
+    robot = config.robot.id
+    return WireGoals(
+        sender=Publisher(requests, robot, bind=False, keys=keys),
+        reader=NewestReader(latents, f"latents/{robot}", LatentGoal, keys=keys),
+        robot=robot,
+        camera=config.system2.camera,
+        min_interval_ns=request_interval_ns(config.system2.hz),
+        memory=config.system1.latent_memory,
+    )
+
+
+def remote_planner(config: RunConfig, plans: str, chunks: str) -> RemotePlanner:
+    """Return System 1 in another process, reached over two endpoints."""
+    keys = str(config.transport.keys) if config.transport.keys else None
+    return RemotePlanner(
+        Publisher(plans, "plans", bind=False, keys=keys),
+        NewestReader(chunks, "chunks", PlanReply, keys=keys),
+        replan_ns(config),
+    )
+
+
+def lockstep_goals(config: RunConfig, engine: Engine, expected: LatentSpec) -> LockstepGoals:
+    """Return System 2 on a schedule of environment steps."""
+    check_latent(engine.spec, expected)
+    return LockstepGoals(
+        engine=engine,
+        camera=config.system2.camera,
+        interval=config.interval_steps,
+        latency=config.lockstep.latency_steps,
+        memory=config.system1.latent_memory,
+    )
+
+
+def make_clock(config: RunConfig) -> Clock:
+    """Return the clock that the configuration names."""
+    if config.control.clock == "lockstep":
+        return FakeClock()
+    return MonotonicClock(spin_ns=round(config.control.spin_us * 1000))
+
+
+def _waiter(pacer: Pacer, loop: ControlLoop) -> Callable[[], object]:
+    """Wait for the next tick, and use the time until then.
+
+    Garbage is collected first: on the control thread the automatic collector is off
+    (`openhelix.runtime.control.realtime.enter`), because it would run whenever an allocation happens to trip it.
+    Then, just before the deadline, the robot's newest state is taken in. After 30 ms of other
+    processes' work on this core everything is out of its caches, and decoding a state takes
+    twenty times as long as right after another: better before the deadline than after.
+    """
+    collector = SlackCollector()
+
+    def wait() -> object:
+        collector.collect(pacer.slack_ns() - PREFETCH_NS)
+        spare_ns = pacer.slack_ns() - PREFETCH_NS
+        if spare_ns > 0:
+            time.sleep(spare_ns * 1e-9)
+            loop.prefetch()
+        return pacer.wait()
+
+    return wait

@@ -1,0 +1,272 @@
+"""Joins System 1's trajectories by time: drop what has expired, blend what overlaps.
+
+A chunk comes back a good while after the observation it was computed from, so its first rows
+are already past, and the arm is in the middle of the chunk before it. Here time goes in and a
+target comes out; nothing is counted in rows that might have been executed (an estimate that
+warm-up or a slow call inflates, and the arm then jumps), only in what the loop really sampled.
+
+    older plan   o----o----o----o----o----o
+    new chunk         o----o----o----o----o----o----o
+                           ^ now
+    joined                 *====o----o----o----o----o     * = what was being executed at `now`
+                           |blend|                        = is mixed, afterwards the new one
+
+The buffer belongs to one thread, the control loop's: no locks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+
+import numpy as np
+
+from openhelix.runtime.core.quaternion import Quat, QuaternionError, normalise, slerp
+from openhelix.runtime.core.types import Action, ActionChunk
+
+_Row = tuple[float, float, float, Quat, float]  # x, y, z in W (m), rotation, openness
+
+
+@dataclass(slots=True)
+class ChunkCounters:
+    """What became of the chunks and their rows since the buffer was made.
+
+    Every row of an accepted or late chunk ends up in exactly one of consumed, expired,
+    replaced and voided, or is still in the buffer.
+    """
+
+    actions_sampled: int = 0  # targets that the loop really took
+    rows_consumed: int = 0  # rows whose time came while they were the plan
+    rows_expired: int = 0  # rows whose time had passed when their chunk arrived
+    rows_replaced: int = 0  # rows that a newer chunk took the place of
+    rows_voided: int = 0  # rows dropped by a new instruction or a reset
+    rows_blended: int = 0  # rows mixed with what was being executed
+    chunks_accepted: int = 0
+    chunks_used: int = 0  # of the accepted: at least one action was sampled from it
+    chunks_void: int = 0  # refused: another instruction_id
+    chunks_late: int = 0  # refused: every row had expired
+    chunks_stale: int = 0  # refused: older observation than the plan's
+    chunks_bad: int = 0  # refused: wrong shape, not finite, no rotation, no time step
+    runs_out: int = 0  # times that the loop found the buffer run out
+
+
+class ChunkBuffer:
+    """A plan on a time line, made of the chunks that came in.
+
+    Args:
+        blend_s: seconds over which a new chunk takes over from what is being executed; 0 for
+            at once.
+        instruction_id: the instruction counter whose chunks are accepted.
+    """
+
+    def __init__(self, blend_s: float = 0.1, instruction_id: int = 0) -> None:
+        if not 0.0 <= blend_s < 10.0:
+            raise ValueError(f"blend_s: {blend_s} is not a time between 0 and 10 s")
+        self._blend_ns = round(blend_s * 1e9)
+        self._instruction_id = instruction_id
+        self.counters = ChunkCounters()
+        # One plan as parallel lists: row i is due at _times[i]. _joins[i] False: there is a
+        # hole in time before row i that must not be interpolated across. _mine[i] False: a
+        # row that only anchors interpolation, not one of a chunk's own.
+        self._times: list[int] = []
+        self._rows: list[_Row] = []
+        self._joins: list[bool] = []
+        self._mine: list[bool] = []
+        self._fresh = False  # the newest chunk has not been sampled yet
+        self._fresh_from_ns = 0
+        self._t_obs_ns: int | None = None
+        self._latent_seq = -1
+        self._ran_out = False
+
+    @property
+    def instruction_id(self) -> int:
+        """The instruction counter whose chunks are accepted."""
+        return self._instruction_id
+
+    @property
+    def latent_seq(self) -> int:
+        """The latent that the newest accepted chunk was conditioned on; -1 for none."""
+        return self._latent_seq
+
+    def void(self, instruction_id: int) -> None:
+        """Drop the whole plan; from now on accept chunks of `instruction_id` only."""
+        self.counters.rows_voided += sum(self._mine)
+        self._clear()
+        self._instruction_id = instruction_id
+        self._t_obs_ns = None
+        self._latent_seq = -1
+        self._ran_out = False
+
+    def put(self, chunk: ActionChunk, now_ns: int) -> bool:
+        """Join a chunk to the plan; return whether it was accepted.
+
+        A refused chunk (another instruction_id, wholly expired, older than the plan's, malformed) is
+        counted and changes nothing.
+
+        Args:
+            chunk: rows due at `t_start_ns + i * dt_ns`; quaternions need not be unit.
+            now_ns: the loop's time, on the clock that stamped the chunk.
+        """
+        count = self.counters
+        if chunk.instruction_id != self._instruction_id:
+            count.chunks_void += 1
+            return False
+        rows = _rows(chunk)
+        if rows is None:
+            count.chunks_bad += 1
+            return False
+        if self._t_obs_ns is not None and chunk.t_obs_ns < self._t_obs_ns:
+            count.chunks_stale += 1
+            return False
+        # Rows up to now are past; the last of them still anchors the interpolation at now.
+        first = max(0, -((chunk.t_start_ns - now_ns) // chunk.dt_ns))
+        if first >= len(rows):
+            count.chunks_late += 1
+            count.rows_expired += len(rows)
+            return False
+        count.rows_expired += first
+        count.chunks_accepted += 1
+        times = [chunk.t_start_ns + i * chunk.dt_ns for i in range(len(rows))]
+        self._join(times, rows, first, chunk.dt_ns, now_ns)
+        self._fresh, self._fresh_from_ns = True, max(now_ns, times[0])
+        self._t_obs_ns, self._latent_seq = chunk.t_obs_ns, chunk.latent_seq
+        return True
+
+    def sample(self, t_ns: int) -> Action | None:
+        """Return the target for time `t_ns`, or None where there is no plan for it.
+
+        Interpolates linearly in position and openness, spherically in rotation.
+        """
+        row = self._at(t_ns)
+        if row is None:
+            if self._times and t_ns > self._times[-1] and not self._ran_out:
+                self._ran_out = True
+                self.counters.runs_out += 1
+            self._consume(t_ns)
+            return None
+        self._ran_out = False
+        self.counters.actions_sampled += 1
+        if self._fresh and t_ns >= self._fresh_from_ns:
+            self._fresh = False
+            self.counters.chunks_used += 1
+        self._consume(t_ns)
+        x, y, z, (qx, qy, qz, qw), openness = row
+        return Action(
+            np.array((x, y, z, qx, qy, qz, qw)), openness, self._instruction_id, t_ns=t_ns
+        )
+
+    def rehearse(self, t_ns: int) -> None:
+        """Go through what `sample` does, without taking anything."""
+        self._at(t_ns)
+
+    def remaining_s(self, t_ns: int) -> float:
+        """Return the seconds of plan left after `t_ns`; 0 when it has run out."""
+        if not self._times:
+            return 0.0
+        return max(0.0, (self._times[-1] - t_ns) * 1e-9)
+
+    # -- inside ---------------------------------------------------------------------------
+
+    def _clear(self) -> None:
+        self._times, self._rows, self._joins, self._mine = [], [], [], []
+        self._fresh = False
+
+    def _at(self, t_ns: int) -> _Row | None:
+        times = self._times
+        if not times or t_ns < times[0] or t_ns > times[-1]:
+            return None
+        after = bisect_right(times, t_ns)
+        before = after - 1
+        if times[before] == t_ns:
+            return self._rows[before]
+        if not self._joins[after]:
+            return None
+        return _mix(
+            self._rows[before],
+            self._rows[after],
+            (t_ns - times[before]) / (times[after] - times[before]),
+        )
+
+    def _consume(self, t_ns: int) -> None:
+        """Count the rows whose time has come and forget all but the last of them."""
+        due = bisect_right(self._times, t_ns)
+        if due == 0:
+            return
+        self.counters.rows_consumed += sum(self._mine[:due])
+        keep = due - 1
+        if due == len(self._times) and t_ns > self._times[-1]:
+            self._clear()  # run out: nothing is left to interpolate to
+            return
+        self._mine[keep] = False  # counted; stays as the anchor of the next interpolation
+        del self._times[:keep], self._rows[:keep], self._joins[:keep], self._mine[:keep]
+
+    def _join(
+        self, times: list[int], rows: list[_Row], first: int, dt_ns: int, now_ns: int
+    ) -> None:
+        """Replace the plan from the later of `now` and the chunk's start by the chunk."""
+        start_ns = max(now_ns, times[0])
+        at_start = self._at(start_ns)
+        old_rows: list[_Row | None] = [None] * (len(rows) - first)
+        if at_start is not None:  # an older plan that ends within the blend counts as holding
+            overlap = bisect_left(times, start_ns + self._blend_ns, first) - first
+            last = self._rows[-1]
+            old_rows[:overlap] = [self._at(t) or last for t in times[first : first + overlap]]
+        kept = bisect_right(self._times, start_ns)
+        if kept and self._times[kept - 1] == start_ns:
+            kept -= 1
+        self.counters.rows_replaced += sum(self._mine[kept:])
+        # What is before `now` was counted when it was sampled; what lies between `now` and a
+        # chunk that starts later remains the plan until then.
+        self._times, self._rows = self._times[:kept], self._rows[:kept]
+        self._joins, self._mine = self._joins[:kept], self._mine[:kept]
+        if times[first] > start_ns:  # between two rows: an anchor at the join itself
+            anchor = _mix(rows[first - 1], rows[first], (start_ns - times[first - 1]) / dt_ns)
+            if at_start is not None and self._blend_ns:
+                anchor = (*at_start[:4], anchor[4])
+            self._append(start_ns, anchor, at_start is not None, mine=False)
+        for t, row, old in zip(times[first:], rows[first:], old_rows, strict=True):
+            if old is not None:
+                row = (*_mix(old, row, (t - start_ns) / self._blend_ns)[:4], row[4])
+                self.counters.rows_blended += 1
+            joins = t > start_ns or self._close(t, dt_ns)
+            self._append(t, row, joins, mine=True)
+
+    def _close(self, t_ns: int, dt_ns: int) -> bool:
+        """Whether the plan so far ends within one row of `t_ns`: then there is no hole."""
+        return bool(self._times) and t_ns - self._times[-1] <= dt_ns
+
+    def _append(self, t_ns: int, row: _Row, joins: bool, *, mine: bool) -> None:
+        self._times.append(t_ns)
+        self._rows.append(row)
+        self._joins.append(joins)
+        self._mine.append(mine)
+
+
+def _rows(chunk: ActionChunk) -> list[_Row] | None:
+    """Return the chunk as tuples of floats, rotations at unit length; None if it is unusable."""
+    poses, gripper = np.asarray(chunk.poses), np.asarray(chunk.gripper)
+    if poses.ndim != 2 or poses.shape[1] != 7 or gripper.shape != poses.shape[:1]:
+        return None
+    if not len(poses) or chunk.dt_ns <= 0:
+        return None
+    if not (np.isfinite(poses).all() and np.isfinite(gripper).all()):
+        return None
+    try:
+        return [
+            (p[0], p[1], p[2], normalise(p[3:]), g)
+            for p, g in zip(poses.tolist(), gripper.tolist(), strict=True)
+        ]
+    except QuaternionError:
+        return None
+
+
+def _mix(a: _Row, b: _Row, weight: float) -> _Row:
+    """Return the row `weight` of the way from `a` to `b`."""
+    u = 1.0 - weight
+    return (
+        u * a[0] + weight * b[0],
+        u * a[1] + weight * b[1],
+        u * a[2] + weight * b[2],
+        slerp(a[3], b[3], weight),
+        u * a[4] + weight * b[4],
+    )

@@ -1,0 +1,134 @@
+"""Runs a list of instructions on a control loop: one instruction_id each, judged by the world.
+
+The step limit counts environment steps under the policy's control. Steps on which the robot
+held still because the first latent of an instruction had not arrived are counted apart
+(`hold_steps`), so that a score says both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from openhelix.runtime.control.loop import ControlLoop, Tick
+from openhelix.runtime.robots.base import RobotError, World
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One thing to do."""
+
+    task: str  # name of the oracle that judges it; "" where nobody does
+    instruction: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """What became of it."""
+
+    task: str
+    instruction: str
+    success: bool
+    env_steps: int  # under the policy's control
+    hold_steps: int  # the robot held still
+    duration_s: float
+    reason: str  # why it ended
+
+
+class EpisodeRunner:
+    """Gives a loop its instructions, one after the other.
+
+    Args:
+        loop: the control loop, connected to its robot.
+        world: who judges success; None on a robot without an oracle.
+        steps_limit: environment steps an instruction.
+        stop_at_failure: CALVIN's protocol; False attempts every assignment.
+        wait: blocks until the next tick is due (the pacer; nothing in lockstep).
+        hold_limit: ticks that an instruction may spend holding still before it is given up.
+    """
+
+    def __init__(
+        self,
+        loop: ControlLoop,
+        world: World | None,
+        steps_limit: int,
+        stop_at_failure: bool,
+        wait: Callable[[], object],
+        hold_limit: int,
+    ) -> None:
+        self._loop, self._world = loop, world
+        self._steps_limit, self._hold_limit = steps_limit, hold_limit
+        self._stop_at_failure = stop_at_failure
+        self._wait = wait
+        self.results: list[TaskResult] = []
+        self.chains: list[int] = []  # successes in a row of each judged list that was finished
+        self.current: Assignment | None = None
+        self.steps = 0
+        self.succeeded = 0  # of the results, counted for those who look on at every tick
+
+    def run(self, assignments: Sequence[Assignment], stop: Callable[[], bool]) -> list[TaskResult]:
+        """Work through the list; ends early when stopped, or at a safe stop."""
+        begun = len(self.results)
+        for assignment in assignments:
+            result = self._attempt(assignment, stop)
+            self.results.append(result)
+            self.succeeded += result.success
+            if stop() or self._loop.stopped:
+                break
+            if self._stop_at_failure and not result.success:
+                break
+        self.current = None
+        if not stop() and all(result.task for result in self.results[begun:]):
+            self.chains.append(_in_a_row(self.results[begun:]))
+        return self.results
+
+    def _attempt(self, assignment: Assignment, stop: Callable[[], bool]) -> TaskResult:
+        self.current, self.steps = assignment, 0
+        start_s = time.monotonic()
+        self._loop.begin(assignment.instruction)
+        if self._world is not None and assignment.task:
+            self._world.begin_task(assignment.task, assignment.instruction)
+        holds, success, reason = 0, False, ""
+        while not reason:
+            self._wait()
+            try:
+                tick = self._loop.tick()
+            except RobotError as error:
+                reason = f"safe stop: {self._loop.fail(str(error))}"
+                break
+            if tick.state == "run":
+                self.steps += 1
+            else:
+                holds += 1
+            success = self._judged(assignment)
+            reason = self._verdict(success, tick, holds, stop)
+        return TaskResult(
+            task=assignment.task,
+            instruction=assignment.instruction,
+            success=success,
+            env_steps=self.steps,
+            hold_steps=holds,
+            duration_s=time.monotonic() - start_s,
+            reason=reason,
+        )
+
+    def _judged(self, assignment: Assignment) -> bool:
+        return self._world is not None and assignment.task in self._world.completed()
+
+    def _verdict(self, success: bool, tick: Tick, holds: int, stop: Callable[[], bool]) -> str:
+        if success:
+            return "success"
+        if self._loop.stopped:
+            return f"safe stop: {tick.reason}"
+        if stop():
+            return "interrupted"
+        if self.steps >= self._steps_limit:
+            return "step limit"
+        if holds >= self._hold_limit:
+            return f"held still too long: {tick.reason or 'no latent'}"
+        return ""
+
+
+def _in_a_row(results: Sequence[TaskResult]) -> int:
+    return next((i for i, result in enumerate(results) if not result.success), len(results))

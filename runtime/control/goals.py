@@ -1,0 +1,204 @@
+"""Where latent goals come from: another process (`WireGoals`) or a schedule (`LockstepGoals`).
+
+The loop offers its newest image every tick and polls; it never waits. `recent` holds the
+last latents of the current instruction_id, newest last. A latent of another instruction_id belongs to an
+instruction that is no longer followed and is counted, never used.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from openhelix.runtime.core.interfaces import Engine
+from openhelix.runtime.core.types import GoalRequest, LatentGoal, Observation
+from openhelix.runtime.transport.wire import ReaderStats
+
+
+class Goals(Protocol):
+    """What the loop knows of System 2."""
+
+    recent: deque[LatentGoal]
+    received: int
+    void: int  # of another instruction_id
+    latencies_s: deque[float]  # the engine's time for each latent received
+
+    @property
+    def missed(self) -> int:
+        """Latents published but lost on the way."""
+
+    def begin(self, instruction_id: int, instruction: str) -> None:
+        """A new instruction: older latents are void from here on."""
+
+    def update(self, observation: Observation) -> LatentGoal | None:
+        """Offer the newest image and return a newly arrived latent, if there is one."""
+
+    def close(self) -> None: ...
+
+
+class _Recent:
+    """The newest latents of the current instruction_id."""
+
+    def __init__(self, memory: int) -> None:
+        self.recent: deque[LatentGoal] = deque(maxlen=memory)
+        self.latencies_s: deque[float] = deque(maxlen=4096)
+        self.received = 0
+        self.void = 0
+        self.instruction_id = 0
+        self.instruction = ""
+
+    def begin(self, instruction_id: int, instruction: str) -> None:
+        self.instruction_id, self.instruction = instruction_id, instruction
+        self.recent.clear()
+
+    def accept(self, latent: LatentGoal) -> bool:
+        if latent.instruction_id != self.instruction_id:
+            self.void += 1
+            return False
+        self.received += 1
+        self.recent.append(latent)
+        self.latencies_s.append(latent.compute_s)
+        return True
+
+
+class GoalSender(Protocol):
+    """The sending half of a channel; see `openhelix.runtime.transport.wire.Publisher`."""
+
+    @property
+    def sent(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
+    def send(self, message: GoalRequest) -> object: ...
+    def close(self) -> None: ...
+
+
+class GoalReader(Protocol):
+    """The receiving half of a channel; see `openhelix.runtime.transport.wire.NewestReader`."""
+
+    stats: ReaderStats
+
+    @property
+    def gaps(self) -> int: ...
+    def poll(self) -> LatentGoal | None: ...
+    def close(self) -> None: ...
+
+
+class WireGoals(_Recent):
+    """System 2 in another process: truly asynchronous.
+
+    An image goes out when it is new, at most every `min_interval_ns`; System 2 takes the
+    newest when its own cadence comes round, so sending more would be wasted bandwidth.
+    """
+
+    def __init__(
+        self,
+        sender: GoalSender,
+        reader: GoalReader,
+        robot: str,
+        camera: str,
+        min_interval_ns: int,
+        memory: int = 1,
+    ) -> None:
+        super().__init__(memory)
+        self.sender, self.reader = sender, reader
+        self._robot, self._camera = robot, camera
+        self._min_interval_ns = min_interval_ns
+        self._sent_ns = -min_interval_ns
+        self._seq = 0
+
+    @property
+    def missed(self) -> int:
+        return self.reader.gaps
+
+    def begin(self, instruction_id: int, instruction: str) -> None:
+        super().begin(instruction_id, instruction)
+        self._sent_ns = -self._min_interval_ns  # the next image goes out at once
+
+    def update(self, observation: Observation) -> LatentGoal | None:
+        frame = observation.frames.get(self._camera)
+        if frame is not None and frame.t_ns - self._sent_ns >= self._min_interval_ns:
+            self._sent_ns = frame.t_ns
+            self.sender.send(
+                GoalRequest(
+                    rgb=frame.rgb,
+                    instruction=self.instruction,
+                    robot=self._robot,
+                    seq=self._seq,
+                    instruction_id=self.instruction_id,
+                    t_obs_ns=frame.t_ns,
+                )
+            )
+            self._seq += 1
+        latent = self.reader.poll()
+        return latent if latent is not None and self.accept(latent) else None
+
+    def close(self) -> None:
+        self.sender.close()
+        self.reader.close()
+
+
+class LockstepGoals(_Recent):
+    """System 2 on a schedule counted in environment steps (the paper's asynchrony interval).
+
+    A latent is computed from the image of every `interval`-th tick after an instruction
+    began, and arrives `latency` ticks later.
+    """
+
+    missed = 0
+
+    def __init__(
+        self,
+        engine: Engine,
+        camera: str,
+        interval: int,
+        latency: int,
+        memory: int = 1,
+        timer: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        super().__init__(memory)
+        self._engine, self._camera = engine, camera
+        self._interval, self._latency = interval, latency
+        self._spec_id = engine.spec.spec_id
+        self._timer = timer
+        self._tick = 0
+        self._seq = 0
+        self._on_the_way: deque[tuple[int, LatentGoal]] = deque()
+
+    def begin(self, instruction_id: int, instruction: str) -> None:
+        super().begin(instruction_id, instruction)
+        self._tick = 0
+        self._on_the_way.clear()
+
+    def update(self, observation: Observation) -> LatentGoal | None:
+        if self._tick % self._interval == 0:
+            latent = self._compute(observation)
+            self._on_the_way.append((self._tick + self._latency, latent))
+        arrived = None
+        while self._on_the_way and self._on_the_way[0][0] <= self._tick:
+            _, latent = self._on_the_way.popleft()
+            if self.accept(latent):
+                arrived = latent
+        self._tick += 1
+        return arrived
+
+    def _compute(self, observation: Observation) -> LatentGoal:
+        frame = observation.frames[self._camera]
+        start = self._timer()
+        z = self._engine.encode([frame.rgb], [self.instruction])[0]
+        latent = LatentGoal(
+            z=z,
+            seq=self._seq,
+            instruction_id=self.instruction_id,
+            t_obs_ns=frame.t_ns,
+            t_pub_ns=frame.t_ns,
+            spec_id=self._spec_id,
+            source="lockstep",
+            compute_s=self._timer() - start,
+        )
+        self._seq += 1
+        return latent
+
+    def close(self) -> None:
+        self._engine.close()

@@ -1,0 +1,196 @@
+"""Time: a clock to read and sleep on, and a pacer with absolute deadlines.
+
+Deadlines are counted from the start (`t_start + (i + 1) * period`), so lateness never
+accumulates. A tick that overran by whole periods makes the pacer skip those and count them:
+a burst of catch-up ticks would command a robot faster than anyone planned. Sleeping wakes
+late by tens of microseconds and now and then by milliseconds; sleeping short and spinning
+the rest mends the median, SCHED_FIFO (`openhelix.runtime.control.realtime`) the tail.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+class Clock(Protocol):
+    """A monotonic clock in nanoseconds; the zero is arbitrary."""
+
+    def now_ns(self) -> int: ...
+
+    def sleep_until_ns(self, t_ns: int) -> None:
+        """Return at `t_ns` or as soon after it as possible; at once if it has passed."""
+
+
+class MonotonicClock:
+    """The host's `CLOCK_MONOTONIC`.
+
+    Args:
+        spin_ns: how long before a deadline to stop sleeping and to poll the clock instead;
+            0 sleeps all the way. The spin holds the interpreter lock and a core, so keep it
+            to a few hundred microseconds; with SCHED_FIFO it also keeps every normal thread
+            off that core, ZeroMQ's among them.
+    """
+
+    def __init__(self, spin_ns: int = 0) -> None:
+        if spin_ns < 0:
+            raise ValueError(f"spin_ns: {spin_ns} is negative; 0 sleeps without spinning")
+        self.spin_ns = spin_ns
+
+    def now_ns(self) -> int:
+        return time.monotonic_ns()
+
+    def sleep_until_ns(self, t_ns: int) -> None:
+        now_ns = time.monotonic_ns
+        left = t_ns - now_ns()
+        if left > self.spin_ns:
+            # An absolute sleep underneath, so a signal or a preemption adds no drift.
+            time.sleep((left - self.spin_ns) * 1e-9)
+        if self.spin_ns:
+            while now_ns() < t_ns:
+                pass
+
+
+class FakeClock:
+    """A clock that moves only when told to, or slept on; for tests and for lockstep."""
+
+    def __init__(self, start_ns: int = 1_000_000_000) -> None:
+        self._now_ns = start_ns
+
+    def now_ns(self) -> int:
+        return self._now_ns
+
+    def sleep_until_ns(self, t_ns: int) -> None:
+        self._now_ns = max(self._now_ns, t_ns)
+
+    def advance(self, by_ns: int) -> None:
+        """Move `by_ns` forward."""
+        if by_ns < 0:
+            raise ValueError(f"by_ns: {by_ns} is negative; time only moves forward")
+        self._now_ns += by_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """One turn of a paced loop."""
+
+    index: int  # counts periods since `start`, skipped ones included
+    deadline_ns: int
+    woke_ns: int
+    lateness_ns: int  # woke_ns - deadline_ns
+    missed: int  # whole periods skipped just before this tick
+
+
+@dataclass(frozen=True, slots=True)
+class LatenessSummary:
+    """Lateness of the ticks since the last reset, in nanoseconds."""
+
+    ticks: int
+    missed: int
+    p50_ns: int
+    p99_ns: int
+    max_ns: int  # over all ticks, also those that left the window
+
+    def as_seconds(self) -> dict[str, float]:
+        """Return {p50, p99, max} in seconds, as `report.json` has them."""
+        return {
+            "p50": self.p50_ns * 1e-9,
+            "p99": self.p99_ns * 1e-9,
+            "max": self.max_ns * 1e-9,
+        }
+
+
+class LatenessStats:
+    """Exact percentiles over the last `capacity` values, in memory allocated once."""
+
+    def __init__(self, capacity: int = 65_536) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity: {capacity}, must be at least 1")
+        self._ring = array("q", bytes(8 * capacity))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, for example what warm-up did."""
+        self._count = 0
+        self._max = 0
+        self.missed = 0
+
+    def add(self, lateness_ns: int, missed: int = 0) -> None:
+        """Record one tick."""
+        self._ring[self._count % len(self._ring)] = lateness_ns
+        if self._count == 0 or lateness_ns > self._max:
+            self._max = lateness_ns
+        self._count += 1
+        self.missed += missed
+
+    @property
+    def last_ns(self) -> int:
+        """The lateness recorded last; 0 before the first tick."""
+        return self._ring[(self._count - 1) % len(self._ring)] if self._count else 0
+
+    def summary(self) -> LatenessSummary:
+        """Return the figures; all zero before the first tick."""
+        kept = min(self._count, len(self._ring))
+        if kept == 0:
+            return LatenessSummary(0, self.missed, 0, 0, 0)
+        window = np.frombuffer(self._ring, dtype=np.int64)[:kept]
+        p50, p99 = np.percentile(window, (50, 99), method="higher")
+        return LatenessSummary(self._count, self.missed, int(p50), int(p99), self._max)
+
+
+class Pacer:
+    """Wakes a loop at `t_start + (i + 1) * period_ns`.
+
+    Args:
+        clock: what to sleep on.
+        period_ns: time between ticks.
+        capacity: how many latenesses the percentiles cover (65,536: 36 minutes at 30 Hz).
+    """
+
+    def __init__(self, clock: Clock, period_ns: int, capacity: int = 65_536) -> None:
+        if period_ns <= 0:
+            raise ValueError(f"period_ns: {period_ns}, must be above 0")
+        self.clock = clock
+        self.period_ns = period_ns
+        self.stats = LatenessStats(capacity)
+        self._start_ns: int | None = None
+        self._next = 0
+
+    def start(self) -> int:
+        """Begin now and return that time; starting again begins anew, statistics kept."""
+        self._start_ns = self.clock.now_ns()
+        self._next = 0
+        return self._start_ns
+
+    def wait(self) -> Tick:
+        """Sleep to the next deadline; skip and count those that passed by a whole period."""
+        if self._start_ns is None:
+            self.start()
+        assert self._start_ns is not None
+        deadline = self._start_ns + (self._next + 1) * self.period_ns
+        missed = max(0, (self.clock.now_ns() - deadline) // self.period_ns)
+        self._next += missed
+        deadline += missed * self.period_ns
+        self.clock.sleep_until_ns(deadline)
+        woke = self.clock.now_ns()
+        tick = Tick(self._next, deadline, woke, woke - deadline, missed)
+        self._next += 1
+        self.stats.add(tick.lateness_ns, missed)
+        return tick
+
+    def slack_ns(self) -> int:
+        """Return the time left until the next deadline; negative when it has passed."""
+        start = self.clock.now_ns() if self._start_ns is None else self._start_ns
+        return start + (self._next + 1) * self.period_ns - self.clock.now_ns()
+
+    def reset_stats(self) -> None:
+        """Forget the latenesses so far; call it when warm-up ends."""
+        self.stats.reset()
+
+    def summary(self) -> LatenessSummary:
+        """Return the figures since the last reset."""
+        return self.stats.summary()

@@ -1,0 +1,278 @@
+"""The whole configuration: frozen pydantic models, one YAML file, dotted overrides.
+
+Every number a run depends on has one place, a unit in its name and a valid range. An
+unknown key is refused with the nearest valid name, since a misspelt key that is silently
+ignored is the costliest kind of default. `ConfigError` always carries exactly one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from openhelix.runtime.core.safety import SafetyLimits
+
+# ------------------------------------------------------------------------------------------------
+# Failures that a person should hear of in one line, without a traceback.
+
+
+class CommandFailed(RuntimeError):
+    """A command could not do its work, through no mistake in what was asked; exit code 1."""
+
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+TARGET = r"^[\w.]+:[\w.]+$"  # "module:Class"
+METRICS_PARTS = ("control", "system2", "eval", "system1", "observer")  # in order of their ports
+M = TypeVar("M", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A wrong configuration, told in one line that names the field and what is valid."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Part(_Section):
+    """A class to build: where it is and what it is given."""
+
+    target: str = Field(pattern=TARGET)
+    options: dict[str, Any] = {}
+
+
+class EnginePart(Part):
+    """A System 2 engine."""
+
+    target: Annotated[str, Field(pattern=TARGET)] = "openhelix.system2.engines.vllm:VllmEngine"
+
+
+class PolicyPart(Part):
+    """A System 1 policy."""
+
+    target: Annotated[str, Field(pattern=TARGET)] = "openhelix.system1.policy:DiffusionPolicy.load"
+
+
+class Placement(_Section):
+    """What a process asks of the machine that hosts it."""
+
+    cpus: NonNegative = 0.5  # a share for placement, not a limit
+    gpus: NonNegative = 0.0
+    resources: dict[str, float] = {}  # custom Ray resources, for example {robot: 1}
+    threads: Count = 1  # OpenMP and torch threads
+    nice: Annotated[int, Field(ge=0, le=19)] = 0  # once it is ready; 0 is woken at once
+    fifo: Annotated[int, Field(ge=0, le=49)] = 0  # SCHED_FIFO priority of all its threads
+
+
+class System2Config(_Section):
+    """The slow system."""
+
+    engine: EnginePart = EnginePart()
+    hz: Positive = 1.0
+    camera: str = "static"
+    connect: str | None = None  # a System 2 that `openhelix serve` runs; None starts one
+    placement: Placement = Placement(cpus=0.5, threads=1, nice=10)
+
+
+class System1Config(_Section):
+    """The fast system."""
+
+    policy: PolicyPart = PolicyPart()
+    replan_steps: Count = 4  # control ticks from one chunk's observation to the next one's
+    blend_s: NonNegative = 0.1  # overlap of two chunks over which they are blended
+    latent_memory: Count = 1  # recent latents handed to the policy
+    placement: Placement = Placement(cpus=0.5, threads=1, nice=5)
+
+
+class ControlConfig(_Section):
+    """The control loop."""
+
+    clock: Literal["realtime", "lockstep"] = "realtime"
+    hz: Positive = 30.0
+    fifo_priority: Annotated[int, Field(ge=0, le=99)] = 50  # 0: no SCHED_FIFO
+    spin_us: NonNegative = 300.0  # sleep until this long before a deadline, then spin
+    cpu: Annotated[int, Field(ge=0)] | None = None  # pin the control thread to this core
+    hold_limit_s: Positive = 60.0  # how long one instruction may wait, all in all
+    # All of its threads: a normal one that holds the interpreter or a socket while others use
+    # the core would stop the control thread, whatever its own priority.
+    placement: Placement = Placement(cpus=0.5, threads=1, fifo=5)
+
+
+class LockstepConfig(_Section):
+    """The deterministic clock (paper Sec. 5.6): asynchrony counted in environment steps."""
+
+    interval_steps: Count | None = None  # System 2 refreshes every so many steps; None: hz / HZ2
+    latency_steps: Annotated[int, Field(ge=0)] = 0  # steps from a refresh to its arrival
+
+
+class RobotConfig(_Section):
+    """Which robot or simulator, by the name of its driver."""
+
+    name: str = "sim"
+    id: str = Field(default="robot0", pattern=r"^[\w-]{1,64}$")  # unique at a shared System 2
+    options: dict[str, Any] = {}
+
+
+class WorldConfig(_Section):
+    """The simulated world behind the `sim` driver."""
+
+    scene: Literal["A", "B", "C", "D"] = "D"
+    cameras: tuple[Literal["static", "gripper"], ...] = ("static", "gripper")
+    camera_hz: Positive = 10.0
+    # A world that the machine is too busy to step looks like a robot that does not answer.
+    placement: Placement = Placement(cpus=0.3, fifo=5)
+    camera_placement: Placement = Placement(cpus=0.3, nice=5)
+
+
+class TasksConfig(_Section):
+    """What the robot is told to do."""
+
+    sequence: Annotated[int, Field(ge=0, le=999)] = 0  # index into the CALVIN sequences
+    steps_limit: Count = 360  # environment steps an instruction
+    stop_at_failure: bool = False  # CALVIN's protocol; False attempts all tasks
+    instruction: str | None = None  # free text instead of a sequence
+
+
+class OutputConfig(_Section):
+    """What a run leaves behind."""
+
+    folder: Path = Path("outputs")
+    video: bool = True
+    record: bool = False
+    viewer: bool = False
+    # The first of the ports at which the parts serve their metrics (METRICS_PARTS); 0: free
+    # ones, null: no metrics.
+    metrics_port: Annotated[int, Field(ge=0, le=65000)] | None = 9108
+    metrics_host: str = "127.0.0.1"  # the address that they bind; whoever reaches it may read
+    live: bool = True
+    status: bool = True  # keep what `openhelix status` shows, in the process that looks on
+
+    def metrics_port_of(self, part: str) -> int | None:
+        """Return where a part of the run serves its metrics; 0 for a free port."""
+        port = self.metrics_port
+        return port + METRICS_PARTS.index(part) if port else port
+
+
+class TransportConfig(_Section):
+    """How the processes reach one another."""
+
+    host: str = "ipc"  # "ipc", or the address at which the nodes reach one another
+    hosts: dict[str, str] = {}  # addresses of single nodes, for example {system2: 10.0.0.2}
+    base_port: Annotated[int, Field(ge=1024, le=65000)] = 5700
+    keys: Path | None = None  # folder of CURVE keys; required off loopback
+
+
+class RunConfig(_Section):
+    """One run of the whole system."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    robot: RobotConfig = RobotConfig()
+    world: WorldConfig = WorldConfig()
+    tasks: TasksConfig = TasksConfig()
+    system1: System1Config = System1Config()
+    system2: System2Config = System2Config()
+    control: ControlConfig = ControlConfig()
+    lockstep: LockstepConfig = LockstepConfig()
+    safety: SafetyLimits = SafetyLimits()
+    transport: TransportConfig = TransportConfig()
+    output: OutputConfig = OutputConfig()
+    ray: bool = True
+    ray_address: str | None = None  # a running cluster; None starts one here
+
+    @property
+    def interval_steps(self) -> int:
+        """Environment steps from one refresh of System 2 to the next in lockstep."""
+        if self.lockstep.interval_steps is not None:
+            return self.lockstep.interval_steps
+        return max(1, round(self.control.hz / self.system2.hz))
+
+
+def load(path: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `a.b=value` overrides, validate.
+
+    Raises:
+        ConfigError: in one line, the field and what is valid.
+    """
+    return validate(RunConfig, apply_overrides(read_yaml(path), overrides))
+
+
+def read_yaml(path: Path | None) -> dict[str, Any]:
+    """Return the mapping in a YAML file; an empty one without a file."""
+    if path is None:
+        return {}
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"--config: no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, got {type(data).__name__}")
+    return data
+
+
+def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return a copy of `data` with each `a.b=value` set; values are read as YAML."""
+    result = _copy(data)
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"{text!r}: write an override as section.field=value")
+        if not value.strip():  # to YAML nothing is null: a default would be used without a word
+            raise ConfigError(f"{key}: nothing follows '='; write a value, or null for none")
+        node = result
+        *parents, last = key.removeprefix("--").replace("-", "_").split(".")
+        for name in parents:
+            child = node.setdefault(name, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"{key}: {name!r} holds a value, not a section")
+            node = child
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            node[last] = value
+    return result
+
+
+def validate(model: type[M], data: dict[str, Any]) -> M:
+    """Return `model(**data)`; a wrong value becomes a one-line `ConfigError`."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(_explain(model, first)) from None
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{where}: unknown key{_suggestion(model, error['loc'])}"
+    value = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
+    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}{value}"
+
+
+def _suggestion(model: type[BaseModel], loc: Sequence[Any]) -> str:
+    section: Any = model
+    for name in loc[:-1]:
+        field = getattr(section, "model_fields", {}).get(name)
+        section = field.annotation if field is not None else None
+    names = list(getattr(section, "model_fields", getattr(section, "__dataclass_fields__", {})))
+    near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; valid: {', '.join(names)}" if names else ""
+
+
+def _copy(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, dict) else value for key, value in data.items()}

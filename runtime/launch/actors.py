@@ -1,0 +1,217 @@
+"""The graph as Ray actors: Ray places them, watches them and starts them again.
+
+Nothing of a run travels through Ray: each actor hosts a `NodeRunner`, which speaks
+ZeroMQ. An actor that is killed is restarted by Ray with the same `NodeSpec`, binds the same
+endpoints, and its peers reconnect by themselves. On a cluster the same holds for a host: the
+actor waits until a host with its resources is there again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import AuthenticationError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from openhelix.runtime.core.config import CommandFailed, ConfigError
+from openhelix.runtime.launch.node import NodeRunner, NodeSpec
+
+log = logging.getLogger(__name__)
+RELEASE_S = 10.0  # how long a run that has just ended may take to give back its resources
+
+
+class NodeActor:
+    """Hosts one node; created through `ray.remote`."""
+
+    def __init__(self, spec_json: str) -> None:
+        logging.basicConfig(level=logging.INFO)
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        self._runner = NodeRunner(NodeSpec.from_json(spec_json), again=again)
+        self._thread = threading.Thread(target=self._run, name="node")
+        self._thread.start()
+
+    def _run(self) -> None:
+        if self._runner.run() == "failed":
+            os._exit(1)  # a crash as Ray understands it: the actor is started again
+
+    def alive(self) -> bool:
+        """Whether the node is still working; also tells that the actor is placed."""
+        return self._thread.is_alive()
+
+    def watch(self) -> None:
+        """Return when the node has ended."""
+        self._thread.join()
+
+    def stop(self) -> None:
+        self._runner.stop()
+        self._thread.join(timeout=5.0)
+
+
+class RayHost:
+    """Starts nodes as Ray actors, on a cluster that runs or on one made here.
+
+    Args:
+        address: of a cluster, for example "auto"; None makes one on this host.
+        resources: custom resources that a cluster made here offers.
+
+    Raises:
+        CommandFailed: no cluster answers there, or it does not take this host's token.
+    """
+
+    def __init__(self, address: str | None, resources: dict[str, float]) -> None:
+        self._actors: dict[str, Any] = {}
+        self._watches: dict[str, Any] = {}  # of the nodes that are not started again
+        self._cluster = address is not None
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address is None:
+            # A machine with few cores still hosts every process: shares, not limits.
+            options |= {
+                "num_cpus": max(4, os.cpu_count() or 1),
+                "resources": resources,
+                "include_dashboard": False,
+            }
+        else:
+            options["address"] = address
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            ray.init(**options)
+        except AuthenticationError as error:
+            text = " ".join(str(error).split(".")[0].split())
+            raise CommandFailed(
+                f"ray_address: {text}; this host needs the cluster's token in ~/.ray/auth_token"
+            ) from None
+        except ConnectionError:
+            raise CommandFailed(
+                f"ray_address: no Ray cluster answers at {address!r}; `ray up` starts one"
+            ) from None
+
+    def start(self, specs: Sequence[NodeSpec]) -> None:
+        """Place the nodes.
+
+        Raises:
+            ConfigError: no host of the cluster offers what a node asks for.
+        """
+        here = ray.get_runtime_context().get_node_id()
+        if self._cluster:
+            check_offers(specs, ray.nodes(), here)
+            check_free(specs, ray.available_resources)
+        for spec in specs:
+            pinned = self._cluster and spec.here
+            actor = ray.remote(NodeActor).options(
+                name=f"openhelix-{os.getpid()}-{spec.name}",
+                num_cpus=spec.cpus,
+                num_gpus=spec.gpus,
+                resources=spec.resources,
+                max_restarts=-1 if spec.restart else 0,
+                max_concurrency=4,
+                runtime_env={"env_vars": spec.environment},
+                scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)
+                if pinned
+                else "DEFAULT",
+            )
+            self._actors[spec.name] = actor.remote(spec.to_json())
+            if not spec.restart:
+                self._watches[spec.name] = self._actors[spec.name].watch.remote()
+
+    def ended(self) -> dict[str, str]:
+        """Return which nodes died that are not started again, and how."""
+        found = {}
+        for name, watch in self._watches.items():
+            if ray.wait([watch], timeout=0)[0]:
+                try:
+                    ray.get(watch)
+                except RayActorError:
+                    found[name] = "died"
+        return found
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Stop the actors, then this driver's part of Ray."""
+        stops = [actor.stop.remote() for actor in self._actors.values()]
+        ray.wait(stops, num_returns=len(stops), timeout=timeout_s) if stops else None
+        for actor in self._actors.values():
+            ray.kill(actor, no_restart=True)
+        ray.shutdown()
+
+
+def check_offers(specs: Iterable[NodeSpec], hosts: Sequence[Mapping[str, Any]], here: str) -> None:
+    """Refuse nodes for which there is no host, rather than let Ray wait for one for ever.
+
+    Args:
+        specs: the nodes.
+        hosts: as `ray.nodes()` gives them.
+        here: Ray's identity of this host.
+
+    Raises:
+        ConfigError: names the node, what it asks for, and what there is.
+    """
+    alive = [host for host in hosts if host["Alive"]]
+    for spec in specs:
+        wanted = _wanted(spec)
+        able = [host for host in alive if not spec.here or host["NodeID"] == here]
+        if not any(_offers(host["Resources"], wanted) for host in able):
+            where = "this host does not offer" if spec.here else "no host of the cluster offers"
+            raise ConfigError(
+                f"{spec.name}.placement: {where} {_written(wanted)}; there are "
+                + "; ".join(
+                    f"{host['NodeManagerAddress']} with {_written(host['Resources'])}"
+                    for host in able
+                )
+            )
+
+
+def check_free(
+    specs: Iterable[NodeSpec],
+    available: Callable[[], Mapping[str, float]],
+    patience_s: float = RELEASE_S,
+) -> None:
+    """Refuse custom resources and GPUs that other runs hold.
+
+    Args:
+        specs: the nodes.
+        available: what the whole cluster has free now.
+        patience_s: how long to wait for what is just being given back.
+
+    Raises:
+        ConfigError: names the node and the resource.
+    """
+    give_up_s = time.monotonic() + patience_s
+    wanted: dict[str, tuple[str, float]] = {}
+    for spec in specs:
+        for name, amount in _wanted(spec).items():
+            if name != "CPU":  # shares, which several runs may overdraw one after the other
+                wanted[name] = (spec.name, wanted.get(name, ("", 0.0))[1] + amount)
+    while True:
+        free = available()
+        short = [name for name, (_, amount) in wanted.items() if free.get(name, 0.0) < amount]
+        if not short:
+            return
+        if time.monotonic() > give_up_s:
+            raise ConfigError(
+                f"{wanted[short[0]][0]}.placement: {short[0]} is in use by another run"
+            )
+        time.sleep(0.25)
+
+
+def _wanted(spec: NodeSpec) -> dict[str, float]:
+    asked = {"CPU": spec.cpus, "GPU": spec.gpus, **spec.resources}
+    return {name: amount for name, amount in asked.items() if amount > 0}
+
+
+def _offers(offered: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
+    return all(offered.get(name, 0.0) >= amount for name, amount in wanted.items())
+
+
+def _written(resources: Mapping[str, float]) -> str:
+    """Return what a person cares for: no memory, no names of single hosts."""
+    shown = {
+        name: amount
+        for name, amount in sorted(resources.items())
+        if ":" not in name and not name.endswith("memory")
+    }
+    return ", ".join(f"{name} {amount:g}" for name, amount in shown.items()) or "nothing"

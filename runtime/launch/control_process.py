@@ -1,0 +1,267 @@
+"""The control process: one robot's driver and the control loop, run in real time.
+
+Nothing else lives here: System 1, System 2 and all that looks on have processes of their
+own. `setup` connects; `run` waits for the word to start, then paces the loop and keeps the
+figures of the run. A robot is stopped on every way out: the end, Ctrl-C, an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from openhelix.runtime.control.assembly import (
+    ControlStack,
+    build_stack,
+    make_clock,
+    remote_planner,
+    wire_goals,
+)
+from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.control.realtime import RealtimeStatus, enter, leave
+from openhelix.runtime.control.report import percentiles, task_rows
+from openhelix.runtime.core.config import RunConfig, validate
+from openhelix.runtime.core.interfaces import LatentSpec, PolicySpec, check_latent
+from openhelix.runtime.observe.observer import ObserverNode, Subscribers
+from openhelix.runtime.robots.base import Robot, RobotError, World, make_robot
+from openhelix.runtime.robots.sim import SimRobot
+from openhelix.runtime.transport.offset import ClockSync
+from openhelix.runtime.transport.rpc import RpcClient, RpcError
+from openhelix.runtime.transport.sockets import is_local
+
+log = logging.getLogger(__name__)
+SYSTEM1_TIMEOUT_S = 240.0
+
+
+class ControlNode:
+    """The control loop with the driver of one robot.
+
+    Args:
+        config: `RunConfig` as JSON data.
+        channels: endpoints by channel name; see `openhelix.runtime.launch.graph`.
+        assignments: [{"task": ..., "instruction": ...}, ...].
+        initial: {"robot_obs": [...], "scene_obs": [...]} for a world that can be reset, or
+            {"stage": {"target": "module:function", "options": {...}}}; see `SimRobot.stage`.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        channels: dict[str, str],
+        assignments: Sequence[dict[str, str]],
+        initial: dict[str, Any] | None = None,
+    ) -> None:
+        self._config = validate(RunConfig, config)
+        self._channels = channels
+        self._assignments = [Assignment(**row) for row in assignments]
+        self._initial = initial
+        self._start = threading.Event()
+        self._halt = threading.Event()
+        self._finished = threading.Event()
+        self._sync: ClockSync | None = None
+        self._report: dict[str, Any] = {}
+        self._robot: Robot | None = None
+        self._stack: ControlStack | None = None
+        self._realtime: RealtimeStatus | None = None
+        self._subscribers: Subscribers | None = None
+
+    @property
+    def stack(self) -> ControlStack | None:
+        """The loop and what belongs to it, once it is set up."""
+        return self._stack
+
+    def setup(self) -> None:
+        config, channels = self._config, self._channels
+        spec = self._policy_spec()
+        self._robot = self._make_robot()
+        self._robot.connect()
+        self._set_world()
+        goals = None
+        if spec.latent is not None:
+            goals = wire_goals(config, channels["requests"], channels["latents"])
+            self._sync = self._clock_sync(channels["system2_control"])
+        planner = remote_planner(config, channels["plans"], channels["chunks"])
+        stack = build_stack(config, self._robot, spec, planner, goals, make_clock(config))
+        self._stack, self._spec = stack, spec
+        ticks = channels["ticks"] if ObserverNode.wanted(config) else None
+        tasks = [assignment.task for assignment in self._assignments]
+        self._subscribers = Subscribers(config, Path(), stack, ticks, lambda: self._realtime, tasks)
+
+    def run(self, stop: threading.Event) -> None:
+        assert self._stack is not None and self._robot is not None
+        while not self._start.wait(0.05):
+            if stop.is_set():
+                return
+            self._robot.get_observation()  # keeps its queues empty while System 2 starts
+        control = self._config.control
+        self._realtime = enter(
+            priority=control.fifo_priority or None,
+            cpus=None if control.cpu is None else (control.cpu,),
+        )
+        try:
+            log.info("the loop starts: %s", self._realtime.reason or "SCHED_FIFO")
+            self._stack.loop.arm()
+            self._stack.pacer.start()
+            self._stack.episode_runner.run(
+                self._assignments, lambda: self._halt.is_set() or stop.is_set()
+            )
+        finally:
+            self._robot.stop("the run has ended")
+            log.info("the robot is stopped")
+            leave(self._realtime)
+            self._report = self._make_report()
+            self._finished.set()
+        stop.wait()  # stay until the report has been fetched
+
+    def health(self) -> dict[str, Any]:
+        stack = self._stack
+        if stack is None or self._subscribers is None:
+            return {}
+        episode_runner = stack.episode_runner
+        current = episode_runner.current
+        return {
+            "finished": self._finished.is_set(),
+            "task": current.task if current else "",
+            "instruction": current.instruction if current else "",
+            "steps": episode_runner.steps,
+            **task_rows(episode_runner.results),
+            **self._subscribers.statistics.live(),
+            "metrics_url": self._subscribers.metrics_url,
+        }
+
+    def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+        return {
+            "start": self._on_start,
+            "halt": self._on_halt,
+            "safe_stop": self._on_safe_stop,
+            "report": lambda _: self._report,
+            "await_scrape": self._on_await_scrape,
+        }
+
+    def close(self) -> None:
+        if self._stack is not None:
+            self._stack.close()
+        if self._sync is not None:
+            self._sync.close()
+            self._sync_client.close()
+        if self._subscribers is not None:
+            self._subscribers.close()
+        if self._robot is not None:
+            self._robot.disconnect()
+
+    def _clock_offset_s(self) -> dict[str, float] | None:
+        """System 2's clock minus ours, true within the uncertainty; None on one host."""
+        offset = self._sync.offset if self._sync else None
+        if offset is None:
+            return None
+        return {"offset": offset.offset_ns * 1e-9, "uncertainty": offset.uncertainty_ns * 1e-9}
+
+    def _set_world(self) -> None:
+        initial, robot = self._initial, self._robot
+        if initial is None:
+            return
+        if "stage" in initial:
+            if not isinstance(robot, SimRobot):
+                raise ValueError(f"robot.name: {self._config.robot.name!r} cannot be staged")
+            robot.stage(**initial["stage"])
+        elif isinstance(robot, World):
+            robot.reset_world(initial["robot_obs"], initial["scene_obs"])
+
+    def _policy_spec(self) -> PolicySpec:
+        """Ask System 1 what it needs, once it is ready."""
+        client = RpcClient(self._channels["system1_control"], keys=self._keys())
+        try:
+            deadline_s = time.monotonic() + SYSTEM1_TIMEOUT_S
+            while time.monotonic() < deadline_s:
+                try:
+                    health = client.call("health", {}, 1.0)
+                except RpcError:
+                    health = {}
+                if "policy_spec" in health:
+                    return PolicySpec.from_dict(health["policy_spec"])
+                time.sleep(0.1)
+        finally:
+            client.close()
+        raise RobotError(f"system1: not ready after {SYSTEM1_TIMEOUT_S:.0f} s")
+
+    def _clock_sync(self, endpoint: str) -> ClockSync | None:
+        """Estimate the offset to System 2's clock where that is another host's."""
+        if is_local(endpoint):
+            return None
+        self._sync_client = RpcClient(endpoint, keys=self._keys())
+        sync = ClockSync(self._sync_client)
+        sync.start(period_s=2.0)
+        return sync
+
+    def _keys(self) -> str | None:
+        keys = self._config.transport.keys
+        return str(keys) if keys else None
+
+    def _make_robot(self) -> Robot:
+        options = dict(self._config.robot.options)
+        if self._config.robot.name == "sim":
+            names = ("actions", "states", "frames", "world_control")
+            options |= {name: self._channels[name] for name in names}
+            options["cameras"] = self._config.world.cameras
+            options["hz"] = self._config.control.hz
+            options["keys"] = self._keys()
+        return make_robot(self._config.robot.name, **options)
+
+    def _on_start(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Compare what System 2 gives with what System 1 needs, then go."""
+        if self._spec.latent is not None:
+            check_latent(LatentSpec(**arguments["latent_spec"]), self._spec.latent)
+        self._start.set()
+        return {}
+
+    def _on_await_scrape(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Answer when Prometheus has fetched the final counts; at once if nobody scrapes."""
+        return {"scraped": self._subscribers is not None and self._subscribers.await_scrape()}
+
+    def _on_safe_stop(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Stop the robot for good, as the watchdog would; `who` is told in the reason."""
+        if self._stack is None:
+            raise ValueError("control: the robot is not connected yet")
+        who = " ".join(str(arguments["who"]).split())[:80]
+        log.warning("a stop was ordered by %s", who)
+        self._stack.loop.watchdog.order_stop(who)
+        return {}
+
+    def _on_halt(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Stop the robot at the end of this tick and finish the report."""
+        self._halt.set()
+        return {}
+
+    def _make_report(self) -> dict[str, Any]:
+        assert self._stack is not None and self._realtime is not None
+        assert self._subscribers is not None
+        stack = self._stack
+        lateness = stack.pacer.summary()
+        goals = stack.loop.goals
+        return {
+            "clock": "realtime",
+            "hz2": self._config.system2.hz,
+            "steps_limit": self._config.tasks.steps_limit,
+            **task_rows(stack.episode_runner.results),
+            **self._subscribers.statistics.report(),
+            "first_action_ns": self._subscribers.statistics.first_action_ns,
+            "deadline_missed": lateness.missed,
+            "tick_lateness_s": lateness.as_seconds() if lateness.ticks else None,
+            "latents_received": goals.received if goals else 0,
+            "latents_void": goals.void if goals else 0,
+            "latents_missed": goals.missed if goals else 0,
+            "s1_latency_s": percentiles(stack.loop.planner.latencies_s, ("p50", "p99")),
+            "s2_latency_s": percentiles(goals.latencies_s if goals else (), ("p50", "p99")),
+            "stopped": str(stack.loop.safety.stop) if stack.loop.stopped else None,
+            "safe_stops": dict(stack.loop.safety.stops),
+            "clock_offset_s": self._clock_offset_s(),
+            "realtime": {
+                "fifo": self._realtime.fifo,
+                "reason": self._realtime.reason,
+                "cpus": list(self._realtime.cpus),
+            },
+        }

@@ -1,0 +1,448 @@
+"""Which processes a run consists of, where they listen, and who starts them.
+
+    system2 <- requests -- control -- plans ---> system1
+            -- latents --> control <-- chunks --
+                           control -- actions -> world -- states -> camera
+                           control <- states --- world
+                           control <- frames ------------------------'
+                           control -- ticks ---> observer
+
+`Graph` starts the nodes through a host (Ray actors or plain processes), waits until all are
+ready and ends them in order. `openhelix.runtime.launch.graph` says where they listen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from openhelix.runtime.core.config import ConfigError, Placement, RunConfig, TransportConfig
+from openhelix.runtime.launch.node import NodeSpec
+from openhelix.runtime.observe.observer import ObserverNode
+from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcRefused
+from openhelix.runtime.transport.sockets import check_bind, check_connect, is_local, served
+
+# ------------------------------------------------------------------------------------------------
+# A folder for as long as this process lives, for sockets and the like.
+#
+# A process that is killed removes nothing, so the next one does: whatever no living process
+# holds. Who holds a folder has a lock on a file in it, which the kernel gives up with the
+# process, whatever ended it; a process number could be another's by then.
+
+
+PREFIX: Final = "openhelix-run-"
+OWNER: Final = ".owner"
+
+
+class ScratchFolder:
+    """A new private folder, locked by this process; `close` removes it.
+
+    Attributes:
+        path: of the folder.
+    """
+
+    def __init__(self) -> None:
+        remove_abandoned()
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        part = self.path / f"{OWNER}.part"
+        self._lock = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        part.rename(self.path / OWNER)  # only now: nobody sees it without its lock
+
+    def close(self) -> None:
+        """Remove the folder and what is in it; again does nothing."""
+        if self._lock >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def remove_abandoned() -> list[Path]:
+    """Remove this user's folders whose process is gone; return them."""
+    removed = []
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if _is_own(path) and _remove_if_free(path):
+                removed.append(path)
+    return removed
+
+
+def _is_own(path: Path) -> bool:
+    """Whether it is a folder, no link to one, that this user alone can write to."""
+    info = path.lstat()
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o077
+
+
+def _remove_if_free(path: Path) -> bool:
+    lock = os.open(path / OWNER, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its process lives
+        shutil.rmtree(path)
+    finally:
+        os.close(lock)
+    return True
+
+
+# ------------------------------------------------------------------------------------------------
+# Where the nodes of a run listen: Unix sockets on one host, TCP where it is another one's.
+#
+# Every channel is bound by the side that control depends on, so that the control process and a
+# restarted one only ever connect. A robot's own nodes talk over Unix sockets also when System 2
+# is on another host: what need not be on the network is not.
+
+
+# Each channel and the node that binds it.
+CHANNELS = {
+    "requests": "system2",
+    "latents": "system2",
+    "plans": "system1",
+    "chunks": "system1",
+    "actions": "world",
+    "states": "world",
+    "frames": "camera",
+    "ticks": "observer",
+}
+NODES = ("control", "observer", "camera", "world", "system1", "system2")  # in order of ending
+# control and observer stay where `openhelix run` is called: it shows and writes what they give.
+MOVABLE = ("system2", "system1", "world", "camera")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """The address of every channel and of every node's control channel."""
+
+    channels: dict[str, str]
+    control: dict[str, str]
+
+    @classmethod
+    def of(cls, config: RunConfig, folder: Path) -> Endpoints:
+        """Return where the nodes of a run listen.
+
+        Args:
+            config: of the run.
+            folder: of this run, for Unix sockets.
+
+        Raises:
+            ConfigError: `transport.hosts` names what cannot be elsewhere.
+        """
+        transport = config.transport
+        _check(transport)
+        if not (config.ray and config.ray_address):
+            for name, host in transport.hosts.items():
+                if not is_local(f"tcp://{host}:1"):
+                    raise ConfigError(
+                        f"transport.hosts.{name}: {host} is another host, which takes a cluster: "
+                        "ray=true and ray_address=auto"
+                    )
+        if config.system2.connect is not None:
+            return cls._nodes(transport, folder).with_served(config.system2.connect)
+        return cls._nodes(transport, folder)
+
+    @classmethod
+    def _nodes(cls, transport: TransportConfig, folder: Path) -> Endpoints:
+        if transport.host == "ipc":
+            return cls.local(folder).moved(transport.hosts, transport.base_port)
+        hosts = dict.fromkeys(NODES, transport.host) | transport.hosts
+        return cls.network(hosts, transport.base_port)
+
+    @classmethod
+    def local(cls, folder: Path) -> Endpoints:
+        """Unix sockets in a folder of this run."""
+        return cls(
+            {name: f"ipc://{folder}/{name}" for name in CHANNELS},
+            {name: f"ipc://{folder}/{name}.rpc" for name in NODES},
+        )
+
+    @classmethod
+    def network(cls, hosts: Mapping[str, str], base_port: int) -> Endpoints:
+        """TCP ports; `hosts` says at which address each node is reached."""
+
+        def address(node: str, offset: int) -> str:
+            return f"tcp://{hosts.get(node, '127.0.0.1')}:{base_port + offset}"
+
+        return cls(
+            {name: address(owner, i) for i, (name, owner) in enumerate(CHANNELS.items())},
+            {name: address(name, len(CHANNELS) + i) for i, name in enumerate(NODES)},
+        )
+
+    def moved(self, hosts: Mapping[str, str], base_port: int) -> Endpoints:
+        """Return these, but TCP for the nodes in `hosts`."""
+        there = Endpoints.network(hosts, base_port)
+        channels = {name: there.channels[name] for name, node in CHANNELS.items() if node in hosts}
+        control = {name: there.control[name] for name in NODES if name in hosts}
+        return Endpoints(self.channels | channels, self.control | control)
+
+    def with_served(self, address: str) -> Endpoints:
+        """Return these, but leading to a shared System 2."""
+        there = served(address)
+        channels = self.channels | {name: there[name] for name in ("requests", "latents")}
+        return Endpoints(channels, self.control | {"system2": there["control"]})
+
+
+def stays(config: RunConfig, node: str) -> bool:
+    """Whether a node must be on the host where the run is started."""
+    return config.transport.host == "ipc" and node not in config.transport.hosts
+
+
+def _check(transport: TransportConfig) -> None:
+    """Refuse hosts that would leave a node without its peers."""
+    for name in transport.hosts:
+        if name not in NODES:
+            raise ConfigError(f"transport.hosts.{name}: no such node; valid: {', '.join(NODES)}")
+        if transport.host == "ipc" and name not in MOVABLE:
+            raise ConfigError(
+                f"transport.hosts.{name}: stays beside the robot, where `openhelix run` is called; "
+                f"only {', '.join(MOVABLE)} can be on another host"
+            )
+    if transport.host == "ipc" and ("world" in transport.hosts) != ("camera" in transport.hosts):
+        raise ConfigError("transport.hosts: world and camera go together, or stay both")
+
+
+# A control loop that crashed must not start again by itself beside a moving arm, and a world
+# that did would have forgotten its state.
+PUBLISHER = "openhelix.system2.publisher:PublisherNode"
+RESTARTED = ("system1", "system2", "camera")
+OBSERVER = Placement(cpus=0.2, nice=10)
+
+
+class GraphError(RuntimeError):
+    """A node did not become ready; the message is one line and names it."""
+
+
+class Host(Protocol):
+    """Starts nodes and ends them; `openhelix.runtime.launch.actors.RayHost`, `openhelix.runtime.launch.processes.ProcessHost`."""
+
+    def start(self, specs: Sequence[NodeSpec]) -> None: ...
+
+    def ended(self) -> dict[str, str]:
+        """Return which nodes ended before their time, not to be started again, and how."""
+
+    def close(self, timeout_s: float = 5.0) -> None: ...
+
+
+def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) -> list[NodeSpec]:
+    """Return the nodes of a run.
+
+    Args:
+        config: of the run.
+        ends: where everything listens.
+        job: what the control node is to do: `assignments` and `initial`.
+        folder: where files go.
+    """
+    channels = ends.channels
+    keys = str(config.transport.keys) if config.transport.keys else None
+    data = config.model_dump(mode="json")
+    system1, system2, world = config.system1, config.system2, config.world
+
+    def own(name: str, **options: Any) -> dict[str, Any]:
+        """Return a node's options with the channels that it binds."""
+        bound = {channel: channels[channel] for channel, owner in CHANNELS.items() if owner == name}
+        return options | bound | {"keys": keys}
+
+    def metrics(name: str) -> dict[str, Any]:
+        output = config.output
+        return {"metrics_port": output.metrics_port_of(name), "metrics_host": output.metrics_host}
+
+    engine, policy = system2.engine.model_dump(), system1.policy.model_dump()
+    asked = ("world", "system1", "system2")
+    reach = channels | {f"{name}_control": ends.control[name] for name in asked}
+    parts: list[tuple[str, str, Placement, dict[str, Any]]] = [
+        (
+            "system1",
+            "openhelix.runtime.launch.system1_process:System1Node",
+            system1.placement,
+            own("system1", policy=policy, **metrics("system1")),
+        ),
+        (
+            "control",
+            "openhelix.runtime.launch.control_process:ControlNode",
+            config.control.placement,
+            {"config": data, "channels": reach} | job,
+        ),
+    ]
+    if system2.connect is None:
+        serves = own("system2", engine=engine, hz=system2.hz, **metrics("system2"))
+        parts.append(("system2", PUBLISHER, system2.placement, serves))
+    if ObserverNode.wanted(config):
+        look = own("observer", config=data, cameras=world.cameras, folder=folder)
+        parts.append(
+            ("observer", "openhelix.runtime.observe.observer:ObserverNode", OBSERVER, look)
+        )
+    if config.robot.name == "sim":
+        scene = own("world", scene=world.scene)
+        view = own(
+            "camera",
+            scene=world.scene,
+            cameras=world.cameras,
+            hz=world.camera_hz,
+            states=channels["states"],
+        )
+        host = "openhelix.benchmarks.calvin.world_process"
+        parts.append(("world", f"{host}:WorldNode", world.placement, scene))
+        parts.append(("camera", f"{host}:CameraNode", world.camera_placement, view))
+    return [
+        NodeSpec(
+            name=name,
+            target=target,
+            control=ends.control[name],
+            options=options,
+            restart=name in RESTARTED,
+            keys=keys,
+            here=stays(config, name),
+            **placement.model_dump(),
+        )
+        for name, target, placement, options in parts
+    ]
+
+
+class Graph:
+    """The running processes of one run."""
+
+    def __init__(self, config: RunConfig, job: dict[str, Any], folder: Path) -> None:
+        self._keys = str(config.transport.keys) if config.transport.keys else None
+        self._scratch = ScratchFolder()
+        try:
+            self.endpoints = ends = Endpoints.of(config, self._scratch.path)
+            elsewhere = config.system2.connect
+            theirs = set(served(elsewhere).values()) if elsewhere is not None else set()
+            for endpoint in (*ends.channels.values(), *ends.control.values()):
+                check = check_connect if endpoint in theirs else check_bind
+                check(endpoint, self._keys)  # here too, before anything is started
+            self.specs = build(config, ends, job, str(folder))
+        except Exception:
+            self._scratch.close()
+            raise
+        self._clients: dict[str, RpcClient] = {}
+        self._run = uuid.uuid4().hex
+        self._config, self._log_folder = config, folder / "logs"
+        self._host: Host | None = None
+
+    def start(self) -> None:
+        """Start every node; returns before they are ready."""
+        if self._config.ray:
+            # Ray takes half a second to import: only a run that uses it pays.
+            from openhelix.runtime.launch.actors import RayHost
+
+            self._host = RayHost(self._config.ray_address, self._custom_resources())
+        else:
+            from openhelix.runtime.launch.processes import ProcessHost
+
+            self._host = ProcessHost(self._log_folder)
+        self._host.start(self.specs)
+
+    def health(self, name: str, timeout_s: float = 1.0) -> dict[str, Any]:
+        """Ask one node; `{"state": "unreachable"}` while it does not answer."""
+        try:
+            return self._client(name).call("health", {}, timeout_s)
+        except RpcRefused as error:
+            return {"name": name, "state": "refused", "error": str(error)}
+        except RpcError:
+            return {"name": name, "state": "unreachable", "error": ""}
+
+    def ask(
+        self, name: str, question: str, timeout_s: float = 5.0, **arguments: Any
+    ) -> dict[str, Any]:
+        """Put a question to a node's part."""
+        return self._client(name).call("ask", {"question": question, **arguments}, timeout_s)
+
+    def has(self, name: str) -> bool:
+        """Whether the run has that node."""
+        return any(spec.name == name for spec in self.specs)
+
+    def ended(self) -> dict[str, str]:
+        """Return which nodes are gone for good although nobody told them to end, and how."""
+        return self._host.ended() if self._host is not None else {}
+
+    def wait_ready(
+        self,
+        timeout_s: float,
+        tell: Callable[[dict[str, str]], None],
+        give_up: threading.Event,
+    ) -> None:
+        """Block until all nodes are ready or `give_up` is set; `tell` hears the states.
+
+        Raises:
+            ConfigError: a node refused its input.
+            GraphError: a node failed, or the time is over.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not give_up.is_set():
+            # Those that do not listen yet must not hold up the news of the others for long.
+            states = {spec.name: self.health(spec.name, 0.25) for spec in self.specs}
+            tell({name: health["state"] for name, health in states.items()})
+            for name, health in states.items():
+                if health["state"] == "refused":
+                    raise ConfigError(f"{name}: {health['error']}")
+                if health["state"] == "failed":
+                    raise GraphError(f"{name} failed: {health['error']}")
+            for name, how in self.ended().items():
+                raise GraphError(f"{name} {how} while it started; its log is in logs/")
+            if all(health["state"] in ("ready", "done") for health in states.values()):
+                self._require_system2()
+                return
+            if time.monotonic() > deadline:
+                late = [name for name, health in states.items() if health["state"] != "ready"]
+                raise GraphError(f"not ready after {timeout_s:.0f} s: {', '.join(late)}")
+            time.sleep(0.1)
+
+    def _require_system2(self) -> None:
+        """A System 2 that others run must be there by now, and have this robot's name free."""
+        health = self.health("system2", 5.0)
+        if health["state"] == "refused":
+            raise ConfigError(f"system2: {health['error']}")
+        if health["state"] != "ready":
+            address = self.endpoints.control["system2"]
+            raise GraphError(
+                f"system2 at {address} is {health['state']}; `openhelix serve` runs one"
+            )
+        if self._config.system2.connect is not None:
+            robot = self._config.robot.id
+            answer = self.ask("system2", "claim", robot=robot, run=self._run)
+            if answer["refused"]:
+                raise ConfigError(answer["refused"])
+
+    def close(self) -> None:
+        """End all nodes, the control loop first, so that the robot is stopped by its own loop.
+
+        What does not answer (it is importing, hung or gone) is left to the host, which ends
+        all the others at once.
+        """
+        if self._host is not None:
+            with contextlib.suppress(RpcError):
+                if "control" not in self.ended():
+                    self._client("control").call("stop", {}, 2.0)
+            self._host.close()
+            self._host = None
+        for client in self._clients.values():
+            client.close()
+        self._clients.clear()
+        self._scratch.close()
+
+    def _client(self, name: str) -> RpcClient:
+        if name not in self._clients:
+            self._clients[name] = RpcClient(self.endpoints.control[name], keys=self._keys)
+        return self._clients[name]
+
+    def _custom_resources(self) -> dict[str, float]:
+        total: dict[str, float] = {}
+        for spec in self.specs:
+            for resource, amount in spec.resources.items():
+                total[resource] = total.get(resource, 0.0) + amount
+        return total

@@ -1,0 +1,257 @@
+"""One process of the graph: builds its part, says when it is ready, answers questions.
+
+`NodeRunner` is the same whether a Ray actor or a plain process hosts it; both reach it
+over the node's own ZeroMQ control endpoint, so Ray carries no message of the run at all.
+
+States: `starting` -> `ready` -> `done`, or `refused` (wrong input: starting it again would
+not help, so it stays and says why) or `failed` (a crash: the host lets it be restarted).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any, Final, Protocol
+
+from openhelix.runtime.control.realtime import enter, short_slice, step_back
+from openhelix.runtime.core.plugins import resolve
+from openhelix.runtime.transport.rpc import RpcServer
+
+# ------------------------------------------------------------------------------------------------
+# Ctrl-C, SIGTERM and a closed terminal as an event, so that a run ends in order.
+#
+# The tick is finished, the robot stopped, the report written, the processes ended.
+
+
+NUMBERS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def in_a_thread(act: Callable[[], object]) -> None:
+    """Let a signal handler take locks: it may have interrupted whoever holds them.
+
+    `threading.Event.set` in a handler waits for ever when the same thread was just inside
+    the event, which happens when signals come in quick succession.
+    """
+    threading.Thread(target=act, daemon=True).start()
+
+
+class Interrupts(threading.Event):
+    """Set by the signals that ask a program to end; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._heard = False
+
+    def listen(self) -> None:
+        """Take the signals, also back from a library that took them meanwhile (Ray does)."""
+        for number in NUMBERS:
+            signal.signal(number, self._handle)
+
+    def is_set(self) -> bool:
+        """Whether a signal has come."""
+        return self._heard or super().is_set()
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self._heard:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self._heard = True
+        in_a_thread(self.set)
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupts]:
+    """Turn the signals into an event while the block runs."""
+    interrupts = Interrupts()
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    interrupts.listen()
+    try:
+        yield interrupts
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+log = logging.getLogger(__name__)
+TELL_S = 2.0  # how long a node that could not start goes on answering, so that its error is heard
+Handler = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class Node(Protocol):
+    """A part that fills a process: built with its options, then driven by `NodeRunner`."""
+
+    def setup(self) -> None:
+        """Load, connect, bind, warm up. Ready when it returns."""
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until `stop` is set."""
+
+    def health(self) -> dict[str, Any]:
+        """Small and quick: called from another thread while `run` works."""
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """More questions that this part answers."""
+
+    def close(self) -> None:
+        """Release everything; safe to call twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """All that a host needs to start a node; plain data, so that it travels as JSON."""
+
+    name: str
+    target: str  # "module:Class"
+    control: str  # endpoint of the node's control channel
+    options: dict[str, Any] = field(default_factory=dict)
+    cpus: float = 0.5
+    gpus: float = 0.0
+    resources: dict[str, float] = field(default_factory=dict)
+    threads: int = 1
+    nice: int = 0
+    fifo: int = 0  # SCHED_FIFO priority, inherited by every thread the node starts; 0: normal
+    restart: bool = True
+    here: bool = False  # on the host where the run is started, whatever the cluster has
+    keys: str | None = None  # folder of CURVE keys, off loopback
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> NodeSpec:
+        return cls(**json.loads(text))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Thread counts, set before any library reads them, so that processes do not fight."""
+        count = str(self.threads)
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+        return {name: count for name in names} | {"TOKENIZERS_PARALLELISM": "false"}
+
+
+class NodeRunner:
+    """Drives one node through its states."""
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        stay_refused: bool = True,
+        stoppable: bool = True,
+        again: bool = False,
+    ) -> None:
+        """Prepare; `run` does the work.
+
+        Args:
+            spec: which node.
+            stay_refused: keep answering after a refusal, so that its reason can be read.
+            stoppable: whether whoever reaches the control channel may end the node.
+            again: whether it takes the place of one that died while the robot moves.
+        """
+        self._spec, self._stay_refused, self._stoppable = spec, stay_refused, stoppable
+        self._again = again
+        self.last_health: dict[str, Any] = {}
+        self._stop = threading.Event()
+        self._node: Node | None = None
+        self.state = "starting"
+        self._was_ready = False
+        self.error = ""
+        self._server: RpcServer | None = None
+
+    def run(self) -> str:
+        """Block until the node is done; return its last state."""
+        if self._again:
+            step_back(self._spec.nice)
+        self._build()
+        # After the imports, which would keep a core for seconds, and before the first thread.
+        self._step_forward()
+        handlers = {"health": self._health, "ask": self._ask}
+        if self._stoppable:
+            handlers["stop"] = self._on_stop
+        self._server = RpcServer(self._spec.control, handlers, keys=self._spec.keys)
+        self._server.start()
+        try:
+            self._drive()
+        finally:
+            if self._node is not None:
+                self._node.close()
+            if self.state == "refused" and self._stay_refused:
+                self._stop.wait()
+            elif self.state == "failed" and not self._was_ready:
+                self._stop.wait(TELL_S)
+            self._server.close()
+        return self.state
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it has been told to end."""
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _step_forward(self) -> None:
+        """Ask for SCHED_FIFO, or, where a node is nice to nobody, to be woken at once."""
+        fifo = False
+        if self._spec.fifo:
+            status = enter(priority=self._spec.fifo, inherit=True, gc_mode="leave")
+            fifo = status.fifo
+            if not fifo:
+                log.warning("%s: %s", self._spec.name, status.reason)
+        if not fifo and not self._spec.nice:
+            short_slice()
+
+    def _build(self) -> None:
+        try:
+            self._node = resolve(self._spec.target)(**self._spec.options)
+        except Exception as error:
+            self._note(error)
+
+    def _drive(self) -> None:
+        if self._node is None:
+            return
+        try:
+            self._node.setup()
+            if not self._again:
+                step_back(self._spec.nice)  # not before: nothing moves yet, and a person waits
+            self.state, self._was_ready = "ready", True
+            log.info("%s: ready at %s", self._spec.name, self._spec.control)
+            self._node.run(self._stop)
+            self.last_health = self._node.health()
+            self.state = "done"
+        except Exception as error:
+            self._note(error)
+
+    def _note(self, error: Exception) -> None:
+        """Wrong input (any ValueError: SpecMismatch, ConfigError, ...) or a crash."""
+        if isinstance(error, ValueError):
+            self.state, self.error = "refused", " ".join(str(error).split())
+            log.error("%s refuses to start: %s", self._spec.name, self.error)
+        else:
+            self.state, self.error = "failed", f"{type(error).__name__}: {error}"
+            log.error("%s failed", self._spec.name, exc_info=error)
+
+    def _health(self, _: dict[str, Any]) -> dict[str, Any]:
+        health = {"name": self._spec.name, "state": self.state, "error": self.error}
+        if self._node is not None and self.state == "ready":
+            health |= self._node.health()
+        return health | {"pid": os.getpid()}
+
+    def _on_stop(self, _: dict[str, Any]) -> dict[str, Any]:
+        self._stop.set()
+        return {}
+
+    def _ask(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Pass a question on to the node, once it is there."""
+        question = str(arguments.get("question"))
+        handlers = self._node.handlers() if self._node is not None else {}
+        if question not in handlers:
+            raise ValueError(f"{self._spec.name} does not answer {question!r} ({self.state})")
+        return handlers[question](arguments)

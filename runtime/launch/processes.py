@@ -1,0 +1,143 @@
+"""The graph as plain processes (`--no-ray`): for debugging, and where Ray is not wanted.
+
+`python -m openhelix.runtime.launch.processes '<NodeSpec as JSON>' <parent's pid> first|again` is one process. The
+parent restarts a node that died; when the parent dies, the kernel tells the children, which stop
+the robot and end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from openhelix.runtime.launch.node import NodeRunner, NodeSpec, in_a_thread
+
+log = logging.getLogger(__name__)
+PR_SET_PDEATHSIG = 1
+ALONE_S = 5.0  # how long a child whose parent died may take to stop the robot and end
+
+
+def reap(process: subprocess.Popen[Any], patience_s: float) -> None:
+    """Wait for a process that was told to end; kill it when the patience is over."""
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class ProcessHost:
+    """Starts nodes as child processes and restarts those that die."""
+
+    def __init__(self, log_folder: Path) -> None:
+        self._log_folder = log_folder
+        self._specs: dict[str, NodeSpec] = {}
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._closing = threading.Event()
+        self._watch = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+        self.restarts: dict[str, int] = {}
+        self._not_before_s: dict[str, float] = {}
+
+    def start(self, specs: Sequence[NodeSpec]) -> None:
+        self._log_folder.mkdir(parents=True, exist_ok=True)
+        for spec in specs:
+            self._specs[spec.name] = spec
+            self._children[spec.name] = self._spawn(spec, again=False)
+        self._watch.start()
+
+    def ended(self) -> dict[str, str]:
+        """Return which nodes died that are not started again, and how."""
+        codes = {name: child.poll() for name, child in list(self._children.items())}
+        return {
+            name: f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+            for name, code in codes.items()
+            if code and not self._specs[name].restart
+        }
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """End every child: politely, then for certain."""
+        self._closing.set()
+        self._watch.join(timeout=2.0)  # or it might start one again behind our back
+        for child in self._children.values():
+            child.terminate()
+        give_up_s = time.monotonic() + timeout_s
+        for child in self._children.values():
+            reap(child, max(0.0, give_up_s - time.monotonic()))
+
+    def _spawn(self, spec: NodeSpec, again: bool) -> subprocess.Popen[bytes]:
+        with (self._log_folder / f"{spec.name}.log").open("ab") as output:
+            return subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "openhelix.runtime.launch.processes"),
+                    *(spec.to_json(), str(os.getpid()), "again" if again else "first"),
+                ],
+                env=os.environ | spec.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which stops in order
+            )
+
+    def _supervise(self) -> None:
+        while not self._closing.wait(0.2):
+            for name, child in list(self._children.items()):
+                if child.poll() in (None, 0) or not self._specs[name].restart:
+                    continue
+                now_s = time.monotonic()
+                if now_s < self._not_before_s.get(name, 0.0):
+                    continue
+                count = self.restarts[name] = self.restarts.get(name, 0) + 1
+                # What fails at once would fail again at once: wait longer each time.
+                self._not_before_s[name] = now_s + min(0.5 * 2**count, 30.0)
+                log.warning("%s ended with code %s; starting it again", name, child.returncode)
+                self._children[name] = self._spawn(self._specs[name], again=True)
+
+
+def end_alone() -> None:
+    """End without anybody's help, after the time that stopping in order may take."""
+    time.sleep(ALONE_S)
+    os._exit(1)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Be one node until told to stop; 0 when done, 1 after a crash."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    parent = int(argv[1])
+    if os.getppid() != parent:
+        return 1  # the parent died before the kernel was told to tell us
+    runner = NodeRunner(NodeSpec.from_json(argv[0]), again=argv[2] == "again")
+
+    done: set[str] = set()  # the signal may come several times, one within the other
+
+    def end(*_: object) -> None:
+        if "alone" not in done and os.getppid() != parent:  # nobody would end us for certain
+            done.add("alone")
+            in_a_thread(end_alone)
+        if "told" in done:
+            return
+        done.add("told")
+        starting = runner.state == "starting" and not runner.stopping
+        in_a_thread(runner.stop)
+        if starting:
+            raise SystemExit(0)  # out of a setup that may wait for others for minutes
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return 0 if runner.run() == "done" else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

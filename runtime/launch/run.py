@@ -1,0 +1,234 @@
+"""A run on the wall clock: start the graph, give the word, watch, fetch the report, end all."""
+
+from __future__ import annotations
+
+import platform
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from openhelix.runtime.control.assembly import (
+    ControlStack,
+    build_stack,
+    lockstep_goals,
+    make,
+    make_clock,
+    replan_ns,
+)
+from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.control.planner import SyncPlanner
+from openhelix.runtime.control.report import LoopStatistics, percentiles, task_rows, versions
+from openhelix.runtime.core.config import CommandFailed, RunConfig
+from openhelix.runtime.core.interfaces import Policy
+from openhelix.runtime.launch.graph import Graph, GraphError
+from openhelix.runtime.launch.node import interruptible
+from openhelix.runtime.observe.display import Display
+from openhelix.runtime.observe.observer import Subscribers
+from openhelix.runtime.observe.status_source import RECORD, StatusRecord
+from openhelix.runtime.robots.base import World, make_robot
+from openhelix.runtime.transport.rpc import RpcError
+
+# ------------------------------------------------------------------------------------------------
+# A run on the deterministic clock: one process, time counted in environment steps.
+#
+# Same loop, same policy, same System 2; only the clock moves when it is slept on. The same
+# seed gives the same report on any machine (figures that measure this machine aside).
+
+
+def run_lockstep(
+    config: RunConfig,
+    assignments: Sequence[Assignment],
+    initial: dict[str, Any] | None,
+    folder: Path,
+    display: Display,
+) -> dict[str, Any]:
+    """Run in this process; return the report."""
+    started_s = time.monotonic()
+    display.say("loading System 1 and System 2")
+    clock = make_clock(config)
+    policy: Policy = make(config.system1.policy)
+    name, options = _embedded(config, clock)
+    robot = make_robot(name, **options)
+    robot.connect()
+    goals = None
+    if policy.spec.latent is not None:
+        goals = lockstep_goals(config, make(config.system2.engine), policy.spec.latent)
+    planner = SyncPlanner(policy, replan_ns(config))
+    stack = build_stack(config, robot, policy.spec, planner, goals, clock)
+    subscribers = Subscribers(config, folder, stack)
+    statistics = subscribers.statistics
+    stack.loop.subscribers.append(_Progress(stack, statistics, config, display))
+    try:
+        with interruptible() as interrupted, display:
+            if initial is not None and isinstance(robot, World):
+                robot.reset_world(initial["robot_obs"], initial["scene_obs"])
+            ready_s = time.monotonic() - started_s
+            stack.loop.arm()
+            stack.episode_runner.run(assignments, interrupted.is_set)
+            display.progress(task_rows(stack.episode_runner.results), config.tasks.steps_limit)
+    finally:
+        robot.stop("the run has ended")
+        subscribers.close()
+        stack.close()
+        robot.disconnect()
+    return _report(config, stack, statistics) | {"ready_s": ready_s, "sinks": subscribers.close()}
+
+
+def _embedded(config: RunConfig, clock: object) -> tuple[str, dict[str, Any]]:
+    """The driver that steps a world inside this process, in place of the real-time one."""
+    options = dict(config.robot.options) | {"clock": clock}
+    if config.robot.name != "sim":
+        return config.robot.name, options
+    return "playtable", options | {
+        "scene": config.world.scene,
+        "cameras": config.world.cameras,
+    }
+
+
+class _Progress:
+    """A subscriber that tells the display, at most a few times a second."""
+
+    def __init__(
+        self, stack: ControlStack, statistics: LoopStatistics, config: RunConfig, display: Display
+    ) -> None:
+        self._stack, self._statistics = stack, statistics
+        self._limit, self._display = config.tasks.steps_limit, display
+        self._next_s = 0.0
+
+    def __call__(self, tick: Tick) -> None:
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s + 0.2
+        episode_runner = self._stack.episode_runner
+        current = episode_runner.current
+        health = task_rows(episode_runner.results) | self._statistics.live()
+        health["instruction"] = current.instruction if current else ""
+        self._display.progress(health | {"steps": episode_runner.steps}, self._limit)
+
+
+def _report(config: RunConfig, stack: ControlStack, statistics: LoopStatistics) -> dict[str, Any]:
+    goals = stack.loop.goals
+    lateness = stack.pacer.summary()
+    return {
+        "clock": "lockstep",
+        "hz2": config.system2.hz,
+        "interval_steps": config.interval_steps,
+        "latency_steps": config.lockstep.latency_steps,
+        "steps_limit": config.tasks.steps_limit,
+        **task_rows(stack.episode_runner.results),
+        **statistics.report(),
+        "deadline_missed": lateness.missed,
+        "tick_lateness_s": lateness.as_seconds(),
+        "latents_published": goals.received + goals.void if goals else 0,
+        "latents_missed": goals.missed if goals else 0,
+        "s1_latency_s": percentiles(stack.loop.planner.latencies_s, ("p50", "p99")),
+        "s2_latency_s": percentiles(goals.latencies_s if goals else (), ("p50", "p99")),
+        "stopped": str(stack.loop.safety.stop) if stack.loop.stopped else None,
+        "safe_stops": dict(stack.loop.safety.stops),
+        "device": platform.machine(),
+        "versions": versions(),
+        "seed": config.seed,
+    }
+
+
+READY_TIMEOUT_S = 300.0  # the first start builds the laptop model; later ones take seconds
+
+
+class RunFailed(CommandFailed):
+    """The run could not be completed; one line says why."""
+
+
+def run_realtime(
+    config: RunConfig,
+    assignments: Sequence[Assignment],
+    initial: dict[str, Any] | None,
+    folder: Path,
+    display: Display,
+) -> dict[str, Any]:
+    """Run on real processes; return the report.
+
+    Raises:
+        ConfigError: a part refused its configuration.
+        RunFailed: a part failed and the run could not go on.
+    """
+    job = {"assignments": [asdict(a) for a in assignments], "initial": initial}
+    started_s = time.monotonic()
+    graph = Graph(config, job, folder)
+    with interruptible() as interrupted, display, StatusRecord.of(graph, config).kept(folder):
+        try:
+            if graph.has("observer"):
+                display.say(
+                    f"`openhelix status --web` shows this run; {folder}/{RECORD} has the "
+                    "token of its stop button"
+                )
+            display.say("starting the processes" + (" as Ray actors" if config.ray else ""))
+            graph.start()
+            interrupted.listen()
+            graph.wait_ready(READY_TIMEOUT_S, display.states, interrupted)
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            system2 = graph.health("system2")
+            graph.ask("control", "start", timeout_s=30.0, latent_spec=system2["latent_spec"])
+            ready_s = time.monotonic() - started_s
+            report = _watch(graph, config, display, interrupted)
+            if graph.has("observer"):
+                report["sinks"] = _finish(graph, display)
+            system2 = graph.health("system2")
+            if not report["interrupted"]:
+                graph.ask("control", "await_scrape", timeout_s=15.0)
+        except (GraphError, RpcError) as error:
+            raise RunFailed(str(error)) from error
+        finally:
+            graph.close()
+    # Both clocks are this host's: control runs beside the head.
+    first_ns = report.pop("first_action_ns")
+    return report | {
+        "first_action_s": None if first_ns is None else first_ns * 1e-9 - started_s,
+        "latents_published": system2.get("published"),
+        "latents_skipped": system2.get("skipped"),
+        "ready_s": ready_s,
+        "device": f"{platform.machine()}, {system2.get('device', 'cpu')}",
+        "versions": versions(),
+        "seed": config.seed,
+    }
+
+
+def _finish(graph: Graph, display: Display) -> dict[str, Any] | None:
+    """Let the observer finish its files; None where it is gone, which is no failure of a run."""
+    if "observer" in graph.ended() or graph.health("observer", 5.0)["state"] != "ready":
+        display.say("observer: is gone; video and recording are incomplete")
+        return None
+    return graph.ask("observer", "finish", timeout_s=70.0)
+
+
+def _watch(
+    graph: Graph, config: RunConfig, display: Display, interrupted: threading.Event
+) -> dict[str, Any]:
+    """Follow the control process until it has finished; return its report."""
+    silent_since_s: float | None = None
+    while True:
+        health = graph.health("control")
+        if health["state"] == "unreachable":
+            silent_since_s = silent_since_s or time.monotonic()
+            if "control" in graph.ended():
+                how = graph.ended()["control"]
+                raise GraphError(f"control {how}; its log is in logs/")
+            if time.monotonic() - silent_since_s > 10.0:
+                raise GraphError("control: has not answered for 10 s; its log is in logs/")
+        elif health["state"] in ("failed", "refused"):
+            raise GraphError(f"control {health['state']}: {health['error']}")
+        else:
+            silent_since_s = None
+            display.progress(health, config.tasks.steps_limit)
+            if health.get("finished"):
+                return graph.ask("control", "report", timeout_s=10.0)
+        if interrupted.is_set():
+            # The loop ends its tick, holds, stops the robot and reports what it did.
+            graph.ask("control", "halt")
+            interrupted.clear()
+        time.sleep(0.15)

@@ -1,0 +1,210 @@
+"""The status page's server: a page of three static files, two questions and one command.
+
+What it defends: a robot must not be stopped, and a camera not be seen, by a web page that the
+operator happens to have open elsewhere, nor by whoever shares the network.
+
+- Stopping needs the run's token in an `Authorization` header of a POST. A browser sends such
+  a header to another origin only after asking first, and is never allowed: no cookie, no form
+  and no image of a foreign page can stop the robot.
+- On loopback reading is free, but only under a loopback name (a foreign name that resolves
+  here is an attack) and never for a foreign page. Elsewhere reading needs the token too.
+- Nothing is fetched from anywhere else, and no other page may frame this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import io
+import ipaddress
+import logging
+import ssl
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+from typing import Any, Final
+
+from aiohttp import web
+from PIL import Image
+
+from openhelix.runtime.observe.status_source import NoRun, RunSource
+
+log = logging.getLogger(__name__)
+FRESH_S: Final = 0.1  # answers younger than this are given again instead of asking again
+JPEG_QUALITY: Final = 85
+PAGE: Final = {
+    "/": ("index.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
+HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Cache-Control": "no-store",
+}
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class StatusServer:
+    """Serves one source.
+
+    Args:
+        source: which run.
+        host: address to bind; anything but a loopback address makes reading need the token.
+        port: TCP port; 0 for a free one.
+        tls: certificate and key, for addresses that others can reach.
+    """
+
+    def __init__(
+        self,
+        source: RunSource,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._source, self._host, self._port, self._tls = source, host, port, tls
+        self._open = is_loopback(host)
+        self._asking = asyncio.Lock()
+        self._answer: tuple[float, dict[str, Any]] = (-1.0, {})
+        self._images: dict[str, tuple[float, int, bytes]] = {}
+        self._runner: web.AppRunner | None = None
+        self.refused = 0  # requests without the right token, name or origin
+        app = web.Application(middlewares=[self._guard], client_max_size=1024)
+        for path in PAGE:
+            app.router.add_get(path, self._page)
+        app.router.add_get("/api/status", self._status)
+        app.router.add_get("/api/camera/{name}", self._camera)
+        app.router.add_post("/api/stop", self._stop)
+        self.app = app
+
+    async def start(self) -> str:
+        """Bind and serve; return the page's address.
+
+        Raises:
+            ValueError: the address cannot be used.
+        """
+        self._runner = web.AppRunner(self.app, access_log=None)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._host, self._port, ssl_context=self._tls)
+        try:
+            await site.start()
+        except OSError as error:
+            await self._runner.cleanup()
+            where = f"{self._host}:{self._port}"
+            raise ValueError(f"--listen: {where} cannot be used ({error.strerror})") from None
+        port = self._runner.addresses[0][1]
+        name = f"[{self._host}]" if ":" in self._host else self._host
+        return f"{'https' if self._tls else 'http'}://{name}:{port}/"
+
+    async def close(self) -> None:
+        """Stop serving; safe to call twice."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        refusal = self._refusal(request)
+        try:
+            response = refusal or await handler(request)
+        except web.HTTPException as error:
+            response = _told(error.status, error.reason)
+        except NoRun as error:
+            response = _told(503, str(error))
+        response.headers.update(HEADERS)
+        return response
+
+    def _refusal(self, request: web.Request) -> web.Response | None:
+        """Return why a request is refused; None when it is not."""
+        if self._open and not is_loopback(_host_name(request.headers.get("Host", ""))):
+            return self._refuse(request, 421, "this page is served under a loopback name alone")
+        if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            return self._refuse(request, 403, "another site's page may not use this one")
+        origin = request.headers.get("Origin")
+        if origin is not None and origin.partition("://")[2] != request.headers.get("Host"):
+            return self._refuse(request, 403, "another site's page may not use this one")
+        asks = request.path.startswith("/api/")
+        if asks and (request.method != "GET" or not self._open) and not self._authorized(request):
+            return self._refuse(request, 401, "the token is missing or wrong")
+        return None
+
+    def _refuse(self, request: web.Request, status: int, why: str) -> web.Response:
+        self.refused += 1
+        if self.refused & (self.refused - 1) == 0:
+            log.warning(
+                "%s %.80s from %s refused: %s; %d so far",
+                *(request.method, request.path, request.remote, why, self.refused),
+            )
+        return _told(status, why)
+
+    def _authorized(self, request: web.Request) -> bool:
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        token = self._source.token
+        # Compared even where there is nothing to compare with: the time tells nothing.
+        same = hmac.compare_digest(given.strip().encode(), (token or "-").encode())
+        return same and token is not None and scheme.lower() == "bearer"
+
+    async def _page(self, request: web.Request) -> web.StreamResponse:
+        name, kind = PAGE[request.path]
+        text = files("openhelix.runtime.observe.status_page").joinpath(name).read_text("utf-8")
+        return web.Response(text=text, content_type=kind)
+
+    async def _status(self, request: web.Request) -> web.StreamResponse:
+        async with self._asking:  # however many pages are open, the run is asked once
+            now_s = asyncio.get_running_loop().time()
+            if now_s - self._answer[0] > FRESH_S:
+                self._answer = (now_s, await asyncio.to_thread(self._source.snapshot))
+        return web.json_response(self._answer[1])
+
+    async def _camera(self, request: web.Request) -> web.StreamResponse:
+        name = request.match_info["name"]
+        async with self._asking:
+            now_s = asyncio.get_running_loop().time()
+            asked_s, t_ns, jpeg = self._images.get(name, (-1.0, -1, b""))
+            if now_s - asked_s > FRESH_S:
+                frame = await asyncio.to_thread(self._source.frame, name)
+                if not frame:
+                    raise web.HTTPNotFound(reason="there is no such camera, or no image yet")
+                if frame["t_ns"] != t_ns:
+                    t_ns, jpeg = frame["t_ns"], await asyncio.to_thread(encode_jpeg, frame["rgb"])
+                self._images[name] = (now_s, t_ns, jpeg)
+        return web.Response(body=jpeg, content_type="image/jpeg", headers={"X-Time-Ns": str(t_ns)})
+
+    async def _stop(self, request: web.Request) -> web.StreamResponse:
+        who = f"status page, {request.remote}"
+        await asyncio.to_thread(self._source.stop, who)
+        log.warning("the robot was stopped by %s", who)
+        return web.json_response({"stopped": True})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this host's own, that no other host can reach."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_name(header: str) -> str:
+    """Return a Host header without its port."""
+    if header.startswith("["):
+        return header.partition("]")[0] + "]"
+    return header.rpartition(":")[0] if ":" in header else header
+
+
+def _told(status: int, text: str) -> web.Response:
+    return web.json_response({"error": text}, status=status)
+
+
+def encode_jpeg(rgb: Any) -> bytes:
+    """Return an RGB image (h, w, 3) u8 as JPEG."""
+    with io.BytesIO() as file:
+        Image.fromarray(rgb).save(file, "JPEG", quality=JPEG_QUALITY)
+        return file.getvalue()

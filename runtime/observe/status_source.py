@@ -1,0 +1,200 @@
+"""How a process that is no part of a run finds it, asks how it goes, and stops it.
+
+A run on the wall clock leaves a record in its folder while it lives: where its observer and
+its control loop answer, and the token without which a page must not stop the robot. Only the
+run's own user can read it. Questions go to the observer, never to the control process; the
+one thing that is said to that is "stop".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openhelix.runtime.core.config import CommandFailed, RunConfig
+from openhelix.runtime.transport.rpc import RpcClient, RpcError
+
+if TYPE_CHECKING:  # importing the graph would import all that it starts
+    from openhelix.runtime.launch.graph import Graph
+
+RECORD = "status.json"
+ASK_TIMEOUT_S = 1.0
+STOP_TIMEOUT_S = 3.0
+
+
+class NoRun(CommandFailed):
+    """There is no run to show; one line says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class StatusRecord:
+    """Where a run can be asked, and what proves that somebody may stop it."""
+
+    robot: str
+    observer: str | None  # endpoint; None where nobody looks on
+    control: str  # endpoint
+    keys: str | None  # folder of CURVE keys, off this host
+    token: str
+
+    @classmethod
+    def of(cls, graph: Graph, config: RunConfig) -> StatusRecord:
+        """Return the record of a run that is about to start, with a token of its own."""
+        keys, ends = config.transport.keys, graph.endpoints.control
+        return cls(
+            robot=config.robot.id,
+            observer=ends["observer"] if graph.has("observer") else None,
+            control=ends["control"],
+            keys=str(keys.expanduser().resolve()) if keys else None,
+            token=secrets.token_urlsafe(18),
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> StatusRecord:
+        """Read the record in a run's folder.
+
+        Raises:
+            NoRun: there is none, or it is not readable.
+        """
+        try:
+            return cls(**json.loads((folder / RECORD).read_text()))
+        except FileNotFoundError:
+            raise NoRun(f"{folder}: no run is alive there") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise NoRun(f"{folder / RECORD}: cannot be read: {error}") from None
+
+    @contextmanager
+    def kept(self, folder: Path) -> Iterator[None]:
+        """Keep the record in `folder` for as long as the run lives."""
+        path, part = folder / RECORD, folder / f"{RECORD}.part"
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(asdict(self), file)
+        part.rename(path)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+
+def newest_run(base: Path) -> Path:
+    """Return the folder of the newest run that is alive below `base`.
+
+    Raises:
+        NoRun: there is none.
+    """
+    records = []
+    for path in base.glob(f"run-*/{RECORD}"):
+        with suppress(OSError):  # it ended just now
+            records.append((path.stat().st_mtime_ns, path.parent))
+    if not records:
+        raise NoRun(f"{base}: no run is alive there (lockstep runs are not shown)")
+    return max(records)[1]
+
+
+class RunSource:
+    """Asks one run, or whichever is the newest; any thread may call it.
+
+    Args:
+        base: folder of all runs, searched again whenever the one that was shown has ended.
+        folder: of one run, to show that and no other.
+    """
+
+    def __init__(self, base: Path, folder: Path | None = None) -> None:
+        self._base, self._folder = base, folder
+        self._lock = threading.Lock()
+        self._shown: Path | None = None
+        self._record: StatusRecord | None = None
+        self._observer: RpcClient | None = None
+
+    @property
+    def token(self) -> str | None:
+        """The token of the run that is alive now; None without one."""
+        try:
+            return self.record().token
+        except NoRun:
+            return None
+
+    def record(self) -> StatusRecord:
+        """Return the record of the run that is alive now; waits for nobody.
+
+        Raises:
+            NoRun: there is none.
+        """
+        return StatusRecord.read(self._folder or newest_run(self._base))
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return `StatusBoard.snapshot` of the run, with the name of its folder.
+
+        Raises:
+            NoRun: there is none, or it does not answer.
+        """
+        answer = self._ask("status")
+        return answer | {"run": self._shown.name if self._shown else ""}
+
+    def frame(self, camera: str) -> dict[str, Any]:
+        """Return `StatusBoard.frame` of a camera.
+
+        Raises:
+            NoRun: there is no run, or it does not answer.
+        """
+        return self._ask("frame", camera=camera)
+
+    def stop(self, who: str) -> None:
+        """Stop the robot for good.
+
+        Raises:
+            NoRun: there is no run, or it does not answer: the robot may still move.
+        """
+        record = self.record()
+        client = RpcClient(record.control, keys=record.keys)
+        try:
+            client.call("ask", {"question": "safe_stop", "who": who}, STOP_TIMEOUT_S)
+        except RpcError as error:
+            raise NoRun(f"{record.robot}: NOT stopped: {error}") from None
+        finally:
+            client.close()
+
+    def close(self) -> None:
+        """Release the connection; safe to call twice."""
+        with self._lock:
+            self._forget()
+
+    def _ask(self, question: str, **arguments: Any) -> dict[str, Any]:
+        with self._lock:
+            record = self._find()
+            if record.observer is None:
+                raise NoRun(
+                    f"{record.robot}: nobody looks on at this run; start it with output.status=true"
+                )
+            if self._observer is None:
+                self._observer = RpcClient(record.observer, keys=record.keys)
+            try:
+                return self._observer.call(
+                    "ask", {"question": question, **arguments}, ASK_TIMEOUT_S
+                )
+            except RpcError as error:
+                self._forget()
+                raise NoRun(f"{record.robot}: does not answer ({error})") from None
+
+    def _find(self) -> StatusRecord:
+        """Return the record, read again when the run that it is of has ended."""
+        folder = self._folder or newest_run(self._base)
+        if folder != self._shown or self._record is None:
+            self._forget()
+            self._record, self._shown = StatusRecord.read(folder), folder
+        elif not (folder / RECORD).exists():
+            self._forget()
+            raise NoRun(f"{folder}: the run has ended")
+        return self._record
+
+    def _forget(self) -> None:
+        if self._observer is not None:
+            self._observer.close()
+        self._observer, self._record, self._shown = None, None, None

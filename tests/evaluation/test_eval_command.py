@@ -1,0 +1,234 @@
+"""The commands `eval`, `compare` and `sweep`, and what they write."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from openhelix.benchmarks.evaluation import report as reports
+from openhelix.benchmarks.evaluation.compare import compare, to_markdown
+from openhelix.benchmarks.evaluation.eval import _arguments as eval_arguments
+from openhelix.benchmarks.evaluation.eval import default_folder, make_plan
+from openhelix.benchmarks.evaluation.evaluation import Console, evaluate
+from openhelix.benchmarks.evaluation.pool import LocalPool
+from openhelix.benchmarks.evaluation.suites import Suite
+from openhelix.benchmarks.evaluation.sweep import _arguments as sweep_arguments
+from openhelix.benchmarks.evaluation.sweep import (
+    command_again,
+    make_plans,
+    name_of,
+    sweep,
+    table_of,
+    to_keep,
+    write,
+)
+from openhelix.runtime.cli.arguments import parse
+from openhelix.runtime.cli.main import main
+from tests.evaluation.small import CAMERAS, small_config, small_plan
+
+PARTS = (
+    "system1.policy.target=tests.fakes:ReachPolicy",
+    f"system1.policy.options={{cameras: {CAMERAS}}}",
+    "system2.engine={target: 'tests.evaluation.small:WordEngine', options: {}}",
+)
+TASKS = ("turn_on_led", "open_drawer")
+
+
+@pytest.fixture(scope="module")
+def two(pool, tmp_path_factory):
+    """The same episodes at two step limits: the second cannot do what takes longer."""
+    base = tmp_path_factory.mktemp("two")
+    suite = Suite("tasks", count=3, tasks=TASKS)
+    evaluate(small_plan(suite, steps=60), pool, base / "long")
+    evaluate(small_plan(suite, steps=2), pool, base / "short")
+    return base
+
+
+def images(text):
+    return [base64.b64decode(d) for d in re.findall(r"data:image/\w+;base64,([^\"]+)", text)]
+
+
+def test_the_command_prints_one_json_object_and_writes_reports(tmp_path, capsys):
+    words = ["eval", "--suite", "tasks", "--episodes-per-task", "1", "--tasks", "turn_on_led"]
+    words += ["--steps", "5", "--seed", "3", "--json", "--videos", "1", "--base", str(tmp_path)]
+    assert main([*words, *PARTS]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["n_episodes"] == 1 and report["seed"] == 3 and report["steps_limit"] == 5
+    assert "1 of 1 episodes" in err and "to go" in err
+    folder = tmp_path / "tasks-D-0001"
+    assert report["folder"] == str(folder)
+    page = (folder / "report.html").read_text()
+    found = images(page)
+    assert found[0].startswith(b"\x89PNG") and found[-1].startswith(b"\xff\xd8")
+    assert "http" not in page  # nothing is fetched
+    text = (folder / "report.md").read_text()
+    for stated in (
+        "95 % interval",
+        "1 episodes",
+        "lockstep clock",
+        "5 environment steps",
+        "seed 3",
+    ):
+        assert stated in text and stated in page
+    # It is finished: the same words begin a new one.
+    plan = make_plan(*parse(eval_arguments(), [*words[1:], *PARTS]))
+    assert default_folder(plan, tmp_path).name == "tasks-D-0002"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--suite", "calvn"], "--suite: 'calvn' is none of tasks, calvin, calvin-e, calvin-d"),
+        (["--suite", "tasks", "--tasks", "fly"], "--tasks: 'fly' is none of"),
+        (["--suite", "tasks", "--scene", "Q"], "scene"),
+        (["--suite", "tasks", "--steps", "0"], "--steps: 0"),
+        (["--suite", "tasks", "--workers", "0"], "--workers: 0"),
+        (["--suite", "tasks", "--interval", "0"], "--interval"),
+        (["--suite", "tasks", "--clock", "sundial"], "--clock: 'sundial'"),
+        (["--suite", "tasks", "--clock", "realtime", "--interval", "3"], "lockstep clock"),
+        (["--suite", "tasks", "--clock", "realtime", "--workers", "2"], "--workers: 2"),
+        (["--suite", "tasks", "--sequences", "3"], "--sequences: tasks takes --episodes-per-task"),
+        (["--suite", "calvin", "--episodes-per-task", "3"], "calvin takes --sequences"),
+        (["--suite", "tasks", "system1.policy.options.path=/none"], "no checkpoint at /none"),
+        (["--suite", "tasks", "system1.polcy=1"], "did you mean 'policy'"),
+        (["--suite", "tasks", "world.cameras=[static]", *PARTS], "camera 'gripper'"),
+        ([], "--suite"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, message, tmp_path, capsys):
+    out = tmp_path / "run"
+    quiet = "output.metrics_port=null"  # another evaluation may have the port, and that is said
+    assert main(["eval", *words, quiet, "--out", str(out)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "results in" not in line]
+    assert len(lines) == 1 and message in lines[0]
+    assert not out.exists()
+
+
+def test_a_damaged_folder_is_left_alone(tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ["eval", "--suite", "tasks", "--episodes-per-task", "3", "--tasks", ",".join(TASKS)]
+    words += ["--steps", "2", "--out", str(folder), *PARTS]
+    assert main(words) == 0
+    shard = folder / "shards" / "0000.jsonl"
+    shard.write_text(shard.read_text()[:-9])
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert main(words) == 2
+    assert "0000.jsonl:6: damaged" in capsys.readouterr().err.splitlines()[-1]
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_two_runs_are_compared_in_pairs(two, capsys):
+    found = compare(two / "long", two / "short")
+    assert found["n_pairs"] == 6 and found["differs"] == {"steps_limit": [60, 2]}
+    score = found["success_rate"]
+    assert score["a"] > score["b"] == 0 and score["better"] == 0
+    assert score["worse"] == round(6 * score["a"]) and score["test"].startswith("McNemar")
+    assert found["per_task"]["turn_on_led"]["n"] == 3
+    text = to_markdown(found)
+    assert "steps_limit" in text and "6 pairs" in text and "lockstep clock" in text
+    assert main(["compare", str(two / "long"), str(two / "short"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+
+
+def test_chains_are_compared_by_their_length(pool, tmp_path):
+    suite = Suite("calvin", count=2)
+    for name, interval in (("a", 5), ("b", 10)):
+        evaluate(small_plan(suite, steps=3, interval=interval), pool, tmp_path / name)
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert found["avg_len"]["difference"] == 0 and len(found["success_in_a_row"]) == 5
+    assert "average length" in to_markdown(found)
+
+
+def test_runs_that_share_nothing_are_not_compared(two, pool, tmp_path, capsys):
+    evaluate(
+        small_plan(Suite("tasks", count=1, tasks=TASKS, seed=9), steps=2), pool, tmp_path / "x"
+    )
+    assert main(["compare", str(two / "long"), str(tmp_path / "x")]) == 2
+    assert "seed is 0 in A, 9 in B" in capsys.readouterr().err
+    assert main(["compare", str(two / "long"), str(tmp_path)]) == 2
+    assert "no run.json" in capsys.readouterr().err
+
+
+def test_a_report_escapes_what_it_quotes(two):
+    report = json.loads((two / "long" / "report.json").read_text())
+    report["errors"] = [{"key": "D/x", "error": "<script>a|b</script>"}]
+    assert "<script>" not in reports.to_html(report, {})
+    assert "a\\|b" in reports.to_markdown(report)
+
+
+def test_a_sweep_on_both_clocks_has_the_same_cadences():
+    words = ["--clock", "both", "--intervals", "1,30", "--latencies", "0,6", *PARTS]
+    plans = make_plans(*parse(sweep_arguments(), words))
+    names = [name_of(plan) for plan in plans]
+    assert names[:4] == ["calvin-i01-d00", "calvin-i30-d00", "calvin-i01-d06", "calvin-i30-d06"]
+    assert names[8:] == [f"{s}-i{i}-wall" for s in ("calvin", "calvin-d") for i in ("01", "30")]
+    assert [plan.config.system2.hz for plan in plans[8:10]] == [30.0, 1.0]
+    assert len({json.dumps(plan.identity(), sort_keys=True) for plan in plans}) == len(plans)
+    assert {p.config.control.clock for p in plans[8:]} == {"realtime"}
+    some = make_plans(*parse(sweep_arguments(), ["--tasks", "lift_red_block_table", *PARTS]))
+    assert {p.suite.name: p.suite.tasks for p in some} == {
+        "calvin": (),
+        "calvin-d": ("lift_red_block_table",),
+    }
+
+
+def test_chosen_episodes_are_filmed():
+    words = ["--suite", "calvin", "--sequences", "2", "--videos", "D/1", *PARTS]
+    assert make_plan(*parse(eval_arguments(), words)).filmed == ("D/1",)
+    with pytest.raises(ValueError, match="'D/7' is no number and no episode; 'D/0' would be one"):
+        make_plan(*parse(eval_arguments(), [*words[:-5], "--videos", "D/7", *PARTS]))
+
+
+def test_a_sweep_has_a_cell_for_each_interval_and_latency(pool, tmp_path):
+    plans = [
+        replace(plan, conditions=replace(plan.conditions, interval=interval, latency=latency))
+        for plan in (
+            small_plan(Suite("calvin", count=2), steps=20),
+            small_plan(Suite("calvin-d", count=1, tasks=("lift_red_block_table",)), steps=9),
+        )
+        for latency in (0, 3)
+        for interval in (1, 10)
+    ]
+    console = Console("sweep", every_s=1e9)
+    report = sweep(plans, lambda config: pool, tmp_path / "sweep", 1, console)
+    cells = report["cells"]
+    assert [(c["suite"], c["interval"], c["latency"]) for c in cells[:4]] == [
+        *(("calvin", 1, 0), ("calvin", 10, 0), ("calvin", 1, 3), ("calvin", 10, 3)),
+    ]
+    assert cells[0]["latents_per_task"] == 10 * cells[1]["latents_per_task"] == 20
+    assert cells[0]["latent_age_steps"]["max"] == 0 < cells[1]["latent_age_steps"]["max"]
+    assert cells[0]["drift"]["n"] == 0 and 0.99 < cells[1]["drift"]["cosine_mean"] <= 1
+    assert cells[1]["against"]["interval"] == 1 and cells[1]["against"]["difference"] == 0
+    assert cells[4]["per_pattern"]["circular"]["n_episodes"] == 1
+    write(report, tmp_path / "sweep")
+    assert (tmp_path / "sweep" / "calvin.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "sweep" / "sweep.md").read_text()
+    assert "2 sequences a cell, lockstep clock, at most 20 environment steps" in text
+    assert "![calvin](calvin.png)" in text and report["policy"]["sha256"] in text
+    assert f"latents {report['system2']['spec_id']}" in text
+    on_wall = {**report, "system2": {**report["system2"], "spec_id": None}}
+    (tmp_path / "wall").mkdir()
+    write(on_wall, tmp_path / "wall")  # System 2 is in a process of its own there
+    assert "None" not in (tmp_path / "wall" / "sweep.md").read_text().splitlines()[2]
+    report["command"] = command_again(["--out", "x", "--steps", "9", "--results", "y"])
+    (tmp_path / "kept").mkdir()
+    write(to_keep(report), tmp_path / "kept", kept=True)
+    kept = (tmp_path / "kept" / "sweep.json").read_text()
+    assert len(json.loads(kept)["cells"]) == len(cells) and str(tmp_path) not in kept
+    assert not (tmp_path / "kept" / "sweep.html").exists()
+    assert "`openhelix sweep --steps 9`" in (tmp_path / "kept" / "sweep.md").read_text()
+    header, rows = table_of(cells[:4])
+    assert len(rows) == 4 and all(len(row) == len(header) for row in rows)
+
+    class Forbidden(LocalPool):
+        def start(self):
+            raise AssertionError("a finished cell was run again")
+
+    forbidden = Forbidden(small_config())
+    again = sweep(plans, lambda config: forbidden, tmp_path / "sweep", 1, console)
+    assert again["cells"] == cells

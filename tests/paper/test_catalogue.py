@@ -1,0 +1,91 @@
+"""The catalogue: every table and figure is there, and a wrong entry is one line."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from openhelix.benchmarks.paper.catalogue import (
+    FOLDER,
+    NAMES,
+    Published,
+    Row,
+    catalogue,
+    load_catalogue,
+)
+from openhelix.benchmarks.paper.train_command import check_options
+from openhelix.benchmarks.paper.trainings import trainings_of
+from openhelix.runtime.core.config import ConfigError
+
+
+def test_every_table_and_figure_is_there():
+    assert tuple(catalogue().experiments) == NAMES
+    assert {c.finding for e in catalogue().experiments.values() for c in e.contrasts} == {
+        *range(1, 6)
+    }
+
+
+def test_the_papers_figures_are_as_printed():
+    row = catalogue().experiment("table2").row("ft_clip").paper
+    assert row.in_a_row == (96, 83, 68, 58, 48) and row.avg_len == 3.53
+    assert catalogue().experiment("table9").row("e_aux10").paper.avg_len == 2.26
+    assert catalogue().experiment("table1").row("policy").paper.patterns["forward"] == 46
+    assert catalogue().experiment("table7").row("ours").paper.avg_len == 4.08
+
+
+def test_printed_averages_that_do_not_add_up_are_known():
+    found = [
+        (e.name, row.id)
+        for e in catalogue().experiments.values()
+        for row in e.rows
+        if row.paper is not None and row.paper.disagrees
+    ]
+    assert found == [("table2", "frozen"), ("table2", "ft"), ("table3", "e_pt_clip")]
+    assert Published(in_a_row=(88, 72, 56, 46, 30), avg_len=3.13).length == pytest.approx(2.92)
+
+
+@pytest.mark.parametrize("scale", list(catalogue().scales))
+def test_every_training_is_one_that_openhelix_train_knows(scale):
+    for variant in catalogue().variants.values():
+        training = trainings_of(variant, catalogue().scale(scale), "", {})
+        check_options({k: v for k, v in training.options.items() if k != "policy.checkpoint"})
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("table4.yaml", "title: x\nrows: [{id: a, name: a, variant: nobody}]", "variant 'nobody'"),
+        ("table4.yaml", "title: x\nrowz: []", "did you mean 'rows'"),
+        ("table4.yaml", "title: x\nrows: [{id: a, name: a}, {id: a, name: b}]", "occurs twice"),
+        (
+            "table4.yaml",
+            "title: x\ncontrasts: [{a: q, b: r, finding: 1, says: x}]",
+            "contrast names row 'q'",
+        ),
+        ("variants.yaml", "v: {says: x, regime: hypnosis}", "variants.yaml: v: regime"),
+        ("variants.yaml", "v: {says: x, latent: gossip}", "latent is none of"),
+        ("scales.yaml", "laptop: {says: x}", "scales.yaml: laptop: sequences"),
+    ],
+)
+def test_a_wrong_entry_is_one_line(tmp_path, file, text, message):
+    folder = shutil.copytree(FOLDER, tmp_path / "paper")
+    (folder / file).write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_catalogue(folder)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unknown_names_are_told_with_the_valid_ones():
+    with pytest.raises(ConfigError, match="'table10' is none of table1, table2"):
+        catalogue().experiment("table10")
+    with pytest.raises(ConfigError, match="'huge' is none of smoke, quick, laptop"):
+        catalogue().scale("huge")
+
+
+def test_rows_have_the_papers_protocol():
+    rows: list[Row] = [r for e in catalogue().experiments.values() for r in e.rows if r.variant]
+    assert {row.steps for row in rows} == {60, 360}  # environment steps, never policy calls
+    assert all(row.suite == "calvin-d" for row in catalogue().experiment("figure4").rows)
+    intervals = [row.interval for row in catalogue().experiment("figure4").rows]
+    assert intervals == [1, 2, 5, 10, 20, 30, 60]

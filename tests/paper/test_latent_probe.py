@@ -1,0 +1,92 @@
+"""Figure 5: the same start with and without the block's move, and what a latent makes of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from openhelix.benchmarks.evaluation.stats import Paired
+from openhelix.benchmarks.paper import figure5 as latent_probe
+from openhelix.benchmarks.paper.figure5 import (
+    OTHERS,
+    ProbeOptions,
+    claims,
+    distance_table,
+    draw,
+    probe,
+    take_pictures,
+)
+from openhelix.runtime.core.config import ConfigError
+from openhelix.system2.engines.transformers import TransformersEngine
+from tests.system2.tiny import write_laptop_like
+
+OPTIONS = ProbeOptions(starts=2, steps=8)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return take_pictures(OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def made(pictures, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENHELIX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        model = str(write_laptop_like(tmp_path_factory.mktemp("model") / "tiny"))
+        engine = TransformersEngine(model, dtype="float32", device="cpu")
+        found = probe(pictures, engine, OPTIONS)
+        engine.close()
+    return found
+
+
+def test_nothing_but_the_block_differs_right_after_the_move(pictures):
+    assert len(pictures) == 2
+    for picture in pictures:
+        assert len(picture.moved) == len(picture.still) == 4
+        for step in (0, 1):  # environment steps 0 and 2: before the move
+            assert np.array_equal(picture.moved[step], picture.still[step])
+        after, before = picture.instant
+        different = (after.astype(int) - before).any(axis=-1)
+        assert 0.001 < different.mean() < 0.1  # two places, block-sized
+        assert not np.array_equal(picture.moved[-1], picture.still[-1])
+
+
+def test_the_same_seed_gives_the_same_pictures(pictures):
+    again = take_pictures(OPTIONS)
+    for one, other in zip(pictures, again, strict=True):
+        assert np.array_equal(one.instant[0], other.instant[0])
+        assert all(np.array_equal(a, b) for a, b in zip(one.moved, other.moved, strict=True))
+
+
+def test_what_is_measured(made):
+    assert [row["step"] for row in made["episode"]] == [0, 2, 4, 6]
+    assert set(made["distances"]) == {"block moved", "time", *OTHERS}
+    assert all(len(v) == 2 for v in made["distances"].values())
+    assert all(d >= -1e-6 for values in made["distances"].values() for d in values)
+    for row in made["episode"]:
+        assert sum(row["probability"].values()) == pytest.approx(1.0, abs=1e-4)
+        assert len(row["nearest"]) == 10
+    header, rows = distance_table(made)
+    assert len(rows) == 4 and len(header) == 4
+
+
+def test_two_starts_prove_nothing(made):
+    found = claims(made, "tiny")
+    assert len(found) == len(OTHERS)
+    assert {c["verdict"] for c in found} == {"undecided"} and found[0]["finding"] == 5
+
+
+def test_verdicts_follow_the_test(made, monkeypatch):
+    for difference, verdict in ((0.1, "holds"), (-0.1, "contradicted")):
+        fake = Paired(9, difference, (difference, difference), 0.01, "t", 9, 0)
+        monkeypatch.setattr(latent_probe, "paired_permutation", lambda *_, fake=fake: fake)
+        assert {c["verdict"] for c in claims(made, "x")} == {verdict}
+
+
+def test_the_figure_is_a_png(made, pictures):
+    assert draw(made, pictures[0].moved, OPTIONS.shift_at, "tiny").startswith(b"\x89PNG")
+
+
+def test_a_move_that_no_start_has_room_for_is_refused():
+    with pytest.raises(ConfigError, match="figure5: 0 of 2 starts"):
+        take_pictures(ProbeOptions(starts=2, shift_m=2.0))

@@ -1,0 +1,189 @@
+"""A session from the command line, with a trainer that trains nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from openhelix.benchmarks.paper import command, session
+from openhelix.benchmarks.paper.catalogue import catalogue
+from openhelix.benchmarks.paper.command import RESULTS, _arguments, make_session
+from openhelix.benchmarks.paper.costs import hours, todo, told
+from openhelix.runtime.cli.arguments import parse
+from openhelix.runtime.cli.main import main
+
+TRAINER = "tests.paper.fakes:FakeTrainer"
+
+
+def words(tmp_path, *names, **options):
+    found = ["experiment", *names, "--scale", "smoke", "--trainer", TRAINER]
+    found += ["--root", str(tmp_path / "root"), "--out", str(tmp_path / "out")]
+    for key, value in options.items():
+        found += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def table4(tmp_path_factory):
+    base = tmp_path_factory.mktemp("experiments")
+    assert main(words(base, "table4")) == 0
+    return base
+
+
+def test_a_table_is_trained_measured_and_written(table4):
+    outcome = json.loads((table4 / "out" / "table4.json").read_text())
+    assert outcome["state"] == "complete" and outcome["scale"]["name"] == "smoke"
+    for row in outcome["rows"]:
+        score = row["score"]
+        assert score["n_sequences"] == 1 and score["steps_limit"] == 16
+        assert score["clock"] == "lockstep" and score["interval"] == 1
+    (found,) = outcome["contrasts"]
+    assert found["n_pairs"] == 1 and found["verdict"] == "undecided"
+    assert found["paper_difference"] == pytest.approx(0.68)
+    assert outcome["command"] == "openhelix experiment table4 --scale smoke"
+    text = (table4 / "out" / "table4.md").read_text()
+    assert outcome["rows"][0]["score"]["policy_sha256"] in text
+    for stated in ("# Table 4", "96 83 68 58 48", "lockstep", "smoke", "mean nothing", "undecided"):
+        assert stated in text
+    assert (table4 / "out" / "table4.png").read_bytes().startswith(b"\x89PNG")
+    overview = (table4 / "out" / "README.md").read_text()
+    assert "The five findings" in overview and "not run" in overview
+    assert len(list((table4 / "root" / "evaluations").iterdir())) == 2
+
+
+def test_nothing_is_done_twice(table4, monkeypatch, capsys):
+    def forbidden(*_):
+        raise AssertionError("it was there")
+
+    monkeypatch.setattr(session, "evaluate", forbidden)
+    monkeypatch.setattr("tests.paper.fakes.FakeTrainer.train", forbidden)
+    assert main([*words(table4, "table4"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["experiments"][0]["state"] == "complete"
+    assert "0 trainings" in err and "0 evaluations" in err
+
+
+def test_tables_share_what_they_have_in_common(tmp_path):
+    options, overrides = parse(_arguments(), words(tmp_path, "all")[1:])
+    whole = make_session(options, overrides, catalogue())
+    rows = whole.rows()
+    measures = {m.key for m in map(whole.measure, rows)}
+    assert len(measures) < len(rows)
+    assert len(whole.wanted()) < len({row.variant for row in rows}) + 2
+    items = todo(whole)
+    assert len(items) == len(whole.wanted()) + len(measures)
+    assert f"{len(measures)} evaluations" in told(items)
+
+
+def test_what_is_cut_short_is_told_and_continued(tmp_path, capsys):
+    assert main(words(tmp_path, "table4", hours=1e-9)) == 0
+    assert "not run" in capsys.readouterr().out
+    text = (tmp_path / "out" / "table4.md").read_text()
+    assert text.count("not run") >= 2 and "96 83 68 58 48" in text
+    assert not (tmp_path / "out" / "table4.png").exists()
+    # One row's weights are there, the other's are not: only what can be measured is.
+    options, overrides = parse(_arguments(), words(tmp_path, "table4")[1:])
+    one = make_session(options, overrides, catalogue())
+    one.trainings.ensure(one.training("lora_clip"), lambda text: None)
+    assert main([*words(tmp_path, "table4"), "--no-training"]) == 0
+    outcome = json.loads((tmp_path / "out" / "table4.json").read_text())
+    assert outcome["state"] == "partial: 1 of 2 rows"
+    assert outcome["contrasts"][0]["verdict"] == "not run"
+
+
+def test_a_training_that_fails_leaves_its_row_out_and_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tests.paper.fakes.FakeTrainer.scratch_fails", True)
+    assert main(words(tmp_path, "table4")) == 1
+    assert "1 trainings failed: pair-" in capsys.readouterr().err.splitlines()[-1]
+    outcome = json.loads((tmp_path / "out" / "table4.json").read_text())
+    assert outcome["state"] == "partial: 1 of 2 rows"
+    assert "the loss is nan" in outcome["rows"][1]["training_failed"]
+    assert "training failed: pair-" in (tmp_path / "out" / "table4.md").read_text()
+    monkeypatch.setattr("tests.paper.fakes.FakeTrainer.scratch_fails", False)
+    assert main(words(tmp_path, "table4")) == 0
+    assert "failed" not in (tmp_path / "out" / "table4.md").read_text()
+
+
+def test_worse_results_do_not_replace_better_ones(table4, tmp_path):
+    before = (table4 / "out" / "table4.json").read_bytes()
+    other = words(tmp_path, "table4", report=True)
+    other[other.index("--out") + 1] = str(table4 / "out")
+    assert main(other) == 0
+    assert (table4 / "out" / "table4.json").read_bytes() == before
+
+
+def test_moving_blocks_and_designs(tmp_path):
+    assert main([*words(tmp_path, "table1", "table8")]) == 0
+    outcome = json.loads((tmp_path / "out" / "table1.json").read_text())
+    assert set(outcome["rows"][0]["score"]["per_motion"]) >= {"static", "left paper", "left x5"}
+    text = (tmp_path / "out" / "table1.md").read_text()
+    (header,) = (line for line in text.splitlines() if "by motion and speed" in line)
+    assert header.count("static") == header.count("left paper") == 1 and "left |" not in header
+    (quoted,) = (line for line in text.splitlines() if "3D Diffuser Actor): paper" in line)
+    columns = dict(zip(header.split("|"), quoted.split("|"), strict=True))
+    assert float(columns[" left paper "]) == 84 and float(columns[" static "]) == 82
+    assert "RoboDual" in (tmp_path / "out" / "table8.md").read_text()
+
+
+def test_intervals_are_drawn_as_a_line(tmp_path, monkeypatch):
+    few = catalogue().experiment("figure4")
+    monkeypatch.setitem(
+        catalogue().experiments,
+        "figure4",
+        few.model_copy(update={"rows": (few.row("i1"), few.row("i60"), few.row("i10"))}),
+    )
+    # The shipped pair is there: it is measured even where nothing may be trained.
+    assert main([*words(tmp_path, "figure4"), "--no-training"]) == 0
+    assert (tmp_path / "out" / "figure4.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["table10"], "'table10' is none of table1"),
+        ([], "NAME: say all, or one of"),
+        (["table2", "--scale", "huge"], "--scale: 'huge'"),
+        (["table2", "--workers", "0"], "--workers"),
+        (["table2", "--hours", "0"], "--hours"),
+        (["table2", "train.stage2.stepz=3"], "stage2.stepz"),
+        (["table2", "--data", "/none"], "data: no folder /none"),
+        (["table2", "--scale", "smoke", "--out", str(RESULTS), "--report"], "for results"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(given, message, tmp_path, capsys):
+    assert main(["experiment", *given, "--root", str(tmp_path / "root")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0]
+    assert not (tmp_path / "root").exists()
+
+
+def test_the_list_needs_nothing(capsys):
+    assert main(["experiment", "--list"]) == 0
+    text = capsys.readouterr().out
+    assert "table2" in text and "figure5" in text and "laptop" in text
+
+
+def test_the_estimate_alone_starts_nothing(tmp_path, capsys):
+    assert main(words(tmp_path, "table2", estimate=True)) == 0
+    assert "trainings" in capsys.readouterr().err
+    assert not (tmp_path / "root").exists() and not (tmp_path / "out").exists()
+    assert hours(60 * 125) == "2 h 05 min" and hours(90) == "2 min"
+
+
+def test_smoke_results_have_a_place_of_their_own(tmp_path):
+    options, overrides = parse(_arguments(), words(tmp_path, "table4")[1:])
+    assert command.default_out(make_session(options, overrides, catalogue())).parts[0] == "outputs"
+
+
+def test_what_the_shipped_pair_is_measured_for_needs_no_data(tmp_path):
+    given = ["figure4", "table7", "--data", "/none", "--root", str(tmp_path / "root")]
+    made = make_session(*parse(_arguments(), given), catalogue())
+    assert [t.stage for t in made.wanted()] == ["shipped"]
+    assert made.request.command("figure4") == (
+        "openhelix experiment figure4 --scale laptop --data /none"
+    )
+    other = ["table6", "--seed", "3", "train.stage2.steps=5", "system1.replan_steps=4"]
+    words = [*other, "--root", str(tmp_path / "root"), "--data", "/none", "--report"]
+    command_line = make_session(*parse(_arguments(), words), catalogue()).request.command("table6")
+    assert command_line.endswith("--seed 3 train.stage2.steps=5 system1.replan_steps=4")

@@ -1,0 +1,249 @@
+"""Trainings: known by content, shared, done once, continued after a kill."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from openhelix.benchmarks.paper import costs
+from openhelix.benchmarks.paper.catalogue import catalogue
+from openhelix.benchmarks.paper.train_command import (
+    TrainCommand,
+    changed,
+    check_options,
+    exported,
+    told_by_name,
+)
+from openhelix.benchmarks.paper.trainings import Trainings, in_order, trainings_of
+from openhelix.runtime.core.config import CommandFailed, ConfigError
+from openhelix.system1.checkpoint import build_model, load_policy, save_policy
+from openhelix.system1.config import small
+from tests.paper.fakes import FakeTrainer
+
+VARIANTS = catalogue().variants
+LAPTOP = catalogue().scale("laptop")
+
+
+def training(name, changes=None, data="d"):
+    return trainings_of(VARIANTS[name], LAPTOP, data, changes or {})
+
+
+def test_what_is_alike_is_shared_and_what_differs_is_not():
+    keys = {name: training(name).key for name in VARIANTS}
+    assert len(set(keys.values())) == len(keys)
+    assert training("prompt").key == keys["prompt"]
+    assert training("prompt", data="other").key != keys["prompt"]
+    assert training("prompt", {"stage2.steps": 7}).key != keys["prompt"]
+    # All that begin with the pretrained policy begin with the same one.
+    parents = {t.parent.key for n in VARIANTS if (t := training(n)).parent is not None}
+    assert parents == {keys["policy_table"]}
+
+
+def test_only_the_policys_own_settings_shape_the_policy():
+    policy = training("prompt").parent
+    assert training("prompt", {"stage2.steps": 7}).parent.key == policy.key
+    assert training("prompt", {"policy.steps": 7}).parent.key != policy.key
+    assert not any(k.startswith(("latent.", "stage")) for k in policy.options)
+
+
+def test_the_variants_are_what_the_paper_says():
+    assert training("scratch_lora_clip").options["policy.pretrained"] is False
+    assert training("scratch_lora_clip").parent is None
+    ends = training("e2e_prompt").options
+    assert ends["stage1.steps"] == 0 and ends["stage2.start"] == "random"
+    assert ends["latent.feed"] == "prefix"  # <ACT> learns there too
+    assert training("prompt").options["stage1.steps"] > 0
+    assert training("prompt_novision").options["latent.vision"] is False
+    assert training("prompt_aux").options["latent.aux"] is True
+    assert (
+        training("frozen_clip").options["latent.clip"]
+        > 0
+        == training("frozen").options["latent.clip"]
+    )
+    assert training("pseudo").options["policy.changes"] == {"head": "lstm"}
+    assert training("lora").options["stage2.batch"] == 8
+
+
+def test_who_says_how_the_policy_is_trained_gets_it_trained():
+    assert training("prompt").parent.given is not None
+    own = training("prompt", {"policy.steps": 7}).parent
+    assert own.given is None and own.reads_data and own.options["policy.steps"] == 7
+    assert "policy.checkpoint" not in training("pseudo").options
+
+
+def test_parents_come_first_and_once():
+    order = in_order([training(n) for n in ("prompt", "lora", "policy_table", "prompt")])
+    assert [t.stage for t in order] == ["policy", "pair", "pair"]
+
+
+def test_a_killed_training_is_continued_and_a_finished_one_is_not_done_again(tmp_path):
+    trainer = FakeTrainer(dies_at=1)
+    trainings = Trainings(tmp_path, trainer)
+    wanted = training("prompt")
+    with pytest.raises(KeyboardInterrupt):
+        trainings.ensure(wanted, lambda text: None)
+    assert trainings.done(wanted) is None and trainings.done(wanted.parent) is not None
+    found = trainings.ensure(wanted, lambda text: None)
+    assert trainer.trained == [wanted.parent.key, wanted.key]
+    assert trainings.ensure(wanted, lambda text: None) == found
+    assert len(trainer.trained) == 2
+    assert trainings.seconds(wanted) == 0.0 and trainings.seconds(training("lora")) == 60.0
+
+
+def test_a_damaged_note_is_told_in_one_line(tmp_path):
+    trainings = Trainings(tmp_path, FakeTrainer())
+    wanted = training("policy_table")
+    trainings.ensure(wanted, lambda text: None)
+    path = trainings.place(wanted) / "trained.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ConfigError, match="damaged; delete"):
+        trainings.done(wanted)
+
+
+SCRIPT = """
+import json, pathlib, sys
+words = dict(w.split("=", 1) for w in sys.argv[2:] if "=" in w)
+out = pathlib.Path(words["out"])
+if words.get("seed") == "13":
+    print("stage2: the loss was not finite", file=sys.stderr)
+    raise SystemExit(1)
+(out / "words.json").write_text(json.dumps({"stage": sys.argv[1], **words}))
+ship = out / ("policy" if sys.argv[1] == "policy" else "ship/system1-laptop")
+ship.mkdir(parents=True)
+if sys.argv[1] == "all":
+    head = out / "ship" / "system2-laptop"
+    head.mkdir()
+    (head / "latent.safetensors").touch()
+print(json.dumps({"finished": words.get("seed") != "14", "stages": []}))
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    import sys
+
+    (tmp_path / "train.py").write_text(SCRIPT)
+    words = (sys.executable, str(tmp_path / "train.py"))
+    return TrainCommand(tmp_path / "data", tmp_path / "root", words)
+
+
+def test_openhelix_train_is_told_all_of_it(tmp_path, command):
+    trainings = Trainings(tmp_path / "root" / "trainings", command)
+    wanted = training("prompt_aux", {"policy.steps": 7})
+    found = trainings.ensure(wanted, lambda text: None)
+    folder = trainings.place(wanted)
+    words = json.loads((folder / "words.json").read_text())
+    assert words["stage"] == "all" and words["latent.regime"] == "prompt"
+    assert words["latent.aux"] == "true" and words["data"] == str(tmp_path / "data")
+    assert words["policy.checkpoint"] == str(trainings.place(wanted.parent) / "policy")
+    assert "policy.steps" not in words  # it is trained already
+    assert found["overrides"] == exported(folder)
+    # What frozen models make of the data is kept for all.
+    assert (folder / "prepared").resolve() == (tmp_path / "root" / "prepared").resolve()
+    policy = trainings.done(wanted.parent)
+    assert policy["overrides"][0].endswith("/policy")
+
+
+def test_a_given_policy_is_not_trained(tmp_path, command):
+    given = {"policy.checkpoint": "/weights/policy"}
+    trainings = Trainings(tmp_path / "trainings", command)
+    trainings.ensure(training("prompt", given), lambda text: None)
+    words = json.loads((trainings.place(training("prompt", given)) / "words.json").read_text())
+    assert words["policy.checkpoint"] == "/weights/policy"
+    table = trainings.ensure(training("policy_table", given), lambda text: None)
+    assert table["overrides"] == ["system1.policy.options.path=/weights/policy"]
+
+
+def test_a_training_that_fails_says_why_and_is_not_finished(tmp_path, command):
+    trainings = Trainings(tmp_path / "trainings", command)
+    for seed, message in ((13, "the loss was not finite"), (14, "not finished")):
+        wanted = training("policy_table", {"seed": seed, "policy.steps": 7})
+        with pytest.raises(CommandFailed, match=message):
+            trainings.ensure(wanted, lambda text: None)
+        assert trainings.done(wanted) is None
+
+
+def test_overrides_are_sorted_out():
+    assert changed(["train.stage2.steps=5", "system1.replan_steps=4"]) == (
+        {"stage2.steps": 5},
+        ["system1.replan_steps=4"],
+    )
+    with pytest.raises(ConfigError, match=r"stage2\.stepz"):
+        check_options({"stage2.stepz": 5})
+
+
+def test_what_is_measured_says_how_long_it_takes(monkeypatch):
+    measured = {f"{k}_sample_s": 1.0 for k in ("policy", "prefix", "states", "live")}
+    measured |= {"prefix_frame_s": 0.5, "states_frame_s": 0.25}
+    measured |= {"open_s": 2.0, "thread_gain": 1.0}
+    monkeypatch.setattr(costs, "costs", lambda: {"training": measured})
+    few = {"policy.batch": 1, "stage1.batch": 2, "stage2.batch": 3, "stage1.steps": 10}
+    few |= {"stage2.steps": 20, "latent.frames": 100, "latent.stride": 4, "latent.phrasings": 2}
+
+    def seconds(name, **changes):
+        return costs.training_s(training(name, few | changes), 800)
+
+    alone = training("policy_table", {"policy.checkpoint": None, "policy.steps": 7, **few})
+    assert costs.training_s(alone, 800) == 7
+    prefixes, states = 100 * 0.5, 800 / 4 * 2 * 0.25
+    assert seconds("prompt") == 2 * 2 + 20 + prefixes + states + 60
+    assert seconds("prompt", **{"latent.feed": "prefix"}) == 2 * 2 + 20 + prefixes + 60
+    assert seconds("lora") == 2 * 2 + 20 + prefixes + 60
+    assert seconds("frozen") == 2 * 2 + states + 20 + 60
+    assert seconds("frozen", **{"latent.feed": "live"}) == 2 * 2 + (20 + 60) * 1.25
+    assert seconds("e2e_prompt", **{"stage1.steps": 0}) == 2 + prefixes + 60
+    assert seconds("prompt", device="cuda") is None
+    assert seconds("shipped") == 0.0
+    assert costs.training_s(training("policy_table", {"policy.checkpoint": "x"}), 800) == 0.0
+    del measured["live_sample_s"]  # a bench that was cut short
+    assert costs.training_s(alone, 800) is None
+    monkeypatch.setattr(costs, "costs", dict)
+    assert costs.training_s(alone, 800) is None
+
+
+def test_other_weights_at_the_same_place_are_another_training(tmp_path):
+    given = tmp_path / "policy"
+    given.mkdir()
+    (given / "model.safetensors").write_bytes(b"one")
+    changes = {"policy.checkpoint": str(given)}
+    before, policy = training("prompt", changes), training("policy_table", changes)
+    assert policy.shown_options["policy.checkpoint"] == str(given)
+    ours = training("policy_table", {"policy.checkpoint": "shipped"})
+    # Results are read on other machines: the project's own are named by their place in it.
+    assert ours.shown_options["policy.checkpoint"] == "checkpoints/system1-laptop"
+    moved = tmp_path / "elsewhere"
+    given.rename(moved)
+    elsewhere = training("prompt", {"policy.checkpoint": str(moved)})
+    assert elsewhere.key == before.key and elsewhere.parent.given == moved
+    (moved / "model.safetensors").write_bytes(b"two")
+    assert training("prompt", {"policy.checkpoint": str(moved)}).key != before.key
+    assert training("policy_table", {"policy.checkpoint": str(moved)}).key != policy.key
+
+
+def test_the_shipped_pair_needs_no_data_and_no_training(tmp_path, command):
+    wanted = training("shipped")
+    assert wanted == training("shipped", {"stage2.steps": 3}, data="other")
+    assert not wanted.reads_data and training("prompt").reads_data
+    found = Trainings(tmp_path / "trainings", command).ensure(wanted, lambda text: None)
+    assert found["overrides"] == []  # it is what a run takes anyhow
+
+
+def test_a_policy_that_takes_latents_can_be_told_its_task_by_name(tmp_path):
+    taught = small_policy(use_latent=True)
+    save_policy(tmp_path / "given", taught.config, taught.state_dict(), taught.normalizer)
+    told_by_name(tmp_path / "given", tmp_path / "alone")
+    alone = load_policy(tmp_path / "alone")
+    assert alone.config == replace(taught.config, use_latent=False)
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(tensor, taught.state_dict()[name])
+    # One that takes none is left where it is.
+    told_by_name(tmp_path / "alone", tmp_path / "other")
+    told_by_name(tmp_path / "nowhere", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def small_policy(**changes):
+    return build_model(replace(small(), **changes))

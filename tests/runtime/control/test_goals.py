@@ -1,0 +1,156 @@
+"""Where latents come from: instruction_ids void the old, losses are counted, images are not wasted."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+import pytest
+
+from openhelix.runtime.control.goals import LockstepGoals, WireGoals
+from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
+from tests.fakes import PERIOD_NS, PointEngine
+
+
+def observation(tick: int) -> Observation:
+    frame = CameraFrame(tick * PERIOD_NS, np.zeros((4, 4, 3), np.uint8), None, np.eye(3), np.eye(4))
+    pose = np.array([0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 1.0])
+    return Observation(tick * PERIOD_NS, {"static": frame}, pose, 0.08, True, np.zeros(7))
+
+
+class Channel:
+    """Both halves of a channel, without a socket."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+        self.waiting: deque[LatentGoal] = deque()
+        self.gaps = 0
+        self.closed = 0
+
+    def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    def poll(self) -> LatentGoal | None:
+        return self.waiting.popleft() if self.waiting else None
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def latent(instruction_id: int, seq: int = 0) -> LatentGoal:
+    return LatentGoal(np.zeros((1, 8), np.float32), seq, instruction_id, 0, 0, "x", compute_s=0.1)
+
+
+def test_images_go_out_at_most_as_often_as_wanted_and_at_once_for_a_new_instruction() -> None:
+    channel = Channel()
+    goals = WireGoals(channel, channel, "arm1", "static", min_interval_ns=10 * PERIOD_NS)
+    goals.begin(1, "first")
+    for tick in range(25):
+        goals.update(observation(tick))
+    assert [m.t_obs_ns // PERIOD_NS for m in channel.sent] == [0, 10, 20]
+    goals.begin(2, "second")
+    goals.update(observation(25))
+    last = channel.sent[-1]
+    assert (last.instruction, last.instruction_id, last.robot, last.seq) == ("second", 2, "arm1", 3)
+
+
+def test_latents_of_another_epoch_are_void() -> None:
+    channel = Channel()
+    goals = WireGoals(channel, channel, "arm1", "static", 1, memory=2)
+    goals.begin(2, "now")
+    channel.waiting.extend([latent(1), latent(2, seq=5), latent(2, seq=6), latent(2, seq=7)])
+    arrived = [goals.update(observation(t)) for t in range(4)]
+    assert [a.seq if a else None for a in arrived] == [None, 5, 6, 7]
+    assert [g.seq for g in goals.recent] == [6, 7]  # the newest two, newest last
+    assert (goals.received, goals.void) == (3, 1)
+    assert list(goals.latencies_s) == [0.1] * 3
+    goals.begin(3, "next")
+    assert not goals.recent
+
+
+def test_before_the_first_instruction_an_earlier_runs_latents_are_void() -> None:
+    channel = Channel()
+    goals = WireGoals(channel, channel, "arm1", "static", min_interval_ns=PERIOD_NS)
+    channel.waiting.append(latent(1))
+    assert goals.update(observation(0)) is None
+    assert (goals.received, goals.void, len(channel.sent)) == (0, 1, 1)
+    assert channel.sent[0].instruction == ""
+
+
+def test_one_latent_is_kept_unless_more_are_asked_for() -> None:
+    channel = Channel()
+    goals = WireGoals(channel, channel, "arm1", "static", 1)
+    scheduled = LockstepGoals(PointEngine(), "static", 1, 0)
+    goals.begin(1, "now")
+    scheduled.begin(1, "reach 0 0 0.5")
+    channel.waiting.extend([latent(1, seq=0), latent(1, seq=1)])
+    for tick in range(2):
+        goals.update(observation(tick))
+        scheduled.update(observation(tick))
+    assert [[g.seq for g in kept.recent] for kept in (goals, scheduled)] == [[1], [1]]
+
+
+def test_what_the_wire_lost_is_told_and_closing_closes_both_halves() -> None:
+    sender, reader = Channel(), Channel()
+    goals = WireGoals(sender, reader, "arm1", "static", 1)
+    reader.gaps = 4
+    assert goals.missed == 4
+    goals.close()
+    assert (sender.closed, reader.closed) == (1, 1)
+
+
+@pytest.mark.parametrize(("interval", "latency"), [(1, 0), (3, 0), (4, 2), (2, 5)])
+def test_lockstep_arrivals_are_on_schedule(interval: int, latency: int) -> None:
+    engine = PointEngine()
+    goals = LockstepGoals(engine, "static", interval, latency)
+    goals.begin(1, "reach 0 0 0.5")
+    ages = []
+    for tick in range(12):
+        goals.update(observation(tick))
+        if goals.recent:
+            ages.append(tick - goals.recent[-1].t_obs_ns // PERIOD_NS)
+    assert len(ages) == 12 - latency
+    assert min(ages) == latency and max(ages) == min(11, latency + interval - 1)
+    assert engine.calls == -(-12 // interval)
+
+
+class ClosedEngine(PointEngine):
+    """Counts how often it was closed."""
+
+    closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_lockstep_says_what_arrived_and_when_and_numbers_go_on() -> None:
+    engine, seconds = ClosedEngine(), iter(range(100))
+    goals = LockstepGoals(engine, "static", 3, 1, timer=lambda: float(next(seconds)))
+    told = []
+    for instruction_id, ticks in ((1, 8), (2, 5)):
+        goals.begin(instruction_id, "reach 0 0 0.5")
+        for tick in range(ticks):
+            arrived = goals.update(observation(tick))
+            assert arrived is None or arrived is goals.recent[-1]
+            if arrived is not None:
+                told.append(
+                    (arrived.instruction_id, tick, arrived.seq, arrived.t_obs_ns // PERIOD_NS)
+                )
+                assert (arrived.source, arrived.compute_s) == ("lockstep", 1.0)
+    # The latent of tick 6 would come at 7; that of the next instruction's tick 3 at 4.
+    assert told == [(1, 1, 0, 0), (1, 4, 1, 3), (1, 7, 2, 6), (2, 1, 3, 0), (2, 4, 4, 3)]
+    assert goals.missed == 0
+    goals.close()
+    assert engine.closed == 1
+
+
+def test_lockstep_latents_on_the_way_are_void_for_the_next_instruction() -> None:
+    goals = LockstepGoals(PointEngine(), "static", 2, 3)
+    goals.begin(1, "reach 0 0 0.5")
+    for tick in range(3):
+        goals.update(observation(tick))  # two are on the way
+    goals.begin(2, "reach 0.1 0 0.5")
+    arrived = [goals.update(observation(tick)) for tick in range(3, 7)]
+    assert [a.instruction_id if a else None for a in arrived] == [None, None, None, 2]
+    assert goals.void == 0  # never sent: there is nothing to count

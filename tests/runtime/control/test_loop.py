@@ -1,0 +1,187 @@
+"""The control loop in lockstep on a fake arm: it gets there, it waits, it holds, it stops."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from openhelix.runtime.control.assembly import ControlStack, build_stack, lockstep_goals, replan_ns
+from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.control.planner import SyncPlanner
+from openhelix.runtime.core.clock import FakeClock
+from openhelix.runtime.core.config import RunConfig, load
+from openhelix.runtime.core.interfaces import CameraSpec, LatentSpec, PolicyFault, SpecMismatch
+from openhelix.runtime.robots.fake import FakeRobot
+from tests.fakes import LATENT, PointEngine, ReachPolicy
+
+GOAL = {"near": (0.15, -0.1, 0.6), "far": (0.1, 0.2, 0.8)}
+TASKS = [Assignment(name, f"reach {x} {y} {z}") for name, (x, y, z) in GOAL.items()]
+
+
+def make(*overrides: str, policy: ReachPolicy | None = None, **robot: Any) -> ControlStack:
+    config: RunConfig = load(None, ["control.clock=lockstep", "tasks.steps_limit=80", *overrides])
+    clock = FakeClock()
+    policy = policy or ReachPolicy(cameras=[CameraSpec("static", 200, 200)])
+    arm = FakeRobot(clock=clock, goals=GOAL, lag_s=0.02, **robot)
+    arm.connect()
+    goals = lockstep_goals(config, PointEngine(), LATENT)
+    planner = SyncPlanner(policy, replan_ns(config))
+    stack = build_stack(config, arm, policy.spec, planner, goals, clock)
+    stack.loop.arm()
+    return stack
+
+
+def run(stack: ControlStack, stop: threading.Event | None = None) -> list[Any]:
+    return stack.episode_runner.run(TASKS, (stop or threading.Event()).is_set)
+
+
+def test_a_chain_of_instructions_is_carried_out() -> None:
+    stack = make()
+    results = run(stack)
+    assert [r.success for r in results] == [True, True]
+    assert [r.reason for r in results] == ["success", "success"]
+    # 19 cm less 3 at 1 cm a step, then 36 less 3: the arm can be no quicker than the plan.
+    assert 15 <= results[0].env_steps <= 25
+    assert 30 <= results[1].env_steps <= 45
+    assert all(r.hold_steps == 0 for r in results)
+
+
+def test_two_runs_are_identical() -> None:
+    first, second = make(), make()
+    assert run(first) != []
+    run(second)
+
+    def sent(stack: ControlStack) -> np.ndarray:
+        return np.array([a.pose for a in stack.loop.robot.sent])  # type: ignore[attr-defined]
+
+    np.testing.assert_array_equal(sent(first), sent(second))
+    strip = [{**vars_of(r), "duration_s": 0} for r in first.episode_runner.results]
+    assert strip == [{**vars_of(r), "duration_s": 0} for r in second.episode_runner.results]
+
+
+def vars_of(result: Any) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in result.__dataclass_fields__}
+
+
+@pytest.mark.parametrize(("interval", "latency"), [(1, 0), (5, 0), (30, 0), (10, 7)])
+def test_refresh_interval_and_latency_count_environment_steps(interval: int, latency: int) -> None:
+    stack = make(f"lockstep.interval_steps={interval}", f"lockstep.latency_steps={latency}")
+    ages: list[float] = []
+    stack.loop.subscribers.append(lambda t: ages.append(t.latent_age_s) if t.latent_age_s else None)
+    results = run(stack)
+    assert all(r.success for r in results)
+    # Until the first latent of an instruction has come the robot holds, for `latency` steps.
+    assert [r.hold_steps for r in results] == [latency, latency]
+    oldest = (interval + latency - 1) / 30 if interval > 1 or latency else 0.0
+    assert max(ages, default=0.0) == pytest.approx(oldest, abs=1e-6)
+
+
+def test_step_limit_ends_an_attempt() -> None:
+    stack = make("tasks.steps_limit=5")
+    results = run(stack)
+    assert [(r.success, r.env_steps, r.reason) for r in results] == [(False, 5, "step limit")] * 2
+
+
+def test_stop_at_failure_is_calvins_protocol() -> None:
+    stack = make("tasks.steps_limit=5", "tasks.stop_at_failure=true")
+    assert len(run(stack)) == 1
+
+
+def test_a_camera_that_freezes_stops_the_robot_for_good() -> None:
+    stack = make()
+    arm = stack.loop.robot
+    assert isinstance(arm, FakeRobot)
+
+    def freeze(tick: Any) -> None:
+        if tick.index == 5:
+            arm.freeze_camera("static")
+
+    stack.loop.subscribers.append(freeze)
+    results = stack.episode_runner.run([Assignment("", "reach 0.5 0.3 0.9")], lambda: False)
+    assert "camera" in results[0].reason and "static" in results[0].reason
+    assert stack.loop.stopped
+    assert any("camera" in reason for reason in arm.stops)
+
+
+@pytest.mark.parametrize("option", [{"fail_observe_at": 6}, {"fail_send_at": 6}])
+def test_a_robot_that_does_not_answer_is_stopped(option: dict[str, int]) -> None:
+    stack = make(**option)
+    results = run(stack)
+    assert len(results) == 1 and results[0].reason.startswith("safe stop: robot error")
+    assert stack.loop.stopped and stack.loop.robot.stops  # type: ignore[attr-defined]
+
+
+class Faulty(ReachPolicy):
+    """Gives nothing finite in the calls of `bad`."""
+
+    def __init__(self, bad: range, error: type[Exception] = PolicyFault) -> None:
+        super().__init__(horizon=6, cameras=[CameraSpec("static", 200, 200)])
+        self.bad, self.error = bad, error
+
+    def act(self, observation: Any, latents: Any) -> Any:
+        chunk = super().act(observation, latents)
+        if self.calls in self.bad:
+            raise self.error("the policy's output is not finite")
+        return chunk
+
+
+def test_outputs_that_are_not_finite_make_the_arm_hold_until_one_is() -> None:
+    stack = make(policy=Faulty(range(3, 7)))
+    held: list[str] = []
+    stack.loop.subscribers.append(lambda t: held.append(t.reason) if t.state == "hold" else None)
+    results = run(stack)
+    assert all(r.success for r in results)
+    assert stack.loop.planner.failures == 4
+    assert held and set(held) == {"chunk ran out"}
+    assert all(np.isfinite(a.pose).all() for a in stack.loop.robot.sent)  # type: ignore[attr-defined]
+
+
+def test_a_policy_that_is_never_finite_moves_nothing_and_ends_at_the_limit() -> None:
+    stack = make("tasks.steps_limit=20", policy=Faulty(range(1000)))
+    start = stack.loop.robot.get_observation().tcp_pose.copy()
+    results = run(stack)
+    assert [r.success for r in results] == [False, False]
+    assert stack.loop.planner.failures == stack.loop.planner._policy.calls > 1  # type: ignore[attr-defined]
+    assert not stack.loop.planner.latencies_s
+    np.testing.assert_allclose(stack.loop.robot.get_observation().tcp_pose, start, atol=1e-9)
+
+
+def test_a_defect_of_the_policy_ends_a_study_instead_of_lowering_its_score() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(make(policy=Faulty(range(3, 4), ZeroDivisionError)))
+
+
+def test_an_operators_stop_ends_the_run_and_says_who() -> None:
+    stack = make()
+    stack.loop.subscribers.append(
+        lambda tick: stack.loop.watchdog.order_stop("me") if tick.index == 7 else None
+    )
+    results = run(stack)
+    assert [r.reason for r in results] == ["safe stop: operator (me)"]
+    assert stack.loop.stopped and stack.loop.ticks == 8
+    assert stack.episode_runner.succeeded == 0
+
+
+def test_a_stop_event_ends_the_run_between_ticks() -> None:
+    stack, stop = make(), threading.Event()
+    stack.loop.subscribers.append(lambda t: stop.set() if t.index == 3 else None)
+    results = run(stack, stop)
+    assert [r.reason for r in results] == ["interrupted"] and stack.loop.ticks == 3
+
+
+def test_every_instruction_has_a_seed_of_its_own() -> None:
+    policy = ReachPolicy()
+    stack = make("seed=7", policy=policy)
+    run(stack)
+    assert policy.seeds == [8, 9]
+
+
+def test_parts_that_do_not_fit_refuse_to_start() -> None:
+    with pytest.raises(SpecMismatch, match="wrist"):
+        make(policy=ReachPolicy(cameras=[CameraSpec("wrist", 84, 84)]))
+    config = load(None, ["control.clock=lockstep"])
+    with pytest.raises(SpecMismatch, match=r"latent\.dim"):
+        lockstep_goals(config, PointEngine(LatentSpec("act_last", 1, 9)), LATENT)

@@ -1,0 +1,127 @@
+"""Plain processes: what dies is told or started again, what cannot start says why first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openhelix.runtime.launch.node import NodeSpec
+from openhelix.runtime.launch.processes import ProcessHost, reap
+from openhelix.runtime.transport.rpc import RpcClient, RpcError
+
+
+class Idle:
+    """A node that does nothing, or cannot start, or not soon."""
+
+    def __init__(self, fails: str = "", waits_s: float = 0.0) -> None:
+        self._fails, self._waits_s = fails, waits_s
+
+    def setup(self) -> None:
+        time.sleep(self._waits_s)
+        if self._fails:
+            raise RuntimeError(self._fails)
+
+    def run(self, stop: threading.Event) -> None:
+        stop.wait()
+
+    def health(self) -> dict[str, Any]:
+        return {"nice": os.getpriority(os.PRIO_PROCESS, 0)}
+
+    def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+        return {}
+
+    def close(self) -> None:
+        logging.info("closed")
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[ProcessHost]:
+    host = ProcessHost(tmp_path / "logs")
+    yield host
+    host.close()
+
+
+def spec(folder: Path, name: str, **changes: Any) -> NodeSpec:
+    target = "tests.runtime.launch.test_processes:Idle"
+    return NodeSpec(name, target, f"ipc://{folder}/{name}.rpc", **changes)
+
+
+def health(node: NodeSpec, state: str, timeout_s: float = 30.0) -> dict[str, Any]:
+    client = RpcClient(node.control)
+    try:
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            try:
+                found = client.call("health", {}, 0.2)
+            except RpcError:
+                continue
+            if found["state"] == state:
+                return found
+    finally:
+        client.close()
+    raise AssertionError(f"{node.name} did not become {state}")
+
+
+def test_a_dead_node_is_told_and_one_that_may_is_started_again(
+    host: ProcessHost, tmp_path: Path
+) -> None:
+    stays = spec(tmp_path, "stays", restart=False)
+    returns = spec(tmp_path, "returns", nice=3)
+    host.start([stays, returns])
+    first = health(returns, "ready")
+    assert first["nice"] == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 3)
+    assert host.ended() == {}
+    for node in (stays, returns):
+        os.kill(health(node, "ready")["pid"], signal.SIGKILL)
+    deadline_s = time.monotonic() + 30.0
+    while host.ended() != {"stays": "was ended by signal 9"}:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    second = health(returns, "ready")
+    assert second["pid"] != first["pid"]
+    assert second["nice"] == first["nice"]
+
+
+def test_a_node_that_cannot_start_says_why_before_it_ends(
+    host: ProcessHost, tmp_path: Path
+) -> None:
+    node = spec(tmp_path, "broken", options={"fails": "no such camera"}, restart=False)
+    host.start([node])
+    assert health(node, "failed")["error"] == "RuntimeError: no such camera"
+    deadline_s = time.monotonic() + 30.0
+    while host.ended() != {"broken": "ended with code 1"}:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def test_a_node_that_waits_in_its_setup_ends_when_told(host: ProcessHost, tmp_path: Path) -> None:
+    node = spec(tmp_path, "slow", options={"waits_s": 300.0})
+    host.start([node])
+    health(node, "starting")
+    host.close(timeout_s=60.0)  # then it would be killed, and close nothing
+    assert "closed" in (tmp_path / "logs" / "slow.log").read_text()
+
+
+def test_who_does_not_end_when_told_is_ended_for_certain() -> None:
+    words = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    for line, code in (("import time", -signal.SIGTERM), (words, -signal.SIGKILL)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"{line}; print(flush=True); time.sleep(600)"],
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        reap(process, 0.2 if code == -signal.SIGKILL else 60.0)
+        process.stdout.close()
+        assert process.returncode == code

@@ -1,0 +1,237 @@
+"""The status page's server: who may read, who may stop, and that a foreign page may neither."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+from PIL import Image
+
+from openhelix.runtime.observe.status_server import HEADERS, StatusServer, is_loopback
+from openhelix.runtime.observe.status_source import NoRun
+
+TOKEN = "a-token-of-some-length"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+
+
+class FakeSource:
+    """One run, with a camera, that counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.token: str | None = TOKEN
+        self.asked, self.stops = 0, []
+        self.alive = True
+        self.t_ns = 1
+
+    def snapshot(self) -> dict[str, Any]:
+        self.asked += 1
+        if not self.alive:
+            raise NoRun("arm: does not answer")
+        return {"robot": "arm", "instruction": "<script>alert(1)</script>"}
+
+    def frame(self, camera: str) -> dict[str, Any]:
+        if camera != "static":
+            return {}
+        return {"t_ns": self.t_ns, "rgb": np.full((20, 30, 3), (200, 10, 10), np.uint8)}
+
+    def stop(self, who: str) -> None:
+        if not self.alive:
+            raise NoRun("arm: NOT stopped")
+        self.stops.append(who)
+
+
+Answer = tuple[int, Mapping[str, str], bytes]
+Ask = Callable[..., Awaitable[Answer]]
+
+
+def serve(
+    source: FakeSource, talk: Callable[[Ask], Awaitable[None]], host: str = "127.0.0.1"
+) -> StatusServer:
+    """Serve while `talk` asks."""
+    server: Any = None
+
+    async def main() -> None:
+        nonlocal server
+        server = StatusServer(source, host)  # type: ignore[arg-type]
+        url = (await server.start()).replace("0.0.0.0", "127.0.0.1")
+        async with aiohttp.ClientSession() as session:
+
+            async def ask(path: str, method: str = "GET", **headers: str) -> Answer:
+                named = {name.replace("_", "-"): value for name, value in headers.items()}
+                async with session.request(method, url + path, headers=named) as answer:
+                    return answer.status, answer.headers, await answer.read()
+
+            await talk(ask)
+        await server.close()
+        await server.close()
+
+    asyncio.run(main())
+    return server
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_every_answer_is_guarded() -> None:
+    async def talk(ask: Ask) -> None:
+        status, headers, body = await ask("")
+        assert status == 200 and b'<script src="/page.js" defer>' in body
+        for path in ("", "page.js", "page.css"):
+            status, headers, body = await ask(path)
+            assert status == 200 and b"http://" not in body and b"https://" not in body
+            assert b"innerHTML" not in body
+        for path in ("", "api/status", "nowhere", "api/camera/none"):
+            _, headers, _ = await ask(path)
+            assert HEADERS.items() <= dict(headers).items()
+        assert (await ask("nowhere"))[0] == 404
+        assert (await ask("page.js/../../status.py"))[0] == 404
+        assert (await ask("%2e%2e/status.py"))[0] == 404
+
+    serve(FakeSource(), talk)
+
+
+def test_on_loopback_reading_is_free_and_the_run_is_asked_once_for_many() -> None:
+    source = FakeSource()
+
+    async def talk(ask: Ask) -> None:
+        answers = await asyncio.gather(*(ask("api/status") for _ in range(20)))
+        assert {status for status, _, _ in answers} == {200}
+        status, headers, body = await ask("api/camera/static")
+        assert status == 200 and headers["X-Time-Ns"] == "1"
+        image = Image.open(io.BytesIO(body))
+        assert image.size == (30, 20)
+        red, green, _ = image.getpixel((15, 10))
+        assert red > 180 and green < 40
+        assert (await ask("api/camera/none"))[0] == 404
+
+    serve(source, talk)
+    assert 1 <= source.asked < 20  # how often depends on how long the twenty take
+
+
+def test_a_new_image_is_shown_when_the_camera_has_one() -> None:
+    source = FakeSource()
+
+    async def talk(ask: Ask) -> None:
+        assert (await ask("api/camera/static"))[1]["X-Time-Ns"] == "1"
+        source.t_ns = 2
+        await asyncio.sleep(0.15)
+        assert (await ask("api/camera/static"))[1]["X-Time-Ns"] == "2"
+
+    serve(source, talk)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": f"Basic {TOKEN}"},
+        {"Authorization": "Bearer"},
+        {"Authorization": f"Bearer {TOKEN}x"},
+        {"Cookie": f"token={TOKEN}"},
+    ],
+)
+def test_without_the_token_nobody_stops_the_robot(headers: dict[str, str]) -> None:
+    source = FakeSource()
+
+    async def talk(ask: Ask) -> None:
+        status, _, body = await ask("api/stop", "POST", **headers)
+        assert status == 401 and b"token" in body
+        assert (await ask(f"api/stop?token={TOKEN}", "POST"))[0] == 401
+
+    assert serve(source, talk).refused == 2
+    assert source.stops == []
+
+
+def test_with_the_token_a_post_stops_the_robot_and_nothing_else_does() -> None:
+    source = FakeSource()
+
+    async def talk(ask: Ask) -> None:
+        assert (await ask("api/stop", "GET", **BEARER))[0] == 405
+        assert source.stops == []
+        status, _, body = await ask("api/stop", "POST", **BEARER)
+        assert status == 200 and body == b'{"stopped": true}'
+        source.alive = False
+        status, _, body = await ask("api/stop", "POST", **BEARER)
+        assert status == 503 and b"NOT stopped" in body
+
+    serve(source, talk)
+    assert source.stops == ["status page, 127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"Sec_Fetch_Site": "cross-site"}, 403),
+        ({"Sec_Fetch_Site": "same-site"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "evil.example"}, 421),  # a name that was made to resolve to this host
+        ({"Host": "evil.example:9120"}, 421),
+    ],
+)
+def test_a_foreign_page_may_neither_read_nor_stop(headers: dict[str, str], expected: int) -> None:
+    source = FakeSource()
+
+    async def talk(ask: Ask) -> None:
+        assert (await ask("api/status", **headers))[0] == expected
+        assert (await ask("api/camera/static", **headers))[0] == expected
+        # Even a page that had got hold of the token.
+        assert (await ask("api/stop", "POST", **headers, **BEARER))[0] == expected
+        preflight = await ask("api/stop", "OPTIONS", **headers)
+        assert preflight[0] >= 400 and "Access-Control-Allow-Origin" not in preflight[1]
+
+    serve(source, talk)
+    assert source.stops == [] and source.asked == 0
+
+
+def test_beyond_loopback_reading_needs_the_token_too() -> None:
+    source = FakeSource()
+
+    async def talk(ask: Ask) -> None:
+        assert (await ask(""))[0] == 200  # the empty page, which asks for the token
+        for path in ("api/status", "api/camera/static"):
+            assert (await ask(path))[0] == 401
+            assert (await ask(path, **BEARER))[0] == 200
+        source.token = None  # the run has ended: there is nothing to compare with
+        assert (await ask("api/status", Authorization="Bearer -"))[0] == 401
+        assert (await ask("api/stop", "POST", Authorization="Bearer -"))[0] == 401
+
+    serve(source, talk, host="0.0.0.0")
+    assert source.stops == []
+
+
+def test_a_run_that_has_ended_is_told_and_a_large_body_refused() -> None:
+    source = FakeSource()
+    source.alive = False
+
+    async def talk(ask: Ask) -> None:
+        status, _, body = await ask("api/status")
+        assert status == 503 and b"does not answer" in body
+
+    serve(source, talk)
+
+
+def test_a_taken_port_is_told() -> None:
+    async def main() -> None:
+        first = StatusServer(FakeSource())  # type: ignore[arg-type]
+        port = int((await first.start()).rstrip("/").rpartition(":")[2])
+        second = StatusServer(FakeSource(), port=port)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"--listen: 127\.0\.0\.1"):
+            await second.start()
+        await first.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        *((name, True) for name in ("127.0.0.1", "127.9.9.9", "localhost", "::1", "[::1]")),
+        *((name, False) for name in ("0.0.0.0", "10.0.0.1", "example.org", "", "127.0.0.1.org")),
+    ],
+)
+def test_loopback_is_told_from_the_rest(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected

@@ -1,0 +1,178 @@
+"""openhelix.runtime.robots.env: the wrapper's own behaviour; the rest is in the conformance suite."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from openhelix.runtime.control.assembly import build_stack
+from openhelix.runtime.control.planner import SyncPlanner
+from openhelix.runtime.core.clock import FakeClock
+from openhelix.runtime.core.config import RunConfig
+from openhelix.runtime.core.interfaces import PolicySpec
+from openhelix.runtime.core.types import Action, ActionChunk
+from openhelix.runtime.robots.base import RobotError, make_robot
+from openhelix.runtime.robots.env import EnvRobot
+from tests.runtime.robot_cases import TinyEnv
+
+ORACLE = "tests.runtime.robot_cases:tiny_oracle"
+
+
+def connected(env, **options):
+    robot = EnvRobot(lambda: env, clock=FakeClock(7), oracle=ORACLE, **options)
+    robot.connect()
+    return robot
+
+
+def send(robot, x, gripper=1.0):
+    return robot.send_action(Action(np.array([x, -0.2, 0.55, 1, 0, 0, 0.0]), gripper))
+
+
+def test_tasks_are_judged_since_begin_task():
+    robot = connected(TinyEnv())
+    robot.begin_task("turn_on_led", "")
+    send(robot, 0.2)
+    assert robot.completed() == {"turn_on_led"}
+    robot.begin_task("turn_on_led", "")
+    assert robot.completed() == frozenset()
+
+
+def test_the_gripper_is_sent_as_one_of_two_states():
+    robot = connected(TinyEnv())
+    assert send(robot, 0.0, gripper=0.7).gripper == 1.0
+    assert send(robot, 0.0, gripper=0.49).gripper == 0.0
+    assert not robot.get_observation().gripper_open
+
+
+def test_an_env_with_advance_is_stepped_without_drawing():
+    class Lazy(TinyEnv):
+        def step(self, action):
+            raise AssertionError("drew an image that nobody asked for")
+
+        def advance(self, action):
+            TinyEnv.step(self, action)
+
+    robot = connected(Lazy())
+    send(robot, 0.2)
+    assert robot.get_observation().tcp_pose[0] == pytest.approx(0.1)
+
+
+def test_without_cameras_nothing_is_drawn():
+    class Blind(TinyEnv):
+        def camera_frames(self, t_ns):
+            raise AssertionError("drew an image that nobody asked for")
+
+    assert connected(Blind(), cameras=()).get_observation().frames == {}
+
+
+def test_a_world_that_fails_is_a_robot_error_and_one_that_refuses_a_value_error():
+    class Dying(TinyEnv):
+        def step(self, action):
+            raise RuntimeError("calvin_env: its process ended with status 1")
+
+    robot = connected(Dying())
+    with pytest.raises(RobotError, match="status 1"):
+        send(robot, 0.0)
+    with pytest.raises(ValueError, match="robot_obs"):
+        robot.reset_world([0.0], None)
+
+
+def test_disconnecting_closes_the_env():
+    env = TinyEnv()
+    robot = connected(env)
+    robot.disconnect()
+    assert env.closed
+
+
+def test_unknown_camera():
+    with pytest.raises(ValueError, match=r"'wrist'.*static"):
+        EnvRobot(TinyEnv, cameras=("wrist",), oracle=ORACLE)
+
+
+def test_stamps_come_from_the_clock():
+    robot = connected(TinyEnv())
+    observation = robot.get_observation()
+    assert observation.t_ns == observation.frames["static"].t_ns == 7
+
+
+def test_calvin_says_how_to_get_it_where_it_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENHELIX_CALVIN_ENV", str(tmp_path))
+    robot = make_robot("calvin", scene="D")
+    with pytest.raises(ValueError, match="calvin_env is not installed"):
+        robot.connect()
+
+
+class Counting(TinyEnv):
+    """Counts how often its cameras are drawn."""
+
+    drawn = 0
+
+    def camera_frames(self, t_ns):
+        self.drawn += 1
+        return super().camera_frames(t_ns)
+
+
+def test_frames_on_demand_are_drawn_once_and_only_when_looked_at():
+    env = Counting()
+    robot = connected(env, frames_on_demand=True)
+    observation = robot.get_observation()
+    assert set(observation.frames) == {"static", "gripper"} and env.drawn == 0
+    assert observation.frames["static"].t_ns == 7
+    assert observation.frames["gripper"].rgb.shape == (84, 84, 3)
+    assert env.drawn == robot.renders == 1
+    assert observation.frames.get("wrist") is None
+
+
+def test_a_frame_that_nobody_looked_at_in_time_is_gone():
+    robot = connected(Counting(), frames_on_demand=True)
+    seen, unseen = robot.get_observation(), robot.get_observation()
+    rgb = seen.frames["static"].rgb
+    send(robot, 0.2)
+    assert seen.frames["static"].rgb is rgb
+    with pytest.raises(RobotError, match="moved on"):
+        unseen.frames["static"]
+
+
+def test_playtable_shows_an_instant_at_any_later_time():
+    robot = make_robot("openhelix.runtime.robots.env:PlayTableRobot")
+    robot.connect()
+    early, late = robot.get_observation(), robot.get_observation()
+    want = early.frames["static"]
+    for _ in range(5):
+        send(robot, 0.2)
+    got = late.frames["static"]
+    assert np.array_equal(got.rgb, want.rgb) and np.array_equal(got.depth, want.depth)
+    assert not np.array_equal(robot.get_observation().frames["static"].rgb, want.rgb)
+    robot.disconnect()
+
+
+def test_a_loop_does_not_watch_frames_that_are_drawn_on_demand():
+    env = Counting()
+    robot = connected(env, frames_on_demand=True)
+    spec = PolicySpec(robot.spec.cameras, None, robot.spec.action, 16)
+    stack = build_stack(
+        RunConfig(), robot, spec, SyncPlanner(Still(spec), 10**9), None, FakeClock(7)
+    )
+    stack.loop.begin("stay")
+    stack.loop.tick()
+    assert env.drawn == 0 and stack.loop.watchdog.cameras == ()
+    robot.frames_on_demand = False
+    stack = build_stack(
+        RunConfig(), robot, spec, SyncPlanner(Still(spec), 10**9), None, FakeClock(7)
+    )
+    assert stack.loop.watchdog.cameras == ("static", "gripper")
+
+
+class Still:
+    """A policy that never looks."""
+
+    def __init__(self, spec):
+        self.spec = spec
+
+    def reset(self, seed=None): ...
+
+    def act(self, observation, latents):
+        poses = np.tile(observation.tcp_pose, (16, 1))
+        return ActionChunk(
+            observation.t_ns + 1, 33_333_333, poses, np.ones(16), observation.instruction_id
+        )

@@ -1,0 +1,138 @@
+"""openhelix.runtime.robots.lerobot: units, frames, what was really sent, and mappings that do not fit."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+from openhelix.runtime.core.clock import FakeClock
+from openhelix.runtime.core.quaternion import from_rotation_vector
+from openhelix.runtime.core.types import Action
+from openhelix.runtime.robots.base import RobotError, make_robot
+from openhelix.runtime.robots.lerobot import LeRobotAdapter, rigid
+from tests.runtime.robot_cases import (
+    END_EFFECTOR_MAPPING,
+    GANTRY_MAPPING,
+    FakeEndEffectorLeRobot,
+    FakeLeRobot,
+)
+
+
+def changed(mapping, **changes):
+    return copy.deepcopy(mapping) | changes
+
+
+def test_joint_units_and_gripper_scale():
+    arm = FakeLeRobot()
+    with LeRobotAdapter(GANTRY_MAPPING, arm) as robot:
+        observation = robot.get_observation()
+        np.testing.assert_allclose(observation.joints, [0.0, -0.2, 0.55])
+        np.testing.assert_allclose(observation.tcp_pose[:3], [0.0, -0.2, 0.55])
+        assert observation.gripper_width == pytest.approx(0.08)
+        robot.send_action(Action(np.array([0.01, -0.2, 0.55, 0, 0, 0, 1.0]), 0.8))
+    assert arm.now["j1.pos"] == pytest.approx(10.0)
+    assert arm.now["gripper.pos"] == pytest.approx(80.0)
+
+
+def test_the_returned_action_is_what_the_arm_made_of_it():
+    with LeRobotAdapter(GANTRY_MAPPING, FakeLeRobot(max_step=30.0)) as robot:
+        sent = robot.send_action(Action(np.array([1.0, -0.2, 0.55, 0, 0, 0, 1.0]), 1.0))
+    assert sent.pose[0] == pytest.approx(0.03)
+
+
+def test_base_frame_to_world_and_back():
+    arm = FakeEndEffectorLeRobot()
+    with LeRobotAdapter(END_EFFECTOR_MAPPING, arm) as robot:
+        observation = robot.get_observation()
+        # The base is half a turn about z at (0.1, -0.2, 0.25).
+        np.testing.assert_allclose(observation.tcp_pose[:3], [-0.1, -0.2, 0.55], atol=1e-12)
+        expected = from_rotation_vector((0, 0, np.pi + 0.5))
+        assert abs(observation.tcp_pose[3:] @ expected) == pytest.approx(1)
+        np.testing.assert_allclose(
+            observation.frames["hand"].T_world_cam[:3, 3], observation.tcp_pose[:3]
+        )
+        before = dict(arm.now)
+        robot.send_action(Action(observation.tcp_pose, 1.0))
+    assert arm.now == pytest.approx(before)
+
+
+def test_camera_latency_is_taken_off_the_stamp():
+    mapping = copy.deepcopy(GANTRY_MAPPING)
+    mapping["cameras"]["front"]["latency_s"] = 0.05
+    with LeRobotAdapter(mapping, FakeLeRobot(), clock=FakeClock(10**9)) as robot:
+        observation = robot.get_observation()
+    assert observation.t_ns - observation.frames["front"].t_ns == 50_000_000
+
+
+def test_an_uncalibrated_arm_is_refused():
+    arm = FakeLeRobot(calibrated=False)
+    with pytest.raises(RobotError, match="not calibrated"):
+        LeRobotAdapter(GANTRY_MAPPING, arm).connect()
+    assert not arm.is_connected
+
+
+def test_a_broken_bus_is_a_robot_error_and_stop_still_does_not_raise():
+    arm = FakeLeRobot()
+    robot = LeRobotAdapter(GANTRY_MAPPING, arm)
+    robot.connect()
+    arm.fail = True
+    with pytest.raises(RobotError, match="no answer"):
+        robot.get_observation()
+    with pytest.raises(RobotError, match="no answer"):
+        robot.send_action(Action(np.array([0, 0, 0.5, 0, 0, 0, 1.0]), 1.0))
+    robot.stop("test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"joints": ["j9.pos"]}, r"no 'j9\.pos'; the robot has j1\.pos"),
+        ({"joints": ["j1.pos"]}, r"also takes j2\.pos, j3\.pos"),
+        ({"joins": []}, r"mapping\.joins: Extra inputs"),
+        ({"kinematics": None}, "joints together with kinematics"),
+        ({"gripper": {"key": "gripper.pos", "closed": 1, "open": 1}}, "the same number"),
+        ({"tcp": ["a"]}, "six keys"),
+        ({"T_world_base": (2 * np.eye(4)).tolist()}, "not a rigid transform"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_is_refused_before_anything_moves(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LeRobotAdapter(changed(GANTRY_MAPPING, **changes), FakeLeRobot())
+
+
+def test_a_camera_stands_in_one_place():
+    mapping = copy.deepcopy(GANTRY_MAPPING)
+    mapping["cameras"]["front"]["T_tcp_cam"] = np.eye(4).tolist()
+    with pytest.raises(ValueError, match="T_world_cam"):
+        LeRobotAdapter(mapping, FakeLeRobot())
+
+
+def test_from_configuration_alone():
+    robot = make_robot(
+        "lerobot",
+        mapping=GANTRY_MAPPING,
+        target="tests.runtime.robot_cases:FakeLeRobot",
+        config={"max_step": 5.0},
+    )
+    robot.connect()
+    sent = robot.send_action(Action(np.array([1.0, -0.2, 0.55, 0, 0, 0, 1.0]), 1.0))
+    assert sent.pose[0] == pytest.approx(0.005)
+
+
+def test_missing_lerobot_says_what_to_do():
+    with pytest.raises(ValueError, match="pip install lerobot"):
+        make_robot("lerobot", mapping=GANTRY_MAPPING, target="lerobot.robots.koch:Koch")
+    with pytest.raises(ValueError, match="target"):
+        make_robot("lerobot", mapping=GANTRY_MAPPING)
+
+
+@pytest.mark.parametrize("v", [(0, 0, 0), (3.1, 0, 0), (0, 3.1, 0), (0, 0, 3.1), (1, 2, -1.5)])
+def test_rigid_reads_any_rotation(v):
+    from scipy.spatial.transform import Rotation
+
+    T = np.eye(4)
+    T[:3, :3] = Rotation.from_rotvec(v).as_matrix()
+    _, q = rigid(T.tolist())
+    assert abs(np.dot(q, Rotation.from_rotvec(v).as_quat())) == pytest.approx(1)
