@@ -8,16 +8,11 @@ is a plain vector (`visual_state`) that any process can draw.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from openhelix.runtime.core.types import F32, F64, U8
-
-if TYPE_CHECKING:
-    from openhelix.benchmarks.calvin.env import PlayTableEnv
-import sys
-from collections.abc import Callable, Mapping, Sequence
 
 from openhelix.benchmarks.calvin.appearance import Appearance
 from openhelix.benchmarks.calvin.physics import (
@@ -37,7 +32,7 @@ from openhelix.benchmarks.calvin.spaces import (
     parse_robot_obs,
     parse_scene_obs,
 )
-from openhelix.runtime.core.types import CameraFrame
+from openhelix.runtime.core.types import F32, F64, U8, CameraFrame
 
 if TYPE_CHECKING:
     from openhelix.benchmarks.calvin.cameras import RenderedFrame, SceneRenderer

@@ -159,7 +159,8 @@ def run_realtime(
     job = {"assignments": [asdict(a) for a in assignments], "initial": initial}
     started_s = time.monotonic()
     graph = Graph(config, job, folder)
-    with interruptible() as interrupted, display, StatusRecord.of(graph, config).kept(folder):
+    record = StatusRecord.of(graph.endpoints.control, graph.has("observer"), config)
+    with interruptible() as interrupted, display, record.kept(folder):
         try:
             if graph.has("observer"):
                 display.say(

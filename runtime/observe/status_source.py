@@ -12,17 +12,14 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openhelix.runtime.core.config import CommandFailed, RunConfig
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
-
-if TYPE_CHECKING:  # importing the graph would import all that it starts
-    from openhelix.runtime.launch.graph import Graph
 
 RECORD = "status.json"
 ASK_TIMEOUT_S = 1.0
@@ -44,12 +41,18 @@ class StatusRecord:
     token: str
 
     @classmethod
-    def of(cls, graph: Graph, config: RunConfig) -> StatusRecord:
-        """Return the record of a run that is about to start, with a token of its own."""
-        keys, ends = config.transport.keys, graph.endpoints.control
+    def of(cls, ends: Mapping[str, str], observed: bool, config: RunConfig) -> StatusRecord:
+        """Return the record of a run that is about to start, with a token of its own.
+
+        Args:
+            ends: endpoint on which each node answers questions.
+            observed: whether the run has an observer.
+            config: of the run.
+        """
+        keys = config.transport.keys
         return cls(
             robot=config.robot.id,
-            observer=ends["observer"] if graph.has("observer") else None,
+            observer=ends["observer"] if observed else None,
             control=ends["control"],
             keys=str(keys.expanduser().resolve()) if keys else None,
             token=secrets.token_urlsafe(18),

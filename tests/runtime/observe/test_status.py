@@ -6,7 +6,6 @@ import json
 import stat
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,10 +145,8 @@ def test_a_record_lives_as_long_as_its_run_and_is_its_owners(tmp_path: Path) -> 
 
 
 def test_every_run_has_a_token_of_its_own() -> None:
-    graph: Any = SimpleNamespace(
-        endpoints=SimpleNamespace(control={"observer": "o", "control": "c"}), has=lambda name: True
-    )
-    records = [StatusRecord.of(graph, load(None)) for _ in range(2)]
+    ends = {"observer": "o", "control": "c"}
+    records = [StatusRecord.of(ends, True, load(None)) for _ in range(2)]
     assert records[0].token != records[1].token and len(records[0].token) >= 20
 
 
