@@ -29,12 +29,7 @@ from safetensors import safe_open
 
 from openhelix.benchmarks.calvin.cameras import SceneRenderer
 from openhelix.benchmarks.calvin.dataset import DatasetWriter, replace_file
-from openhelix.benchmarks.calvin.demonstrations import (
-    Demonstration,
-    collect_unit,
-    read_unit,
-    unit_bytes,
-)
+from openhelix.benchmarks.calvin.demonstrations import Demonstration
 from openhelix.benchmarks.calvin.frames import (
     FramesConfig,
     cache_index,
@@ -45,6 +40,7 @@ from openhelix.benchmarks.calvin.frames import (
 from openhelix.benchmarks.calvin.physics import euler_from_quaternion
 from openhelix.benchmarks.calvin.scene import get_scene
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
+from openhelix.benchmarks.calvin.units import collect_unit, read_unit, unit_bytes
 from openhelix.runtime.core.config import ConfigError, apply_overrides, read_yaml, validate
 from openhelix.runtime.core.types import F64
 from openhelix.system1.cache import frames_digest

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from openhelix.benchmarks.calvin.demonstrations import perform, random_expert
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.expert_control import ROBOT_XY_M, WIDEST_GRASP_M, View, hand, wrap
 from openhelix.benchmarks.calvin.geometry import CABINET_HALF_X, DOOR_SIZE_X
@@ -332,8 +333,6 @@ def begin(
         UnknownTaskError: there is no such task.
         StartError: none was found in `tries` draws.
     """
-    from openhelix.benchmarks.calvin.demonstrations import perform, random_expert
-
     family = get_task(task).family
     for _ in range(tries):
         if family in ("place", "stack"):

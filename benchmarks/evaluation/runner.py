@@ -37,7 +37,7 @@ from openhelix.runtime.control.assembly import ControlStack, build_stack, make, 
 from openhelix.runtime.control.episode_runner import Assignment, EpisodeRunner
 from openhelix.runtime.control.planner import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
-from openhelix.runtime.core.config import RunConfig
+from openhelix.runtime.core.config import ConfigError, RunConfig
 from openhelix.runtime.core.interfaces import (
     Engine,
     Policy,
@@ -192,17 +192,26 @@ class Runner:
         self._clock = EpisodeClock()
         self._robots: dict[str, EnvRobot] = {}
         self._engine: EngineMeter | None = None
-        spec = self._policy.spec
-        # Before System 2 is loaded, which takes longest.
-        check_robot(self._make_robot(config.world.scene).spec, spec)
+        try:
+            self._load(engine)
+        except BaseException:
+            self.close()
+            raise
+        torch.set_num_threads(threads)
+
+    def _load(self, engine: Engine | None) -> None:
+        spec, scene = self._policy.spec, self._config.world.scene
+        # Before System 2 is loaded, which takes longest. The world is opened too: one that is
+        # not usable is refused here, and would make every episode a failed one.
+        check_robot(self._make_robot(scene).spec, spec)
+        self._robot(scene)
         if spec.latent is None:
             if not hasattr(self._policy, "set_task"):
                 raise SpecMismatch("policy: it takes no latent and cannot be told its task either")
             self._policy = TaskPolicy(self._policy)
         else:
-            self._engine = EngineMeter(engine or make(config.system2.engine))
+            self._engine = EngineMeter(engine or make(self._config.system2.engine))
             check_latent(self._engine.spec, spec.latent)
-        torch.set_num_threads(threads)
 
     def about(self) -> dict[str, Any]:
         """What is being evaluated, as plain data."""
@@ -211,7 +220,11 @@ class Runner:
         return {"policy_spec": asdict(self._policy.spec), "latent_spec": latent, "spec_id": spec_id}
 
     def run(self, episode: Episode, conditions: Conditions, film: bool = False) -> Outcome:
-        """Run one episode. Never raises for what goes wrong in it: that is a failed episode."""
+        """Run one episode; what goes wrong in it is told in its outcome: a failed episode.
+
+        Raises:
+            ConfigError: its world cannot be used at all.
+        """
         started_s, cpu_s = time.perf_counter(), time.process_time()
         attempt = Attempt(episode)
         try:
@@ -224,6 +237,9 @@ class Runner:
                         attempt.video = path.read_bytes() if path.exists() else None
             else:
                 self._attempt(attempt, conditions, None)
+        except ConfigError:
+            self._discard(episode.scene)
+            raise
         except Exception as error:
             attempt.error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:REASON_CHARS]
             log.warning("%s: %s", episode.key, attempt.error)

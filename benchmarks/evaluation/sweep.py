@@ -27,7 +27,8 @@ from openhelix.benchmarks.evaluation import plots
 from openhelix.benchmarks.evaluation.eval import arguments, load_config, make_suite
 from openhelix.benchmarks.evaluation.evaluation import Console, Plan, evaluate
 from openhelix.benchmarks.evaluation.metrics import EvalMetrics, served
-from openhelix.benchmarks.evaluation.pool import Pool, open_pool
+from openhelix.benchmarks.evaluation.pool import Pool
+from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.report import html_table, image, interval, markdown_table, page
 from openhelix.benchmarks.evaluation.results import read_results, replace_file
 from openhelix.benchmarks.evaluation.runner import Conditions

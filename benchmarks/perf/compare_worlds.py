@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from openhelix.benchmarks.calvin.calvin_env import CalvinEnv, CalvinNotInstalledError
+from openhelix.benchmarks.calvin.calvin_env import CalvinEnv, CalvinUnusableError
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
 from openhelix.benchmarks.calvin.tasks import TASKS, completed
@@ -224,7 +224,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         report = compare(arguments.steps, arguments.trials, arguments.images)
-    except CalvinNotInstalledError as error:
+    except CalvinUnusableError as error:
         raise SystemExit(str(error)) from None
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1, default=float) + "\n")
