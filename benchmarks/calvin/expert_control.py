@@ -400,14 +400,6 @@ class Skill:
             goal = view.position + axis * (need - along) + limit(sideways, 0.004)
         return Goal(goal, quaternion, gripper, pace)
 
-    def descend(self, target: F64, quaternion: Quat, gripper: int, **options: Any) -> Steps:
-        """Run `approach` for a target that does not move."""
-        for _ in range(60):
-            goal = self.approach(target, quaternion, gripper, **options)
-            if goal is None:
-                return
-            yield goal
-
 
 def nearest_yaw(options: list[float], now: float, period: float) -> list[float]:
     """All turns of the given yaws within reach of the arm, the nearest to `now` first."""

@@ -69,7 +69,6 @@ def content_folder(kind: str, files: Mapping[str, bytes]) -> Path:
 
 
 HAND_TO_TCP_M = 0.14
-HAND_TO_FINGER_M = 0.0584
 CAMERA_MOUNT = ((-0.1, 0.0, 0.0), (1.3, 0.0, -1.57))  # xyz, rpy in the hand's frame
 
 Sections = tuple[tuple[float, float, float, float], ...]

@@ -34,7 +34,7 @@ from openhelix.benchmarks.training.config import (
 )
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.cache import frames_digest
-from openhelix.system1.checkpoint import CONFIG, WEIGHTS, Network, load_policy, save_policy
+from openhelix.system1.checkpoint import Network, load_policy, save_policy
 from openhelix.system1.data import Cache
 from openhelix.system1.model import gaussian
 from openhelix.system1.train_loop import LOG
@@ -290,8 +290,3 @@ def trajectories(policy: Network, cache: Cache) -> Tensor:
     batch = cache.batch(frames, generator, None, policy.config.rotation)
     policy.eval()
     return policy.sample_inputs(batch.inputs, gaussian(generator, torch.device("cpu")))
-
-
-def is_policy(folder: Path) -> bool:
-    """Whether a folder holds a policy."""
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
