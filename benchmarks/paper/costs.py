@@ -14,9 +14,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from openhelix.benchmarks.evaluation.evaluation import ROOT
 from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.benchmarks.paper.measures import Measure
 from openhelix.benchmarks.paper.session import Session
@@ -24,7 +24,7 @@ from openhelix.benchmarks.paper.trainings import Training
 from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.runtime.core.config import RunConfig
 
-COSTS = ROOT / "benchmarks" / "perf" / "results" / "experiments.json"
+COSTS = Path(__file__).with_name("costs.json")
 MEASURED = {
     *(f"{kind}_sample_s" for kind in ("policy", "prefix", "states", "live")),
     *("prefix_frame_s", "states_frame_s", "open_s", "thread_gain"),

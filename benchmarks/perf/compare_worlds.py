@@ -25,9 +25,10 @@ from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
 from openhelix.benchmarks.calvin.tasks import TASKS, completed
 from openhelix.benchmarks.perf import world_scripts as scripts
+from openhelix.benchmarks.perf.places import results_file
 
 WORLDS = ("playtable", "calvin_env")
-OUT = Path(__file__).parent / "results" / "compare_worlds.json"
+OUT = results_file("compare_worlds.json")
 FREE_STEPS = 60
 WORK_BOX = (np.array([-0.15, -0.30, 0.56]), np.array([0.25, -0.10, 0.70]))
 Worlds = tuple[PlayTableEnv, CalvinEnv]
