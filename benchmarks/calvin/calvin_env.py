@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from openhelix.benchmarks.calvin import calvin_env_child as calvin_child
+from openhelix.benchmarks.calvin import calvin_env_child
 from openhelix.benchmarks.calvin.scene import get_scene
 from openhelix.benchmarks.calvin.spaces import parse_action
 from openhelix.runtime.core.config import ConfigError
@@ -152,7 +152,7 @@ class CalvinEnv:
         checkout, python = locate()
         self._pipe, theirs = socket.socketpair()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
-        command = [str(python), calvin_child.__file__, str(theirs.fileno()), str(checkout)]
+        command = [str(python), calvin_env_child.__file__, str(theirs.fileno()), str(checkout)]
         try:
             self._process = subprocess.Popen(
                 [*command, self.scene.name, ",".join(cameras)],
@@ -274,7 +274,7 @@ class CalvinEnv:
             raise CalvinError("calvin_env: this env is closed")
         try:
             self._pipe.settimeout(CALL_TIMEOUT_S)
-            self._pipe.sendall(calvin_child.pack({"call": name, **arguments}))
+            self._pipe.sendall(calvin_env_child.pack({"call": name, **arguments}))
         except OSError as error:
             raise self._died(error) from error
         return self._receive(CALL_TIMEOUT_S)
@@ -282,7 +282,7 @@ class CalvinEnv:
     def _receive(self, timeout_s: float) -> dict[str, Any]:
         self._pipe.settimeout(timeout_s)
         try:
-            reply = calvin_child.receive(self._pipe)
+            reply = calvin_env_child.receive(self._pipe)
         except TimeoutError as error:
             self._process.kill()
             raise self._died(error, f"did not answer within {timeout_s:g} s") from error

@@ -45,9 +45,7 @@ from openhelix.runtime.core.config import ConfigError, apply_overrides, read_yam
 from openhelix.runtime.core.types import F64
 from openhelix.system1.cache import frames_digest
 
-# ------------------------------------------------------------------------------------------------
-# What a collection is: one frozen record, from YAML, overrides or the command line.
-
+# -- What a collection is: one frozen record, from YAML, overrides or the command line -
 
 VERSION = 1  # of what the experts do and of what is stored; data of another is not mixed
 Count = Annotated[int, Field(ge=1)]
@@ -117,9 +115,7 @@ class CollectConfig(BaseModel):
         return {"version": VERSION, **{key: dumped[key] for key in keep}}
 
 
-# ------------------------------------------------------------------------------------------------
-# What the parts of a collection share: where units are, and the pool of processes.
-
+# -- What the parts share: where units are, and the pool of processes ------------------
 
 UNITS = "units"
 Report = Callable[[int, int, str], None]  # done, to do, what the last one was
@@ -148,9 +144,7 @@ def pooled(
             raise
 
 
-# ------------------------------------------------------------------------------------------------
-# The second half of a collection: draw the training frames of every unit, file by file.
-
+# -- Frames: the second half of a collection, drawn unit by unit -----------------------
 
 FRAMES, SYSTEM2, ABOUT = "frames", "system2", "moments.json"
 FRAMES_EACH = 10  # moments of a demonstration with every=4, for the estimate of disk
@@ -454,9 +448,7 @@ if __name__ == "__main__":
         sys.stderr.write(f"collect: {error}\n")
         raise SystemExit(2) from None
 
-
-# ------------------------------------------------------------------------------------------------
-# A collection in CALVIN's layout: the same demonstrations, drawn frame by frame.
+# -- A collection in CALVIN's layout: the same demonstrations, drawn frame by frame ----
 #
 # States are collected first (that part is small and is kept beside the frames), then rendered
 # in a fixed order, so that a killed export goes on where the last whole episode ended. Scene D

@@ -42,12 +42,10 @@ from openhelix.system1.cache import DEPTH_UNIT_M, FORMAT
 from openhelix.system1.config import CameraConfig, PolicyConfig, small
 from openhelix.system1.points import shrink
 
-# ------------------------------------------------------------------------------------------------
-# Keyposes: the few frames of a demonstration between which a path is mere travel.
+# -- Keyposes: the few frames of a demonstration between which a path is mere travel ---
 #
 # As 3D Diffuser Actor cuts CALVIN's play into trajectories: where the motion changes most
 # abruptly, around every change of the gripper, and at the end.
-
 
 F64 = npt.NDArray[np.float64]
 TOP_FRACTION = 0.2

@@ -27,12 +27,10 @@ from openhelix.benchmarks.calvin.sequences import LAYOUTS, ROBOT_OBS, SWITCH_ON_
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 from openhelix.runtime.core.types import F64
 
-# ------------------------------------------------------------------------------------------------
-# Worlds to start in: where blocks, doors and lights are, drawn at random for a task.
+# -- Layouts: where blocks, doors and lights are, drawn at random for a task -----------
 #
 # Half of them follow CALVIN's layouts (its slots, its yaws), since that is what evaluation
 # starts from; the others put things anywhere that the scene allows.
-
 
 REACH_M = 0.83  # from the arm's base to a block, horizontally
 DRAWER_Z_M, SHELF_Z_M, TABLE_Z_M = 0.362, 0.461, 0.46
@@ -195,6 +193,9 @@ def _anywhere(place: str, layout: Layout, scene: Scene, rng: np.random.Generator
 
 def in_reach(spot: F64) -> bool:
     return bool(np.hypot(spot[0] - ROBOT_XY_M[0], spot[1] - ROBOT_XY_M[1]) < REACH_M)
+
+
+# -- Starts: an arm somewhere in a layout ----------------------------------------------
 
 
 class StartError(RuntimeError):

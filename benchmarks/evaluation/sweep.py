@@ -37,9 +37,7 @@ from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES
 from openhelix.runtime.cli.arguments import Parser, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig
 
-# ------------------------------------------------------------------------------------------------
-# A sweep for people: tables, and a plot a suite of success against the age of the latent.
-
+# -- The report: tables, and for each suite a plot of success against the latent's age -
 
 Cell = dict[str, Any]
 
@@ -181,6 +179,8 @@ def write(report: Mapping[str, Any], folder: Path, kept: bool = False) -> None:
     if not kept:
         replace_file(folder / "sweep.html", page("Asynchrony sweep", body).encode())
 
+
+# -- The sweep -------------------------------------------------------------------------
 
 INTERVALS = (1, 2, 5, 10, 20, 30, 60)
 LATENCIES = (0, 6, 15)  # 0, 0.2 and 0.5 s at 30 Hz

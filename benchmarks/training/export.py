@@ -41,9 +41,7 @@ from openhelix.system1.train_loop import LOG
 from openhelix.system2.checkpoint import LatentHead
 from openhelix.system2.model import open_checkpoint
 
-# ------------------------------------------------------------------------------------------------
-# The card of a trained pair: data, command, seed, hours and losses, for people and for checks.
-
+# -- The card: data, command, seed, hours and losses, for people and for checks --------
 
 KEPT = ("collection", "moments")
 
@@ -176,6 +174,9 @@ SHIP, SYSTEM1, SYSTEM2, CARD = "ship", "system1-laptop", "system2-laptop", "card
 # A rounded policy may move a trajectory by this much and no more: a tenth of the error that a
 # trained small policy makes (`val_position_m` of its card is several millimetres).
 EXACT_M, EXACT_FRAMES = 5e-4, 32
+
+
+# -- The folder ------------------------------------------------------------------------
 
 
 def export(config: TrainingConfig) -> dict[str, Any]:
