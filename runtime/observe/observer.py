@@ -22,7 +22,6 @@ from openhelix.runtime.core.config import RunConfig, validate
 from openhelix.runtime.core.types import U8, CameraFrame
 from openhelix.runtime.observe.collectors import LoopMetrics, SinkMetrics, WireMetrics, loop_wire
 from openhelix.runtime.observe.metrics import Endpoint, serve
-from openhelix.runtime.observe.recorder import Recorder
 from openhelix.runtime.observe.video import Caption, VideoRecorder
 from openhelix.runtime.transport.codec import WireError, decode, kind_of, register
 from openhelix.runtime.transport.wire import AgeLimit, Inlet, Publisher, Track, topic_bytes
@@ -312,8 +311,11 @@ class Sinks:
                 folder / "video.mp4", cameras, caption, fps, lossless=patient
             )
         if output.record:
+            # What reads and writes recordings takes a tenth of a second to import.
+            from openhelix.runtime.observe.recorder import FILE_NAME, Recorder
+
             meta = {"config": config.model_dump(mode="json"), "seed": config.seed}
-            self.parts["recording"] = Recorder(folder / "recording", meta, lossless=patient)
+            self.parts["recording"] = Recorder(folder / FILE_NAME, meta, lossless=patient)
         if output.viewer:
             # Rerun is an extra of half a gigabyte: imported only here.
             from openhelix.runtime.observe.viewer import RerunViewer
