@@ -82,11 +82,11 @@ def latency(options: argparse.Namespace) -> dict[str, Any]:
 def robots(options: argparse.Namespace) -> dict[str, Any]:
     """Eight robots at 1 Hz from one engine, through the real node and sockets."""
     from openhelix.runtime.core.types import GoalRequest, LatentGoal
-    from openhelix.runtime.transport.wire import NewestReader, Publisher, ipc_endpoint
+    from openhelix.runtime.transport.wire import NewestReader, Publisher
     from openhelix.system2.publisher import PublisherNode
 
     folder = Path(tempfile.mkdtemp())
-    requests, latents = ipc_endpoint(folder, "requests"), ipc_endpoint(folder, "latents")
+    requests, latents = f"ipc://{folder}/requests", f"ipc://{folder}/latents"
     engine = {
         "target": "openhelix.system2.engines.vllm:VllmEngine",
         "options": {"model": options.model, "dtype": options.dtype, "threads": options.threads},

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from openhelix.runtime.core.safety import SafetyLimits
+from openhelix.runtime.core.limits import SafetyLimits
 
 # ------------------------------------------------------------------------------------------------
 # Failures that a person should hear of in one line, without a traceback.

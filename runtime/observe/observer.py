@@ -24,7 +24,7 @@ from openhelix.runtime.observe.collectors import LoopMetrics, SinkMetrics, WireM
 from openhelix.runtime.observe.metrics import Endpoint, serve
 from openhelix.runtime.observe.video import Caption, VideoRecorder
 from openhelix.runtime.transport.codec import WireError, decode, kind_of, register
-from openhelix.runtime.transport.wire import AgeLimit, Inlet, Publisher, Track, topic_bytes
+from openhelix.runtime.transport.wire import Inlet, Publisher, Track, topic_bytes
 
 # ------------------------------------------------------------------------------------------------
 # Every tick of the loop, for processes that look on: video, recording, viewer.
@@ -107,8 +107,7 @@ class EveryReader(Generic[T]):
         prefix = topic_bytes(topic) + b"\0"
         self._inlet = Inlet(endpoint, prefix, bind=True, keys=keys, hwm=hwm, max_drain=256)
         self.stats = self._inlet.stats
-        clock = MonotonicClock()
-        self._track = Track(expect, self.stats, AgeLimit(None, clock, None), clock)
+        self._track = Track(expect, self.stats, MonotonicClock())
         self._last: tuple[int, int] | None = None  # source and number of the last message
 
     def poll(self) -> list[T]:

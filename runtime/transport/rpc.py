@@ -58,8 +58,8 @@ class RpcRefused(RpcTimeout):
 class RpcServer:
     """Answers requests, either in a thread of its own (`start`) or inside a loop (`poll`).
 
-    Two methods are always there: `ping`, and `time`, from which clients estimate the offset
-    of their clocks (`openhelix.runtime.transport.offset`). A slow handler delays the others.
+    Two methods are always there: `ping`, and `time`, from which a client can estimate the
+    offset of its clock. A slow handler delays the others.
 
     Args:
         endpoint: where to bind; beyond this host only with keys.

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import ipaddress
 import logging
 import os
 import re
 import socket
 import stat
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -93,37 +91,6 @@ def check_connect(endpoint: str, keys: object | None) -> None:
             f"endpoint {endpoint!r}: refusing to trust another host without CURVE keys; "
             "make some with `openhelix keys`"
         )
-
-
-def ipc_endpoint(run_dir: str | Path, name: str) -> str:
-    """Return an ipc endpoint for `name` within `run_dir`, which is made if it is missing.
-
-    Where the path would not fit a Unix socket, a private directory of the user under the
-    temporary one takes its place; the same arguments always give the same endpoint.
-
-    Raises:
-        ValueError: `name` is not a plain file name.
-    """
-    if not name or "/" in name or name.startswith("."):
-        raise ValueError(f"name: {name!r} must be a plain file name")
-    folder = Path(run_dir).resolve()
-    path = folder / f"{name}.sock"
-    if len(os.fsencode(path)) > MAX_IPC_PATH:
-        digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-        folder = _private_folder()
-        path = folder / f"{digest}.sock"
-    folder.mkdir(parents=True, exist_ok=True)
-    return f"ipc://{path}"
-
-
-def _private_folder() -> Path:
-    """Return a directory that no other user can write to or replace."""
-    folder = Path(tempfile.gettempdir()) / f"openhelix-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    info = folder.lstat()
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise ValueError(f"{folder}: not a private directory of this user; remove it")
-    return folder
 
 
 def is_listening(endpoint: str) -> bool:
@@ -281,11 +248,6 @@ class CurveServer:
         self._gate = ThreadAuthenticator(self.context, log=log)
         self._gate.start()
         self._gate.configure_curve_callback(_DOMAIN, credentials_provider=self)
-
-    @property
-    def clients(self) -> tuple[str, ...]:
-        """Names of those who are let in."""
-        return tuple(sorted(self._clients.values()))
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Decide on a handshake; called by the gatekeeper's thread with a Z85 key."""

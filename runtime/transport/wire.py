@@ -8,7 +8,7 @@ ZeroMQ matches prefixes, and `arm1` must not receive `arm10`.
 Readers drain their queue without blocking and keep the newest. ZMQ_CONFLATE is not used: it
 now and then loses the very newest message, and it cuts multipart messages up. Queues are
 long for the same reason: when one is full, ZeroMQ drops what is *newest*. All of a message's
-times are the sender's clock; `openhelix.runtime.transport.offset` translates between hosts.
+times are the sender's clock.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from openhelix.runtime.transport.sockets import (
     Keys,
     Port,
     check_bind,
-    ipc_endpoint,
 )
 
 # ------------------------------------------------------------------------------------------------
@@ -85,31 +84,6 @@ class ReaderStats:
     dropped: Counter[str] = field(default_factory=Counter)  # by reason, see `NewestReader`
 
 
-class AgeLimit:
-    """Refuses messages that are too old, or too far in the future to be believed."""
-
-    def __init__(
-        self, max_age_ns: int | None, clock: Clock, to_local: Callable[[int], int | None] | None
-    ) -> None:
-        if max_age_ns is not None and max_age_ns <= 0:
-            raise ValueError(f"max_age_ns: {max_age_ns}, must be above 0 or None")
-        self._max_age_ns, self._clock, self._to_local = max_age_ns, clock, to_local
-
-    def refusal(self, sent_ns: int) -> str | None:
-        """Return why a message sent then is refused; None when it is not."""
-        if self._max_age_ns is None:
-            return None
-        if self._to_local is not None:
-            local_ns = self._to_local(sent_ns)
-            if local_ns is None:
-                return "unsynced"
-            sent_ns = local_ns
-        age_ns = self._clock.now_ns() - sent_ns
-        if age_ns > self._max_age_ns:
-            return "expired"
-        return "future" if age_ns < -self._max_age_ns else None
-
-
 # (source, seq, t_pub_ns), the frames, where the header begins in the first of them, and the key
 # it came with. A plain tuple: this is made for every message, and only the newest is ever
 # looked at closely.
@@ -122,7 +96,6 @@ class Track(Generic[T]):
     Args:
         expect: the record's class.
         stats: where everything is counted.
-        limit: what is too old.
         clock: for silences.
         first_stays: a topic belongs to its first publisher until that has been silent for
             `TAKEOVER_NS`; others are refused ("taken") instead of taking over.
@@ -132,11 +105,10 @@ class Track(Generic[T]):
         self,
         expect: type[T],
         stats: ReaderStats,
-        limit: AgeLimit,
         clock: Clock,
         first_stays: bool = False,
     ) -> None:
-        self._expect, self._stats, self._limit, self._clock = expect, stats, limit, clock
+        self._expect, self._stats, self._clock = expect, stats, clock
         self._first_stays = first_stays
         self.taken = 0  # messages of others while the topic was taken
         self._source: int | None = None
@@ -182,15 +154,13 @@ class Track(Generic[T]):
             self.new[:] = own
 
     def _refusal(self, stamp: tuple[int, int, int]) -> str | None:
-        source, seq, t_pub_ns = stamp
+        source, seq, _ = stamp
         if source == self._source:
-            if seq == self._seq:
-                return "repeat"
             if not 0 < seq - self._seq <= _MAX_JUMP:
                 return "stale"
         elif source in self._retired and self._clock.now_ns() - self.heard_ns < TAKEOVER_NS:
             return "stale_source"
-        return self._limit.refusal(t_pub_ns)
+        return None
 
     def _accept(self, stamp: tuple[int, int, int]) -> None:
         self.heard_ns = self._clock.now_ns()
@@ -304,7 +274,6 @@ __all__ = [
     "check_bind",
     "decode",
     "encode",
-    "ipc_endpoint",
     "register",
 ]
 
@@ -320,7 +289,7 @@ class Publisher:
         bind: False where the readers bind, for example at one System 2 for many robots.
         keys: CURVE keys; a folder, or an object that several sockets share.
         hwm: messages to hold for each reader that does not keep up. Keep it above any
-            burst, because a full queue loses the newest message (see `repeat`); for images
+            burst, because a full queue loses the newest message; for images
             remember that all of them are held in memory.
         clock: stamps the messages.
     """
@@ -339,7 +308,6 @@ class Publisher:
         self._clock = clock or MonotonicClock()
         self._source = int.from_bytes(os.urandom(8), "little")
         self._seq = 0
-        self._last: list[Buffer] = []
         self.sent = 0
         self.dropped = 0  # sends that found a reader's queue just filled; see `send`
         # With NODROP a queue that fills up is an error that can be counted, not silence.
@@ -369,19 +337,8 @@ class Publisher:
         envelope = ENVELOPE.pack(self._source, self._seq, self._clock.now_ns())
         frames = encode(message, self._prefix + envelope)
         self._seq += 1
-        self._last = frames
         self.sent += 1
         return self._put(frames)
-
-    def repeat(self) -> bool:
-        """Send the last message again as it was; return False before there is one.
-
-        For readers that joined since, and for those whose queue was full, because a full
-        queue loses what is newest. Who has it already drops the copy by its number.
-        """
-        if self._last:
-            self._put(self._last)
-        return bool(self._last)
 
     def _put(self, frames: list[Buffer]) -> bool:
         if self._try(frames):
@@ -413,9 +370,8 @@ class NewestReader(Generic[T]):
     Within one publisher an earlier number never follows a later one. Another publisher (a
     restart) takes over at once; the one it replaced is not heard again until the new one has
     been silent for `TAKEOVER_NS`. Everything that is not delivered is counted in
-    `stats.dropped` by reason: those of `WireError`, "repeat" (of the last one, harmless), "stale" (an earlier number), "stale_source"
-    (a replaced publisher), "expired" and "future" (see `max_age_ns`), "unsynced" (`to_local`
-    cannot say yet).
+    `stats.dropped` by reason: those of `WireError`, "stale" (the same or an earlier number),
+    "stale_source" (a replaced publisher).
 
     Args:
         endpoint: one, or a list of which each may have a publisher.
@@ -423,9 +379,7 @@ class NewestReader(Generic[T]):
         expect: the record's class; anything else is dropped.
         bind: True where the publishers connect to this side.
         keys: CURVE keys; a folder, or an object that several sockets share.
-        max_age_ns: refuse messages sent longer ago than this; None takes any.
-        clock: for ages.
-        to_local: translates the publisher's times to this host's; see `openhelix.runtime.transport.offset`.
+        clock: for silences.
         hwm: messages the queue holds while nobody polls.
         max_drain: messages one `poll` takes from the queue at most, so that a flood cannot
             stall a control loop.
@@ -439,9 +393,7 @@ class NewestReader(Generic[T]):
         *,
         bind: bool = False,
         keys: Keys | None = None,
-        max_age_ns: int | None = None,
         clock: Clock | None = None,
-        to_local: Callable[[int], int | None] | None = None,
         hwm: int = 1000,
         max_drain: int = 256,
     ) -> None:
@@ -452,8 +404,7 @@ class NewestReader(Generic[T]):
             endpoint, self._topic + b"\0", bind=bind, keys=keys, hwm=hwm, max_drain=max_drain
         )
         self.stats = self._inlet.stats
-        limit = AgeLimit(max_age_ns, clock, to_local)
-        self._track = Track(expect, self.stats, limit, clock)
+        self._track = Track(expect, self.stats, clock)
 
     @property
     def gaps(self) -> int:
@@ -509,7 +460,6 @@ class NewestPerTopic(Generic[T]):
         *,
         bind: bool = True,
         keys: Keys | None = None,
-        max_age_ns: int | None = None,
         clock: Clock | None = None,
         hwm: int = 1000,
         max_drain: int = 256,
@@ -520,7 +470,6 @@ class NewestPerTopic(Generic[T]):
         kind_of(expect)
         self._expect, self._first_stays = expect, first_stays
         self._clock = clock or MonotonicClock()
-        self._limit = AgeLimit(max_age_ns, self._clock, None)
         self._inlet = Inlet(
             *(endpoint, b""),
             bind=bind,
@@ -586,7 +535,7 @@ class NewestPerTopic(Generic[T]):
                 return None
             del self._tracks[quietest]
         track = self._tracks[topic] = Track(
-            self._expect, self.stats, self._limit, self._clock, self._first_stays
+            self._expect, self.stats, self._clock, self._first_stays
         )
         return track
 
