@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, TypeVar, Union
 
-import msgpack
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -436,15 +436,19 @@ __all__ = [
     "register",
 ]
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAGIC: Final = b"OH"
 # Magic, version, bytes of padding before packed arrays, bytes of msgpack that follow.
 HEAD: Final = struct.Struct("<2sBBI")
 PACK_BYTES: Final = 64 * 1024
 MAX_HEADER_BYTES: Final = 256 * 1024
 MAX_FRAMES: Final = 256
+MAX_DEPTH: Final = 64  # of a free-form message
 _ARRAY_EXT: Final = 1
+_PLAIN: Final = (bool, int, float, str, bytes, np.ndarray)
 _PAD: Final = bytes(8)
+_pack: Final = msgspec.msgpack.Encoder().encode
+_unpack_plain: Final = msgspec.msgpack.Decoder().decode
 _DICT: Final = "dict:"  # kinds of free-form messages begin with it
 T = TypeVar("T")
 
@@ -549,7 +553,8 @@ def encode_dict(kind: str, body: Mapping[str, Any]) -> list[Buffer]:
 
     def default(value: Any) -> Any:
         if isinstance(value, np.ndarray):
-            return msgpack.ExtType(_ARRAY_EXT, msgpack.packb(array_out(value, frames, kind)))
+            described = _pack(array_out(value, frames, kind))
+            return msgspec.msgpack.Ext(_ARRAY_EXT, described)
         if isinstance(value, np.generic):
             return value.item()
         if isinstance(value, Mapping):
@@ -560,7 +565,7 @@ def encode_dict(kind: str, body: Mapping[str, Any]) -> list[Buffer]:
 
 
 def decode_dict(frames: Sequence[Buffer], kind: str) -> dict[str, Any]:
-    """Undo `encode_dict`; tuples come back as lists.
+    """Undo `encode_dict`; tuples and sets come back as lists.
 
     Raises:
         WireError: anything at all is wrong with the frames.
@@ -581,8 +586,25 @@ def decode_dict(frames: Sequence[Buffer], kind: str) -> dict[str, Any]:
     body = head[2]
     if type(body) is not dict:
         raise WireError("field", f"{kind} is not a dict")
+    _check_plain(body, kind)
     inbox.close()
     return body
+
+
+def _check_plain(value: Any, kind: str, depth: int = 0) -> None:
+    """Refuse what msgpack can say and `encode_dict` never does: other keys, dates, extensions."""
+    if depth > MAX_DEPTH:
+        raise WireError("field", f"{kind} is nested more than {MAX_DEPTH} deep")
+    if type(value) is dict:
+        if not all(type(key) is str for key in value):
+            raise WireError("field", f"{kind} has a key that is not a str")
+        for item in value.values():
+            _check_plain(item, kind, depth + 1)
+    elif type(value) is list:
+        for item in value:
+            _check_plain(item, kind, depth + 1)
+    elif value is not None and type(value) not in _PLAIN:
+        raise WireError("field", f"{kind} has a {type(value).__name__}")
 
 
 def _finish(
@@ -590,10 +612,10 @@ def _finish(
 ) -> list[Buffer]:
     """Put the header in front, and the arrays behind it where they are small."""
     try:
-        header = msgpack.packb(head, default=default)
+        header = _pack(head) if default is None else msgspec.msgpack.encode(head, enc_hook=default)
     except WireError:
         raise
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
         raise WireError("field", str(error)) from None
     if len(header) > MAX_HEADER_BYTES:
         raise WireError("oversize", f"the header has {len(header)} bytes")
@@ -643,12 +665,10 @@ def _open(
 
 def _unpack(data: Buffer, hook: Any) -> Any:
     try:
-        if hook is None:
-            return msgpack.unpackb(data, strict_map_key=True)
-        return msgpack.unpackb(data, strict_map_key=True, ext_hook=hook)
+        return _unpack_plain(data) if hook is None else msgspec.msgpack.decode(data, ext_hook=hook)
     except WireError:
         raise
-    except Exception as error:  # msgpack's errors share no base class
+    except (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise WireError("header", f"{type(error).__name__}: {error}"[:120]) from None
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.types import Action, LatentGoal
-from openhelix.runtime.transport.codec import HEAD, MAX_FRAMES, encode
+from openhelix.runtime.transport.codec import HEAD, MAGIC, MAX_FRAMES, VERSION, encode
 from openhelix.runtime.transport.wire import ENVELOPE, NewestReader, Publisher
 from tests.runtime.wire_ports import Raw, join, latent, settle, take_one, until
 
@@ -155,7 +155,9 @@ def test_arbitrary_frames_never_raise(
     raw, reader = pair
     for frames in messages:
         head = b"t\0" + (
-            ENVELOPE.pack(1, 0, 0) + HEAD.pack(b"OH", 1, 0, 3) + b"\x93lat" if stamped else b""
+            ENVELOPE.pack(1, 0, 0) + HEAD.pack(MAGIC, VERSION, 0, 3) + b"\x93lat"
+            if stamped
+            else b""
         )
         raw.socket.send_multipart([head, *frames] if frames else [head])
     assert settle(raw, reader) == []
