@@ -71,9 +71,7 @@ class LatentGoal:
     instruction_id: int  # the instruction it belongs to; another instruction_id makes it void
     t_obs_ns: int  # capture time of the image it was computed from
     t_pub_ns: int  # time of publication
-    spec_id: (
-        str  # identity of the producing model; see `openhelix.runtime.core.interfaces.LatentSpec`
-    )
+    spec_id: str  # identity of the producing model; see `interfaces.LatentSpec`
     source: str = ""  # identity of the publishing process, new at every start
     compute_s: float = 0.0  # what the engine took for it
 

@@ -208,7 +208,7 @@ class System2Metrics:
 
     Args:
         scheduler: has `robots` (by name, each with `pending`) and `totals`.
-        hz: latents a second promised to each robot.
+        hz: latents per second promised to each robot.
         clock: the scheduler's.
     """
 

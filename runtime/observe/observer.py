@@ -1,4 +1,18 @@
-"""Gives a run's loop the subscribers that its configuration asks for, and ends them."""
+"""Who looks on at a run: the subscribers of its loop, and the process that they feed.
+
+The control process does one thing for its spectators: it sends each tick as it is, with the
+frames that are new (`TickPublisher`). Drawing and encoding happen elsewhere, so that no
+spectator ever holds the control thread's interpreter. Unlike the control path, where only the
+newest counts, here all messages do; those that were lost are counted (`EveryReader`).
+
+On the wall clock `ObserverNode`, a process of its own, takes the ticks. It feeds the `Sinks`
+(video, recording, viewer), which drop, counted, rather than delay anybody, and the
+`StatusBoard`, which answers when a person asks how the robot is. The control process is never
+asked: whoever watches a robot, however many and however slowly, cannot cost its loop a
+microsecond. On the lockstep clock the sinks work inside the run's process and lose nothing.
+
+`Subscribers` gives a loop what its configuration asks for.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +40,15 @@ from openhelix.runtime.observe.video import Caption, VideoRecorder
 from openhelix.runtime.transport.codec import WireError, decode, kind_of, register
 from openhelix.runtime.transport.wire import Inlet, Publisher, Track, topic_bytes
 
-# ------------------------------------------------------------------------------------------------
-# Every tick of the loop, for processes that look on: video, recording, viewer.
-#
-# The control process does one thing for them: it sends a tick as it is, with the frames that
-# are new. Drawing and encoding happen elsewhere, so that no spectator ever holds the control
-# thread's interpreter. Unlike the control path, where only the newest counts, here all messages
-# do; those that were lost are counted.
-
-
 TOPIC = "ticks"
+WINDOW_S = 10.0  # over which rates are counted
+MAX_SIDE_PX = 640  # of an image that is handed out; larger ones are thinned
+KEPT_STOPS = 20
+QUIET_S = 0.3  # after this long without a tick, a run that has ended has been seen whole
 T = TypeVar("T")
+
+
+# The stream of ticks -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,17 +148,7 @@ class EveryReader(Generic[T]):
         self._inlet.port.close()
 
 
-# ------------------------------------------------------------------------------------------------
-# What a person wants to know of a running robot, kept by the process that looks on.
-#
-# The observer hears every tick anyway; `StatusBoard` keeps the newest of everything and answers
-# when somebody asks. The control process is never asked: whoever watches a robot, however many
-# and however slowly, cannot cost its loop a microsecond.
-
-
-WINDOW_S = 10.0  # over which rates are counted
-MAX_SIDE_PX = 640  # of an image that is handed out; larger ones are thinned
-KEPT_STOPS = 20
+# The status board --------------------------------------------------------------------------------
 
 
 class StatusBoard:
@@ -268,15 +270,7 @@ _NOTHING: dict[str, Any] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Where ticks go besides the robot: video, recording, viewer, as a configuration asks for.
-#
-# On the lockstep clock the sinks work inside the run's process and lose nothing. On the wall
-# clock they live in a process of their own (`ObserverNode`) and drop, counted, rather than
-# delay anybody.
-
-
-QUIET_S = 0.3  # after this long without a tick, a run that has ended has been seen whole
+# Sinks -------------------------------------------------------------------------------------------
 
 
 class Sinks:
@@ -337,6 +331,9 @@ class Sinks:
                 for name, part in self.parts.items()
             }
         return self._summary
+
+
+# The observer process ----------------------------------------------------------------------------
 
 
 class ObserverNode:
@@ -443,6 +440,9 @@ class ObserverNode:
         if not self._finished.wait(60.0):
             raise ValueError("the video or the recording could not be finished within 60 s")
         return self._summary
+
+
+# What a loop is given ----------------------------------------------------------------------------
 
 
 class Subscribers:

@@ -4,7 +4,7 @@ ROUTER and DEALER with numbered requests instead of REQ and REP, so that a lost 
 late answer or a restarted server never leaves either side stuck. A request that timed out is
 taken back: its socket is dropped with everything still queued on it, so a command cannot
 arrive after its sender has given up. Arguments and results are dicts of plain values and
-arrays (`openhelix.runtime.transport.codec.encode_dict`). A handler that raises is answered with one line.
+arrays (`codec.encode_dict`). A handler that raises is answered with one line.
 """
 
 from __future__ import annotations

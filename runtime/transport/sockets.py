@@ -1,4 +1,14 @@
-"""Opens ZeroMQ sockets the one way this project uses them: checked, capped, never lingering."""
+"""Opens ZeroMQ sockets the one way this project uses them: checked, capped, never lingering.
+
+`ipc://` and loopback are free to use; anything that another host can reach needs CURVE keys.
+
+A folder of keys holds `NAME.public` and `NAME.secret` (Z85 text; the secret readable by its
+owner alone). The name `server` is the binding side's. On the binding side every other
+`.public` in the folder is a client that is let in, under its file's name; all others are
+refused and counted. A connecting side needs `server.public` and one secret of its own. Both
+sides prove who they are, and the traffic is encrypted. A `~` in a folder's name is the home of
+whoever reads it, so that one configuration serves hosts with different users.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +33,22 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from openhelix.runtime.transport.codec import MAX_FRAME_BYTES
 
-# ------------------------------------------------------------------------------------------------
-# Where sockets may live: ipc and loopback freely, anything else only with CURVE keys.
-#
-# Also builds ipc endpoints that fit a Unix socket's 107 bytes, and clears away the socket
-# files of processes that died.
-
-
+SERVER: Final = "server"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_KEY: Final = re.compile(rb"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
+_DOMAIN: Final = "openhelix"
 MAX_IPC_PATH: Final = 107  # bytes of sockaddr_un.sun_path, less the final zero
+IN_USE_WAIT_NS: Final = 2_000_000_000
+_TCP_OPTIONS: Final = {  # a half-open connection is found out and made anew
+    zmq.HEARTBEAT_IVL: 1_000,
+    zmq.HEARTBEAT_TIMEOUT: 3_000,
+    zmq.RECONNECT_IVL_MAX: 1_000,
+    zmq.TCP_KEEPALIVE: 1,
+}
+log = logging.getLogger(__name__)
+
+
+# Endpoints ---------------------------------------------------------------------------------------
 
 
 class EndpointRefused(ValueError):
@@ -139,22 +157,7 @@ def served(address: str) -> dict[str, str]:
     return {"control": address} | ports
 
 
-# ------------------------------------------------------------------------------------------------
-# CURVE keys: who may talk to a socket that other hosts can reach.
-#
-# A folder holds `NAME.public` and `NAME.secret` (Z85 text; the secret readable by its owner
-# alone). The name `server` is the binding side's. On the binding side every other `.public`
-# in the folder is a client that is let in, under its file's name; all others are refused and
-# counted. A connecting side needs `server.public` and one secret of its own. Both sides prove
-# who they are, and the traffic is encrypted. A `~` in a folder's name is the home of whoever
-# reads it, so that one configuration serves hosts with different users.
-
-
-SERVER: Final = "server"
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_KEY: Final = re.compile(rb"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
-_DOMAIN: Final = "openhelix"
-log = logging.getLogger(__name__)
+# CURVE keys --------------------------------------------------------------------------------------
 
 
 class KeyFileError(ValueError):
@@ -308,13 +311,7 @@ Keys = str | Path | CurveServer | CurveClient
 """What sockets accept: a folder of keys, or an object that several sockets share."""
 
 
-IN_USE_WAIT_NS: Final = 2_000_000_000
-_TCP_OPTIONS: Final = {  # a half-open connection is found out and made anew
-    zmq.HEARTBEAT_IVL: 1_000,
-    zmq.HEARTBEAT_TIMEOUT: 3_000,
-    zmq.RECONNECT_IVL_MAX: 1_000,
-    zmq.TCP_KEEPALIVE: 1,
-}
+# Sockets -----------------------------------------------------------------------------------------
 
 
 class Port:

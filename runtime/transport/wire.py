@@ -1,14 +1,14 @@
 """Data between processes: a publisher, and readers that keep only the newest message.
 
-A message begins with `topic NUL envelope`, then come `openhelix.runtime.transport.codec`'s frames. The envelope
-(`Envelope`) says who sent it since which start, the how-manieth it is, and when, so that
-losses are counted for every kind of message alike. The NUL makes a subscription exact:
-ZeroMQ matches prefixes, and `arm1` must not receive `arm10`.
+A message begins with `topic NUL envelope`, then come the frames of the codec. The `Envelope`
+says which publisher sent it, its number and when, so that losses are counted for every kind of
+message alike. The NUL makes a subscription exact: ZeroMQ matches prefixes, and `arm1` must not
+receive `arm10`.
 
 Readers drain their queue without blocking and keep the newest. ZMQ_CONFLATE is not used: it
 now and then loses the very newest message, and it cuts multipart messages up. Queues are
-long for the same reason: when one is full, ZeroMQ drops what is *newest*. All of a message's
-times are the sender's clock.
+long for the same reason: when one is full, ZeroMQ drops what is *newest*. All times in a
+message are of the sender's clock.
 """
 
 from __future__ import annotations
@@ -30,26 +30,13 @@ from openhelix.runtime.transport.codec import (
     decode,
     encode,
     kind_of,
-    register,
 )
-from openhelix.runtime.transport.sockets import (
-    BindRefused,
-    CurveServer,
-    Keys,
-    Port,
-    check_bind,
-)
-
-# ------------------------------------------------------------------------------------------------
-# The receiving half of `openhelix.runtime.transport.wire`: drain a socket, keep the newest, count the rest.
-#
-# Here is the rule for what "newest" means when messages are lost, repeated, forged or too old,
-# and when a publisher restarts; `openhelix.runtime.transport.wire` has the classes to use.
-
+from openhelix.runtime.transport.sockets import CurveServer, Keys, Port
 
 T = TypeVar("T")
 ENVELOPE: Final = struct.Struct("<QQq")
 NOBLOCK: Final = int(zmq.NOBLOCK)
+_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 _POLLIN: Final = int(zmq.POLLIN)
 _CANDIDATES: Final = 8  # of one drain; the others are older than what is worth decoding
 _MAX_JUMP: Final = 1 << 32  # more messages than a publisher sends in years were not lost
@@ -70,6 +57,96 @@ def topic_bytes(topic: str) -> bytes:
     if not raw or b"\0" in raw or len(raw) > MAX_TOPIC_BYTES:
         raise ValueError(f"topic: {topic!r} must have 1 to {MAX_TOPIC_BYTES} bytes and no NUL")
     return raw
+
+
+# Sending -----------------------------------------------------------------------------------------
+
+
+class Publisher:
+    """Sends records on one topic; never blocks, and says when somebody could not keep up.
+
+    Args:
+        endpoint: where; `ipc://`, or `tcp://` (beyond this host only with keys).
+        topic: what readers subscribe to, exactly.
+        bind: False where the readers bind, for example at one System 2 for many robots.
+        keys: CURVE keys; a folder, or an object that several sockets share.
+        hwm: messages to hold for each reader that does not keep up. Keep it above any
+            burst, because a full queue loses the newest message; for images remember that
+            all of them are held in memory.
+        clock: stamps the messages.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | Sequence[str],
+        topic: str,
+        *,
+        bind: bool = True,
+        keys: Keys | None = None,
+        hwm: int = 1000,
+        clock: Clock | None = None,
+    ) -> None:
+        self._prefix = topic_bytes(topic) + b"\0"
+        self._clock = clock or MonotonicClock()
+        self._source = int.from_bytes(os.urandom(8), "little")
+        self._seq = 0
+        self.sent = 0
+        self.dropped = 0  # sends that found a reader's queue just filled; see `send`
+        # With NODROP a queue that fills up is an error that can be counted, not silence.
+        options: dict[int, int | bytes] = {zmq.SNDHWM: hwm, zmq.XPUB_NODROP: 1}
+        self._port = Port(zmq.PUB, endpoint, bind=bind, keys=keys, options=options)
+        self._send = self._port.socket.send
+
+    @property
+    def source(self) -> str:
+        """Identity of this publisher since its start, as 16 hexadecimal digits."""
+        return f"{self._source:016x}"
+
+    @property
+    def bound(self) -> str:
+        """The endpoint really bound, for example after asking for port `*`."""
+        return self._port.bound
+
+    def send(self, message: object) -> bool:
+        """Send a record; return False where a reader's queue has just filled up.
+
+        That reader then misses messages, which it counts as gaps, until it has read on; the
+        others miss nothing.
+
+        Raises:
+            WireError: the message breaks its own schema.
+        """
+        envelope = ENVELOPE.pack(self._source, self._seq, self._clock.now_ns())
+        frames = encode(message, self._prefix + envelope)
+        self._seq += 1
+        self.sent += 1
+        return self._put(frames)
+
+    def _put(self, frames: list[Buffer]) -> bool:
+        if self._try(frames):
+            return True
+        self.dropped += 1
+        self._port.socket.set(zmq.XPUB_NODROP, 0)  # one slow reader must not hold up the others
+        self._try(frames)
+        self._port.socket.set(zmq.XPUB_NODROP, 1)
+        return False
+
+    def _try(self, frames: list[Buffer]) -> bool:
+        """Send without waiting. Copies: up to megabytes zero-copy sends cost more than that."""
+        try:
+            for frame in frames[:-1]:
+                self._send(frame, _MORE)
+            self._send(frames[-1], NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the socket; what is still queued is discarded."""
+        self._port.close()
+
+
+# Receiving: drain a socket, keep the newest, count the rest --------------------------------------
 
 
 @dataclass(slots=True)
@@ -261,107 +338,6 @@ class Inlet:
             self._skipping = False
             return None
         return frames
-
-
-__all__ = [
-    "BindRefused",
-    "Envelope",
-    "NewestPerTopic",
-    "NewestReader",
-    "Publisher",
-    "ReaderStats",
-    "WireError",
-    "check_bind",
-    "decode",
-    "encode",
-    "register",
-]
-
-_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
-
-
-class Publisher:
-    """Sends records on one topic; never blocks, and says when somebody could not keep up.
-
-    Args:
-        endpoint: where; `ipc://`, or `tcp://` (beyond this host only with keys).
-        topic: what readers subscribe to, exactly.
-        bind: False where the readers bind, for example at one System 2 for many robots.
-        keys: CURVE keys; a folder, or an object that several sockets share.
-        hwm: messages to hold for each reader that does not keep up. Keep it above any
-            burst, because a full queue loses the newest message; for images
-            remember that all of them are held in memory.
-        clock: stamps the messages.
-    """
-
-    def __init__(
-        self,
-        endpoint: str | Sequence[str],
-        topic: str,
-        *,
-        bind: bool = True,
-        keys: Keys | None = None,
-        hwm: int = 1000,
-        clock: Clock | None = None,
-    ) -> None:
-        self._prefix = topic_bytes(topic) + b"\0"
-        self._clock = clock or MonotonicClock()
-        self._source = int.from_bytes(os.urandom(8), "little")
-        self._seq = 0
-        self.sent = 0
-        self.dropped = 0  # sends that found a reader's queue just filled; see `send`
-        # With NODROP a queue that fills up is an error that can be counted, not silence.
-        options: dict[int, int | bytes] = {zmq.SNDHWM: hwm, zmq.XPUB_NODROP: 1}
-        self._port = Port(zmq.PUB, endpoint, bind=bind, keys=keys, options=options)
-        self._send = self._port.socket.send
-
-    @property
-    def source(self) -> str:
-        """Identity of this publisher since its start, as 16 hexadecimal digits."""
-        return f"{self._source:016x}"
-
-    @property
-    def bound(self) -> str:
-        """The endpoint really bound, for example after asking for port `*`."""
-        return self._port.bound
-
-    def send(self, message: object) -> bool:
-        """Send a record; return False where a reader's queue has just filled up.
-
-        That reader then misses messages, which it counts as gaps, until it has read on; the
-        others miss nothing.
-
-        Raises:
-            WireError: the message breaks its own schema.
-        """
-        envelope = ENVELOPE.pack(self._source, self._seq, self._clock.now_ns())
-        frames = encode(message, self._prefix + envelope)
-        self._seq += 1
-        self.sent += 1
-        return self._put(frames)
-
-    def _put(self, frames: list[Buffer]) -> bool:
-        if self._try(frames):
-            return True
-        self.dropped += 1
-        self._port.socket.set(zmq.XPUB_NODROP, 0)  # one slow reader must not hold up the others
-        self._try(frames)
-        self._port.socket.set(zmq.XPUB_NODROP, 1)
-        return False
-
-    def _try(self, frames: list[Buffer]) -> bool:
-        """Send without waiting. Copies: up to megabytes zero-copy sends cost more than that."""
-        try:
-            for frame in frames[:-1]:
-                self._send(frame, _MORE)
-            self._send(frames[-1], NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
-
-    def close(self) -> None:
-        """Close the socket; what is still queued is discarded."""
-        self._port.close()
 
 
 class NewestReader(Generic[T]):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from openhelix.runtime.transport.codec import WireError, encode_dict
 from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcServer, RpcTimeout
-from openhelix.runtime.transport.wire import BindRefused
+from openhelix.runtime.transport.sockets import BindRefused
 
 PATIENCE_S = 20.0
 

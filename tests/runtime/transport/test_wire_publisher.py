@@ -12,12 +12,9 @@ import pytest
 
 from openhelix.runtime.core.clock import MonotonicClock
 from openhelix.runtime.core.types import LatentGoal
-from openhelix.runtime.transport.wire import (
-    BindRefused,
-    NewestReader,
-    Publisher,
-    WireError,
-)
+from openhelix.runtime.transport.codec import WireError
+from openhelix.runtime.transport.sockets import BindRefused
+from openhelix.runtime.transport.wire import NewestReader, Publisher
 from tests.runtime.wire_ports import latent, until
 
 
