@@ -432,30 +432,33 @@ class GoalScheduler:
 
     def health(self) -> dict[str, Any]:
         """Return counters and times; safe to call from another thread."""
-        totals = self.totals
-        return {
-            "hz": 1e9 / self._period_ns,
-            "published": totals.published,
-            "batches": totals.batches,
-            "skipped": totals.skipped,
-            "refused": totals.refused,
-            "failed": totals.failed,
-            "failures": dict(totals.failures),
-            "shed": dict(totals.shed),
-            "compute_s": percentiles(list(totals.compute_s)),
-            "wait_s": percentiles(list(totals.wait_s)),
-            "robots": {
-                name: {
-                    "instruction_id": robot.instruction_id,
-                    "published": robot.seq,
-                    "skipped": robot.skipped,
-                    "superseded": robot.superseded,
-                    "refused": robot.refused,
-                    "error": robot.last_error,
-                }
-                for name, robot in list(self.robots.items())
-            },
-        }
+        return health_of(self.totals, self.robots)
+
+
+def health_of(totals: Totals, robots: Mapping[str, RobotState]) -> dict[str, Any]:
+    """Return counters and times, of a scheduler or of one that is not there yet."""
+    return {
+        "published": totals.published,
+        "batches": totals.batches,
+        "skipped": totals.skipped,
+        "refused": totals.refused,
+        "failed": totals.failed,
+        "failures": dict(totals.failures),
+        "shed": dict(totals.shed),
+        "compute_s": percentiles(list(totals.compute_s)),
+        "wait_s": percentiles(list(totals.wait_s)),
+        "robots": {
+            name: {
+                "instruction_id": robot.instruction_id,
+                "published": robot.seq,
+                "skipped": robot.skipped,
+                "superseded": robot.superseded,
+                "refused": robot.refused,
+                "error": robot.last_error,
+            }
+            for name, robot in list(robots.items())
+        },
+    }
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:

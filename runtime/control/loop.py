@@ -53,7 +53,7 @@ class ControlLoop:
         chunks: the plan on its time line.
         limits: bounds every target before it is sent.
         watchdog: knows the age of every source and what is too old.
-        machine: turns its findings into run, hold or stop.
+        safety: turns its findings into run, hold or stop.
         clock: whose time this is.
         period_ns: one control period.
         seed: of the policy's randomness; every instruction draws from a stream of its own.
@@ -68,7 +68,7 @@ class ControlLoop:
         chunks: ChunkBuffer,
         limits: SafetyFilter,
         watchdog: Watchdog,
-        machine: SafetyState,
+        safety: SafetyState,
         clock: Clock,
         period_ns: int,
         seed: int = 0,
@@ -76,7 +76,7 @@ class ControlLoop:
     ) -> None:
         self.robot, self.goals, self.planner = robot, goals, planner
         self.chunks, self.limits = chunks, limits
-        self.watchdog, self.safety = watchdog, machine
+        self.watchdog, self.safety = watchdog, safety
         self.clock, self.period_ns, self.seed = clock, period_ns, seed
         self.subscribers = list(subscribers)
         self.instruction_id = 0
@@ -179,6 +179,8 @@ class ControlLoop:
         if self.goals is None:
             return None
         latent = self.goals.update(observation)
+        if self.goals.mismatch:
+            self.watchdog.saw_mismatch(self.goals.mismatch)
         if latent is not None:
             self.watchdog.saw("latent", latent.t_obs_ns, now_ns)
         return latent

@@ -132,7 +132,7 @@ class SyncPlanner:
 
 
 class RemotePlanner:
-    """System 1 in another process; see `openhelix.runtime.launch.system1_process.System1Node`.
+    """System 1 in another process; see `openhelix.runtime.launch.system1_process.System1Process`.
 
     A request is out until its reply comes or `LOST_AFTER_NS` have passed, so that a slow
     policy is given a fresh observation when it is free instead of a queue of old ones.

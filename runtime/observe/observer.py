@@ -274,7 +274,7 @@ _NOTHING: dict[str, Any] = {
 # Where ticks go besides the robot: video, recording, viewer, as a configuration asks for.
 #
 # On the lockstep clock the sinks work inside the run's process and lose nothing. On the wall
-# clock they live in a process of their own (`ObserverNode`) and drop, counted, rather than
+# clock they live in a process of their own (`ObserverProcess`) and drop, counted, rather than
 # delay anybody.
 
 
@@ -338,7 +338,7 @@ class Sinks:
         return self._summary
 
 
-class ObserverNode:
+class ObserverProcess:
     """Looks on: feeds the sinks with the ticks that the control process sends.
 
     Args:
@@ -369,6 +369,8 @@ class ObserverNode:
         self._finished = threading.Event()
         self._summary: dict[str, Any] = {}
         self._metrics: Endpoint | None = None
+        self._sinks: Sinks | None = None
+        self._reader: EveryReader[TickMessage] | None = None
 
     @staticmethod
     def wanted(config: RunConfig) -> bool:
@@ -388,6 +390,7 @@ class ObserverNode:
             self._metrics = serve(port, wire, sinks, host=output.metrics_host)
 
     def run(self, stop: threading.Event) -> None:
+        assert self._reader is not None and self._sinks is not None
         while not stop.is_set() and not self._finish.is_set():
             self._reader.wait(0.1)
             self._take()
@@ -400,9 +403,10 @@ class ObserverNode:
         stop.wait()
 
     def health(self) -> dict[str, Any]:
+        stats = self._reader.stats if self._reader else None
         return {
-            "ticks": self._reader.stats.delivered,
-            "ticks_lost": self._reader.stats.gaps,
+            "ticks": stats.delivered if stats else 0,
+            "ticks_lost": stats.gaps if stats else 0,
             "metrics_url": self._metrics.url if self._metrics else None,
         }
 
@@ -417,12 +421,12 @@ class ObserverNode:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        if hasattr(self, "_sinks"):
-            self._sinks.close()
-        if hasattr(self, "_reader"):
-            self._reader.close()
+        for part in (self._sinks, self._reader):
+            if part is not None:
+                part.close()
 
     def _take(self) -> None:
+        assert self._reader is not None and self._sinks is not None
         for message in self._reader.poll():
             self._last_s = time.monotonic()
             tick = message.tick

@@ -13,7 +13,7 @@ import pytest
 
 from openhelix.runtime.control.planner import LOST_AFTER_NS, PlanReply, RemotePlanner, SyncPlanner
 from openhelix.runtime.core.types import LatentGoal, Observation
-from openhelix.runtime.launch.system1_process import System1Node
+from openhelix.runtime.launch.system1_process import System1Process
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 from tests.fakes import PERIOD_NS, ReachPolicy
 
@@ -48,7 +48,7 @@ def test_a_chunk_is_due_every_replan_interval_and_after_a_reset() -> None:
 @dataclass
 class Remote:
     planner: RemotePlanner
-    node: System1Node
+    node: System1Process
     stop: threading.Event
 
     def reply(self, timeout_s: float = 60.0) -> Any:
@@ -65,7 +65,7 @@ class Remote:
 def remote(tmp_path: Path) -> Iterator[Remote]:
     plans, chunks = f"ipc://{tmp_path}/plans", f"ipc://{tmp_path}/chunks"
     options = {"horizon": 6, "fail_at": 3}
-    node = System1Node({"target": "tests.fakes:ReachPolicy", "options": options}, plans, chunks)
+    node = System1Process({"target": "tests.fakes:ReachPolicy", "options": options}, plans, chunks)
     node.setup()
     stop = threading.Event()
     thread = threading.Thread(target=node.run, args=(stop,), daemon=True)
