@@ -123,7 +123,7 @@ class ControlProcess:
 
     def health(self) -> dict[str, Any]:
         runner = self._stack.episode_runner if self._stack else None
-        current = runner.current if runner else None
+        current, goals = runner.current if runner else None, self._goals
         return {
             "finished": self._finished.is_set(),
             "task": current.task if current else "",
@@ -131,6 +131,8 @@ class ControlProcess:
             "steps": runner.steps if runner else 0,
             **task_rows(runner.results if runner else []),
             **live(self._subscribers.statistics if self._subscribers else None),
+            "latents_received": goals.received if goals else 0,
+            "latents_mismatched": goals.mismatched if goals else 0,
             "metrics_url": self._subscribers.metrics_url if self._subscribers else None,
         }
 
