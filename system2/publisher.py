@@ -34,7 +34,7 @@ from openhelix.system2.scheduler import GoalScheduler, Limits, Totals, health_of
 log = logging.getLogger(__name__)
 IDLE_S = 0.05  # how often to look for a stop while nothing is due
 MAX_NAMES = 4096  # of robots whose numbering is remembered
-# A robot sends two images a second, so few wait; and what waits is held in memory.
+# A robot sends a few images per second, so few wait; and what waits is held in memory.
 QUEUE = 32
 MAX_REQUEST_BYTES = 32 << 20  # an RGB image of 4K has 25 MB
 
@@ -42,8 +42,8 @@ MAX_REQUEST_BYTES = 32 << 20  # an RGB image of 4K has 25 MB
 class LatentOutlet:
     """One bound PUB socket with a topic and a sequence for every robot.
 
-    `openhelix.runtime.transport.wire.Publisher` has one topic a socket; many robots subscribe to this one
-    address, each exactly to its own topic.
+    `openhelix.runtime.transport.wire.Publisher` has one topic per socket; many robots subscribe
+    to this one address, each exactly to its own topic.
     """
 
     def __init__(self, endpoint: str, keys: Any = None, clock: Clock | None = None) -> None:
@@ -99,7 +99,7 @@ class System2Process:
 
     Args:
         engine: {"target": "module:Class", "options": {…}}.
-        hz: latents a second for each robot (HZ2).
+        hz: latents per second for each robot (HZ2).
         requests: endpoint to bind for requests.
         latents: endpoint to bind for latents.
         limits: fields of `scheduler.Limits` that differ from the defaults.

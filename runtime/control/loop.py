@@ -98,7 +98,7 @@ class ControlLoop:
         self._last = None
 
     def begin(self, instruction: str) -> int:
-        """Follow a new instruction: what belonged to the old one is void. Returns the instruction_id."""
+        """Follow a new instruction: what belonged to the old one is void. Returns its number."""
         self.instruction_id += 1
         self._planned = False
         self.watchdog.expect_latent(self.clock.now_ns())

@@ -16,20 +16,22 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from openhelix.runtime.core.config import ConfigError, Placement, RunConfig, TransportConfig
-from openhelix.runtime.core.plugins import ResolveError, find
 from openhelix.runtime.launch.node import NodeSpec
 from openhelix.runtime.observe.observer import ObserverProcess
 from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcRefused
@@ -314,14 +316,25 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
     ]
 
 
-def _require_targets(spec: NodeSpec) -> None:
-    """Raise ConfigError where a part names a module that this host does not have."""
+def _require_modules(spec: NodeSpec) -> None:
+    """Raise ConfigError where a part names a module that this host does not have.
+
+    Modules are looked for and not imported: that takes milliseconds, loading torch seconds.
+    """
     named = [spec.options.get(key) for key in ("engine", "policy")]
     for target in [spec.target, *(part["target"] for part in named if part)]:
+        module = target.partition(":")[0]
+        root = module.partition(".")[0]
+        why = f"no module named {module!r}"
         try:
-            find(target)
-        except ResolveError as error:
-            raise ConfigError(f"{spec.name}: {error}") from None
+            there = importlib.util.find_spec(module) is not None
+        except ImportError as error:
+            there, why = False, str(error)
+        # `python -m`, which starts the processes, finds what is in the working folder as well.
+        if not there and root not in sys.modules:
+            there = PathFinder.find_spec(root, [os.getcwd()]) is not None
+        if not there:
+            raise ConfigError(f"{spec.name}: {target!r}: {why}")
 
 
 class Graph:
@@ -356,7 +369,7 @@ class Graph:
         """
         for spec in self.specs:
             if spec.here:
-                _require_targets(spec)
+                _require_modules(spec)
         if self._config.system2.connect is not None:
             self._require_system2(patient=True)
         if self._config.ray:

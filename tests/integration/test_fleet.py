@@ -193,7 +193,7 @@ def test_a_client_that_never_reads_harms_nobody(fleet: Fleet) -> None:
     context.term()
 
 
-def test_wrong_keys_no_keys_and_rubbish_are_refused_at_the_door(
+def test_wrong_keys_no_keys_and_rubbish_are_refused_before_they_connect(
     fleet: Fleet, tmp_path: Path
 ) -> None:
     strange = tmp_path / "strange"

@@ -61,7 +61,7 @@ class Robot:
     def hear(
         self, text: str, red: int = 0, instruction_id: int = 0, timeout_s: float = 10.0
     ) -> LatentGoal:
-        """Ask until a latent of that instruction_id comes."""
+        """Ask until a latent for that instruction comes."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             self.ask(text, red, instruction_id)
@@ -69,7 +69,7 @@ class Robot:
             goal = self.reader.poll()
             if goal is not None and goal.instruction_id == instruction_id:
                 return goal
-        raise AssertionError(f"{self.name}: no latent of instruction_id {instruction_id}")
+        raise AssertionError(f"{self.name}: no latent for instruction {instruction_id}")
 
     def close(self) -> None:
         self.out.close()
