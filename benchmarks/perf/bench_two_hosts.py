@@ -1,7 +1,7 @@
 """One run across two hosts: age of the latents, offset of the clocks, deadlines.
 
 Starts a cluster with `ray up deploy/cluster.yaml` on two hosts that are namespaces of this
-machine (root, `deploy/install-debian.sh`), then one `openhelix run` with the laptop's parts:
+machine (root, `deploy/install-debian.sh hosts`), then one `openhelix run` with the laptop's parts:
 System 2 on one host, everything else on the other, TCP with CURVE between them. Both share
 this machine's cores, so ages and lateness are upper bounds of what two machines do.
 
