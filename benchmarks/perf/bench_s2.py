@@ -83,7 +83,7 @@ def robots(options: argparse.Namespace) -> dict[str, Any]:
     """Eight robots at 1 Hz from one engine, through the real node and sockets."""
     from openhelix.runtime.core.types import GoalRequest, LatentGoal
     from openhelix.runtime.transport.wire import NewestReader, Publisher
-    from openhelix.system2.publisher import PublisherNode
+    from openhelix.system2.publisher import System2Process
 
     folder = Path(tempfile.mkdtemp())
     requests, latents = f"ipc://{folder}/requests", f"ipc://{folder}/latents"
@@ -91,7 +91,7 @@ def robots(options: argparse.Namespace) -> dict[str, Any]:
         "target": "openhelix.system2.engines.vllm:VllmEngine",
         "options": {"model": options.model, "dtype": options.dtype, "threads": options.threads},
     }
-    node = PublisherNode(engine, 1.0, requests, latents)
+    node = System2Process(engine, 1.0, requests, latents)
     node.setup()
     stop = threading.Event()
     server = threading.Thread(target=node.run, args=(stop,))

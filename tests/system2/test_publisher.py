@@ -17,7 +17,7 @@ from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.runtime.core.types import GoalRequest, LatentGoal
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 from openhelix.system2.prompt import clean_instruction
-from openhelix.system2.publisher import LatentOutlet, PublisherNode
+from openhelix.system2.publisher import LatentOutlet, System2Process
 
 
 class CountingEngine:
@@ -61,7 +61,7 @@ class Robot:
     def hear(
         self, text: str, red: int = 0, instruction_id: int = 0, timeout_s: float = 10.0
     ) -> LatentGoal:
-        """Ask until a latent of that instruction_id comes."""
+        """Ask until a latent for that instruction comes."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             self.ask(text, red, instruction_id)
@@ -69,7 +69,7 @@ class Robot:
             goal = self.reader.poll()
             if goal is not None and goal.instruction_id == instruction_id:
                 return goal
-        raise AssertionError(f"{self.name}: no latent of instruction_id {instruction_id}")
+        raise AssertionError(f"{self.name}: no latent for instruction {instruction_id}")
 
     def close(self) -> None:
         self.out.close()
@@ -77,10 +77,10 @@ class Robot:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[PublisherNode, str, str]]:
+def served(tmp_path: Path) -> Iterator[tuple[System2Process, str, str]]:
     requests, latents = f"ipc://{tmp_path}/requests", f"ipc://{tmp_path}/latents"
     part = {"target": "tests.system2.test_publisher:CountingEngine", "options": {}}
-    node = PublisherNode(part, hz=50.0, requests=requests, latents=latents)
+    node = System2Process(part, hz=50.0, requests=requests, latents=latents)
     node.setup()
     stop = threading.Event()
     thread = threading.Thread(target=node.run, args=(stop,))
@@ -256,8 +256,8 @@ def test_a_reader_that_is_stuck_holds_up_nobody(tmp_path: Path) -> None:
 def test_a_shared_system2_lets_no_client_change_it(tmp_path: Path) -> None:
     part = {"target": "tests.system2.test_publisher:CountingEngine"}
     ends = {"requests": f"ipc://{tmp_path}/r", "latents": f"ipc://{tmp_path}/l"}
-    assert "swap" not in PublisherNode(part, 1.0, **ends, shared=True).handlers()
-    assert "swap" in PublisherNode(part, 1.0, **ends).handlers()
+    assert "swap" not in System2Process(part, 1.0, **ends, shared=True).handlers()
+    assert "swap" in System2Process(part, 1.0, **ends).handlers()
 
 
 def test_swap_is_refused_by_an_engine_without_weights(served) -> None:
@@ -270,8 +270,8 @@ def test_bad_options_refuse_to_start(tmp_path: Path) -> None:
     part = {"target": "tests.system2.test_publisher:CountingEngine"}
     ends = {"requests": f"ipc://{tmp_path}/r", "latents": f"ipc://{tmp_path}/l"}
     with pytest.raises(ValueError, match="max_batch"):
-        PublisherNode(part, 1.0, **ends, limits={"max_batch": 0})
-    node = PublisherNode(part, -1.0, **ends)
+        System2Process(part, 1.0, **ends, limits={"max_batch": 0})
+    node = System2Process(part, -1.0, **ends)
     with pytest.raises(ValueError, match="hz"):
         node.setup()
     node.close()
