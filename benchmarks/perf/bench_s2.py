@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from openhelix.benchmarks.perf.places import results_file
+
 TEXTS = (
     "lift the red block",
     "push the sliding door to the left side",
@@ -240,7 +242,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=32, help="of prompt tuning")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--section", choices=list(SECTIONS), help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/perf/results/bench_s2.json"))
+    parser.add_argument("--out", type=Path, default=results_file("bench_s2.json"))
     return parser
 
 

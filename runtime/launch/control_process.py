@@ -29,7 +29,7 @@ from openhelix.runtime.control.report import live, percentiles, task_rows
 from openhelix.runtime.core.config import RunConfig, validate
 from openhelix.runtime.core.interfaces import LatentSpec, PolicySpec, check_latent
 from openhelix.runtime.observe.observer import ObserverProcess, Subscribers
-from openhelix.runtime.robots.base import Robot, RobotError, World, make_robot
+from openhelix.runtime.robots.base import Robot, RobotError, World, make_robot, world_options
 from openhelix.runtime.robots.sim import SimRobot
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
 from openhelix.runtime.transport.sockets import is_local
@@ -199,14 +199,15 @@ class ControlProcess:
         return str(keys) if keys else None
 
     def _make_robot(self) -> Robot:
-        options = dict(self._config.robot.options)
-        if self._config.robot.name == "sim":
+        robot, world = self._config.robot, self._config.world
+        options = world_options(robot.name, robot.options, world.scene, world.cameras)
+        if robot.name == "sim":
             names = ("actions", "states", "frames", "world_control")
             options |= {name: self._channels[name] for name in names}
-            options["cameras"] = self._config.world.cameras
+            options["cameras"] = world.cameras
             options["hz"] = self._config.control.hz
             options["keys"] = self._keys()
-        return make_robot(self._config.robot.name, **options)
+        return make_robot(robot.name, **options)
 
     def _on_start(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Compare what System 2 gives with what System 1 needs, then go."""
