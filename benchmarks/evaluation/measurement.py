@@ -89,7 +89,7 @@ class DemandGoals(LockstepGoals):
             instruction_id=self.instruction_id,
             t_obs_ns=observation.t_ns,
             t_pub_ns=observation.t_ns,
-            spec_id=self._spec_id,
+            spec_id=engine.spec.spec_id,
             source="lockstep",
         )
 

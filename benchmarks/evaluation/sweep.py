@@ -25,7 +25,7 @@ from typing import Any
 
 from openhelix.benchmarks.evaluation import plots
 from openhelix.benchmarks.evaluation.eval import arguments, load_config, make_suite
-from openhelix.benchmarks.evaluation.evaluation import Console, Plan, evaluate
+from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate
 from openhelix.benchmarks.evaluation.metrics import EvalMetrics, served
 from openhelix.benchmarks.evaluation.pool import Pool
 from openhelix.benchmarks.evaluation.pools import open_pool
@@ -268,7 +268,7 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise ArgumentTypeError(wanted) from None
 
 
-def make_plans(options: Namespace, overrides: Sequence[str]) -> list[Plan]:
+def make_plans(options: Namespace, overrides: Sequence[str]) -> list[Evaluation]:
     """Return one evaluation a cell.
 
     Raises:
@@ -283,7 +283,7 @@ def make_plans(options: Namespace, overrides: Sequence[str]) -> list[Plan]:
         raise ConfigError("--workers, --threads and --steps must be at least 1")
     if options.clock not in CLOCKS:
         raise ConfigError(f"--clock: {options.clock!r} is none of {', '.join(CLOCKS)}")
-    plans: list[Plan] = []
+    plans: list[Evaluation] = []
     for clock in CLOCKS[:2] if options.clock == "both" else (options.clock,):
         config = load_config(options.config, overrides, _at_clock(options, clock))
         for name in options.suites:
@@ -294,7 +294,7 @@ def make_plans(options: Namespace, overrides: Sequence[str]) -> list[Plan]:
             for latency in options.latencies if clock == "lockstep" else (0,):
                 for steps in options.intervals:
                     conditions = Conditions(options.steps, steps, latency)
-                    plans.append(Plan(suite, conditions, _at(config, steps), options.threads))
+                    plans.append(Evaluation(suite, conditions, _at(config, steps), options.threads))
     return plans
 
 
@@ -311,7 +311,7 @@ def _at(config: RunConfig, interval: int) -> RunConfig:
 
 
 def sweep(
-    plans: Sequence[Plan],
+    plans: Sequence[Evaluation],
     pools: PoolFor,
     folder: Path,
     drift_count: int,
@@ -345,7 +345,7 @@ def sweep(
     }
 
 
-def _drift(plan: Plan, pool: Pool, folder: Path, count: int) -> dict[str, Any]:
+def _drift(plan: Evaluation, pool: Pool, folder: Path, count: int) -> dict[str, Any]:
     """Measure drift on a few episodes of a cell, apart from its score and its timing."""
     few = min(plan.suite.count, count if plan.suite.is_chain else DRIFT_COUNT)
     small = replace(
@@ -356,7 +356,7 @@ def _drift(plan: Plan, pool: Pool, folder: Path, count: int) -> dict[str, Any]:
     return dict(evaluate(small, pool, folder / "drift" / name_of(plan))["work"]["drift"])
 
 
-def name_of(plan: Plan) -> str:
+def name_of(plan: Evaluation) -> str:
     """Return a cell's name: suite, interval, latency; on the wall clock "wall"."""
     interval, latency = plan.conditions.interval, f"d{plan.conditions.latency:02d}"
     wall = plan.config.control.clock == "realtime"

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from openhelix.benchmarks.evaluation.eval import load_config
-from openhelix.benchmarks.evaluation.evaluation import Console, Plan, evaluate
+from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate
 from openhelix.benchmarks.evaluation.pool import LocalPool
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite
@@ -62,7 +62,7 @@ def evaluation(sequences: int, steps: int) -> dict[str, Any]:
     """Return the processor seconds of an environment step, of a latent, and of loading."""
     options = Namespace(world="playtable", scene="D", clock="lockstep")
     config = load_config(None, (), options)
-    plan = Plan(Suite("calvin", count=sequences), Conditions(steps, interval=1), config)
+    plan = Evaluation(Suite("calvin", count=sequences), Conditions(steps, interval=1), config)
     begun_s = time.process_time()
     pool = LocalPool(config)
     try:

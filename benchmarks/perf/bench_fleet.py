@@ -39,6 +39,7 @@ from openhelix.benchmarks.perf.tick_overhead import overhead
 from openhelix.runtime.control.assembly import IMAGES_A_LATENT, request_interval_ns
 from openhelix.runtime.control.goals import WireGoals
 from openhelix.runtime.core.config import ConfigError, load
+from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
 from openhelix.runtime.launch.processes import reap
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
@@ -92,7 +93,9 @@ class LightRobot:
             self.ages_s.append(self.goals.recent[-1].age_s(now_ns))
 
 
-def make_robots(count: int, ends: dict[str, str], hz: float, images: int) -> list[LightRobot]:
+def make_robots(
+    count: int, ends: dict[str, str], spec: LatentSpec, hz: float, images: int
+) -> list[LightRobot]:
     """Return connected robots whose cameras and requests are out of step with one another."""
     rng = np.random.default_rng(count)
     robots, stage_number = [], next(_stages)
@@ -105,6 +108,7 @@ def make_robots(count: int, ends: dict[str, str], hz: float, images: int) -> lis
             camera="static",
             min_interval_ns=request_interval_ns(hz, images),
         )
+        goals.expect(spec)
         image = rng.integers(0, 256, (200, 200, 3), np.uint8)
         robots.append(LightRobot(name, goals, int(rng.integers(0, CAMERA_NS)), image))
     return robots
@@ -139,7 +143,7 @@ def stage(
     me = psutil.Process()
     server = psutil.Process(before["pid"])
     cpu = [sum(p.cpu_times()[:2]) for p in (me, server)]
-    robots = make_robots(count, ends, args.hz, images)
+    robots = make_robots(count, ends, LatentSpec(**before["latent_spec"]), args.hz, images)
     begin_s = time.monotonic()
     try:
         drive(robots, args.seconds)

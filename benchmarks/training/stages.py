@@ -347,7 +347,7 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
 def alignment_text(joint: Joint, source: Source) -> Tensor:
     """Return what the alignment loss pulls each task's latent to, (n_tasks, dim).
 
-    The instruction as the policy knows it: its table's row, seen through its door. A policy
+    The instruction as the policy knows it: its table's row, seen through its adapter. A policy
     without a table has the language model's own embedding of one sentence a task, turned to
     the latent's width by a fixed random map.
     """

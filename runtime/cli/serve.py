@@ -1,7 +1,8 @@
 """`openhelix serve ADDRESS`: one System 2 for many robots, until told to stop.
 
 The same node as in a run's graph, alone in this process. Robots on this host or others run
-with `system2.connect=ADDRESS` and a `robot.id` of their own, each with its own topic and instruction_id.
+with `system2.connect=ADDRESS` and a `robot.id` of their own, each with its own topic and
+instructions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 from openhelix.runtime.cli.arguments import parse, parser
 from openhelix.runtime.core.config import CommandFailed, ConfigError, load
-from openhelix.runtime.launch.graph import PUBLISHER
+from openhelix.runtime.launch.graph import SYSTEM2
 from openhelix.runtime.launch.node import NodeRunner, NodeSpec, in_a_thread
 from openhelix.runtime.transport.sockets import check_bind, served
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         "metrics_port": config.output.metrics_port_of("system2"),
         "metrics_host": config.output.metrics_host,
     }
-    spec = NodeSpec("system2", PUBLISHER, ends["control"], node, keys=keys)
+    spec = NodeSpec("system2", SYSTEM2, ends["control"], node, keys=keys)
     # No client may end what all the others rely on: that is for a signal to do.
     runner = NodeRunner(spec, stay_refused=False, stoppable=False)
     for number in (signal.SIGINT, signal.SIGTERM):

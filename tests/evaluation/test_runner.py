@@ -88,16 +88,16 @@ def test_latents_that_are_not_computed_change_nothing(runner, monkeypatch, inter
             )
         poses = []
         ways.append(poses)
-        rig_of = runner._stack
+        stack_of = runner._stack
 
-        def watched(*args, rig_of=rig_of, poses=poses):
-            stack = rig_of(*args)
+        def watched(*args, stack_of=stack_of, poses=poses):
+            stack = stack_of(*args)
             stack.loop.subscribers.append(lambda tick: poses.append(tick.sent.pose))
             return stack
 
         monkeypatch.setattr(runner, "_stack", watched)
         assert run(runner, episode, interval=interval, latency=latency).result["error"] is None
-        monkeypatch.setattr(runner, "_stack", rig_of)
+        monkeypatch.setattr(runner, "_stack", stack_of)
     assert len(ways[0]) >= 40 and np.array_equal(ways[0], ways[1])
 
 
