@@ -47,8 +47,8 @@ def arguments(command: str, description: str) -> Parser:
     add("--world", default="playtable", metavar="|".join(WORLDS))
     add("--scene", default="D", metavar="A..D", help="one or more: D, or ABC")
     add("--sequences", type=int, metavar="N", help="chains: the first N of CALVIN's 1000 (10)")
-    add("--episodes-per-task", type=int, metavar="N", help="tasks, calvin-d: N a task (10)")
-    add("--steps", type=int, default=360, metavar="LIMIT", help="environment steps a task (360)")
+    add("--episodes-per-task", type=int, metavar="N", help="tasks, calvin-d: N per task (10)")
+    add("--steps", type=int, default=360, metavar="LIMIT", help="environment steps per task (360)")
     add("--seed", type=int, default=0)
     add("--tasks", type=_words, default=(), metavar="TASK,...", help="only these tasks")
     add("--patterns", type=_words, default=PATTERNS, metavar="PATTERN,...", help="of calvin-d")
@@ -229,9 +229,9 @@ def brief(report: dict[str, Any]) -> str:
     else:
         score = f"success {100 * report['success_rate']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
         trials = f"{report['n_episodes']} episodes"
-    errors = f", {report['n_errors']} broke off" if report["n_errors"] else ""
+    errors = f", {report['n_errors']} ended by an error" if report["n_errors"] else ""
     return (
         f"{report['suite']} in {report['world']} {report['scene']}: {score}\n"
-        f"{trials}{errors}; {report['clock']} clock, {report['steps_limit']} environment steps a "
+        f"{trials}{errors}; {report['clock']} clock, {report['steps_limit']} environment steps per "
         f"task, seed {report['seed']}\n{report['folder']}/report.html\n"
     )
