@@ -104,13 +104,13 @@ def trace(root: Path, module: str, clock: str) -> dict[str, set[str]]:
         package = "openhelix." if module.startswith("openhelix.") else ""
         command += [f"system2.engine.target={package}{engine}"]
         command += ["tasks.steps_limit=360", f"output.folder={folder / 'outputs'}"]
-        process = subprocess.Popen(
+        running = subprocess.Popen(
             [*command, *QUIET, *PATIENT], cwd=root, env=environment, stdout=sys.stderr
         )
-        while process.poll() is None and len(list(folder.glob("*-*.json"))) < len(MARKS):
+        while running.poll() is None and len(list(folder.glob("*-*.json"))) < len(MARKS):
             time.sleep(0.5)
-        process.send_signal(signal.SIGINT)  # every process has been seen
-        process.wait()
+        running.send_signal(signal.SIGINT)  # every process has been seen
+        running.wait()
         found: dict[str, set[str]] = {}
         for path in folder.glob("*-*.json"):
             process = path.name.partition("-")[0]
