@@ -17,10 +17,11 @@ from openhelix.benchmarks.evaluation.results import ResultsError, Store, replace
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite, spread
 from openhelix.runtime.control.report import versions
+from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError, Part, RunConfig
+from openhelix.runtime.core.paths import ROOT
 from openhelix.system1.config import SHIPPED
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("runtime", "system1", "system2", "benchmarks/calvin", "benchmarks/evaluation")
 Progress = Callable[[int, int, Mapping[str, Any]], None]
 
@@ -89,6 +90,8 @@ def evaluate(
     begun_s = time.monotonic()
     try:
         missing, resumed = store.missing, len(store.results)
+        if missing:
+            plugins.find(plugins.WORLDS, plan.suite.world).require()
         about = pool.start() if missing or not (folder / "about.json").exists() else None
         about = _about(folder, about, resumed > 0)
         films = spread(episodes, plan.videos)

@@ -37,7 +37,7 @@ from openhelix.runtime.control.assembly import ControlStack, build_stack, make, 
 from openhelix.runtime.control.episode_runner import Assignment, EpisodeRunner
 from openhelix.runtime.control.planner import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
-from openhelix.runtime.core.config import RunConfig
+from openhelix.runtime.core.config import ConfigError, RunConfig
 from openhelix.runtime.core.interfaces import (
     Engine,
     Policy,
@@ -49,8 +49,8 @@ from openhelix.runtime.core.interfaces import (
 from openhelix.runtime.core.quaternion import from_euler_xyz
 from openhelix.runtime.core.types import F64, ActionChunk, LatentGoal, Observation
 from openhelix.runtime.observe.video import Caption, VideoRecorder
-from openhelix.runtime.robots.base import make_robot
-from openhelix.runtime.robots.env import EnvRobot, PlayTableRobot
+from openhelix.runtime.robots.base import RobotError, make_robot
+from openhelix.runtime.robots.env import EnvRobot, PlayTableRobot, stepped
 
 # ------------------------------------------------------------------------------------------------
 # Puts a world into the state in which an episode begins.
@@ -203,6 +203,7 @@ class Runner:
             self._engine = EngineMeter(engine or make(config.system2.engine))
             check_latent(self._engine.spec, spec.latent)
         torch.set_num_threads(threads)
+        self._open_world()
 
     def about(self) -> dict[str, Any]:
         """What is being evaluated, as plain data."""
@@ -326,11 +327,26 @@ class Runner:
             "cameras": [name for name in config.world.cameras if name in wanted],
             "clock": self._clock,
         }
-        name = "openhelix.runtime.robots.env:PlayTableRobot" if config.robot.name == "sim" else None
-        robot = make_robot(name or config.robot.name, **options)
+        name = config.robot.name
+        if name == "sim":
+            name, more = stepped(config.world.name)
+            options |= more
+        robot = make_robot(name, **options)
         if not isinstance(robot, EnvRobot):
             raise ValueError(f"robot.name: {config.robot.name!r} is no world that can be evaluated")
         return robot
+
+    def _open_world(self) -> None:
+        """Start the first world now: one that cannot start has no episodes to fail.
+
+        Raises:
+            ConfigError: it does not start; one line says why.
+        """
+        try:
+            self._robot(self._config.world.scene)
+        except RobotError as error:
+            self.close()
+            raise ConfigError(f"--world: {error}") from error
 
     def _discard(self, scene: str) -> None:
         robot = self._robots.pop(scene, None)

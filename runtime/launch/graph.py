@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError, Placement, RunConfig, TransportConfig
 from openhelix.runtime.launch.node import NodeSpec
 from openhelix.runtime.observe.observer import ObserverNode
@@ -217,7 +218,6 @@ def _check(transport: TransportConfig) -> None:
 
 # A control loop that crashed must not start again by itself beside a moving arm, and a world
 # that did would have forgotten its state.
-PUBLISHER = "openhelix.system2.publisher:PublisherNode"
 RESTARTED = ("system1", "system2", "camera")
 OBSERVER = Placement(cpus=0.2, nice=10)
 
@@ -279,7 +279,9 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
     ]
     if system2.connect is None:
         serves = own("system2", engine=engine, hz=system2.hz, **metrics("system2"))
-        parts.append(("system2", PUBLISHER, system2.placement, serves))
+        parts.append(
+            ("system2", plugins.entries(plugins.NODES)["system2"], system2.placement, serves)
+        )
     if ObserverNode.wanted(config):
         look = own("observer", config=data, cameras=world.cameras, folder=folder)
         parts.append(
@@ -294,9 +296,13 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
             hz=world.camera_hz,
             states=channels["states"],
         )
-        host = "openhelix.benchmarks.calvin.world_process"
-        parts.append(("world", f"{host}:WorldNode", world.placement, scene))
-        parts.append(("camera", f"{host}:CameraNode", world.camera_placement, view))
+        runs = plugins.find(plugins.WORLDS, world.name).processes
+        if not runs:
+            raise ConfigError(
+                f"world.name: {world.name!r} has no real-time processes; say control.clock=lockstep"
+            )
+        parts.append(("world", runs["world"], world.placement, scene))
+        parts.append(("camera", runs["camera"], world.camera_placement, view))
     return [
         NodeSpec(
             name=name,

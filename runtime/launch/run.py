@@ -30,6 +30,7 @@ from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.observer import Subscribers
 from openhelix.runtime.observe.status_source import RECORD, StatusRecord
 from openhelix.runtime.robots.base import World, make_robot
+from openhelix.runtime.robots.env import stepped
 from openhelix.runtime.transport.rpc import RpcError
 
 # ------------------------------------------------------------------------------------------------
@@ -83,7 +84,8 @@ def _embedded(config: RunConfig, clock: object) -> tuple[str, dict[str, Any]]:
     options = dict(config.robot.options) | {"clock": clock}
     if config.robot.name != "sim":
         return config.robot.name, options
-    return "playtable", options | {
+    name, more = stepped(config.world.name)
+    return name, options | more | {
         "scene": config.world.scene,
         "cameras": config.world.cameras,
     }

@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
+from openhelix.runtime.core.config import RunConfig, apply_overrides, validate
 from openhelix.runtime.core.types import Action, ActionChunk, CameraFrame, LatentGoal, Observation
 from openhelix.runtime.observe.background import Background, Counted
 from openhelix.runtime.transport.codec import WireError, decode, decode_dict, encode, encode_dict
@@ -309,6 +310,18 @@ class Reader:
         self._segments = SegmentReader(folder)
         self.meta = self._segments.meta
         self.bad = 0
+
+    def config(self, overrides: Iterable[str] = ()) -> RunConfig:
+        """Return the configuration of the run that was recorded, with `a.b=value` overrides.
+
+        Raises:
+            RecordingError: the recording carries none.
+            ConfigError: it is of another version, or an override is wrong.
+        """
+        data = self.meta.get("config")
+        if not isinstance(data, dict):
+            raise RecordingError(f"{self._segments.folder}: carries no configuration")
+        return validate(RunConfig, apply_overrides(data, overrides))
 
     @property
     def complete(self) -> bool:
