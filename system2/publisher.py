@@ -198,6 +198,7 @@ class PublisherNode:
             "latent_spec": asdict(engine.spec),
             "spec_id": engine.spec.spec_id,
             "device": str(getattr(engine, "device", "cpu")),
+            "untrained": bool(getattr(engine, "untrained", False)),
             "metrics_url": self._metrics.url if self._metrics else None,
             "dropped": dict(reader.stats.dropped),
             "taken": reader.taken,

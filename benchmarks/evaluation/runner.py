@@ -181,14 +181,22 @@ class Runner:
         config: of the run; its clock must be "lockstep".
         engine: System 2 that is shared with others; None loads the configured one.
         threads: of torch.
+        policy: System 1; None loads the configured one.
 
     Raises:
         ValueError: something is refused; the message is one line.
     """
 
-    def __init__(self, config: RunConfig, engine: Engine | None = None, threads: int = 1) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine | None = None,
+        threads: int = 1,
+        policy: Policy | None = None,
+    ) -> None:
         self._config = config
-        self._policy: Policy = make(config.system1.policy)
+        self._policy: Policy = make(config.system1.policy) if policy is None else policy
+        self._owns_engine = engine is None
         self._clock = EpisodeClock()
         self._robots: dict[str, EnvRobot] = {}
         self._engine: EngineMeter | None = None
@@ -235,7 +243,7 @@ class Runner:
         """Release worlds and System 2."""
         for scene in list(self._robots):
             self._discard(scene)
-        if self._engine is not None:
+        if self._engine is not None and self._owns_engine:
             self._engine.close()
 
     def _attempt(self, attempt: Attempt, conditions: Conditions, film: Path | None) -> None:

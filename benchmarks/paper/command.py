@@ -123,7 +123,7 @@ def make_session(options: ExperimentOptions, overrides: Sequence[str], known: Ca
     Raises:
         ConfigError: in one line, the option and what is valid.
     """
-    names = list(known.experiments) if options.names == ["all"] else list(options.names)
+    names = list(known.experiments) if options.names == ("all",) else list(options.names)
     if not names:
         raise ConfigError(f"NAME: say all, or one of {', '.join(known.experiments)}")
     for name in names:

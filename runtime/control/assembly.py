@@ -57,7 +57,8 @@ def make(part: Part) -> Any:
     """Return `target(**options)`.
 
     Raises:
-        ConfigError: the target does not take these options.
+        ConfigError: the target does not take these options, or has random weights that nobody
+            asked for.
         ResolveError: there is no such target.
     """
     target = resolve(part.target)
@@ -65,7 +66,15 @@ def make(part: Part) -> Any:
         inspect.signature(target).bind(**part.options)
     except TypeError as error:
         raise ConfigError(f"options of {part.target}: {error}") from None
-    return target(**part.options)
+    made = target(**part.options)
+    if getattr(made, "untrained", False) and not part.options.get("untrained"):
+        made.close()
+        raise ConfigError(
+            f"{part.target}: its weights are random; name trained ones "
+            "(system2.engine.options.latent_projector=FILE, which `openhelix train` writes), or "
+            "say system2.engine.options.untrained=true"
+        )
+    return made
 
 
 def period_ns(config: RunConfig) -> int:

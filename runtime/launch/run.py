@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from openhelix.runtime.control.assembly import (
@@ -55,9 +56,11 @@ def run_lockstep(
     name, options = _embedded(config, clock)
     robot = make_robot(name, **options)
     robot.connect()
-    goals = None
+    goals = engine = None
     if policy.spec.latent is not None:
-        goals = lockstep_goals(config, make(config.system2.engine), policy.spec.latent)
+        engine = make(config.system2.engine)
+        goals = lockstep_goals(config, engine, policy.spec.latent)
+    untrained = say_untrained(display, system1=policy, system2=engine)
     planner = SyncPlanner(policy, replan_ns(config))
     stack = build_stack(config, robot, policy.spec, planner, goals, clock)
     subscribers = Subscribers(config, folder, stack)
@@ -76,7 +79,19 @@ def run_lockstep(
         subscribers.close()
         stack.close()
         robot.disconnect()
-    return _report(config, stack, statistics) | {"ready_s": ready_s, "sinks": subscribers.close()}
+    return _report(config, stack, statistics) | {
+        "ready_s": ready_s,
+        "sinks": subscribers.close(),
+        "untrained": untrained,
+    }
+
+
+def say_untrained(display: Display, **systems: Any) -> list[str]:
+    """Tell which systems have random weights; return their names."""
+    names = [name for name, part in systems.items() if getattr(part, "untrained", False)]
+    for name in names:
+        display.say(f"{name} is untrained, as asked for: its weights are random")
+    return names
 
 
 def _embedded(config: RunConfig, clock: object) -> tuple[str, dict[str, Any]]:
@@ -176,6 +191,11 @@ def run_realtime(
             if interrupted.is_set():
                 raise KeyboardInterrupt
             system2 = graph.health("system2")
+            untrained = say_untrained(
+                display,
+                system1=SimpleNamespace(**graph.health("system1")),
+                system2=SimpleNamespace(**system2),
+            )
             graph.ask("control", "start", timeout_s=30.0, latent_spec=system2["latent_spec"])
             ready_s = time.monotonic() - started_s
             report = _watch(graph, config, display, interrupted)
@@ -194,6 +214,7 @@ def run_realtime(
         "first_action_s": None if first_ns is None else first_ns * 1e-9 - started_s,
         "latents_published": system2.get("published"),
         "latents_skipped": system2.get("skipped"),
+        "untrained": untrained,
         "ready_s": ready_s,
         "device": f"{platform.machine()}, {system2.get('device', 'cpu')}",
         "versions": versions(),

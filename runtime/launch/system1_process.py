@@ -83,6 +83,7 @@ class System1Node:
             "compute_s": self._compute_s,
             "policy_spec": asdict(self._policy.spec),
             "device": str(getattr(self._policy, "device", "cpu")),
+            "untrained": bool(getattr(self._policy, "untrained", False)),
             "dropped": dict(self._reader.stats.dropped),
             "metrics_url": self._metrics.url if self._metrics else None,
         }
