@@ -54,8 +54,12 @@ run-sim: setup ## Run one five-task sequence: HZ2= STEPS= SEQ= SCENE= CLOCK=real
 ALONE = tests/integration tests/faults
 
 test: setup ## Run the tests (under 15 minutes on 2 cores).
-	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" tests $(foreach t,$(ALONE),--ignore $(t))
-	$(PY) -m pytest -q -m "not slow and not gpu" $(ALONE)
+	@mkdir -p build && rm -f build/skipped.txt
+	OPENHELIX_SKIPPED=build/skipped.txt \
+	  $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" tests $(foreach t,$(ALONE),--ignore $(t))
+	OPENHELIX_SKIPPED=build/skipped.txt $(PY) -m pytest -q -m "not slow and not gpu" $(ALONE)
+	@if [ -s build/skipped.txt ]; then echo "skipped, and what would enable it:"; \
+	  sort build/skipped.txt | uniq -c | sort -rn; else echo "skipped: nothing"; fi
 
 test-slow: setup ## Run the slow tests too.
 	HYPOTHESIS_PROFILE=search $(PY) -m pytest -q -m "not gpu" --timeout=3600 tests

@@ -1,14 +1,27 @@
 #!/usr/bin/env bash
-# Debian packages that some tests and `ray up` need; calling it again changes nothing.
-# Tests that miss one of them are skipped and say so.
+# Debian packages beyond Python's; calling it again changes nothing.
+# usage: deploy/install-debian.sh WHAT [WHAT ...]
+#   hosts        every host of `ray up` (SSH server, rsync, network tools)
+#   prometheus   Prometheus and promtool
+#   browser      Chromium, for tests of the status page and for pictures
+#   film         ffmpeg, for moving pictures
+#   tests        all that tests use: hosts, prometheus, browser, film
 set -euo pipefail
 
-# Two hosts on one machine: tests/integration/test_two_hosts.py; and every host of `ray up`.
-packages=(openssh-server openssh-client rsync iproute2 util-linux)
-# Prometheus and promtool: tests/deploy and tests/integration/test_prometheus.py.
-packages+=(prometheus)
-# The status page in a browser: tests/integration/test_status.py.
-packages+=(chromium)
+packages=()
+for what in "${@:-}"; do
+  case "$what" in
+    hosts) packages+=(openssh-server openssh-client rsync iproute2 util-linux) ;;
+    prometheus) packages+=(prometheus) ;;
+    browser) packages+=(chromium) ;;
+    film) packages+=(ffmpeg) ;;
+    tests) packages+=(openssh-server openssh-client rsync iproute2 util-linux prometheus chromium ffmpeg) ;;
+    *)
+      echo "install-debian.sh: '$what': unknown; valid: hosts, prometheus, browser, film, tests" >&2
+      exit 2
+      ;;
+  esac
+done
 
 missing=()
 for name in "${packages[@]}"; do

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from openhelix.benchmarks.calvin.gym_env import CalvinGymEnv, make_env
     from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
     from openhelix.benchmarks.calvin.tasks import completed
-    from openhelix.evaluation import Evaluation, evaluate
+    from openhelix.evaluation import EvalResult, evaluate
     from openhelix.pair import Agent, load_pair
     from openhelix.runtime.core.interfaces import (
         ActionSpec,
@@ -33,7 +33,7 @@ _HOMES = {
     "openhelix.benchmarks.calvin.gym_env": ("CalvinGymEnv", "make_env"),
     "openhelix.benchmarks.calvin.sequences": ("get_sequences", "initial_state"),
     "openhelix.benchmarks.calvin.tasks": ("completed",),
-    "openhelix.evaluation": ("Evaluation", "evaluate"),
+    "openhelix.evaluation": ("EvalResult", "evaluate"),
     "openhelix.pair": ("Agent", "load_pair"),
     "openhelix.runtime.core.interfaces": (
         *("ActionSpec", "CameraSpec", "Engine", "LatentSpec", "Policy", "PolicySpec"),
@@ -55,7 +55,7 @@ __all__ = [  # noqa: RUF022 - in the order of the page
     "initial_state",
     "System2Client",
     "evaluate",
-    "Evaluation",
+    "EvalResult",
     "load_official",
     "Policy",
     "PolicySpec",

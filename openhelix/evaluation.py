@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from openhelix.benchmarks.evaluation.eval import FOLDER, EvalOptions, brief, default_folder
 from openhelix.benchmarks.evaluation.eval import make_plan as plan_of
-from openhelix.benchmarks.evaluation.evaluation import Console, Plan
+from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation
 from openhelix.benchmarks.evaluation.evaluation import evaluate as run_plan
-from openhelix.benchmarks.evaluation.pool import LocalPool, open_pool
+from openhelix.benchmarks.evaluation.pool import LocalPool
+from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.report import write_reports
 from openhelix.benchmarks.evaluation.results import read_results
 from openhelix.runtime.core.config import ConfigError, EnginePart, PolicyPart, validate
@@ -36,7 +37,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class EvalResult:
     """The result of an evaluation.
 
     Attributes:
@@ -102,7 +103,7 @@ def evaluate(
     out: Path | str | None = None,
     quiet: bool = True,
     **options: Any,
-) -> Evaluation:
+) -> EvalResult:
     """Evaluate a policy with its System 2; `openhelix eval` from Python.
 
     Args:
@@ -150,10 +151,10 @@ def evaluate(
     finally:
         pool.close()
     write_reports(report, folder)
-    return Evaluation(folder, report, read_results(folder))
+    return EvalResult(folder, report, read_results(folder))
 
 
-def _with_policy(plan: Plan, name: str) -> Plan:
+def _with_policy(plan: Evaluation, name: str) -> Evaluation:
     if ":" in name:
         part = PolicyPart(target=name)
     else:
@@ -161,7 +162,7 @@ def _with_policy(plan: Plan, name: str) -> Plan:
     return _changed(plan, "system1", policy=part)
 
 
-def _with_system2(plan: Plan, name: str) -> Plan:
+def _with_system2(plan: Evaluation, name: str) -> Evaluation:
     engine = plan.config.system2.engine
     if ":" in name:
         return _changed(plan, "system2", engine=EnginePart(target=name))
@@ -169,7 +170,7 @@ def _with_system2(plan: Plan, name: str) -> Plan:
     return _changed(plan, "system2", engine=EnginePart(target=engine.target, options=options))
 
 
-def _stamped(plan: Plan, section: str, part: object) -> Plan:
+def _stamped(plan: Evaluation, section: str, part: object) -> Evaluation:
     """Note an object in the identity of the results: no two are taken for the same."""
     kind = type(part)
     target = f"{kind.__module__}:{kind.__name__}"
@@ -179,7 +180,7 @@ def _stamped(plan: Plan, section: str, part: object) -> Plan:
     return _changed(plan, section, engine=EnginePart(target=target, options=options))
 
 
-def _changed(plan: Plan, section: str, **update: Any) -> Plan:
+def _changed(plan: Evaluation, section: str, **update: Any) -> Evaluation:
     part = getattr(plan.config, section).model_copy(update=update)
     return replace(plan, config=plan.config.model_copy(update={section: part}))
 

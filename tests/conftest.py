@@ -6,10 +6,23 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 _QUIET = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
 settings.register_profile("repeat", _QUIET, derandomize=True)
 settings.register_profile("search", _QUIET, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "repeat")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Add why tests were skipped to the file that `make test` prints at its end."""
+    path = os.environ.get("OPENHELIX_SKIPPED")
+    if not path:
+        return
+    with Path(path).open("a") as file:
+        for report in terminalreporter.stats.get("skipped", []):
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+            file.write(str(reason).removeprefix("Skipped: ") + "\n")

@@ -8,7 +8,7 @@ episode goes on and `info["completed"]` says what has been done since `reset`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -80,7 +80,7 @@ class CalvinGymEnv(gymnasium.Env[dict[str, Any], F64]):
         world: the wrapped env, with calvin_env's own verbs.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 30}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 30}
     render_mode = "rgb_array"
 
     def __init__(
@@ -105,7 +105,7 @@ class CalvinGymEnv(gymnasium.Env[dict[str, Any], F64]):
         self._steps = 0
         self._start: Mapping[str, Any] | None = None
         self.observation_space = _observations(self._cameras)
-        self.action_space = _action_space(actions)
+        self.action_space: Any = _action_space(actions)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -213,7 +213,7 @@ class CalvinGymEnv(gymnasium.Env[dict[str, Any], F64]):
             whole = self.world.get_obs()
             obs = {name: np.asarray(whole[name], np.float64) for name in ("robot_obs", "scene_obs")}
         found = {"robot_obs": obs["robot_obs"], "scene_obs": obs["scene_obs"]}
-        euler = obs["robot_obs"][3:6]
+        euler = obs["robot_obs"][3:6].tolist()
         found["tcp_pose"] = np.array([*obs["robot_obs"][:3], *from_euler_xyz(euler)])
         if self._cameras:
             for name, frame in self.world.camera_frames(t_ns=0).items():

@@ -38,8 +38,8 @@ class PlayTable(_CalvinTasks):
     """The embedded world; it also runs in real time, in two processes."""
 
     processes: ClassVar[Mapping[str, str]] = {
-        "world": "openhelix.benchmarks.calvin.world_process:WorldNode",
-        "camera": "openhelix.benchmarks.calvin.world_process:CameraNode",
+        "world": "openhelix.benchmarks.calvin.world_process:WorldProcess",
+        "camera": "openhelix.benchmarks.calvin.world_process:CameraProcess",
     }
 
     @staticmethod

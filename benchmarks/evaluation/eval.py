@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.calvin.motions import PATTERNS
-from openhelix.benchmarks.evaluation.evaluation import Console, Plan, code_hash, evaluate
+from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, code_hash, evaluate
 from openhelix.benchmarks.evaluation.metrics import served
-from openhelix.benchmarks.evaluation.pool import open_pool
+from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.report import write_reports
 from openhelix.benchmarks.evaluation.results import REPORT, RUN, ResultsError, read_run
 from openhelix.benchmarks.evaluation.runner import Conditions
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def make_plan(options: EvalOptions, overrides: Sequence[str]) -> Plan:
+def make_plan(options: EvalOptions, overrides: Sequence[str]) -> Evaluation:
     """Return the evaluation that the command line describes.
 
     Raises:
@@ -114,7 +114,7 @@ def make_plan(options: EvalOptions, overrides: Sequence[str]) -> Plan:
             "on the wall clock say system2.hz=HZ"
         )
     conditions = Conditions(options.steps, interval, options.latency, options.drift)
-    return Plan(suite, conditions, config, options.threads, *_films(options.videos, suite))
+    return Evaluation(suite, conditions, config, options.threads, *_films(options.videos, suite))
 
 
 def _films(words: Sequence[str], suite: Suite) -> tuple[int, tuple[str, ...]]:
@@ -192,7 +192,7 @@ def _engine_options() -> set[str]:
     return set(inspect.signature(plugins.resolve(ENGINE_BASE)).parameters) | {"device"}
 
 
-def default_folder(plan: Plan, base: Path) -> Path:
+def default_folder(plan: Evaluation, base: Path) -> Path:
     """Return the folder of this very evaluation if one was begun and not finished, or a new one."""
     identity = json.loads(json.dumps(plan.identity()))
     name = f"{plan.suite.name}-{''.join(plan.suite.scenes)}"

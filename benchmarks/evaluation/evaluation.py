@@ -27,7 +27,7 @@ Progress = Callable[[int, int, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Evaluation:
     """One evaluation, complete.
 
     Attributes:
@@ -72,7 +72,7 @@ class Plan:
 
 
 def evaluate(
-    plan: Plan, pool: Pool, folder: Path, progress: Progress | None = None
+    plan: Evaluation, pool: Pool, folder: Path, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Run what is missing; return the summary, which is also written to the folder.
 
@@ -143,7 +143,7 @@ def _about(folder: Path, about: dict[str, Any] | None, resumed: bool) -> dict[st
     return dict(_plain(about))
 
 
-def header(plan: Plan, about: Mapping[str, Any]) -> dict[str, Any]:
+def header(plan: Evaluation, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return what every score must say of itself."""
     policy, engine = plan.config.system1.policy, plan.config.system2.engine
     wall = plan.config.control.clock == "realtime"

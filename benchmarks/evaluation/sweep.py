@@ -24,9 +24,10 @@ from typing import Any
 
 from openhelix.benchmarks.evaluation import plots
 from openhelix.benchmarks.evaluation.eval import SuiteOptions, load_config, make_suite
-from openhelix.benchmarks.evaluation.evaluation import Console, Plan, evaluate
+from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate
 from openhelix.benchmarks.evaluation.metrics import EvalMetrics, served
-from openhelix.benchmarks.evaluation.pool import Pool, open_pool
+from openhelix.benchmarks.evaluation.pool import Pool
+from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.report import html_table, image, interval, markdown_table, page
 from openhelix.benchmarks.evaluation.results import read_results, replace_file
 from openhelix.benchmarks.evaluation.runner import Conditions
@@ -35,9 +36,7 @@ from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES
 from openhelix.runtime.cli.arguments import Numbers, Words, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig
 
-# ------------------------------------------------------------------------------------------------
-# A sweep for people: tables, and a plot a suite of success against the age of the latent.
-
+# -- The report: tables, and for each suite a plot of success against the latent's age -
 
 Cell = dict[str, Any]
 
@@ -180,6 +179,8 @@ def write(report: Mapping[str, Any], folder: Path, kept: bool = False) -> None:
         replace_file(folder / "sweep.html", page("Asynchrony sweep", body).encode())
 
 
+# -- The sweep -------------------------------------------------------------------------
+
 INTERVALS = (1, 2, 5, 10, 20, 30, 60)
 LATENCIES = (0, 6, 15)  # 0, 0.2 and 0.5 s at 30 Hz
 SUITES_SWEPT = ("calvin", "calvin-d")
@@ -258,7 +259,7 @@ class Pools:
             self._pool = None
 
 
-def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Plan]:
+def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Evaluation]:
     """Return one evaluation a cell.
 
     Raises:
@@ -271,7 +272,7 @@ def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Plan]:
             raise ConfigError(f"--suites: {name!r} is none of {', '.join(SUITES)}")
     if options.clock not in CLOCKS:
         raise ConfigError(f"--clock: {options.clock!r} is none of {', '.join(CLOCKS)}")
-    plans: list[Plan] = []
+    plans: list[Evaluation] = []
     for clock in CLOCKS[:2] if options.clock == "both" else (options.clock,):
         config = load_config(
             overrides, options.config, world=options.world, scene=options.scene, clock=clock
@@ -284,7 +285,7 @@ def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Plan]:
             for latency in options.latencies if clock == "lockstep" else (0,):
                 for steps in options.intervals:
                     conditions = Conditions(options.steps, steps, latency)
-                    plans.append(Plan(suite, conditions, _at(config, steps), options.threads))
+                    plans.append(Evaluation(suite, conditions, _at(config, steps), options.threads))
     return plans
 
 
@@ -297,7 +298,7 @@ def _at(config: RunConfig, interval: int) -> RunConfig:
 
 
 def sweep(
-    plans: Sequence[Plan],
+    plans: Sequence[Evaluation],
     pools: PoolFor,
     folder: Path,
     drift_count: int,
@@ -331,7 +332,7 @@ def sweep(
     }
 
 
-def _drift(plan: Plan, pool: Pool, folder: Path, count: int) -> dict[str, Any]:
+def _drift(plan: Evaluation, pool: Pool, folder: Path, count: int) -> dict[str, Any]:
     """Measure drift on a few episodes of a cell, apart from its score and its timing."""
     few = min(plan.suite.count, count if plan.suite.is_chain else DRIFT_COUNT)
     small = replace(
@@ -342,7 +343,7 @@ def _drift(plan: Plan, pool: Pool, folder: Path, count: int) -> dict[str, Any]:
     return dict(evaluate(small, pool, folder / "drift" / name_of(plan))["work"]["drift"])
 
 
-def name_of(plan: Plan) -> str:
+def name_of(plan: Evaluation) -> str:
     """Return a cell's name: suite, interval, latency; on the wall clock "wall"."""
     interval, latency = plan.conditions.interval, f"d{plan.conditions.latency:02d}"
     wall = plan.config.control.clock == "realtime"

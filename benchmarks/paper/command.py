@@ -29,11 +29,10 @@ from openhelix.benchmarks.paper.trainings import Trainer, Trainings
 from openhelix.benchmarks.training.config import TrainingConfig, cache_root
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import CommandFailed, ConfigError, Count, RunConfig
-from openhelix.runtime.core.paths import CHECKOUT
+from openhelix.runtime.core.paths import ROOT
 from openhelix.runtime.core.plugins import resolve
 
-# Results that are kept belong to a checkout; an installed package is not written to.
-RESULTS = (CHECKOUT or Path("outputs")) / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"  # of a checkout
 
 
 def main(argv: Sequence[str]) -> int:
@@ -167,8 +166,9 @@ def _data(options: ExperimentOptions) -> tuple[Path, Path | None, ConfigError | 
 
 def default_out(session: Session) -> Path:
     """Return where results go if nothing else is said."""
-    scale = session.request.scale_name
-    return RESULTS if session.request.scale.official else Path("outputs") / f"experiments-{scale}"
+    if session.request.scale.official and RESULTS.is_dir():
+        return RESULTS
+    return Path("outputs") / f"experiments-{session.request.scale_name}"
 
 
 def _refuse_mixture(session: Session, folder: Path) -> None:

@@ -26,12 +26,13 @@ from typing import Any
 import torch
 
 from openhelix.benchmarks.evaluation.eval import load_config
-from openhelix.benchmarks.evaluation.evaluation import Console, Plan, evaluate
+from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate
 from openhelix.benchmarks.evaluation.pool import LocalPool
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite
 from openhelix.benchmarks.paper.costs import COSTS
 from openhelix.benchmarks.paper.trainings import SHIPPED_POLICY
+from openhelix.benchmarks.perf.places import IN_CHECKOUT, results_file
 from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.benchmarks.training.feeds import encode_prefix, encode_read_outs
 from openhelix.benchmarks.training.stages import JointRun, policy_settings
@@ -59,7 +60,7 @@ PARTS = ("evaluation", "policy", *KINDS)
 def evaluation(sequences: int, steps: int) -> dict[str, Any]:
     """Return the processor seconds of an environment step, of a latent, and of loading."""
     config = load_config(())
-    plan = Plan(Suite("calvin", count=sequences), Conditions(steps, interval=1), config)
+    plan = Evaluation(Suite("calvin", count=sequences), Conditions(steps, interval=1), config)
     begun_s = time.process_time()
     pool = LocalPool(config)
     try:
@@ -186,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--sequences", type=int, default=12)
     arguments.add_argument("--steps", type=int, default=60)
     arguments.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    arguments.add_argument("--out", type=Path, default=COSTS)
+    default = COSTS if IN_CHECKOUT else results_file("experiments.json")
+    arguments.add_argument("--out", type=Path, default=default)
     options = arguments.parse_args(argv)
     before: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     report = before | {

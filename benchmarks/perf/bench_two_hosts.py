@@ -1,7 +1,7 @@
 """One run across two hosts: age of the latents, offset of the clocks, deadlines.
 
 Starts a cluster with `ray up deploy/cluster.yaml` on two hosts that are namespaces of this
-machine (root, `deploy/install-debian.sh`), then one `openhelix run` with the laptop's parts:
+machine (root, `deploy/install-debian.sh hosts`), then one `openhelix run` with the laptop's parts:
 System 2 on one host, everything else on the other, TCP with CURVE between them. Both share
 this machine's cores, so ages and lateness are upper bounds of what two machines do.
 
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from openhelix.benchmarks.perf.places import results_file
 from tests.integration.hosts import why_not
 from tests.integration.two_hosts import AHEAD_S, two_hosts
 
@@ -24,7 +25,7 @@ FIGURES = (
     *("tick_lateness_s", "latents_received", "latents_missed", "s1_latency_s", "s2_latency_s"),
     *("safe_stops", "ready_s", "first_action_s", "realtime", "versions"),
 )
-OUT = Path(__file__).parent / "results" / "two_hosts.json"
+OUT = results_file("two_hosts.json")
 
 
 def main() -> int:

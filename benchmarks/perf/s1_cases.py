@@ -44,14 +44,14 @@ def official_exact(args: argparse.Namespace) -> Record:
     out |= peak_mib(args.device)
     with torch.inference_mode():
         scene = model.encode(*given)
-        first, drawn = draw_noise(model.plan, 1, 19, seeded(0, args.device))
+        first, drawn = draw_noise(model.sampler, 1, 19, seeded(0, args.device))
         context, count = scene.context, scene.sampled.shape[1] - scene.padding
         out["parts"] = alternate(
             {
                 "images": lambda: model.encoder.images(given[0], given[1], None),
                 "encode": lambda: model.encode(*given),
                 "farthest_points": lambda: farthest_point_sample(context, count),
-                "caches": lambda: model.prediction_head.prepare(scene, model.plan.times),
+                "caches": lambda: model.prediction_head.prepare(scene, model.sampler.times),
                 "denoise": lambda: model.denoise(scene, first, drawn),
             },
             args.repeats,

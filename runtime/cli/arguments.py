@@ -131,13 +131,10 @@ def _parser(
     for name, field in options.model_fields.items():
         key = field.alias or name
         positional = next((m for m in field.metadata if isinstance(m, Positional)), None)
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         says = (field.description or "").replace("%", "%%")
         if positional is not None:
             count = "*" if positional.many else "?" if not field.is_required() else None
-            parser.add_argument(
-                key, nargs=count, metavar=extra.get("metavar") or key.upper(), help=says
-            )
+            parser.add_argument(key, nargs=count, metavar=_metavar(field) or key.upper(), help=says)
             continue
         flag = f"--{key.replace('_', '-')}"
         spelled[flag] = field
@@ -150,7 +147,7 @@ def _parser(
         parser.add_argument(
             flag,
             dest=key,
-            metavar=extra.get("metavar") or "VALUE",
+            metavar=_metavar(field) or "VALUE",
             required=field.is_required(),
             help=says,
             **many,
@@ -158,11 +155,15 @@ def _parser(
     return parser, spelled
 
 
+def _metavar(field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    return str(extra.get("metavar") or "") if isinstance(extra, dict) else ""
+
+
 def _usage(options: type[Options]) -> str:
     words = ""
     for name, field in options.model_fields.items():
         if any(isinstance(m, Positional) for m in field.metadata):
-            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
             words += f" {extra.get('metavar') or name.upper()}"
     return words
 

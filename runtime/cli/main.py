@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ModuleNotFoundError as error:
-        said = plugins.missing(error)
-        if said is None or os.environ.get("OPENHELIX_DEBUG"):
+        extra = plugins.missing(error)
+        if extra is None or os.environ.get("OPENHELIX_DEBUG"):
             raise
-        print(f"openhelix {name}: {said}", file=sys.stderr)
+        print(f"openhelix {name}: {extra}", file=sys.stderr)
         return 2
     except ValueError as error:
         # Bad input; every ValueError raised for it says in one line what is valid.

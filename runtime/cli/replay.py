@@ -20,7 +20,9 @@ from openhelix.runtime.observe.recorder import Reader, replay
 class ReplayOptions(Options):
     """Options of `replay`; all else is the recorded run's `RunConfig`."""
 
-    recording: Annotated[Path, Positional()] = option(..., "folder of a recording")
+    recording: Annotated[Path, Positional()] = option(
+        ..., "a recording (.mcap), or the folder of its run"
+    )
 
 
 def main(argv: Sequence[str]) -> int:

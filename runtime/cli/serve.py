@@ -1,7 +1,8 @@
 """`openhelix serve ADDRESS`: one System 2 for many robots, until told to stop.
 
 The same node as in a run's graph, alone in this process. Robots on this host or others run
-with `system2.connect=ADDRESS` and a `robot.id` of their own, each with its own topic and instruction_id.
+with `system2.connect=ADDRESS` and a `robot.id` of their own, each with its own topic and
+instructions.
 """
 
 from __future__ import annotations

@@ -24,12 +24,15 @@ from openhelix.runtime.core.interfaces import (
     Engine,
     LatentSpec,
     PolicySpec,
+    RobotSpec,
+    SpecMismatch,
     check_latent,
     check_robot,
 )
+from openhelix.runtime.core.limits import SafetyFilter, SafetyLimits
 from openhelix.runtime.core.plugins import resolve
-from openhelix.runtime.core.safety import SafetyFilter, SafetyLimits, SafetyState, Watchdog
 from openhelix.runtime.core.types import LatentGoal
+from openhelix.runtime.core.watchdog import SafetyState, Watchdog
 from openhelix.runtime.robots.base import Robot, World
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 
@@ -100,6 +103,17 @@ def freshness(config: RunConfig) -> SafetyLimits:
     return replace(limits, latent_max_age_s=max(limits.latent_max_age_s, slowest_s))
 
 
+def check_parts(config: RunConfig, robot: RobotSpec, policy: PolicySpec) -> None:
+    """Raise SpecMismatch unless the robot gives what System 1 and System 2 look at."""
+    check_robot(robot, policy)
+    names = [camera.name for camera in robot.cameras]
+    if policy.latent is not None and config.system2.camera not in names:
+        raise SpecMismatch(
+            f"system2.camera: {config.system2.camera!r}, the robot has "
+            f"{', '.join(sorted(names)) or 'none'}"
+        )
+
+
 def build_stack(
     config: RunConfig,
     robot: Robot,
@@ -109,7 +123,7 @@ def build_stack(
     clock: Clock,
 ) -> ControlStack:
     """Join the parts; `robot` is connected. Raises SpecMismatch when they do not fit."""
-    check_robot(robot.spec, spec)
+    check_parts(config, robot.spec, spec)
     period = period_ns(config)
     # A frame that is drawn when it is looked at is never stale, and looking would draw it.
     lively = not getattr(robot, "frames_on_demand", False)
@@ -121,7 +135,7 @@ def build_stack(
         chunks=ChunkBuffer(config.system1.blend_s),
         limits=SafetyFilter(config.safety),
         watchdog=Watchdog(freshness(config), names, use_latent=goals is not None),
-        machine=SafetyState(),
+        safety=SafetyState(),
         clock=clock,
         period_ns=period,
         seed=config.seed,

@@ -1,7 +1,7 @@
 """The control process: one robot's driver and the control loop, run in real time.
 
 Nothing else lives here: System 1, System 2 and all that looks on have processes of their
-own. `setup` connects; `run` waits for the word to start, then paces the loop and keeps the
+own. `setup` connects; `run` waits to be told to start, then paces the loop and keeps the
 figures of the run. A robot is stopped on every way out: the end, Ctrl-C, an error.
 """
 
@@ -17,27 +17,29 @@ from typing import Any
 from openhelix.runtime.control.assembly import (
     ControlStack,
     build_stack,
+    check_parts,
     make_clock,
     remote_planner,
     wire_goals,
 )
 from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.control.goals import WireGoals
 from openhelix.runtime.control.realtime import RealtimeStatus, enter, leave
-from openhelix.runtime.control.report import percentiles, task_rows
+from openhelix.runtime.control.report import live, percentiles, task_rows
 from openhelix.runtime.core.config import RunConfig, validate
 from openhelix.runtime.core.interfaces import LatentSpec, PolicySpec, check_latent
-from openhelix.runtime.observe.observer import ObserverNode, Subscribers
-from openhelix.runtime.robots.base import Robot, RobotError, World, make_robot
+from openhelix.runtime.observe.observer import ObserverProcess, Subscribers
+from openhelix.runtime.robots.base import Robot, RobotError, World, make_robot, world_options
 from openhelix.runtime.robots.sim import SimRobot
-from openhelix.runtime.transport.offset import ClockSync
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
 from openhelix.runtime.transport.sockets import is_local
 
 log = logging.getLogger(__name__)
 SYSTEM1_TIMEOUT_S = 240.0
+OFFSET_ROUNDS = 8  # questions to System 2's clock; the quickest answer counts
 
 
-class ControlNode:
+class ControlProcess:
     """The control loop with the driver of one robot.
 
     Args:
@@ -62,9 +64,10 @@ class ControlNode:
         self._start = threading.Event()
         self._halt = threading.Event()
         self._finished = threading.Event()
-        self._sync: ClockSync | None = None
+        self._clock_offset_s: dict[str, float] | None = None
         self._report: dict[str, Any] = {}
         self._robot: Robot | None = None
+        self._goals: WireGoals | None = None
         self._stack: ControlStack | None = None
         self._realtime: RealtimeStatus | None = None
         self._subscribers: Subscribers | None = None
@@ -76,18 +79,18 @@ class ControlNode:
 
     def setup(self) -> None:
         config, channels = self._config, self._channels
+        # Wrong options of the driver are told before anybody waits for System 1.
+        self._robot = robot = self._make_robot()
         spec = self._policy_spec()
-        self._robot = self._make_robot()
-        self._robot.connect()
+        check_parts(config, robot.spec, spec)
+        robot.connect()
         self._set_world()
-        goals = None
         if spec.latent is not None:
-            goals = wire_goals(config, channels["requests"], channels["latents"])
-            self._sync = self._clock_sync(channels["system2_control"])
+            self._goals = wire_goals(config, channels["requests"], channels["latents"])
         planner = remote_planner(config, channels["plans"], channels["chunks"])
-        stack = build_stack(config, self._robot, spec, planner, goals, make_clock(config))
+        stack = build_stack(config, robot, spec, planner, self._goals, make_clock(config))
         self._stack, self._spec = stack, spec
-        ticks = channels["ticks"] if ObserverNode.wanted(config) else None
+        ticks = channels["ticks"] if ObserverProcess.wanted(config) else None
         tasks = [assignment.task for assignment in self._assignments]
         self._subscribers = Subscribers(config, Path(), stack, ticks, lambda: self._realtime, tasks)
 
@@ -118,19 +121,18 @@ class ControlNode:
         stop.wait()  # stay until the report has been fetched
 
     def health(self) -> dict[str, Any]:
-        stack = self._stack
-        if stack is None or self._subscribers is None:
-            return {}
-        episode_runner = stack.episode_runner
-        current = episode_runner.current
+        runner = self._stack.episode_runner if self._stack else None
+        current, goals = runner.current if runner else None, self._goals
         return {
             "finished": self._finished.is_set(),
             "task": current.task if current else "",
             "instruction": current.instruction if current else "",
-            "steps": episode_runner.steps,
-            **task_rows(episode_runner.results),
-            **self._subscribers.statistics.live(),
-            "metrics_url": self._subscribers.metrics_url,
+            "steps": runner.steps if runner else 0,
+            **task_rows(runner.results if runner else []),
+            **live(self._subscribers.statistics if self._subscribers else None),
+            "latents_received": goals.received if goals else 0,
+            "latents_mismatched": goals.mismatched if goals else 0,
+            "metrics_url": self._subscribers.metrics_url if self._subscribers else None,
         }
 
     def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
@@ -145,20 +147,10 @@ class ControlNode:
     def close(self) -> None:
         if self._stack is not None:
             self._stack.close()
-        if self._sync is not None:
-            self._sync.close()
-            self._sync_client.close()
         if self._subscribers is not None:
             self._subscribers.close()
         if self._robot is not None:
             self._robot.disconnect()
-
-    def _clock_offset_s(self) -> dict[str, float] | None:
-        """System 2's clock minus ours, true within the uncertainty; None on one host."""
-        offset = self._sync.offset if self._sync else None
-        if offset is None:
-            return None
-        return {"offset": offset.offset_ns * 1e-9, "uncertainty": offset.uncertainty_ns * 1e-9}
 
     def _set_world(self) -> None:
         initial, robot = self._initial, self._robot
@@ -181,40 +173,49 @@ class ControlNode:
                     health = client.call("health", {}, 1.0)
                 except RpcError:
                     health = {}
-                if "policy_spec" in health:
+                if health.get("policy_spec") is not None:
                     return PolicySpec.from_dict(health["policy_spec"])
                 time.sleep(0.1)
         finally:
             client.close()
         raise RobotError(f"system1: not ready after {SYSTEM1_TIMEOUT_S:.0f} s")
 
-    def _clock_sync(self, endpoint: str) -> ClockSync | None:
-        """Estimate the offset to System 2's clock where that is another host's."""
+    def _measure_offset(self) -> dict[str, float] | None:
+        """Return System 2's clock minus ours, if it is another host's and answers."""
+        endpoint = self._channels["system2_control"]
         if is_local(endpoint):
             return None
-        self._sync_client = RpcClient(endpoint, keys=self._keys())
-        sync = ClockSync(self._sync_client)
-        sync.start(period_s=2.0)
-        return sync
+        client = RpcClient(endpoint, keys=self._keys())
+        try:
+            return clock_offset_s(client.call)
+        except (RpcError, KeyError, TypeError) as error:  # the report does without
+            log.warning("System 2's clock could not be read: %s", error)
+            return None
+        finally:
+            client.close()
 
     def _keys(self) -> str | None:
         keys = self._config.transport.keys
         return str(keys) if keys else None
 
     def _make_robot(self) -> Robot:
-        options = dict(self._config.robot.options)
-        if self._config.robot.name == "sim":
+        robot, world = self._config.robot, self._config.world
+        options = world_options(robot.name, robot.options, world.scene, world.cameras)
+        if robot.name == "sim":
             names = ("actions", "states", "frames", "world_control")
             options |= {name: self._channels[name] for name in names}
-            options["cameras"] = self._config.world.cameras
+            options["cameras"] = world.cameras
             options["hz"] = self._config.control.hz
             options["keys"] = self._keys()
-        return make_robot(self._config.robot.name, **options)
+        return make_robot(robot.name, **options)
 
     def _on_start(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Compare what System 2 gives with what System 1 needs, then go."""
-        if self._spec.latent is not None:
-            check_latent(LatentSpec(**arguments["latent_spec"]), self._spec.latent)
+        if self._goals is not None and self._spec.latent is not None:
+            given = LatentSpec(**arguments["latent_spec"])
+            check_latent(given, self._spec.latent)
+            self._goals.expect(given)
+            self._clock_offset_s = self._measure_offset()
         self._start.set()
         return {}
 
@@ -253,15 +254,38 @@ class ControlNode:
             "tick_lateness_s": lateness.as_seconds() if lateness.ticks else None,
             "latents_received": goals.received if goals else 0,
             "latents_void": goals.void if goals else 0,
+            "latents_mismatched": goals.mismatched if goals else 0,
             "latents_missed": goals.missed if goals else 0,
             "s1_latency_s": percentiles(stack.loop.planner.latencies_s, ("p50", "p99")),
             "s2_latency_s": percentiles(goals.latencies_s if goals else (), ("p50", "p99")),
             "stopped": str(stack.loop.safety.stop) if stack.loop.stopped else None,
             "safe_stops": dict(stack.loop.safety.stops),
-            "clock_offset_s": self._clock_offset_s(),
+            "clock_offset_s": self._clock_offset_s,
             "realtime": {
                 "fifo": self._realtime.fifo,
                 "reason": self._realtime.reason,
                 "cpus": list(self._realtime.cpus),
             },
         }
+
+
+def clock_offset_s(call: Callable[..., dict[str, Any]]) -> dict[str, float]:
+    """Ask a remote clock; return remote minus local time and how far off that may be, in seconds.
+
+    The answer was given somewhere within the round trip, so the offset is taken at its middle
+    and is wrong by at most half the time on the way. Clocks that drift apart later (tens of
+    microseconds per second) are not followed.
+
+    Args:
+        call: `RpcClient.call` of a server on that host.
+    """
+    found = []
+    for _ in range(OFFSET_ROUNDS):
+        asked_ns = time.monotonic_ns()
+        answer = call("time", timeout_s=0.5)
+        heard_ns = time.monotonic_ns()
+        received_ns, sent_ns = answer["t_received_ns"], answer["t_sent_ns"]
+        away_ns = (heard_ns - asked_ns) - (sent_ns - received_ns)
+        found.append((away_ns / 2, (received_ns + sent_ns - asked_ns - heard_ns) / 2))
+    uncertainty_ns, offset_ns = min(found)
+    return {"offset": offset_ns * 1e-9, "uncertainty": uncertainty_ns * 1e-9}

@@ -3,7 +3,7 @@
 Each `Machine` has an address, a home, a /tmp, a process table and an sshd; killing its first
 process is pulling its plug. A host may have a monotonic clock of its own, as two real ones
 always do. An operator's machine, from which `ray up` is called, is the switch between them.
-Needs root and `deploy/install-debian.sh`; `why_not()` says what is missing.
+Needs root and `deploy/install-debian.sh hosts`; `why_not()` says what is missing.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def why_not() -> str:
     tools = ("setpriv", "unshare", "nsenter", "ip", "ssh", "ssh-keygen", "rsync", "/usr/sbin/sshd")
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
-        return f"needs {', '.join(missing)}: run deploy/install-debian.sh"
+        return f"needs {', '.join(missing)}: run deploy/install-debian.sh hosts"
     words = ["unshare", *_FLAGS, "--monotonic", "1", "true"]
     trial = subprocess.run(words, capture_output=True, text=True)
     if trial.returncode != 0:

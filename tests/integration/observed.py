@@ -21,7 +21,7 @@ from openhelix.runtime.core.config import METRICS_PARTS
 
 CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "prometheus"
 BINARY = shutil.which("prometheus")
-MISSING = "Prometheus is not installed; deploy/install-debian.sh installs it"
+MISSING = "Prometheus is not installed; deploy/install-debian.sh prometheus installs it"
 Sample = dict[str, Any]
 
 

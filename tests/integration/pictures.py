@@ -4,7 +4,7 @@
 
 One run of the shipped pair on the wall clock, seen by the status page in headless Chromium and
 by a real Prometheus, then a small asynchrony sweep; the dashboards are drawn from what that
-Prometheus answers. Needs `deploy/install-debian.sh`; takes five to eight minutes.
+Prometheus answers. Needs `deploy/install-debian.sh prometheus browser`; takes five to eight minutes.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
     if BINARY is None or CHROMIUM is None:
-        parser.error("needs Prometheus and Chromium: deploy/install-debian.sh")
+        parser.error("needs Prometheus and Chromium: deploy/install-debian.sh prometheus browser")
     with tempfile.TemporaryDirectory(prefix="openhelix-pictures-") as folder:
         make(Path(folder), options.out, options.sequence)
 

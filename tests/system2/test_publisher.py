@@ -15,9 +15,9 @@ import zmq
 
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.runtime.core.types import GoalRequest, LatentGoal
-from openhelix.runtime.transport.wire import NewestReader, Publisher, ipc_endpoint
+from openhelix.runtime.transport.wire import NewestReader, Publisher
 from openhelix.system2.prompt import clean_instruction
-from openhelix.system2.publisher import LatentOutlet, PublisherNode
+from openhelix.system2.publisher import LatentOutlet, System2Process
 
 
 class CountingEngine:
@@ -61,7 +61,7 @@ class Robot:
     def hear(
         self, text: str, red: int = 0, instruction_id: int = 0, timeout_s: float = 10.0
     ) -> LatentGoal:
-        """Ask until a latent of that instruction_id comes."""
+        """Ask until a latent for that instruction comes."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             self.ask(text, red, instruction_id)
@@ -69,7 +69,7 @@ class Robot:
             goal = self.reader.poll()
             if goal is not None and goal.instruction_id == instruction_id:
                 return goal
-        raise AssertionError(f"{self.name}: no latent of instruction_id {instruction_id}")
+        raise AssertionError(f"{self.name}: no latent for instruction {instruction_id}")
 
     def close(self) -> None:
         self.out.close()
@@ -77,10 +77,10 @@ class Robot:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[PublisherNode, str, str]]:
-    requests, latents = ipc_endpoint(tmp_path, "requests"), ipc_endpoint(tmp_path, "latents")
+def served(tmp_path: Path) -> Iterator[tuple[System2Process, str, str]]:
+    requests, latents = f"ipc://{tmp_path}/requests", f"ipc://{tmp_path}/latents"
     part = {"target": "tests.system2.test_publisher:CountingEngine", "options": {}}
-    node = PublisherNode(part, hz=50.0, requests=requests, latents=latents)
+    node = System2Process(part, hz=50.0, requests=requests, latents=latents)
     node.setup()
     stop = threading.Event()
     thread = threading.Thread(target=node.run, args=(stop,))
@@ -133,7 +133,7 @@ def test_a_refused_request_is_told_in_health_and_the_next_is_served(served) -> N
 
 
 def test_a_latent_that_breaks_its_schema_uses_up_no_number(tmp_path: Path) -> None:
-    endpoint = ipc_endpoint(tmp_path, "latents")
+    endpoint = f"ipc://{tmp_path}/latents"
     outlet = LatentOutlet(endpoint)
     reader = NewestReader(endpoint, "latents/arm", LatentGoal)
     try:
@@ -202,7 +202,7 @@ def test_numbers_go_on_for_a_name_that_was_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("openhelix.system2.publisher.MAX_NAMES", 2)
-    outlet = LatentOutlet(ipc_endpoint(tmp_path, "l"))
+    outlet = LatentOutlet(f"ipc://{tmp_path}/l")
     reader = NewestReader(outlet.bound, "latents/a", LatentGoal)
     goal = LatentGoal(np.zeros((1, 3), np.float32), 0, 0, 0, 0, "spec")
 
@@ -222,7 +222,7 @@ def test_numbers_go_on_for_a_name_that_was_forgotten(
 
 
 def test_a_reader_that_is_stuck_holds_up_nobody(tmp_path: Path) -> None:
-    outlet = LatentOutlet(ipc_endpoint(tmp_path, "l"))
+    outlet = LatentOutlet(f"ipc://{tmp_path}/l")
     stuck: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
     stuck.linger, stuck.rcvhwm = 0, 1
     stuck.setsockopt(zmq.SUBSCRIBE, b"")
@@ -255,9 +255,9 @@ def test_a_reader_that_is_stuck_holds_up_nobody(tmp_path: Path) -> None:
 
 def test_a_shared_system2_lets_no_client_change_it(tmp_path: Path) -> None:
     part = {"target": "tests.system2.test_publisher:CountingEngine"}
-    ends = {"requests": ipc_endpoint(tmp_path, "r"), "latents": ipc_endpoint(tmp_path, "l")}
-    assert "swap" not in PublisherNode(part, 1.0, **ends, shared=True).handlers()
-    assert "swap" in PublisherNode(part, 1.0, **ends).handlers()
+    ends = {"requests": f"ipc://{tmp_path}/r", "latents": f"ipc://{tmp_path}/l"}
+    assert "swap" not in System2Process(part, 1.0, **ends, shared=True).handlers()
+    assert "swap" in System2Process(part, 1.0, **ends).handlers()
 
 
 def test_swap_is_refused_by_an_engine_without_weights(served) -> None:
@@ -268,10 +268,10 @@ def test_swap_is_refused_by_an_engine_without_weights(served) -> None:
 
 def test_bad_options_refuse_to_start(tmp_path: Path) -> None:
     part = {"target": "tests.system2.test_publisher:CountingEngine"}
-    ends = {"requests": ipc_endpoint(tmp_path, "r"), "latents": ipc_endpoint(tmp_path, "l")}
+    ends = {"requests": f"ipc://{tmp_path}/r", "latents": f"ipc://{tmp_path}/l"}
     with pytest.raises(ValueError, match="max_batch"):
-        PublisherNode(part, 1.0, **ends, limits={"max_batch": 0})
-    node = PublisherNode(part, -1.0, **ends)
+        System2Process(part, 1.0, **ends, limits={"max_batch": 0})
+    node = System2Process(part, -1.0, **ends)
     with pytest.raises(ValueError, match="hz"):
         node.setup()
     node.close()

@@ -19,8 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from openhelix.runtime.control.chunks import ChunkBuffer
 from openhelix.runtime.core.clock import FakeClock, Pacer
 from openhelix.runtime.core.config import METRICS_PARTS
-from openhelix.runtime.core.safety import SafetyLimits, SafetyState, Watchdog
+from openhelix.runtime.core.limits import SafetyLimits
 from openhelix.runtime.core.types import Action, ActionChunk, LatentGoal
+from openhelix.runtime.core.watchdog import SafetyState, Watchdog
 from openhelix.runtime.observe.collectors import (
     DROP_REASONS,
     LoopMetrics,
@@ -82,9 +83,9 @@ def served():
 def make_loop(clock):
     return SimpleNamespace(
         planner=SimpleNamespace(latencies_s=deque(maxlen=8), failures=2),
-        goals=SimpleNamespace(received=5, void=1, missed=3),
+        goals=SimpleNamespace(received=5, void=1, missed=3, mismatched=4),
         chunks=ChunkBuffer(),
-        machine=SafetyState(),
+        safety=SafetyState(),
         watchdog=Watchdog(SafetyLimits(), cameras=("static",)),
         clock=clock,
         period_ns=33_333_333,
@@ -183,6 +184,8 @@ def test_the_loop_on_a_scrape(served):
     assert value("latent_age_seconds_count") == 3  # only while running
     assert value("latent_delay_seconds_sum") == pytest.approx(0.4, abs=0.05)
     assert value("latents_missed_total") == 3
+    assert value("latents_mismatched_total") == 4
+    assert value("safety_stops_total", reason="latent_mismatch") == 0  # from the start
     assert value("chunks_total", outcome="accepted") == value("chunks_used_total") == 1
     assert value("chunk_rows_total", fate="consumed") == 1
     assert value("system1_latency_seconds_sum") == pytest.approx(0.03)
@@ -271,7 +274,7 @@ def test_the_wire_on_a_scrape_and_two_parts_with_one_family(served):
 
 def test_every_reason_to_drop_a_message_is_there_from_the_start():
     folder = Path(codec.__file__).parent
-    text = "".join((folder / f"{m}.py").read_text() for m in ("newest", "codec", "schema"))
+    text = "".join((folder / f"{m}.py").read_text() for m in ("wire", "codec"))
     told = set(re.findall(r'WireError\(\s*"(\w+)"', text))
     told |= set(re.findall(r'dropped\["(\w+)"\]', text))
     assert len(told) > 8

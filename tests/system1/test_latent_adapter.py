@@ -1,4 +1,4 @@
-"""The door for latents: what it keeps, and the latents that say what the task table says."""
+"""The latent adapter: what it keeps, and the latents that say what the task table says."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_table_speaks_where_there_is_no_latent() -> None:
         torch.testing.assert_close(masked.tokens, plain.tokens)
 
 
-def test_everything_behind_the_door_is_kept() -> None:
+def test_everything_behind_the_adapter_is_kept() -> None:
     before = model()
     state = {n: t.clone() for n, t in before.state_dict().items()}
     after = adapt_to_latent(before, LatentSpec("act_lang", 5, 64, "y"), seed=3)
