@@ -71,7 +71,7 @@ class EvalResult:
         rows = zip(
             self.report["success_in_a_row"], self.report["success_in_a_row_ci95"], strict=True
         )
-        return [Score(rate, *limits, n=self.report["n_sequences"]) for rate, limits in rows]
+        return [Score(rate, *limits, self.report["n_sequences"]) for rate, limits in rows]
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per attempt at a task: episode, scene, task, instruction, success, ….

@@ -80,7 +80,7 @@ class CalvinGymEnv(gymnasium.Env[dict[str, Any], F64]):
         world: the wrapped env, with calvin_env's own verbs.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 30}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
     render_mode = "rgb_array"
 
     def __init__(

@@ -164,7 +164,7 @@ def _usage(options: type[Options]) -> str:
     words = ""
     for name, field in options.model_fields.items():
         if any(isinstance(m, Positional) for m in field.metadata):
-            words += f" {extra.get('metavar') or name.upper()}"
+            words += f" {_metavar(field) or name.upper()}"
     return words
 
 
