@@ -68,10 +68,9 @@ class EvalResult:
         """Of chains: the share that did at least 1, 2, … 5 tasks; empty for single tasks."""
         if "avg_len" not in self.report:
             return []
-        rows = zip(
-            self.report["success_in_a_row"], self.report["success_in_a_row_ci95"], strict=True
-        )
-        return [Score(rate, *limits, self.report["n_sequences"]) for rate, limits in rows]
+        rates, limits = self.report["success_in_a_row"], self.report["success_in_a_row_ci95"]
+        n = self.report["n_sequences"]
+        return [Score(x, low, high, n) for x, (low, high) in zip(rates, limits, strict=True)]
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per attempt at a task: episode, scene, task, instruction, success, ….

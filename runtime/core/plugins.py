@@ -99,9 +99,12 @@ def resolve(path: str) -> Any:
 def entries(group: str) -> dict[str, str]:
     """Return the `"module:Name"` of everything in a group by its name, ours first."""
     found = dict(_own(group))
+    seen = {DISTRIBUTION} if CHECKOUT is not None else set()
     for distribution in distributions():
-        if CHECKOUT is not None and distribution.metadata["Name"] == DISTRIBUTION:
+        # A second one of a name, further down the path, is not the one that is imported.
+        if (name := distribution.metadata["Name"]) in seen:
             continue
+        seen.add(name)
         for entry in distribution.entry_points:
             if entry.group == group:
                 found.setdefault(entry.name, entry.value)
