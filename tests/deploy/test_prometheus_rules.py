@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "prometheus"
 PROMTOOL = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(
-    PROMTOOL is None, reason="promtool is not installed; deploy/install-debian.sh prometheus installs it"
+    PROMTOOL is None,
+    reason="promtool is not installed; deploy/install-debian.sh prometheus installs it",
 )
 
 

@@ -130,7 +130,10 @@ def test_wrong_words_are_refused_in_one_line(
     assert len(told.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed; deploy/install-debian.sh browser installs it")
+@pytest.mark.skipif(
+    CHROMIUM is None,
+    reason="Chromium is not installed; deploy/install-debian.sh browser installs it",
+)
 def test_the_page_shows_the_robot_and_its_button_stops_it(tmp_path: Path) -> None:
     async def look(url: str, token: str) -> None:
         async with browse(url, tmp_path / "profile") as tab:
