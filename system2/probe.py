@@ -262,9 +262,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-probe_main = main
-
-
 def _page(made: dict[str, Any]) -> str:
     lines = []
     for index, step in enumerate(made["steps"]):

@@ -29,12 +29,7 @@ from safetensors import safe_open
 
 from openhelix.benchmarks.calvin.cameras import SceneRenderer
 from openhelix.benchmarks.calvin.dataset import DatasetWriter, replace_file
-from openhelix.benchmarks.calvin.demonstrations import (
-    Demonstration,
-    collect_unit,
-    read_unit,
-    unit_bytes,
-)
+from openhelix.benchmarks.calvin.demonstrations import Demonstration
 from openhelix.benchmarks.calvin.frames import (
     FramesConfig,
     cache_index,
@@ -45,13 +40,12 @@ from openhelix.benchmarks.calvin.frames import (
 from openhelix.benchmarks.calvin.physics import euler_from_quaternion
 from openhelix.benchmarks.calvin.scene import get_scene
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
+from openhelix.benchmarks.calvin.units import collect_unit, read_unit, unit_bytes
 from openhelix.runtime.core.config import ConfigError, apply_overrides, read_yaml, validate
 from openhelix.runtime.core.types import F64
 from openhelix.system1.cache import frames_digest
 
-# ------------------------------------------------------------------------------------------------
-# What a collection is: one frozen record, from YAML, overrides or the command line.
-
+# -- What a collection is: one frozen record, from YAML, overrides or the command line -
 
 VERSION = 1  # of what the experts do and of what is stored; data of another is not mixed
 Count = Annotated[int, Field(ge=1)]
@@ -121,9 +115,7 @@ class CollectConfig(BaseModel):
         return {"version": VERSION, **{key: dumped[key] for key in keep}}
 
 
-# ------------------------------------------------------------------------------------------------
-# What the parts of a collection share: where units are, and the pool of processes.
-
+# -- What the parts share: where units are, and the pool of processes ------------------
 
 UNITS = "units"
 Report = Callable[[int, int, str], None]  # done, to do, what the last one was
@@ -152,9 +144,7 @@ def pooled(
             raise
 
 
-# ------------------------------------------------------------------------------------------------
-# The second half of a collection: draw the training frames of every unit, file by file.
-
+# -- Frames: the second half of a collection, drawn unit by unit -----------------------
 
 FRAMES, SYSTEM2, ABOUT = "frames", "system2", "moments.json"
 FRAMES_EACH = 10  # moments of a demonstration with every=4, for the estimate of disk
@@ -458,9 +448,7 @@ if __name__ == "__main__":
         sys.stderr.write(f"collect: {error}\n")
         raise SystemExit(2) from None
 
-
-# ------------------------------------------------------------------------------------------------
-# A collection in CALVIN's layout: the same demonstrations, drawn frame by frame.
+# -- A collection in CALVIN's layout: the same demonstrations, drawn frame by frame ----
 #
 # States are collected first (that part is small and is kept beside the frames), then rendered
 # in a fixed order, so that a killed export goes on where the last whole episode ended. Scene D

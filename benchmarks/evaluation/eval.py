@@ -20,7 +20,7 @@ from openhelix.benchmarks.evaluation.evaluation import (
     evaluate,
 )
 from openhelix.benchmarks.evaluation.metrics import served
-from openhelix.benchmarks.evaluation.pool import open_pool
+from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.report import write_reports
 from openhelix.benchmarks.evaluation.results import REPORT, RUN, ResultsError, read_run
 from openhelix.benchmarks.evaluation.runner import Conditions

@@ -1,4 +1,9 @@
-"""One attempt at an episode: what is known of it, whenever and however it ends."""
+"""What is measured while an episode runs, and what becomes of it however it ends.
+
+`DemandGoals` schedules System 2 and computes only what a plan is made from; `EngineMeter`,
+`Watch` and `Drift` measure System 2's work and the age and drift of its latents; `Attempt` puts
+together what is known of an episode, whenever it ends.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +24,11 @@ from openhelix.runtime.core.interfaces import Engine, LatentSpec, Policy, Policy
 from openhelix.runtime.core.types import F32, ActionChunk, LatentGoal, Observation
 from openhelix.runtime.robots.env import EnvRobot
 
-# ------------------------------------------------------------------------------------------------
-# System 2 on a schedule, computing only those latents that a plan is made from.
+# -- System 2 on a schedule, computed on demand ----------------------------------------
 #
 # A policy that plans every eighth step reads one in eight of the latents of a System 2 that
 # refreshes every step. The others change nothing, so they are scheduled and counted but never
 # computed: the same results, at an eighth of the cost.
-
 
 NOT_YET: F32 = np.zeros((0, 0), np.float32)
 
@@ -123,8 +126,7 @@ class DemandPolicy:
         return self._policy.act(observation, [self._goals.filled(goal) for goal in latents])
 
 
-# ------------------------------------------------------------------------------------------------
-# What is measured while an episode runs: System 2's work, the latents' age and their drift.
+# -- Meters: System 2's work, the latents' age and their drift -------------------------
 
 
 class EngineMeter:
@@ -253,6 +255,9 @@ def cosine(a: F32, b: F32) -> float:
     x, y = np.ravel(a).astype(np.float64), np.ravel(b).astype(np.float64)
     length = float(np.linalg.norm(x) * np.linalg.norm(y))
     return float(x @ y) / length if length > 0 else 0.0
+
+
+# -- An attempt at an episode ----------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,8 @@ from openhelix.benchmarks.evaluation import plots
 from openhelix.benchmarks.evaluation.eval import arguments, load_config, make_suite
 from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate
 from openhelix.benchmarks.evaluation.metrics import EvalMetrics, served
-from openhelix.benchmarks.evaluation.pool import Pool, open_pool
+from openhelix.benchmarks.evaluation.pool import Pool
+from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.report import html_table, image, interval, markdown_table, page
 from openhelix.benchmarks.evaluation.results import read_results, replace_file
 from openhelix.benchmarks.evaluation.runner import Conditions
@@ -36,9 +37,7 @@ from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES
 from openhelix.runtime.cli.arguments import Parser, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig
 
-# ------------------------------------------------------------------------------------------------
-# A sweep for people: tables, and a plot a suite of success against the age of the latent.
-
+# -- The report: tables, and for each suite a plot of success against the latent's age -
 
 Cell = dict[str, Any]
 
@@ -180,6 +179,8 @@ def write(report: Mapping[str, Any], folder: Path, kept: bool = False) -> None:
     if not kept:
         replace_file(folder / "sweep.html", page("Asynchrony sweep", body).encode())
 
+
+# -- The sweep -------------------------------------------------------------------------
 
 INTERVALS = (1, 2, 5, 10, 20, 30, 60)
 LATENCIES = (0, 6, 15)  # 0, 0.2 and 0.5 s at 30 Hz

@@ -30,7 +30,7 @@ from openhelix.runtime.cli.arguments import Parser, parse, parser
 from openhelix.runtime.core.config import CommandFailed, ConfigError
 from openhelix.runtime.core.plugins import resolve
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"  # of a checkout
 
 
 def main(argv: Sequence[str]) -> int:
@@ -154,8 +154,9 @@ def _data(options: Namespace) -> tuple[Path, Path | None, ConfigError | None]:
 
 def default_out(session: Session) -> Path:
     """Return where results go if nothing else is said."""
-    scale = session.request.scale_name
-    return RESULTS if session.request.scale.official else Path("outputs") / f"experiments-{scale}"
+    if session.request.scale.official and RESULTS.is_dir():
+        return RESULTS
+    return Path("outputs") / f"experiments-{session.request.scale_name}"
 
 
 def _refuse_mixture(session: Session, folder: Path) -> None:

@@ -31,13 +31,14 @@ from openhelix.benchmarks.evaluation.pool import Job
 from openhelix.benchmarks.evaluation.ray_pool import RayPool
 from openhelix.benchmarks.evaluation.runner import Conditions, Runner
 from openhelix.benchmarks.evaluation.suites import Episode, Suite
+from openhelix.benchmarks.perf.places import results_file
 from openhelix.runtime.control.assembly import ControlStack
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.core.config import RunConfig
 from openhelix.runtime.core.types import CameraFrame
 from openhelix.runtime.robots.env import EnvRobot
 
-OUT = Path("benchmarks/perf/results/eval.json")
+OUT = results_file("eval.json")
 
 
 class EveryStep(Runner):

@@ -33,6 +33,7 @@ from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite
 from openhelix.benchmarks.paper.costs import COSTS
 from openhelix.benchmarks.paper.trainings import SHIPPED_POLICY
+from openhelix.benchmarks.perf.places import IN_CHECKOUT, results_file
 from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.benchmarks.training.feeds import encode_prefix, encode_read_outs
 from openhelix.benchmarks.training.stages import JointRun, policy_settings
@@ -188,7 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--sequences", type=int, default=12)
     arguments.add_argument("--steps", type=int, default=60)
     arguments.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    arguments.add_argument("--out", type=Path, default=COSTS)
+    default = COSTS if IN_CHECKOUT else results_file("experiments.json")
+    arguments.add_argument("--out", type=Path, default=default)
     options = arguments.parse_args(argv)
     before: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     report = before | {

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from openhelix.benchmarks.perf.places import CONFIG, results_file
 from openhelix.benchmarks.perf.tick_overhead import overhead
 from openhelix.runtime.control.assembly import IMAGES_A_LATENT, request_interval_ns
 from openhelix.runtime.control.goals import WireGoals
@@ -292,9 +293,9 @@ def main() -> int:
     parser.add_argument("--overhead-seconds", type=float, default=100.0, help="0 leaves it out")
     parser.add_argument("--hz", type=float, default=1.0, help="latents a second for each robot")
     parser.add_argument("--max-batch", type=int, default=8, help="as of `openhelix serve`")
-    parser.add_argument("--config", type=Path, default=Path("configs/run.yaml"))
+    parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--only", choices=("robots", "overhead"), default=None)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/perf/results/fleet.json"))
+    parser.add_argument("--out", type=Path, default=results_file("fleet.json"))
     args = parser.parse_args()
     if args.seconds <= 0 or args.hz <= 0 or args.max_batch < 1:
         parser.error("--seconds, --hz and --max-batch must be above 0")

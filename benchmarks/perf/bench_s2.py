@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from openhelix.benchmarks.perf.places import results_file
+
 TEXTS = (
     "lift the red block",
     "push the sliding door to the left side",
@@ -82,11 +84,11 @@ def latency(options: argparse.Namespace) -> dict[str, Any]:
 def robots(options: argparse.Namespace) -> dict[str, Any]:
     """Eight robots at 1 Hz from one engine, through the real node and sockets."""
     from openhelix.runtime.core.types import GoalRequest, LatentGoal
-    from openhelix.runtime.transport.wire import NewestReader, Publisher, ipc_endpoint
+    from openhelix.runtime.transport.wire import NewestReader, Publisher
     from openhelix.system2.publisher import System2Process
 
     folder = Path(tempfile.mkdtemp())
-    requests, latents = ipc_endpoint(folder, "requests"), ipc_endpoint(folder, "latents")
+    requests, latents = f"ipc://{folder}/requests", f"ipc://{folder}/latents"
     engine = {
         "target": "openhelix.system2.engines.vllm:VllmEngine",
         "options": {"model": options.model, "dtype": options.dtype, "threads": options.threads},
@@ -240,7 +242,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=32, help="of prompt tuning")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--section", choices=list(SECTIONS), help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/perf/results/bench_s2.json"))
+    parser.add_argument("--out", type=Path, default=results_file("bench_s2.json"))
     return parser
 
 

@@ -30,6 +30,7 @@ import psutil
 from openhelix.benchmarks.calvin.appearance import Appearance
 from openhelix.benchmarks.calvin.cameras import SceneRenderer
 from openhelix.benchmarks.calvin.env import PlayTableEnv
+from openhelix.benchmarks.perf.places import results_file
 from openhelix.runtime.core.plugins import ResolveError, resolve
 from openhelix.runtime.core.types import F64
 
@@ -228,7 +229,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=120, help="of each round")
     parser.add_argument("--calvin", choices=("auto", "no"), default="auto")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sim.json")
+    parser.add_argument("--out", type=Path, default=results_file("sim.json"))
     args = parser.parse_args()
     load_before = os.getloadavg()[0]
     figures: dict[str, Any] = {

@@ -45,8 +45,9 @@ import msgpack
 import numpy as np
 import zmq
 
+from openhelix.benchmarks.perf.places import results_file
 from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
-from openhelix.runtime.transport.wire import NewestReader, Publisher, ipc_endpoint
+from openhelix.runtime.transport.wire import NewestReader, Publisher
 
 BLOCK = 50  # messages of one kind before the other has its turn
 GAP_S = 0.005
@@ -123,7 +124,7 @@ def latency_publisher(
 ) -> None:
     """Child: publish blocks of each kind, a message when the last has been seen."""
     message = latent(0) if what == "latent" else observation(0)
-    wire = Publisher(ipc_endpoint(run_dir, f"wire-{what}"), "bench")
+    wire = Publisher(f"ipc://{run_dir}/wire-{what}", "bench")
     sockets = [raw_socket(zmq.PUB, run_dir, f"{kind}-{what}", True) for kind in KINDS[:2]]
     by_hand, data = ByHand(sockets[1]), os.urandom(payload_bytes(message))
     time.sleep(0.5)  # subscriptions arrive
@@ -147,7 +148,7 @@ def latency_publisher(
 def raw_socket(kind: int, run_dir: str, name: str, bind: bool) -> zmq.Socket[bytes]:
     """A socket without any of this project's settings."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
-    endpoint = ipc_endpoint(run_dir, name)
+    endpoint = f"ipc://{run_dir}/{name}"
     if bind:
         socket.bind(endpoint)
     else:
@@ -163,7 +164,7 @@ def measure_latency(run_dir: str, what: str, rounds: int, gap_s: float) -> dict[
     # Without a lock: one process writes it, and a lock would be one more thing to wait for.
     sent, (theirs, seen) = context.RawValue(ctypes.c_longlong, 0), context.Pipe(duplex=False)
     expect: Any = LatentGoal if what == "latent" else Observation
-    reader = NewestReader(ipc_endpoint(run_dir, f"wire-{what}"), "bench", expect)
+    reader = NewestReader(f"ipc://{run_dir}/wire-{what}", "bench", expect)
     sockets = [raw_socket(zmq.SUB, run_dir, f"{kind}-{what}", False) for kind in KINDS[:2]]
     by_hand = ByHand(sockets[1])
     args = (run_dir, what, rounds, gap_s, sent, theirs)
@@ -264,11 +265,11 @@ def loss_publisher(
     run_dir: str, messages: int, burst: int, seen: Any, news: Connection, result: Connection
 ) -> None:
     """Child: send bursts of 1 to `burst` messages and wait for each to have been seen."""
-    publisher = Publisher(ipc_endpoint(run_dir, f"loss-{burst}"), "bench")
+    publisher = Publisher(f"ipc://{run_dir}/loss-{burst}", "bench")
     rng = random.Random(0)
     z = np.zeros((1, 4096), np.float32)
     time.sleep(0.5)
-    sent = lost = bursts = after_repeat = 0
+    sent = lost = bursts = 0
     begin = time.monotonic()
     while sent < messages and time.monotonic() < begin + LIMIT_S:
         size = rng.randint(1, burst) if burst < messages else messages
@@ -278,13 +279,10 @@ def loss_publisher(
         bursts += 1
         if not wait_seen(seen, news, sent - 1):
             lost += 1
-            publisher.repeat()
-            after_repeat += not wait_seen(seen, news, sent - 1)
     figures = {
         "messages": sent,
         "bursts": bursts,
         "newest_lost": lost,
-        "newest_lost_after_repeat": after_repeat,
         "queue_filled_up": publisher.dropped,
         "wall_s": round(time.monotonic() - begin, 2),
     }
@@ -305,7 +303,7 @@ def measure_loss(run_dir: str, messages: int, burst: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     seen = context.RawValue(ctypes.c_longlong, -1)
     (result, theirs), (heard, news) = (context.Pipe(duplex=False) for _ in range(2))
-    reader = NewestReader(ipc_endpoint(run_dir, f"loss-{burst}"), "bench", LatentGoal)
+    reader = NewestReader(f"ipc://{run_dir}/loss-{burst}", "bench", LatentGoal)
     args = (run_dir, messages, burst, seen, heard, theirs)
     child = context.Process(target=loss_publisher, args=args, daemon=True)
     child.start()
@@ -338,7 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--messages", type=int, default=200_000, help="of each loss measurement")
     parser.add_argument("--rounds", type=int, default=2_000, help="of each latency measurement")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "wire.json")
+    parser.add_argument("--out", type=Path, default=results_file("wire.json"))
     args = parser.parse_args()
     figures: dict[str, Any] = {
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "zmq": zmq.zmq_version()}

@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from openhelix.benchmarks.calvin.calvin_env import CalvinEnv, CalvinNotInstalledError
+from openhelix.benchmarks.calvin.calvin_env import CalvinEnv, CalvinUnusableError
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
 from openhelix.benchmarks.calvin.tasks import TASKS, completed
 from openhelix.benchmarks.perf import world_scripts as scripts
+from openhelix.benchmarks.perf.places import results_file
 
 WORLDS = ("playtable", "calvin_env")
-OUT = Path(__file__).parent / "results" / "compare_worlds.json"
+OUT = results_file("compare_worlds.json")
 FREE_STEPS = 60
 WORK_BOX = (np.array([-0.15, -0.30, 0.56]), np.array([0.25, -0.10, 0.70]))
 Worlds = tuple[PlayTableEnv, CalvinEnv]
@@ -224,7 +225,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         report = compare(arguments.steps, arguments.trials, arguments.images)
-    except CalvinNotInstalledError as error:
+    except CalvinUnusableError as error:
         raise SystemExit(str(error)) from None
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1, default=float) + "\n")

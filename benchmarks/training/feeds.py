@@ -1,7 +1,9 @@
 """Where a step's latents come from: the living language model, cached prefixes, cached states.
 
-All three give the same thing (a `Sample` of System 2 for some frames), and differ in what may
-learn: everything, `<ACT>` alone, or nothing of the language model.
+All three feeds give the same thing (a `Sample` of System 2 for some frames), and differ in what
+may learn: everything, `<ACT>` alone, or nothing of the language model. `Ages` says which
+observation a frame's latent comes from, `Pictures` and `Sentences` what System 2 sees and is told
+there, and a `Store` keeps what the frozen language model makes of it.
 """
 
 from __future__ import annotations
@@ -29,8 +31,7 @@ from openhelix.system1.data import Cache
 from openhelix.system2.latents import digest
 from openhelix.system2.train import Prefix, Regime, Sample, System2Learner, encode_states
 
-# ------------------------------------------------------------------------------------------------
-# Which observation a frame's latent comes from.
+# -- Ages: which observation a frame's latent comes from -------------------------------
 #
 # At run time a latent is older than the frame that it steers. So in training every frame is
 # drawn equally often, and its latent comes from any observation of its episode that has one and
@@ -106,13 +107,11 @@ def at_most(cache: Cache, count: int) -> Tensor:
     return frames[:: -(-len(frames) // count)]
 
 
-# ------------------------------------------------------------------------------------------------
-# What System 2 sees and is told about a frame of the training cache.
+# -- Pictures and sentences: what System 2 sees and is told about a frame --------------
 #
 # Its pictures are those that `openhelix collect frames.system2_px=200` draws beside the cache,
 # at the size that the camera delivers; without them the policy's own smaller pictures of the
 # same camera are taken. Its sentences are all that the cache uses for the frame's task.
-
 
 log = logging.getLogger(__name__)
 DRAWN = "system2"
@@ -214,19 +213,14 @@ class Sentences:
         return [self.texts[i] for i in index.tolist()]
 
 
-# ------------------------------------------------------------------------------------------------
-# What the frozen language model makes of the frames, computed once and kept.
+# -- Stores: what the frozen language model makes of the frames, computed once ---------
 #
 # Two kinds, each in a folder named by everything that it depends on, so that what was made for
 # other settings is never read:
 #
 # - `prefix`: keys and values of image and sentence before `<ACT>` (`openhelix.system2.train`), with
-#   which `<ACT>` can be trained exactly. For SmolLM2-135M 2.2 MB a frame in bfloat16.
-# - `states`: read-outs at an `<ACT>` that no longer learns, a kilobyte each.
-#
-# A part file appears whole or not at all, so a killed run goes on where it was. What would
-# need more disk than allowed or free is refused before it begins.
-
+#   which `<ACT>` can be trained exactly. For SmolLM2-135M 2.2 MB per frame in bfloat16.
+# - `states`: read-outs at an `<ACT>` that no longer learns, one kilobyte each.
 
 ABOUT = "about.json"
 Encode = Callable[[Tensor, Tensor], dict[str, Tensor]]
@@ -359,6 +353,9 @@ class Store:
 
 
 PREFIX_PART, STATES_PART = 64, 512  # frames a file
+
+
+# -- Feeds -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

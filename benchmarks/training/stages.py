@@ -53,9 +53,7 @@ from openhelix.system2.engines.base import pick_dtype
 from openhelix.system2.model import open_checkpoint, sha256_file
 from openhelix.system2.train import System2Learner
 
-# ------------------------------------------------------------------------------------------------
-# The loss curves of a joint stage.
-
+# -- Loss curves of a joint stage ------------------------------------------------------
 
 TERMS = (
     ("loss", "all"),
@@ -99,9 +97,7 @@ def plot_joint(path: Path, stage: str, history: list[dict[str, Any]]) -> None:
     plt.close(figure)
 
 
-# ------------------------------------------------------------------------------------------------
-# One joint stage: its parts opened or continued, trained, and written.
-
+# -- A stage: its parts opened or continued, trained, and written ----------------------
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,9 @@ from openhelix.runtime.observe.recorder import Reader, replay
 def main(argv: Sequence[str]) -> int:
     """Compare recorded and recomputed chunks; the policy is the configuration's."""
     arguments = parser("replay", __doc__ or "")
-    arguments.add_argument("recording", type=Path, help="folder of a recording")
+    arguments.add_argument(
+        "recording", type=Path, help="a recording (.mcap), or the folder of its run"
+    )
     options, overrides = parse(arguments, argv)
     config = load(options.config, overrides)
     Reader(options.recording)  # a wrong path is told before a policy is loaded

@@ -29,9 +29,10 @@ from openhelix.runtime.core.interfaces import (
     check_latent,
     check_robot,
 )
+from openhelix.runtime.core.limits import SafetyFilter, SafetyLimits
 from openhelix.runtime.core.plugins import resolve
-from openhelix.runtime.core.safety import SafetyFilter, SafetyLimits, SafetyState, Watchdog
 from openhelix.runtime.core.types import LatentGoal
+from openhelix.runtime.core.watchdog import SafetyState, Watchdog
 from openhelix.runtime.robots.base import Robot, World
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 

@@ -87,7 +87,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class LatenessSummary:
-    """Lateness of the ticks since the last reset, in nanoseconds."""
+    """Lateness of the ticks so far, in nanoseconds."""
 
     ticks: int
     missed: int
@@ -111,10 +111,6 @@ class LatenessStats:
         if capacity < 1:
             raise ValueError(f"capacity: {capacity}, must be at least 1")
         self._ring = array("q", bytes(8 * capacity))
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything, for example what warm-up did."""
         self._count = 0
         self._max = 0
         self.missed = 0
@@ -187,10 +183,6 @@ class Pacer:
         start = self.clock.now_ns() if self._start_ns is None else self._start_ns
         return start + (self._next + 1) * self.period_ns - self.clock.now_ns()
 
-    def reset_stats(self) -> None:
-        """Forget the latenesses so far; call it when warm-up ends."""
-        self.stats.reset()
-
     def summary(self) -> LatenessSummary:
-        """Return the figures since the last reset."""
+        """Return the figures so far."""
         return self.stats.summary()

@@ -15,15 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from openhelix.runtime.core.safety import SafetyLimits
-
-# ------------------------------------------------------------------------------------------------
-# Failures that a person should hear of in one line, without a traceback.
-
-
-class CommandFailed(RuntimeError):
-    """A command could not do its work, through no mistake in what was asked; exit code 1."""
-
+from openhelix.runtime.core.limits import SafetyLimits
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -33,8 +25,15 @@ METRICS_PARTS = ("control", "system2", "eval", "system1", "observer")  # in orde
 M = TypeVar("M", bound=BaseModel)
 
 
+# The two failures that a person is told of in one line, without a traceback.
+
+
 class ConfigError(ValueError):
-    """A wrong configuration, told in one line that names the field and what is valid."""
+    """What was asked for is wrong; the line names the field and what is valid. Exit code 2."""
+
+
+class CommandFailed(RuntimeError):
+    """A command could not do its work, through no mistake in what was asked. Exit code 1."""
 
 
 class _Section(BaseModel):
@@ -135,7 +134,7 @@ class TasksConfig(_Section):
     """What the robot is told to do."""
 
     sequence: Annotated[int, Field(ge=0, le=999)] = 0  # index into the CALVIN sequences
-    steps_limit: Count = 360  # environment steps an instruction
+    steps_limit: Count = 360  # environment steps per instruction
     stop_at_failure: bool = False  # CALVIN's protocol; False attempts all tasks
     instruction: str | None = None  # free text instead of a sequence
 

@@ -30,7 +30,7 @@ class SafetyLimits:
     """Limits in W, for a Panda at CALVIN's table unless said otherwise.
 
     CALVIN's largest relative action is 0.02 m and 0.05 rad per axis and 1/30 s step, that is
-    0.6 m/s and 1.5 rad/s an axis; the speed limits are that along a diagonal, so that no legal
+    0.6 m/s and 1.5 rad/s per axis; the speed limits are that along a diagonal, so that no legal
     CALVIN action is cut. The accelerations are the Cartesian limits of Franka's control
     interface (13 m/s², 25 rad/s²).
     """

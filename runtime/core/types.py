@@ -3,7 +3,7 @@
 Every array has one shape, one dtype, one unit and one frame, written beside it here and
 nowhere else. `W` is the world frame (metres, z up). Poses are 7-vectors: position xyz in
 metres, then a unit quaternion xyzw. All times are `time.monotonic_ns()` of the host that
-stamped them; `openhelix.runtime.transport.wire` translates between hosts.
+stamped them.
 """
 
 from __future__ import annotations

@@ -167,11 +167,6 @@ class Watchdog:
                 return SafeStop("camera_frozen", name, 0.0)
         return None
 
-    def latent_silent(self, now_ns: int) -> bool:
-        """Whether System 2 counts as silent (its grace time runs or has run out)."""
-        newest = self._newest_ns.get("latent")
-        return newest is not None and (now_ns - newest) * 1e-9 > self.limits.latent_max_age_s
-
 
 def _same_pixels(a: U8 | None, b: U8) -> bool:
     return a is b or (a is not None and bool(np.array_equal(a, b)))

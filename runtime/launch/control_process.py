@@ -28,14 +28,14 @@ from openhelix.runtime.control.report import live, percentiles, task_rows
 from openhelix.runtime.core.config import RunConfig, validate
 from openhelix.runtime.core.interfaces import LatentSpec, PolicySpec, check_latent
 from openhelix.runtime.observe.observer import ObserverProcess, Subscribers
-from openhelix.runtime.robots.base import Robot, RobotError, World, make_robot
+from openhelix.runtime.robots.base import Robot, RobotError, World, make_robot, world_options
 from openhelix.runtime.robots.sim import SimRobot
-from openhelix.runtime.transport.offset import ClockSync
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
 from openhelix.runtime.transport.sockets import is_local
 
 log = logging.getLogger(__name__)
 SYSTEM1_TIMEOUT_S = 240.0
+OFFSET_ROUNDS = 8  # questions to System 2's clock; the quickest answer counts
 
 
 class ControlProcess:
@@ -63,7 +63,7 @@ class ControlProcess:
         self._start = threading.Event()
         self._halt = threading.Event()
         self._finished = threading.Event()
-        self._sync: ClockSync | None = None
+        self._clock_offset_s: dict[str, float] | None = None
         self._report: dict[str, Any] = {}
         self._robot: Robot | None = None
         self._goals: WireGoals | None = None
@@ -86,7 +86,6 @@ class ControlProcess:
         self._set_world()
         if spec.latent is not None:
             self._goals = wire_goals(config, channels["requests"], channels["latents"])
-            self._sync = self._clock_sync(channels["system2_control"])
         planner = remote_planner(config, channels["plans"], channels["chunks"])
         stack = build_stack(config, robot, spec, planner, self._goals, make_clock(config))
         self._stack, self._spec = stack, spec
@@ -147,20 +146,10 @@ class ControlProcess:
     def close(self) -> None:
         if self._stack is not None:
             self._stack.close()
-        if self._sync is not None:
-            self._sync.close()
-            self._sync_client.close()
         if self._subscribers is not None:
             self._subscribers.close()
         if self._robot is not None:
             self._robot.disconnect()
-
-    def _clock_offset_s(self) -> dict[str, float] | None:
-        """System 2's clock minus ours, true within the uncertainty; None on one host."""
-        offset = self._sync.offset if self._sync else None
-        if offset is None:
-            return None
-        return {"offset": offset.offset_ns * 1e-9, "uncertainty": offset.uncertainty_ns * 1e-9}
 
     def _set_world(self) -> None:
         initial, robot = self._initial, self._robot
@@ -190,28 +179,34 @@ class ControlProcess:
             client.close()
         raise RobotError(f"system1: not ready after {SYSTEM1_TIMEOUT_S:.0f} s")
 
-    def _clock_sync(self, endpoint: str) -> ClockSync | None:
-        """Estimate the offset to System 2's clock where that is another host's."""
+    def _measure_offset(self) -> dict[str, float] | None:
+        """Return System 2's clock minus ours, if it is another host's and answers."""
+        endpoint = self._channels["system2_control"]
         if is_local(endpoint):
             return None
-        self._sync_client = RpcClient(endpoint, keys=self._keys())
-        sync = ClockSync(self._sync_client)
-        sync.start(period_s=2.0)
-        return sync
+        client = RpcClient(endpoint, keys=self._keys())
+        try:
+            return clock_offset_s(client.call)
+        except (RpcError, KeyError, TypeError) as error:  # the report does without
+            log.warning("System 2's clock could not be read: %s", error)
+            return None
+        finally:
+            client.close()
 
     def _keys(self) -> str | None:
         keys = self._config.transport.keys
         return str(keys) if keys else None
 
     def _make_robot(self) -> Robot:
-        options = dict(self._config.robot.options)
-        if self._config.robot.name == "sim":
+        robot, world = self._config.robot, self._config.world
+        options = world_options(robot.name, robot.options, world.scene, world.cameras)
+        if robot.name == "sim":
             names = ("actions", "states", "frames", "world_control")
             options |= {name: self._channels[name] for name in names}
-            options["cameras"] = self._config.world.cameras
+            options["cameras"] = world.cameras
             options["hz"] = self._config.control.hz
             options["keys"] = self._keys()
-        return make_robot(self._config.robot.name, **options)
+        return make_robot(robot.name, **options)
 
     def _on_start(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Compare what System 2 gives with what System 1 needs, then go."""
@@ -219,6 +214,7 @@ class ControlProcess:
             given = LatentSpec(**arguments["latent_spec"])
             check_latent(given, self._spec.latent)
             self._goals.expect(given)
+            self._clock_offset_s = self._measure_offset()
         self._start.set()
         return {}
 
@@ -263,10 +259,32 @@ class ControlProcess:
             "s2_latency_s": percentiles(goals.latencies_s if goals else (), ("p50", "p99")),
             "stopped": str(stack.loop.safety.stop) if stack.loop.stopped else None,
             "safe_stops": dict(stack.loop.safety.stops),
-            "clock_offset_s": self._clock_offset_s(),
+            "clock_offset_s": self._clock_offset_s,
             "realtime": {
                 "fifo": self._realtime.fifo,
                 "reason": self._realtime.reason,
                 "cpus": list(self._realtime.cpus),
             },
         }
+
+
+def clock_offset_s(call: Callable[..., dict[str, Any]]) -> dict[str, float]:
+    """Ask a remote clock; return remote minus local time and how far off that may be, in seconds.
+
+    The answer was given somewhere within the round trip, so the offset is taken at its middle
+    and is wrong by at most half the time on the way. Clocks that drift apart later (tens of
+    microseconds per second) are not followed.
+
+    Args:
+        call: `RpcClient.call` of a server on that host.
+    """
+    found = []
+    for _ in range(OFFSET_ROUNDS):
+        asked_ns = time.monotonic_ns()
+        answer = call("time", timeout_s=0.5)
+        heard_ns = time.monotonic_ns()
+        received_ns, sent_ns = answer["t_received_ns"], answer["t_sent_ns"]
+        away_ns = (heard_ns - asked_ns) - (sent_ns - received_ns)
+        found.append((away_ns / 2, (received_ns + sent_ns - asked_ns - heard_ns) / 2))
+    uncertainty_ns, offset_ns = min(found)
+    return {"offset": offset_ns * 1e-9, "uncertainty": uncertainty_ns * 1e-9}

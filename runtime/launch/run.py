@@ -36,7 +36,7 @@ from openhelix.runtime.launch.node import interruptible
 from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.observer import Subscribers
 from openhelix.runtime.observe.status_source import RECORD, StatusRecord
-from openhelix.runtime.robots.base import World, make_robot
+from openhelix.runtime.robots.base import World, make_robot, world_options
 from openhelix.runtime.transport.rpc import RpcError
 
 READY_TIMEOUT_S = 300.0  # the first start builds the laptop model; later ones take seconds
@@ -92,13 +92,9 @@ def run_lockstep(
 
 def _embedded(config: RunConfig, clock: object) -> tuple[str, dict[str, Any]]:
     """The driver that steps a world inside this process, in place of the real-time one."""
+    name = "playtable" if config.robot.name == "sim" else config.robot.name
     options = dict(config.robot.options) | {"clock": clock}
-    if config.robot.name != "sim":
-        return config.robot.name, options
-    return "playtable", options | {
-        "scene": config.world.scene,
-        "cameras": config.world.cameras,
-    }
+    return name, world_options(name, options, config.world.scene, config.world.cameras)
 
 
 class _Progress:

@@ -40,7 +40,7 @@ SHED_REASONS = ("too_many_robots", "name_taken", "bad_name", "too_old", "out_of_
 OUTCOMES = ("success", "failure")
 UNJUDGED = ("free", "unjudged")  # task and outcome of an instruction without an oracle
 DROP_REASONS = (  # of openhelix.runtime.transport.wire, then openhelix.runtime.transport.codec
-    *("repeat", "stale", "stale_source", "expired", "future", "unsynced", "topics", "taken"),
+    *("stale", "stale_source", "topics", "taken"),
     *("truncated", "oversize", "version", "header", "kind", "field", "dtype", "shape"),
     "nonfinite",
 )
@@ -209,7 +209,7 @@ class System2Metrics:
 
     Args:
         scheduler: has `robots` (by name, each with `pending`) and `totals`.
-        hz: latents a second promised to each robot.
+        hz: latents per second promised to each robot.
         clock: the scheduler's.
     """
 

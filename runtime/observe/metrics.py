@@ -8,6 +8,9 @@ be one, an episode never).
 Counters that the runtime keeps anyway are read when somebody scrapes, so they cost a tick
 nothing. Only distributions are fed as things happen, through `Histogram`, which is a bisect
 and two additions: prometheus_client's own takes a lock and several times as long.
+
+The endpoint is on loopback unless an address is named, and read only: what is behind it cannot
+be changed by whoever reads it.
 """
 
 from __future__ import annotations
@@ -33,6 +36,9 @@ from prometheus_client.core import (
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+log = logging.getLogger(__name__)
+LOOPBACK = "127.0.0.1"
+
 # 0.1 ms to 10 s in steps of about 1, 2.5, 5.
 SECONDS = (
     *(1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2),
@@ -50,6 +56,9 @@ LATENT_STEPS = (0.0, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 90.0)
 IN_A_ROW = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)  # CALVIN's chains have five instructions
 
 Kind = Literal["counter", "gauge", "histogram"]
+
+
+# The catalogue -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +150,7 @@ _SYSTEM2 = (
     _counter("system2_shed", "Requests dropped to bound the load.", "reason"),
     _gauge("system2_queue", "Robots whose request waits for its turn."),
     _gauge("system2_robots", "Robots that System 2 serves."),
-    _gauge("system2_rate_hertz", "Latents a second promised to each robot."),
+    _gauge("system2_rate_hertz", "Latents per second promised to each robot."),
     _counter("system2_robot_latents", "Latents published for a robot.", "robot"),
     _counter("system2_robot_skipped", "Deadlines of a robot that passed unserved.", "robot"),
     _gauge("system2_robot_silence_seconds", "Time since a robot's last request.", "robot"),
@@ -248,6 +257,9 @@ def sections() -> tuple[Section, ...]:
     return _SECTIONS
 
 
+# Values for a scrape -----------------------------------------------------------------------------
+
+
 class Histogram:
     """A distribution with fixed buckets; one thread observes, any thread reads."""
 
@@ -324,15 +336,7 @@ def _filled(family: Any, values: Any) -> Metric:
     return metric
 
 
-# ------------------------------------------------------------------------------------------------
-# How metrics leave a process: collectors joined, and the endpoint that Prometheus scrapes.
-#
-# On loopback unless an address is named, and read only: what is behind it cannot be changed by
-# whoever reads it.
-
-
-log = logging.getLogger(__name__)
-LOOPBACK = "127.0.0.1"
+# The endpoint that Prometheus scrapes ------------------------------------------------------------
 
 
 class Group(Collector):
@@ -466,17 +470,17 @@ def serve(port: int, *parts: Any, host: str = LOOPBACK) -> Endpoint:
     return endpoint
 
 
-# ------------------------------------------------------------------------------------------------
-# Memory of the GPUs that this process uses, as metrics.
-#
-# torch is looked up among the modules that are loaded already, never imported: a process
-# without it has no GPU memory to tell of, and the runtime needs no torch. A process that has
-# not touched a GPU is left so, since asking for the figures would make a context of hundreds
-# of megabytes on it.
+# GPUs --------------------------------------------------------------------------------------------
 
 
 class GpuMetrics:
-    """Memory of each GPU: whole, in use by whomever, held by this process."""
+    """Memory of each GPU: whole, in use by whomever, held by this process.
+
+    torch is looked up among the modules that are loaded already, never imported: a process
+    without it has no GPU memory to tell of, and the runtime needs no torch. A process that has
+    not touched a GPU is left so, since asking for the figures would make a context of hundreds
+    of megabytes on it.
+    """
 
     def collect(self) -> Iterable[Metric]:
         """Return nothing where this process uses no GPU."""

@@ -1,4 +1,18 @@
-"""Gives a run's loop the subscribers that its configuration asks for, and ends them."""
+"""Who looks on at a run: the subscribers of its loop, and the process that they feed.
+
+The control process does one thing for its spectators: it sends each tick as it is, with the
+frames that are new (`TickPublisher`). Drawing and encoding happen elsewhere, so that no
+spectator ever holds the control thread's interpreter. Unlike the control path, where only the
+newest counts, here all messages do; those that were lost are counted (`EveryReader`).
+
+On the wall clock `ObserverProcess`, a process of its own, takes the ticks. It feeds the `Sinks`
+(video, recording, viewer), which drop, counted, rather than delay anybody, and the
+`StatusBoard`, which answers when a person asks how the robot is. The control process is never
+asked: whoever watches a robot, however many and however slowly, cannot cost its loop a
+microsecond. On the lockstep clock the sinks work inside the run's process and lose nothing.
+
+`Subscribers` gives a loop what its configuration asks for.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +36,19 @@ from openhelix.runtime.core.config import RunConfig, validate
 from openhelix.runtime.core.types import U8, CameraFrame
 from openhelix.runtime.observe.collectors import LoopMetrics, SinkMetrics, WireMetrics, loop_wire
 from openhelix.runtime.observe.metrics import Endpoint, serve
-from openhelix.runtime.observe.recorder import Recorder
 from openhelix.runtime.observe.video import Caption, VideoRecorder
 from openhelix.runtime.transport.codec import WireError, decode, kind_of, register
-from openhelix.runtime.transport.wire import AgeLimit, Inlet, Publisher, Track, topic_bytes
-
-# ------------------------------------------------------------------------------------------------
-# Every tick of the loop, for processes that look on: video, recording, viewer.
-#
-# The control process does one thing for them: it sends a tick as it is, with the frames that
-# are new. Drawing and encoding happen elsewhere, so that no spectator ever holds the control
-# thread's interpreter. Unlike the control path, where only the newest counts, here all messages
-# do; those that were lost are counted.
-
+from openhelix.runtime.transport.wire import Inlet, Publisher, Track, topic_bytes
 
 TOPIC = "ticks"
+WINDOW_S = 10.0  # over which rates are counted
+MAX_SIDE_PX = 640  # of an image that is handed out; larger ones are thinned
+KEPT_STOPS = 20
+QUIET_S = 0.3  # after this long without a tick, a run that has ended has been seen whole
 T = TypeVar("T")
+
+
+# The stream of ticks -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +119,7 @@ class EveryReader(Generic[T]):
         prefix = topic_bytes(topic) + b"\0"
         self._inlet = Inlet(endpoint, prefix, bind=True, keys=keys, hwm=hwm, max_drain=256)
         self.stats = self._inlet.stats
-        clock = MonotonicClock()
-        self._track = Track(expect, self.stats, AgeLimit(None, clock, None), clock)
+        self._track = Track(expect, self.stats, MonotonicClock())
         self._last: tuple[int, int] | None = None  # source and number of the last message
 
     def poll(self) -> list[T]:
@@ -138,17 +148,7 @@ class EveryReader(Generic[T]):
         self._inlet.port.close()
 
 
-# ------------------------------------------------------------------------------------------------
-# What a person wants to know of a running robot, kept by the process that looks on.
-#
-# The observer hears every tick anyway; `StatusBoard` keeps the newest of everything and answers
-# when somebody asks. The control process is never asked: whoever watches a robot, however many
-# and however slowly, cannot cost its loop a microsecond.
-
-
-WINDOW_S = 10.0  # over which rates are counted
-MAX_SIDE_PX = 640  # of an image that is handed out; larger ones are thinned
-KEPT_STOPS = 20
+# The status board --------------------------------------------------------------------------------
 
 
 class StatusBoard:
@@ -270,15 +270,7 @@ _NOTHING: dict[str, Any] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Where ticks go besides the robot: video, recording, viewer, as a configuration asks for.
-#
-# On the lockstep clock the sinks work inside the run's process and lose nothing. On the wall
-# clock they live in a process of their own (`ObserverProcess`) and drop, counted, rather than
-# delay anybody.
-
-
-QUIET_S = 0.3  # after this long without a tick, a run that has ended has been seen whole
+# Sinks -------------------------------------------------------------------------------------------
 
 
 class Sinks:
@@ -312,8 +304,11 @@ class Sinks:
                 folder / "video.mp4", cameras, caption, fps, lossless=patient
             )
         if output.record:
+            # What reads and writes recordings takes a tenth of a second to import.
+            from openhelix.runtime.observe.recorder import FILE_NAME, Recorder
+
             meta = {"config": config.model_dump(mode="json"), "seed": config.seed}
-            self.parts["recording"] = Recorder(folder / "recording", meta, lossless=patient)
+            self.parts["recording"] = Recorder(folder / FILE_NAME, meta, lossless=patient)
         if output.viewer:
             # Rerun is an extra of half a gigabyte: imported only here.
             from openhelix.runtime.observe.viewer import RerunViewer
@@ -336,6 +331,9 @@ class Sinks:
                 for name, part in self.parts.items()
             }
         return self._summary
+
+
+# The observer process ----------------------------------------------------------------------------
 
 
 class ObserverProcess:
@@ -446,6 +444,9 @@ class ObserverProcess:
         if not self._finished.wait(60.0):
             raise ValueError("the video or the recording could not be finished within 60 s")
         return self._summary
+
+
+# What a loop is given ----------------------------------------------------------------------------
 
 
 class Subscribers:

@@ -1,208 +1,96 @@
-"""Keeps what a run saw and did, off the control thread, and admits what it lost.
+"""Keeps what a run saw and did in one MCAP file, off the control thread, and admits what it lost.
 
 A subscriber of the loop hands whole ticks to a thread, which writes each camera frame once
 (the loop sees one several times), then the rest of the tick. Whatever is dropped is counted,
-and a recording that lost anything says so in its `meta.json` instead of looking complete.
+and a recording that lost anything says so instead of looking complete.
 
-Topics, in the order of a tick: `frame/<camera>`, `observation` (its frames are the newest of
-each camera before it), `latent`, `chunk`, `action`, `tick`; and `event` for what the run did.
+Foxglove, Rerun and the `mcap` command open the file as it is. Topics, in the order of a tick:
+
+    /camera/<name>/rgb, /camera/<name>/depth   foxglove.RawImage (protobuf)
+    /camera/<name>                             capture time, intrinsics, pose (JSON)
+    /observation, /latent, /chunk, /action     the records of `runtime/core/types.py` (JSON)
+    /tick                                      state, reason, ages of the tick (JSON)
+    /event                                     what the run did, for example a new instruction
+
+Log times are the run's monotonic clock in nanoseconds; messages are numbered through. The
+run's configuration is metadata in front of the first message, the summary metadata behind the
+last. A chunk is on its way to the disk as soon as it holds `CHUNK_BYTES`, so that a process
+that is killed loses no more than that; the file then has no summary and is incomplete.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import struct
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+import math
+import re
+import time
+import typing
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, cast
 
-from openhelix.runtime.core.types import Action, ActionChunk, CameraFrame, LatentGoal, Observation
+import lz4.frame
+import msgspec
+import numpy as np
+from foxglove_schemas_protobuf.RawImage_pb2 import RawImage
+from mcap.exceptions import EndOfFile, McapError, RecordLengthLimitExceeded
+from mcap.reader import SeekingReader
+from mcap.records import Channel, Chunk, Metadata
+from mcap.records import Message as McapMessage
+from mcap.stream_reader import StreamReader, breakup_chunk
+from mcap.well_known import MessageEncoding, SchemaEncoding
+from mcap.writer import CompressionType, Writer
+from mcap_protobuf.schema import build_file_descriptor_set
+
+from openhelix.runtime.core.config import RunConfig, apply_overrides, validate
+from openhelix.runtime.core.interfaces import Policy
+from openhelix.runtime.core.quaternion import angle_between, normalise
+from openhelix.runtime.core.types import (
+    F32,
+    U8,
+    Action,
+    ActionChunk,
+    CameraFrame,
+    LatentGoal,
+    Observation,
+)
 from openhelix.runtime.observe.background import Background, Counted
-from openhelix.runtime.transport.codec import WireError, decode, decode_dict, encode, encode_dict
+from openhelix.runtime.transport.codec import WireError, encode
 
 if TYPE_CHECKING:
     from openhelix.runtime.control.loop import Tick
-import time
-from collections import deque
 
-import numpy as np
-
-from openhelix.runtime.core.interfaces import Policy
-from openhelix.runtime.core.quaternion import angle_between, normalise
-
-# ------------------------------------------------------------------------------------------------
-# Records on disk: a folder of append-only segments of the wire's own frames.
-#
-# One record is a length-prefixed multipart message of `openhelix.runtime.transport.codec` with a topic, a time and
-# a checksum, so what a run recorded is what its processes said to each other, nothing is
-# pickled, and a file that a crash cut off is read up to the cut. `meta.json` says whether the
-# recording is complete; it says "no" until the writer has closed.
-#
-#     segment   MAGIC, then records
-#     record    u32 crc of all that follows | u32 bytes of body | i64 time (ns) |
-#               u8 bytes of topic | u16 frames | topic | u32 bytes of each frame | frames
-
-
-MAGIC: Final = b"OHREC\0\0\1"
-META: Final = "meta.json"
-_HEAD: Final = struct.Struct("<IIqBH")
-MAX_BODY_BYTES: Final = 256 * 1024 * 1024
-
-Record = tuple[str, int, list[bytes]]  # topic, time (ns), frames
+FILE_NAME: Final = "recording.mcap"
+PROFILE: Final = "openhelix"
+SUMMARY: Final = "openhelix.summary"  # name of the metadata written last
+CHUNK_BYTES: Final = 128 * 1024
+# A chunk holds at most `CHUNK_BYTES` and one message; nothing larger is unpacked. LZ4 itself
+# cannot grow by more than 255 times, so that a small file stays small in memory.
+MAX_MESSAGE_BYTES: Final = 48 * 1024 * 1024
+MAX_CHUNK_BYTES: Final = MAX_MESSAGE_BYTES + CHUNK_BYTES + 1024 * 1024
+_CAMERA: Final = re.compile(r"/camera/([^/]+)(?:/(rgb|depth))?")
+_PIXELS: Final[Mapping[str, tuple[str, np.dtype[Any], int]]] = {
+    "rgb": ("rgb8", np.dtype("u1"), 3),
+    "depth": ("32FC1", np.dtype("<f4"), 1),
+}
 
 
 class RecordingError(ValueError):
-    """A path that holds no recording of this kind."""
+    """A path that holds no recording, or already holds one."""
 
 
-class SegmentWriter:
-    """Appends records, a new file every `segment_bytes`.
+@dataclass(frozen=True, slots=True)
+class TickRecord:
+    """What a tick came to, besides its observation and action."""
 
-    Args:
-        folder: made if needed; must not hold a recording already.
-        segment_bytes: size at which the next file begins.
-        max_bytes: size of the whole recording at which `write` refuses.
-        meta: kept in `meta.json`.
-
-    Raises:
-        RecordingError: the folder holds a recording.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        segment_bytes: int = 256 * 1024 * 1024,
-        max_bytes: int = 20 * 1024**3,
-        meta: dict[str, Any] | None = None,
-    ) -> None:
-        self.folder = Path(folder)
-        if (self.folder / META).exists():
-            raise RecordingError(f"{self.folder}: holds a recording already; name another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._segment_bytes, self._max_bytes = segment_bytes, max_bytes
-        self._file: BinaryIO | None = None
-        self._segments = 0
-        self.bytes = 0
-        self.records = 0
-        self.meta = dict(meta or {})
-        self.save_meta({"complete": False})
-
-    def write(self, topic: str, t_ns: int, frames: Sequence[bytes | memoryview]) -> None:
-        """Append one record.
-
-        Raises:
-            OSError: the disk refuses, or the recording has reached `max_bytes`.
-        """
-        name = topic.encode()
-        sizes = [memoryview(frame).nbytes for frame in frames]
-        body = len(name) + 4 * len(sizes) + sum(sizes)
-        if self.bytes + body + _HEAD.size > self._max_bytes:
-            raise OSError(f"the recording has reached its limit of {self._max_bytes} bytes")
-        parts: list[bytes | memoryview] = [
-            _HEAD.pack(0, body, t_ns, len(name), len(sizes))[4:],
-            name,
-            struct.pack(f"<{len(sizes)}I", *sizes),
-            *frames,
-        ]
-        crc = 0
-        for part in parts:
-            crc = zlib.crc32(part, crc)
-        file = self._open()
-        file.write(struct.pack("<I", crc))
-        file.writelines(parts)
-        self.bytes += body + _HEAD.size
-        self.records += 1
-
-    def save_meta(self, extra: dict[str, Any]) -> None:
-        """Write `meta.json`, whole or not at all."""
-        text = json.dumps(self.meta | extra, indent=2)
-        temporary = self.folder / (META + ".new")
-        temporary.write_text(text)
-        temporary.replace(self.folder / META)
-
-    def close(self) -> None:
-        """Close the last file; `meta.json` is the caller's to finish."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _open(self) -> BinaryIO:
-        if self._file is not None and self._file.tell() >= self._segment_bytes:
-            self.close()
-        if self._file is None:
-            self._file = open(self.folder / f"{self._segments:06d}.ohr", "wb")  # noqa: SIM115
-            self._file.write(MAGIC)
-            self._segments += 1
-        return self._file
-
-
-class SegmentReader:
-    """Reads what `SegmentWriter` wrote.
-
-    Raises:
-        RecordingError: the folder holds no recording.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        try:
-            self.meta: dict[str, Any] = json.loads((self.folder / META).read_text())
-        except FileNotFoundError:
-            raise RecordingError(f"{self.folder}: no recording there (no {META})") from None
-        except (OSError, ValueError) as error:
-            raise RecordingError(f"{self.folder / META}: cannot be read: {error}") from None
-        self.cut = False  # a record was cut off or damaged; set while reading
-
-    @property
-    def complete(self) -> bool:
-        """Whether the writer closed properly and dropped nothing, and no damage was found."""
-        return bool(self.meta.get("complete")) and not self.cut
-
-    def __iter__(self) -> Iterator[Record]:
-        """Yield every record in order; a damaged file is read up to the damage."""
-        found = 0
-        for path in sorted(self.folder.glob("*.ohr")):
-            with open(path, "rb") as file:
-                if file.read(len(MAGIC)) != MAGIC:
-                    self.cut = True
-                    continue
-                while (record := self._read(file)) is not None:
-                    found += 1
-                    yield record
-        # A file cut off between two records looks whole; the writer's count tells.
-        self.cut = self.cut or found < self.meta.get("records", 0)
-
-    def _read(self, file: BinaryIO) -> Record | None:
-        head = file.read(_HEAD.size)
-        if not head:
-            return None
-        if len(head) < _HEAD.size:
-            self.cut = True
-            return None
-        crc, size, t_ns, topic_bytes, count = _HEAD.unpack(head)
-        body = file.read(size) if size <= MAX_BODY_BYTES else b""
-        if len(body) < size or zlib.crc32(body, zlib.crc32(head[4:])) != crc:
-            self.cut = True
-            return None
-        # Checked against its checksum: from here on the sizes are what was written.
-        topic = body[:topic_bytes].decode()
-        at = topic_bytes + 4 * count
-        frames = []
-        for length in struct.unpack_from(f"<{count}I", body, topic_bytes):
-            frames.append(body[at : at + length])
-            at += length
-        return topic, t_ns, frames
-
-
-_RECORDS: Mapping[str, type] = {
-    "observation": Observation,
-    "latent": LatentGoal,
-    "chunk": ActionChunk,
-    "action": Action,
-}
-_FREE = ("tick", "event")
+    index: int
+    state: str
+    reason: str
+    latent_age_s: float | None
+    duration_s: float
 
 
 class Message(NamedTuple):
@@ -210,15 +98,203 @@ class Message(NamedTuple):
 
     topic: str
     t_ns: int
-    message: Any  # of the topic's class; a dict for "tick" and "event"
+    message: Any  # a record, a `CameraFrame` or a `TickRecord`; a dict for "/event"
+
+
+# Records as JSON -------------------------------------------------------------------------------
+
+
+def _without(cls: type[Any], *left_out: str) -> type[Any]:
+    """Return a dataclass with the fields of `cls` except some: these are recorded beside it."""
+    hints = typing.get_type_hints(cls)
+    kept = [field for field in dataclasses.fields(cls) if field.name not in left_out]
+    return dataclasses.make_dataclass(
+        cls.__name__,
+        [(f.name, hints[f.name], dataclasses.field(default=f.default)) for f in kept],
+        namespace={"__doc__": cls.__doc__},
+        frozen=True,
+    )
+
+
+_Geometry: Final = _without(CameraFrame, "rgb", "depth")
+_State: Final = _without(Observation, "frames")
+_RECORDS: Final[Mapping[str, type[Any]]] = {
+    "/observation": _State,
+    "/latent": LatentGoal,
+    "/chunk": ActionChunk,
+    "/action": Action,
+    "/tick": TickRecord,
+    "/event": dict,
+}
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise NotImplementedError(f"a {type(value).__name__} cannot be recorded")
+
+
+def _to_array(hint: Any, value: Any) -> Any:
+    dtype = typing.get_args(typing.get_args(hint)[1])[0]
+    return np.asarray(value, dtype)  # null, as JSON writes NaN, becomes NaN again
+
+
+def _schema(cls: type[Any]) -> bytes:
+    """Return the JSON schema of a record, flat, as Foxglove wants it."""
+    if cls is dict:
+        return b'{"type": "object"}'
+    number = {"type": "array", "items": {"type": "number"}}
+    _, parts = msgspec.json.schema_components((cls,), schema_hook=lambda _: number)
+    return msgspec.json.encode(parts[cls.__name__])
+
+
+_DECODERS: Final = {
+    name: msgspec.json.Decoder(cls, dec_hook=_to_array)
+    for name, cls in {**_RECORDS, "/camera": _Geometry}.items()
+}
+
+
+def _check(message: Any) -> None:
+    """Raise `WireError` for what could not travel or would not come back as it was."""
+    if type(message) in (Observation, LatentGoal, ActionChunk, Action, CameraFrame):
+        encode(message)
+    if dataclasses.is_dataclass(message):
+        for field in dataclasses.fields(message):
+            value = getattr(message, field.name)
+            for one in value.values() if isinstance(value, Mapping) else (value,):
+                if isinstance(one, float) and not math.isfinite(one):  # JSON has no such number
+                    raise WireError("nonfinite", field.name)
+
+
+# Writing ---------------------------------------------------------------------------------------
+
+
+class RecordingWriter:
+    """Writes one file.
+
+    Args:
+        path: of the file; its folder is made if needed.
+        meta: JSON data about the run, in front of all else.
+        max_bytes: of messages, unpacked; `put` refuses more.
+
+    Raises:
+        RecordingError: there is a file of that name.
+    """
+
+    def __init__(
+        self, path: Path, meta: Mapping[str, Any] | None = None, max_bytes: int = 20 * 1024**3
+    ) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._file = open(path, "xb")  # noqa: SIM115
+        except FileExistsError:
+            raise RecordingError(f"{path}: holds a recording already; name another") from None
+        self._writer = Writer(self._file, CHUNK_BYTES, CompressionType.LZ4, enable_data_crcs=True)
+        self._writer.start(PROFILE)
+        self._writer.add_metadata(PROFILE, _as_text(meta or {}))
+        self._file.flush()
+        self._max_bytes = max_bytes
+        self._channels: dict[str, int] = {}
+        self._images = 0  # id of the schema of images
+        self.bytes = 0
+        self.records = 0
+
+    def put(self, topic: str, t_ns: int, message: Any) -> None:
+        """Append a record of `_RECORDS`.
+
+        Raises:
+            WireError: the record breaks its own schema.
+            OSError: the disk refuses, or the recording has reached `max_bytes`.
+        """
+        _check(message)
+        if isinstance(message, Observation):
+            message = _State(*_values(message, _State))
+        self._json(topic, t_ns, message, _RECORDS[topic])
+
+    def put_frame(self, name: str, frame: CameraFrame) -> None:
+        """Append a camera's frame: its images, then what completes them; errors as `put`."""
+        _check(frame)
+        self._image(f"/camera/{name}/rgb", frame.t_ns, name, frame.rgb)
+        if frame.depth is not None:
+            self._image(f"/camera/{name}/depth", frame.t_ns, name, frame.depth)
+        geometry = _Geometry(*_values(frame, _Geometry))
+        self._json(f"/camera/{name}", frame.t_ns, geometry, _Geometry)
+
+    def flush(self) -> None:
+        """Hand finished chunks to the system, where they survive this process."""
+        self._file.flush()
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary and the index, close the file."""
+        try:
+            self._writer.add_metadata(SUMMARY, _as_text(summary))
+            self._writer.finish()
+        finally:
+            self._file.close()
+
+    def _json(self, topic: str, t_ns: int, message: Any, cls: type[Any]) -> None:
+        if topic not in self._channels:
+            name = f"{PROFILE}.{'Event' if cls is dict else cls.__name__}"
+            schema = self._writer.register_schema(name, SchemaEncoding.JSONSchema, _schema(cls))
+            self._register(topic, MessageEncoding.JSON, schema)
+        try:
+            data = msgspec.json.encode(message, enc_hook=_to_plain)
+        except (msgspec.MsgspecError, NotImplementedError, TypeError) as error:
+            raise WireError("field", f"{topic}: {error}") from None
+        self._append(topic, t_ns, data)
+
+    def _image(self, topic: str, t_ns: int, camera: str, pixels: U8 | F32) -> None:
+        if topic not in self._channels:
+            if not self._images:
+                self._images = self._writer.register_schema(
+                    RawImage.DESCRIPTOR.full_name,
+                    SchemaEncoding.Protobuf,
+                    build_file_descriptor_set(RawImage).SerializeToString(),
+                )
+            self._register(topic, MessageEncoding.Protobuf, self._images)
+        encoding, dtype, samples = _PIXELS[topic.rpartition("/")[2]]
+        height, width = pixels.shape[:2]
+        image = RawImage(
+            frame_id=camera,
+            width=width,
+            height=height,
+            encoding=encoding,
+            step=width * samples * dtype.itemsize,
+            data=pixels.tobytes(),
+        )
+        image.timestamp.seconds, image.timestamp.nanos = divmod(t_ns, 10**9)
+        self._append(topic, t_ns, image.SerializeToString())
+
+    def _register(self, topic: str, encoding: str, schema: int) -> None:
+        self._channels[topic] = self._writer.register_channel(topic, encoding, schema)
+
+    def _append(self, topic: str, t_ns: int, data: bytes) -> None:
+        if not 0 <= t_ns < 1 << 63 or len(data) > MAX_MESSAGE_BYTES:
+            raise WireError("oversize", f"{topic}: {len(data)} bytes at {t_ns} ns")
+        if self.bytes + len(data) > self._max_bytes:
+            raise OSError(f"the recording has reached its limit of {self._max_bytes} bytes")
+        # Numbered through: a reader knows a hole from the end.
+        self._writer.add_message(
+            self._channels[topic], t_ns, data, t_ns, sequence=self.records & 0xFFFFFFFF
+        )
+        self.bytes += len(data)
+        self.records += 1
+
+
+def _values(message: Any, cls: Any) -> list[Any]:
+    return [getattr(message, field.name) for field in dataclasses.fields(cls)]
+
+
+def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: json.dumps(value) for name, value in values.items()}
 
 
 class Recorder(Counted):
     """A subscriber that records every tick.
 
     Args:
-        folder: of the recording; must not hold one.
-        meta: what to remember about the run (JSON data).
+        path: of the file; must not exist.
+        meta: what to remember about the run (JSON data); `Reader.config` wants "config".
         queue_size: ticks that may wait; at 30 Hz with two cameras one is up to 330 kB.
         lossless: wait instead of dropping (the lockstep clock).
         max_bytes: where to stop; the recording is incomplete then.
@@ -226,17 +302,18 @@ class Recorder(Counted):
 
     def __init__(
         self,
-        folder: Path,
+        path: Path,
         meta: Mapping[str, Any] | None = None,
         queue_size: int = 128,
         lossless: bool = False,
         max_bytes: int = 20 * 1024**3,
     ) -> None:
-        self._writer = SegmentWriter(folder, max_bytes=max_bytes, meta=dict(meta or {}))
+        self._writer = RecordingWriter(path, meta, max_bytes)
         self._frames_ns: dict[str, int] = {}
         self._refused = 0  # records that the codec would not take, a NaN for example
+        self._summary: dict[str, Any] | None = None
         self._work: Background[Tick | dict[str, Any]] = Background(
-            "recorder", self._write, self._writer.close, queue_size, lossless
+            "recorder", self._write, size=queue_size, lossless=lossless
         )
 
     def __call__(self, tick: Tick) -> None:
@@ -248,10 +325,12 @@ class Recorder(Counted):
         self._work.offer({"name": name, "t_ns": t_ns} | details)
 
     def close(self, timeout_s: float = 60.0) -> dict[str, Any]:
-        """Finish; return what `meta.json` says. Twice is fine."""
+        """Finish; return the summary that the file ends with. Twice is fine."""
+        if self._summary is not None:
+            return self._summary
         ended = self._work.close(timeout_s)
         error = self._work.error
-        summary = {
+        self._summary = {
             "complete": ended and error is None and self.dropped == self._refused == 0,
             "written": self.written,
             "dropped": self.dropped,
@@ -260,103 +339,257 @@ class Recorder(Counted):
             "bytes": self._writer.bytes,
             "error": "" if error is None else str(error),
         }
-        self._writer.save_meta(summary)
-        return summary
+        if ended:  # otherwise the file is still the thread's, and stays without a summary
+            try:
+                self._writer.finish(self._summary)
+            except OSError as failure:
+                self._summary |= {"complete": False, "error": str(failure)}
+        return self._summary
 
     def _write(self, item: Tick | dict[str, Any]) -> None:
         if isinstance(item, dict):
-            self._put("event", item["t_ns"], item)
-            return
-        observation, put = item.observation, self._put
+            self._put("/event", item["t_ns"], item)
+        else:
+            self._write_tick(item)
+        self._writer.flush()
+
+    def _write_tick(self, tick: Tick) -> None:
+        observation, put = tick.observation, self._put
         for name, frame in observation.frames.items():
             if self._frames_ns.get(name) != frame.t_ns:
                 self._frames_ns[name] = frame.t_ns
-                put(f"frame/{name}", frame.t_ns, frame)
-        put("observation", observation.t_ns, replace(observation, frames={}))
-        for topic, message in (("latent", item.new_latent), ("chunk", item.new_chunk)):
+                put(name, frame.t_ns, frame)
+        put("/observation", observation.t_ns, replace(observation, frames={}))
+        for topic, message in (("/latent", tick.new_latent), ("/chunk", tick.new_chunk)):
             if message is not None:
-                put(topic, item.t_ns, message)
-        put("action", item.t_ns, item.sent)
-        told = {
-            "index": item.index,
-            "state": item.state,
-            "reason": item.reason,
-            "latent_age_s": item.latent_age_s,
-            "duration_s": item.duration_s,
-        }
-        put("tick", item.t_ns, told)
+                put(topic, tick.t_ns, message)
+        put("/action", tick.t_ns, tick.sent)
+        told = TickRecord(tick.index, tick.state, tick.reason, tick.latent_age_s, tick.duration_s)
+        put("/tick", tick.t_ns, told)
 
     def _put(self, topic: str, t_ns: int, message: Any) -> None:
         try:
-            free = isinstance(message, dict)
-            frames = encode_dict(topic, message) if free else encode(message)
+            if isinstance(message, CameraFrame):
+                self._writer.put_frame(topic, message)
+            else:
+                self._writer.put(topic, t_ns, message)
         except WireError:
             self._refused += 1
-            return
-        self._writer.write(topic, t_ns, frames)
+
+
+# Reading ---------------------------------------------------------------------------------------
+
+
+class _Bounded:
+    """A file that reads exactly what is asked for, and never makes room for a mere claim."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek = file.seek
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_CHUNK_BYTES:
+            raise RecordLengthLimitExceeded(0, size, MAX_CHUNK_BYTES)
+        data = self._file.read(size)
+        if len(data) < size:
+            raise EndOfFile
+        return data
 
 
 class Reader:
     """Reads a recording; iterate for `Message`s, observations with their frames.
 
-    Records that do not decode are counted in `bad` and skipped.
+    Frames come under "/camera/<name>". A damaged file is read up to the damage; records that
+    do not decode are counted in `bad` and skipped.
+
+    Args:
+        path: of the file, or a folder in which it is called `recording.mcap`.
 
     Raises:
-        openhelix.runtime.observe.recorder.RecordingError: the folder holds no recording.
+        RecordingError: there is no recording.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._segments = SegmentReader(folder)
-        self.meta = self._segments.meta
+    def __init__(self, path: Path) -> None:
+        self.path = path / FILE_NAME if path.is_dir() else path
+        try:
+            with open(self.path, "rb") as file:
+                head, summary = _metadata(file)
+        except FileNotFoundError:
+            raise RecordingError(f"{self.path}: no recording there") from None
+        except OSError as error:
+            raise RecordingError(f"{self.path}: cannot be read: {error.strerror}") from None
+        self.meta: dict[str, Any] = head | summary
         self.bad = 0
+        self.cut = False  # something is missing or damaged; set while reading
+
+    def config(self, overrides: Iterable[str] = ()) -> RunConfig:
+        """Return the configuration of the run that was recorded, with `a.b=value` overrides.
+
+        Raises:
+            RecordingError: the recording carries none.
+            ConfigError: it is of another version, or an override is wrong.
+        """
+        data = self.meta.get("config")
+        if not isinstance(data, dict):
+            raise RecordingError(f"{self.path}: carries no configuration")
+        return validate(RunConfig, apply_overrides(data, overrides))
 
     @property
     def complete(self) -> bool:
         """Whether nothing was dropped, cut off or damaged; damage shows after reading."""
-        return self._segments.complete and self.bad == 0
+        return self.meta.get("complete") is True and not self.cut and self.bad == 0
 
     def __iter__(self) -> Iterator[Message]:
         frames: dict[str, CameraFrame] = {}
-        for topic, t_ns, raw in self._segments:
+        images: dict[str, dict[str, Any]] = {}  # of a camera whose frame is not whole yet
+        for topic, t_ns, data in self._messages():
             try:
-                message = _decoded(topic, raw)
-            except WireError:
+                message = _decoded(topic, data, frames, images)
+            except (WireError, ValueError, TypeError, OverflowError, RecursionError):
                 self.bad += 1
                 continue
-            if isinstance(message, CameraFrame):
-                frames[topic.partition("/")[2]] = message
-            elif isinstance(message, Observation):
-                message = replace(message, frames=dict(frames))
-            yield Message(topic, t_ns, message)
+            if message is not None:
+                yield Message(topic, t_ns, message)
+
+    def _messages(self) -> Iterator[tuple[str, int, bytes]]:
+        """Yield topic, time and data in the order of writing, up to the first damage."""
+        topics: dict[int, str] = {}
+        found = 0
+        with open(self.path, "rb") as file:
+            try:
+                for chunk in _stream(file).records:
+                    for record in _unpacked(chunk) if isinstance(chunk, Chunk) else ():
+                        if isinstance(record, Channel):
+                            topics[record.id] = record.topic
+                        elif isinstance(record, McapMessage):
+                            if record.sequence != found & 0xFFFFFFFF:
+                                raise McapError(f"message {found} is missing")
+                            found += 1
+                            yield topics[record.channel_id], record.log_time, record.data
+            # The library lets through what its parser meets: struct.error, UnicodeDecodeError, ...
+            except Exception:
+                self.cut = True
+        self.cut = self.cut or found != self.meta.get("records", found)
 
 
-def _decoded(topic: str, raw: list[bytes]) -> Any:
-    if topic in _FREE:
-        return decode_dict(raw, topic)
-    if topic.startswith("frame/"):
-        return decode(raw, CameraFrame)
-    if topic not in _RECORDS:
-        raise WireError("kind", f"{topic!r} is no topic of a recording")
-    return decode(raw, _RECORDS[topic])
+def _stream(file: IO[bytes]) -> StreamReader:
+    return StreamReader(
+        cast(IO[bytes], _Bounded(file)),
+        emit_chunks=True,
+        validate_crcs=True,
+        record_size_limit=MAX_CHUNK_BYTES,
+    )
 
 
-# ------------------------------------------------------------------------------------------------
-# Runs a recording's observations through System 1 again and compares the trajectories.
-#
-# Each recorded chunk names the observation and the latent it was computed from; the policy is
-# given exactly these once more, and the seed of each instruction. With the same weights the
-# errors are rounding, as long as no chunk was lost: a policy that samples draws its noise chunk
-# after chunk, so after a loss they are its spread.
+def _metadata(file: IO[bytes]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what was said of the run, and the summary; empty where it was never finished.
+
+    Raises:
+        RecordingError: the file is no recording of this program.
+    """
+    head: dict[str, Any] = {}
+    try:
+        records = _stream(file).records
+        profile = getattr(next(records), "profile", "")
+        first = next(records)
+        if isinstance(first, Metadata):
+            head = _from_text(first.metadata)
+    except Exception:  # see `Reader._messages`
+        profile = ""
+    if profile != PROFILE:
+        raise RecordingError(f"{file.name}: not a recording of OpenHelix (MCAP)")
+    file.seek(0)
+    try:
+        bounded = cast(IO[bytes], _Bounded(file))
+        found = SeekingReader(bounded, record_size_limit=MAX_CHUNK_BYTES).iter_metadata()
+        summaries = [_from_text(record.metadata) for record in found if record.name == SUMMARY]
+    except Exception:
+        summaries = []
+    return head, summaries[-1] if summaries else {}
 
 
-KEPT = 900  # observations a chunk may look back on: 30 s at 30 Hz
+def _from_text(values: Mapping[str, str]) -> dict[str, Any]:
+    return {name: json.loads(text) for name, text in values.items()}
+
+
+def _unpacked(chunk: Chunk) -> list[Any]:
+    """Return the records in a chunk.
+
+    Raises:
+        McapError: it is larger than any that is written, or packed by another method.
+    """
+    data = chunk.data
+    if chunk.uncompressed_size > MAX_CHUNK_BYTES:
+        raise RecordLengthLimitExceeded(6, chunk.uncompressed_size, MAX_CHUNK_BYTES)
+    if chunk.compression == "lz4":
+        unpacker = lz4.frame.LZ4FrameDecompressor()
+        data = unpacker.decompress(data, max_length=chunk.uncompressed_size)
+    elif chunk.compression:
+        raise McapError(f"{chunk.compression}: not supported; rewrite the file with lz4")
+    if len(data) != chunk.uncompressed_size:
+        raise McapError("a chunk has another size than it says")
+    return breakup_chunk(dataclasses.replace(chunk, compression="", data=data), validate_crc=True)
+
+
+def _decoded(
+    topic: str, data: bytes, frames: dict[str, CameraFrame], images: dict[str, dict[str, Any]]
+) -> Any:
+    """Return what a message holds; None for an image, which waits for its frame's last part.
+
+    Raises:
+        WireError, ValueError, TypeError, OverflowError, RecursionError: it is not as recorded.
+    """
+    camera = _CAMERA.fullmatch(topic)
+    if camera is None:
+        if topic not in _RECORDS:
+            raise WireError("kind", f"{topic!r} is no topic of a recording")
+        message: Any = _DECODERS[topic].decode(data)
+        if isinstance(message, _State):
+            message = Observation(**(vars(message) | {"frames": dict(frames)}))
+            _check(replace(message, frames={}))
+        else:
+            _check(message)
+        return message
+    name, part = camera.groups()
+    if part is not None:
+        images.setdefault(name, {})[part] = _pixels(data, part)
+        return None
+    parts = {"rgb": None, "depth": None} | images.pop(name, {})
+    frame = CameraFrame(**(vars(_DECODERS["/camera"].decode(data)) | parts))
+    _check(frame)
+    frames[name] = frame
+    return frame
+
+
+def _pixels(data: bytes, part: str) -> np.ndarray[Any, Any]:
+    try:
+        image = RawImage.FromString(data)
+    except Exception as error:  # protobuf's own DecodeError
+        raise WireError("field", f"an image: {error}") from None
+    encoding, dtype, samples = _PIXELS[part]
+    if image.encoding != encoding:
+        raise WireError("dtype", f"an image has encoding {image.encoding:.20}, not {encoding}")
+    shape = (image.height, image.width, samples)[: 3 if samples > 1 else 2]
+    return np.frombuffer(image.data, dtype).reshape(shape)
+
+
+# Replay ----------------------------------------------------------------------------------------
+
+
+KEPT: Final = 900  # observations a chunk may look back on: 30 s at 30 Hz
+KEPT_BYTES: Final = 512 * 1024 * 1024  # of their frames, each counted as often as it is seen
 
 
 def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
-    """Compute every recorded chunk again.
+    """Run a recording's observations through System 1 again and compare the trajectories.
+
+    Each recorded chunk names the observation and the latent it was computed from; the policy
+    is given exactly these once more, and the seed of each instruction. With the same weights
+    the errors are rounding, as long as no chunk was lost: a policy that samples draws its noise
+    chunk after chunk, so after a loss they are its spread.
 
     Args:
-        path: folder of a recording.
+        path: of a recording; see `Reader`.
         policy: System 1, warmed up.
         memory: recent latents that the policy was given (`system1.latent_memory`).
 
@@ -365,7 +598,7 @@ def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
         (rad), openness; p50, p99 and max over all rows. Null without a chunk to compare.
 
     Raises:
-        openhelix.runtime.observe.recorder.RecordingError: there is no recording.
+        RecordingError: there is no recording.
     """
     reader, matcher = Reader(path), _Inputs(memory)
     seed = int(reader.meta.get("seed", 0))  # each instruction draws from seed + its number
@@ -374,11 +607,11 @@ def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
     latencies_s: list[float] = []
     instruction_id: int | None = None
     for topic, _, message in reader:
-        if topic == "observation":
+        if topic == "/observation":
             matcher.observed(message)
-        elif topic == "latent":
+        elif topic == "/latent":
             matcher.conditioned(message)
-        elif topic == "chunk":
+        elif topic == "/chunk":
             chunks += 1
             given = matcher.of(message)
             if given is None:
@@ -393,7 +626,7 @@ def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
             errors.append(_distances(message, again))
     rows = np.concatenate(errors) if errors else np.empty((0, 3))
     return {
-        "recording": str(path),
+        "recording": str(reader.path),
         "complete": reader.complete,
         "dropped": reader.meta.get("dropped"),
         "chunks": chunks,
@@ -416,6 +649,11 @@ class _Inputs:
 
     def observed(self, observation: Observation) -> None:
         self._seen.append((observation, tuple(self._of_instruction_id(observation.instruction_id))))
+        size = sum(
+            f.rgb.nbytes + getattr(f.depth, "nbytes", 0) for f in observation.frames.values()
+        )
+        while len(self._seen) > 1 and len(self._seen) * size > KEPT_BYTES:
+            self._seen.popleft()
 
     def conditioned(self, latent: LatentGoal) -> None:
         """A latent follows its tick's observation, and the plan of that tick already has it."""

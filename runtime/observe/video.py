@@ -34,7 +34,7 @@ class Mp4:
     Args:
         path: of the file; its folder must exist.
         width, height: pixels, even.
-        fps: about how many frames a second will come; the file's times are exact.
+        fps: about how many frames per second will come; the file's times are exact.
     """
 
     def __init__(self, path: Path, width: int, height: int, fps: float = 30.0) -> None:
@@ -95,7 +95,7 @@ class VideoRecorder(Counted):
         path: of the mp4.
         cameras: names, from left to right.
         caption: asked at every new image, on the control thread; must be quick.
-        fps: about how many images a second will come.
+        fps: about how many images per second will come.
         queue_size: images that may wait.
         lossless: wait instead of dropping (the lockstep clock).
     """

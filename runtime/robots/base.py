@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
+from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import RobotSpec
 from openhelix.runtime.core.plugins import resolve
 from openhelix.runtime.core.quaternion import QuaternionError, normalise
@@ -194,6 +195,28 @@ def robot_class(name: str) -> Any:
             return resolve(entry.value)
     known = ", ".join(robot_names()) or "none (is the package installed?)"
     raise UnknownRobot(f"robot: no driver {name!r}; there are: {known}")
+
+
+def world_options(
+    name: str, options: Mapping[str, Any], scene: str, cameras: Sequence[str]
+) -> dict[str, Any]:
+    """Return a driver's options with the run's scene and cameras, if it drives a world.
+
+    A driver that takes a `scene` is one.
+
+    Raises:
+        ConfigError: the options name another scene or other cameras than the run.
+    """
+    if "scene" not in inspect.signature(robot_class(name)).parameters:
+        return dict(options)
+    of_run: dict[str, Any] = {"scene": scene, "cameras": tuple(cameras)}
+    for field, value in of_run.items():
+        if field in options and options[field] not in (value, list(value)):
+            raise ConfigError(
+                f"robot.options.{field}: {options[field]!r} contradicts world.{field}; "
+                f"say world.{field} alone"
+            )
+    return {**options, **of_run}
 
 
 def make_robot(name: str, **options: Any) -> Robot:

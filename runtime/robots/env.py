@@ -68,7 +68,8 @@ class EnvRobot(Robot):
         make_env: builds the env; called by `connect`. The env has calvin_env's `reset`,
             `step`, `get_info` and `close`, and `camera_frames(t_ns)`, which returns a
             `CameraFrame` by camera name. One that has `advance(action)` (a step that draws
-            nothing) is stepped with that.
+            nothing) is stepped with that; one that has `settle()` is asked to come to rest
+            before its state is taken as an episode's start.
         cameras: names, of "static" and "gripper".
         clock: stamps the observations; the host's monotonic clock by default.
         oracle: `"module:function"`, start info and end info to completed tasks.
@@ -237,6 +238,8 @@ class EnvRobot(Robot):
         return draw
 
     def _begin(self) -> None:
+        if hasattr(self._env, "settle"):
+            self._ask(self._env.settle)
         self._steps = 0
         self._version += 1
         self._info = self._start_info = self._ask(self._env.get_info)

@@ -4,8 +4,13 @@ The header is `HEAD` (magic, protocol version, length) and msgpack of `[kind, sc
 fingerprint, values]`. Arrays up to `INLINE_BYTES` are among the values. Larger ones are raw
 buffers: behind the header in the same frame if all together have at most `PACK_BYTES`, since
 up to there a copy is cheaper than another frame; otherwise each in a frame of its own, which
-is received without a copy. Decoded arrays are read-only. Whatever arrives, `decode` returns
-a checked message or raises `WireError` with one of `REASONS`. Nothing is ever unpickled.
+is received without a copy. Decoded arrays are read-only.
+
+Nothing on the wire says what to construct: the receiver names the class that it expects, whose
+annotations are compiled into an encoder and a decoder (`Plan`), and the class says what each
+value has to be. Every size that a message claims is compared with the bytes that are really
+there before anything is made of it. Whatever arrives, `decode` returns a checked message or
+raises `WireError` with one of `REASONS`. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, TypeVar, Union
 
-import msgpack
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -33,23 +38,34 @@ from openhelix.runtime.core.types import (
     Observation,
 )
 
-# ------------------------------------------------------------------------------------------------
-# Arrays as raw buffers: how they are described, found again and distrusted.
-#
-# Every size that a message claims is compared with the bytes that are really there before
-# anything is made of it, and nothing is ever allocated by a claim.
-
-
+VERSION: Final = 2
+MAGIC: Final = b"OH"
+# Magic, version, bytes of padding before packed arrays, bytes of msgpack that follow.
+HEAD: Final = struct.Struct("<2sBBI")
 INLINE_BYTES: Final = 1024  # arrays up to this size ride in the header
+PACK_BYTES: Final = 64 * 1024  # larger ones behind it, up to this size together
+MAX_HEADER_BYTES: Final = 256 * 1024
 MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
+MAX_FRAMES: Final = 256
 MAX_NDIM: Final = 6
 MAX_DIM: Final = 1 << 26
+MAX_ENTRIES: Final = 4096  # of one mapping or tuple
+MAX_DEPTH: Final = 64  # of a free-form message
+INT_MIN: Final = -(1 << 63)
+INT_MAX: Final = (1 << 63) - 1
+_DICT: Final = "dict:"  # kinds of free-form messages begin with it
+_PLAIN: Final = (bool, int, float, str, bytes, np.ndarray)  # what they hold
+_ARRAY_EXT: Final = 1  # msgpack's number for an array in them
+_PAD: Final = bytes(8)
+_pack: Final = msgspec.msgpack.Encoder().encode
+_unpack_plain: Final = msgspec.msgpack.Decoder().decode
 
 Reason = Literal[
     "version", "kind", "dtype", "shape", "truncated", "oversize", "header", "field", "nonfinite"
 ]
 REASONS: Final[tuple[str, ...]] = typing.get_args(Reason)
 Buffer = bytes | memoryview
+T = TypeVar("T")
 
 DTYPES: Final[dict[int, np.dtype[Any]]] = {
     1: np.dtype("u1"),
@@ -70,6 +86,9 @@ class WireError(ValueError):
     def __init__(self, reason: Reason, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason: Reason = reason
+
+
+# Arrays ------------------------------------------------------------------------------------------
 
 
 def padded(size: int) -> int:
@@ -167,16 +186,7 @@ def array_in(value: Any, inbox: Inbox, name: str, want: np.dtype[Any] | None) ->
     return array
 
 
-# ------------------------------------------------------------------------------------------------
-# A record's annotations, compiled into an encoder and a decoder.
-#
-# Nothing on the wire says what to construct: the receiver names the class it expects and the
-# class says what each value has to be. `openhelix.runtime.transport.codec` is the way in.
-
-
-MAX_ENTRIES: Final = 4096  # of one mapping or tuple
-INT_MIN: Final = -(1 << 63)
-INT_MAX: Final = (1 << 63) - 1
+# Records -----------------------------------------------------------------------------------------
 
 Enc = Callable[[Any, list[Buffer]], Any]
 Dec = Callable[[Any, Inbox], Any]
@@ -417,36 +427,7 @@ class Plan:
             raise WireError("field", f"{self.cls.__name__}: {error}") from None
 
 
-__all__ = [
-    "HEAD",
-    "MAGIC",
-    "MAX_FRAMES",
-    "MAX_FRAME_BYTES",
-    "MAX_HEADER_BYTES",
-    "PACK_BYTES",
-    "REASONS",
-    "VERSION",
-    "Buffer",
-    "WireError",
-    "decode",
-    "decode_dict",
-    "encode",
-    "encode_dict",
-    "kind_of",
-    "register",
-]
-
-VERSION: Final = 1
-MAGIC: Final = b"OH"
-# Magic, version, bytes of padding before packed arrays, bytes of msgpack that follow.
-HEAD: Final = struct.Struct("<2sBBI")
-PACK_BYTES: Final = 64 * 1024
-MAX_HEADER_BYTES: Final = 256 * 1024
-MAX_FRAMES: Final = 256
-_ARRAY_EXT: Final = 1
-_PAD: Final = bytes(8)
-_DICT: Final = "dict:"  # kinds of free-form messages begin with it
-T = TypeVar("T")
+# Messages ----------------------------------------------------------------------------------------
 
 # Filled at import by `register`, constant afterwards.
 _BY_KIND: dict[str, type[Any]] = {}
@@ -549,7 +530,8 @@ def encode_dict(kind: str, body: Mapping[str, Any]) -> list[Buffer]:
 
     def default(value: Any) -> Any:
         if isinstance(value, np.ndarray):
-            return msgpack.ExtType(_ARRAY_EXT, msgpack.packb(array_out(value, frames, kind)))
+            described = _pack(array_out(value, frames, kind))
+            return msgspec.msgpack.Ext(_ARRAY_EXT, described)
         if isinstance(value, np.generic):
             return value.item()
         if isinstance(value, Mapping):
@@ -560,7 +542,7 @@ def encode_dict(kind: str, body: Mapping[str, Any]) -> list[Buffer]:
 
 
 def decode_dict(frames: Sequence[Buffer], kind: str) -> dict[str, Any]:
-    """Undo `encode_dict`; tuples come back as lists.
+    """Undo `encode_dict`; tuples and sets come back as lists.
 
     Raises:
         WireError: anything at all is wrong with the frames.
@@ -581,8 +563,25 @@ def decode_dict(frames: Sequence[Buffer], kind: str) -> dict[str, Any]:
     body = head[2]
     if type(body) is not dict:
         raise WireError("field", f"{kind} is not a dict")
+    _check_plain(body, kind)
     inbox.close()
     return body
+
+
+def _check_plain(value: Any, kind: str, depth: int = 0) -> None:
+    """Refuse what msgpack can say and `encode_dict` never does: other keys, dates, extensions."""
+    if depth > MAX_DEPTH:
+        raise WireError("field", f"{kind} is nested more than {MAX_DEPTH} deep")
+    if type(value) is dict:
+        if not all(type(key) is str for key in value):
+            raise WireError("field", f"{kind} has a key that is not a str")
+        for item in value.values():
+            _check_plain(item, kind, depth + 1)
+    elif type(value) is list:
+        for item in value:
+            _check_plain(item, kind, depth + 1)
+    elif value is not None and type(value) not in _PLAIN:
+        raise WireError("field", f"{kind} has a {type(value).__name__}")
 
 
 def _finish(
@@ -590,10 +589,10 @@ def _finish(
 ) -> list[Buffer]:
     """Put the header in front, and the arrays behind it where they are small."""
     try:
-        header = msgpack.packb(head, default=default)
+        header = _pack(head) if default is None else msgspec.msgpack.encode(head, enc_hook=default)
     except WireError:
         raise
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
         raise WireError("field", str(error)) from None
     if len(header) > MAX_HEADER_BYTES:
         raise WireError("oversize", f"the header has {len(header)} bytes")
@@ -643,12 +642,10 @@ def _open(
 
 def _unpack(data: Buffer, hook: Any) -> Any:
     try:
-        if hook is None:
-            return msgpack.unpackb(data, strict_map_key=True)
-        return msgpack.unpackb(data, strict_map_key=True, ext_hook=hook)
+        return _unpack_plain(data) if hook is None else msgspec.msgpack.decode(data, ext_hook=hook)
     except WireError:
         raise
-    except Exception as error:  # msgpack's errors share no base class
+    except (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise WireError("header", f"{type(error).__name__}: {error}"[:120]) from None
 
 

@@ -4,7 +4,7 @@ ROUTER and DEALER with numbered requests instead of REQ and REP, so that a lost 
 late answer or a restarted server never leaves either side stuck. A request that timed out is
 taken back: its socket is dropped with everything still queued on it, so a command cannot
 arrive after its sender has given up. Arguments and results are dicts of plain values and
-arrays (`openhelix.runtime.transport.codec.encode_dict`). A handler that raises is answered with one line.
+arrays (`codec.encode_dict`). A handler that raises is answered with one line.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class RpcRefused(RpcTimeout):
 class RpcServer:
     """Answers requests, either in a thread of its own (`start`) or inside a loop (`poll`).
 
-    Two methods are always there: `ping`, and `time`, from which clients estimate the offset
-    of their clocks (`openhelix.runtime.transport.offset`). A slow handler delays the others.
+    Two methods are always there: `ping`, and `time`, from which a client can estimate the
+    offset of its clock. A slow handler delays the others.
 
     Args:
         endpoint: where to bind; beyond this host only with keys.

@@ -1,17 +1,25 @@
-"""Opens ZeroMQ sockets the one way this project uses them: checked, capped, never lingering."""
+"""Opens ZeroMQ sockets the one way this project uses them: checked, capped, never lingering.
+
+`ipc://` and loopback are free to use; anything that another host can reach needs CURVE keys.
+
+A folder of keys holds `NAME.public` and `NAME.secret` (Z85 text; the secret readable by its
+owner alone). The name `server` is the binding side's. On the binding side every other
+`.public` in the folder is a client that is let in, under its file's name; all others are
+refused and counted. A connecting side needs `server.public` and one secret of its own. Both
+sides prove who they are, and the traffic is encrypted. A `~` in a folder's name is the home of
+whoever reads it, so that one configuration serves hosts with different users.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import ipaddress
 import logging
 import os
 import re
 import socket
 import stat
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -25,14 +33,22 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from openhelix.runtime.transport.codec import MAX_FRAME_BYTES
 
-# ------------------------------------------------------------------------------------------------
-# Where sockets may live: ipc and loopback freely, anything else only with CURVE keys.
-#
-# Also builds ipc endpoints that fit a Unix socket's 107 bytes, and clears away the socket
-# files of processes that died.
-
-
+SERVER: Final = "server"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_KEY: Final = re.compile(rb"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
+_DOMAIN: Final = "openhelix"
 MAX_IPC_PATH: Final = 107  # bytes of sockaddr_un.sun_path, less the final zero
+IN_USE_WAIT_NS: Final = 2_000_000_000
+_TCP_OPTIONS: Final = {  # a half-open connection is found out and made anew
+    zmq.HEARTBEAT_IVL: 1_000,
+    zmq.HEARTBEAT_TIMEOUT: 3_000,
+    zmq.RECONNECT_IVL_MAX: 1_000,
+    zmq.TCP_KEEPALIVE: 1,
+}
+log = logging.getLogger(__name__)
+
+
+# Endpoints ---------------------------------------------------------------------------------------
 
 
 class EndpointRefused(ValueError):
@@ -95,37 +111,6 @@ def check_connect(endpoint: str, keys: object | None) -> None:
         )
 
 
-def ipc_endpoint(run_dir: str | Path, name: str) -> str:
-    """Return an ipc endpoint for `name` within `run_dir`, which is made if it is missing.
-
-    Where the path would not fit a Unix socket, a private directory of the user under the
-    temporary one takes its place; the same arguments always give the same endpoint.
-
-    Raises:
-        ValueError: `name` is not a plain file name.
-    """
-    if not name or "/" in name or name.startswith("."):
-        raise ValueError(f"name: {name!r} must be a plain file name")
-    folder = Path(run_dir).resolve()
-    path = folder / f"{name}.sock"
-    if len(os.fsencode(path)) > MAX_IPC_PATH:
-        digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-        folder = _private_folder()
-        path = folder / f"{digest}.sock"
-    folder.mkdir(parents=True, exist_ok=True)
-    return f"ipc://{path}"
-
-
-def _private_folder() -> Path:
-    """Return a directory that no other user can write to or replace."""
-    folder = Path(tempfile.gettempdir()) / f"openhelix-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    info = folder.lstat()
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise ValueError(f"{folder}: not a private directory of this user; remove it")
-    return folder
-
-
 def is_listening(endpoint: str) -> bool:
     """Whether a process listens on an ipc endpoint; a dead one's socket file is removed.
 
@@ -172,22 +157,7 @@ def served(address: str) -> dict[str, str]:
     return {"control": address} | ports
 
 
-# ------------------------------------------------------------------------------------------------
-# CURVE keys: who may talk to a socket that other hosts can reach.
-#
-# A folder holds `NAME.public` and `NAME.secret` (Z85 text; the secret readable by its owner
-# alone). The name `server` is the binding side's. On the binding side every other `.public`
-# in the folder is a client that is let in, under its file's name; all others are refused and
-# counted. A connecting side needs `server.public` and one secret of its own. Both sides prove
-# who they are, and the traffic is encrypted. A `~` in a folder's name is the home of whoever
-# reads it, so that one configuration serves hosts with different users.
-
-
-SERVER: Final = "server"
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_KEY: Final = re.compile(rb"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
-_DOMAIN: Final = "openhelix"
-log = logging.getLogger(__name__)
+# CURVE keys --------------------------------------------------------------------------------------
 
 
 class KeyFileError(ValueError):
@@ -282,11 +252,6 @@ class CurveServer:
         self._gate.start()
         self._gate.configure_curve_callback(_DOMAIN, credentials_provider=self)
 
-    @property
-    def clients(self) -> tuple[str, ...]:
-        """Names of those who are let in."""
-        return tuple(sorted(self._clients.values()))
-
     def callback(self, domain: str, key: bytes) -> bool:
         """Decide on a handshake; called by the gatekeeper's thread with a Z85 key."""
         name = self._clients.get(key)
@@ -346,13 +311,7 @@ Keys = str | Path | CurveServer | CurveClient
 """What sockets accept: a folder of keys, or an object that several sockets share."""
 
 
-IN_USE_WAIT_NS: Final = 2_000_000_000
-_TCP_OPTIONS: Final = {  # a half-open connection is found out and made anew
-    zmq.HEARTBEAT_IVL: 1_000,
-    zmq.HEARTBEAT_TIMEOUT: 3_000,
-    zmq.RECONNECT_IVL_MAX: 1_000,
-    zmq.TCP_KEEPALIVE: 1,
-}
+# Sockets -----------------------------------------------------------------------------------------
 
 
 class Port:

@@ -1,14 +1,14 @@
 """Data between processes: a publisher, and readers that keep only the newest message.
 
-A message begins with `topic NUL envelope`, then come `openhelix.runtime.transport.codec`'s frames. The envelope
-(`Envelope`) says who sent it since which start, the how-manieth it is, and when, so that
-losses are counted for every kind of message alike. The NUL makes a subscription exact:
-ZeroMQ matches prefixes, and `arm1` must not receive `arm10`.
+A message begins with `topic NUL envelope`, then come the frames of the codec. The `Envelope`
+says which publisher sent it, its number and when, so that losses are counted for every kind of
+message alike. The NUL makes a subscription exact: ZeroMQ matches prefixes, and `arm1` must not
+receive `arm10`.
 
 Readers drain their queue without blocking and keep the newest. ZMQ_CONFLATE is not used: it
 now and then loses the very newest message, and it cuts multipart messages up. Queues are
-long for the same reason: when one is full, ZeroMQ drops what is *newest*. All of a message's
-times are the sender's clock; `openhelix.runtime.transport.offset` translates between hosts.
+long for the same reason: when one is full, ZeroMQ drops what is *newest*. All times in a
+message are of the sender's clock.
 """
 
 from __future__ import annotations
@@ -30,27 +30,13 @@ from openhelix.runtime.transport.codec import (
     decode,
     encode,
     kind_of,
-    register,
 )
-from openhelix.runtime.transport.sockets import (
-    BindRefused,
-    CurveServer,
-    Keys,
-    Port,
-    check_bind,
-    ipc_endpoint,
-)
-
-# ------------------------------------------------------------------------------------------------
-# The receiving half of `openhelix.runtime.transport.wire`: drain a socket, keep the newest, count the rest.
-#
-# Here is the rule for what "newest" means when messages are lost, repeated, forged or too old,
-# and when a publisher restarts; `openhelix.runtime.transport.wire` has the classes to use.
-
+from openhelix.runtime.transport.sockets import CurveServer, Keys, Port
 
 T = TypeVar("T")
 ENVELOPE: Final = struct.Struct("<QQq")
 NOBLOCK: Final = int(zmq.NOBLOCK)
+_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 _POLLIN: Final = int(zmq.POLLIN)
 _CANDIDATES: Final = 8  # of one drain; the others are older than what is worth decoding
 _MAX_JUMP: Final = 1 << 32  # more messages than a publisher sends in years were not lost
@@ -73,6 +59,96 @@ def topic_bytes(topic: str) -> bytes:
     return raw
 
 
+# Sending -----------------------------------------------------------------------------------------
+
+
+class Publisher:
+    """Sends records on one topic; never blocks, and says when somebody could not keep up.
+
+    Args:
+        endpoint: where; `ipc://`, or `tcp://` (beyond this host only with keys).
+        topic: what readers subscribe to, exactly.
+        bind: False where the readers bind, for example at one System 2 for many robots.
+        keys: CURVE keys; a folder, or an object that several sockets share.
+        hwm: messages to hold for each reader that does not keep up. Keep it above any
+            burst, because a full queue loses the newest message; for images remember that
+            all of them are held in memory.
+        clock: stamps the messages.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | Sequence[str],
+        topic: str,
+        *,
+        bind: bool = True,
+        keys: Keys | None = None,
+        hwm: int = 1000,
+        clock: Clock | None = None,
+    ) -> None:
+        self._prefix = topic_bytes(topic) + b"\0"
+        self._clock = clock or MonotonicClock()
+        self._source = int.from_bytes(os.urandom(8), "little")
+        self._seq = 0
+        self.sent = 0
+        self.dropped = 0  # sends that found a reader's queue just filled; see `send`
+        # With NODROP a queue that fills up is an error that can be counted, not silence.
+        options: dict[int, int | bytes] = {zmq.SNDHWM: hwm, zmq.XPUB_NODROP: 1}
+        self._port = Port(zmq.PUB, endpoint, bind=bind, keys=keys, options=options)
+        self._send = self._port.socket.send
+
+    @property
+    def source(self) -> str:
+        """Identity of this publisher since its start, as 16 hexadecimal digits."""
+        return f"{self._source:016x}"
+
+    @property
+    def bound(self) -> str:
+        """The endpoint really bound, for example after asking for port `*`."""
+        return self._port.bound
+
+    def send(self, message: object) -> bool:
+        """Send a record; return False where a reader's queue has just filled up.
+
+        That reader then misses messages, which it counts as gaps, until it has read on; the
+        others miss nothing.
+
+        Raises:
+            WireError: the message breaks its own schema.
+        """
+        envelope = ENVELOPE.pack(self._source, self._seq, self._clock.now_ns())
+        frames = encode(message, self._prefix + envelope)
+        self._seq += 1
+        self.sent += 1
+        return self._put(frames)
+
+    def _put(self, frames: list[Buffer]) -> bool:
+        if self._try(frames):
+            return True
+        self.dropped += 1
+        self._port.socket.set(zmq.XPUB_NODROP, 0)  # one slow reader must not hold up the others
+        self._try(frames)
+        self._port.socket.set(zmq.XPUB_NODROP, 1)
+        return False
+
+    def _try(self, frames: list[Buffer]) -> bool:
+        """Send without waiting. Copies: up to megabytes zero-copy sends cost more than that."""
+        try:
+            for frame in frames[:-1]:
+                self._send(frame, _MORE)
+            self._send(frames[-1], NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the socket; what is still queued is discarded."""
+        self._port.close()
+
+
+# Receiving: drain a socket, keep the newest, count the rest --------------------------------------
+
+
 @dataclass(slots=True)
 class ReaderStats:
     """What happened to the messages of a reader."""
@@ -83,31 +159,6 @@ class ReaderStats:
     restarts: int = 0  # changes of publisher
     backlogs: int = 0  # polls that left messages in the queue
     dropped: Counter[str] = field(default_factory=Counter)  # by reason, see `NewestReader`
-
-
-class AgeLimit:
-    """Refuses messages that are too old, or too far in the future to be believed."""
-
-    def __init__(
-        self, max_age_ns: int | None, clock: Clock, to_local: Callable[[int], int | None] | None
-    ) -> None:
-        if max_age_ns is not None and max_age_ns <= 0:
-            raise ValueError(f"max_age_ns: {max_age_ns}, must be above 0 or None")
-        self._max_age_ns, self._clock, self._to_local = max_age_ns, clock, to_local
-
-    def refusal(self, sent_ns: int) -> str | None:
-        """Return why a message sent then is refused; None when it is not."""
-        if self._max_age_ns is None:
-            return None
-        if self._to_local is not None:
-            local_ns = self._to_local(sent_ns)
-            if local_ns is None:
-                return "unsynced"
-            sent_ns = local_ns
-        age_ns = self._clock.now_ns() - sent_ns
-        if age_ns > self._max_age_ns:
-            return "expired"
-        return "future" if age_ns < -self._max_age_ns else None
 
 
 # (source, seq, t_pub_ns), the frames, where the header begins in the first of them, and the key
@@ -122,7 +173,6 @@ class Track(Generic[T]):
     Args:
         expect: the record's class.
         stats: where everything is counted.
-        limit: what is too old.
         clock: for silences.
         first_stays: a topic belongs to its first publisher until that has been silent for
             `TAKEOVER_NS`; others are refused ("taken") instead of taking over.
@@ -132,11 +182,10 @@ class Track(Generic[T]):
         self,
         expect: type[T],
         stats: ReaderStats,
-        limit: AgeLimit,
         clock: Clock,
         first_stays: bool = False,
     ) -> None:
-        self._expect, self._stats, self._limit, self._clock = expect, stats, limit, clock
+        self._expect, self._stats, self._clock = expect, stats, clock
         self._first_stays = first_stays
         self.taken = 0  # messages of others while the topic was taken
         self._source: int | None = None
@@ -182,15 +231,13 @@ class Track(Generic[T]):
             self.new[:] = own
 
     def _refusal(self, stamp: tuple[int, int, int]) -> str | None:
-        source, seq, t_pub_ns = stamp
+        source, seq, _ = stamp
         if source == self._source:
-            if seq == self._seq:
-                return "repeat"
             if not 0 < seq - self._seq <= _MAX_JUMP:
                 return "stale"
         elif source in self._retired and self._clock.now_ns() - self.heard_ns < TAKEOVER_NS:
             return "stale_source"
-        return self._limit.refusal(t_pub_ns)
+        return None
 
     def _accept(self, stamp: tuple[int, int, int]) -> None:
         self.heard_ns = self._clock.now_ns()
@@ -293,129 +340,14 @@ class Inlet:
         return frames
 
 
-__all__ = [
-    "BindRefused",
-    "Envelope",
-    "NewestPerTopic",
-    "NewestReader",
-    "Publisher",
-    "ReaderStats",
-    "WireError",
-    "check_bind",
-    "decode",
-    "encode",
-    "ipc_endpoint",
-    "register",
-]
-
-_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
-
-
-class Publisher:
-    """Sends records on one topic; never blocks, and says when somebody could not keep up.
-
-    Args:
-        endpoint: where; `ipc://`, or `tcp://` (beyond this host only with keys).
-        topic: what readers subscribe to, exactly.
-        bind: False where the readers bind, for example at one System 2 for many robots.
-        keys: CURVE keys; a folder, or an object that several sockets share.
-        hwm: messages to hold for each reader that does not keep up. Keep it above any
-            burst, because a full queue loses the newest message (see `repeat`); for images
-            remember that all of them are held in memory.
-        clock: stamps the messages.
-    """
-
-    def __init__(
-        self,
-        endpoint: str | Sequence[str],
-        topic: str,
-        *,
-        bind: bool = True,
-        keys: Keys | None = None,
-        hwm: int = 1000,
-        clock: Clock | None = None,
-    ) -> None:
-        self._prefix = topic_bytes(topic) + b"\0"
-        self._clock = clock or MonotonicClock()
-        self._source = int.from_bytes(os.urandom(8), "little")
-        self._seq = 0
-        self._last: list[Buffer] = []
-        self.sent = 0
-        self.dropped = 0  # sends that found a reader's queue just filled; see `send`
-        # With NODROP a queue that fills up is an error that can be counted, not silence.
-        options: dict[int, int | bytes] = {zmq.SNDHWM: hwm, zmq.XPUB_NODROP: 1}
-        self._port = Port(zmq.PUB, endpoint, bind=bind, keys=keys, options=options)
-        self._send = self._port.socket.send
-
-    @property
-    def source(self) -> str:
-        """Identity of this publisher since its start, as 16 hexadecimal digits."""
-        return f"{self._source:016x}"
-
-    @property
-    def bound(self) -> str:
-        """The endpoint really bound, for example after asking for port `*`."""
-        return self._port.bound
-
-    def send(self, message: object) -> bool:
-        """Send a record; return False where a reader's queue has just filled up.
-
-        That reader then misses messages, which it counts as gaps, until it has read on; the
-        others miss nothing.
-
-        Raises:
-            WireError: the message breaks its own schema.
-        """
-        envelope = ENVELOPE.pack(self._source, self._seq, self._clock.now_ns())
-        frames = encode(message, self._prefix + envelope)
-        self._seq += 1
-        self._last = frames
-        self.sent += 1
-        return self._put(frames)
-
-    def repeat(self) -> bool:
-        """Send the last message again as it was; return False before there is one.
-
-        For readers that joined since, and for those whose queue was full, because a full
-        queue loses what is newest. Who has it already drops the copy by its number.
-        """
-        if self._last:
-            self._put(self._last)
-        return bool(self._last)
-
-    def _put(self, frames: list[Buffer]) -> bool:
-        if self._try(frames):
-            return True
-        self.dropped += 1
-        self._port.socket.set(zmq.XPUB_NODROP, 0)  # one slow reader must not hold up the others
-        self._try(frames)
-        self._port.socket.set(zmq.XPUB_NODROP, 1)
-        return False
-
-    def _try(self, frames: list[Buffer]) -> bool:
-        """Send without waiting. Copies: up to megabytes zero-copy sends cost more than that."""
-        try:
-            for frame in frames[:-1]:
-                self._send(frame, _MORE)
-            self._send(frames[-1], NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
-
-    def close(self) -> None:
-        """Close the socket; what is still queued is discarded."""
-        self._port.close()
-
-
 class NewestReader(Generic[T]):
     """Receives records of one class on one topic; `poll` returns the newest, or None.
 
     Within one publisher an earlier number never follows a later one. Another publisher (a
     restart) takes over at once; the one it replaced is not heard again until the new one has
     been silent for `TAKEOVER_NS`. Everything that is not delivered is counted in
-    `stats.dropped` by reason: those of `WireError`, "repeat" (of the last one, harmless), "stale" (an earlier number), "stale_source"
-    (a replaced publisher), "expired" and "future" (see `max_age_ns`), "unsynced" (`to_local`
-    cannot say yet).
+    `stats.dropped` by reason: those of `WireError`, "stale" (the same or an earlier number),
+    "stale_source" (a replaced publisher).
 
     Args:
         endpoint: one, or a list of which each may have a publisher.
@@ -423,9 +355,7 @@ class NewestReader(Generic[T]):
         expect: the record's class; anything else is dropped.
         bind: True where the publishers connect to this side.
         keys: CURVE keys; a folder, or an object that several sockets share.
-        max_age_ns: refuse messages sent longer ago than this; None takes any.
-        clock: for ages.
-        to_local: translates the publisher's times to this host's; see `openhelix.runtime.transport.offset`.
+        clock: for silences.
         hwm: messages the queue holds while nobody polls.
         max_drain: messages one `poll` takes from the queue at most, so that a flood cannot
             stall a control loop.
@@ -439,9 +369,7 @@ class NewestReader(Generic[T]):
         *,
         bind: bool = False,
         keys: Keys | None = None,
-        max_age_ns: int | None = None,
         clock: Clock | None = None,
-        to_local: Callable[[int], int | None] | None = None,
         hwm: int = 1000,
         max_drain: int = 256,
     ) -> None:
@@ -452,8 +380,7 @@ class NewestReader(Generic[T]):
             endpoint, self._topic + b"\0", bind=bind, keys=keys, hwm=hwm, max_drain=max_drain
         )
         self.stats = self._inlet.stats
-        limit = AgeLimit(max_age_ns, clock, to_local)
-        self._track = Track(expect, self.stats, limit, clock)
+        self._track = Track(expect, self.stats, clock)
 
     @property
     def gaps(self) -> int:
@@ -509,7 +436,6 @@ class NewestPerTopic(Generic[T]):
         *,
         bind: bool = True,
         keys: Keys | None = None,
-        max_age_ns: int | None = None,
         clock: Clock | None = None,
         hwm: int = 1000,
         max_drain: int = 256,
@@ -520,7 +446,6 @@ class NewestPerTopic(Generic[T]):
         kind_of(expect)
         self._expect, self._first_stays = expect, first_stays
         self._clock = clock or MonotonicClock()
-        self._limit = AgeLimit(max_age_ns, self._clock, None)
         self._inlet = Inlet(
             *(endpoint, b""),
             bind=bind,
@@ -586,7 +511,7 @@ class NewestPerTopic(Generic[T]):
                 return None
             del self._tracks[quietest]
         track = self._tracks[topic] = Track(
-            self._expect, self.stats, self._limit, self._clock, self._first_stays
+            self._expect, self.stats, self._clock, self._first_stays
         )
         return track
 

@@ -15,7 +15,7 @@ import zmq
 
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.runtime.core.types import GoalRequest, LatentGoal
-from openhelix.runtime.transport.wire import NewestReader, Publisher, ipc_endpoint
+from openhelix.runtime.transport.wire import NewestReader, Publisher
 from openhelix.system2.prompt import clean_instruction
 from openhelix.system2.publisher import LatentOutlet, System2Process
 
@@ -81,7 +81,7 @@ class Robot:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[System2Process, str, str]]:
-    requests, latents = ipc_endpoint(tmp_path, "requests"), ipc_endpoint(tmp_path, "latents")
+    requests, latents = f"ipc://{tmp_path}/requests", f"ipc://{tmp_path}/latents"
     part = {"target": "tests.system2.test_publisher:CountingEngine", "options": {}}
     node = System2Process(part, hz=50.0, requests=requests, latents=latents)
     node.setup()
@@ -146,7 +146,7 @@ def test_health_has_its_fields_before_the_engine_is_there(served, tmp_path: Path
 
 
 def test_a_latent_that_breaks_its_schema_uses_up_no_number(tmp_path: Path) -> None:
-    endpoint = ipc_endpoint(tmp_path, "latents")
+    endpoint = f"ipc://{tmp_path}/latents"
     outlet = LatentOutlet(endpoint)
     reader = NewestReader(endpoint, "latents/arm", LatentGoal)
     try:
@@ -215,7 +215,7 @@ def test_numbers_go_on_for_a_name_that_was_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("openhelix.system2.publisher.MAX_NAMES", 2)
-    outlet = LatentOutlet(ipc_endpoint(tmp_path, "l"))
+    outlet = LatentOutlet(f"ipc://{tmp_path}/l")
     reader = NewestReader(outlet.bound, "latents/a", LatentGoal)
     goal = LatentGoal(np.zeros((1, 3), np.float32), 0, 0, 0, 0, "spec")
 
@@ -235,7 +235,7 @@ def test_numbers_go_on_for_a_name_that_was_forgotten(
 
 
 def test_a_reader_that_is_stuck_holds_up_nobody(tmp_path: Path) -> None:
-    outlet = LatentOutlet(ipc_endpoint(tmp_path, "l"))
+    outlet = LatentOutlet(f"ipc://{tmp_path}/l")
     stuck: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
     stuck.linger, stuck.rcvhwm = 0, 1
     stuck.setsockopt(zmq.SUBSCRIBE, b"")
@@ -268,7 +268,7 @@ def test_a_reader_that_is_stuck_holds_up_nobody(tmp_path: Path) -> None:
 
 def test_a_shared_system2_lets_no_client_change_it(tmp_path: Path) -> None:
     part = {"target": "tests.system2.test_publisher:CountingEngine"}
-    ends = {"requests": ipc_endpoint(tmp_path, "r"), "latents": ipc_endpoint(tmp_path, "l")}
+    ends = {"requests": f"ipc://{tmp_path}/r", "latents": f"ipc://{tmp_path}/l"}
     assert "swap" not in System2Process(part, 1.0, **ends, shared=True).handlers()
     assert "swap" in System2Process(part, 1.0, **ends).handlers()
 
@@ -281,7 +281,7 @@ def test_swap_is_refused_by_an_engine_without_weights(served) -> None:
 
 def test_bad_options_refuse_to_start(tmp_path: Path) -> None:
     part = {"target": "tests.system2.test_publisher:CountingEngine"}
-    ends = {"requests": ipc_endpoint(tmp_path, "r"), "latents": ipc_endpoint(tmp_path, "l")}
+    ends = {"requests": f"ipc://{tmp_path}/r", "latents": f"ipc://{tmp_path}/l"}
     with pytest.raises(ValueError, match="max_batch"):
         System2Process(part, 1.0, **ends, limits={"max_batch": 0})
     node = System2Process(part, -1.0, **ends)

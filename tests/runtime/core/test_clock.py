@@ -69,18 +69,6 @@ def test_no_history_of_work_breaks_the_grid(work: list[int]) -> None:
     assert last + 1 == len(work) + skipped
 
 
-def test_warm_up_can_be_left_out() -> None:
-    clock = FakeClock()
-    pacer = Pacer(clock, 10 * MS)
-    pacer.start()
-    clock.advance(55 * MS)
-    pacer.wait()
-    pacer.reset_stats()
-    pacer.wait()
-    summary = pacer.summary()
-    assert (summary.ticks, summary.missed, summary.max_ns) == (1, 0, 0)
-
-
 def test_wait_starts_by_itself_and_slack_shrinks() -> None:
     clock = FakeClock()
     pacer = Pacer(clock, 10 * MS)

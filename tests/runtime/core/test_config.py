@@ -11,7 +11,7 @@ from openhelix.runtime.core.config import ConfigError, RunConfig, load
 
 def test_defaults_are_valid_and_the_shipped_file_loads() -> None:
     assert load(None) == RunConfig()
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     assert load(root / "configs/run.yaml").world.scene == "D"
 
 

@@ -1,81 +1,141 @@
-"""openhelix.runtime.observe.recorder, segments and replay: what went in comes out, and losses are admitted."""
+"""openhelix.runtime.observe.recorder: what went in comes out, and losses are admitted."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import tracemalloc
 from dataclasses import replace
 
+import lz4.frame
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mcap.data_stream import RecordBuilder
+from mcap.reader import make_reader
+from mcap.records import Chunk
+from mcap.writer import CompressionType, Writer
+from mcap_protobuf.decoder import DecoderFactory
 
-from openhelix.runtime.observe.recorder import (
-    Reader,
-    Recorder,
-    RecordingError,
-    SegmentReader,
-    SegmentWriter,
-    replay,
-)
+from openhelix.runtime.core.config import ConfigError, RunConfig
+from openhelix.runtime.observe import recorder as module
+from openhelix.runtime.observe.recorder import Reader, Recorder, RecordingError, replay
 from tests.runtime.ticks import chunk_for, ticks
 
 
-def record(folder, run, **options):
-    recorder = Recorder(folder, lossless=True, **options)
+def record(path, run, **options):
+    recorder = Recorder(path, lossless=True, **options)
     for tick in run:
         recorder(tick)
     return recorder.close()
 
 
-def by_topic(folder):
+def by_topic(path):
     found = {}
-    for topic, _, message in Reader(folder):
+    for topic, _, message in Reader(path):
         found.setdefault(topic, []).append(message)
     return found
 
 
 def test_what_was_recorded_comes_back(tmp_path):
     run = ticks(30)
-    summary = record(tmp_path / "r", run, meta={"scene": "D"})
-    reader = Reader(tmp_path / "r")
+    path = tmp_path / "r.mcap"
+    summary = record(path, run, meta={"scene": "D"})
+    reader = Reader(path)
+    found = by_topic(path)
     assert summary["complete"]
     assert reader.complete
     assert reader.meta["scene"] == "D"
-    found = by_topic(tmp_path / "r")
-    assert len(found["observation"]) == len(found["tick"]) == len(found["action"]) == 30
-    for tick, observation in zip(run, found["observation"], strict=True):
+    assert len(found["/observation"]) == len(found["/tick"]) == len(found["/action"]) == 30
+    for tick, observation in zip(run, found["/observation"], strict=True):
         assert observation.t_ns == tick.observation.t_ns
+        np.testing.assert_array_equal(observation.tcp_pose, tick.observation.tcp_pose)
         assert set(observation.frames) == {"static", "gripper"}
         for name, frame in tick.observation.frames.items():
-            np.testing.assert_array_equal(observation.frames[name].rgb, frame.rgb)
-            np.testing.assert_array_equal(observation.frames[name].depth, frame.depth)
-    chunks = [tick.new_chunk for tick in run if tick.new_chunk]
-    for a, b in zip(chunks, found["chunk"], strict=True):
-        np.testing.assert_array_equal(a.poses, b.poses)
-    assert found["tick"][3]["state"] == "run"
+            back = observation.frames[name]
+            for field in ("rgb", "depth", "K", "T_world_cam"):
+                np.testing.assert_array_equal(getattr(back, field), getattr(frame, field))
+                assert getattr(back, field).dtype == getattr(frame, field).dtype
+    for topic, name in (("/chunk", "new_chunk"), ("/latent", "new_latent")):
+        sent = [getattr(tick, name) for tick in run if getattr(tick, name)]
+        assert [str(message) for message in found[topic]] == [str(message) for message in sent]
+    assert found["/tick"][3].state == "run"
+
+
+@given(
+    z=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1),
+    joint=st.floats(),
+)
+@settings(max_examples=40, deadline=None)
+def test_numbers_come_back_to_the_last_bit(tmp_path_factory, z, joint):
+    path = tmp_path_factory.mktemp("r") / "r.mcap"
+    (tick,) = ticks(1)
+    latent = replace(tick.new_latent, z=np.array([z], np.float32))
+    # A sensor may say NaN or inf; JSON cannot tell one from the other.
+    observation = replace(tick.observation, joints=np.array([joint, 0.1]))
+    record(path, [replace(tick, new_latent=latent, observation=observation)])
+    found = by_topic(path)
+    np.testing.assert_array_equal(found["/latent"][0].z, latent.z)
+    want = joint if np.isfinite(joint) else np.nan
+    np.testing.assert_array_equal(found["/observation"][0].joints, [want, 0.1])
+
+
+def test_a_camera_without_depth(tmp_path):
+    (tick,) = ticks(1)
+    frame = replace(tick.observation.frames["static"], depth=None)
+    observation = replace(tick.observation, frames={"static": frame})
+    record(tmp_path / "r.mcap", [replace(tick, observation=observation)])
+    (back,) = by_topic(tmp_path / "r.mcap")["/camera/static"]
+    assert back.depth is None
+
+
+def test_other_programs_see_images_and_described_records(tmp_path):
+    run = ticks(4)
+    record(tmp_path / "r.mcap", run)
+    with open(tmp_path / "r.mcap", "rb") as file:
+        reader = make_reader(file, decoder_factories=[DecoderFactory()])
+        summary = reader.get_summary()
+        schemas = {c.topic: summary.schemas[c.schema_id] for c in summary.channels.values()}
+        decoded = list(reader.iter_decoded_messages("/camera/static/rgb"))
+    image = decoded[0][3]
+    assert (image.width, image.height, image.encoding, image.step) == (64, 64, "rgb8", 192)
+    assert image.data == run[0].observation.frames["static"].rgb.tobytes()
+    assert decoded[0][2].log_time == run[0].observation.frames["static"].t_ns
+    assert schemas["/camera/static/depth"].name == "foxglove.RawImage"
+    for topic in ("/observation", "/latent", "/chunk", "/action", "/tick", "/camera/static"):
+        schema = json.loads(schemas[topic].data)
+        assert schema["type"] == "object"
+        assert "$ref" not in schemas[topic].data.decode()
+    fields = json.loads(schemas["/observation"].data)["properties"]
+    assert fields["tcp_pose"]["type"] == "array"
+    assert "frames" not in fields
 
 
 def test_each_camera_frame_is_written_once(tmp_path):
-    record(tmp_path / "r", ticks(30, camera_every=3))
-    assert len(by_topic(tmp_path / "r")["frame/static"]) == 10
+    record(tmp_path / "r.mcap", ticks(30, camera_every=3))
+    assert len(by_topic(tmp_path / "r.mcap")["/camera/static"]) == 10
 
 
 def test_events(tmp_path):
-    recorder = Recorder(tmp_path / "r")
+    recorder = Recorder(tmp_path / "r.mcap")
     recorder.event("instruction", 5, instruction_id=1, text="open the drawer")
     recorder.close()
-    (message,) = Reader(tmp_path / "r")
+    (message,) = Reader(tmp_path / "r.mcap")
     assert message.t_ns == 5
     assert message.message["text"] == "open the drawer"
 
 
 def test_a_recorder_that_cannot_keep_up_drops_counts_and_says_incomplete(tmp_path):
-    recorder = Recorder(tmp_path / "r", queue_size=2)
+    path = tmp_path / "r.mcap"
+    recorder = Recorder(path, queue_size=2)
     gate = threading.Event()
-    write = recorder._writer.write
-    recorder._writer.write = lambda *args: (gate.wait(10), write(*args))
+    flush = recorder._writer.flush
+    recorder._writer.flush = lambda: (gate.wait(10), flush())
     for tick in ticks(20):
         recorder(tick)
     gate.set()
@@ -83,85 +143,172 @@ def test_a_recorder_that_cannot_keep_up_drops_counts_and_says_incomplete(tmp_pat
     assert summary["dropped"] >= 17
     assert summary["written"] + summary["dropped"] == 20
     assert not summary["complete"]
-    assert not Reader(tmp_path / "r").complete
+    assert not Reader(path).complete
+    assert Reader(path).meta["dropped"] == summary["dropped"]
     # A frame whose first tick was dropped comes with the next one that shows it.
-    for observation in by_topic(tmp_path / "r")["observation"]:
+    for observation in by_topic(path)["/observation"]:
         assert set(observation.frames) == {"static", "gripper"}
 
 
 def test_until_it_is_closed_a_recording_is_incomplete(tmp_path):
-    recorder = Recorder(tmp_path / "r")
-    assert not Reader(tmp_path / "r").complete
+    recorder = Recorder(tmp_path / "r.mcap")
+    assert not Reader(tmp_path / "r.mcap").complete
     recorder.close()
-    assert Reader(tmp_path / "r").complete
+    assert Reader(tmp_path / "r.mcap").complete
 
 
 def test_a_full_disk_ends_the_recording_and_not_the_run(tmp_path):
-    summary = record(tmp_path / "r", ticks(30), max_bytes=100_000)
+    summary = record(tmp_path / "r.mcap", ticks(30), max_bytes=100_000)
     assert not summary["complete"]
     assert "100000 bytes" in summary["error"]
     assert summary["dropped"] > 0
-    assert len(by_topic(tmp_path / "r")["observation"]) > 0
+    assert len(by_topic(tmp_path / "r.mcap")["/observation"]) > 0
 
 
 def test_what_the_codec_refuses_is_counted_and_the_rest_goes_on(tmp_path):
     run = ticks(6)
     run[2].sent.pose[0] = np.nan
-    summary = record(tmp_path / "r", run)
-    assert summary["refused"] == 1
+    run[4] = replace(run[4], observation=replace(run[4].observation, gripper_width=np.inf))
+    summary = record(tmp_path / "r.mcap", run)
+    assert summary["refused"] == 2
     assert not summary["complete"]
-    assert len(by_topic(tmp_path / "r")["action"]) == 5
+    found = by_topic(tmp_path / "r.mcap")
+    assert len(found["/action"]) == len(found["/observation"]) == 5
 
 
 def test_a_second_recording_never_overwrites_the_first(tmp_path):
-    record(tmp_path / "r", ticks(3))
+    record(tmp_path / "r.mcap", ticks(3))
     with pytest.raises(RecordingError, match="already"):
-        Recorder(tmp_path / "r")
+        Recorder(tmp_path / "r.mcap")
 
 
 def test_no_recording_there(tmp_path):
     with pytest.raises(RecordingError, match="no recording"):
         Reader(tmp_path)
-    (tmp_path / "meta.json").write_text("{")
-    with pytest.raises(RecordingError, match="cannot be read"):
-        Reader(tmp_path)
+    with pytest.raises(RecordingError, match="no recording"):
+        Reader(tmp_path / "none.mcap")
+    for data in (b"", b"{", os.urandom(3000)):
+        (tmp_path / "recording.mcap").write_bytes(data)
+        with pytest.raises(RecordingError, match="not a recording"):
+            Reader(tmp_path)
+    with open(tmp_path / "other.mcap", "wb") as file:
+        writer = Writer(file)
+        writer.start("ros2")
+        writer.finish()
+    with pytest.raises(RecordingError, match="not a recording"):
+        Reader(tmp_path / "other.mcap")
 
 
-def test_segments_rotate_and_read_in_order(tmp_path):
-    writer = SegmentWriter(tmp_path, segment_bytes=1000)
-    for i in range(50):
-        writer.write("a", i, [bytes(100), b"", bytes([i])])
-    writer.close()
-    writer.save_meta({"complete": True})
-    assert len(list(tmp_path.glob("*.ohr"))) > 3
-    records = list(SegmentReader(tmp_path))
-    assert [t for _, t, _ in records] == list(range(50))
-    assert records[7][2] == [bytes(100), b"", b"\7"]
+def test_a_recording_carries_the_configuration_of_its_run(tmp_path):
+    config = RunConfig(seed=7)
+    meta = {"config": config.model_dump(mode="json"), "seed": 7}
+    record(tmp_path / "recording.mcap", ticks(2), meta=meta)
+    reader = Reader(tmp_path)  # the folder of a run will do
+    assert reader.config() == config
+    assert reader.config(["system1.latent_memory=3"]).system1.latent_memory == 3
+    with pytest.raises(ConfigError, match="latent_memori"):
+        reader.config(["system1.latent_memori=3"])
+    record(tmp_path / "bare.mcap", ticks(2))
+    with pytest.raises(RecordingError, match="carries no configuration"):
+        Reader(tmp_path / "bare.mcap").config()
 
 
-@settings(max_examples=40, deadline=None)
-@given(cut=st.integers(0, 3000), flip=st.integers(0, 3000) | st.none())
-def test_a_damaged_file_is_read_up_to_the_damage_and_says_so(tmp_path_factory, cut, flip):
-    folder = tmp_path_factory.mktemp("r")
-    writer = SegmentWriter(folder)
-    for i in range(20):
-        writer.write("topic", i, [bytes([i]) * 100])
-    writer.close()
-    writer.save_meta({"complete": True, "records": 20})
-    path = folder / "000000.ohr"
-    data = bytearray(path.read_bytes())
-    if flip is not None:
-        data[flip % len(data)] ^= 0x10
-    cut %= len(data)
-    path.write_bytes(data[: len(data) - cut])
-    reader = SegmentReader(folder)
-    records = list(reader)
-    assert [t for _, t, _ in records] == list(range(len(records)))
-    assert all(frames == [bytes([t]) * 100] for _, t, frames in records)
-    assert reader.cut == (len(records) < 20)
-    if flip is not None or cut:
-        assert len(records) < 20
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from openhelix.runtime.observe.recorder import Recorder
+from tests.runtime.ticks import ticks
+recorder = Recorder(Path(sys.argv[1]), {"config": {"seed": 3}}, lossless=True)
+for tick in ticks(60, camera_every=1):
+    recorder(tick)
+while recorder.queued or recorder.written < 60:
+    pass
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process_leaves_what_it_had_written(tmp_path):
+    path = tmp_path / "r.mcap"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=os.getcwd(), timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    reader = Reader(path)
+    observations = [m.message for m in reader if m.topic == "/observation"]
+    # A frame of 64 x 64 pixels has 28 kB: six of them and a bit fill a chunk.
+    assert len(observations) > 60 - 8
+    for tick, observation in zip(ticks(60, camera_every=1), observations, strict=False):
+        assert observation.t_ns == tick.observation.t_ns
+        frame = tick.observation.frames["static"]
+        np.testing.assert_array_equal(observation.frames["static"].rgb, frame.rgb)
+    assert reader.cut
+    assert not reader.complete
+    assert reader.config().seed == 3
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    """A recording's bytes, and the numbers and times of its messages."""
+    path = tmp_path_factory.mktemp("whole") / "r.mcap"
+    record(path, ticks(40), meta={"seed": 5})
+    messages = [(m.topic, m.t_ns, str(m.message)) for m in Reader(path)]
+    return path.read_bytes(), messages
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.floats(0, 1) | st.just(1.0), flip=st.floats(0, 1) | st.none(), bit=st.integers(0, 7))
+def test_a_damaged_file_is_read_up_to_the_damage_and_says_so(
+    tmp_path_factory, recording, cut, flip, bit
+):
+    whole, messages = recording
+    data = bytearray(whole[: round(cut * len(whole))])
+    if flip is not None and data:
+        data[min(len(data) - 1, int(flip * len(data)))] ^= 1 << bit
+    path = tmp_path_factory.mktemp("r") / "r.mcap"
+    path.write_bytes(data)
+    try:
+        reader = Reader(path)
+    except RecordingError:
+        return
+    found = [(m.topic, m.t_ns, str(m.message)) for m in reader]
+    assert found == messages[: len(found)]
+    if reader.complete:
+        assert found == messages
+        assert len(data) == len(whole)
+    if len(found) < len(messages):
         assert not reader.complete
+
+
+def bomb(path, unpacked, packed=None):
+    """A recording whose first chunk unpacks to `unpacked` zeros, or says so."""
+    with open(path, "wb") as file:
+        writer = Writer(file, compression=CompressionType.NONE)
+        writer.start(module.PROFILE)
+        writer.add_metadata(module.PROFILE, {})
+        chunk = Chunk("lz4", packed or lz4.frame.compress(bytes(unpacked)), 0, 0, 0, unpacked)
+        builder = RecordBuilder()
+        chunk.write(builder)
+        file.write(builder.end())
+        writer.finish()
+
+
+@pytest.mark.parametrize(
+    ("unpacked", "packed"),
+    [
+        (700 << 20, None),  # a chunk of 3 MB that really is one of 700 MB
+        (1000, lz4.frame.compress(bytes(700 << 20))),  # one that does not admit it
+        (1 << 62, b"x"),  # a claim
+    ],
+)
+def test_a_small_file_does_not_unpack_to_gigabytes(tmp_path, unpacked, packed):
+    bomb(tmp_path / "r.mcap", unpacked, packed)
+    assert (tmp_path / "r.mcap").stat().st_size < 4 << 20
+    tracemalloc.start()
+    try:
+        reader = Reader(tmp_path / "r.mcap")
+        assert list(reader) == []
+        assert reader.cut
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
 
 
 class Policy:
@@ -181,9 +328,9 @@ class Policy:
 
 def test_replay_gives_each_chunk_its_own_input_again(tmp_path):
     run = ticks(60, instruction_ids=2)
-    record(tmp_path / "r", run, meta={"seed": 7})
+    record(tmp_path / "r.mcap", run, meta={"seed": 7})
     policy = Policy()
-    report = replay(tmp_path / "r", policy)
+    report = replay(tmp_path / "r.mcap", policy)
     recorded = sum(tick.new_chunk is not None for tick in run)
     assert report["complete"]
     assert report["chunks"] == report["replayed"] == recorded > 10
@@ -193,8 +340,8 @@ def test_replay_gives_each_chunk_its_own_input_again(tmp_path):
 
 
 def test_replay_measures_how_far_another_policy_is(tmp_path):
-    record(tmp_path / "r", ticks(40))
-    report = replay(tmp_path / "r", Policy(off_m=0.02))
+    record(tmp_path / "r.mcap", ticks(40))
+    report = replay(tmp_path / "r.mcap", Policy(off_m=0.02))
     assert report["position_error_m"]["p50"] == pytest.approx(0.02)
     assert report["rotation_error_rad"]["max"] == pytest.approx(0.0)
     assert json.loads(json.dumps(report)) == report
@@ -205,7 +352,7 @@ def test_replay_says_what_it_could_not_match(tmp_path):
     for i, tick in enumerate(run):
         if tick.new_chunk:
             run[i] = replace(tick, new_chunk=replace(tick.new_chunk, t_obs_ns=5))
-    record(tmp_path / "r", run)
-    report = replay(tmp_path / "r", Policy())
+    record(tmp_path / "r.mcap", run)
+    report = replay(tmp_path / "r.mcap", Policy())
     assert report["unmatched"] == report["chunks"] > 0
     assert report["position_error_m"] is None

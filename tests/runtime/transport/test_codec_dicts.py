@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.msgpack import Ext
 
 from openhelix.runtime.core.types import F64, LatentGoal
 from openhelix.runtime.transport import codec
@@ -30,10 +33,27 @@ def test_dict_round_trip() -> None:
     assert (got["t"], got["n"], got["raw"]) == ([1, 2], 0.25, b"\0\xff")
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, np.array([None]), 2**70, lambda: 0])
+@pytest.mark.parametrize("value", [object(), np.array([None]), 2**70, lambda: 0])
 def test_dicts_refuse_what_cannot_travel(value: Any) -> None:
     with pytest.raises(WireError):
         encode_dict("call", {"x": value})
+
+
+def deep(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value", [{1: 2}, {b"k": 2}, [{"a": {None: 1}}], datetime.now(UTC), Ext(7, b"x"), deep(200)]
+)
+def test_dicts_refuse_what_is_never_sent(value: Any) -> None:
+    raw = msgspec.msgpack.encode(["dict:call", 0, {"x": value}])
+    head = codec.HEAD.pack(codec.MAGIC, codec.VERSION, 0, len(raw))
+    with pytest.raises(WireError):
+        decode_dict([head + raw], "call")
 
 
 def test_a_dict_that_contains_itself_is_refused() -> None:

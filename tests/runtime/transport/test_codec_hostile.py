@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import msgpack
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -77,11 +77,11 @@ def headed(body: bytes, pad: int = 0) -> bytes:
 
 
 def header(row: Any, cls: type = LatentGoal) -> bytes:
-    return headed(msgpack.packb([codec.kind_of(cls), codec._PLANS[cls].fingerprint, row]))
+    return headed(msgspec.msgpack.encode([codec.kind_of(cls), codec._PLANS[cls].fingerprint, row]))
 
 
 def packed(row: Any, tail: bytes) -> bytes:
-    body = msgpack.packb(["latent", codec._PLANS[LatentGoal].fingerprint, row])
+    body = msgspec.msgpack.encode(["latent", codec._PLANS[LatentGoal].fingerprint, row])
     return headed(body, pad=5) + bytes(5) + tail
 
 
@@ -93,11 +93,11 @@ def latent_row(array: Any) -> list[Any]:
     ("frames", "reason"),
     [
         ([], "truncated"),
-        ([b"OH\x01"], "truncated"),
-        ([b"XY\x01\0\1\0\0\0\x90"], "header"),
-        ([b"OH\x02\0\1\0\0\0\x90"], "version"),
-        ([b"OH\x01\0\2\0\0\0\x90"], "truncated"),
-        ([b"OH\x01\0\xff\xff\xff\xff\x90"], "oversize"),
+        ([b"OH\x02"], "truncated"),
+        ([b"XY\x02\0\1\0\0\0\x90"], "header"),
+        ([b"OH\x63\0\1\0\0\0\x90"], "version"),
+        ([b"OH\x02\0\2\0\0\0\x90"], "truncated"),
+        ([b"OH\x02\0\xff\xff\xff\xff\x90"], "oversize"),
         ([headed(b"")], "header"),
         ([headed(b"\xdd\xff\xff\xff\xff")], "header"),
         ([headed(b"\x91" * 5000)], "header"),
@@ -106,7 +106,7 @@ def latent_row(array: Any) -> list[Any]:
         ([packed(latent_row([2, [1, 4], None]), b"\0" * 8)], "truncated"),
         ([packed(latent_row([2, [1, 4], None]), b"\0" * 24)], "oversize"),
         ([packed(latent_row([2, [1, 4], None]), b"\0" * 16) + b"x", b"\0" * 16], "oversize"),
-        ([headed(msgpack.packb(["latent", 0, []]), pad=255)], "field"),
+        ([headed(msgspec.msgpack.encode(["latent", 0, []]), pad=255)], "field"),
         ([header(latent_row([2, [1, 0], b""])) + b"x"], "oversize"),
         ([header(latent_row([2, [1, 4], None])), b"\0" * 15], "truncated"),
         ([header(latent_row([2, [1, 4], None])), b"\0" * 17], "oversize"),
@@ -129,8 +129,8 @@ def latent_row(array: Any) -> list[Any]:
         ([header({}, LatentGoal)], "field"),
         ([header(latent_row([2, [1, 0], b""])), *[b""] * 300], "oversize"),
         ([headed(b"\0" * (codec.MAX_HEADER_BYTES + 1))], "oversize"),
-        ([headed(msgpack.packb(["action", 0, []]))], "kind"),
-        ([headed(msgpack.packb(["latent", 0, []]))], "field"),
+        ([headed(msgspec.msgpack.encode(["action", 0, []]))], "kind"),
+        ([headed(msgspec.msgpack.encode(["latent", 0, []]))], "field"),
     ],
 )
 def test_hostile_frames(frames: list[bytes], reason: str) -> None:

@@ -78,7 +78,6 @@ def test_a_client_with_several_secrets_must_choose(folders: dict[str, Path]) -> 
 
 def test_only_listed_clients_are_answered(folders: dict[str, Path]) -> None:
     gate = CurveServer(folders["server"])
-    assert gate.clients == ("known", "misled")
     server = RpcServer("tcp://127.0.0.1:*", {"echo": lambda args: args}, keys=gate)
     server.start()
     known = RpcClient(server.bound, keys=folders["known"])

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from pathlib import Path
 
 import pytest
 
 from openhelix.runtime.transport.sockets import (
-    MAX_IPC_PATH,
     BindRefused,
     ConnectRefused,
     EndpointRefused,
     check_bind,
     check_connect,
-    ipc_endpoint,
     is_listening,
     is_local,
 )
@@ -68,25 +65,6 @@ def test_unusable_endpoints_are_refused_in_one_line(endpoint: str) -> None:
     with pytest.raises(EndpointRefused) as caught:
         is_local(endpoint)
     assert "\n" not in str(caught.value)
-
-
-def test_ipc_endpoints_are_stable_and_fit(tmp_path: Path) -> None:
-    short = ipc_endpoint(tmp_path / "run", "z")
-    assert short == f"ipc://{(tmp_path / 'run').resolve()}/z.sock"
-    deep = tmp_path / ("d" * 100) / ("e" * 100)
-    long = ipc_endpoint(deep, "z")
-    assert long == ipc_endpoint(deep, "z")
-    assert long != ipc_endpoint(deep, "y")
-    path = Path(long.removeprefix("ipc://"))
-    assert len(os.fsencode(path)) <= MAX_IPC_PATH
-    assert path.parent.stat().st_mode & 0o077 == 0
-    check_bind(long, None)
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden"])
-def test_ipc_names_are_plain(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="plain file name"):
-        ipc_endpoint(tmp_path, name)
 
 
 def test_dead_sockets_are_removed_and_living_ones_kept(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.types import Action, LatentGoal
-from openhelix.runtime.transport.codec import HEAD, MAX_FRAMES, encode
-from openhelix.runtime.transport.wire import ENVELOPE, NewestReader, Publisher, ipc_endpoint
+from openhelix.runtime.transport.codec import HEAD, MAGIC, MAX_FRAMES, VERSION, encode
+from openhelix.runtime.transport.wire import ENVELOPE, NewestReader, Publisher
 from tests.runtime.wire_ports import Raw, join, latent, settle, until
 
 
@@ -27,7 +27,7 @@ def clock() -> FakeClock:
 @pytest.fixture
 def pair(tmp_path: Path, clock: FakeClock) -> Iterator[tuple[Raw, NewestReader[LatentGoal]]]:
     """A raw publisher and a reader that are connected."""
-    endpoint = ipc_endpoint(tmp_path, "raw")
+    endpoint = f"ipc://{tmp_path}/raw"
     raw = Raw(endpoint)
     reader = NewestReader(endpoint, "t", LatentGoal, clock=clock)
     join(raw, reader)
@@ -37,9 +37,9 @@ def pair(tmp_path: Path, clock: FakeClock) -> Iterator[tuple[Raw, NewestReader[L
 
 
 def test_poll_returns_the_newest_once(tmp_path: Path) -> None:
-    endpoint = ipc_endpoint(tmp_path, "w")
+    endpoint = f"ipc://{tmp_path}/w"
     with contextlib.closing(Publisher(endpoint, "z")) as publisher:
-        reader = NewestReader(endpoint, "z", LatentGoal, max_age_ns=10**11)
+        reader = NewestReader(endpoint, "z", LatentGoal)
         seq = 0
 
         def sent_and_got() -> LatentGoal | None:
@@ -87,7 +87,7 @@ def test_numbers_never_go_back(pair: tuple[Raw, NewestReader[LatentGoal]]) -> No
     for seq in (3, 8, 7):
         raw.message(seq)
     assert settle(raw, reader) == []
-    assert (reader.stats.dropped["stale"], reader.stats.dropped["repeat"]) == (2, 1)
+    assert reader.stats.dropped["stale"] == 3
     raw.message(2**64 - 1)  # no publisher gets there; accepting it would deafen the reader
     raw.message(9, value=9)
     assert [m.seq for m in settle(raw, reader)] == [9]
@@ -110,48 +110,6 @@ def test_a_restart_takes_over_and_the_old_publisher_stays_out(
     raw.message(52, source=1, value=3)
     assert [m.seq for m in settle(raw, reader)] == [3]
     assert reader.stats.restarts == 2
-
-
-def test_old_and_unbelievable_times_are_refused(tmp_path: Path, clock: FakeClock) -> None:
-    endpoint = ipc_endpoint(tmp_path, "age")
-    raw = Raw(endpoint)
-    reader = NewestReader(endpoint, "t", LatentGoal, clock=clock, max_age_ns=1000)
-    join(raw, reader)
-    now = clock.now_ns()
-    raw.message(1, sent_ns=now - 1001)
-    raw.message(2, sent_ns=now + 1001)
-    assert settle(raw, reader) == []
-    raw.message(3, sent_ns=now - 1000, value=3)
-    assert [m.seq for m in settle(raw, reader)] == [3]
-    assert reader.stats.dropped["expired"] == 1
-    assert reader.stats.dropped["future"] == 1
-    reader.close()
-    raw.close()
-
-
-def test_remote_times_are_translated_and_distrusted_until_then(
-    tmp_path: Path, clock: FakeClock
-) -> None:
-    endpoint = ipc_endpoint(tmp_path, "remote")
-    offset: list[int | None] = [None]
-
-    def to_local(t_ns: int) -> int | None:
-        return None if offset[0] is None else t_ns - offset[0]
-
-    raw = Raw(endpoint)
-    reader = NewestReader(
-        endpoint, "t", LatentGoal, clock=clock, max_age_ns=1000, to_local=to_local
-    )
-    join(raw, reader)
-    remote_now = clock.now_ns() + 7 * 10**9
-    raw.message(1, sent_ns=remote_now)
-    assert settle(raw, reader) == []
-    assert reader.stats.dropped["unsynced"] == 1
-    offset[0] = 7 * 10**9
-    raw.message(2, sent_ns=remote_now, value=2)
-    assert [m.seq for m in settle(raw, reader)] == [2]
-    reader.close()
-    raw.close()
 
 
 def test_bad_messages_are_counted_and_the_last_good_one_wins(
@@ -194,14 +152,16 @@ def test_arbitrary_frames_never_raise(
     raw, reader = pair
     for frames in messages:
         head = b"t\0" + (
-            ENVELOPE.pack(1, 0, 0) + HEAD.pack(b"OH", 1, 0, 3) + b"\x93lat" if stamped else b""
+            ENVELOPE.pack(1, 0, 0) + HEAD.pack(MAGIC, VERSION, 0, 3) + b"\x93lat"
+            if stamped
+            else b""
         )
         raw.socket.send_multipart([head, *frames] if frames else [head])
     assert settle(raw, reader) == []
 
 
 def test_a_flood_is_read_in_bounded_steps(tmp_path: Path) -> None:
-    endpoint = ipc_endpoint(tmp_path, "flood")
+    endpoint = f"ipc://{tmp_path}/flood"
     raw = Raw(endpoint)
     reader = NewestReader(endpoint, "t", LatentGoal, max_drain=10, hwm=0)
     join(raw, reader)

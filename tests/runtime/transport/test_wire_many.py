@@ -9,12 +9,12 @@ import numpy as np
 
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.types import GoalRequest
-from openhelix.runtime.transport.wire import TAKEOVER_NS, NewestPerTopic, Publisher, ipc_endpoint
+from openhelix.runtime.transport.wire import TAKEOVER_NS, NewestPerTopic, Publisher
 from tests.runtime.wire_ports import request, until
 
 
 def test_one_reader_hears_many_robots(tmp_path: Path) -> None:
-    endpoint = ipc_endpoint(tmp_path, "serve")
+    endpoint = f"ipc://{tmp_path}/serve"
     reader = NewestPerTopic(endpoint, GoalRequest)
     robots = {name: Publisher(endpoint, name, bind=False) for name in ("arm1", "arm10", "b")}
     newest: dict[str, int] = {}
@@ -40,7 +40,7 @@ def test_one_reader_hears_many_robots(tmp_path: Path) -> None:
 
 def test_topics_are_limited_and_silent_ones_make_room(tmp_path: Path) -> None:
     clock = FakeClock(10**12)
-    endpoint = ipc_endpoint(tmp_path, "many")
+    endpoint = f"ipc://{tmp_path}/many"
     reader = NewestPerTopic(endpoint, GoalRequest, max_topics=2, clock=clock)
     robots = [Publisher(endpoint, f"r{index}", bind=False) for index in range(3)]
 
@@ -63,7 +63,7 @@ def test_a_taken_topic_stays_with_its_first_publisher_until_that_falls_silent(
     tmp_path: Path,
 ) -> None:
     clock = FakeClock(10**12)
-    endpoint = ipc_endpoint(tmp_path, "names")
+    endpoint = f"ipc://{tmp_path}/names"
     reader = NewestPerTopic(endpoint, GoalRequest, clock=clock, first_stays=True)
     first = Publisher(endpoint, "arm", bind=False)
     seq = 0
@@ -105,7 +105,7 @@ def test_a_taken_topic_stays_with_its_first_publisher_until_that_falls_silent(
 def test_a_message_beyond_the_readers_own_limit_is_counted_and_the_next_is_read(
     tmp_path: Path,
 ) -> None:
-    endpoint = ipc_endpoint(tmp_path, "large")
+    endpoint = f"ipc://{tmp_path}/large"
     reader = NewestPerTopic(endpoint, GoalRequest, max_bytes=100_000)
     publisher = Publisher(endpoint, "arm", bind=False)
     large = dataclasses.replace(request("arm", 0), rgb=np.zeros((200, 200, 3), np.uint8))

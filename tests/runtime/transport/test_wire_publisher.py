@@ -12,21 +12,17 @@ import pytest
 
 from openhelix.runtime.core.clock import MonotonicClock
 from openhelix.runtime.core.types import LatentGoal
-from openhelix.runtime.transport.wire import (
-    BindRefused,
-    NewestReader,
-    Publisher,
-    WireError,
-    ipc_endpoint,
-)
+from openhelix.runtime.transport.codec import WireError
+from openhelix.runtime.transport.sockets import BindRefused
+from openhelix.runtime.transport.wire import NewestReader, Publisher
 from tests.runtime.wire_ports import latent, until
 
 
 def test_a_topic_is_exact(tmp_path: Path) -> None:
-    endpoint = ipc_endpoint(tmp_path, "topics")
+    endpoint = f"ipc://{tmp_path}/topics"
     other = Publisher(endpoint, "arm10")
-    right = Publisher(ipc_endpoint(tmp_path, "right"), "arm1")
-    reader = NewestReader([endpoint, ipc_endpoint(tmp_path, "right")], "arm1", LatentGoal)
+    right = Publisher(f"ipc://{tmp_path}/right", "arm1")
+    reader = NewestReader([endpoint, f"ipc://{tmp_path}/right"], "arm1", LatentGoal)
     control = NewestReader(endpoint, "arm10", LatentGoal)
 
     def both() -> bool:
@@ -44,7 +40,7 @@ def test_a_topic_is_exact(tmp_path: Path) -> None:
 def test_a_slow_reader_is_counted_costs_the_others_nothing_and_gets_the_newest(
     tmp_path: Path,
 ) -> None:
-    endpoint = ipc_endpoint(tmp_path, "slow")
+    endpoint = f"ipc://{tmp_path}/slow"
     publisher = Publisher(endpoint, "z", hwm=64)
     slow = NewestReader(endpoint, "z", LatentGoal, hwm=4)
     quick = NewestReader(endpoint, "z", LatentGoal, hwm=0)
@@ -64,37 +60,15 @@ def test_a_slow_reader_is_counted_costs_the_others_nothing_and_gets_the_newest(
         return message is not None and message.seq == 77
 
     until(lambda: reached(quick))  # without any help
-    until(lambda: publisher.repeat() and reached(slow))
+    until(lambda: publisher.send(dataclasses.replace(big, seq=77)) and reached(slow))
     assert slow.gaps >= 1
     assert quick.gaps == 0
     for port in (publisher, slow, quick):
         port.close()
 
 
-def test_who_joins_late_gets_the_last_message_from_a_repeat(tmp_path: Path) -> None:
-    endpoint = ipc_endpoint(tmp_path, "late")
-    publisher = Publisher(endpoint, "z")
-    assert not publisher.repeat()
-    publisher.send(latent(5))
-    reader = NewestReader(endpoint, "z", LatentGoal)
-    got: list[LatentGoal] = []
-
-    def heard() -> bool:
-        assert publisher.repeat()
-        message = reader.poll()
-        if message is not None:
-            got.append(message)
-        return reader.stats.dropped["repeat"] > 3
-
-    until(heard)
-    assert [message.seq for message in got] == [5]
-    assert reader.gaps == 0
-    publisher.close()
-    reader.close()
-
-
 def test_sending_what_breaks_the_schema_says_so(tmp_path: Path) -> None:
-    with contextlib.closing(Publisher(ipc_endpoint(tmp_path, "bad"), "z")) as publisher:
+    with contextlib.closing(Publisher(f"ipc://{tmp_path}/bad", "z")) as publisher:
         with pytest.raises(WireError, match=r"LatentGoal\.z"):
             publisher.send(dataclasses.replace(latent(), z=np.zeros((1, 3))))
         with pytest.raises(WireError):
@@ -102,7 +76,7 @@ def test_sending_what_breaks_the_schema_says_so(tmp_path: Path) -> None:
 
 
 def test_a_publisher_that_comes_back_is_heard_again(tmp_path: Path) -> None:
-    endpoint = ipc_endpoint(tmp_path, "again")
+    endpoint = f"ipc://{tmp_path}/again"
     reader = NewestReader(endpoint, "z", LatentGoal)  # before anybody is there
     for start in range(3):
         publisher = Publisher(endpoint, "z")
@@ -132,18 +106,17 @@ def test_network_endpoints_need_keys() -> None:
         lambda e: Publisher(e, "a\0b"),
         lambda e: Publisher(e, "x" * 200),
         lambda e: NewestReader(e, "z", dict),
-        lambda e: NewestReader(e, "z", LatentGoal, max_age_ns=0),
         lambda e: NewestReader(e, "z", LatentGoal, max_drain=0),
     ],
 )
 def test_wrong_arguments_are_refused(make: Callable[[str], object], tmp_path: Path) -> None:
     with pytest.raises(ValueError):
-        make(ipc_endpoint(tmp_path, "wrong"))
+        make(f"ipc://{tmp_path}/wrong")
 
 
 def test_tcp_on_loopback(tmp_path: Path) -> None:
     publisher = Publisher("tcp://127.0.0.1:*", "z", clock=MonotonicClock())
-    reader = NewestReader(publisher.bound, "z", LatentGoal, max_age_ns=10**11)
+    reader = NewestReader(publisher.bound, "z", LatentGoal)
     until(lambda: publisher.send(latent(1)) and reader.poll())
     publisher.close()
     reader.close()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from openhelix.runtime.core.limits import SafetyFilter, SafetyLimits
 from openhelix.runtime.core.quaternion import angle_between, from_rotation_vector, rotation_vector
-from openhelix.runtime.core.safety import SafetyFilter, SafetyLimits
 from openhelix.runtime.core.types import Action
 
 DT = 1 / 30
