@@ -21,9 +21,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,8 +40,8 @@ QUIET = (
 PATIENT = tuple(f"safety.{name}_max_age_s=60" for name in ("camera", "proprioception", "latent"))
 MARKS = {  # process: the function that is called once a round, and from which round to which
     "control": ("ControlLoop.tick", 20, 60),
-    "system1": ("DiffusionPolicy.act", 3, 8),
-    "system2": ("EngineBase.encode", 3, 6),
+    "system1": ("DiffusionPolicy.act", 2, 3),
+    "system2": ("EngineBase.encode", 2, 3),
 }
 # Goes into every process of the run as `sitecustomize`. Compiled code is noted at its first call;
 # class bodies and modules, which run at an import, are none of ours (no CO_OPTIMIZED).
@@ -73,11 +75,15 @@ def profile(frame, event, argument):
     if count == first:
         noted[process] = {where}
     elif count == last:
-        with open(os.path.join(OUT, f"{process}-{os.getpid()}.json"), "w") as stream:
+        part = os.path.join(OUT, f"{process}.part")
+        with open(part, "w") as stream:
             json.dump(sorted(noted.pop(process)), stream)
+        os.replace(part, os.path.join(OUT, f"{process}-{os.getpid()}.json"))
 
-threading.setprofile(profile)
-sys.setprofile(profile)
+# Not in the simulator, whose compiler takes minutes when it is watched.
+if "benchmarks" not in " ".join(sys.orig_argv):
+    threading.setprofile(profile)
+    sys.setprofile(profile)
 """
 
 
@@ -97,10 +103,14 @@ def trace(root: Path, module: str, clock: str) -> dict[str, set[str]]:
         engine = "system2.engines.transformers:TransformersEngine"  # loads in a sixth of the time
         package = "openhelix." if module.startswith("openhelix.") else ""
         command += [f"system2.engine.target={package}{engine}"]
-        command += ["tasks.steps_limit=60", f"output.folder={folder / 'outputs'}"]
-        subprocess.run(
-            [*command, *QUIET, *PATIENT], cwd=root, env=environment, check=False, stdout=sys.stderr
+        command += ["tasks.steps_limit=360", f"output.folder={folder / 'outputs'}"]
+        process = subprocess.Popen(
+            [*command, *QUIET, *PATIENT], cwd=root, env=environment, stdout=sys.stderr
         )
+        while process.poll() is None and len(list(folder.glob("*-*.json"))) < len(MARKS):
+            time.sleep(0.5)
+        process.send_signal(signal.SIGINT)  # every process has been seen
+        process.wait()
         found: dict[str, set[str]] = {}
         for path in folder.glob("*-*.json"):
             process = path.name.partition("-")[0]
