@@ -198,6 +198,7 @@ class System2Process:
             "latent_spec": asdict(spec) if spec else None,
             "spec_id": spec.spec_id if spec else None,
             "device": str(getattr(engine, "device", "cpu")) if engine else None,
+            "untrained": bool(getattr(engine, "untrained", False)),
             "metrics_url": self._metrics.url if self._metrics else None,
             "dropped": dict(reader.stats.dropped) if reader else {},
             "taken": reader.taken if reader else [],

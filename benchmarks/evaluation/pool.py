@@ -15,6 +15,7 @@ from openhelix.benchmarks.evaluation.measurement import Outcome
 from openhelix.benchmarks.evaluation.runner import Conditions, Runner
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.core.config import Part, RunConfig
+from openhelix.runtime.core.interfaces import Engine, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +47,30 @@ class Pool(Protocol):
 
 
 class LocalPool:
-    """Runs jobs in this process, one after the other."""
+    """Runs jobs in this process, one after the other.
+
+    Args:
+        config: of the run.
+        threads: of torch.
+        policy, engine: loaded already; None loads the configured one. They stay their owner's.
+    """
 
     workers = 1
 
-    def __init__(self, config: RunConfig, threads: int = 1) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        threads: int = 1,
+        policy: Policy | None = None,
+        engine: Engine | None = None,
+    ) -> None:
         self._config, self._threads = config, threads
+        self._policy, self._engine = policy, engine
         self._runner: Runner | None = None
 
     def start(self) -> dict[str, Any]:
         if self._runner is None:
-            self._runner = Runner(self._config, threads=self._threads)
+            self._runner = Runner(self._config, self._engine, self._threads, self._policy)
         return self._runner.about()
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcome]]:

@@ -69,7 +69,7 @@ def settings(report: Mapping[str, Any]) -> Table:
     policy, system2 = report["policy"], report["system2"]
     latent = [system2["spec"]["kind"], system2["spec_id"]] if system2 else ["none"]
     rows = [
-        ["policy", f"{policy['target']} ({policy['checkpoint'] or 'no checkpoint: untrained'})"],
+        ["policy", f"{policy['target']} ({policy['checkpoint'] or 'no checkpoint'})"],
         ["policy, sha256", policy["sha256"]],
         ["System 2", f"{system2['target']}" if system2 else "none"],
         ["latent", ", ".join(filter(None, latent))],

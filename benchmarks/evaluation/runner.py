@@ -44,8 +44,8 @@ from openhelix.runtime.core.interfaces import (
 )
 from openhelix.runtime.core.types import ActionChunk, LatentGoal, Observation
 from openhelix.runtime.observe.video import Caption, VideoRecorder
-from openhelix.runtime.robots.base import make_robot
-from openhelix.runtime.robots.env import EnvRobot, PlayTableRobot
+from openhelix.runtime.robots.base import RobotError, make_robot
+from openhelix.runtime.robots.env import EnvRobot, PlayTableRobot, stepped
 
 log = logging.getLogger(__name__)
 REASON_CHARS = 300
@@ -106,14 +106,22 @@ class Runner:
         config: of the run; its clock must be "lockstep".
         engine: System 2 that is shared with others; None loads the configured one.
         threads: of torch.
+        policy: System 1; None loads the configured one.
 
     Raises:
         ValueError: something is refused; the message is one line.
     """
 
-    def __init__(self, config: RunConfig, engine: Engine | None = None, threads: int = 1) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine | None = None,
+        threads: int = 1,
+        policy: Policy | None = None,
+    ) -> None:
         self._config = config
-        self._policy: Policy = make(config.system1.policy)
+        self._policy: Policy = make(config.system1.policy) if policy is None else policy
+        self._owns_engine = engine is None
         self._clock = EpisodeClock()
         self._robots: dict[str, EnvRobot] = {}
         self._engine: EngineMeter | None = None
@@ -129,7 +137,7 @@ class Runner:
         # Before System 2 is loaded, which takes longest. The world is opened too: one that is
         # not usable is refused here, and would make every episode a failed one.
         check_robot(self._make_robot(scene).spec, spec)
-        self._robot(scene)
+        self._open_world()
         if spec.latent is None:
             if not hasattr(self._policy, "set_task"):
                 raise SpecMismatch("policy: it takes no latent and cannot be told its task either")
@@ -175,7 +183,7 @@ class Runner:
         """Release worlds and System 2."""
         for scene in list(self._robots):
             self._discard(scene)
-        if self._engine is not None:
+        if self._engine is not None and self._owns_engine:
             self._engine.close()
 
     def _attempt(self, attempt: Attempt, conditions: Conditions, film: Path | None) -> None:
@@ -267,11 +275,25 @@ class Runner:
             "cameras": [name for name in config.world.cameras if name in wanted],
             "clock": self._clock,
         }
-        name = "openhelix.runtime.robots.env:PlayTableRobot" if config.robot.name == "sim" else None
-        robot = make_robot(name or config.robot.name, **options)
+        name = config.robot.name
+        if name == "sim":
+            name, more = stepped(config.world.name)
+            options |= more
+        robot = make_robot(name, **options)
         if not isinstance(robot, EnvRobot):
             raise ValueError(f"robot.name: {config.robot.name!r} is no world that can be evaluated")
         return robot
+
+    def _open_world(self) -> None:
+        """Start the first world now: one that cannot start has no episodes to fail.
+
+        Raises:
+            ConfigError: it does not start; one line says why.
+        """
+        try:
+            self._robot(self._config.world.scene)
+        except RobotError as error:
+            raise ConfigError(f"--world: {error}") from error
 
     def _discard(self, scene: str) -> None:
         robot = self._robots.pop(scene, None)

@@ -17,14 +17,13 @@ import json
 import logging
 import shlex
 import sys
-from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.evaluation import plots
-from openhelix.benchmarks.evaluation.eval import arguments, load_config, make_suite
+from openhelix.benchmarks.evaluation.eval import SuiteOptions, load_config, make_suite
 from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate
 from openhelix.benchmarks.evaluation.metrics import EvalMetrics, served
 from openhelix.benchmarks.evaluation.pool import Pool
@@ -34,7 +33,7 @@ from openhelix.benchmarks.evaluation.results import read_results, replace_file
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
 from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES
-from openhelix.runtime.cli.arguments import Parser, parse
+from openhelix.runtime.cli.arguments import Numbers, Words, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig
 
 # -- The report: tables, and for each suite a plot of success against the latent's age -
@@ -192,24 +191,28 @@ SHARED = ("world", "scene", "seed", "steps_limit", "policy", "system2")  # by al
 PoolFor = Callable[[RunConfig], Pool]
 
 
-def _arguments() -> Parser:
-    parser = arguments("sweep", __doc__ or "")
-    parser.add_argument("--suites", type=_words, default=SUITES_SWEPT, metavar="SUITE,...")
-    parser.add_argument("--intervals", type=_numbers, default=INTERVALS, metavar="N,...")
-    parser.add_argument("--latencies", type=_numbers, default=LATENCIES, metavar="N,...")
-    parser.add_argument("--clock", default="lockstep", metavar="|".join(CLOCKS))
-    parser.add_argument(
-        "--results", type=Path, metavar="DIR", help="write the finished sweep here too, to keep"
-    )
-    parser.add_argument(
-        "--drift-sequences", type=int, default=3, metavar="N", help="chains to measure drift on"
-    )
-    return parser
+class SweepOptions(SuiteOptions):
+    """Options of `sweep`; what is evaluated is `RunConfig`."""
+
+    suites: Words = option(SUITES_SWEPT, "what is asked of the policy", "SUITE,...")
+    intervals: Numbers = option(INTERVALS, "System 2 every N steps", "N,...")
+    latencies: Numbers = option(LATENCIES, "its delay in steps", "N,...")
+    clock: str = option("lockstep", "which clock (lockstep)", "|".join(CLOCKS))
+    results: Path | None = option(None, "write the finished sweep here too, to keep", "DIR")
+    drift_sequences: int = option(3, "chains to measure drift on (3)", "N")
+
+
+def read(argv: Sequence[str]) -> tuple[SweepOptions, list[str]]:
+    """Return the options and overrides of a command line."""
+    return parse("sweep", SweepOptions, argv, __doc__ or "", RunConfig)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Sweep; 0 when all cells have been run."""
-    options, overrides = parse(_arguments(), argv)
+    """Measure success against the age of the latent.
+
+    0 when all cells have been run.
+    """
+    options, overrides = read(argv)
     logging.basicConfig(level=logging.ERROR)
     plans = make_plans(options, overrides)
     folder = options.out or FOLDER
@@ -225,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
     if options.results is not None:
         options.results.mkdir(parents=True, exist_ok=True)
         write(to_keep(report), options.results, kept=True)
-    sys.stdout.write(json.dumps(report) + "\n" if options.json else to_markdown(report))
+    sys.stdout.write(json.dumps(report) + "\n" if options.as_json else to_markdown(report))
     return 0
 
 
@@ -256,19 +259,7 @@ class Pools:
             self._pool = None
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        wanted = f"{text!r} is not whole numbers, for example 1,10,60"
-        raise ArgumentTypeError(wanted) from None
-
-
-def make_plans(options: Namespace, overrides: Sequence[str]) -> list[Evaluation]:
+def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Evaluation]:
     """Return one evaluation a cell.
 
     Raises:
@@ -279,27 +270,23 @@ def make_plans(options: Namespace, overrides: Sequence[str]) -> list[Evaluation]
     for name in options.suites:
         if name not in SUITES:
             raise ConfigError(f"--suites: {name!r} is none of {', '.join(SUITES)}")
-    if options.workers < 1 or options.threads < 1 or options.steps < 1:
-        raise ConfigError("--workers, --threads and --steps must be at least 1")
     if options.clock not in CLOCKS:
         raise ConfigError(f"--clock: {options.clock!r} is none of {', '.join(CLOCKS)}")
     plans: list[Evaluation] = []
     for clock in CLOCKS[:2] if options.clock == "both" else (options.clock,):
-        config = load_config(options.config, overrides, _at_clock(options, clock))
+        config = load_config(
+            overrides, options.config, world=options.world, scene=options.scene, clock=clock
+        )
         for name in options.suites:
             # Chains are CALVIN's own: a choice of tasks is for the other suites swept.
             chosen = {"tasks": ()} if name in CHAINS and len(options.suites) > 1 else {}
-            suite = make_suite(Namespace(**(vars(options) | chosen)), name)
+            suite = make_suite(options.model_copy(update=chosen), name)
             # On the wall clock the latency is System 2's own.
             for latency in options.latencies if clock == "lockstep" else (0,):
                 for steps in options.intervals:
                     conditions = Conditions(options.steps, steps, latency)
                     plans.append(Evaluation(suite, conditions, _at(config, steps), options.threads))
     return plans
-
-
-def _at_clock(options: Namespace, clock: str) -> Namespace:
-    return Namespace(**(vars(options) | {"clock": clock}))
 
 
 def _at(config: RunConfig, interval: int) -> RunConfig:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -60,8 +59,7 @@ class Measure:
         Raises:
             ConfigError: the overrides do not make a configuration.
         """
-        options = Namespace(world="playtable", scene=SCENE, clock="lockstep")
-        config = load_config(None, [*overrides, *self.run], options)
+        config = load_config([*overrides, *self.run], scene=SCENE)
         return Evaluation(self.suite, self.conditions, config, self.threads)
 
     def steps_at_most(self) -> int:

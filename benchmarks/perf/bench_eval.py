@@ -20,7 +20,6 @@ import platform
 import statistics
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,8 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     options, overrides = parser.parse_known_args(argv)
-    place = Namespace(world="playtable", scene="D", clock="lockstep")
-    config = load_config(None, overrides, place)
+    config = load_config(overrides)
     episodes = Suite("calvin", count=options.sequences).episodes()
     begun_s, load = time.monotonic(), os.getloadavg()[0]
     few = Conditions(options.few_steps, options.interval)

@@ -19,7 +19,6 @@ import statistics
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,7 @@ PARTS = ("evaluation", "policy", *KINDS)
 
 def evaluation(sequences: int, steps: int) -> dict[str, Any]:
     """Return the processor seconds of an environment step, of a latent, and of loading."""
-    options = Namespace(world="playtable", scene="D", clock="lockstep")
-    config = load_config(None, (), options)
+    config = load_config(())
     plan = Evaluation(Suite("calvin", count=sequences), Conditions(steps, interval=1), config)
     begun_s = time.process_time()
     pool = LocalPool(config)

@@ -113,8 +113,8 @@ def trace(root: Path, module: str, clock: str) -> dict[str, set[str]]:
         running.wait()
         found: dict[str, set[str]] = {}
         for path in folder.glob("*-*.json"):
-            process = path.name.partition("-")[0]
-            found.setdefault(process, set()).update(json.loads(path.read_text()))
+            part = path.name.partition("-")[0]
+            found.setdefault(part, set()).update(json.loads(path.read_text()))
     missing = [process for process in MARKS if process not in found]
     if missing:
         raise SystemExit(f"{clock}: {', '.join(missing)} was never in its stride")

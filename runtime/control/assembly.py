@@ -60,7 +60,8 @@ def make(part: Part) -> Any:
     """Return `target(**options)`.
 
     Raises:
-        ConfigError: the target does not take these options.
+        ConfigError: the target does not take these options, or has random weights that nobody
+            asked for.
         ResolveError: there is no such target.
     """
     target = resolve(part.target)
@@ -68,7 +69,15 @@ def make(part: Part) -> Any:
         inspect.signature(target).bind(**part.options)
     except TypeError as error:
         raise ConfigError(f"options of {part.target}: {error}") from None
-    return target(**part.options)
+    made = target(**part.options)
+    if getattr(made, "untrained", False) and not part.options.get("untrained"):
+        made.close()
+        raise ConfigError(
+            f"{part.target}: its weights are random; name trained ones "
+            "(system2.engine.options.latent_projector=FILE, which `openhelix train` writes), or "
+            "say system2.engine.options.untrained=true"
+        )
+    return made
 
 
 def period_ns(config: RunConfig) -> int:
@@ -195,7 +204,8 @@ def _waiter(pacer: Pacer, loop: ControlLoop) -> Callable[[], object]:
     """Wait for the next tick, and use the time until then.
 
     Garbage is collected first: on the control thread the automatic collector is off
-    (`openhelix.runtime.control.realtime.enter`), because it would run whenever an allocation happens to trip it.
+    (`openhelix.runtime.control.realtime.enter`), because it would run whenever an allocation
+    happens to trip it.
     Then, just before the deadline, the robot's newest state is taken in. After 30 ms of other
     processes' work on this core everything is out of its caches, and decoding a state takes
     twenty times as long as right after another: better before the deadline than after.

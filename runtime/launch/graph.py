@@ -31,6 +31,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError, Placement, RunConfig, TransportConfig
 from openhelix.runtime.launch.node import NodeSpec
 from openhelix.runtime.observe.observer import ObserverProcess
@@ -58,7 +59,6 @@ MOVABLE = ("system2", "system1", "world", "camera")
 # that did would have forgotten its state.
 RESTARTED = ("system1", "system2", "camera")
 OBSERVER = Placement(cpus=0.2, nice=10)
-SYSTEM2 = "openhelix.system2.publisher:System2Process"
 
 # ------------------------------------------------------------------------------------------------
 # The folder of a run
@@ -283,7 +283,9 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
     ]
     if system2.connect is None:
         serves = own("system2", engine=engine, hz=system2.hz, **metrics("system2"))
-        parts.append(("system2", SYSTEM2, system2.placement, serves))
+        parts.append(
+            ("system2", plugins.entries(plugins.NODES)["system2"], system2.placement, serves)
+        )
     if ObserverProcess.wanted(config):
         look = own("observer", config=data, cameras=world.cameras, folder=folder)
         parts.append(
@@ -298,9 +300,13 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
             hz=world.camera_hz,
             states=channels["states"],
         )
-        host = "openhelix.benchmarks.calvin.world_process"
-        parts.append(("world", f"{host}:WorldProcess", world.placement, scene))
-        parts.append(("camera", f"{host}:CameraProcess", world.camera_placement, view))
+        runs = plugins.find(plugins.WORLDS, world.name).processes
+        if not runs:
+            raise ConfigError(
+                f"world.name: {world.name!r} has no real-time processes; say control.clock=lockstep"
+            )
+        parts.append(("world", runs["world"], world.placement, scene))
+        parts.append(("camera", runs["camera"], world.camera_placement, view))
     return [
         NodeSpec(
             name=name,

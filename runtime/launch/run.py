@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from openhelix.runtime.control.assembly import (
@@ -37,6 +38,7 @@ from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.observer import Subscribers
 from openhelix.runtime.observe.status_source import RECORD, StatusRecord
 from openhelix.runtime.robots.base import World, make_robot, world_options
+from openhelix.runtime.robots.env import stepped
 from openhelix.runtime.transport.rpc import RpcError
 
 READY_TIMEOUT_S = 300.0  # the first start builds the laptop model; later ones take seconds
@@ -65,9 +67,11 @@ def run_lockstep(
     robot = make_robot(name, **options)  # first: its options are checked before models are loaded
     policy: Policy = make(config.system1.policy)
     check_parts(config, robot.spec, policy.spec)
-    goals = None
+    goals = engine = None
     if policy.spec.latent is not None:
-        goals = lockstep_goals(config, make(config.system2.engine), policy.spec.latent)
+        engine = make(config.system2.engine)
+        goals = lockstep_goals(config, engine, policy.spec.latent)
+    untrained = say_untrained(display, system1=policy, system2=engine)
     robot.connect()
     planner = SyncPlanner(policy, replan_ns(config))
     stack = build_stack(config, robot, policy.spec, planner, goals, clock)
@@ -87,13 +91,27 @@ def run_lockstep(
         subscribers.close()
         stack.close()
         robot.disconnect()
-    return _report(config, stack, statistics) | {"ready_s": ready_s, "sinks": subscribers.close()}
+    return _report(config, stack, statistics) | {
+        "ready_s": ready_s,
+        "sinks": subscribers.close(),
+        "untrained": untrained,
+    }
+
+
+def say_untrained(display: Display, **systems: Any) -> list[str]:
+    """Tell which systems have random weights; return their names."""
+    names = [name for name, part in systems.items() if getattr(part, "untrained", False)]
+    for name in names:
+        display.say(f"{name} is untrained, as asked for: its weights are random")
+    return names
 
 
 def _embedded(config: RunConfig, clock: object) -> tuple[str, dict[str, Any]]:
     """The driver that steps a world inside this process, in place of the real-time one."""
-    name = "playtable" if config.robot.name == "sim" else config.robot.name
-    options = dict(config.robot.options) | {"clock": clock}
+    name, options = config.robot.name, dict(config.robot.options) | {"clock": clock}
+    if name == "sim":
+        name, more = stepped(config.world.name)
+        options |= more
     return name, world_options(name, options, config.world.scene, config.world.cameras)
 
 
@@ -180,6 +198,11 @@ def run_realtime(
             graph.wait_ready(READY_TIMEOUT_S, display.states, interrupted)
             if interrupted.is_set():
                 raise KeyboardInterrupt
+            untrained = say_untrained(
+                display,
+                system1=SimpleNamespace(**graph.health("system1")),
+                system2=SimpleNamespace(**graph.health("system2")),
+            )
             graph.ask("control", "start", timeout_s=30.0, latent_spec=graph.latent_spec())
             ready_s = time.monotonic() - started_s
             report = _watch(graph, config, display, interrupted)
@@ -198,6 +221,7 @@ def run_realtime(
         "first_action_s": None if first_ns is None else first_ns * 1e-9 - started_s,
         "latents_published": system2["published"],
         "latents_skipped": system2["skipped"],
+        "untrained": untrained,
         "ready_s": ready_s,
         "device": ", ".join(filter(None, (platform.machine(), system2["device"]))),
         "versions": versions(),

@@ -87,6 +87,7 @@ class System1Process:
             "compute_s": self._compute_s,
             "policy_spec": asdict(policy.spec) if policy else None,
             "device": str(getattr(policy, "device", "cpu")) if policy else None,
+            "untrained": bool(getattr(policy, "untrained", False)),
             "dropped": dict(reader.stats.dropped) if reader else {},
             "metrics_url": self._metrics.url if self._metrics else None,
         }

@@ -394,7 +394,7 @@ def _make(target: str | None, config_target: str | None, config: Mapping[str, An
             return resolve(target)(**config)
         return resolve(target)(resolve(config_target)(**config))
     except ResolveError as error:
-        if "no module named 'lerobot'" in str(error):
+        if "'lerobot' is not installed" in str(error):
             raise ValueError(
                 "robot: lerobot is not installed; `pip install lerobot`, with the extra of your "
                 "arm (its own environment is best: it pins other versions of torch)"

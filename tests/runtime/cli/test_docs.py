@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from openhelix.runtime.cli.main import COMMANDS, main
+from openhelix.runtime.cli.main import main
+from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import RunConfig, load, validate
 from openhelix.runtime.observe.metrics import catalogue
 from tests.runtime.docs_code import DOCS, blocks, commands
@@ -35,7 +36,7 @@ def test_every_link_leads_somewhere_and_every_command_exists(page: str) -> None:
     for command in commands(page):
         words = command.split("#")[0].split()
         if words and words[0].removeprefix(".venv/bin/") == "openhelix":
-            assert words[1] in COMMANDS, command
+            assert words[1] in plugins.entries(plugins.COMMANDS), command
 
 
 @pytest.mark.parametrize("page", PAGES)
