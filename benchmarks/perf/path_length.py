@@ -11,7 +11,7 @@ processes are left out, and its files.
 - `latent`: System 2's process.
 - `lockstep` (`--lockstep`; minutes, the simulator is watched too): all of it in one process.
 
-    python -m openhelix.benchmarks.perf.path_length [--checkout DIR] [--module NAME] [--lockstep] [--files]
+    python -m openhelix.benchmarks.perf.path_length [--checkout DIR] [--module NAME] [--lockstep]
 
 With `--checkout` it counts in another checkout, an older one too, whose command is the module.
 """
@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from openhelix.benchmarks.perf.places import ROOT
+from openhelix.runtime.core.paths import ROOT
 
 SIMULATOR = ("benchmarks/",)
 QUIET = (
