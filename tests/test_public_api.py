@@ -60,7 +60,7 @@ def served(tmp_path_factory):
         )
         yield address
         process.terminate()
-        process.wait(30)
+        process.wait(120)
 
 
 @pytest.mark.timeout(900)
@@ -133,7 +133,7 @@ def test_an_env_keeps_to_gymnasiums_contract() -> None:
     env = openhelix.make_env("playtable", cameras=("gripper",), max_steps=2)
     with pytest.warns(UserWarning, match="infinity"):
         check_env(env, skip_render_check=True)
-    obs, info = env.reset(seed=3, options={"sequence": 5})
+    obs, _ = env.reset(seed=3, options={"sequence": 5})
     assert env.observation_space.contains(obs)
     _, scene_obs = openhelix.initial_state(openhelix.get_sequences(6)[5][0])
     assert np.allclose(obs["scene_obs"][:6], scene_obs[:6], atol=1e-3)
