@@ -85,7 +85,7 @@ def make_loop(clock):
         planner=SimpleNamespace(latencies_s=deque(maxlen=8), failures=2),
         goals=SimpleNamespace(received=5, void=1, missed=3),
         chunks=ChunkBuffer(),
-        machine=SafetyState(),
+        safety=SafetyState(),
         watchdog=Watchdog(SafetyLimits(), cameras=("static",)),
         clock=clock,
         period_ns=33_333_333,
@@ -272,7 +272,7 @@ def test_the_wire_on_a_scrape_and_two_parts_with_one_family(served):
 
 def test_every_reason_to_drop_a_message_is_there_from_the_start():
     folder = Path(codec.__file__).parent
-    text = "".join((folder / f"{m}.py").read_text() for m in ("newest", "codec", "schema"))
+    text = "".join((folder / f"{m}.py").read_text() for m in ("wire", "codec"))
     told = set(re.findall(r'WireError\(\s*"(\w+)"', text))
     told |= set(re.findall(r'dropped\["(\w+)"\]', text))
     assert len(told) > 8
