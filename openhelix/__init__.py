@@ -1,0 +1,90 @@
+"""OpenHelix in Python: what `docs/python.md` shows. Importing this costs nothing but this file.
+
+Names are imported from where they live when they are first used, so that a base install can do
+what needs no torch and no simulator, and says which extra is missing for the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openhelix.benchmarks.calvin.env import PlayTableEnv
+    from openhelix.benchmarks.calvin.gym_env import CalvinGymEnv, make_env
+    from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
+    from openhelix.benchmarks.calvin.tasks import completed
+    from openhelix.evaluation import EvalResult, evaluate
+    from openhelix.pair import Agent, load_pair
+    from openhelix.runtime.core.interfaces import (
+        ActionSpec,
+        CameraSpec,
+        Engine,
+        LatentSpec,
+        Policy,
+        PolicySpec,
+    )
+    from openhelix.runtime.core.types import ActionChunk, LatentGoal, Observation
+    from openhelix.runtime.transport.client import System2Client
+    from openhelix.system1.checkpoint import load_official
+
+_HOMES = {
+    "openhelix.benchmarks.calvin.env": ("PlayTableEnv",),
+    "openhelix.benchmarks.calvin.gym_env": ("CalvinGymEnv", "make_env"),
+    "openhelix.benchmarks.calvin.sequences": ("get_sequences", "initial_state"),
+    "openhelix.benchmarks.calvin.tasks": ("completed",),
+    "openhelix.evaluation": ("EvalResult", "evaluate"),
+    "openhelix.pair": ("Agent", "load_pair"),
+    "openhelix.runtime.core.interfaces": (
+        *("ActionSpec", "CameraSpec", "Engine", "LatentSpec", "Policy", "PolicySpec"),
+    ),
+    "openhelix.runtime.core.types": ("ActionChunk", "LatentGoal", "Observation"),
+    "openhelix.runtime.transport.client": ("System2Client",),
+    "openhelix.system1.checkpoint": ("load_official",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: RUF022 - in the order of the page
+    "load_pair",
+    "Agent",
+    "make_env",
+    "CalvinGymEnv",
+    "PlayTableEnv",
+    "completed",
+    "get_sequences",
+    "initial_state",
+    "System2Client",
+    "evaluate",
+    "EvalResult",
+    "load_official",
+    "Policy",
+    "PolicySpec",
+    "CameraSpec",
+    "ActionSpec",
+    "LatentSpec",
+    "Engine",
+    "Observation",
+    "LatentGoal",
+    "ActionChunk",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _HOME_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'openhelix' has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        from openhelix.runtime.core.plugins import missing
+
+        said = missing(error)
+        if said is None:
+            raise
+        raise ImportError(f"openhelix.{name}: {said}", name=error.name) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

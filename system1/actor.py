@@ -20,7 +20,7 @@ from openhelix.system1.losses import LossParts, diffusion_loss
 from openhelix.system1.model import DiffusionNetwork, gaussian, rows_to_poses
 from openhelix.system1.normalizer import Normalizer
 from openhelix.system1.points import clean_points
-from openhelix.system1.sampler import Noise, draw_noise, run_plan
+from openhelix.system1.sampler import Noise, draw_noise, run_table
 from openhelix.system1.scene import Inputs
 
 FULL = 200  # pixels of a CALVIN image before the crop
@@ -66,9 +66,9 @@ class DiffuserActor(DiffusionNetwork):
     def denoise(
         self, scene: OfficialScene, first: Tensor, drawn: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Run the sampler from the state `first`; see `openhelix.system1.sampler.run_plan`."""
-        plan = self.plan
-        return run_plan(plan, self.prediction_head.prepare(scene, plan.times), first, drawn)
+        """Run the sampler from the state `first`; see `openhelix.system1.sampler.run_table`."""
+        table = self.sampler
+        return run_table(table, self.prediction_head.prepare(scene, table.times), first, drawn)
 
     def denoise_inputs(
         self, inputs: Inputs, first: Tensor, drawn: Tensor | None
@@ -106,7 +106,7 @@ class DiffuserActor(DiffusionNetwork):
         """
         self.check(rgb, pcd, gripper, latent)
         source = noise or gaussian(None)
-        first, drawn = draw_noise(self.plan, len(rgb), self.config.horizon, source)
+        first, drawn = draw_noise(self.sampler, len(rgb), self.config.horizon, source)
         # On a GPU the masked path always runs: looking would wait for the device.
         mask = pcd.device.type != "cpu" or not bool(torch.isfinite(pcd).all())
         rows, logits = self.denoise(self.encode(rgb, pcd, gripper, latent, mask), first, drawn)

@@ -1,4 +1,4 @@
-"""The one door through which System 2's latent enters a policy.
+"""The latent adapter: the one way in which System 2's latent enters a policy.
 
 A latent of one token, of several, or a short memory of recent ones with their ages: all
 become tokens of the policy's width. Beside them stands one token from a learned table, its

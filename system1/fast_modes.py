@@ -69,10 +69,10 @@ class GraphedSampler:
             self.reason = self.reason or f"the policy is on {device.type}, graphs need cuda"
         if self.reason:
             return model.sample_inputs(inputs, noise)
-        plan = model.plan
+        table = model.sampler
         source = noise or gaussian(None)
-        first, drawn = draw_noise(plan, inputs.batch, model.config.horizon, source)
-        key = (plan.timesteps, plan.multistep, *weights_at(model), *signature(inputs))
+        first, drawn = draw_noise(table, inputs.batch, model.config.horizon, source)
+        key = (table.timesteps, table.multistep, *weights_at(model), *signature(inputs))
         with torch.cuda.device(device):  # streams and graphs belong to the current one
             if key not in self._graphs:
                 try:

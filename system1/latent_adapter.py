@@ -1,10 +1,10 @@
-"""Giving a policy that was trained without System 2 the door for a latent.
+"""The latent adapter of a policy that was trained without System 2, or on another latent.
 
-`Condition` projects a latent into the policy's width. A policy pretrained on its task table
-has that projection untrained, and a policy trained on one latent has it for that latent's
-shape. `adapt_to_latent` keeps every other weight; `task_anchors` says which latents the door would
-turn into the table's rows, so that System 2's projector can start by saying what the policy
-already understands.
+`Condition` projects a latent into the policy's width; that projection is the adapter. A policy
+pretrained on its task table has it untrained, and a policy trained on one latent has it for
+that latent's shape. `adapt_to_latent` keeps every other weight; `task_anchors` says which latents
+the adapter would turn into the table's rows, so that System 2's projector can start by saying
+what the policy already understands.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def adapt_to_latent(model: Network, spec: LatentSpec, seed: int = 0) -> Network:
     """Return the policy for these latents; weights that depend on their shape are fresh.
 
     Raises:
-        CheckpointError: a weight behind the door would have another shape.
+        CheckpointError: a weight behind the adapter would have another shape.
     """
     config = with_latent(model.config, spec)
     if (config.latent_tokens, config.latent_dim) == (
@@ -71,10 +71,10 @@ def adapter_tokens(model: VisuomotorPolicy, latent: Tensor) -> Tensor:
 
 @torch.no_grad()
 def task_anchors(model: Network) -> Tensor | None:
-    """Return latents (n_tasks, n_tokens, dim) that the door turns into the task table's rows.
+    """Return latents (n_tasks, n_tokens, dim) that the adapter turns into the task table's rows.
 
-    The shortest such latent, filled up with one direction that the door does not see, since
-    the norm before the door fixes a latent's length. A row too long to be reached is met in
+    The shortest such latent, filled up with one direction that the adapter does not see,
+    since the norm before it fixes a latent's length. A row too long to be reached is met in
     direction. None for a policy without a table.
     """
     if not isinstance(model, VisuomotorPolicy):

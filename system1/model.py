@@ -23,7 +23,14 @@ from openhelix.system1.losses import LossParts, diffusion_loss, trajectory_loss
 from openhelix.system1.normalizer import Normalizer
 from openhelix.system1.points import clean_points
 from openhelix.system1.rotations import matrix_from_6d, matrix_to_quat
-from openhelix.system1.sampler import Noise, Plan, draw_noise, make_plan, row_alphas, run_plan
+from openhelix.system1.sampler import (
+    Noise,
+    SamplerTable,
+    draw_noise,
+    make_table,
+    row_alphas,
+    run_table,
+)
 from openhelix.system1.scene import Inputs, Scene
 
 # ------------------------------------------------------------------------------------------------
@@ -46,7 +53,7 @@ class DiffusionNetwork(nn.Module):
         self.register_buffer("alphas", row_alphas(config), persistent=False)
         self.register_buffer("offset", normalizer.offset.clone(), persistent=False)
         self.register_buffer("scale", normalizer.scale.clone(), persistent=False)
-        self._plan = make_plan(config)
+        self._sampler = make_table(config)
 
     @property
     def normalizer(self) -> Normalizer:
@@ -55,14 +62,14 @@ class DiffusionNetwork(nn.Module):
 
     def use_sampler(self, sampler: str | None = None, steps: int | None = None) -> None:
         """Choose another sampler or number of steps for `sample`."""
-        self._plan = make_plan(self.config, sampler, steps)  # type: ignore[arg-type]
+        self._sampler = make_table(self.config, sampler, steps)  # type: ignore[arg-type]
 
     @property
-    def plan(self) -> Plan:
+    def sampler(self) -> SamplerTable:
         """The sampler in use, on the model's device."""
-        if self._plan.clean_out.device != self.offset.device:
-            self._plan = self._plan.to(self.offset.device)
-        return self._plan
+        if self._sampler.clean_out.device != self.offset.device:
+            self._sampler = self._sampler.to(self.offset.device)
+        return self._sampler
 
 
 def gaussian(generator: torch.Generator | None, device: torch.device | None = None) -> Noise:
@@ -161,8 +168,8 @@ class VisuomotorPolicy(DiffusionNetwork):
     def sample_inputs(self, inputs: Inputs, noise: Noise | None = None) -> Tensor:
         """Return trajectories (B, T, 8) relative to the gripper; see `sample`."""
         source = noise or gaussian(None)
-        plan = self.plan
-        first, drawn = draw_noise(plan, inputs.batch, self.config.horizon, source)
+        table = self.sampler
+        first, drawn = draw_noise(table, inputs.batch, self.config.horizon, source)
         rows, logits = self.denoise_inputs(inputs, first, drawn)
         return rows_to_poses(self.normalizer.denormalize(rows.float()), logits.float())
 
@@ -170,12 +177,12 @@ class VisuomotorPolicy(DiffusionNetwork):
         self, inputs: Inputs, first: Tensor, drawn: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Encode, then run the sampler from `first`; everything a CUDA graph captures."""
-        plan = self.plan
+        table = self.sampler
         scene = self.encode(inputs)
         if isinstance(self.head, DirectHead):
             return self.head(scene, first.shape[1])
-        step = self.head.prepare(scene, plan.times)
-        return run_plan(plan, step, first, drawn)
+        step = self.head.prepare(scene, table.times)
+        return run_table(table, step, first, drawn)
 
     def sample(
         self,

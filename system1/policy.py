@@ -19,7 +19,7 @@ from torch import Tensor
 
 from openhelix.runtime.core.interfaces import PolicyFault, PolicySpec, SpecMismatch, check_frame
 from openhelix.runtime.core.types import ActionChunk, CameraFrame, LatentGoal, Observation
-from openhelix.system1.checkpoint import Network, load_policy, seeded_model
+from openhelix.system1.checkpoint import CheckpointError, Network, load_policy, seeded_model
 from openhelix.system1.config import SHIPPED, CameraConfig, PolicyConfig, small
 from openhelix.system1.fast_modes import GraphedSampler, to_bf16
 from openhelix.system1.model import gaussian
@@ -66,10 +66,15 @@ def to_absolute(rows: Tensor, tcp: Tensor, rotation: str) -> tuple[Tensor, Tenso
 
 
 class DiffusionPolicy:
-    """A System 1 policy; implements `openhelix.runtime.core.interfaces.Policy`."""
+    """A System 1 policy; implements `openhelix.runtime.core.interfaces.Policy`.
+
+    Attributes:
+        untrained: whether its weights are random, as was asked for.
+    """
 
     def __init__(self, model: Network, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
+        self.untrained = False
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.config = model.config
         self._sampler = GraphedSampler(self.model) if self.device.type == "cuda" else self.model
@@ -86,28 +91,37 @@ class DiffusionPolicy:
 
     @staticmethod
     def load(
-        path: str | Path | None = None,
+        path: str | Path = "shipped",
         device: str = "cpu",
         sampler: str | None = None,
         steps: int | None = None,
         bf16: bool = False,
+        untrained: bool = False,
     ) -> DiffusionPolicy:
-        """Read a checkpoint folder; None gives the untrained `small` policy, seed 0.
+        """Read a checkpoint folder.
 
         Args:
-            path: a folder that `openhelix.system1.checkpoint.save_policy` wrote, or "shipped": the one
-                that comes with the project, and None as long as none does.
+            path: a folder that `openhelix.system1.checkpoint.save_policy` wrote, or "shipped": the
+                one that comes with the project.
             device: "cpu", "cuda" or "cuda:N".
             sampler: "ddpm", "ddim" or "dpmpp" instead of the configuration's.
             steps: denoising steps instead of the configuration's.
             bf16: run in bfloat16; see `openhelix.system1.fast_modes`.
+            untrained: take the `small` policy with random weights (seed 0) instead.
+
+        Raises:
+            CheckpointError: there is no checkpoint there, or it does not fit.
         """
-        if path == "shipped":
-            path = SHIPPED if SHIPPED.is_dir() else None
         if path is None:
+            raise CheckpointError(
+                "system1.policy.options.path: null; name a folder, or say "
+                "system1.policy.options.untrained=true for random weights"
+            )
+        if untrained:
             policy = DiffusionPolicy.build(small(), 0, device)
+            policy.untrained = True
         else:
-            policy = DiffusionPolicy(load_policy(path), device)
+            policy = DiffusionPolicy(load_policy(SHIPPED if path == "shipped" else path), device)
         if sampler is not None or steps is not None:
             policy.model.use_sampler(sampler, steps)
         if bf16:

@@ -57,7 +57,7 @@ def row_alphas(config: PolicyConfig) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SamplerTable:
     """One sampler, tabulated: step i turns x into the state of the next timestep.
 
     clean = state_in * x + out_in * output, clamped to `clip` when that is positive;
@@ -76,7 +76,7 @@ class Plan:
     stochastic: bool  # whether steps draw noise
     multistep: bool  # whether `clean_before` is read
 
-    def to(self, device: torch.device | str) -> Plan:
+    def to(self, device: torch.device | str) -> SamplerTable:
         """Return a copy on a device."""
         return replace(
             self,
@@ -106,9 +106,9 @@ def clean_from_output(
     return torch.zeros_like(alpha), torch.ones_like(alpha)
 
 
-def make_plan(
+def make_table(
     config: PolicyConfig, sampler: SamplerName | None = None, steps: int | None = None
-) -> Plan:
+) -> SamplerTable:
     """Tabulate a sampler.
 
     Args:
@@ -157,7 +157,7 @@ def make_plan(
             clean[i] = clean[i] * (1 + ahead)
     else:
         raise ValueError(f"sampler: {sampler!r} is not ddpm, ddim or dpmpp")
-    return Plan(
+    return SamplerTable(
         timesteps=times,
         times=torch.tensor(times),
         state_in=state_in.float(),
@@ -172,32 +172,34 @@ def make_plan(
     )
 
 
-def draw_noise(plan: Plan, batch: int, rows: int, noise: Noise) -> tuple[Tensor, Tensor | None]:
+def draw_noise(
+    table: SamplerTable, batch: int, rows: int, noise: Noise
+) -> tuple[Tensor, Tensor | None]:
     """Draw every Gaussian number of one sample, in the fixed order that makes runs comparable.
 
     The initial state (B, T, 9) first; then, for each step that adds noise, position (B, T, 3)
     and rotation (B, T, 6). DDPM's last step adds none and draws none, and deterministic
-    samplers draw only the initial state. Drawn where `noise` draws, then moved to the plan's
+    samplers draw only the initial state. Drawn where `noise` draws, then moved to the table's
     device in one piece: fifty copies of a few numbers would each wait for a GPU.
 
     Returns:
-        The initial state, and the step noise (S, B, T, 9) or None, on the plan's device.
+        The initial state, and the step noise (S, B, T, 9) or None, on the table's device.
     """
-    device = plan.times.device
+    device = table.times.device
     first = noise((batch, rows, ROW))
-    if not plan.stochastic:
+    if not table.stochastic:
         return first.to(device), None
     drawn = torch.zeros(
-        len(plan.timesteps), batch, rows, ROW, dtype=first.dtype, device=first.device
+        len(table.timesteps), batch, rows, ROW, dtype=first.dtype, device=first.device
     )
-    for i in range(len(plan.timesteps) - 1):
+    for i in range(len(table.timesteps) - 1):
         drawn[i, ..., :POSITION] = noise((batch, rows, POSITION))
         drawn[i, ..., POSITION:] = noise((batch, rows, ROTATION))
     return first.to(device), drawn.to(device)
 
 
-def run_plan(
-    plan: Plan,
+def run_table(
+    table: SamplerTable,
     model: Callable[[int, Tensor], tuple[Tensor, Tensor]],
     first: Tensor,
     step_noise: Tensor | None,
@@ -205,7 +207,7 @@ def run_plan(
     """Denoise.
 
     Args:
-        plan: on the device of `first`.
+        table: on the device of `first`.
         model: (step index, state (B, T, 9)) to (output (B, T, 9), openness logit (B, T, 1)).
         first: the initial state (B, T, 9).
         step_noise: (S, B, T, 9) or None, from `draw_noise`.
@@ -215,16 +217,16 @@ def run_plan(
         (B, T, 1).
     """
     x, logits, before = first, first[..., :1], None
-    for i in range(len(plan.timesteps)):
+    for i in range(len(table.timesteps)):
         output, logits = model(i, x)
-        clean = output * plan.out_in[i] + x * plan.state_in[i]
-        if plan.clip > 0:
-            clean = clean.clamp(-plan.clip, plan.clip)
-        following = clean * plan.clean_out[i] + x * plan.state_out[i]
-        if plan.multistep and before is not None:
-            following = following + before * plan.before_out[i]
+        clean = output * table.out_in[i] + x * table.state_in[i]
+        if table.clip > 0:
+            clean = clean.clamp(-table.clip, table.clip)
+        following = clean * table.clean_out[i] + x * table.state_out[i]
+        if table.multistep and before is not None:
+            following = following + before * table.before_out[i]
         if step_noise is not None:
-            following = following + step_noise[i] * plan.noise_out[i]
+            following = following + step_noise[i] * table.noise_out[i]
         x, before = following, clean
     return x, logits
 

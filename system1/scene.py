@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-PROPRIO = 9  # xyz (m, world), quaternion xyzw, gripper width (m), gripper open (0 or 1)
 PROPRIO_FEATURES = 14  # what the encoder makes of one reading
 
 
@@ -22,7 +21,8 @@ class Inputs:
     rgb: tuple[Tensor, ...]  # (B, 3, h, w), 0 to 1
     xyz: tuple[Tensor, ...]  # (B, 3, h, w), metres, zero where invalid
     valid: tuple[Tensor, ...]  # (B, h, w) bool
-    proprio: Tensor  # (B, nhist, 9), newest last; see PROPRIO
+    # (B, nhist, 9), newest last: xyz (m, world), quaternion xyzw, gripper width (m), open (0 or 1)
+    proprio: Tensor
     latent: Tensor | None  # (B, memory, n_tokens, d), newest last; None for policy only
     latent_age_s: Tensor | None  # (B, memory)
     latent_mask: Tensor | None  # (B, memory) bool, False where there is none

@@ -4,8 +4,8 @@ An observation is encoded once and gets `draws` noise draws (`openhelix.system1.
 is most of the cost and the denoiser's draws share its keys and values, so a step of 8 draws
 costs little more than one of 1 and its gradient is far less noisy.
 
-`python -m openhelix.system1.train --cache FOLDER --out FOLDER` trains; run again with the same
-arguments it goes on where it stopped. `--out` holds a checkpoint folder of the average
+`train(TrainConfig(cache, out))` trains; called again with the same settings it goes on where it
+stopped, which is how `openhelix train policy` uses it. `out` holds a checkpoint folder of the average
 weights (`openhelix.system1.checkpoint`), the training state, `train.json` and `loss.png`.
 """
 
@@ -298,15 +298,3 @@ class Trainer:
 def train(config: TrainConfig) -> list[dict[str, Any]]:
     """Run a training to its end; see `TrainConfig`."""
     return Trainer(config).run()
-
-
-def main() -> None:
-    """Command line."""
-    import tyro
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train(tyro.cli(TrainConfig))
-
-
-if __name__ == "__main__":
-    main()

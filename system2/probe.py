@@ -8,20 +8,20 @@ instruction, which is what the paper found.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from openhelix.runtime.core.config import ConfigError, load
+from openhelix.runtime.cli.arguments import Many, Options, Words, option, parse
+from openhelix.runtime.core.config import ConfigError, RunConfig, load
 from openhelix.runtime.core.plugins import resolve
 from openhelix.system2.engines.base import EngineBase
 from openhelix.system2.model import Checkpoint, CheckpointError, load_tokenizer
@@ -205,47 +205,26 @@ def plot(made: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ConfigError(message)
+class ProbeOptions(Options):
+    """Options of `probe`; the engine's are those of `RunConfig`."""
 
-
-def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(prog="openhelix probe", description="What System 2 makes of an image.")
-    parser.add_argument(
-        "--image", nargs="+", required=True, metavar="FILE", help="several: an episode"
-    )
-    parser.add_argument("--text", required=True, help="the instruction")
-    parser.add_argument(
-        "--engine", help="vllm, transformers, or module:Class; default: the config's"
-    )
-    parser.add_argument("--model", help="laptop, a LLaVA folder, or a hub name")
-    parser.add_argument("--words", help="comma-separated words to compare with")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the similarities")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    known, rest = parser.parse_known_args(argv)
-    wrong = [word for word in rest if "=" not in word]
-    if wrong:
-        raise ConfigError(
-            f"{wrong[0]!r}: unknown option; overrides are written section.field=value"
-        )
-    return known, [word.removeprefix("--") for word in rest]
+    image: Annotated[tuple[Path, ...], Many()] = option(..., "several: an episode", "FILE")
+    text: str = option(..., "the instruction")
+    engine: str | None = option(None, "vllm, transformers, or module:Class (the settings')")
+    model: str | None = option(None, "laptop, a LLaVA folder, or a hub name")
+    words: Words = option(SPATIAL_WORDS, "words to compare with", "WORD,...")
+    plot: Path | None = option(None, "draw the similarities", "PNG")
 
 
 def main(argv: Sequence[str]) -> int:
-    """`openhelix probe`: print the words nearest to the latent; 0 when done."""
-    options, overrides = _arguments(argv)
+    """Show what System 2 makes of an image and an instruction."""
+    options, overrides = parse("probe", ProbeOptions, argv, __doc__ or "", RunConfig)
     part = load(options.config, overrides).system2.engine
     target = ENGINES.get(options.engine or "", options.engine or part.target)
     settings = dict(part.options)
     if options.model:
         settings["model"] = options.model
-    words = (
-        [w.strip() for w in options.words.split(",") if w.strip()]
-        if options.words
-        else list(SPATIAL_WORDS)
-    )
+    words = list(options.words)
     images = [read_image(path) for path in options.image]  # before a model is loaded for nothing
     engine = resolve(target)(**settings)
     try:
@@ -258,11 +237,8 @@ def main(argv: Sequence[str]) -> int:
         engine.close()
     if options.plot:
         plot(episode, options.plot)
-    sys.stdout.write(json.dumps(made) + "\n" if options.json else _page(episode))
+    sys.stdout.write(json.dumps(made) + "\n" if options.as_json else _page(episode))
     return 0
-
-
-probe_main = main
 
 
 def _page(made: dict[str, Any]) -> str:

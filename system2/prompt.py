@@ -1,8 +1,10 @@
-"""Instruction to token ids, in one place, so that every engine sees the same sequence.
+"""What System 2 is asked, in one place, so that every engine sees the same sequence and image.
 
 The prompt is the paper's (Sec. 5.2, Appendix A.4): image, instruction, and `<ACT>` last.
 Ids are made here and handed to the engines as ids: strings with special tokens in them are
-read differently by different processors, and then two engines disagree.
+read differently by different processors, and then two engines disagree. Images pass one check:
+a float image or a grey one would be silently rescaled or broadcast by most processors and come
+out as a plausible, wrong latent, so anything but what is promised is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from PIL import Image
 
 # Text to ids and to the (start, stop) character range of each, without special tokens added.
 Tokenize = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
+MIN_SIDE, MAX_SIDE = 16, 4096  # pixels of an image's sides
 
 
 class BadInstruction(ValueError):
@@ -173,16 +176,6 @@ class PromptBuilder:
             image_at=len(head) if self.vision else -1,
             n_image=n_image,
         )
-
-
-# ------------------------------------------------------------------------------------------------
-# One check for every image that reaches System 2.
-#
-# A float image or a grey one would be silently rescaled or broadcast by most processors and
-# come out as a plausible, wrong latent; so anything but what is promised is refused.
-
-
-MIN_SIDE, MAX_SIDE = 16, 4096
 
 
 def as_pil(image: Any) -> Image.Image:

@@ -29,12 +29,12 @@ from openhelix.runtime.observe.peers import PeerMetrics, PeerWatch
 from openhelix.runtime.transport.codec import encode
 from openhelix.runtime.transport.sockets import Port
 from openhelix.runtime.transport.wire import ENVELOPE, NewestPerTopic, topic_bytes
-from openhelix.system2.scheduler import GoalScheduler, Limits
+from openhelix.system2.scheduler import GoalScheduler, Limits, Totals, health_of
 
 log = logging.getLogger(__name__)
 IDLE_S = 0.05  # how often to look for a stop while nothing is due
 MAX_NAMES = 4096  # of robots whose numbering is remembered
-# A robot sends two images a second, so few wait; and what waits is held in memory.
+# A robot sends a few images per second, so few wait; and what waits is held in memory.
 QUEUE = 32
 MAX_REQUEST_BYTES = 32 << 20  # an RGB image of 4K has 25 MB
 
@@ -42,8 +42,8 @@ MAX_REQUEST_BYTES = 32 << 20  # an RGB image of 4K has 25 MB
 class LatentOutlet:
     """One bound PUB socket with a topic and a sequence for every robot.
 
-    `openhelix.runtime.transport.wire.Publisher` has one topic a socket; many robots subscribe to this one
-    address, each exactly to its own topic.
+    `openhelix.runtime.transport.wire.Publisher` has one topic per socket; many robots subscribe
+    to this one address, each exactly to its own topic.
     """
 
     def __init__(self, endpoint: str, keys: Any = None, clock: Clock | None = None) -> None:
@@ -94,12 +94,12 @@ class LatentOutlet:
         self._port.close()
 
 
-class PublisherNode:
+class System2Process:
     """The node "system2" of a run's graph; see `openhelix.runtime.launch.node.Node`.
 
     Args:
         engine: {"target": "module:Class", "options": {…}}.
-        hz: latents a second for each robot (HZ2).
+        hz: latents per second for each robot (HZ2).
         requests: endpoint to bind for requests.
         latents: endpoint to bind for latents.
         limits: fields of `scheduler.Limits` that differ from the defaults.
@@ -128,7 +128,7 @@ class PublisherNode:
         self._hz, self._requests, self._latents = hz, requests, latents
         self._limits = Limits(**(limits or {}))
         self._keys, self._shared = keys, shared
-        self._doors: dict[str, PeerWatch] = {}
+        self._watches: dict[str, PeerWatch] = {}
         self._told: Counter[str] = Counter()
         self._engine: Engine | None = None
         self._scheduler: GoalScheduler | None = None
@@ -153,7 +153,7 @@ class PublisherNode:
             max_bytes=MAX_REQUEST_BYTES,
         )
         ports = {"requests": self._reader.port, "latents": self._outlet.port}
-        self._doors = {name: PeerWatch(name, port) for name, port in ports.items()}
+        self._watches = {name: PeerWatch(name, port) for name, port in ports.items()}
         self._scheduler = GoalScheduler(
             engine, self._outlet, clock, self._hz, self._limits, self._outlet.source
         )
@@ -162,7 +162,7 @@ class PublisherNode:
                 self._metrics_port,
                 System2Metrics(self._scheduler, self._hz, clock),
                 WireMetrics({"requests": self._reader.stats}),
-                PeerMetrics(self._doors),
+                PeerMetrics(self._watches),
                 GpuMetrics(),
                 Library("vllm:"),  # what vLLM counts of itself, in this process
                 host=self._metrics_host,
@@ -192,17 +192,20 @@ class PublisherNode:
     def health(self) -> dict[str, Any]:
         """Return counters, times, and what the latents are."""
         scheduler, engine, reader = self._scheduler, self._engine, self._reader
-        if scheduler is None or engine is None or reader is None:
-            return {}
-        return scheduler.health() | {
-            "latent_spec": asdict(engine.spec),
-            "spec_id": engine.spec.spec_id,
-            "device": str(getattr(engine, "device", "cpu")),
+        spec = engine.spec if engine is not None else None
+        return (scheduler.health() if scheduler else health_of(Totals(), {})) | {
+            "hz": self._hz,
+            "latent_spec": asdict(spec) if spec else None,
+            "spec_id": spec.spec_id if spec else None,
+            "device": str(getattr(engine, "device", "cpu")) if engine else None,
+            "untrained": bool(getattr(engine, "untrained", False)),
             "metrics_url": self._metrics.url if self._metrics else None,
-            "dropped": dict(reader.stats.dropped),
-            "taken": reader.taken,
-            "refused_connections": {name: dict(d.refused) for name, d in self._doors.items()},
-            "gaps": reader.stats.gaps,
+            "dropped": dict(reader.stats.dropped) if reader else {},
+            "taken": reader.taken if reader else [],
+            "refused_connections": {
+                name: dict(watch.refused) for name, watch in self._watches.items()
+            },
+            "gaps": reader.stats.gaps if reader else 0,
         }
 
     def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
@@ -221,8 +224,8 @@ class PublisherNode:
 
     def _tell(self) -> None:
         """Take in who came and went, and log the first of each kind of refused message."""
-        for door in self._doors.values():
-            door.poll()
+        for watch in self._watches.values():
+            watch.poll()
         assert self._reader is not None
         for reason, count in self._reader.stats.dropped.items():
             if count >= 2 * self._told[reason] and reason != "repeat":
@@ -241,8 +244,8 @@ class PublisherNode:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        for part in (*self._doors.values(), self._reader, self._outlet, self._engine):
+        for part in (*self._watches.values(), self._reader, self._outlet, self._engine):
             if part is not None:
                 part.close()
-        self._doors = {}
+        self._watches = {}
         self._reader, self._outlet, self._engine = None, None, None

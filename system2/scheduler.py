@@ -3,13 +3,15 @@
 `GoalScheduler` decides who is served when, on a clock it is given; it knows no socket and
 no model. Every robot has its own grid of absolute deadlines `t_first + i / hz`. At a
 deadline its newest request is due; robots that are due together go through the engine as
-one batch, the longest overdue first, owners (CURVE keys) in turn. One batch at a time: deadlines that pass by a whole
-period while the engine is busy are skipped and counted, never caught up. A new instruction_id is due
-at once, since the robot is waiting for it. `openhelix.system2.publisher` is the process around it.
+one batch, the longest overdue first, owners (CURVE keys) in turn. One batch at a time:
+deadlines that pass by a whole period while the engine is busy are skipped and counted, never
+caught up. A new instruction is due at once, since the robot is waiting for it.
+`openhelix.system2.publisher` is the process around it.
 
-A name belongs to the robot that uses it until that falls silent. Two robots under one name
-would get each other's latents, so the second is refused, when it asks (`claim`) and when it
-does not.
+`Names` says whose name is whose. Two robots under one name would get each other's latents and
+act on them, so a name belongs to the robot that uses it until that has been silent for a
+while, and a run asks for its name before it starts. A second robot is refused, when it asks
+(`claim`) and when it does not.
 """
 
 from __future__ import annotations
@@ -29,16 +31,12 @@ from openhelix.runtime.core.interfaces import Engine
 from openhelix.runtime.core.types import F32, GoalRequest, LatentGoal
 from openhelix.runtime.transport.wire import TAKEOVER_NS
 
-# ------------------------------------------------------------------------------------------------
-# Whose name is whose at a System 2 that several robots share.
-#
-# Two robots under one name would get each other's latents and act on them. So a name belongs
-# to the robot that uses it until that has been silent for a while, and a run asks for its name
-# before it starts. A robot's owner is whose key it comes with.
-
-
+log = logging.getLogger(__name__)
 CLAIM_NS: Final = 10_000_000_000  # how long a claimed name waits for its robot's first request
 _NAME: Final = re.compile(r"[\w.:/-]{1,64}", re.ASCII)  # a name becomes part of a topic
+
+# ------------------------------------------------------------------------------------------------
+# Names
 
 
 class NameRefused(ValueError):
@@ -118,7 +116,8 @@ class Names:
             raise NameRefused("too_many_robots", text)
 
 
-log = logging.getLogger(__name__)
+# ------------------------------------------------------------------------------------------------
+# Deadlines
 
 
 class EngineBroken(RuntimeError):
@@ -132,7 +131,7 @@ class WrongLatents(RuntimeError):
 
 
 class Sink(Protocol):
-    """Where latents go; one topic a robot."""
+    """Where latents go; one topic per robot."""
 
     def send(self, robot: str, goal: LatentGoal) -> None: ...
 
@@ -197,13 +196,13 @@ class Totals:
 
 
 class GoalScheduler:
-    """Serves requests at `hz` a robot; see the module's text.
+    """Serves requests at `hz` per robot; see the module's text.
 
     Args:
         engine: images and instructions to latents.
         sink: where latents go.
         clock: a monotonic clock.
-        hz: latents a second for each robot.
+        hz: latents per second for each robot.
         limits: bounds on the load.
         source: identity of this publisher, new at every start.
     """
@@ -229,7 +228,7 @@ class GoalScheduler:
         self._names = Names(clock, self._limits.max_robots)
 
     def claim(self, name: str, run: str) -> None:
-        """Reserve a name for a run that is about to ask; see `openhelix.system2.scheduler`.
+        """Reserve a name for a run that is about to ask; see `Names`.
 
         Raises:
             ValueError: the name is in use or unusable, or there are too many robots.
@@ -432,30 +431,33 @@ class GoalScheduler:
 
     def health(self) -> dict[str, Any]:
         """Return counters and times; safe to call from another thread."""
-        totals = self.totals
-        return {
-            "hz": 1e9 / self._period_ns,
-            "published": totals.published,
-            "batches": totals.batches,
-            "skipped": totals.skipped,
-            "refused": totals.refused,
-            "failed": totals.failed,
-            "failures": dict(totals.failures),
-            "shed": dict(totals.shed),
-            "compute_s": percentiles(list(totals.compute_s)),
-            "wait_s": percentiles(list(totals.wait_s)),
-            "robots": {
-                name: {
-                    "instruction_id": robot.instruction_id,
-                    "published": robot.seq,
-                    "skipped": robot.skipped,
-                    "superseded": robot.superseded,
-                    "refused": robot.refused,
-                    "error": robot.last_error,
-                }
-                for name, robot in list(self.robots.items())
-            },
-        }
+        return health_of(self.totals, self.robots)
+
+
+def health_of(totals: Totals, robots: Mapping[str, RobotState]) -> dict[str, Any]:
+    """Return counters and times, of a scheduler or of one that is not there yet."""
+    return {
+        "published": totals.published,
+        "batches": totals.batches,
+        "skipped": totals.skipped,
+        "refused": totals.refused,
+        "failed": totals.failed,
+        "failures": dict(totals.failures),
+        "shed": dict(totals.shed),
+        "compute_s": percentiles(list(totals.compute_s)),
+        "wait_s": percentiles(list(totals.wait_s)),
+        "robots": {
+            name: {
+                "instruction_id": robot.instruction_id,
+                "published": robot.seq,
+                "skipped": robot.skipped,
+                "superseded": robot.superseded,
+                "refused": robot.refused,
+                "error": robot.last_error,
+            }
+            for name, robot in list(robots.items())
+        },
+    }
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,10 +58,13 @@ class ReachPolicy:
 
 
 class PointEngine:
-    """Reads the goal out of the instruction: "reach x y z"."""
+    """Reads the goal out of the instruction: "reach x y z".
 
-    def __init__(self, spec: LatentSpec = LATENT) -> None:
-        self.spec = spec
+    A seed makes it another model, whose latents have the same shape.
+    """
+
+    def __init__(self, spec: LatentSpec = LATENT, seed: int | None = None) -> None:
+        self.spec = spec if seed is None else replace(spec, model_id=f"seed {seed}")
         self.calls = 0
 
     def warm_up(self) -> None: ...

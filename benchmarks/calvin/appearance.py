@@ -129,12 +129,10 @@ def _random_wood(rng: np.random.Generator) -> Wood:
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# Procedural textures: wood grain and floor tiles, tileable, from a seed.
+# -- Textures: wood grain and floor tiles, tileable, from a seed -----------------------
 #
 # Wood is a sum of tileable noise stretched along the grain (u): wide bands and thin dark
 # lines bent by slow noise, fine streaks and pores. A texture is 1 m by 1 m.
-
 
 TEXELS_PER_M = 512
 TILE_M = 0.5

@@ -39,14 +39,11 @@ from openhelix.benchmarks.calvin.scene import (
 )
 from openhelix.runtime.core.types import F64, U8
 
-# ------------------------------------------------------------------------------------------------
-# States of PlayTable drawn at random, and what is true of them as far as it can be seen.
+# -- Facts: states drawn at random, and what is true of them as far as it can be seen --
 #
 # `StateMaker` puts arm, blocks, drawer, slider and lights anywhere that a policy meets them;
 # `facts_of` says in words and numbers what a picture of that shows. A block behind the door or
 # under the arm has no place, and what is too close to a border to tell is left open.
-# `captions` asks and answers in these words.
-
 
 COLOURS = ("red", "blue", "pink")
 SIDES = ("left", "middle", "right")

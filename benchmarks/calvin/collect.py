@@ -29,12 +29,7 @@ from safetensors import safe_open
 
 from openhelix.benchmarks.calvin.cameras import SceneRenderer
 from openhelix.benchmarks.calvin.dataset import DatasetWriter, replace_file
-from openhelix.benchmarks.calvin.demonstrations import (
-    Demonstration,
-    collect_unit,
-    read_unit,
-    unit_bytes,
-)
+from openhelix.benchmarks.calvin.demonstrations import Demonstration
 from openhelix.benchmarks.calvin.frames import (
     FramesConfig,
     cache_index,
@@ -45,13 +40,13 @@ from openhelix.benchmarks.calvin.frames import (
 from openhelix.benchmarks.calvin.physics import euler_from_quaternion
 from openhelix.benchmarks.calvin.scene import get_scene
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
-from openhelix.runtime.core.config import ConfigError, apply_overrides, read_yaml, validate
+from openhelix.benchmarks.calvin.units import collect_unit, read_unit, unit_bytes
+from openhelix.runtime.cli.arguments import Options, parse
+from openhelix.runtime.core.config import ConfigError, read_settings
 from openhelix.runtime.core.types import F64
 from openhelix.system1.cache import frames_digest
 
-# ------------------------------------------------------------------------------------------------
-# What a collection is: one frozen record, from YAML, overrides or the command line.
-
+# -- What a collection is: one frozen record, from YAML, overrides or the command line -
 
 VERSION = 1  # of what the experts do and of what is stored; data of another is not mixed
 Count = Annotated[int, Field(ge=1)]
@@ -121,9 +116,7 @@ class CollectConfig(BaseModel):
         return {"version": VERSION, **{key: dumped[key] for key in keep}}
 
 
-# ------------------------------------------------------------------------------------------------
-# What the parts of a collection share: where units are, and the pool of processes.
-
+# -- What the parts share: where units are, and the pool of processes ------------------
 
 UNITS = "units"
 Report = Callable[[int, int, str], None]  # done, to do, what the last one was
@@ -152,9 +145,7 @@ def pooled(
             raise
 
 
-# ------------------------------------------------------------------------------------------------
-# The second half of a collection: draw the training frames of every unit, file by file.
-
+# -- Frames: the second half of a collection, drawn unit by unit -----------------------
 
 FRAMES, SYSTEM2, ABOUT = "frames", "system2", "moments.json"
 FRAMES_EACH = 10  # moments of a demonstration with every=4, for the estimate of disk
@@ -382,56 +373,14 @@ def demonstrations(folder: Path | str) -> Iterator[Demonstration]:
         yield from read_unit(path)[1]
 
 
-def parse(argv: Sequence[str]) -> tuple[CollectConfig, bool]:
-    """The settings from `--config FILE`, `field=value` words and `--json`.
-
-    Raises:
-        ConfigError: in one line, the field and what is valid.
-    """
-    words = list(argv)
-    as_json = "--json" in words
-    words = [w for w in words if w != "--json"]
-    file: Path | None = None
-    overrides = []
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help"):
-            raise SystemExit(_help())
-        if "=" not in word:
-            if not word.startswith("--") or not words:
-                raise ConfigError(f"{word!r}: unknown option; settings are written field=value")
-            word = f"{word}={words.pop(0)}"
-        key, _, value = word.removeprefix("--").partition("=")
-        if key == "config":
-            file = Path(value)
-        elif key in ("scenes", "out"):
-            overrides.append(f"{key}={json.dumps(value)}")
-        else:
-            overrides.append(f"{key}={value}")
-    return validate(CollectConfig, apply_overrides(read_yaml(file), overrides)), as_json
-
-
-def _help() -> int:
-    fields = "\n".join(
-        f"  {name}={field.default!r}"
-        if name != "tasks"
-        else "  tasks=[rotate_red_block_right, ...]"
-        for name, field in CollectConfig.model_fields.items()
-    )
-    sys.stdout.write(
-        f"usage: openhelix collect [--config FILE] [field=value ...] [--json]\n\n{__doc__}\n"
-        f"Settings and their defaults:\n{fields}\n"
-    )
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `openhelix collect`; returns the exit code.
+def main(argv: Sequence[str]) -> int:
+    """Collect demonstrations and frames for training.
 
     Raises:
         ConfigError: bad input, in one line; nothing was written.
     """
-    config, as_json = parse(sys.argv[1:] if argv is None else argv)
+    options, overrides = parse("collect", Options, argv, __doc__ or "", CollectConfig)
+    config = read_settings(CollectConfig, options.config, overrides)
     begun = time.monotonic()
 
     def report(done: int, total: int, what: str) -> None:
@@ -447,20 +396,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             card |= draw(config, report)
             replace_file(config.folder / CARD, json.dumps(card, indent=1).encode())
     brief = {k: v for k, v in card.items() if k != "files"} | {"folder": str(config.folder)}
-    sys.stdout.write(json.dumps(brief, indent=None if as_json else 1) + "\n")
+    sys.stdout.write(json.dumps(brief, indent=None if options.as_json else 1) + "\n")
     return 0
 
 
-if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except ValueError as error:
-        sys.stderr.write(f"collect: {error}\n")
-        raise SystemExit(2) from None
-
-
-# ------------------------------------------------------------------------------------------------
-# A collection in CALVIN's layout: the same demonstrations, drawn frame by frame.
+# -- A collection in CALVIN's layout: the same demonstrations, drawn frame by frame ----
 #
 # States are collected first (that part is small and is kept beside the frames), then rendered
 # in a fixed order, so that a killed export goes on where the last whole episode ended. Scene D

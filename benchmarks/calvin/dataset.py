@@ -5,6 +5,13 @@ Writing survives a kill at any moment: frames are written first, then one line i
 to `episodes.jsonl`, and that line is the commit. Whatever is not in a complete line does
 not exist; reopening the folder goes on behind it. CALVIN's index files are derived from
 those lines by `close`.
+
+`auto_lang_ann.npy` and `scene_info.npy` are dictionaries inside an object array, which
+NumPy stores as a pickle, and a pickle may run any code that its author likes. CALVIN's own
+code reads nothing else, so ours writes them, but beside each goes the same content as JSON
+(embeddings as a plain array), which is what we read when it is there. Otherwise the pickle
+is read by an unpickler that admits plain containers, numbers, strings and arrays, and
+refuses every other global by name.
 """
 
 from __future__ import annotations
@@ -26,16 +33,7 @@ import yaml
 
 from openhelix.benchmarks.calvin.tasks import get_task
 
-# ------------------------------------------------------------------------------------------------
-# Reading and writing the two object arrays of CALVIN's layout without trusting them.
-#
-# `auto_lang_ann.npy` and `scene_info.npy` are dictionaries inside an object array, which
-# NumPy stores as a pickle, and a pickle may run any code that its author likes. CALVIN's own
-# code reads nothing else, so ours writes them, but beside each goes the same content as JSON
-# (embeddings as a plain array), which is what we read when it is there. Otherwise the pickle
-# is read by an unpickler that admits plain containers, numbers, strings and arrays, and
-# refuses every other global by name.
-
+# -- Object arrays, read without trusting them -----------------------------------------
 
 LANG_FILE = Path("lang_annotations") / "auto_lang_ann.npy"
 LANG_TWIN = Path("lang_annotations") / "auto_lang_ann.json"
@@ -196,12 +194,7 @@ def read_annotations(folder: Path) -> tuple[list[Annotation], npt.NDArray[np.flo
         raise DatasetError(f"{LANG_FILE}: not CALVIN's annotations ({error})") from error
 
 
-# ------------------------------------------------------------------------------------------------
-# The log of a dataset being written: one JSON line per committed episode.
-#
-# What CALVIN keeps in several index files is derived from these lines, so there is one place
-# that says what exists, and appending to it is the commit.
-
+# -- The log: one JSON line per committed episode --------------------------------------
 
 F64 = npt.NDArray[np.float64]
 NORMALIZE = "calvin_agent.utils.transforms.NormalizeVector"  # what CALVIN's loader expects
@@ -258,6 +251,9 @@ def statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 F32 = npt.NDArray[np.float32]
 Frame = dict[str, npt.NDArray[Any]]
 Embed = Callable[[list[str]], F32]
+
+
+# -- Frames, and the folder they are in ------------------------------------------------
 
 LOG = "episodes.jsonl"
 MAX_REL_POS_M, MAX_REL_ORN_RAD = 0.02, 0.05

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import json
-import zlib
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from openhelix.benchmarks.calvin.env import PlayTableEnv
-from openhelix.benchmarks.calvin.expert_control import Variation, View
+from openhelix.benchmarks.calvin.expert_control import Variation
 from openhelix.benchmarks.calvin.experts import MAX_STEPS, Disturbance, Expert, Move
-from openhelix.benchmarks.calvin.phrases import choose, training
-from openhelix.benchmarks.calvin.starts import StartError, begin, feasible
 from openhelix.benchmarks.calvin.tasks import is_completed
 from openhelix.runtime.core.types import F32, F64
 
@@ -125,162 +117,3 @@ def perform(
         np.array(log.relative, np.float32),
         np.array(log.clean, bool),
     )
-
-
-# ------------------------------------------------------------------------------------------------
-# One unit of a collection: one demonstration of every task in one scene.
-#
-# A unit depends on (seed, scene, number) alone, so units can be collected in any order, by any
-# number of processes, again after a kill, and the data is the same. Inside a unit tasks follow
-# one another without a reset wherever the end of one allows the next, as they do when five
-# instructions are given in a row. What fails is counted and left out.
-
-
-ARRAYS = ("states", "proprio", "targets", "relative", "clean")
-DTYPES = {"states": np.float32, "clean": np.bool_}
-
-
-@dataclass(slots=True)
-class Unit:
-    """Demonstrations with where they came from, and what was tried in vain."""
-
-    scene: str
-    number: int
-    demonstrations: list[Demonstration] = field(default_factory=list)
-    origin: list[dict[str, Any]] = field(default_factory=list)
-    tried: Counter[str] = field(default_factory=Counter)
-    failed: Counter[str] = field(default_factory=Counter)
-    no_start: Counter[str] = field(default_factory=Counter)
-
-
-def collect_unit(
-    scene: str,
-    number: int,
-    tasks: Sequence[str],
-    seed: int,
-    disturbed: float = 0.4,
-    chain: int = 5,
-) -> Unit:
-    """Collect one unit: one demonstration of each task, as far as starts can be found."""
-    rng = np.random.default_rng([zlib.crc32(scene.encode()), seed, number])
-    unit, wanted = Unit(scene, number), list(tasks)
-    given_up = Counter[str]()
-    with PlayTableEnv(scene, cameras=()) as env:
-        while wanted:
-            task = str(rng.choice(wanted))
-            try:
-                begin(env, task, rng)
-            except StartError:
-                unit.no_start[task] += 1
-                wanted.remove(task)
-                continue
-            before = len(unit.demonstrations)
-            _chain(env, unit, task, wanted, rng, disturbed, chain)
-            if len(unit.demonstrations) == before:
-                given_up[task] += 1
-                if given_up[task] == 8:
-                    wanted.remove(task)
-    return unit
-
-
-def _chain(
-    env: PlayTableEnv,
-    unit: Unit,
-    task: str,
-    wanted: list[str],
-    rng: np.random.Generator,
-    disturbed: float,
-    chain: int,
-) -> None:
-    """Do `task`, then whatever is still wanted and possible, without a reset."""
-    for place in range(chain):
-        push = Disturbance.random(rng) if rng.uniform() < disturbed else None
-        expert = random_expert(env, task, rng)
-        # Half of the time the next task begins at once, as it does in an evaluation.
-        tail = int(rng.integers(1, 6)) if rng.uniform() < 0.5 else 0
-        done = perform(env, expert, disturbance=push, record=True, tail=tail)
-        unit.tried[task] += 1
-        if not done.success:
-            unit.failed[task] += 1
-            return
-        unit.demonstrations.append(done)
-        unit.origin.append(
-            {
-                "instruction": choose(training(), task, rng),
-                "chain": place,
-                "disturbed": push is not None,
-            }
-        )
-        wanted.remove(task)
-        possible = [t for t in feasible(View(env.scene, env.get_info())) if t in wanted]
-        if not possible:
-            return
-        task = str(rng.choice(possible))
-
-
-def unit_bytes(unit: Unit) -> bytes:
-    """A unit as the content of a `.npz`: arrays end to end, the rest as JSON."""
-    rows = [
-        {
-            "task": d.task,
-            "success_step": d.steps,
-            "steps": len(d.targets),
-            **origin,
-        }
-        for d, origin in zip(unit.demonstrations, unit.origin, strict=True)
-    ]
-    about = {
-        "scene": unit.scene,
-        "number": unit.number,
-        "demonstrations": rows,
-        "tried": dict(unit.tried),
-        "failed": dict(unit.failed),
-        "no_start": dict(unit.no_start),
-    }
-    arrays = {
-        name: np.concatenate([getattr(d, name) for d in unit.demonstrations]).astype(
-            DTYPES.get(name, np.float32)
-        )
-        for name in ARRAYS
-        if unit.demonstrations
-    }
-    stream = io.BytesIO()
-    text = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    np.savez_compressed(stream, about=text, **arrays)
-    return stream.getvalue()
-
-
-def read_unit(path: Path) -> tuple[dict[str, Any], list[Demonstration]]:
-    """Read what `unit_bytes` wrote.
-
-    Returns:
-        What the unit says of itself, and its demonstrations.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            about = json.loads(stored["about"].tobytes())
-            arrays = {name: stored[name] for name in ARRAYS if name in stored.files}
-    except (OSError, EOFError, KeyError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-    found, at, seen = [], 0, 0
-    for row in about["demonstrations"]:
-        n = row["steps"]
-        found.append(
-            Demonstration(
-                task=row["task"],
-                scene=about["scene"],
-                success=True,
-                steps=row["success_step"],
-                states=arrays["states"][seen : seen + n + 1],
-                proprio=arrays["proprio"][seen : seen + n + 1],
-                targets=arrays["targets"][at : at + n],
-                relative=arrays["relative"][at : at + n],
-                clean=arrays["clean"][at : at + n],
-                instruction=row["instruction"],
-            )
-        )
-        at, seen = at + n, seen + n + 1
-    return about, found

@@ -37,13 +37,10 @@ from openhelix.runtime.core.types import F32, F64, U8, CameraFrame
 if TYPE_CHECKING:
     from openhelix.benchmarks.calvin.cameras import RenderedFrame, SceneRenderer
 
-
-# ------------------------------------------------------------------------------------------------
-# What code written against calvin_env reaches for beyond its five verbs.
+# -- Cameras as code written against calvin_env expects them ---------------------------
 #
 # Evaluation wrappers take cameras from `env.cameras` to lift depth images, with OpenGL
 # matrices as Bullet writes them; here they are made from our camera poses.
-
 
 _OPENGL_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])  # y up and z backward
 
@@ -123,6 +120,9 @@ class CalvinCamera:
         camera = [(u + 0.5 - self.width / 2) * z / f, (v + 0.5 - self.height / 2) * z / f, z, 1.0]
         world = self.T_world_cam @ np.array(camera)
         return world if homogeneous else world[:3]
+
+
+# -- The environment -------------------------------------------------------------------
 
 
 class PlayTableEnv:

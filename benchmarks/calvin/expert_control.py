@@ -28,9 +28,7 @@ from openhelix.runtime.core.quaternion import (
 )
 from openhelix.runtime.core.types import F64
 
-# ------------------------------------------------------------------------------------------------
-# What an expert may look at: calvin_env's info, unpacked once a step.
-
+# -- What an expert sees: calvin_env's info, unpacked once per step --------------------
 
 SLOPE_FOOT = np.array([0.0, 0.02, TABLE_TOP_Z_M])
 OUT = np.array(SLOPE_OUT)
@@ -148,6 +146,10 @@ def _scalar(value: Any) -> float:
 
 STEP_M, STEP_RAD = 0.02, 0.05  # CALVIN's largest relative action, per axis
 LEASH_M, LEASH_RAD = 0.045, 0.20
+
+
+# -- How it moves ----------------------------------------------------------------------
+
 STILL_M = 0.0012  # a tool that moves less in a step has stopped
 GAIN = 1.25  # of what is left to go, so that little remains of the IK's own error
 OPEN, CLOSE = 1, -1
@@ -400,14 +402,6 @@ class Skill:
             goal = view.position + axis * (need - along) + limit(sideways, 0.004)
         return Goal(goal, quaternion, gripper, pace)
 
-    def descend(self, target: F64, quaternion: Quat, gripper: int, **options: Any) -> Steps:
-        """Run `approach` for a target that does not move."""
-        for _ in range(60):
-            goal = self.approach(target, quaternion, gripper, **options)
-            if goal is None:
-                return
-            yield goal
-
 
 def nearest_yaw(options: list[float], now: float, period: float) -> list[float]:
     """All turns of the given yaws within reach of the arm, the nearest to `now` first."""
@@ -426,9 +420,7 @@ def sign(value: float) -> float:
     return copysign(1.0, value)
 
 
-# ------------------------------------------------------------------------------------------------
-# Grasping a block from above: which way round, where, and with what room for the fingers.
-
+# -- Grasping a block from above: which way round, where, with what room for the fingers
 
 WIDEST_GRASP_M = 0.06
 BUTTON_Y_M = -0.12

@@ -1,4 +1,9 @@
-"""Experts for blocks in the cabinet and in the drawer: take out, put in."""
+"""The scripted experts: one class for each kind of thing that CALVIN's tasks move.
+
+`FixtureSkill` for what is built in (sliding door, drawer, bulb switch, LED button),
+`BlockSkill` for blocks on the table (rotate, push, lift, stack, unstack, push into the drawer),
+`StorageSkill` for blocks in the cabinet and in the drawer (take out, put in).
+"""
 
 from __future__ import annotations
 
@@ -28,9 +33,7 @@ from openhelix.benchmarks.calvin.scene import DRAWER_TRAVEL_M, SLOPE_UP
 from openhelix.runtime.core.quaternion import Quat, from_rotation_vector, matrix, multiply
 from openhelix.runtime.core.types import F64
 
-# ------------------------------------------------------------------------------------------------
-# Experts for what is built in: sliding door, drawer, bulb switch, LED button.
-
+# -- Fixtures: sliding door, drawer, bulb switch, LED button ---------------------------
 
 HANDLE_X_M = 0.14  # of the door's handle in the door's own frame
 UPSLOPE = np.array(SLOPE_UP)
@@ -243,9 +246,7 @@ class FixtureSkill(Skill):
                 break
 
 
-# ------------------------------------------------------------------------------------------------
-# Experts for blocks on the table: rotate, push, lift, stack, unstack, push into the drawer.
-
+# -- Blocks on the table ---------------------------------------------------------------
 
 PUSH_PACE = 0.7  # at full speed a block would slide on for 6 cm after the last touch
 TURN_RAD = 1.75  # at most; a block slips in the grip, so its own yaw decides when to stop
@@ -526,6 +527,8 @@ class BlockSkill(GraspSkill):
             yield from self.hold(OPEN, 8)
             return
 
+
+# -- Blocks in the cabinet and in the drawer -------------------------------------------
 
 CABINET_TILT_RAD = 0.6
 LEAN_PER_M, MOST_LEAN_RAD = 6.0, 0.7

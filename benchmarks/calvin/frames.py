@@ -33,20 +33,19 @@ from torch import Tensor
 
 from openhelix.benchmarks.calvin.appearance import Appearance
 from openhelix.benchmarks.calvin.cameras import RenderedFrame, SceneRenderer
-from openhelix.benchmarks.calvin.demonstrations import Demonstration, read_unit
+from openhelix.benchmarks.calvin.demonstrations import Demonstration
 from openhelix.benchmarks.calvin.phrases import training
 from openhelix.benchmarks.calvin.scene import SCENES
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
+from openhelix.benchmarks.calvin.units import read_unit
 from openhelix.system1.cache import DEPTH_UNIT_M, FORMAT
 from openhelix.system1.config import CameraConfig, PolicyConfig, small
 from openhelix.system1.points import shrink
 
-# ------------------------------------------------------------------------------------------------
-# Keyposes: the few frames of a demonstration between which a path is mere travel.
+# -- Keyposes: the few frames of a demonstration between which a path is mere travel ---
 #
 # As 3D Diffuser Actor cuts CALVIN's play into trajectories: where the motion changes most
 # abruptly, around every change of the gripper, and at the end.
-
 
 F64 = npt.NDArray[np.float64]
 TOP_FRACTION = 0.2

@@ -1,8 +1,13 @@
-"""Visual meshes: the furniture's pieces as triangles, the Panda's own meshes made light.
+"""What can be seen of a scene: triangles with colours, and where their links are.
 
-The meshes in pybullet's wheel have 100,000 faces; at a pixel of 3 to 4 mm most of them are
-smaller than a pixel. Merging the corners that share a cell of a few millimetres leaves a
-few thousand; the result is kept in the cache, named by source and cell size.
+The furniture's pieces become triangles; the Panda's own meshes are made light. Those in
+pybullet's wheel have 100,000 faces; at a pixel of 3 to 4 mm most of them are smaller than a
+pixel. Merging the corners that share a cell of a few millimetres leaves a few thousand; the
+result is kept in the cache, named by source and cell size.
+
+Links: 0 is what never moves (floor, robot stand, table); then the table's moving parts, the
+three blocks, and the arm. The arm's kinematics are read from the same URDF that Bullet
+loads, so picture and physics agree.
 """
 
 from __future__ import annotations
@@ -212,13 +217,7 @@ def _cluster(vertices: F64, faces: np.ndarray, colour: F64, cell_m: float) -> tu
     return merged[corner[once]], colour[once]
 
 
-# ------------------------------------------------------------------------------------------------
-# All triangles of a scene in flat arrays, and where their links are for a given state.
-#
-# Links: 0 is what never moves (floor, robot stand, table); then the table's moving parts, the
-# three blocks, and the arm. The arm's kinematics are read from the same URDF that Bullet
-# loads, so picture and physics agree.
-
+# -- A scene's triangles in flat arrays, and its links for a given state ---------------
 
 VISUAL_STATE_SIZE = 36
 WOOD, PANEL, FLOOR = 0, 1, 2  # textures

@@ -39,13 +39,11 @@ from openhelix.benchmarks.calvin.scene import (
 from openhelix.benchmarks.calvin.spaces import Command
 from openhelix.runtime.core.types import F64
 
-# ------------------------------------------------------------------------------------------------
-# pybullet, imported without the line that it prints.
+# -- pybullet, imported without the line that it prints --------------------------------
 #
 # At its import pybullet says when it was built, on standard error, from C: before the one-line
 # error, or into the progress, of whichever command needed it. So the descriptor itself is pointed
 # at a file for that moment; what others wrote to it meanwhile is passed on after it.
-
 
 _BANNER = b"pybullet build time:"
 _STDERR = 2
@@ -75,13 +73,14 @@ def _import_quietly() -> Any:
     return module
 
 
-pybullet: Any = _import_quietly()
-p = pybullet
-
+p: Any = _import_quietly()
 
 Contact = tuple[Any, ...]
 SubstepHook = Callable[["World"], None]
 Entry = tuple[Any, ...]
+
+
+# -- The world -------------------------------------------------------------------------
 
 ARM_JOINTS = tuple(range(7))
 ARM_FORCE_N, ARM_SPEED_RAD_S, FINGER_SPEED_M_S = 200.0, 2.0, 1.0
@@ -358,9 +357,7 @@ def quaternion_from_euler(euler: Any) -> tuple[float, float, float, float]:
     return x, y, z, w
 
 
-# ------------------------------------------------------------------------------------------------
-# What drawer, door, button and switch do: joints from an observation, lights from joints.
-
+# -- Drawer, door, button, switch: joints from an observation, lights from joints ------
 
 Logic = tuple[bool, bool, bool, bool, bool]
 
@@ -445,9 +442,7 @@ class Mechanisms:
         }
 
 
-# ------------------------------------------------------------------------------------------------
-# Where the blocks start: given poses, or drawn until none touch.
-
+# -- Blocks: put at given poses, or placed at random until none touch ------------------
 
 PLACEMENT_TRIES = 1000
 
@@ -479,14 +474,12 @@ def place_blocks(world: World, rng: np.random.Generator) -> None:
     raise RuntimeError(f"blocks still touch after {PLACEMENT_TRIES} placements")
 
 
-# ------------------------------------------------------------------------------------------------
-# The arm inside a world: state, inverse kinematics, motors.
+# -- The arm: state, inverse kinematics, motors ----------------------------------------
 #
-# Control as CALVIN's: one Bullet null-space IK call a control step with the initial joints as
+# Control as CALVIN's: one Bullet null-space IK call per control step with the initial joints as
 # rest pose, joint position motors with bounded force and speed, fingers driven to open with a
 # weak and to close with a strong motor. Relative actions move a stored target that only
 # `reset` synchronises with the arm; absolute actions leave that target alone.
-
 
 LOWER_RAD = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
 UPPER_RAD = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])

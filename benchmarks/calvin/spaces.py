@@ -1,6 +1,7 @@
-"""What an episode starts from, checked before anything moves, and what a state is.
+"""CALVIN's actions and observations, checked before anything moves; and what a state is.
 
-A bad observation raises one line that names the field; the world keeps its state.
+A bad action or observation raises one line that names the field, and the world keeps its
+state: parsing touches neither the stored target nor a motor.
 """
 
 from __future__ import annotations
@@ -13,12 +14,7 @@ import numpy as np
 from openhelix.benchmarks.calvin.scene import ROBOT_Q0_RAD
 from openhelix.runtime.core.types import F64
 
-# ------------------------------------------------------------------------------------------------
-# CALVIN's action forms, checked before anything moves.
-#
-# A bad action raises one line that names the field, and the world keeps its state: parsing
-# touches neither the stored target nor a motor.
-
+# -- Actions ---------------------------------------------------------------------------
 
 FORMS = "7 relative numbers, a (position, euler | quaternion, gripper) tuple, or a dict"
 DICT_TYPES = ("cartesian_rel", "cartesian_abs", "joint_rel", "joint_abs")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from openhelix.benchmarks.calvin.demonstrations import perform, random_expert
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.expert_control import ROBOT_XY_M, WIDEST_GRASP_M, View, hand, wrap
 from openhelix.benchmarks.calvin.geometry import CABINET_HALF_X, DOOR_SIZE_X
@@ -26,12 +27,10 @@ from openhelix.benchmarks.calvin.sequences import LAYOUTS, ROBOT_OBS, SWITCH_ON_
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 from openhelix.runtime.core.types import F64
 
-# ------------------------------------------------------------------------------------------------
-# Worlds to start in: where blocks, doors and lights are, drawn at random for a task.
+# -- Layouts: where blocks, doors and lights are, drawn at random for a task -----------
 #
 # Half of them follow CALVIN's layouts (its slots, its yaws), since that is what evaluation
 # starts from; the others put things anywhere that the scene allows.
-
 
 REACH_M = 0.83  # from the arm's base to a block, horizontally
 DRAWER_Z_M, SHELF_Z_M, TABLE_Z_M = 0.362, 0.461, 0.46
@@ -196,6 +195,9 @@ def in_reach(spot: F64) -> bool:
     return bool(np.hypot(spot[0] - ROBOT_XY_M[0], spot[1] - ROBOT_XY_M[1]) < REACH_M)
 
 
+# -- Starts: an arm somewhere in a layout ----------------------------------------------
+
+
 class StartError(RuntimeError):
     """No start state for a task was found."""
 
@@ -332,8 +334,6 @@ def begin(
         UnknownTaskError: there is no such task.
         StartError: none was found in `tries` draws.
     """
-    from openhelix.benchmarks.calvin.demonstrations import perform, random_expert
-
     family = get_task(task).family
     for _ in range(tries):
         if family in ("place", "stack"):

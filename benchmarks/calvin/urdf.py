@@ -25,8 +25,7 @@ from openhelix.benchmarks.calvin import geometry
 from openhelix.benchmarks.calvin.scene import BLOCK_SIDE_M, Scene
 from openhelix.runtime.core.types import F64
 
-# ------------------------------------------------------------------------------------------------
-# Generated URDF and OBJ files, in a cache named by their content.
+# -- Generated URDF and OBJ files, in a cache named by their content -------------------
 #
 # Bullet reads shapes from files only. They are written once per content: into a folder named
 # by a hash of what goes in, made beside its final place and moved there in one step, so that
@@ -68,8 +67,9 @@ def content_folder(kind: str, files: Mapping[str, bytes]) -> Path:
     return final
 
 
+# -- The models ------------------------------------------------------------------------
+
 HAND_TO_TCP_M = 0.14
-HAND_TO_FINGER_M = 0.0584
 CAMERA_MOUNT = ((-0.1, 0.0, 0.0), (1.3, 0.0, -1.57))  # xyz, rpy in the hand's frame
 
 Sections = tuple[tuple[float, float, float, float], ...]

@@ -31,7 +31,7 @@ JOB_TIMEOUT_S = 60.0  # an expert may have to do a task first
 Handlers = Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]
 
 
-class WorldNode:
+class WorldProcess:
     """Physics, oracles and the robot's proprioception.
 
     Args:
@@ -48,6 +48,7 @@ class WorldNode:
         self._task, self._task_seq = "", 0
         self._completed = False
         self._env_steps = self._starved_steps = 0
+        self._actions: NewestReader[Action] | None = None
         self._held: Action | None = None  # the target that the arm keeps
 
     def setup(self) -> None:
@@ -59,6 +60,7 @@ class WorldNode:
         self._states = Publisher(states, "states", keys=self._keys)
 
     def run(self, stop: threading.Event) -> None:
+        assert self._actions is not None
         last_s = time.monotonic()
         while not stop.is_set():
             self._actions.wait(0.02)
@@ -79,13 +81,13 @@ class WorldNode:
                     self._step(self._held, time.monotonic_ns())
 
     def health(self) -> dict[str, Any]:
-        stats = self._actions.stats
+        stats = self._actions.stats if self._actions else None
         return {
             "env_steps": self._env_steps,
             "starved_steps": self._starved_steps,
-            "actions_received": stats.received,
-            "actions_lost": stats.gaps,
-            "actions_dropped": dict(stats.dropped),
+            "actions_received": stats.received if stats else 0,
+            "actions_lost": stats.gaps if stats else 0,
+            "actions_dropped": dict(stats.dropped) if stats else {},
         }
 
     def handlers(self) -> Handlers:
@@ -96,9 +98,10 @@ class WorldNode:
         }
 
     def close(self) -> None:
-        for part in ("_env", "_actions", "_states"):
-            if hasattr(self, part):
-                getattr(self, part).close()
+        for name in ("_env", "_actions", "_states"):
+            part = getattr(self, name, None)
+            if part is not None:
+                part.close()
 
     def _step(self, action: Action, t_ns: int) -> None:
         gripper = 1.0 if action.gripper >= 0.5 else -1.0
@@ -180,7 +183,7 @@ class WorldNode:
         return any_done
 
 
-class CameraNode:
+class CameraProcess:
     """Draws the newest state at its own rate and publishes all cameras as one `FrameSet`.
 
     Args:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from openhelix.benchmarks.calvin.sequences import LENGTH
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
@@ -20,7 +20,7 @@ from openhelix.benchmarks.evaluation.report import interval, markdown_table
 from openhelix.benchmarks.evaluation.results import read_results, read_run
 from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
 from openhelix.benchmarks.evaluation.suites import CHAINS
-from openhelix.runtime.cli.arguments import Parser
+from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import ConfigError
 
 MUST_AGREE = ("name", "seed")  # else equal keys are not equal episodes
@@ -123,7 +123,7 @@ def to_markdown(found: Mapping[str, Any]) -> str:
     parts = [
         f"# {found['suite']}: A and B\n",
         f"A is `{found['a']}`, B is `{found['b']}`; {found['n_pairs']} pairs of episodes, "
-        f"{clocks} clock, at most {limits} environment steps a task, seed {found['seed']}.\n",
+        f"{clocks} clock, at most {limits} environment steps per task, seed {found['seed']}.\n",
         markdown_table((header, rows)),
         "Success rates: McNemar's exact test; average length: paired bootstrap.\n",
         "## What differs\n",
@@ -154,13 +154,16 @@ def _text(value: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
+class CompareOptions(Options):
+    """Options of `compare`."""
+
+    a: Annotated[Path, Positional()] = option(..., "folder of an evaluation")
+    b: Annotated[Path, Positional()] = option(..., "folder of another one")
+
+
 def main(argv: Sequence[str]) -> int:
-    """Compare two folders of results."""
-    arguments = Parser(prog="openhelix compare", description=__doc__)
-    arguments.add_argument("a", type=Path, metavar="A", help="folder of an evaluation")
-    arguments.add_argument("b", type=Path, metavar="B", help="folder of another one")
-    arguments.add_argument("--json", action="store_true", help="print one JSON object")
-    options = arguments.parse_args(argv)
+    """Compare two evaluations on the same episodes."""
+    options, _ = parse("compare", CompareOptions, argv, __doc__ or "")
     found = compare(options.a, options.b)
-    sys.stdout.write(json.dumps(found) + "\n" if options.json else to_markdown(found))
+    sys.stdout.write(json.dumps(found) + "\n" if options.as_json else to_markdown(found))
     return 0

@@ -6,61 +6,77 @@ import inspect
 import json
 import logging
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.calvin.motions import PATTERNS
-from openhelix.benchmarks.evaluation.evaluation import ROOT, Console, Plan, code_hash, evaluate
+from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, code_hash, evaluate
 from openhelix.benchmarks.evaluation.metrics import served
-from openhelix.benchmarks.evaluation.pool import open_pool
+from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.report import write_reports
 from openhelix.benchmarks.evaluation.results import REPORT, RUN, ResultsError, read_run
 from openhelix.benchmarks.evaluation.runner import Conditions
-from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES, WORLDS, Suite
-from openhelix.runtime.cli.arguments import Parser, parse, parser
+from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES, Suite
+from openhelix.runtime.cli.arguments import Options, Words, option, parse
+from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import (
     ConfigError,
+    Count,
     RunConfig,
     apply_overrides,
     read_yaml,
     validate,
 )
+from openhelix.runtime.core.paths import CONFIGS
 
-DEFAULT_CONFIG = ROOT / "configs" / "run.yaml"
+DEFAULT_CONFIG = CONFIGS / "run.yaml"
 ENGINE = "openhelix.system2.engines.transformers:TransformersEngine"
 ENGINE_BASE = "openhelix.system2.engines.base:EngineBase"
 FOLDER = Path("outputs") / "eval"
 
 
-def arguments(command: str, description: str) -> Parser:
-    """Return the options that `eval` and `sweep` share."""
-    result = parser(command, description)
-    add = result.add_argument
-    add("--world", default="playtable", metavar="|".join(WORLDS))
-    add("--scene", default="D", metavar="A..D", help="one or more: D, or ABC")
-    add("--sequences", type=int, metavar="N", help="chains: the first N of CALVIN's 1000 (10)")
-    add("--episodes-per-task", type=int, metavar="N", help="tasks, calvin-d: N a task (10)")
-    add("--steps", type=int, default=360, metavar="LIMIT", help="environment steps a task (360)")
-    add("--seed", type=int, default=0)
-    add("--tasks", type=_words, default=(), metavar="TASK,...", help="only these tasks")
-    add("--patterns", type=_words, default=PATTERNS, metavar="PATTERN,...", help="of calvin-d")
-    add("--speeds", type=_words, default=("paper",), metavar="SPEED,...", help="paper, x2, m/s")
-    add("--phrases", default="unseen", metavar="seen|unseen|all|FILE", help="of calvin-e")
-    add("--workers", type=int, default=1, metavar="N", help="processes (1: this one)")
-    add("--threads", type=int, default=1, metavar="N", help="torch threads of each (1)")
-    add("--out", type=Path, metavar="DIR", help="results; an unfinished evaluation is continued")
-    return result
+class SuiteOptions(Options):
+    """The options that `eval` and `sweep` share."""
+
+    world: str = option("playtable", "an installed world (playtable)", "playtable|calvin|...")
+    scene: str = option("D", "one or more: D, or ABC", "A..D")
+    sequences: int | None = option(None, "chains: the first N of CALVIN's 1000 (10)", "N")
+    episodes_per_task: int | None = option(None, "tasks, calvin-d: N per task (10)", "N")
+    steps: Count = option(360, "environment steps per task (360)", "LIMIT")
+    seed: int = option(0, "of starts, wording and the policy's noise (0)", "N")
+    tasks: Words = option((), "only these tasks", "TASK,...")
+    patterns: Words = option(PATTERNS, "of calvin-d", "PATTERN,...")
+    speeds: Words = option(("paper",), "of calvin-d: paper, x2, m/s", "SPEED,...")
+    phrases: str = option("unseen", "of calvin-e", "seen|unseen|all|FILE")
+    workers: Count = option(1, "processes (1: this one)", "N")
+    threads: Count = option(1, "torch threads of each (1)", "N")
+    out: Path | None = option(None, "results; an unfinished evaluation is continued", "DIR")
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+class EvalOptions(SuiteOptions):
+    """Options of `eval`; what is evaluated is `RunConfig`."""
+
+    suite: str = option(..., "what is asked of the policy", "|".join(SUITES))
+    clock: str = option("lockstep", "lockstep or realtime (lockstep)", "lockstep|realtime")
+    interval: int | None = option(None, "System 2 every N steps (30)", "N")
+    latency: int = option(0, "its delay in steps (0)", "N")
+    drift: bool = option(False, "compare latents with fresh ones")
+    videos: Words = option((), "film N episodes, or these, as D/7", "N|KEY,...")
+    base: Path = option(FOLDER, "where new folders are made (outputs/eval)", "DIR")
+
+
+def read(argv: Sequence[str]) -> tuple[EvalOptions, list[str]]:
+    """Return the options and overrides of a command line."""
+    return parse("eval", EvalOptions, argv, __doc__ or "", RunConfig)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Evaluate; 0 when all episodes have been run, whatever their success."""
-    options, overrides = parse(_arguments(), argv)
+    """Measure how often a policy does what it is told.
+
+    0 when all episodes have been run, whatever their success.
+    """
+    options, overrides = read(argv)
     logging.basicConfig(level=logging.ERROR)
     plan = make_plan(options, overrides)
     folder = options.out or default_folder(plan, options.base)
@@ -73,37 +89,22 @@ def main(argv: Sequence[str]) -> int:
     finally:
         pool.close()
     write_reports(report, folder)
-    sys.stdout.write(json.dumps(report) + "\n" if options.json else brief(report))
+    sys.stdout.write(json.dumps(report) + "\n" if options.as_json else brief(report))
     return 0
 
 
-def _arguments() -> Parser:
-    result = arguments("eval", __doc__ or "")
-    result.add_argument("--suite", required=True, metavar="|".join(SUITES))
-    result.add_argument("--clock", default="lockstep", metavar="lockstep|realtime")
-    result.add_argument("--interval", type=int, metavar="N", help="System 2 every N steps (30)")
-    result.add_argument("--latency", type=int, default=0, metavar="N", help="its delay in steps")
-    result.add_argument("--drift", action="store_true", help="compare latents with fresh ones")
-    result.add_argument(
-        "--videos", type=_words, default=(), metavar="N|KEY,...", help="film N, or these, as D/7"
-    )
-    result.add_argument("--base", type=Path, default=FOLDER, help="where new folders are made")
-    return result
-
-
-def make_plan(options: Namespace, overrides: Sequence[str]) -> Plan:
+def make_plan(options: EvalOptions, overrides: Sequence[str]) -> Evaluation:
     """Return the evaluation that the command line describes.
 
     Raises:
         ConfigError: in one line, the option and what is valid.
     """
     suite = make_suite(options, options.suite)
-    for name in ("workers", "threads", "steps"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name}: {getattr(options, name)} is below 1")
     if options.clock not in ("lockstep", "realtime"):
         raise ConfigError(f"--clock: {options.clock!r} is none of lockstep, realtime")
-    config = load_config(options.config, overrides, options)
+    config = load_config(
+        overrides, options.config, world=suite.world, scene=options.scene, clock=options.clock
+    )
     interval = config.interval_steps if options.interval is None else options.interval
     if interval < 1 or options.latency < 0:
         raise ConfigError("--interval must be at least 1, --latency at least 0")
@@ -113,7 +114,7 @@ def make_plan(options: Namespace, overrides: Sequence[str]) -> Plan:
             "on the wall clock say system2.hz=HZ"
         )
     conditions = Conditions(options.steps, interval, options.latency, options.drift)
-    return Plan(suite, conditions, config, options.threads, *_films(options.videos, suite))
+    return Evaluation(suite, conditions, config, options.threads, *_films(options.videos, suite))
 
 
 def _films(words: Sequence[str], suite: Suite) -> tuple[int, tuple[str, ...]]:
@@ -129,7 +130,7 @@ def _films(words: Sequence[str], suite: Suite) -> tuple[int, tuple[str, ...]]:
     return 0, tuple(words)
 
 
-def make_suite(options: Namespace, name: str) -> Suite:
+def make_suite(options: SuiteOptions, name: str) -> Suite:
     """Return the suite that the options describe.
 
     Raises:
@@ -147,36 +148,39 @@ def make_suite(options: Namespace, name: str) -> Suite:
         scenes=tuple(options.scene.replace(",", "")),
         count=10 if count is None else count,
         seed=options.seed,
-        tasks=tuple(options.tasks),
-        patterns=tuple(options.patterns),
-        speeds=tuple(options.speeds),
+        tasks=options.tasks,
+        patterns=options.patterns,
+        speeds=options.speeds,
         phrases=options.phrases,
     )
 
 
-def load_config(path: Path | None, overrides: Sequence[str], options: Namespace) -> RunConfig:
+def load_config(
+    overrides: Sequence[str],
+    path: Path | None = None,
+    *,
+    world: str = "playtable",
+    scene: str = "D",
+    clock: str = "lockstep",
+) -> RunConfig:
     """Return the configuration of the run, with System 2 on transformers unless it is named.
 
     One request at a time is all that an episode asks for; transformers loads in a sixth of the
     time that vLLM takes and needs less of it for a batch of one.
+
+    Raises:
+        ConfigError: in one line, the field and what is valid.
     """
     data = read_yaml(path if path is not None else DEFAULT_CONFIG)
-    data = apply_overrides(data, overrides)
-    clock = getattr(options, "clock", "lockstep")
+    data = apply_overrides(data, overrides, RunConfig)
     if path is None and clock == "lockstep" and not any(map(_names_engine, overrides)):
         engine = data.get("system2", {}).get("engine", {})
         taken = _engine_options()
         kept = {k: v for k, v in engine.get("options", {}).items() if k in taken}
         data.setdefault("system2", {})["engine"] = {"target": ENGINE, "options": kept}
-    data = apply_overrides(
-        data,
-        [
-            f"control.clock={clock}",
-            f"robot.name={'sim' if options.world == 'playtable' else 'calvin'}",
-            f"world.scene={options.scene[:1]}",
-        ],
-    )
-    return validate(RunConfig, data)
+    fixed = [f"control.clock={clock}", f"world.scene={scene[:1]}"]
+    fixed += [f"world.name={world}", f"robot.name={'calvin' if world == 'calvin' else 'sim'}"]
+    return validate(RunConfig, apply_overrides(data, fixed, RunConfig))
 
 
 def _names_engine(override: str) -> bool:
@@ -185,12 +189,10 @@ def _names_engine(override: str) -> bool:
 
 
 def _engine_options() -> set[str]:
-    from openhelix.runtime.core.plugins import resolve
-
-    return set(inspect.signature(resolve(ENGINE_BASE)).parameters) | {"device"}
+    return set(inspect.signature(plugins.resolve(ENGINE_BASE)).parameters) | {"device"}
 
 
-def default_folder(plan: Plan, base: Path) -> Path:
+def default_folder(plan: Evaluation, base: Path) -> Path:
     """Return the folder of this very evaluation if one was begun and not finished, or a new one."""
     identity = json.loads(json.dumps(plan.identity()))
     name = f"{plan.suite.name}-{''.join(plan.suite.scenes)}"
@@ -223,9 +225,9 @@ def brief(report: dict[str, Any]) -> str:
     else:
         score = f"success {100 * report['success_rate']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
         trials = f"{report['n_episodes']} episodes"
-    errors = f", {report['n_errors']} broke off" if report["n_errors"] else ""
+    errors = f", {report['n_errors']} ended by an error" if report["n_errors"] else ""
     return (
         f"{report['suite']} in {report['world']} {report['scene']}: {score}\n"
-        f"{trials}{errors}; {report['clock']} clock, {report['steps_limit']} environment steps a "
+        f"{trials}{errors}; {report['clock']} clock, {report['steps_limit']} environment steps per "
         f"task, seed {report['seed']}\n{report['folder']}/report.html\n"
     )

@@ -17,16 +17,17 @@ from openhelix.benchmarks.evaluation.results import ResultsError, Store, replace
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite, spread
 from openhelix.runtime.control.report import versions
-from openhelix.runtime.core.config import ConfigError, Part, RunConfig
+from openhelix.runtime.core import plugins
+from openhelix.runtime.core.config import ConfigError, Part, PolicyPart, RunConfig
+from openhelix.runtime.core.paths import ROOT
 from openhelix.system1.config import SHIPPED
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("runtime", "system1", "system2", "benchmarks/calvin", "benchmarks/evaluation")
 Progress = Callable[[int, int, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Evaluation:
     """One evaluation, complete.
 
     Attributes:
@@ -71,7 +72,7 @@ class Plan:
 
 
 def evaluate(
-    plan: Plan, pool: Pool, folder: Path, progress: Progress | None = None
+    plan: Evaluation, pool: Pool, folder: Path, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Run what is missing; return the summary, which is also written to the folder.
 
@@ -89,6 +90,8 @@ def evaluate(
     begun_s = time.monotonic()
     try:
         missing, resumed = store.missing, len(store.results)
+        if missing:
+            plugins.find(plugins.WORLDS, plan.suite.world).require()
         about = pool.start() if missing or not (folder / "about.json").exists() else None
         about = _about(folder, about, resumed > 0)
         films = spread(episodes, plan.videos)
@@ -140,7 +143,7 @@ def _about(folder: Path, about: dict[str, Any] | None, resumed: bool) -> dict[st
     return dict(_plain(about))
 
 
-def header(plan: Plan, about: Mapping[str, Any]) -> dict[str, Any]:
+def header(plan: Evaluation, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return what every score must say of itself."""
     policy, engine = plan.config.system1.policy, plan.config.system2.engine
     wall = plan.config.control.clock == "realtime"
@@ -158,7 +161,7 @@ def header(plan: Plan, about: Mapping[str, Any]) -> dict[str, Any]:
         "replan_steps": plan.config.system1.replan_steps,
         "policy": {
             "target": policy.target,
-            "checkpoint": policy.options.get("path"),
+            "checkpoint": checkpoint_of(policy),
             "sha256": fingerprint(policy),
             "spec": about["policy_spec"],
         },
@@ -174,6 +177,14 @@ def header(plan: Plan, about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def checkpoint_of(policy: Part) -> str | None:
+    """Return the folder that a policy is read from, "shipped", or None for one without."""
+    if policy.target == PolicyPart().target and not policy.options.get("untrained"):
+        return str(policy.options.get("path", "shipped"))
+    found = policy.options.get("path")
+    return None if found is None else str(found)
+
+
 def fingerprint(part: Part) -> str:
     """Return a hash of a part: its target and options, files and folders by their content.
 
@@ -181,7 +192,10 @@ def fingerprint(part: Part) -> str:
         ConfigError: `options.path` names nothing.
     """
     digest = hashlib.sha256(part.target.encode())
-    for name, value in sorted(part.options.items()):
+    options = dict(part.options)
+    if part.target == PolicyPart().target and not options.get("untrained"):
+        options.setdefault("path", "shipped")
+    for name, value in sorted(options.items()):
         digest.update(f"\0{name}\0".encode())
         path = Path(value) if isinstance(value, str) and value else None
         if name == "path" and value == "shipped":

@@ -1,4 +1,9 @@
-"""One attempt at an episode: what is known of it, whenever and however it ends."""
+"""What is measured while an episode runs, and what becomes of it however it ends.
+
+`DemandGoals` schedules System 2 and computes only what a plan is made from; `EngineMeter`,
+`Watch` and `Drift` measure System 2's work and the age and drift of its latents; `Attempt` puts
+together what is known of an episode, whenever it ends.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +24,11 @@ from openhelix.runtime.core.interfaces import Engine, LatentSpec, Policy, Policy
 from openhelix.runtime.core.types import F32, ActionChunk, LatentGoal, Observation
 from openhelix.runtime.robots.env import EnvRobot
 
-# ------------------------------------------------------------------------------------------------
-# System 2 on a schedule, computing only those latents that a plan is made from.
+# -- System 2 on a schedule, computed on demand ----------------------------------------
 #
 # A policy that plans every eighth step reads one in eight of the latents of a System 2 that
 # refreshes every step. The others change nothing, so they are scheduled and counted but never
 # computed: the same results, at an eighth of the cost.
-
 
 NOT_YET: F32 = np.zeros((0, 0), np.float32)
 
@@ -86,7 +89,7 @@ class DemandGoals(LockstepGoals):
             instruction_id=self.instruction_id,
             t_obs_ns=observation.t_ns,
             t_pub_ns=observation.t_ns,
-            spec_id=self._spec_id,
+            spec_id=engine.spec.spec_id,
             source="lockstep",
         )
 
@@ -123,8 +126,7 @@ class DemandPolicy:
         return self._policy.act(observation, [self._goals.filled(goal) for goal in latents])
 
 
-# ------------------------------------------------------------------------------------------------
-# What is measured while an episode runs: System 2's work, the latents' age and their drift.
+# -- Meters: System 2's work, the latents' age and their drift -------------------------
 
 
 class EngineMeter:
@@ -221,7 +223,7 @@ class Watch:
 class Drift:
     """A subscriber that compares the latent behind each plan with a fresh one.
 
-    What the plan *would* have been conditioned on costs one more call of System 2 a plan; the
+    What the plan *would* have been conditioned on costs one more call of System 2 per plan; the
     run itself goes on unchanged.
 
     Attributes:
@@ -255,6 +257,9 @@ def cosine(a: F32, b: F32) -> float:
     return float(x @ y) / length if length > 0 else 0.0
 
 
+# -- An attempt at an episode ----------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of an episode: plain data, and the film of it, if it was filmed."""
@@ -264,7 +269,7 @@ class Outcome:
 
 
 class Attempt:
-    """What is known of an episode so far; complete enough to report whenever it breaks off."""
+    """What is known of an episode so far; complete enough to report whenever it ends."""
 
     def __init__(self, episode: Episode) -> None:
         self.episode = episode
@@ -323,7 +328,7 @@ class Attempt:
         }
 
     def _broken(self, done: int) -> list[dict[str, Any]]:
-        """The row of the task during which the episode broke off, if it did."""
+        """The row of the task during which an error ended the episode, if one did."""
         if self.error is None or done == len(self.episode.tasks):
             return []
         steps = self._stack.episode_runner.steps if self._stack else 0

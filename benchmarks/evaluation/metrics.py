@@ -13,7 +13,7 @@ from typing import Any
 
 from prometheus_client.core import Metric
 
-from openhelix.benchmarks.evaluation.evaluation import Plan, Progress
+from openhelix.benchmarks.evaluation.evaluation import Evaluation, Progress
 from openhelix.runtime.core.config import RunConfig
 from openhelix.runtime.observe.collectors import OUTCOMES
 from openhelix.runtime.observe.metrics import Histogram, counter, gauge, histograms, serve
@@ -32,7 +32,7 @@ class EvalMetrics:
         self._ages: dict[Labels, Histogram] = {}
         self._chains: dict[Labels, Histogram] = {}
 
-    def watch(self, plan: Plan, progress: Progress) -> Progress:
+    def watch(self, plan: Evaluation, progress: Progress) -> Progress:
         """Return a `progress` for `evaluate` that counts an episode, then tells the given one."""
         cell = cell_of(plan)
         self._begin(plan, cell)
@@ -52,7 +52,7 @@ class EvalMetrics:
         yield histograms("eval_latent_age_steps", dict(self._ages))
         yield histograms("eval_chain_successes", dict(self._chains))
 
-    def _begin(self, plan: Plan, cell: Labels) -> None:
+    def _begin(self, plan: Evaluation, cell: Labels) -> None:
         """Have every series there at 0: the first event of a new series cannot be seen."""
         suite, episodes = plan.suite.name, plan.suite.episodes()
         self._planned[suite] = len(episodes)
@@ -64,7 +64,7 @@ class EvalMetrics:
         if plan.suite.is_chain:
             self._chains.setdefault((suite,), Histogram("eval_chain_successes"))
 
-    def _count(self, plan: Plan, cell: Labels, result: Mapping[str, Any]) -> None:
+    def _count(self, plan: Evaluation, cell: Labels, result: Mapping[str, Any]) -> None:
         suite = plan.suite.name
         outcome = "error" if result["error"] else OUTCOMES[not result["success"]]
         self._episodes[suite, outcome] += 1
@@ -79,7 +79,7 @@ class EvalMetrics:
             self._chains[suite,].observe(result["in_a_row"])
 
 
-def cell_of(plan: Plan) -> Labels:
+def cell_of(plan: Evaluation) -> Labels:
     """Return suite, clock, interval and latency; the wall clock's latency is not chosen: ""."""
     clock, conditions = plan.config.control.clock, plan.conditions
     latency = str(conditions.latency) if clock == "lockstep" else ""

@@ -210,6 +210,10 @@ class RayPool:
                         again.append(job)
                         continue
                     outcome = _lost(job)
+                except ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, ConfigError):
+                        raise error.cause from None  # one line, without the worker's traceback
+                    raise
                 else:
                     self._idle.append(worker)
                     if worker not in self._loaded:

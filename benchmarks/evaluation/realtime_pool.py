@@ -95,7 +95,7 @@ class RealtimePool:
 
 def start_of(episode: Episode) -> dict[str, Any]:
     """Return how the world's process is to set the episode up."""
-    target = "openhelix.benchmarks.evaluation.runner:stage_json"
+    target = "openhelix.benchmarks.evaluation.staging:stage_json"
     return {"stage": {"target": target, "options": {"episode": episode.to_json()}}}
 
 

@@ -69,15 +69,15 @@ def settings(report: Mapping[str, Any]) -> Table:
     policy, system2 = report["policy"], report["system2"]
     latent = [system2["spec"]["kind"], system2["spec_id"]] if system2 else ["none"]
     rows = [
-        ["policy", f"{policy['target']} ({policy['checkpoint'] or 'no checkpoint: untrained'})"],
+        ["policy", f"{policy['target']} ({policy['checkpoint'] or 'no checkpoint'})"],
         ["policy, sha256", policy["sha256"]],
         ["System 2", f"{system2['target']}" if system2 else "none"],
         ["latent", ", ".join(filter(None, latent))],
         ["replanning", f"every {report['replan_steps']} steps"],
         ["environment steps", str(report["work"]["env_steps"])],
-        ["latents a task", f"{report['work']['latents_per_task'] or 0:.1f}"],
+        ["latents per task", f"{report['work']['latents_per_task'] or 0:.1f}"],
         ["seconds an episode", f"{report['timing']['episode_s_mean'] or 0:.1f}"],
-        ["broke off", str(report["n_errors"])],
+        ["ended by an error", str(report["n_errors"])],
         ["program", ", ".join(report["code"])],
     ]
     return ["", ""], rows
@@ -139,7 +139,7 @@ def sections(report: Mapping[str, Any]) -> dict[str, Table]:
     found[f"By task ({what})"] = task_table(report)
     if report["errors"]:
         errors = [[row["key"], row["error"]] for row in report["errors"]]
-        found["Episodes that broke off (counted as failures)"] = ["episode", "reason"], errors
+        found["Episodes that an error ended (counted as failures)"] = ["episode", "reason"], errors
     found["What was evaluated"] = settings(report)
     return found
 

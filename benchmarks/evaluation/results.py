@@ -1,13 +1,14 @@
-"""Results on disk: a folder that a killed evaluation is continued in.
+"""Results on disk, in a folder that a killed evaluation is continued in, and their summary.
 
     run.json             what is evaluated; whoever continues must want the same
-    shards/0000.jsonl    32 episodes a file, one line each: a checksum and the result
+    shards/0000.jsonl    32 episodes per file, one line each: a checksum and the result
     videos/<key>.mp4
     report.{json,md,html}
 
 A shard is written anew, whole, with every episode that is finished (a rename replaces the old
 one), so no kill can leave half a line; a line that does not fit is damage, and a damaged
-folder is refused before anything in it is touched.
+folder is refused before anything in it is touched. `summarise` sums episodes up, every rate
+with its interval.
 """
 
 from __future__ import annotations
@@ -245,9 +246,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-# ------------------------------------------------------------------------------------------------
-# Episodes' results summed up, every rate with its interval.
-
+# -- The summary -----------------------------------------------------------------------
 
 Result = Mapping[str, Any]
 ERRORS_SHOWN = 20

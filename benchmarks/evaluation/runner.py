@@ -11,18 +11,13 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 
-from openhelix.benchmarks.calvin.env import PlayTableEnv
-from openhelix.benchmarks.calvin.motions import MovingBlock
-from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
-from openhelix.benchmarks.calvin.starts import StartError, begin
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.evaluation.measurement import (
     Attempt,
@@ -32,12 +27,13 @@ from openhelix.benchmarks.evaluation.measurement import (
     EngineMeter,
     Outcome,
 )
+from openhelix.benchmarks.evaluation.staging import stage, stage_calvin
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.control.assembly import ControlStack, build_stack, make, replan_ns
 from openhelix.runtime.control.episode_runner import Assignment, EpisodeRunner
 from openhelix.runtime.control.planner import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
-from openhelix.runtime.core.config import RunConfig
+from openhelix.runtime.core.config import ConfigError, RunConfig
 from openhelix.runtime.core.interfaces import (
     Engine,
     Policy,
@@ -46,81 +42,10 @@ from openhelix.runtime.core.interfaces import (
     check_latent,
     check_robot,
 )
-from openhelix.runtime.core.quaternion import from_euler_xyz
-from openhelix.runtime.core.types import F64, ActionChunk, LatentGoal, Observation
+from openhelix.runtime.core.types import ActionChunk, LatentGoal, Observation
 from openhelix.runtime.observe.video import Caption, VideoRecorder
-from openhelix.runtime.robots.base import make_robot
-from openhelix.runtime.robots.env import EnvRobot, PlayTableRobot
-
-# ------------------------------------------------------------------------------------------------
-# Puts a world into the state in which an episode begins.
-#
-# In PlayTable a drawn start is reached by simulation: an expert may have done another task
-# before, and a block that is to be placed lies in the hand because an expert has grasped it. For
-# calvin_env such a start is simulated in PlayTable and carried over as CALVIN's own state
-# vectors; those say nothing of the gripper's command, so a closed hand is closed again there.
-
-
-DRAWS = 5  # of a start, each with another seed, before an episode is given up
-CLOSE_STEPS = 4  # a closing hand travels its whole way in four steps
-
-
-def sequence_start(episode: Episode) -> tuple[F64, F64]:
-    """Return robot_obs (15,) and scene_obs (24,) of an episode of CALVIN's chains."""
-    assert episode.sequence is not None
-    state, _ = get_sequences(episode.sequence + 1)[episode.sequence]
-    return initial_state(state, episode.scene)
-
-
-def draw_start(env: Any, episode: Episode) -> None:
-    """Bring a PlayTable into a drawn start.
-
-    Raises:
-        StartError: none was found.
-    """
-    failed = StartError("no draw")
-    for attempt in range(DRAWS):
-        rng = np.random.default_rng([*episode.draw, attempt])
-        try:
-            begin(env, episode.tasks[0], rng)
-        except StartError as error:
-            failed = error
-        else:
-            return
-    raise failed
-
-
-def stage(env: Any, episode: Episode) -> MovingBlock | None:
-    """Bring a PlayTable into an episode's start; returns what moves in it, if anything does."""
-    if episode.sequence is not None:
-        env.reset(*sequence_start(episode))
-    else:
-        draw_start(env, episode)
-    motion = episode.motion
-    if motion is None:
-        return None
-    return MovingBlock(env, motion.block, motion.pattern, motion.speed_m_s)
-
-
-def stage_json(env: Any, episode: Mapping[str, Any]) -> MovingBlock | None:
-    """`stage` for an episode that came as plain data from another process."""
-    return stage(env, Episode.from_json(episode))
-
-
-def stage_calvin(env: Any, episode: Episode) -> None:
-    """Bring calvin_env into an episode's start."""
-    if episode.sequence is not None:
-        env.reset(*sequence_start(episode))
-        return
-    with PlayTableEnv(episode.scene, cameras=()) as model:
-        draw_start(model, episode)
-        obs, info = model.get_state_obs(), model.get_info()["robot_info"]
-    env.reset(obs["robot_obs"], obs["scene_obs"])
-    if info["gripper_action"] < 0:
-        rotation = from_euler_xyz(info["tcp_orn"])
-        for _ in range(CLOSE_STEPS):
-            env.advance((info["tcp_pos"], rotation, -1))
-
+from openhelix.runtime.robots.base import RobotError, make_robot
+from openhelix.runtime.robots.env import EnvRobot, PlayTableRobot, stepped
 
 log = logging.getLogger(__name__)
 REASON_CHARS = 300
@@ -131,7 +56,7 @@ class Conditions:
     """How an episode is run.
 
     Attributes:
-        steps_limit: environment steps a task.
+        steps_limit: environment steps per task.
         interval: System 2 refreshes every so many steps.
         latency: steps until its latent arrives.
         drift: compare the latents in use with fresh ones (costs System 2 calls).
@@ -181,28 +106,45 @@ class Runner:
         config: of the run; its clock must be "lockstep".
         engine: System 2 that is shared with others; None loads the configured one.
         threads: of torch.
+        policy: System 1; None loads the configured one.
 
     Raises:
         ValueError: something is refused; the message is one line.
     """
 
-    def __init__(self, config: RunConfig, engine: Engine | None = None, threads: int = 1) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine | None = None,
+        threads: int = 1,
+        policy: Policy | None = None,
+    ) -> None:
         self._config = config
-        self._policy: Policy = make(config.system1.policy)
+        self._policy: Policy = make(config.system1.policy) if policy is None else policy
+        self._owns_engine = engine is None
         self._clock = EpisodeClock()
         self._robots: dict[str, EnvRobot] = {}
         self._engine: EngineMeter | None = None
-        spec = self._policy.spec
-        # Before System 2 is loaded, which takes longest.
-        check_robot(self._make_robot(config.world.scene).spec, spec)
+        try:
+            self._load(engine)
+        except BaseException:
+            self.close()
+            raise
+        torch.set_num_threads(threads)
+
+    def _load(self, engine: Engine | None) -> None:
+        spec, scene = self._policy.spec, self._config.world.scene
+        # Before System 2 is loaded, which takes longest. The world is opened too: one that is
+        # not usable is refused here, and would make every episode a failed one.
+        check_robot(self._make_robot(scene).spec, spec)
+        self._open_world()
         if spec.latent is None:
             if not hasattr(self._policy, "set_task"):
                 raise SpecMismatch("policy: it takes no latent and cannot be told its task either")
             self._policy = TaskPolicy(self._policy)
         else:
-            self._engine = EngineMeter(engine or make(config.system2.engine))
+            self._engine = EngineMeter(engine or make(self._config.system2.engine))
             check_latent(self._engine.spec, spec.latent)
-        torch.set_num_threads(threads)
 
     def about(self) -> dict[str, Any]:
         """What is being evaluated, as plain data."""
@@ -211,7 +153,11 @@ class Runner:
         return {"policy_spec": asdict(self._policy.spec), "latent_spec": latent, "spec_id": spec_id}
 
     def run(self, episode: Episode, conditions: Conditions, film: bool = False) -> Outcome:
-        """Run one episode. Never raises for what goes wrong in it: that is a failed episode."""
+        """Run one episode; what goes wrong in it is told in its outcome: a failed episode.
+
+        Raises:
+            ConfigError: its world cannot be used at all.
+        """
         started_s, cpu_s = time.perf_counter(), time.process_time()
         attempt = Attempt(episode)
         try:
@@ -224,6 +170,9 @@ class Runner:
                         attempt.video = path.read_bytes() if path.exists() else None
             else:
                 self._attempt(attempt, conditions, None)
+        except ConfigError:
+            self._discard(episode.scene)
+            raise
         except Exception as error:
             attempt.error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:REASON_CHARS]
             log.warning("%s: %s", episode.key, attempt.error)
@@ -234,7 +183,7 @@ class Runner:
         """Release worlds and System 2."""
         for scene in list(self._robots):
             self._discard(scene)
-        if self._engine is not None:
+        if self._engine is not None and self._owns_engine:
             self._engine.close()
 
     def _attempt(self, attempt: Attempt, conditions: Conditions, film: Path | None) -> None:
@@ -326,11 +275,25 @@ class Runner:
             "cameras": [name for name in config.world.cameras if name in wanted],
             "clock": self._clock,
         }
-        name = "openhelix.runtime.robots.env:PlayTableRobot" if config.robot.name == "sim" else None
-        robot = make_robot(name or config.robot.name, **options)
+        name = config.robot.name
+        if name == "sim":
+            name, more = stepped(config.world.name)
+            options |= more
+        robot = make_robot(name, **options)
         if not isinstance(robot, EnvRobot):
             raise ValueError(f"robot.name: {config.robot.name!r} is no world that can be evaluated")
         return robot
+
+    def _open_world(self) -> None:
+        """Start the first world now: one that cannot start has no episodes to fail.
+
+        Raises:
+            ConfigError: it does not start; one line says why.
+        """
+        try:
+            self._robot(self._config.world.scene)
+        except RobotError as error:
+            raise ConfigError(f"--world: {error}") from error
 
     def _discard(self, scene: str) -> None:
         robot = self._robots.pop(scene, None)

@@ -28,11 +28,11 @@ from openhelix.benchmarks.calvin.motions import PATTERNS, PRESETS, speed_m_s
 from openhelix.benchmarks.calvin.scene import get_scene
 from openhelix.benchmarks.calvin.sequences import N_SEQUENCES, get_sequences
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS, get_task
+from openhelix.runtime.core import plugins
 
 SUITES = ("tasks", "calvin", "calvin-e", "calvin-d")
 CHAINS = ("calvin", "calvin-e")  # scored by tasks in a row, not by success
 GRASP_TASKS = tuple(name for name, task in TASKS.items() if task.family == "lift")
-WORLDS = ("playtable", "calvin")
 
 
 class SuiteError(ValueError):
@@ -57,7 +57,7 @@ class Episode:
         key: says what it is; two evaluations are paired by it.
         scene: "A" to "D".
         tasks: in order; the attempt ends at the first failure.
-        instructions: one a task.
+        instructions: one per task.
         seed: of the policy's randomness.
         sequence: CALVIN's sequence that it starts from; None for a drawn start.
         draw: seed of a drawn start.
@@ -97,7 +97,7 @@ class Suite:
 
     Attributes:
         name: one of `SUITES`.
-        world: one of `WORLDS`.
+        world: a name of the group `openhelix.worlds`.
         scenes: one or more of A to D.
         count: sequences of a chain suite (the first of CALVIN's 1000); else episodes for each
             task, and for each pattern and speed of calvin-d.
@@ -120,8 +120,11 @@ class Suite:
     def __post_init__(self) -> None:
         if self.name not in SUITES:
             raise SuiteError(f"--suite: {self.name!r} is none of {', '.join(SUITES)}")
-        if self.world not in WORLDS:
-            raise SuiteError(f"--world: {self.world!r} is none of {', '.join(WORLDS)}")
+        worlds = plugins.entries(plugins.WORLDS)
+        if self.world not in worlds:
+            raise SuiteError(
+                f"--world: no world {self.world!r}; {plugins.nearest(self.world, worlds)}"
+            )
         if self.name == "calvin-d" and self.world != "playtable":
             raise SuiteError("--world: calvin-d needs playtable; calvin_env's blocks cannot move")
         if not self.scenes or len(set(self.scenes)) < len(self.scenes):

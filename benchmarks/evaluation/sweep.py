@@ -8,7 +8,7 @@ System 2's work for a task. Cells that are finished are not run again.
 
 `--clock realtime` (or `both`) runs the same cadences on the wall clock, with System 2 in a
 process of its own: `control.hz / interval` hertz. Its latency is then what it is on this
-machine, and a cadence that it cannot keep shows in the latents that it gave a task.
+machine, and a cadence that it cannot keep shows in the latents that it gave per task.
 """
 
 from __future__ import annotations
@@ -17,28 +17,26 @@ import json
 import logging
 import shlex
 import sys
-from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.evaluation import plots
-from openhelix.benchmarks.evaluation.eval import arguments, load_config, make_suite
-from openhelix.benchmarks.evaluation.evaluation import Console, Plan, evaluate
+from openhelix.benchmarks.evaluation.eval import SuiteOptions, load_config, make_suite
+from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate
 from openhelix.benchmarks.evaluation.metrics import EvalMetrics, served
-from openhelix.benchmarks.evaluation.pool import Pool, open_pool
+from openhelix.benchmarks.evaluation.pool import Pool
+from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.report import html_table, image, interval, markdown_table, page
 from openhelix.benchmarks.evaluation.results import read_results, replace_file
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
 from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES
-from openhelix.runtime.cli.arguments import Parser, parse
+from openhelix.runtime.cli.arguments import Numbers, Words, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig
 
-# ------------------------------------------------------------------------------------------------
-# A sweep for people: tables, and a plot a suite of success against the age of the latent.
-
+# -- The report: tables, and for each suite a plot of success against the latent's age -
 
 Cell = dict[str, Any]
 
@@ -55,8 +53,8 @@ def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
         "p",
         "latent age, steps",
         "drift: cosine",
-        "latents a task",
-        "System 2, s a task",
+        "latents per task",
+        "System 2, s per task",
         "of processor time",
     ]
     scale, digits = (1.0, 2) if chain else (100.0, 1)
@@ -101,7 +99,7 @@ def note(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
     kind = "sequences" if "avg_len" in cells[0] else "episodes"
     return (
         f"{trials} {kind} a cell, {cells[0]['clock']} clock, at most {report['steps_limit']} "
-        f"environment steps a task, {report['world']} scene {report['scene']}, seed "
+        f"environment steps per task, {report['world']} scene {report['scene']}, seed "
         f"{report['seed']}; interval and latency in environment steps of 1/30 s."
     )
 
@@ -181,6 +179,8 @@ def write(report: Mapping[str, Any], folder: Path, kept: bool = False) -> None:
         replace_file(folder / "sweep.html", page("Asynchrony sweep", body).encode())
 
 
+# -- The sweep -------------------------------------------------------------------------
+
 INTERVALS = (1, 2, 5, 10, 20, 30, 60)
 LATENCIES = (0, 6, 15)  # 0, 0.2 and 0.5 s at 30 Hz
 SUITES_SWEPT = ("calvin", "calvin-d")
@@ -191,24 +191,28 @@ SHARED = ("world", "scene", "seed", "steps_limit", "policy", "system2")  # by al
 PoolFor = Callable[[RunConfig], Pool]
 
 
-def _arguments() -> Parser:
-    parser = arguments("sweep", __doc__ or "")
-    parser.add_argument("--suites", type=_words, default=SUITES_SWEPT, metavar="SUITE,...")
-    parser.add_argument("--intervals", type=_numbers, default=INTERVALS, metavar="N,...")
-    parser.add_argument("--latencies", type=_numbers, default=LATENCIES, metavar="N,...")
-    parser.add_argument("--clock", default="lockstep", metavar="|".join(CLOCKS))
-    parser.add_argument(
-        "--results", type=Path, metavar="DIR", help="write the finished sweep here too, to keep"
-    )
-    parser.add_argument(
-        "--drift-sequences", type=int, default=3, metavar="N", help="chains to measure drift on"
-    )
-    return parser
+class SweepOptions(SuiteOptions):
+    """Options of `sweep`; what is evaluated is `RunConfig`."""
+
+    suites: Words = option(SUITES_SWEPT, "what is asked of the policy", "SUITE,...")
+    intervals: Numbers = option(INTERVALS, "System 2 every N steps", "N,...")
+    latencies: Numbers = option(LATENCIES, "its delay in steps", "N,...")
+    clock: str = option("lockstep", "which clock (lockstep)", "|".join(CLOCKS))
+    results: Path | None = option(None, "write the finished sweep here too, to keep", "DIR")
+    drift_sequences: int = option(3, "chains to measure drift on (3)", "N")
+
+
+def read(argv: Sequence[str]) -> tuple[SweepOptions, list[str]]:
+    """Return the options and overrides of a command line."""
+    return parse("sweep", SweepOptions, argv, __doc__ or "", RunConfig)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Sweep; 0 when all cells have been run."""
-    options, overrides = parse(_arguments(), argv)
+    """Measure success against the age of the latent.
+
+    0 when all cells have been run.
+    """
+    options, overrides = read(argv)
     logging.basicConfig(level=logging.ERROR)
     plans = make_plans(options, overrides)
     folder = options.out or FOLDER
@@ -224,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
     if options.results is not None:
         options.results.mkdir(parents=True, exist_ok=True)
         write(to_keep(report), options.results, kept=True)
-    sys.stdout.write(json.dumps(report) + "\n" if options.json else to_markdown(report))
+    sys.stdout.write(json.dumps(report) + "\n" if options.as_json else to_markdown(report))
     return 0
 
 
@@ -255,19 +259,7 @@ class Pools:
             self._pool = None
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        wanted = f"{text!r} is not whole numbers, for example 1,10,60"
-        raise ArgumentTypeError(wanted) from None
-
-
-def make_plans(options: Namespace, overrides: Sequence[str]) -> list[Plan]:
+def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Evaluation]:
     """Return one evaluation a cell.
 
     Raises:
@@ -278,27 +270,23 @@ def make_plans(options: Namespace, overrides: Sequence[str]) -> list[Plan]:
     for name in options.suites:
         if name not in SUITES:
             raise ConfigError(f"--suites: {name!r} is none of {', '.join(SUITES)}")
-    if options.workers < 1 or options.threads < 1 or options.steps < 1:
-        raise ConfigError("--workers, --threads and --steps must be at least 1")
     if options.clock not in CLOCKS:
         raise ConfigError(f"--clock: {options.clock!r} is none of {', '.join(CLOCKS)}")
-    plans: list[Plan] = []
+    plans: list[Evaluation] = []
     for clock in CLOCKS[:2] if options.clock == "both" else (options.clock,):
-        config = load_config(options.config, overrides, _at_clock(options, clock))
+        config = load_config(
+            overrides, options.config, world=options.world, scene=options.scene, clock=clock
+        )
         for name in options.suites:
             # Chains are CALVIN's own: a choice of tasks is for the other suites swept.
             chosen = {"tasks": ()} if name in CHAINS and len(options.suites) > 1 else {}
-            suite = make_suite(Namespace(**(vars(options) | chosen)), name)
+            suite = make_suite(options.model_copy(update=chosen), name)
             # On the wall clock the latency is System 2's own.
             for latency in options.latencies if clock == "lockstep" else (0,):
                 for steps in options.intervals:
                     conditions = Conditions(options.steps, steps, latency)
-                    plans.append(Plan(suite, conditions, _at(config, steps), options.threads))
+                    plans.append(Evaluation(suite, conditions, _at(config, steps), options.threads))
     return plans
-
-
-def _at_clock(options: Namespace, clock: str) -> Namespace:
-    return Namespace(**(vars(options) | {"clock": clock}))
 
 
 def _at(config: RunConfig, interval: int) -> RunConfig:
@@ -310,7 +298,7 @@ def _at(config: RunConfig, interval: int) -> RunConfig:
 
 
 def sweep(
-    plans: Sequence[Plan],
+    plans: Sequence[Evaluation],
     pools: PoolFor,
     folder: Path,
     drift_count: int,
@@ -323,7 +311,7 @@ def sweep(
         plans: the cells.
         pools: returns what runs the episodes of a configuration.
         folder: holds one folder a cell.
-        drift_count: sequences, or a hundredth of it episodes a task, on which drift is measured.
+        drift_count: sequences, or a hundredth of it episodes per task, on which drift is measured.
         console: told of the progress.
         metrics: counts the episodes.
     """
@@ -344,7 +332,7 @@ def sweep(
     }
 
 
-def _drift(plan: Plan, pool: Pool, folder: Path, count: int) -> dict[str, Any]:
+def _drift(plan: Evaluation, pool: Pool, folder: Path, count: int) -> dict[str, Any]:
     """Measure drift on a few episodes of a cell, apart from its score and its timing."""
     few = min(plan.suite.count, count if plan.suite.is_chain else DRIFT_COUNT)
     small = replace(
@@ -355,7 +343,7 @@ def _drift(plan: Plan, pool: Pool, folder: Path, count: int) -> dict[str, Any]:
     return dict(evaluate(small, pool, folder / "drift" / name_of(plan))["work"]["drift"])
 
 
-def name_of(plan: Plan) -> str:
+def name_of(plan: Evaluation) -> str:
     """Return a cell's name: suite, interval, latency; on the wall clock "wall"."""
     interval, latency = plan.conditions.interval, f"d{plan.conditions.latency:02d}"
     wall = plan.config.control.clock == "realtime"

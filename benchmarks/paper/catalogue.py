@@ -1,4 +1,9 @@
-"""Reads the YAML files of `paper/`: experiments, variants and scales, checked."""
+"""The experiments: YAML files in `experiments/`, one for each table and figure of the paper.
+
+What is trained, how it is measured and what the paper says stand side by side there, and a user
+can add an experiment without touching code. The models below check them; a wrong key or name is
+one line.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from openhelix.runtime.core.config import ConfigError, read_yaml, validate
 from openhelix.system2.latents import KINDS
 
-# ------------------------------------------------------------------------------------------------
-# What an experiment is: rows of variants and conditions, the paper's figures, what to compare.
-#
-# Experiments are YAML files in `paper/`, one for each table and figure of the paper, so that
-# what is trained, how it is measured and what the paper says stand side by side and a user can
-# add one without touching code. These models check them; a wrong key or name is one line.
-
+# -- What a file may hold: variants, rows and conditions, the paper's figures, comparisons
 
 Count = Annotated[int, Field(ge=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -90,7 +89,7 @@ class Row(_Section):
         name: what the table calls it.
         variant: a name in `variants.yaml`; None for a method that is only quoted.
         suite: of `openhelix eval`.
-        steps: environment steps a task.
+        steps: environment steps per task.
         interval, latency: System 2 refreshes every so many steps, and arrives so late; with
             interval 1 every plan has a fresh latent.
         patterns, speeds: of calvin-d.
@@ -199,6 +198,8 @@ class Scale(_Section):
     official: bool = True
     notes: tuple[str, ...] = ()
 
+
+# -- Reading the files -----------------------------------------------------------------
 
 M = TypeVar("M", bound=BaseModel)
 FOLDER = Path(__file__).parent / "experiments"

@@ -12,12 +12,13 @@ import json
 import logging
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from openhelix.benchmarks.evaluation.evaluation import ROOT, Console
+from pydantic import Field
+
+from openhelix.benchmarks.evaluation.evaluation import Console
 from openhelix.benchmarks.paper import overview, tables
 from openhelix.benchmarks.paper.catalogue import Catalogue, Experiment, catalogue
 from openhelix.benchmarks.paper.costs import todo, told
@@ -26,24 +27,27 @@ from openhelix.benchmarks.paper.session import OutOfTime, Request, Session
 from openhelix.benchmarks.paper.train_command import TrainCommand, changed, check_options, data_id
 from openhelix.benchmarks.paper.trainings import Trainer, Trainings
 from openhelix.benchmarks.training.config import TrainingConfig, cache_root
-from openhelix.runtime.cli.arguments import Parser, parse, parser
-from openhelix.runtime.core.config import CommandFailed, ConfigError
+from openhelix.runtime.cli.arguments import Options, Positional, option, parse
+from openhelix.runtime.core.config import CommandFailed, ConfigError, Count, RunConfig
+from openhelix.runtime.core.paths import ROOT
 from openhelix.runtime.core.plugins import resolve
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"  # of a checkout
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run experiments; 0 when all that was asked for is there, or the time given is over.
+    """Reproduce the paper's tables and figures here.
+
+    0 when all that was asked for is there, or the time given is over.
 
     Raises:
         ConfigError: bad input, in one line.
         CommandFailed: a training failed; all else was done.
     """
-    options, overrides = parse(_arguments(), argv)
+    options, overrides = read(argv)
     logging.basicConfig(level=logging.ERROR)
     known = catalogue()
-    if options.list:
+    if options.list_:
         sys.stdout.write(listing(known))
         return 0
     session = make_session(options, overrides, known)
@@ -57,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         _run(session, folder, console, options.no_training)
     outcomes = write_all(session, folder)
-    if options.json:
+    if options.as_json:
         found = {"findings": overview.findings(outcomes), "experiments": outcomes}
         sys.stdout.write(json.dumps(found, default=str) + "\n")
     else:
@@ -81,41 +85,49 @@ def _quietly(session: Session, folder: Path) -> None:
     write_all(session, folder)
 
 
-def _arguments() -> Parser:
-    result = parser("experiment", __doc__ or "")
-    add = result.add_argument
-    add("names", nargs="*", metavar="NAME", help="table1 ... table9, figure4, figure5, all")
-    add("--list", action="store_true", help="say what there is")
-    add("--scale", default="laptop", metavar="smoke|quick|laptop|gpu|full")
-    add("--data", type=Path, metavar="DIR", help="a collection (train's default)")
-    add("--root", type=Path, metavar="DIR", help="trainings and evaluations (in the cache)")
-    add("--out", type=Path, metavar="DIR", help="results (benchmarks/results)")
-    add("--workers", type=int, default=1, metavar="N", help="processes of an evaluation (1)")
-    add("--seed", type=int, default=0)
-    add("--hours", type=float, metavar="H", help="begin nothing after this long")
-    add("--estimate", action="store_true", help="only say how long it will take")
-    add("--report", action="store_true", help="only write what there is")
-    add("--no-training", action="store_true", help="measure what is trained, train nothing")
-    add("--trainer", metavar="MODULE:CLASS", help="another one than `openhelix train`")
-    return result
+class ExperimentOptions(Options):
+    """Options of `experiment`."""
+
+    names: Annotated[tuple[str, ...], Positional(many=True)] = option(
+        (), "table1 ... table9, figure4, figure5, all", "NAME"
+    )
+    list_: bool = Field(False, alias="list", description="say what there is")
+    scale: str = option("laptop", "how much is trained and measured", "smoke|quick|laptop|gpu|full")
+    data: Path | None = option(None, "a collection (train's default)", "DIR")
+    root: Path | None = option(None, "trainings and evaluations (in the cache)", "DIR")
+    out: Path | None = option(None, "results (benchmarks/results)", "DIR")
+    workers: Count = option(1, "processes of an evaluation (1)", "N")
+    seed: Annotated[int, Field(ge=0)] = option(0, "of everything (0)", "N")
+    hours: Annotated[float, Field(gt=0)] | None = option(None, "begin nothing after this long", "H")
+    estimate: bool = option(False, "only say how long it will take")
+    report: bool = option(False, "only write what there is")
+    no_training: bool = option(False, "measure what is trained, train nothing")
+    trainer: str | None = option(None, "another one than `openhelix train`", "MODULE:CLASS")
 
 
-def make_session(options: Namespace, overrides: Sequence[str], known: Catalogue) -> Session:
+class Changes(RunConfig):
+    """What overrides of `experiment` are for: a run, and under `train` its trainings."""
+
+    train: TrainingConfig = TrainingConfig()
+
+
+def read(argv: Sequence[str]) -> tuple[ExperimentOptions, list[str]]:
+    """Return the options and overrides of a command line."""
+    return parse("experiment", ExperimentOptions, argv, __doc__ or "", Changes)
+
+
+def make_session(options: ExperimentOptions, overrides: Sequence[str], known: Catalogue) -> Session:
     """Return the session that the command line describes.
 
     Raises:
         ConfigError: in one line, the option and what is valid.
     """
-    names = list(known.experiments) if options.names == ["all"] else list(options.names)
+    names = list(known.experiments) if options.names == ("all",) else list(options.names)
     if not names:
         raise ConfigError(f"NAME: say all, or one of {', '.join(known.experiments)}")
     for name in names:
         known.experiment(name)
     known.scale(options.scale)
-    if options.workers < 1 or options.seed < 0:
-        raise ConfigError("--workers must be at least 1, --seed at least 0")
-    if options.hours is not None and options.hours <= 0:
-        raise ConfigError(f"--hours: {options.hours:g} is not above 0")
     train, run = changed(overrides)
     check_options(train)
     root = (options.root or cache_root() / "experiments" / options.scale).resolve()
@@ -141,7 +153,7 @@ def make_session(options: Namespace, overrides: Sequence[str], known: Catalogue)
     return session
 
 
-def _data(options: Namespace) -> tuple[Path, Path | None, ConfigError | None]:
+def _data(options: ExperimentOptions) -> tuple[Path, Path | None, ConfigError | None]:
     """Return the collection and its frames, or why there are none."""
     config = TrainingConfig() if options.data is None else TrainingConfig(data=options.data)
     if options.trainer:
@@ -154,8 +166,9 @@ def _data(options: Namespace) -> tuple[Path, Path | None, ConfigError | None]:
 
 def default_out(session: Session) -> Path:
     """Return where results go if nothing else is said."""
-    scale = session.request.scale_name
-    return RESULTS if session.request.scale.official else Path("outputs") / f"experiments-{scale}"
+    if session.request.scale.official and RESULTS.is_dir():
+        return RESULTS
+    return Path("outputs") / f"experiments-{session.request.scale_name}"
 
 
 def _refuse_mixture(session: Session, folder: Path) -> None:

@@ -1,10 +1,11 @@
-"""Measured times of a step: of an evaluation, of a training of each kind.
+"""How long experiments will take, told before anything starts, from measured times.
 
 An environment step costs its physics and its share of a plan; every latent that a plan is made
-from a call of System 2. These and what a sample costs in each kind of training are processor
-times of one thread, measured by `openhelix.benchmarks.perf.bench_experiments`: they are the same while
-something else keeps the machine busy, and on a machine with a core to spare they are the wall
-time too.
+from costs a call of System 2. These and what a sample costs in each kind of training are
+processor times of one thread, measured by `openhelix.benchmarks.perf.bench_experiments` and kept
+in `costs.json`: they are the same while something else keeps the machine busy, and on a machine
+with a core to spare they are the wall time too. Evaluations that are finished correct them for
+this machine and its weights, also in processor time.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from openhelix.benchmarks.evaluation.evaluation import ROOT
 from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.benchmarks.paper.measures import Measure
 from openhelix.benchmarks.paper.session import Session
@@ -24,7 +25,7 @@ from openhelix.benchmarks.paper.trainings import Training
 from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.runtime.core.config import RunConfig
 
-COSTS = ROOT / "benchmarks" / "perf" / "results" / "experiments.json"
+COSTS = Path(__file__).with_name("costs.json")
 MEASURED = {
     *(f"{kind}_sample_s" for kind in ("policy", "prefix", "states", "live")),
     *("prefix_frame_s", "states_frame_s", "open_s", "thread_gain"),
@@ -130,12 +131,7 @@ class Work:
         return seconds + sum(self.samples_s(stage, kind) for stage, kind in kinds.items())
 
 
-# ------------------------------------------------------------------------------------------------
-# How long will it take? Told before anything starts, from measured times.
-#
-# What a step costs is in `costs`, in processor time; evaluations that are finished correct it for
-# this machine and its weights, in processor time too, so that an hour in which the machine was
-# busy with something else does not count.
+# -- What is still to be done ----------------------------------------------------------
 
 
 @dataclass(frozen=True)

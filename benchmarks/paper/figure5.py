@@ -34,9 +34,7 @@ from openhelix.runtime.core.types import F32, U8
 from openhelix.system2.engines.base import EngineBase
 from openhelix.system2.probe import SPATIAL_WORDS, WordSpace
 
-# ------------------------------------------------------------------------------------------------
-# The drawing of figure 5: what System 2 saw, the words nearest to its latent, words of space.
-
+# -- The drawing: what System 2 saw, the words nearest to its latent, words of space ---
 
 SHOWN = 6
 
@@ -95,6 +93,8 @@ def draw(made: Mapping[str, Any], moved: Sequence[U8], shift_at: int, title: str
     figure.suptitle(title, fontsize=10, color=INK)
     return png(figure)
 
+
+# -- The probe -------------------------------------------------------------------------
 
 SHARP = 0.05  # temperature of the softmax over words, as `openhelix probe` has it
 CLEAR_M = 0.09  # between the centres of the moved block and any other

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from openhelix.benchmarks.evaluation.eval import load_config
-from openhelix.benchmarks.evaluation.evaluation import Plan
+from openhelix.benchmarks.evaluation.evaluation import Evaluation
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import CHAINS, Suite
 from openhelix.benchmarks.paper.catalogue import Row, Scale
@@ -54,15 +53,14 @@ class Measure:
         text = json.dumps(data, sort_keys=True)
         return f"{self.suite.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
-    def plan(self, overrides: Sequence[str]) -> Plan:
+    def plan(self, overrides: Sequence[str]) -> Evaluation:
         """Return the evaluation of these weights.
 
         Raises:
             ConfigError: the overrides do not make a configuration.
         """
-        options = Namespace(world="playtable", scene=SCENE, clock="lockstep")
-        config = load_config(None, [*overrides, *self.run], options)
-        return Plan(self.suite, self.conditions, config, self.threads)
+        config = load_config([*overrides, *self.run], scene=SCENE)
+        return Evaluation(self.suite, self.conditions, config, self.threads)
 
     def steps_at_most(self) -> int:
         """Return how many environment steps it can take."""

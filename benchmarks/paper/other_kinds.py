@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -56,14 +55,14 @@ class Probes:
     def engines(self) -> dict[str, EnginePart]:
         """Return the System 2s to look at, by what they are called; trained ones if they are."""
         request, found = self._session.request, {}
-        base = load_config(None, request.run, Namespace(world="playtable", scene=SCENE))
+        base = load_config(request.run, scene=SCENE)
         shipped = (SHIPPED / "latent.safetensors").is_file()
         found["as shipped" if shipped else UNTRAINED] = base.system2.engine
         for name in self._experiment.options.get("variants", ()):
             done = self._session.trainings.done(self._session.training(name))
             if done is not None:
                 words = [*done["overrides"], *request.run]
-                config = load_config(None, words, Namespace(world="playtable", scene=SCENE))
+                config = load_config(words, scene=SCENE)
                 found[request.catalogue.variants[name].says] = config.system2.engine
         return found
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openhelix.benchmarks.evaluation.evaluation import Console, Plan, evaluate
+from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate
 from openhelix.benchmarks.evaluation.metrics import served
-from openhelix.benchmarks.evaluation.pool import Pool, open_pool
+from openhelix.benchmarks.evaluation.pool import Pool
+from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.report import write_reports
 from openhelix.benchmarks.evaluation.results import REPORT, RUN, read_results
 from openhelix.benchmarks.paper.catalogue import Catalogue, Contrast, Experiment, Row, Scale
@@ -26,7 +27,7 @@ from openhelix.benchmarks.paper.measures import Measure, measure_of, score_of
 from openhelix.benchmarks.paper.trainings import Training, Trainings, in_order, trainings_of
 from openhelix.runtime.core.config import CommandFailed
 
-PoolFor = Callable[[Plan], Pool]
+PoolFor = Callable[[Evaluation], Pool]
 
 
 class OutOfTime(Exception):
@@ -108,7 +109,7 @@ class Session:
         self.failed: dict[str, str] = {}
         self._pool_for = pool_for or self._open
 
-    def _open(self, plan: Plan) -> Pool:
+    def _open(self, plan: Evaluation) -> Pool:
         return open_pool(plan.config, self.request.workers, plan.threads)
 
     def training(self, variant: str) -> Training:

@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from openhelix.benchmarks.evaluation.evaluation import ROOT, content
+from openhelix.benchmarks.evaluation.evaluation import content
 from openhelix.benchmarks.evaluation.results import replace_file
 from openhelix.benchmarks.paper.catalogue import Scale, Variant
 from openhelix.runtime.core.config import CommandFailed, ConfigError
+from openhelix.runtime.core.paths import ROOT
 
 TRAINED, FAILED, CLOCK = "trained.json", "failed.json", "clock.json"
 GIVEN = "policy.checkpoint"

@@ -1,9 +1,9 @@
-"""Evaluation's figures: sequences an hour, what rendering costs, and what workers bring.
+"""Evaluation's figures: sequences per hour, what rendering costs, and what workers bring.
 
-Many CALVIN sequences with few steps a task are run by one and by two Ray workers, round by round,
-then a few with all steps by two; loading is left out. Then, with few steps a task, one process
+Many CALVIN sequences with few steps per task are run by one and by two Ray workers, round by round,
+then a few with all steps by two; loading is left out. Then, with few steps per task, one process
 runs sequences with frames drawn on demand (as `openhelix eval` does), drawn at every step, and not
-drawn at all (one picture for all steps: the price of the rest). Sequences an hour of the three
+drawn at all (one picture for all steps: the price of the rest). Sequences per hour of the three
 ways are at the environment steps that a sequence takes with all steps, since a policy that sees
 one picture for ever does something else.
 
@@ -20,7 +20,6 @@ import platform
 import statistics
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,14 @@ from openhelix.benchmarks.evaluation.pool import Job
 from openhelix.benchmarks.evaluation.ray_pool import RayPool
 from openhelix.benchmarks.evaluation.runner import Conditions, Runner
 from openhelix.benchmarks.evaluation.suites import Episode, Suite
+from openhelix.benchmarks.perf.places import results_file
 from openhelix.runtime.control.assembly import ControlStack
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.core.config import RunConfig
 from openhelix.runtime.core.types import CameraFrame
 from openhelix.runtime.robots.env import EnvRobot
 
-OUT = Path("benchmarks/perf/results/eval.json")
+OUT = results_file("eval.json")
 
 
 class EveryStep(Runner):
@@ -86,7 +86,7 @@ def one_worker(
         episodes: the sequences.
         how: they are run.
         rounds: how often.
-        each: environment steps of a sequence, for sequences an hour.
+        each: environment steps of a sequence, for sequences per hour.
     """
     kinds = {"on_demand": Runner, "every_step": EveryStep, "one_picture": OnePicture}
     runners = {name: kind(config) for name, kind in kinds.items()}
@@ -188,8 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     options, overrides = parser.parse_known_args(argv)
-    place = Namespace(world="playtable", scene="D", clock="lockstep")
-    config = load_config(None, overrides, place)
+    config = load_config(overrides)
     episodes = Suite("calvin", count=options.sequences).episodes()
     begun_s, load = time.monotonic(), os.getloadavg()[0]
     few = Conditions(options.few_steps, options.interval)

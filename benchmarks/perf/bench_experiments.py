@@ -19,7 +19,6 @@ import statistics
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,13 @@ from typing import Any
 import torch
 
 from openhelix.benchmarks.evaluation.eval import load_config
-from openhelix.benchmarks.evaluation.evaluation import Console, Plan, evaluate
+from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate
 from openhelix.benchmarks.evaluation.pool import LocalPool
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite
 from openhelix.benchmarks.paper.costs import COSTS
 from openhelix.benchmarks.paper.trainings import SHIPPED_POLICY
+from openhelix.benchmarks.perf.places import IN_CHECKOUT, results_file
 from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.benchmarks.training.feeds import encode_prefix, encode_read_outs
 from openhelix.benchmarks.training.stages import JointRun, policy_settings
@@ -59,9 +59,8 @@ PARTS = ("evaluation", "policy", *KINDS)
 
 def evaluation(sequences: int, steps: int) -> dict[str, Any]:
     """Return the processor seconds of an environment step, of a latent, and of loading."""
-    options = Namespace(world="playtable", scene="D", clock="lockstep")
-    config = load_config(None, (), options)
-    plan = Plan(Suite("calvin", count=sequences), Conditions(steps, interval=1), config)
+    config = load_config(())
+    plan = Evaluation(Suite("calvin", count=sequences), Conditions(steps, interval=1), config)
     begun_s = time.process_time()
     pool = LocalPool(config)
     try:
@@ -112,7 +111,7 @@ def timed(what: Callable[[], Any], times: int = 1) -> float:
 
 
 def joint(kind: str, data: Path, out: Path) -> dict[str, float]:
-    """Return what a sample of a joint training costs, and what its feed costs a frame."""
+    """Return what a sample of a joint training costs, and what its feed costs per frame."""
     batch, steps = SIZE[kind]
     latent, stage2 = {**LATENT, **KINDS[kind]}, {"steps": 1000, "batch": batch, "start": "random"}
     given = {**COMMON, "data": str(data), "out": str(out), "latent": latent, "stage2": stage2}
@@ -133,7 +132,7 @@ def joint(kind: str, data: Path, out: Path) -> dict[str, float]:
 
 
 def frame_s(run: JointRun, kind: str) -> float:
-    """Return what the frozen language model costs a frame."""
+    """Return what the frozen language model costs per frame."""
     encode = encode_prefix if kind == "prefix" else encode_read_outs
     frames = run.joint.feed.frames[:FRAMES]
     said = run.source.sentences.of_frames(frames, 1)
@@ -188,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--sequences", type=int, default=12)
     arguments.add_argument("--steps", type=int, default=60)
     arguments.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    arguments.add_argument("--out", type=Path, default=COSTS)
+    default = COSTS if IN_CHECKOUT else results_file("experiments.json")
+    arguments.add_argument("--out", type=Path, default=default)
     options = arguments.parse_args(argv)
     before: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     report = before | {

@@ -1,7 +1,7 @@
 """How many robots one System 2 serves on this machine, and what looking on costs the loop.
 
 Robots: the real engine behind `openhelix serve`, as a user runs it; the robots are light (the
-loop's own half of the conversation at 30 ticks a second with a 200x200 camera at 10 Hz, no
+loop's own half of the conversation at 30 ticks per second with a 200x200 camera at 10 Hz, no
 simulator), so that the cores are System 2's. Their number rises until it breaks: the p99 of
 the age of the latent in use, looked at in every tick, exceeds 2 s, or a request is shed; then
 the gap is halved until the last number that works is known. A number that breaks is tried twice.
@@ -34,10 +34,12 @@ from typing import Any
 import numpy as np
 import psutil
 
+from openhelix.benchmarks.perf.places import CONFIG, results_file
 from openhelix.benchmarks.perf.tick_overhead import overhead
 from openhelix.runtime.control.assembly import IMAGES_A_LATENT, request_interval_ns
 from openhelix.runtime.control.goals import WireGoals
 from openhelix.runtime.core.config import ConfigError, load
+from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
 from openhelix.runtime.launch.processes import reap
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
@@ -91,7 +93,9 @@ class LightRobot:
             self.ages_s.append(self.goals.recent[-1].age_s(now_ns))
 
 
-def make_robots(count: int, ends: dict[str, str], hz: float, images: int) -> list[LightRobot]:
+def make_robots(
+    count: int, ends: dict[str, str], spec: LatentSpec, hz: float, images: int
+) -> list[LightRobot]:
     """Return connected robots whose cameras and requests are out of step with one another."""
     rng = np.random.default_rng(count)
     robots, stage_number = [], next(_stages)
@@ -104,6 +108,7 @@ def make_robots(count: int, ends: dict[str, str], hz: float, images: int) -> lis
             camera="static",
             min_interval_ns=request_interval_ns(hz, images),
         )
+        goals.expect(spec)
         image = rng.integers(0, 256, (200, 200, 3), np.uint8)
         robots.append(LightRobot(name, goals, int(rng.integers(0, CAMERA_NS)), image))
     return robots
@@ -138,7 +143,7 @@ def stage(
     me = psutil.Process()
     server = psutil.Process(before["pid"])
     cpu = [sum(p.cpu_times()[:2]) for p in (me, server)]
-    robots = make_robots(count, ends, args.hz, images)
+    robots = make_robots(count, ends, LatentSpec(**before["latent_spec"]), args.hz, images)
     begin_s = time.monotonic()
     try:
         drive(robots, args.seconds)
@@ -286,11 +291,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each number of robots")
     parser.add_argument("--overhead-seconds", type=float, default=100.0, help="0 leaves it out")
-    parser.add_argument("--hz", type=float, default=1.0, help="latents a second for each robot")
+    parser.add_argument("--hz", type=float, default=1.0, help="latents per second for each robot")
     parser.add_argument("--max-batch", type=int, default=8, help="as of `openhelix serve`")
-    parser.add_argument("--config", type=Path, default=Path("configs/run.yaml"))
+    parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--only", choices=("robots", "overhead"), default=None)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/perf/results/fleet.json"))
+    parser.add_argument("--out", type=Path, default=results_file("fleet.json"))
     args = parser.parse_args()
     if args.seconds <= 0 or args.hz <= 0 or args.max_batch < 1:
         parser.error("--seconds, --hz and --max-batch must be above 0")

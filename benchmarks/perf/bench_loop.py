@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from openhelix.benchmarks.perf.places import results_file
 from openhelix.runtime.control.realtime import enter, leave
 from openhelix.runtime.core.clock import MonotonicClock, Pacer
 
@@ -105,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="of each way at each rate")
     parser.add_argument("--spin-us", type=float, default=300.0, help="length of the spin")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "loop.json")
+    parser.add_argument("--out", type=Path, default=results_file("loop.json"))
     args = parser.parse_args()
     figures = {
         "machine": {

@@ -22,6 +22,8 @@ from typing import Any
 
 import psutil
 
+from openhelix.benchmarks.perf.places import CONFIG, results_file
+
 # No SCHED_FIFO anywhere, as on a machine that does not grant it.
 NO_FIFO = (
     "control.fifo_priority=0",
@@ -118,8 +120,8 @@ def run(seconds: float, config: Path, words: tuple[str, ...]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--config", type=Path, default=Path("configs/run.yaml"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/perf/results/run.json"))
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--out", type=Path, default=results_file("run.json"))
     options = parser.parse_args()
     ways = {
         "ray_fifo": (),

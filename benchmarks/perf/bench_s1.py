@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
+from openhelix.benchmarks.perf.places import results_file
 from openhelix.benchmarks.perf.s1_cases import CASES
 
-RESULTS = Path(__file__).parent / "results" / "bench_s1.json"
+RESULTS = results_file("bench_s1.json")
 
 
 def spawn(case: str, argv: list[str], threads: int) -> dict[str, Any]:

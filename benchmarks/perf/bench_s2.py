@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from openhelix.benchmarks.perf.places import results_file
+
 TEXTS = (
     "lift the red block",
     "push the sliding door to the left side",
@@ -83,7 +85,7 @@ def robots(options: argparse.Namespace) -> dict[str, Any]:
     """Eight robots at 1 Hz from one engine, through the real node and sockets."""
     from openhelix.runtime.core.types import GoalRequest, LatentGoal
     from openhelix.runtime.transport.wire import NewestReader, Publisher
-    from openhelix.system2.publisher import PublisherNode
+    from openhelix.system2.publisher import System2Process
 
     folder = Path(tempfile.mkdtemp())
     requests, latents = f"ipc://{folder}/requests", f"ipc://{folder}/latents"
@@ -91,7 +93,7 @@ def robots(options: argparse.Namespace) -> dict[str, Any]:
         "target": "openhelix.system2.engines.vllm:VllmEngine",
         "options": {"model": options.model, "dtype": options.dtype, "threads": options.threads},
     }
-    node = PublisherNode(engine, 1.0, requests, latents)
+    node = System2Process(engine, 1.0, requests, latents)
     node.setup()
     stop = threading.Event()
     server = threading.Thread(target=node.run, args=(stop,))
@@ -108,7 +110,7 @@ def robots(options: argparse.Namespace) -> dict[str, Any]:
         seq, warm_s, next_s = 0, 3.0, begin + index / N_ROBOTS / 10
         while time.monotonic() < begin + warm_s + options.seconds:
             if time.monotonic() >= next_s:
-                # Ten pictures a second: System 2 takes the newest of them.
+                # Ten pictures per second: System 2 takes the newest of them.
                 rgb, now = images[index], time.monotonic_ns()
                 out.send(GoalRequest(rgb, TEXTS[index], name, seq, 0, now))
                 seq, next_s = seq + 1, next_s + 0.1
@@ -240,7 +242,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=32, help="of prompt tuning")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--section", choices=list(SECTIONS), help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/perf/results/bench_s2.json"))
+    parser.add_argument("--out", type=Path, default=results_file("bench_s2.json"))
     return parser
 
 

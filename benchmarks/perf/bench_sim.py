@@ -1,4 +1,4 @@
-"""The simulator's figures: steps a second, render, reset and restore times, memory.
+"""The simulator's figures: steps per second, render, reset and restore times, memory.
 
 Each round runs the same moves in every variant, one after the other, so that ratios hold on
 a busy machine; reported are the best and the median round. `state` is `step` without
@@ -30,6 +30,7 @@ import psutil
 from openhelix.benchmarks.calvin.appearance import Appearance
 from openhelix.benchmarks.calvin.cameras import SceneRenderer
 from openhelix.benchmarks.calvin.env import PlayTableEnv
+from openhelix.benchmarks.perf.places import results_file
 from openhelix.runtime.core.plugins import ResolveError, resolve
 from openhelix.runtime.core.types import F64
 
@@ -97,7 +98,7 @@ def summary(values: list[float], digits: int = 2) -> dict[str, float]:
 
 
 def rates(steps: int, seconds: list[float]) -> dict[str, float]:
-    """Steps a second, median and best of some rounds."""
+    """Steps per second, median and best of some rounds."""
     return {
         "median": round(steps / statistics.median(seconds), 1),
         "best": round(steps / min(seconds), 1),
@@ -119,7 +120,7 @@ def calvin_or_none(choice: str) -> Callable[..., Any] | None:
 
 
 def measure_rates(rounds: int, steps: int, calvin: Callable[..., Any] | None) -> dict[str, Any]:
-    """Steps a second of every variant, in alternating rounds."""
+    """Steps per second of every variant, in alternating rounds."""
     low, free = moves(steps), free_moves(steps)
     blind, sighted = PlayTableEnv("D", cameras=()), PlayTableEnv("D")
     variants: dict[str, tuple[Any, str, list[F64]]] = {
@@ -228,7 +229,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=120, help="of each round")
     parser.add_argument("--calvin", choices=("auto", "no"), default="auto")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sim.json")
+    parser.add_argument("--out", type=Path, default=results_file("sim.json"))
     args = parser.parse_args()
     load_before = os.getloadavg()[0]
     figures: dict[str, Any] = {

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from openhelix.benchmarks.perf.places import results_file
 from openhelix.runtime.control.chunks import ChunkBuffer
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.realtime import enter, leave
@@ -126,7 +127,7 @@ class Parts:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=600)
-    default = Path(__file__).parent / "results" / "tick_parts.json"
+    default = results_file("tick_parts.json")
     parser.add_argument("--out", type=Path, default=default)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

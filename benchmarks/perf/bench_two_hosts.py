@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from openhelix.benchmarks.perf.places import results_file
 from tests.integration.hosts import why_not
 from tests.integration.two_hosts import AHEAD_S, two_hosts
 
@@ -24,7 +25,7 @@ FIGURES = (
     *("tick_lateness_s", "latents_received", "latents_missed", "s1_latency_s", "s2_latency_s"),
     *("safe_stops", "ready_s", "first_action_s", "realtime", "versions"),
 )
-OUT = Path(__file__).parent / "results" / "two_hosts.json"
+OUT = results_file("two_hosts.json")
 
 
 def main() -> int:

@@ -45,6 +45,7 @@ import msgpack
 import numpy as np
 import zmq
 
+from openhelix.benchmarks.perf.places import results_file
 from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 
@@ -335,7 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--messages", type=int, default=200_000, help="of each loss measurement")
     parser.add_argument("--rounds", type=int, default=2_000, help="of each latency measurement")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "wire.json")
+    parser.add_argument("--out", type=Path, default=results_file("wire.json"))
     args = parser.parse_args()
     figures: dict[str, Any] = {
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "zmq": zmq.zmq_version()}

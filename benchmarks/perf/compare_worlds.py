@@ -2,7 +2,7 @@
 
 Five comparisons: TCP error over 60 free-space steps, the step response and gripper curve,
 eight scripted motions on the mechanisms, the 34 oracles on all ordered pairs of some thirty
-states, and what both cameras see; then steps a second, side by side in one run (calvin_env's
+states, and what both cameras see; then steps per second, side by side in one run (calvin_env's
 measured inside its own process). Needs calvin_env; says how to get it otherwise.
 
     python -m openhelix.benchmarks.perf.compare_worlds [--steps 200] [--images DIR] [--out FILE]
@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from openhelix.benchmarks.calvin.calvin_env import CalvinEnv, CalvinNotInstalledError
+from openhelix.benchmarks.calvin.calvin_env import CalvinEnv, CalvinUnusableError
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
 from openhelix.benchmarks.calvin.tasks import TASKS, completed
 from openhelix.benchmarks.perf import world_scripts as scripts
+from openhelix.benchmarks.perf.places import results_file
 
 WORLDS = ("playtable", "calvin_env")
-OUT = Path(__file__).parent / "results" / "compare_worlds.json"
+OUT = results_file("compare_worlds.json")
 FREE_STEPS = 60
 WORK_BOX = (np.array([-0.15, -0.30, 0.56]), np.array([0.25, -0.10, 0.70]))
 Worlds = tuple[PlayTableEnv, CalvinEnv]
@@ -174,7 +175,7 @@ def save_pictures(path: Path, rgb: list[np.ndarray], gap: np.ndarray) -> None:
 
 
 def speeds(steps: int, rounds: int = 3) -> dict[str, Any]:
-    """Steps a second with both cameras and with none; the best of alternating rounds."""
+    """Steps per second with both cameras and with none; the best of alternating rounds."""
     report: dict[str, Any] = {}
     for label, names in (("no_cameras", ()), ("both_cameras", ("static", "gripper"))):
         count = steps if names else 5 * steps
@@ -224,7 +225,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         report = compare(arguments.steps, arguments.trials, arguments.images)
-    except CalvinNotInstalledError as error:
+    except CalvinUnusableError as error:
         raise SystemExit(str(error)) from None
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1, default=float) + "\n")

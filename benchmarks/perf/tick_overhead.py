@@ -26,7 +26,7 @@ import numpy as np
 from openhelix.benchmarks.evaluation.stats import paired_bootstrap
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.core.config import load
-from openhelix.runtime.launch.control_process import ControlNode
+from openhelix.runtime.launch.control_process import ControlProcess
 from openhelix.runtime.launch.graph import Graph
 from openhelix.runtime.launch.processes import ProcessHost
 from openhelix.runtime.observe.collectors import LoopMetrics
@@ -70,7 +70,7 @@ class Switched:
 class Turns:
     """Takes the place of the loop's `tick` and keeps what each one took, by way."""
 
-    def __init__(self, node: ControlNode) -> None:
+    def __init__(self, node: ControlProcess) -> None:
         assert node.stack is not None
         self._loop = node.stack.loop
         self._tick = self._loop.tick
@@ -126,7 +126,7 @@ def overhead(seconds: float) -> dict[str, Any]:
         others = [spec for spec in graph.specs if spec.name != "control"]
         control = next(spec for spec in graph.specs if spec.name == "control")
         host = ProcessHost(folder / "logs")
-        node = ControlNode(**control.options)
+        node = ControlProcess(**control.options)
         stop = threading.Event()
         try:
             host.start(others)
@@ -148,7 +148,7 @@ def overhead(seconds: float) -> dict[str, Any]:
 def _latent_spec(graph: Graph) -> dict[str, Any]:
     client = RpcClient(graph.endpoints.control["system2"])
     try:
-        while "latent_spec" not in (health := client.call("health", {}, 60.0)):
+        while (health := client.call("health", {}, 60.0))["state"] != "ready":
             time.sleep(0.1)
         return dict(health["latent_spec"])
     finally:

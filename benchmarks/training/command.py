@@ -9,62 +9,42 @@ as it is.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel
+from typing import Annotated, Any
 
 from openhelix.benchmarks.training.config import STAGES, TrainingConfig
-from openhelix.runtime.cli.arguments import Parser, parse, parser
-from openhelix.runtime.core.config import ConfigError, apply_overrides, read_yaml, validate
+from openhelix.runtime.cli.arguments import Options, Positional, option, parse
+from openhelix.runtime.core.config import ConfigError, read_settings
 
-PATHS = ("data", "out", "policy.checkpoint")
+
+class TrainOptions(Options):
+    """Options of `train`; all else is `TrainingConfig`."""
+
+    stage: Annotated[str, Positional()] = option(..., "what to do", "|".join(STAGES))
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train; 0 when the stage is finished or the time limit has come.
+    """Train both systems, from frames to checkpoints.
+
+    0 when the stage is finished or the time limit has come.
 
     Raises:
         ConfigError: bad input, in one line.
     """
-    options, overrides = parse(arguments(), argv)
+    options, overrides = parse("train", TrainOptions, argv, __doc__ or "", TrainingConfig)
     if options.stage not in STAGES:
         raise ConfigError(f"stage: {options.stage!r} is none of {', '.join(STAGES)}")
-    config = read(options.config, overrides)
+    config = read_settings(TrainingConfig, options.config, overrides)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     for name in ("httpx", "urllib3", "matplotlib", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)
     results = run(config, options.stage)
-    text = json.dumps(results, indent=None if options.json else 1, default=str)
+    text = json.dumps(results, indent=None if options.as_json else 1, default=str)
     sys.stdout.write(text + "\n")
     return 0
-
-
-def arguments() -> Parser:
-    """Return the command line."""
-    result = parser("train", (__doc__ or "") + "\nSettings and their defaults:\n" + fields())
-    result.formatter_class = _Raw
-    result.add_argument("stage", metavar="|".join(STAGES))
-    return result
-
-
-def read(file: Path | None, overrides: Sequence[str]) -> TrainingConfig:
-    """Return the configuration of a YAML file and overrides.
-
-    Raises:
-        ConfigError: in one line, the field and what is valid.
-    """
-    quoted = []
-    for text in overrides:
-        key, sign, value = text.partition("=")
-        # A folder's name may look like a number to YAML.
-        quoted.append(f"{key}={json.dumps(value)}" if sign and key in PATHS else text)
-    return validate(TrainingConfig, apply_overrides(read_yaml(file), quoted))
 
 
 def run(config: TrainingConfig, stage: str) -> dict[str, Any]:
@@ -98,22 +78,3 @@ def run(config: TrainingConfig, stage: str) -> dict[str, Any]:
         logging.getLogger(__name__).info("%s; the same command goes on", stop)
         return {"finished": False, "why": str(stop), "folder": str(config.folder), "stages": done}
     return {"finished": True, "folder": str(config.folder), "stages": done}
-
-
-def fields() -> str:
-    """Return every setting with its default, a line each."""
-    return "\n".join(_lines(TrainingConfig, ""))
-
-
-def _lines(model: type[BaseModel], prefix: str) -> list[str]:
-    out = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.default, BaseModel):
-            out += _lines(type(field.default), f"{prefix}{name}.")
-        else:
-            out.append(f"  {prefix}{name}={field.default}")
-    return out
-
-
-class _Raw(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description."""

@@ -239,9 +239,7 @@ def cache_root() -> Path:
     return Path(os.environ.get("OPENHELIX_CACHE") or Path.home() / ".cache" / "openhelix")
 
 
-# ------------------------------------------------------------------------------------------------
-# What the stages leave in their folders, and what they ask of each other's.
-
+# -- Folders: what the stages leave in theirs, and what they ask of each other's -------
 
 SETTINGS, BEGAN, LATENT, AUX, LANGUAGE = (
     "settings.json",

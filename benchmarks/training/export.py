@@ -34,16 +34,14 @@ from openhelix.benchmarks.training.config import (
 )
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.cache import frames_digest
-from openhelix.system1.checkpoint import CONFIG, WEIGHTS, Network, load_policy, save_policy
+from openhelix.system1.checkpoint import Network, load_policy, save_policy
 from openhelix.system1.data import Cache
 from openhelix.system1.model import gaussian
 from openhelix.system1.train_loop import LOG
 from openhelix.system2.checkpoint import LatentHead
 from openhelix.system2.model import open_checkpoint
 
-# ------------------------------------------------------------------------------------------------
-# The card of a trained pair: data, command, seed, hours and losses, for people and for checks.
-
+# -- The card: data, command, seed, hours and losses, for people and for checks --------
 
 KEPT = ("collection", "moments")
 
@@ -178,6 +176,9 @@ SHIP, SYSTEM1, SYSTEM2, CARD = "ship", "system1-laptop", "system2-laptop", "card
 EXACT_M, EXACT_FRAMES = 5e-4, 32
 
 
+# -- The folder ------------------------------------------------------------------------
+
+
 def export(config: TrainingConfig) -> dict[str, Any]:
     """Write the folder to ship; return the card.
 
@@ -290,8 +291,3 @@ def trajectories(policy: Network, cache: Cache) -> Tensor:
     batch = cache.batch(frames, generator, None, policy.config.rotation)
     policy.eval()
     return policy.sample_inputs(batch.inputs, gaussian(generator, torch.device("cpu")))
-
-
-def is_policy(folder: Path) -> bool:
-    """Whether a folder holds a policy."""
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()

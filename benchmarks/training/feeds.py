@@ -1,7 +1,9 @@
 """Where a step's latents come from: the living language model, cached prefixes, cached states.
 
-All three give the same thing (a `Sample` of System 2 for some frames), and differ in what may
-learn: everything, `<ACT>` alone, or nothing of the language model.
+All three feeds give the same thing (a `Sample` of System 2 for some frames), and differ in what
+may learn: everything, `<ACT>` alone, or nothing of the language model. `Ages` says which
+observation a frame's latent comes from, `Pictures` and `Sentences` what System 2 sees and is told
+there, and a `Store` keeps what the frozen language model makes of it.
 """
 
 from __future__ import annotations
@@ -29,8 +31,7 @@ from openhelix.system1.data import Cache
 from openhelix.system2.latents import digest
 from openhelix.system2.train import Prefix, Regime, Sample, System2Learner, encode_states
 
-# ------------------------------------------------------------------------------------------------
-# Which observation a frame's latent comes from.
+# -- Ages: which observation a frame's latent comes from -------------------------------
 #
 # At run time a latent is older than the frame that it steers. So in training every frame is
 # drawn equally often, and its latent comes from any observation of its episode that has one and
@@ -106,13 +107,11 @@ def at_most(cache: Cache, count: int) -> Tensor:
     return frames[:: -(-len(frames) // count)]
 
 
-# ------------------------------------------------------------------------------------------------
-# What System 2 sees and is told about a frame of the training cache.
+# -- Pictures and sentences: what System 2 sees and is told about a frame --------------
 #
 # Its pictures are those that `openhelix collect frames.system2_px=200` draws beside the cache,
 # at the size that the camera delivers; without them the policy's own smaller pictures of the
 # same camera are taken. Its sentences are all that the cache uses for the frame's task.
-
 
 log = logging.getLogger(__name__)
 DRAWN = "system2"
@@ -214,26 +213,21 @@ class Sentences:
         return [self.texts[i] for i in index.tolist()]
 
 
-# ------------------------------------------------------------------------------------------------
-# What the frozen language model makes of the frames, computed once and kept.
+# -- Stores: what the frozen language model makes of the frames, computed once ---------
 #
 # Two kinds, each in a folder named by everything that it depends on, so that what was made for
 # other settings is never read:
 #
 # - `prefix`: keys and values of image and sentence before `<ACT>` (`openhelix.system2.train`), with
-#   which `<ACT>` can be trained exactly. For SmolLM2-135M 2.2 MB a frame in bfloat16.
-# - `states`: read-outs at an `<ACT>` that no longer learns, a kilobyte each.
-#
-# A part file appears whole or not at all, so a killed run goes on where it was. What would
-# need more disk than allowed or free is refused before it begins.
-
+#   which `<ACT>` can be trained exactly. For SmolLM2-135M 2.2 MB per frame in bfloat16.
+# - `states`: read-outs at an `<ACT>` that no longer learns, one kilobyte each.
 
 ABOUT = "about.json"
 Encode = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StoreLayout:
     """Which frames, and which sentences for each.
 
     Attributes:
@@ -259,14 +253,16 @@ class Plan:
 
 
 class Store:
-    """A folder of part files and the plan that they follow."""
+    """A folder of part files and what lies where in them."""
 
-    def __init__(self, root: Path, kind: str, identity: dict[str, Any], plan: Plan) -> None:
-        self.plan, self.kind = plan, kind
-        self.identity = identity | {"frames": len(plan.frames), "part": plan.part}
+    def __init__(
+        self, root: Path, kind: str, identity: dict[str, Any], layout: StoreLayout
+    ) -> None:
+        self.layout, self.kind = layout, kind
+        self.identity = identity | {"frames": len(layout.frames), "part": layout.part}
         text = json.dumps(self.identity, sort_keys=True)
-        chosen = hashlib.sha256(plan.instructions.numpy().tobytes())
-        chosen.update(plan.frames.numpy().tobytes())
+        chosen = hashlib.sha256(layout.instructions.numpy().tobytes())
+        chosen.update(layout.frames.numpy().tobytes())
         name = hashlib.sha256((text + chosen.hexdigest()).encode()).hexdigest()[:12]
         self.folder = root / f"{kind}-{name}"
         self._files: dict[int, Any] = {}
@@ -277,7 +273,7 @@ class Store:
 
     def missing(self) -> list[int]:
         """Return the parts still to do."""
-        return [part for part in range(self.plan.parts) if not self.path(part).is_file()]
+        return [part for part in range(self.layout.parts) if not self.path(part).is_file()]
 
     def check_disk(self, max_gb: float) -> None:
         """Refuse what does not fit.
@@ -285,8 +281,8 @@ class Store:
         Raises:
             ConfigError: more is needed than allowed or free.
         """
-        todo = sum(self.plan.rows(p).stop - self.plan.rows(p).start for p in self.missing())
-        need = todo * self.plan.bytes_each
+        todo = sum(self.layout.rows(p).stop - self.layout.rows(p).start for p in self.missing())
+        need = todo * self.layout.bytes_each
         root = self.folder.parent
         root.mkdir(parents=True, exist_ok=True)
         there = sum(f.stat().st_size for f in root.rglob("*.safetensors"))
@@ -313,20 +309,20 @@ class Store:
         self.check_disk(max_gb)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / ABOUT).write_text(json.dumps(self.identity, indent=1) + "\n")
-        size = len(self.plan.frames) * self.plan.bytes_each / 1e9
-        log.info("%s: %d frames, at most %.2f GB", self.kind, len(self.plan.frames), size)
+        size = len(self.layout.frames) * self.layout.bytes_each / 1e9
+        log.info("%s: %d frames, at most %.2f GB", self.kind, len(self.layout.frames), size)
         begun, done = time.monotonic_ns(), 0
         for part in todo:
             if deadline_ns and time.monotonic_ns() >= deadline_ns:
                 return False
-            rows = self.plan.rows(part)
-            tensors = encode(self.plan.frames[rows], self.plan.instructions[rows])
+            rows = self.layout.rows(part)
+            tensors = encode(self.layout.frames[rows], self.layout.instructions[rows])
             temporary = self.path(part).with_suffix(".part")
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
             temporary.replace(self.path(part))
             done += rows.stop - rows.start
             each = (time.monotonic_ns() - begun) * 1e-9 / done
-            left = sum(self.plan.rows(p).stop - self.plan.rows(p).start for p in todo) - done
+            left = sum(self.layout.rows(p).stop - self.layout.rows(p).start for p in todo) - done
             log.info(
                 "%s: %d left, %.3f s a frame, %.1f min to go",
                 self.kind,
@@ -340,7 +336,7 @@ class Store:
         """Return the tensors of some rows (B,), one dictionary a row."""
         out = []
         for row in rows.tolist():
-            part, at = divmod(row, self.plan.part)
+            part, at = divmod(row, self.layout.part)
             if part not in self._files:
                 self._files[part] = safe_open(self.path(part), framework="pt")
             file = self._files[part]
@@ -348,15 +344,18 @@ class Store:
         return out
 
     def whole(self) -> dict[str, Tensor]:
-        """Return every tensor of the store in memory, in the plan's order."""
+        """Return every tensor of the store in memory, in the layout's order."""
         parts = []
-        for part in range(self.plan.parts):
+        for part in range(self.layout.parts):
             with safe_open(self.path(part), framework="pt") as file:
                 parts.append({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
 PREFIX_PART, STATES_PART = 64, 512  # frames a file
+
+
+# -- Feeds -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,31 +433,31 @@ class PrefixFeed:
 
     def __init__(self, learner: System2Learner, store: Store) -> None:
         self._learner, self._store = learner, store
-        self.frames = store.plan.frames
+        self.frames = store.layout.frames
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Drawn:
         """See `Feed.draw`."""
         prefix = joined(self._store.read(rows)).at(self._learner.model.device)
         sample = self._learner.from_prefix(prefix)
-        return Drawn(self.frames[rows], self._store.plan.instructions[rows, 0], sample)
+        return Drawn(self.frames[rows], self._store.layout.instructions[rows, 0], sample)
 
 
 class StateFeed:
     """Read-outs that were kept; only what comes after them learns."""
 
     def __init__(self, learner: System2Learner, store: Store) -> None:
-        self._learner, self._plan = learner, store.plan
-        self.frames = store.plan.frames
+        self._learner, self._layout = learner, store.layout
+        self.frames = store.layout.frames
         self._kept = store.whole()
         learner.head.act.requires_grad_(False)
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Drawn:
         """See `Feed.draw`; one of the kept sentences is drawn."""
-        which = torch.randint(self._plan.instructions.shape[1], rows.shape, generator=generator)
+        which = torch.randint(self._layout.instructions.shape[1], rows.shape, generator=generator)
         device = self._learner.head.act.device
         state = self._kept["state"][rows, which].float().to(device)
         filled = self._kept["filled"][rows, which].to(device)
-        said = self._plan.instructions[rows, which]
+        said = self._layout.instructions[rows, which]
         return Drawn(self.frames[rows], said, self._learner.from_states(state, filled))
 
 
@@ -524,7 +523,7 @@ def prefix_store(
     each = 2 * text.num_hidden_layers * text.num_key_value_heads * width * longest
     each *= torch.finfo(learner.model.dtype).bits // 8
     identity = about(learner, source, section) | {"kind": "prefix"}
-    return Store(root, "prefix", identity, Plan(frames, said, each, PREFIX_PART))
+    return Store(root, "prefix", identity, StoreLayout(frames, said, each, PREFIX_PART))
 
 
 def states_store(
@@ -540,8 +539,8 @@ def states_store(
         "read_out": asdict(config),
         "act": digest({"act": learner.head.act}),
     }
-    plan = Plan(frames, said, rows * (2 * checkpoint.hidden + 1), STATES_PART)
-    return Store(root, "states", identity, plan)
+    layout = StoreLayout(frames, said, rows * (2 * checkpoint.hidden + 1), STATES_PART)
+    return Store(root, "states", identity, layout)
 
 
 def about(learner: System2Learner, source: Source, section: LatentSection) -> dict[str, Any]:

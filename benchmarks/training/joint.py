@@ -54,7 +54,7 @@ class Joint:
         config: of the whole training.
         stage: "stage1" or "stage2".
         cache: the frames, opened without latents.
-        policy: with its door open for the learner's latents.
+        policy: with an adapter for the learner's latents.
         learner: System 2.
         feed: where latents come from.
         clip_text: (n_tasks, dim), what the alignment loss pulls each task's latent to.

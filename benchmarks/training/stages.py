@@ -53,9 +53,7 @@ from openhelix.system2.engines.base import pick_dtype
 from openhelix.system2.model import open_checkpoint, sha256_file
 from openhelix.system2.train import System2Learner
 
-# ------------------------------------------------------------------------------------------------
-# The loss curves of a joint stage.
-
+# -- Loss curves of a joint stage ------------------------------------------------------
 
 TERMS = (
     ("loss", "all"),
@@ -99,9 +97,7 @@ def plot_joint(path: Path, stage: str, history: list[dict[str, Any]]) -> None:
     plt.close(figure)
 
 
-# ------------------------------------------------------------------------------------------------
-# One joint stage: its parts opened or continued, trained, and written.
-
+# -- A stage: its parts opened or continued, trained, and written ----------------------
 
 log = logging.getLogger(__name__)
 
@@ -351,7 +347,7 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
 def alignment_text(joint: Joint, source: Source) -> Tensor:
     """Return what the alignment loss pulls each task's latent to, (n_tasks, dim).
 
-    The instruction as the policy knows it: its table's row, seen through its door. A policy
+    The instruction as the policy knows it: its table's row, seen through its adapter. A policy
     without a table has the language model's own embedding of one sentence a task, turned to
     the latent's width by a fixed random map.
     """

@@ -1,7 +1,7 @@
 """The projector's start: what the policy's task table says, found without gradients through it.
 
 A policy pretrained alone understands the rows of its table and no latent. `task_anchors`
-names, for each task, a latent that its door turns into that row. The projector begins as what
+names, for each task, a latent that its adapter turns into that row. The projector begins as what
 best sends each sample's state to its task's anchor: seconds of work where finding it by
 gradients through the policy takes hours.
 
@@ -192,7 +192,7 @@ def table_loss(policy: VisuomotorPolicy, latent: Tensor, table: Tensor, task: Te
     Both in units of the distance between neighbouring rows.
 
     Args:
-        policy: whose door it is; its weights collect no gradients.
+        policy: whose adapter it is; its weights collect no gradients.
         latent: (B, n, dim).
         table: (n_tasks, width), the rows.
         task: (B,).

@@ -1,52 +1,210 @@
-"""The command line that all commands share: `--config FILE`, dotted overrides, `--json`."""
+"""The one command line that all commands share.
+
+A command has *options*, a pydantic model whose fields are written `--name VALUE`, and most have
+*settings*, another pydantic model, read from `--config FILE` with words `section.field=value`
+(or `--section.field value`) on top. `--json` prints one object and nothing else. What is wrong
+is one line that names the option or field, and what was probably meant.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from openhelix.runtime.core.config import ConfigError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from openhelix.runtime.core.config import ConfigError, explain
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
+O = TypeVar("O", bound="Options")  # noqa: E741
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, raised as `ConfigError`."""
+@dataclass(frozen=True, slots=True)
+class Positional:
+    """Marks an option that is written without its name; `many` takes any number of words."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    many: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Many:
+    """Marks an option that takes one or more words, and may be repeated."""
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(word.strip() for word in value.split(",") if word.strip())
+    return value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_split)]  # written a,b,c
+Numbers = Annotated[tuple[int, ...], BeforeValidator(_split)]  # written 1,2,3
+
+
+def option(default: Any, says: str, metavar: str | None = None) -> Any:
+    """Return the field of an option; `...` as default for one that must be given."""
+    return Field(default, description=says, json_schema_extra={"metavar": metavar})
+
+
+class Options(BaseModel):
+    """What every command takes; a command's own options are fields of a subclass."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, arbitrary_types_allowed=True
+    )
+
+    config: Path | None = option(None, "YAML file with settings", "FILE")
+    as_json: bool = Field(False, alias="json", description="print one JSON object and nothing else")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
         raise ConfigError(message)
 
 
-def parser(command: str, description: str) -> Parser:
-    """Return a parser with the options that every command takes."""
-    result = Parser(prog=f"openhelix {command}", description=description)
-    result.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration")
-    result.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else"
-    )
-    return result
-
-
 def parse(
-    arguments: argparse.ArgumentParser, argv: Sequence[str]
-) -> tuple[argparse.Namespace, list[str]]:
-    """Return the known options and the overrides (`a.b=value` or `--a.b value`).
+    command: str,
+    options: type[O],
+    argv: Sequence[str],
+    doc: str = "",
+    settings: type[BaseModel] | None = None,
+) -> tuple[O, list[str]]:
+    """Return a command's options, and its overrides as `section.field=value`.
+
+    Args:
+        command: its name.
+        options: the model of what is written `--name VALUE`.
+        argv: the words after the command's name.
+        doc: what `--help` says of it.
+        settings: the model that overrides are for; None: the command takes none.
 
     Raises:
-        ConfigError: a word is neither.
+        ConfigError: in one line, the word and what is valid.
     """
-    known, rest = arguments.parse_known_args(argv)
+    parser, spelled = _parser(command, options, doc, settings)
+    words, overrides = _separate(argv, spelled, settings)
+    if overrides and settings is None:
+        raise ConfigError(f"{overrides[0]}: {command} takes no settings")
+    values = vars(parser.parse_args(words))
+    try:
+        return options.model_validate(values), overrides
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(_complaint(options, first)) from None
+
+
+def help_of_settings(settings: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield every setting with its default, one per line."""
+    for name, field in settings.model_fields.items():
+        default = field.default
+        if isinstance(default, BaseModel):
+            yield from help_of_settings(type(default), f"{prefix}{name}.")
+        else:
+            shown = str(default)
+            yield f"  {prefix}{name}={shown if len(shown) < 70 else shown[:66] + ' ...'}"
+
+
+def _parser(
+    command: str, options: type[Options], doc: str, settings: type[BaseModel] | None
+) -> tuple[_Parser, dict[str, FieldInfo]]:
+    epilog = ""
+    if settings is not None:
+        rows = "\n".join(help_of_settings(settings))
+        epilog = f"settings, written section.field=value, and their defaults:\n{rows}"
+    words = " [section.field=value ...]" if settings is not None else ""
+    parser = _Parser(
+        prog=f"openhelix {command}",
+        usage=f"openhelix {command} [OPTIONS]{_usage(options)}{words}",
+        description=doc,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    spelled: dict[str, FieldInfo] = {}
+    for name, field in options.model_fields.items():
+        key = field.alias or name
+        positional = next((m for m in field.metadata if isinstance(m, Positional)), None)
+        says = (field.description or "").replace("%", "%%")
+        if positional is not None:
+            count = "*" if positional.many else "?" if not field.is_required() else None
+            parser.add_argument(key, nargs=count, metavar=_metavar(field) or key.upper(), help=says)
+            continue
+        flag = f"--{key.replace('_', '-')}"
+        spelled[flag] = field
+        if field.annotation is bool:
+            parser.add_argument(flag, dest=key, action="store_true", help=says)
+            continue
+        many: dict[str, Any] = {}
+        if any(isinstance(m, Many) for m in field.metadata):
+            many = {"action": "extend", "nargs": "+"}
+        parser.add_argument(
+            flag,
+            dest=key,
+            metavar=_metavar(field) or "VALUE",
+            required=field.is_required(),
+            help=says,
+            **many,
+        )
+    return parser, spelled
+
+
+def _metavar(field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    return str(extra.get("metavar") or "") if isinstance(extra, dict) else ""
+
+
+def _usage(options: type[Options]) -> str:
+    words = ""
+    for name, field in options.model_fields.items():
+        if any(isinstance(m, Positional) for m in field.metadata):
+            words += f" {_metavar(field) or name.upper()}"
+    return words
+
+
+def _separate(
+    argv: Sequence[str], spelled: dict[str, FieldInfo], settings: type[BaseModel] | None
+) -> tuple[list[str], list[str]]:
+    """Split words into a command's own and overrides."""
+    own: list[str] = []
     overrides: list[str] = []
-    words = iter(rest)
+    sections = () if settings is None else tuple(settings.model_fields)
+    words = iter(argv)
     for word in words:
-        if "=" in word:
-            overrides.append(word.removeprefix("--"))
-        elif word.startswith("--") and "." in word:
-            value = next(words, None)
+        flag, sign, _ = word.partition("=")
+        if flag in spelled:
+            own.append(word)
+            if not sign and spelled[flag].annotation is not bool:
+                own += [value] if (value := next(words, None)) is not None else []
+        elif word in ("-h", "--help") or not (word.startswith("--") or OVERRIDE.match(word)):
+            own.append(word)
+        elif not word.startswith("--"):
+            overrides.append(word)
+        elif (key := flag.removeprefix("--").replace("-", "_")).split(".")[0] in sections:
+            value = word.partition("=")[2] if sign else next(words, None)
             if value is None:
                 raise ConfigError(f"{word}: needs a value")
-            overrides.append(f"{word.removeprefix('--')}={value}")
+            overrides.append(f"{key}={value}")
         else:
-            raise ConfigError(
-                f"{word!r}: unknown option; overrides are written section.field=value"
-            )
-    return known, overrides
+            raise ConfigError(f"{flag}: unknown option{_meant(flag, spelled, sections)}")
+    return own, overrides
+
+
+def _meant(flag: str, spelled: dict[str, FieldInfo], sections: Sequence[str]) -> str:
+    known = [*spelled, *(f"--{name}" for name in sections)]
+    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else f"; valid: {', '.join(spelled)}"
+
+
+def _complaint(options: type[Options], error: Any) -> str:
+    name = str(error["loc"][0]) if error["loc"] else ""
+    field = options.model_fields.get(name)
+    positional = field is not None and any(isinstance(m, Positional) for m in field.metadata)
+    where = name if positional else f"--{name.replace('_', '-')}"
+    return explain(where if name else "", error)

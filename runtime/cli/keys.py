@@ -9,20 +9,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from openhelix.runtime.cli.arguments import parse, parser
+from openhelix.runtime.cli.arguments import Many, Options, Positional, option, parse
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.transport.sockets import SERVER, generate
 
 
+class KeysOptions(Options):
+    """Options of `keys`."""
+
+    folder: Annotated[Path, Positional()] = option(..., "where to write the keys")
+    robot: Annotated[tuple[str, ...], Many()] = option((), "a robot that gets a pair", "NAME")
+
+
 def main(argv: Sequence[str]) -> int:
-    """Write key pairs; existing ones are never overwritten."""
-    arguments = parser("keys", __doc__ or "")
-    arguments.add_argument("folder", type=Path, help="where to write the keys")
-    arguments.add_argument("--robot", action="append", default=[], metavar="NAME")
-    options, overrides = parse(arguments, argv)
-    if overrides:
-        raise ConfigError(f"{overrides[0]}: keys takes no overrides")
+    """Make the CURVE keys that other hosts need; existing ones are never overwritten."""
+    options, _ = parse("keys", KeysOptions, argv, __doc__ or "")
     names = list(options.robot) or ["client"]
     if not (options.folder / f"{SERVER}.secret").exists():
         names.insert(0, SERVER)
@@ -30,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         made = [generate(options.folder, name).name for name in names]
     except OSError as error:
         raise ConfigError(f"folder: cannot write to {options.folder}: {error.strerror}") from None
-    if options.json:
+    if options.as_json:
         print(json.dumps({"folder": str(options.folder), "made": made}))
     else:
         print(f"{options.folder}: made {', '.join(made)}")

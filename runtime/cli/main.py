@@ -1,4 +1,4 @@
-"""`openhelix`: one word a command, each in a module of its own that is imported when asked for.
+"""`openhelix`: one word per command, each an entry point that is imported when it is called.
 
 A user's mistake ends in one line on standard error and exit code 2, a failure that is not
 theirs in one line and 1; Ctrl-C in 130.
@@ -9,62 +9,33 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
+from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed
-from openhelix.runtime.core.plugins import resolve
-
-COMMANDS = {
-    "run": ("openhelix.runtime.cli.run:main", "run the whole system on a robot or simulator"),
-    "record": ("openhelix.runtime.cli.run:record", "run, and record everything to disk"),
-    "replay": (
-        "openhelix.runtime.cli.replay:main",
-        "run recorded observations through System 1 again",
-    ),
-    "status": (
-        "openhelix.runtime.cli.status:main",
-        "how a running robot is doing; --web for a page",
-    ),
-    "serve": ("openhelix.runtime.cli.serve:main", "one System 2 for many robots"),
-    "collect": (
-        "openhelix.benchmarks.calvin.collect:main",
-        "demonstrations and frames for training",
-    ),
-    "train": (
-        "openhelix.benchmarks.training.command:main",
-        "both systems, from frames to checkpoints",
-    ),
-    "eval": (
-        "openhelix.benchmarks.evaluation.eval:main",
-        "how often a policy does what it is told",
-    ),
-    "sweep": (
-        "openhelix.benchmarks.evaluation.sweep:main",
-        "success against the age of the latent",
-    ),
-    "compare": (
-        "openhelix.benchmarks.evaluation.compare:main",
-        "two evaluations on the same episodes",
-    ),
-    "experiment": (
-        "openhelix.benchmarks.paper.command:main",
-        "the paper's tables and figures, here",
-    ),
-    "probe": ("openhelix.system2.probe:main", "what System 2 makes of one image and instruction"),
-    "keys": ("openhelix.runtime.cli.keys:main", "make the CURVE keys that other hosts need"),
-    "doctor": (
-        "openhelix.runtime.cli.doctor:main",
-        "what this machine can do, and what to do about it",
-    ),
-}
+from openhelix.runtime.core.paths import CHECKOUT
 
 
 def usage() -> str:
-    """The page that `openhelix --help` prints."""
-    rows = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
+    """Return the page that `openhelix --help` prints."""
+    commands = plugins.entries(plugins.COMMANDS)
+    width = max(map(len, commands), default=0) + 1
+    rows = "\n".join(
+        f"  {name:<{width}} {plugins.summary(path)}".rstrip() for name, path in commands.items()
+    )
     return (
         f"usage: openhelix COMMAND [--config FILE] [section.field=value ...] [--json]\n\n{rows}\n\n"
-        "`openhelix COMMAND --help` says more."
+        "`openhelix COMMAND --help` says more; `openhelix --version` says which one this is."
     )
+
+
+def version_line() -> str:
+    """Return the version, and in a checkout where that is."""
+    try:
+        number = version(plugins.DISTRIBUTION)
+    except PackageNotFoundError:
+        number = "not installed"
+    return f"openhelix {number}" + (f" ({CHECKOUT})" if CHECKOUT is not None else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,13 +45,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if words else 2
     name, *rest = words
-    if name not in COMMANDS:
-        print(f"openhelix: unknown command {name!r}; valid: {', '.join(COMMANDS)}", file=sys.stderr)
+    if name == "--version":
+        print(version_line())
+        return 0
+    commands = plugins.entries(plugins.COMMANDS)
+    if name not in commands:
+        said = plugins.nearest(name, commands)
+        print(f"openhelix: unknown command {name!r}; {said}", file=sys.stderr)
         return 2
     try:
-        code = int(resolve(COMMANDS[name][0])(rest))
+        code = int(plugins.resolve(commands[name])(rest))
         sys.stdout.flush()
         return code
+    except ModuleNotFoundError as error:
+        extra = plugins.missing(error)
+        if extra is None or os.environ.get("OPENHELIX_DEBUG"):
+            raise
+        print(f"openhelix {name}: {extra}", file=sys.stderr)
+        return 2
     except ValueError as error:
         # Bad input; every ValueError raised for it says in one line what is valid.
         if os.environ.get("OPENHELIX_DEBUG"):

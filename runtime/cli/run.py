@@ -9,33 +9,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from openhelix.runtime.cli.arguments import parse, parser
+from openhelix.runtime.cli.arguments import Options, option, parse
 from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
-from openhelix.runtime.core.plugins import resolve
 from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.viewer import require
-from openhelix.runtime.robots.base import robot_class
+from openhelix.runtime.robots.base import WorldPlugin, robot_class
 
 EXIT_INTERRUPTED = 130  # by Ctrl-C; the robot was stopped and the report written
 EXIT_STOPPED = 3  # the robot was stopped for safety before the run was complete
 
 
+class RunOptions(Options):
+    """Options of `run` and `record`; all else is `RunConfig`."""
+
+    no_ray: bool = option(False, "plain processes instead of Ray actors")
+    viewer: bool = option(False, "log to Rerun")
+
+
 def main(argv: Sequence[str]) -> int:
-    """Run; 0 when the run completed, whatever the success rate."""
+    """Run the whole system on a robot or in a simulator.
+
+    0 when the run completed, whatever the success rate.
+    """
     return _run(argv, record=False)
 
 
 def record(argv: Sequence[str]) -> int:
-    """Run with recording on."""
+    """Run, and record everything to disk."""
     return _run(argv, record=True)
 
 
 def _run(argv: Sequence[str], record: bool) -> int:
-    arguments = parser("record" if record else "run", __doc__ or "")
-    arguments.add_argument("--no-ray", action="store_true", help="plain processes, for debugging")
-    arguments.add_argument("--viewer", action="store_true", help="log to Rerun")
-    options, overrides = parse(arguments, argv)
+    command = "record" if record else "run"
+    options, overrides = parse(command, RunOptions, argv, __doc__ or "", RunConfig)
     if options.no_ray:
         overrides.append("ray=false")
     if options.viewer:
@@ -49,7 +57,7 @@ def _run(argv: Sequence[str], record: bool) -> int:
     robot_class(config.robot.name)  # there is one of that name, before anything is started
     assignments, initial = plan(config)
     folder = make_output_folder(config.output.folder)
-    display = Display(live=config.output.live and not options.json)
+    display = Display(live=config.output.live and not options.as_json)
     if config.control.clock == "lockstep":
         from openhelix.runtime.launch.run import run_lockstep as run
     else:
@@ -57,7 +65,7 @@ def _run(argv: Sequence[str], record: bool) -> int:
     report = run(config, assignments, initial, folder, display)
     write_report(report, folder)
     publish_latest(folder, config.output.folder)
-    if options.json:
+    if options.as_json:
         print(json.dumps(report))
     else:
         display.summary(report, folder)
@@ -73,13 +81,9 @@ def plan(config: RunConfig) -> tuple[list[Assignment], dict[str, Any] | None]:
         if not text:
             raise ConfigError("tasks.instruction: is empty; write what the robot is to do")
         return [Assignment("", text)], None
-    sequences = resolve("openhelix.benchmarks.calvin.sequences:get_sequences")
-    initial_state = resolve("openhelix.benchmarks.calvin.sequences:initial_state")
-    tasks = resolve("openhelix.benchmarks.calvin.tasks:TASKS")
-    state, names = sequences(config.tasks.sequence + 1)[config.tasks.sequence]
-    robot_obs, scene_obs = initial_state(state, config.world.scene)
-    initial = {"robot_obs": list(map(float, robot_obs)), "scene_obs": list(map(float, scene_obs))}
-    return [Assignment(name, tasks[name].sentence) for name in names], initial
+    world: WorldPlugin = plugins.find(plugins.WORLDS, config.world.name)
+    tasks, initial = world.sequence(config.tasks.sequence, config.world.scene)
+    return [Assignment(*task) for task in tasks], dict(initial)
 
 
 def make_output_folder(base: Path) -> Path:

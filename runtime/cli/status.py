@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import ssl
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,30 +21,34 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from openhelix.runtime.cli.arguments import parse, parser
-from openhelix.runtime.core.config import ConfigError, load
+from openhelix.runtime.cli.arguments import Options, option, parse
+from openhelix.runtime.core.config import ConfigError, RunConfig, load
 from openhelix.runtime.observe.status_server import StatusServer, is_loopback
 from openhelix.runtime.observe.status_source import RunSource
 
 PORT = 9120
 
 
-def main(argv: Sequence[str]) -> int:
-    """Show a run; exit code 1 when there is none."""
-    arguments = parser("status", __doc__ or "")
-    arguments.add_argument("--run", type=Path, metavar="FOLDER", help="default: the newest")
-    arguments.add_argument("--web", action="store_true", help="serve the page until Ctrl-C")
-    arguments.add_argument(
-        *("--listen",),
-        default=f"127.0.0.1:{PORT}",
-        metavar="HOST:PORT",
-        help="off loopback, reading needs the token too",
+class StatusOptions(Options):
+    """Options of `status`."""
+
+    run: Path | None = option(None, "folder of a run (the newest)", "FOLDER")
+    web: bool = option(False, "serve the page until Ctrl-C")
+    listen: str = option(
+        f"127.0.0.1:{PORT}", "off loopback, reading needs the token too", "HOST:PORT"
     )
-    arguments.add_argument("--tls-cert", type=Path, metavar="FILE", help="serve https")
-    arguments.add_argument("--tls-key", type=Path, metavar="FILE")
-    arguments.add_argument("--token", action="store_true", help="print the run's token")
-    arguments.add_argument("--stop", action="store_true", help="stop the robot for good")
-    options, overrides = parse(arguments, argv)
+    tls_cert: Path | None = option(None, "serve https", "FILE")
+    tls_key: Path | None = option(None, "key of the certificate", "FILE")
+    token: bool = option(False, "print the run's token")
+    stop: bool = option(False, "stop the robot for good")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Show how a running robot is doing; --web for a page.
+
+    Exit code 1 when there is no run.
+    """
+    options, overrides = parse("status", StatusOptions, argv, __doc__ or "", RunConfig)
     source = RunSource(load(options.config, overrides).output.folder, options.run)
     try:
         return _do(options, source)
@@ -53,14 +56,14 @@ def main(argv: Sequence[str]) -> int:
         source.close()
 
 
-def _do(options: Namespace, source: RunSource) -> int:
+def _do(options: StatusOptions, source: RunSource) -> int:
     if options.stop:
         robot = source.record().robot
         source.stop("openhelix status --stop")
-        print(json.dumps({"stopped": robot}) if options.json else f"{robot}: stopped")
+        print(json.dumps({"stopped": robot}) if options.as_json else f"{robot}: stopped")
     elif options.token:
         token = source.record().token
-        print(json.dumps({"token": token}) if options.json else token)
+        print(json.dumps({"token": token}) if options.as_json else token)
     elif options.web:
         logging.basicConfig(level=logging.WARNING)
         os.nice(10)  # whoever looks on gives way to whoever works
@@ -68,18 +71,18 @@ def _do(options: Namespace, source: RunSource) -> int:
             asyncio.run(_serve(options, source))
     else:
         status = source.snapshot()
-        if options.json:
+        if options.as_json:
             print(json.dumps(status))
         else:
             Console(highlight=False).print(_table(status))
     return 0
 
 
-async def _serve(options: Namespace, source: RunSource) -> None:
+async def _serve(options: StatusOptions, source: RunSource) -> None:
     host, port = _address(options.listen)
     server = StatusServer(source, host, port, _tls(options))
     url = await server.start()
-    if options.json:
+    if options.as_json:
         print(json.dumps({"url": url}), flush=True)
     else:
         guard = "" if is_loopback(host) else " (asks for the run's token: openhelix status --token)"
@@ -98,7 +101,7 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _tls(options: Namespace) -> ssl.SSLContext | None:
+def _tls(options: StatusOptions) -> ssl.SSLContext | None:
     if options.tls_cert is None and options.tls_key is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -24,6 +24,8 @@ from openhelix.runtime.core.interfaces import (
     Engine,
     LatentSpec,
     PolicySpec,
+    RobotSpec,
+    SpecMismatch,
     check_latent,
     check_robot,
 )
@@ -58,7 +60,8 @@ def make(part: Part) -> Any:
     """Return `target(**options)`.
 
     Raises:
-        ConfigError: the target does not take these options.
+        ConfigError: the target does not take these options, or has random weights that nobody
+            asked for.
         ResolveError: there is no such target.
     """
     target = resolve(part.target)
@@ -66,7 +69,15 @@ def make(part: Part) -> Any:
         inspect.signature(target).bind(**part.options)
     except TypeError as error:
         raise ConfigError(f"options of {part.target}: {error}") from None
-    return target(**part.options)
+    made = target(**part.options)
+    if getattr(made, "untrained", False) and not part.options.get("untrained"):
+        made.close()
+        raise ConfigError(
+            f"{part.target}: its weights are random; name trained ones "
+            "(system2.engine.options.latent_projector=FILE, which `openhelix train` writes), or "
+            "say system2.engine.options.untrained=true"
+        )
+    return made
 
 
 def period_ns(config: RunConfig) -> int:
@@ -92,6 +103,17 @@ def freshness(config: RunConfig) -> SafetyLimits:
     return replace(limits, latent_max_age_s=max(limits.latent_max_age_s, slowest_s))
 
 
+def check_parts(config: RunConfig, robot: RobotSpec, policy: PolicySpec) -> None:
+    """Raise SpecMismatch unless the robot gives what System 1 and System 2 look at."""
+    check_robot(robot, policy)
+    names = [camera.name for camera in robot.cameras]
+    if policy.latent is not None and config.system2.camera not in names:
+        raise SpecMismatch(
+            f"system2.camera: {config.system2.camera!r}, the robot has "
+            f"{', '.join(sorted(names)) or 'none'}"
+        )
+
+
 def build_stack(
     config: RunConfig,
     robot: Robot,
@@ -101,7 +123,7 @@ def build_stack(
     clock: Clock,
 ) -> ControlStack:
     """Join the parts; `robot` is connected. Raises SpecMismatch when they do not fit."""
-    check_robot(robot.spec, spec)
+    check_parts(config, robot.spec, spec)
     period = period_ns(config)
     # A frame that is drawn when it is looked at is never stale, and looking would draw it.
     lively = not getattr(robot, "frames_on_demand", False)
@@ -113,7 +135,7 @@ def build_stack(
         chunks=ChunkBuffer(config.system1.blend_s),
         limits=SafetyFilter(config.safety),
         watchdog=Watchdog(freshness(config), names, use_latent=goals is not None),
-        machine=SafetyState(),
+        safety=SafetyState(),
         clock=clock,
         period_ns=period,
         seed=config.seed,
@@ -182,7 +204,8 @@ def _waiter(pacer: Pacer, loop: ControlLoop) -> Callable[[], object]:
     """Wait for the next tick, and use the time until then.
 
     Garbage is collected first: on the control thread the automatic collector is off
-    (`openhelix.runtime.control.realtime.enter`), because it would run whenever an allocation happens to trip it.
+    (`openhelix.runtime.control.realtime.enter`), because it would run whenever an allocation
+    happens to trip it.
     Then, just before the deadline, the robot's newest state is taken in. After 30 ms of other
     processes' work on this core everything is out of its caches, and decoding a state takes
     twenty times as long as right after another: better before the deadline than after.

@@ -43,7 +43,7 @@ class ChunkCounters:
     rows_blended: int = 0  # rows mixed with what was being executed
     chunks_accepted: int = 0
     chunks_used: int = 0  # of the accepted: at least one action was sampled from it
-    chunks_void: int = 0  # refused: another instruction_id
+    chunks_void: int = 0  # refused: for another instruction
     chunks_late: int = 0  # refused: every row had expired
     chunks_stale: int = 0  # refused: older observation than the plan's
     chunks_bad: int = 0  # refused: wrong shape, not finite, no rotation, no time step
@@ -56,7 +56,7 @@ class ChunkBuffer:
     Args:
         blend_s: seconds over which a new chunk takes over from what is being executed; 0 for
             at once.
-        instruction_id: the instruction counter whose chunks are accepted.
+        instruction_id: of the instruction whose chunks are accepted.
     """
 
     def __init__(self, blend_s: float = 0.1, instruction_id: int = 0) -> None:
@@ -80,7 +80,7 @@ class ChunkBuffer:
 
     @property
     def instruction_id(self) -> int:
-        """The instruction counter whose chunks are accepted."""
+        """Of the instruction whose chunks are accepted."""
         return self._instruction_id
 
     @property
@@ -100,8 +100,8 @@ class ChunkBuffer:
     def put(self, chunk: ActionChunk, now_ns: int) -> bool:
         """Join a chunk to the plan; return whether it was accepted.
 
-        A refused chunk (another instruction_id, wholly expired, older than the plan's, malformed) is
-        counted and changes nothing.
+        A refused chunk (for another instruction, wholly expired, older than the plan's,
+        malformed) is counted and changes nothing.
 
         Args:
             chunk: rows due at `t_start_ns + i * dt_ns`; quaternions need not be unit.

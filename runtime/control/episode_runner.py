@@ -1,4 +1,4 @@
-"""Runs a list of instructions on a control loop: one instruction_id each, judged by the world.
+"""Runs a list of instructions on a control loop, one after the other, judged by the world.
 
 The step limit counts environment steps under the policy's control. Steps on which the robot
 held still because the first latent of an instruction had not arrived are counted apart
@@ -42,7 +42,7 @@ class EpisodeRunner:
     Args:
         loop: the control loop, connected to its robot.
         world: who judges success; None on a robot without an oracle.
-        steps_limit: environment steps an instruction.
+        steps_limit: environment steps per instruction.
         stop_at_failure: CALVIN's protocol; False attempts every assignment.
         wait: blocks until the next tick is due (the pacer; nothing in lockstep).
         hold_limit: ticks that an instruction may spend holding still before it is given up.

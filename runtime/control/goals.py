@@ -1,8 +1,9 @@
 """Where latent goals come from: another process (`WireGoals`) or a schedule (`LockstepGoals`).
 
 The loop offers its newest image every tick and polls; it never waits. `recent` holds the
-last latents of the current instruction_id, newest last. A latent of another instruction_id belongs to an
-instruction that is no longer followed and is counted, never used.
+last latents of the current instruction, newest last. Two kinds of latents are counted and
+never used: one for another instruction, which is no longer followed, and one of another model
+than the run began with, which means something else to System 1 whatever its shape.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from openhelix.runtime.core.interfaces import Engine
+from openhelix.runtime.core.interfaces import Engine, LatentSpec
 from openhelix.runtime.core.types import GoalRequest, LatentGoal, Observation
 from openhelix.runtime.transport.wire import ReaderStats
 
@@ -22,7 +23,9 @@ class Goals(Protocol):
 
     recent: deque[LatentGoal]
     received: int
-    void: int  # of another instruction_id
+    void: int  # for another instruction
+    mismatched: int  # of another model
+    mismatch: str  # what the first of those was; "" while there was none
     latencies_s: deque[float]  # the engine's time for each latent received
 
     @property
@@ -39,21 +42,35 @@ class Goals(Protocol):
 
 
 class _Recent:
-    """The newest latents of the current instruction_id."""
+    """The newest latents of the current instruction and of the expected model."""
 
     def __init__(self, memory: int) -> None:
         self.recent: deque[LatentGoal] = deque(maxlen=memory)
         self.latencies_s: deque[float] = deque(maxlen=4096)
         self.received = 0
         self.void = 0
+        self.mismatched = 0
+        self.mismatch = ""
         self.instruction_id = 0
         self.instruction = ""
+        self._spec_id = ""  # no latent carries that one
+
+    def expect(self, spec: LatentSpec) -> None:
+        """Accept this model's latents alone: the one that was checked against the policy."""
+        self._spec_id = spec.spec_id
 
     def begin(self, instruction_id: int, instruction: str) -> None:
         self.instruction_id, self.instruction = instruction_id, instruction
         self.recent.clear()
 
     def accept(self, latent: LatentGoal) -> bool:
+        if latent.spec_id != self._spec_id:
+            self.mismatched += 1
+            self.mismatch = self.mismatch or (
+                f"System 2 sends {latent.spec_id or 'no spec'}, the run began with "
+                f"{self._spec_id or 'none'}"
+            )
+            return False
         if latent.instruction_id != self.instruction_id:
             self.void += 1
             return False
@@ -160,7 +177,7 @@ class LockstepGoals(_Recent):
         super().__init__(memory)
         self._engine, self._camera = engine, camera
         self._interval, self._latency = interval, latency
-        self._spec_id = engine.spec.spec_id
+        self.expect(engine.spec)
         self._timer = timer
         self._tick = 0
         self._seq = 0
@@ -193,7 +210,7 @@ class LockstepGoals(_Recent):
             instruction_id=self.instruction_id,
             t_obs_ns=frame.t_ns,
             t_pub_ns=frame.t_ns,
-            spec_id=self._spec_id,
+            spec_id=self._engine.spec.spec_id,  # as it is now: weights can be swapped
             source="lockstep",
             compute_s=self._timer() - start,
         )

@@ -54,7 +54,7 @@ class ControlLoop:
         chunks: the plan on its time line.
         limits: bounds every target before it is sent.
         watchdog: knows the age of every source and what is too old.
-        machine: turns its findings into run, hold or stop.
+        safety: turns its findings into run, hold or stop.
         clock: whose time this is.
         period_ns: one control period.
         seed: of the policy's randomness; every instruction draws from a stream of its own.
@@ -69,7 +69,7 @@ class ControlLoop:
         chunks: ChunkBuffer,
         limits: SafetyFilter,
         watchdog: Watchdog,
-        machine: SafetyState,
+        safety: SafetyState,
         clock: Clock,
         period_ns: int,
         seed: int = 0,
@@ -77,7 +77,7 @@ class ControlLoop:
     ) -> None:
         self.robot, self.goals, self.planner = robot, goals, planner
         self.chunks, self.limits = chunks, limits
-        self.watchdog, self.safety = watchdog, machine
+        self.watchdog, self.safety = watchdog, safety
         self.clock, self.period_ns, self.seed = clock, period_ns, seed
         self.subscribers = list(subscribers)
         self.instruction_id = 0
@@ -99,7 +99,7 @@ class ControlLoop:
         self._last = None
 
     def begin(self, instruction: str) -> int:
-        """Follow a new instruction: what belonged to the old one is void. Returns the instruction_id."""
+        """Follow a new instruction: what belonged to the old one is void. Returns its number."""
         self.instruction_id += 1
         self._planned = False
         self.watchdog.expect_latent(self.clock.now_ns())
@@ -180,6 +180,8 @@ class ControlLoop:
         if self.goals is None:
             return None
         latent = self.goals.update(observation)
+        if self.goals.mismatch:
+            self.watchdog.saw_mismatch(self.goals.mismatch)
         if latent is not None:
             self.watchdog.saw("latent", latent.t_obs_ns, now_ns)
         return latent

@@ -34,9 +34,9 @@ LOST_AFTER_NS = 1_000_000_000  # an answer this late is not waited for: System 1
 class PlanRequest:
     """What System 1 needs for one chunk."""
 
-    observation: Observation  # its instruction_id says for which instruction
+    observation: Observation  # names the instruction that the chunk is for
     latents: tuple[LatentGoal, ...]  # newest last
-    seed: int  # of this instruction_id's randomness
+    seed: int  # of this instruction's randomness
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class SyncPlanner:
 
 
 class RemotePlanner:
-    """System 1 in another process; see `openhelix.runtime.launch.system1_process.System1Node`.
+    """System 1 in another process; see `openhelix.runtime.launch.system1_process.System1Process`.
 
     A request is out until its reply comes or `LOST_AFTER_NS` have passed, so that a slow
     policy is given a fresh observation when it is free instead of a queue of old ones.
@@ -141,9 +141,7 @@ class RemotePlanner:
     def __init__(self, sender: Publisher, reader: NewestReader[PlanReply], replan_ns: int) -> None:
         self.sender, self.reader = sender, reader
         self._due = _Due(replan_ns)
-        self._out: tuple[int, int] | None = (
-            None  # instruction_id and observation time of the request
-        )
+        self._out: tuple[int, int] | None = None  # the request's instruction and time
         self._seed = 0
         self.latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.failures = 0

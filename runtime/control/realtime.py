@@ -7,6 +7,14 @@ would otherwise run in real time too, and starve ZeroMQ's input and output threa
 (`inherit` is for a process that wants just that: all its threads at one low priority.)
 For the same reason a SCHED_FIFO thread may spin only briefly (`MonotonicClock.spin_ns`); the
 kernel stops real-time threads for 50 ms once they have used 95 % of a second.
+
+Where there is no SCHED_FIFO, `step_back` and `short_slice` say who goes first. Linux puts the
+processes of each session into a group of their own and shares the cores between the groups
+(autogroup); niceness counts only inside one. So a process that leads a session of its own, as
+those of a run do (`openhelix.runtime.launch.processes`), says its niceness for its group too.
+A thread that computes keeps its core until its slice is over, milliseconds, unless the one
+that wakes has a shorter slice (Linux 6.12 and later), which anybody may ask for. What a system
+does not have is left out here too.
 """
 
 from __future__ import annotations
@@ -27,27 +35,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-# ------------------------------------------------------------------------------------------------
-# Who goes first where there is no SCHED_FIFO: niceness that counts, and short slices.
-#
-# Linux puts the processes of each session into a group of their own and shares the cores
-# between the groups (autogroup); niceness counts only inside one. So a process that leads a
-# session of its own, as those of a run do (`openhelix.runtime.launch.processes`), says its niceness for its
-# group too.
-#
-# A thread that computes keeps its core until its slice is over, milliseconds, unless the one
-# that wakes has a shorter slice (Linux 6.12 and later). Anybody may ask for that. Nothing here
-# raises: what a system does not have is left out.
-
-
 log = logging.getLogger(__name__)
-
 AUTOGROUP: Final = Path("/proc/self/autogroup")
 GROUP_TURNS: Final = 20  # two to three seconds
 SHORT_SLICE_NS: Final = 100_000  # the shortest that Linux takes
 _SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
 # struct sched_attr: size, policy, flags, nice, priority, runtime, deadline, period.
 _ATTR: Final = struct.Struct("=IIQiIQQQ")
+_PR_SET_TIMERSLACK: Final = 29
+_PR_GET_TIMERSLACK: Final = 30
+_MCL_CURRENT_AND_FUTURE: Final = 3
+GcMode = Literal["freeze", "disable", "leave"]
+
+# ------------------------------------------------------------------------------------------------
+# Niceness and slices
 
 
 def step_back(nice: int) -> None:
@@ -120,10 +121,8 @@ def short_slice(slice_ns: int = SHORT_SLICE_NS) -> bool:
     return int(ctypes.CDLL(None).syscall(number, 0, attributes, 0)) == 0
 
 
-_PR_SET_TIMERSLACK: Final = 29
-_PR_GET_TIMERSLACK: Final = 30
-_MCL_CURRENT_AND_FUTURE: Final = 3
-GcMode = Literal["freeze", "disable", "leave"]
+# ------------------------------------------------------------------------------------------------
+# The control thread
 
 
 @dataclass(frozen=True, slots=True)

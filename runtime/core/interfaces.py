@@ -157,8 +157,8 @@ class Policy(Protocol):
     def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
         """Return a trajectory that starts one control period after `observation.t_ns`.
 
-        `latents` holds the recent latents of this instruction_id, newest last; empty when the policy
-        runs without System 2.
+        `latents` holds the recent latents of this instruction, newest last; empty when the
+        policy runs without System 2.
 
         Raises:
             PolicyFault: the output was not finite. On both clocks the fault is counted, the

@@ -1,30 +1,156 @@
-"""`"module:Name"` to the object it names, imported only when asked for.
+"""What plugs in, by name: entry points of any installed package, imported only when used.
 
-The runtime reaches System 1, System 2 and the simulator through this function alone, so
-that importing `runtime` costs neither torch nor vLLM nor pybullet.
+The runtime reaches the systems, worlds, robots and commands through this module alone, so
+that importing `openhelix.runtime` costs neither torch nor vLLM nor pybullet, and what another
+package brings is found in the same way as our own. The groups:
+
+    openhelix.commands   name -> function(argv) -> exit code; its docstring is its help text
+    openhelix.worlds     name -> see `openhelix.runtime.robots.base.WorldPlugin`
+    openhelix.robots     name -> a `Robot` class
+    openhelix.nodes      name -> the class of a process that the run's graph starts
+
+In a checkout our own entry points are read from its pyproject.toml: the metadata of an
+editable install is as old as the install.
 """
 
 from __future__ import annotations
 
+import ast
+import difflib
+import functools
 import importlib
-from typing import Any
+import importlib.util
+import tomllib
+from collections.abc import Mapping
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, Final
+
+from openhelix.runtime.core.paths import CHECKOUT
+
+COMMANDS: Final = "openhelix.commands"
+WORLDS: Final = "openhelix.worlds"
+ROBOTS: Final = "openhelix.robots"
+NODES: Final = "openhelix.nodes"
+DISTRIBUTION: Final = "openhelix"
+
+# The extra of `pip install openhelix[EXTRA]` that brings a module.
+EXTRAS: Final[Mapping[str, str]] = {
+    "torch": "cpu",
+    "vllm": "cpu",
+    "transformers": "cpu",
+    "tokenizers": "cpu",
+    "safetensors": "cpu",
+    "roma": "cpu",
+    "gguf": "cpu",
+    "accelerate": "cpu",
+    "scipy": "sim",
+    "pybullet": "sim",
+    "numba": "sim",
+    "av": "sim",
+    "matplotlib": "sim",
+    "jinja2": "sim",
+    "gymnasium": "sim",
+    "peft": "train",
+    "diffusers": "train",
+    "ray": "cluster",
+    "rerun": "viewer",
+    "lerobot": "robots",
+    "hydra": "calvin",
+    "gym": "calvin",
+}
 
 
 class ResolveError(ValueError):
-    """The path does not name an importable object."""
+    """The name or path does not lead to an importable object."""
+
+
+def missing(error: ModuleNotFoundError) -> str | None:
+    """Return in one line what to install for an import that failed; None for no extra of ours."""
+    name = (error.name or "").partition(".")[0]
+    extra = EXTRAS.get(name)
+    if extra is None:
+        return None
+    also = " (with a GPU: openhelix[gpu])" if extra == "cpu" else ""
+    return f"the package {name!r} is not installed: pip install 'openhelix[{extra}]'{also}"
 
 
 def resolve(path: str) -> Any:
-    """Return the object named by `"package.module:Name"`."""
+    """Return the object named by `"package.module:Name"`.
+
+    Raises:
+        ResolveError: there is none, or what it needs is not installed.
+    """
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
         raise ResolveError(f"{path!r}: write it as 'package.module:Name'")
     try:
         target: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ResolveError(f"{path!r}: no module named {error.name!r}") from error
+        hint = missing(error) or f"no module named {error.name!r}"
+        raise ResolveError(f"{path!r}: {hint}") from error
     for name in attribute.split("."):
         if not hasattr(target, name):
             raise ResolveError(f"{path!r}: {module_name} has no {name!r}")
         target = getattr(target, name)
     return target
+
+
+def entries(group: str) -> dict[str, str]:
+    """Return the `"module:Name"` of everything in a group by its name, ours first."""
+    found = dict(_own(group))
+    seen = {DISTRIBUTION} if CHECKOUT is not None else set()
+    for distribution in distributions():
+        # A second one of a name, further down the path, is not the one that is imported.
+        if (name := distribution.metadata["Name"]) in seen:
+            continue
+        seen.add(name)
+        for entry in distribution.entry_points:
+            if entry.group == group:
+                found.setdefault(entry.name, entry.value)
+    return found
+
+
+def find(group: str, name: str) -> Any:
+    """Return what is called `name` in a group, or named outright as `"module:Name"`.
+
+    Raises:
+        ResolveError: there is nothing of that name (the message lists what there is), or it
+            cannot be imported.
+    """
+    if ":" in name:
+        return resolve(name)
+    found = entries(group)
+    if name not in found:
+        kind = group.rpartition(".")[2].removesuffix("s")
+        raise ResolveError(f"no {kind} {name!r}; {nearest(name, found)}")
+    return resolve(found[name])
+
+
+def nearest(name: str, known: Mapping[str, object]) -> str:
+    """Return what to say of an unknown name: the one that was meant, and all there are."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    return f"{meant}valid: {', '.join(known) or 'none'}"
+
+
+def summary(path: str) -> str:
+    """Return the first line of a function's docstring without importing its module."""
+    module_name, _, attribute = path.partition(":")
+    try:
+        spec = importlib.util.find_spec(module_name)
+        tree = ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8")) if spec else None
+    except (ImportError, OSError, SyntaxError):
+        return ""
+    for node in tree.body if tree else ():
+        if isinstance(node, ast.FunctionDef) and node.name == attribute:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+    return ""
+
+
+@functools.cache
+def _own(group: str) -> Mapping[str, str]:
+    if CHECKOUT is None:
+        return {}
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {name: str(path) for name, path in project["entry-points"].get(group, {}).items()}

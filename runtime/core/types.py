@@ -43,7 +43,7 @@ class Observation:
     gripper_width: float  # metres between the fingertips, 0 (closed) to 0.08
     gripper_open: bool  # the last commanded gripper state
     joints: F64  # (n,) radians
-    instruction_id: int = 0  # instruction counter; see `LatentGoal.instruction_id`
+    instruction_id: int = 0  # of the instruction it is seen under; see `LatentGoal`
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class GoalRequest:
     instruction: str
     robot: str  # the robot's name, also the topic its latents come back on
     seq: int  # counts the requests of one robot, from 0
-    instruction_id: int  # instruction counter; System 2 copies it into the latent
+    instruction_id: int  # counts this robot's instructions; copied into the latent
     t_obs_ns: int  # capture time of the image
     source: str = ""  # identity of the requesting process, new at every start
 
@@ -68,10 +68,10 @@ class LatentGoal:
 
     z: F32  # (n_tokens, d)
     seq: int  # counts the latents of one publisher, from 0
-    instruction_id: int  # the instruction it belongs to; another instruction_id makes it void
+    instruction_id: int  # of the request; a latent for another instruction is void
     t_obs_ns: int  # capture time of the image it was computed from
     t_pub_ns: int  # time of publication
-    spec_id: str  # identity of the producing model; see `interfaces.LatentSpec`
+    spec_id: str  # of the model that made it, see `LatentSpec`; one of another model is void
     source: str = ""  # identity of the publishing process, new at every start
     compute_s: float = 0.0  # what the engine took for it
 

@@ -25,7 +25,7 @@ class SafeStop:
     `reason` is one of a few words (a metric's label); the sentence is `str(stop)`.
     """
 
-    reason: str  # camera_stale, camera_frozen, proprioception_stale, latent_silent, ...
+    reason: str  # camera_stale, latent_silent, latent_mismatch, ...
     source: str  # what it is about: a camera's name, "proprioception", "latent", ...
     age_s: float  # how old the newest of it is; 0 where age has no meaning
     latched: bool = True  # False: work resumes by itself when the cause is gone
@@ -79,6 +79,7 @@ class Watchdog:
         self._cameras = {name: _Camera() for name in cameras}
         self.future_refused = 0
         self._ordered: SafeStop | None = None
+        self._mismatch: SafeStop | None = None
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -138,14 +139,22 @@ class Watchdog:
         """A person stops the arm, for good, at the next tick; any thread may call this."""
         self._ordered = SafeStop("operator", who, 0.0)
 
+    def saw_mismatch(self, what: str) -> None:
+        """A latent of another model has arrived: nobody knows what it would make the arm do."""
+        if self._mismatch is None:
+            self._mismatch = SafeStop("latent_mismatch", what, 0.0)
+
     def check(self, now_ns: int) -> SafeStop | None:
         """Return why the arm must stop now, or None.
 
         A silent System 2 stops the arm only after the grace time, and not for good: work
-        resumes when its latents do.
+        resumes when its latents do. One with other weights stops it at once and for good: a
+        person has put them there.
         """
         if self._ordered is not None:
             return self._ordered
+        if self._mismatch is not None:
+            return self._mismatch
         for name, bound_ns in self._stop_after_ns:
             age_ns = now_ns - self._newest_ns.get(name, now_ns)
             if age_ns > bound_ns:

@@ -1,7 +1,6 @@
 """The control process: one robot's driver and the control loop, run in real time.
 
-Nothing else lives here: System 1, System 2 and all that looks on have processes of their
-own. `setup` connects; `run` waits for the word to start, then paces the loop and keeps the
+Nothing else lives here: System 1, System 2 and the observer have processes of their own. `setup` connects; `run` waits to be told to start, then paces the loop and keeps the
 figures of the run. A robot is stopped on every way out: the end, Ctrl-C, an error.
 """
 
@@ -17,17 +16,19 @@ from typing import Any
 from openhelix.runtime.control.assembly import (
     ControlStack,
     build_stack,
+    check_parts,
     make_clock,
     remote_planner,
     wire_goals,
 )
 from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.control.goals import WireGoals
 from openhelix.runtime.control.realtime import RealtimeStatus, enter, leave
-from openhelix.runtime.control.report import percentiles, task_rows
+from openhelix.runtime.control.report import live, percentiles, task_rows
 from openhelix.runtime.core.config import RunConfig, validate
 from openhelix.runtime.core.interfaces import LatentSpec, PolicySpec, check_latent
-from openhelix.runtime.observe.observer import ObserverNode, Subscribers
-from openhelix.runtime.robots.base import Robot, RobotError, World, make_robot
+from openhelix.runtime.observe.observer import ObserverProcess, Subscribers
+from openhelix.runtime.robots.base import Robot, RobotError, World, make_robot, world_options
 from openhelix.runtime.robots.sim import SimRobot
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
 from openhelix.runtime.transport.sockets import is_local
@@ -37,7 +38,7 @@ SYSTEM1_TIMEOUT_S = 240.0
 OFFSET_ROUNDS = 8  # questions to System 2's clock; the quickest answer counts
 
 
-class ControlNode:
+class ControlProcess:
     """The control loop with the driver of one robot.
 
     Args:
@@ -65,6 +66,7 @@ class ControlNode:
         self._clock_offset_s: dict[str, float] | None = None
         self._report: dict[str, Any] = {}
         self._robot: Robot | None = None
+        self._goals: WireGoals | None = None
         self._stack: ControlStack | None = None
         self._realtime: RealtimeStatus | None = None
         self._subscribers: Subscribers | None = None
@@ -76,17 +78,18 @@ class ControlNode:
 
     def setup(self) -> None:
         config, channels = self._config, self._channels
+        # Wrong options of the driver are told before anybody waits for System 1.
+        self._robot = robot = self._make_robot()
         spec = self._policy_spec()
-        self._robot = self._make_robot()
-        self._robot.connect()
+        check_parts(config, robot.spec, spec)
+        robot.connect()
         self._set_world()
-        goals = None
         if spec.latent is not None:
-            goals = wire_goals(config, channels["requests"], channels["latents"])
+            self._goals = wire_goals(config, channels["requests"], channels["latents"])
         planner = remote_planner(config, channels["plans"], channels["chunks"])
-        stack = build_stack(config, self._robot, spec, planner, goals, make_clock(config))
+        stack = build_stack(config, robot, spec, planner, self._goals, make_clock(config))
         self._stack, self._spec = stack, spec
-        ticks = channels["ticks"] if ObserverNode.wanted(config) else None
+        ticks = channels["ticks"] if ObserverProcess.wanted(config) else None
         tasks = [assignment.task for assignment in self._assignments]
         self._subscribers = Subscribers(config, Path(), stack, ticks, lambda: self._realtime, tasks)
 
@@ -117,19 +120,18 @@ class ControlNode:
         stop.wait()  # stay until the report has been fetched
 
     def health(self) -> dict[str, Any]:
-        stack = self._stack
-        if stack is None or self._subscribers is None:
-            return {}
-        episode_runner = stack.episode_runner
-        current = episode_runner.current
+        runner = self._stack.episode_runner if self._stack else None
+        current, goals = runner.current if runner else None, self._goals
         return {
             "finished": self._finished.is_set(),
             "task": current.task if current else "",
             "instruction": current.instruction if current else "",
-            "steps": episode_runner.steps,
-            **task_rows(episode_runner.results),
-            **self._subscribers.statistics.live(),
-            "metrics_url": self._subscribers.metrics_url,
+            "steps": runner.steps if runner else 0,
+            **task_rows(runner.results if runner else []),
+            **live(self._subscribers.statistics if self._subscribers else None),
+            "latents_received": goals.received if goals else 0,
+            "latents_mismatched": goals.mismatched if goals else 0,
+            "metrics_url": self._subscribers.metrics_url if self._subscribers else None,
         }
 
     def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
@@ -170,7 +172,7 @@ class ControlNode:
                     health = client.call("health", {}, 1.0)
                 except RpcError:
                     health = {}
-                if "policy_spec" in health:
+                if health.get("policy_spec") is not None:
                     return PolicySpec.from_dict(health["policy_spec"])
                 time.sleep(0.1)
         finally:
@@ -196,19 +198,22 @@ class ControlNode:
         return str(keys) if keys else None
 
     def _make_robot(self) -> Robot:
-        options = dict(self._config.robot.options)
-        if self._config.robot.name == "sim":
+        robot, world = self._config.robot, self._config.world
+        options = world_options(robot.name, robot.options, world.scene, world.cameras)
+        if robot.name == "sim":
             names = ("actions", "states", "frames", "world_control")
             options |= {name: self._channels[name] for name in names}
-            options["cameras"] = self._config.world.cameras
+            options["cameras"] = world.cameras
             options["hz"] = self._config.control.hz
             options["keys"] = self._keys()
-        return make_robot(self._config.robot.name, **options)
+        return make_robot(robot.name, **options)
 
     def _on_start(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Compare what System 2 gives with what System 1 needs, then go."""
-        if self._spec.latent is not None:
-            check_latent(LatentSpec(**arguments["latent_spec"]), self._spec.latent)
+        if self._goals is not None and self._spec.latent is not None:
+            given = LatentSpec(**arguments["latent_spec"])
+            check_latent(given, self._spec.latent)
+            self._goals.expect(given)
             self._clock_offset_s = self._measure_offset()
         self._start.set()
         return {}
@@ -248,6 +253,7 @@ class ControlNode:
             "tick_lateness_s": lateness.as_seconds() if lateness.ticks else None,
             "latents_received": goals.received if goals else 0,
             "latents_void": goals.void if goals else 0,
+            "latents_mismatched": goals.mismatched if goals else 0,
             "latents_missed": goals.missed if goals else 0,
             "s1_latency_s": percentiles(stack.loop.planner.latencies_s, ("p50", "p99")),
             "s2_latency_s": percentiles(goals.latencies_s if goals else (), ("p50", "p99")),

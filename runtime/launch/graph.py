@@ -7,46 +7,69 @@
                            control <- frames ------------------------'
                            control -- ticks ---> observer
 
-`Graph` starts the nodes through a host (Ray actors or plain processes), waits until all are
-ready and ends them in order. `openhelix.runtime.launch.graph` says where they listen.
+`build` says which nodes there are, `Endpoints` where each of them listens, and `Graph` starts
+them through a host (Ray actors or plain processes), waits until all are ready and ends them in
+order. Nodes on one host talk over Unix sockets in a `ScratchFolder`, which goes with the run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError, Placement, RunConfig, TransportConfig
 from openhelix.runtime.launch.node import NodeSpec
-from openhelix.runtime.observe.observer import ObserverNode
+from openhelix.runtime.observe.observer import ObserverProcess
 from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcRefused
 from openhelix.runtime.transport.sockets import check_bind, check_connect, is_local, served
 
-# ------------------------------------------------------------------------------------------------
-# A folder for as long as this process lives, for sockets and the like.
-#
-# A process that is killed removes nothing, so the next one does: whatever no living process
-# holds. Who holds a folder has a lock on a file in it, which the kernel gives up with the
-# process, whatever ended it; a process number could be another's by then.
-
-
 PREFIX: Final = "openhelix-run-"
 OWNER: Final = ".owner"
+# Each channel and the node that binds it: always the side that control depends on, so that the
+# control process and a restarted one only ever connect.
+CHANNELS = {
+    "requests": "system2",
+    "latents": "system2",
+    "plans": "system1",
+    "chunks": "system1",
+    "actions": "world",
+    "states": "world",
+    "frames": "camera",
+    "ticks": "observer",
+}
+NODES = ("control", "observer", "camera", "world", "system1", "system2")  # in order of ending
+# control and observer stay where `openhelix run` is called: it shows and writes what they give.
+MOVABLE = ("system2", "system1", "world", "camera")
+# A control loop that crashed must not start again by itself beside a moving arm, and a world
+# that did would have forgotten its state.
+RESTARTED = ("system1", "system2", "camera")
+OBSERVER = Placement(cpus=0.2, nice=10)
+
+# ------------------------------------------------------------------------------------------------
+# The folder of a run
 
 
 class ScratchFolder:
     """A new private folder, locked by this process; `close` removes it.
+
+    A process that is killed removes nothing, so the next one does: whatever no living process
+    holds. Who holds a folder has a lock on a file in it, which the kernel gives up with the
+    process, whatever ended it; a process number could be another's by then.
 
     Attributes:
         path: of the folder.
@@ -101,32 +124,16 @@ def _remove_if_free(path: Path) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------
-# Where the nodes of a run listen: Unix sockets on one host, TCP where it is another one's.
-#
-# Every channel is bound by the side that control depends on, so that the control process and a
-# restarted one only ever connect. A robot's own nodes talk over Unix sockets also when System 2
-# is on another host: what need not be on the network is not.
-
-
-# Each channel and the node that binds it.
-CHANNELS = {
-    "requests": "system2",
-    "latents": "system2",
-    "plans": "system1",
-    "chunks": "system1",
-    "actions": "world",
-    "states": "world",
-    "frames": "camera",
-    "ticks": "observer",
-}
-NODES = ("control", "observer", "camera", "world", "system1", "system2")  # in order of ending
-# control and observer stay where `openhelix run` is called: it shows and writes what they give.
-MOVABLE = ("system2", "system1", "world", "camera")
+# Where the nodes listen
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """The address of every channel and of every node's control channel."""
+    """The address of every channel and of every node's control channel.
+
+    Unix sockets on one host, TCP where it is another one's. A robot's own nodes talk over Unix
+    sockets also when System 2 is on another host: what need not be on the network is not.
+    """
 
     channels: dict[str, str]
     control: dict[str, str]
@@ -215,11 +222,8 @@ def _check(transport: TransportConfig) -> None:
         raise ConfigError("transport.hosts: world and camera go together, or stay both")
 
 
-# A control loop that crashed must not start again by itself beside a moving arm, and a world
-# that did would have forgotten its state.
-PUBLISHER = "openhelix.system2.publisher:PublisherNode"
-RESTARTED = ("system1", "system2", "camera")
-OBSERVER = Placement(cpus=0.2, nice=10)
+# ------------------------------------------------------------------------------------------------
+# The nodes and the graph that they make
 
 
 class GraphError(RuntimeError):
@@ -227,7 +231,7 @@ class GraphError(RuntimeError):
 
 
 class Host(Protocol):
-    """Starts nodes and ends them; `openhelix.runtime.launch.actors.RayHost`, `openhelix.runtime.launch.processes.ProcessHost`."""
+    """Starts nodes and ends them: `actors.RayHost` or `processes.ProcessHost`."""
 
     def start(self, specs: Sequence[NodeSpec]) -> None: ...
 
@@ -266,24 +270,26 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
     parts: list[tuple[str, str, Placement, dict[str, Any]]] = [
         (
             "system1",
-            "openhelix.runtime.launch.system1_process:System1Node",
+            "openhelix.runtime.launch.system1_process:System1Process",
             system1.placement,
             own("system1", policy=policy, **metrics("system1")),
         ),
         (
             "control",
-            "openhelix.runtime.launch.control_process:ControlNode",
+            "openhelix.runtime.launch.control_process:ControlProcess",
             config.control.placement,
             {"config": data, "channels": reach} | job,
         ),
     ]
     if system2.connect is None:
         serves = own("system2", engine=engine, hz=system2.hz, **metrics("system2"))
-        parts.append(("system2", PUBLISHER, system2.placement, serves))
-    if ObserverNode.wanted(config):
+        parts.append(
+            ("system2", plugins.entries(plugins.NODES)["system2"], system2.placement, serves)
+        )
+    if ObserverProcess.wanted(config):
         look = own("observer", config=data, cameras=world.cameras, folder=folder)
         parts.append(
-            ("observer", "openhelix.runtime.observe.observer:ObserverNode", OBSERVER, look)
+            ("observer", "openhelix.runtime.observe.observer:ObserverProcess", OBSERVER, look)
         )
     if config.robot.name == "sim":
         scene = own("world", scene=world.scene)
@@ -294,9 +300,13 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
             hz=world.camera_hz,
             states=channels["states"],
         )
-        host = "openhelix.benchmarks.calvin.world_process"
-        parts.append(("world", f"{host}:WorldNode", world.placement, scene))
-        parts.append(("camera", f"{host}:CameraNode", world.camera_placement, view))
+        runs = plugins.find(plugins.WORLDS, world.name).processes
+        if not runs:
+            raise ConfigError(
+                f"world.name: {world.name!r} has no real-time processes; say control.clock=lockstep"
+            )
+        parts.append(("world", runs["world"], world.placement, scene))
+        parts.append(("camera", runs["camera"], world.camera_placement, view))
     return [
         NodeSpec(
             name=name,
@@ -310,6 +320,27 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
         )
         for name, target, placement, options in parts
     ]
+
+
+def _require_modules(spec: NodeSpec) -> None:
+    """Raise ConfigError where a part names a module that this host does not have.
+
+    Modules are looked for and not imported: that takes milliseconds, loading torch seconds.
+    """
+    named = [spec.options.get(key) for key in ("engine", "policy")]
+    for target in [spec.target, *(part["target"] for part in named if part)]:
+        module = target.partition(":")[0]
+        root = module.partition(".")[0]
+        why = f"no module named {module!r}"
+        try:
+            there = importlib.util.find_spec(module) is not None
+        except ImportError as error:
+            there, why = False, str(error)
+        # `python -m`, which starts the processes, finds what is in the working folder as well.
+        if not there and root not in sys.modules:
+            there = PathFinder.find_spec(root, [os.getcwd()]) is not None
+        if not there:
+            raise ConfigError(f"{spec.name}: {target!r}: {why}")
 
 
 class Graph:
@@ -330,12 +361,23 @@ class Graph:
             self._scratch.close()
             raise
         self._clients: dict[str, RpcClient] = {}
+        self._fields: dict[str, dict[str, None]] = {}  # of each node's health
         self._run = uuid.uuid4().hex
         self._config, self._log_folder = config, folder / "logs"
         self._host: Host | None = None
 
     def start(self) -> None:
-        """Start every node; returns before they are ready."""
+        """Start every node; returns before they are ready.
+
+        Raises:
+            ConfigError: a part that is named does not exist, or the System 2 that others run
+                refuses this robot.
+        """
+        for spec in self.specs:
+            if spec.here:
+                _require_modules(spec)
+        if self._config.system2.connect is not None:
+            self._require_system2(patient=True)
         if self._config.ray:
             # Ray takes half a second to import: only a run that uses it pays.
             from openhelix.runtime.launch.actors import RayHost
@@ -348,13 +390,21 @@ class Graph:
         self._host.start(self.specs)
 
     def health(self, name: str, timeout_s: float = 1.0) -> dict[str, Any]:
-        """Ask one node; `{"state": "unreachable"}` while it does not answer."""
+        """Ask one node how it is.
+
+        While it does not answer its state is "unreachable" and all that it has ever told is
+        None, so that a record has its fields whenever it is looked at.
+        """
         try:
-            return self._client(name).call("health", {}, timeout_s)
+            health = self._client(name).call("health", {}, timeout_s)
         except RpcRefused as error:
-            return {"name": name, "state": "refused", "error": str(error)}
+            known = {"state": "refused", "error": str(error)}
         except RpcError:
-            return {"name": name, "state": "unreachable", "error": ""}
+            known = {"state": "unreachable", "error": ""}
+        else:
+            self._fields[name] = dict.fromkeys(health)
+            return health
+        return {"pid": None, **self._fields.get(name, {}), "name": name, **known}
 
     def ask(
         self, name: str, question: str, timeout_s: float = 5.0, **arguments: Any
@@ -402,12 +452,32 @@ class Graph:
                 raise GraphError(f"not ready after {timeout_s:.0f} s: {', '.join(late)}")
             time.sleep(0.1)
 
-    def _require_system2(self) -> None:
-        """A System 2 that others run must be there by now, and have this robot's name free."""
+    def latent_spec(self, patience_s: float = 60.0) -> dict[str, Any]:
+        """Return the spec of System 2's latents, as soon as it answers.
+
+        Raises:
+            GraphError: it does not within the time.
+        """
+        deadline_s = time.monotonic() + patience_s
+        while time.monotonic() < deadline_s:
+            spec = self.health("system2").get("latent_spec")
+            if spec is not None:
+                return dict(spec)
+            time.sleep(0.1)  # it has just died and is started again
+        raise GraphError(f"system2: has not answered for {patience_s:.0f} s; its log is in logs/")
+
+    def _require_system2(self, patient: bool = False) -> None:
+        """A System 2 that others run must be there and have this robot's name free.
+
+        Args:
+            patient: it may still be on its way; what it refuses is told all the same.
+        """
         health = self.health("system2", 5.0)
         if health["state"] == "refused":
             raise ConfigError(f"system2: {health['error']}")
         if health["state"] != "ready":
+            if patient:
+                return
             address = self.endpoints.control["system2"]
             raise GraphError(
                 f"system2 at {address} is {health['state']}; `openhelix serve` runs one"

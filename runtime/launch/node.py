@@ -5,6 +5,10 @@ over the node's own ZeroMQ control endpoint, so Ray carries no message of the ru
 
 States: `starting` -> `ready` -> `done`, or `refused` (wrong input: starting it again would
 not help, so it stays and says why) or `failed` (a crash: the host lets it be restarted).
+The health record of a node has the same fields in every state.
+
+`interruptible` turns Ctrl-C, SIGTERM and a closed terminal into an event, so that a run ends
+in order: the tick is finished, the robot stopped, the report written, the processes ended.
 """
 
 from __future__ import annotations
@@ -24,13 +28,13 @@ from openhelix.runtime.control.realtime import enter, short_slice, step_back
 from openhelix.runtime.core.plugins import resolve
 from openhelix.runtime.transport.rpc import RpcServer
 
-# ------------------------------------------------------------------------------------------------
-# Ctrl-C, SIGTERM and a closed terminal as an event, so that a run ends in order.
-#
-# The tick is finished, the robot stopped, the report written, the processes ended.
-
-
+log = logging.getLogger(__name__)
+TELL_S = 2.0  # how long a node that could not start goes on answering, so that its error is heard
+Handler = Callable[[dict[str, Any]], dict[str, Any]]
 NUMBERS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+# ------------------------------------------------------------------------------------------------
+# Signals
 
 
 def in_a_thread(act: Callable[[], object]) -> None:
@@ -80,9 +84,8 @@ def interruptible() -> Iterator[Interrupts]:
             signal.signal(number, handler)
 
 
-log = logging.getLogger(__name__)
-TELL_S = 2.0  # how long a node that could not start goes on answering, so that its error is heard
-Handler = Callable[[dict[str, Any]], dict[str, Any]]
+# ------------------------------------------------------------------------------------------------
+# Nodes
 
 
 class Node(Protocol):
@@ -95,7 +98,11 @@ class Node(Protocol):
         """Work until `stop` is set."""
 
     def health(self) -> dict[str, Any]:
-        """Small and quick: called from another thread while `run` works."""
+        """Return what the part is and does; the same fields from construction to the end.
+
+        Small and quick: called from another thread while `setup` or `run` works. What is not
+        known yet is None.
+        """
 
     def handlers(self) -> Mapping[str, Handler]:
         """More questions that this part answers."""
@@ -239,10 +246,13 @@ class NodeRunner:
             log.error("%s failed", self._spec.name, exc_info=error)
 
     def _health(self, _: dict[str, Any]) -> dict[str, Any]:
-        health = {"name": self._spec.name, "state": self.state, "error": self.error}
-        if self._node is not None and self.state == "ready":
-            health |= self._node.health()
-        return health | {"pid": os.getpid()}
+        part = self._node.health() if self._node is not None else {}
+        return part | {
+            "name": self._spec.name,
+            "state": self.state,
+            "error": self.error,
+            "pid": os.getpid(),
+        }
 
     def _on_stop(self, _: dict[str, Any]) -> dict[str, Any]:
         self._stop.set()

@@ -1,4 +1,10 @@
-"""A run on the wall clock: start the graph, give the word, watch, fetch the report, end all."""
+"""One run, on either clock: start, watch, report, end.
+
+`run_realtime` starts a graph of processes, tells the loop to start once all are ready, follows
+it and fetches its report. `run_lockstep` joins the same loop, policy and System 2 in this
+process; only the clock moves when it is slept on, so that the same seed gives the same report
+on any machine (figures that measure this machine aside).
+"""
 
 from __future__ import annotations
 
@@ -8,11 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from openhelix.runtime.control.assembly import (
     ControlStack,
     build_stack,
+    check_parts,
     lockstep_goals,
     make,
     make_clock,
@@ -21,7 +29,7 @@ from openhelix.runtime.control.assembly import (
 from openhelix.runtime.control.episode_runner import Assignment
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.planner import SyncPlanner
-from openhelix.runtime.control.report import LoopStatistics, percentiles, task_rows, versions
+from openhelix.runtime.control.report import LoopStatistics, live, percentiles, task_rows, versions
 from openhelix.runtime.core.config import CommandFailed, RunConfig
 from openhelix.runtime.core.interfaces import Policy
 from openhelix.runtime.launch.graph import Graph, GraphError
@@ -29,14 +37,19 @@ from openhelix.runtime.launch.node import interruptible
 from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.observer import Subscribers
 from openhelix.runtime.observe.status_source import RECORD, StatusRecord
-from openhelix.runtime.robots.base import World, make_robot
+from openhelix.runtime.robots.base import World, make_robot, world_options
+from openhelix.runtime.robots.env import stepped
 from openhelix.runtime.transport.rpc import RpcError
 
+READY_TIMEOUT_S = 300.0  # the first start builds the laptop model; later ones take seconds
+
+
+class RunFailed(CommandFailed):
+    """The run could not be completed; one line says why."""
+
+
 # ------------------------------------------------------------------------------------------------
-# A run on the deterministic clock: one process, time counted in environment steps.
-#
-# Same loop, same policy, same System 2; only the clock moves when it is slept on. The same
-# seed gives the same report on any machine (figures that measure this machine aside).
+# The deterministic clock
 
 
 def run_lockstep(
@@ -50,13 +63,16 @@ def run_lockstep(
     started_s = time.monotonic()
     display.say("loading System 1 and System 2")
     clock = make_clock(config)
-    policy: Policy = make(config.system1.policy)
     name, options = _embedded(config, clock)
-    robot = make_robot(name, **options)
-    robot.connect()
-    goals = None
+    robot = make_robot(name, **options)  # first: its options are checked before models are loaded
+    policy: Policy = make(config.system1.policy)
+    check_parts(config, robot.spec, policy.spec)
+    goals = engine = None
     if policy.spec.latent is not None:
-        goals = lockstep_goals(config, make(config.system2.engine), policy.spec.latent)
+        engine = make(config.system2.engine)
+        goals = lockstep_goals(config, engine, policy.spec.latent)
+    untrained = say_untrained(display, system1=policy, system2=engine)
+    robot.connect()
     planner = SyncPlanner(policy, replan_ns(config))
     stack = build_stack(config, robot, policy.spec, planner, goals, clock)
     subscribers = Subscribers(config, folder, stack)
@@ -75,18 +91,28 @@ def run_lockstep(
         subscribers.close()
         stack.close()
         robot.disconnect()
-    return _report(config, stack, statistics) | {"ready_s": ready_s, "sinks": subscribers.close()}
+    return _report(config, stack, statistics) | {
+        "ready_s": ready_s,
+        "sinks": subscribers.close(),
+        "untrained": untrained,
+    }
+
+
+def say_untrained(display: Display, **systems: Any) -> list[str]:
+    """Tell which systems have random weights; return their names."""
+    names = [name for name, part in systems.items() if getattr(part, "untrained", False)]
+    for name in names:
+        display.say(f"{name} is untrained, as asked for: its weights are random")
+    return names
 
 
 def _embedded(config: RunConfig, clock: object) -> tuple[str, dict[str, Any]]:
     """The driver that steps a world inside this process, in place of the real-time one."""
-    options = dict(config.robot.options) | {"clock": clock}
-    if config.robot.name != "sim":
-        return config.robot.name, options
-    return "playtable", options | {
-        "scene": config.world.scene,
-        "cameras": config.world.cameras,
-    }
+    name, options = config.robot.name, dict(config.robot.options) | {"clock": clock}
+    if name == "sim":
+        name, more = stepped(config.world.name)
+        options |= more
+    return name, world_options(name, options, config.world.scene, config.world.cameras)
 
 
 class _Progress:
@@ -104,15 +130,16 @@ class _Progress:
         if now_s < self._next_s:
             return
         self._next_s = now_s + 0.2
-        episode_runner = self._stack.episode_runner
-        current = episode_runner.current
-        health = task_rows(episode_runner.results) | self._statistics.live()
+        runner = self._stack.episode_runner
+        current = runner.current
+        health = task_rows(runner.results) | live(self._statistics)
         health["instruction"] = current.instruction if current else ""
-        self._display.progress(health | {"steps": episode_runner.steps}, self._limit)
+        self._display.progress(health | {"steps": runner.steps}, self._limit)
 
 
 def _report(config: RunConfig, stack: ControlStack, statistics: LoopStatistics) -> dict[str, Any]:
     goals = stack.loop.goals
+    published = goals.received + goals.void + goals.mismatched if goals else 0
     lateness = stack.pacer.summary()
     return {
         "clock": "lockstep",
@@ -124,8 +151,9 @@ def _report(config: RunConfig, stack: ControlStack, statistics: LoopStatistics) 
         **statistics.report(),
         "deadline_missed": lateness.missed,
         "tick_lateness_s": lateness.as_seconds(),
-        "latents_published": goals.received + goals.void if goals else 0,
+        "latents_published": published,
         "latents_missed": goals.missed if goals else 0,
+        "latents_mismatched": goals.mismatched if goals else 0,
         "s1_latency_s": percentiles(stack.loop.planner.latencies_s, ("p50", "p99")),
         "s2_latency_s": percentiles(goals.latencies_s if goals else (), ("p50", "p99")),
         "stopped": str(stack.loop.safety.stop) if stack.loop.stopped else None,
@@ -136,11 +164,8 @@ def _report(config: RunConfig, stack: ControlStack, statistics: LoopStatistics) 
     }
 
 
-READY_TIMEOUT_S = 300.0  # the first start builds the laptop model; later ones take seconds
-
-
-class RunFailed(CommandFailed):
-    """The run could not be completed; one line says why."""
+# ------------------------------------------------------------------------------------------------
+# The wall clock
 
 
 def run_realtime(
@@ -173,8 +198,12 @@ def run_realtime(
             graph.wait_ready(READY_TIMEOUT_S, display.states, interrupted)
             if interrupted.is_set():
                 raise KeyboardInterrupt
-            system2 = graph.health("system2")
-            graph.ask("control", "start", timeout_s=30.0, latent_spec=system2["latent_spec"])
+            untrained = say_untrained(
+                display,
+                system1=SimpleNamespace(**graph.health("system1")),
+                system2=SimpleNamespace(**graph.health("system2")),
+            )
+            graph.ask("control", "start", timeout_s=30.0, latent_spec=graph.latent_spec())
             ready_s = time.monotonic() - started_s
             report = _watch(graph, config, display, interrupted)
             if graph.has("observer"):
@@ -190,10 +219,11 @@ def run_realtime(
     first_ns = report.pop("first_action_ns")
     return report | {
         "first_action_s": None if first_ns is None else first_ns * 1e-9 - started_s,
-        "latents_published": system2.get("published"),
-        "latents_skipped": system2.get("skipped"),
+        "latents_published": system2["published"],
+        "latents_skipped": system2["skipped"],
+        "untrained": untrained,
         "ready_s": ready_s,
-        "device": f"{platform.machine()}, {system2.get('device', 'cpu')}",
+        "device": ", ".join(filter(None, (platform.machine(), system2["device"]))),
         "versions": versions(),
         "seed": config.seed,
     }
@@ -226,7 +256,7 @@ def _watch(
         else:
             silent_since_s = None
             display.progress(health, config.tasks.steps_limit)
-            if health.get("finished"):
+            if health["finished"]:
                 return graph.ask("control", "report", timeout_s=10.0)
         if interrupted.is_set():
             # The loop ends its tick, holds, stops the robot and reports what it did.

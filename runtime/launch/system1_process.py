@@ -25,7 +25,7 @@ from openhelix.runtime.transport.wire import NewestReader, Publisher
 log = logging.getLogger(__name__)
 
 
-class System1Node:
+class System1Process:
     """The node "system1" of a run's graph; see `openhelix.runtime.launch.node.Node`.
 
     Args:
@@ -51,16 +51,18 @@ class System1Node:
         self._metrics: Endpoint | None = None
         self._part = Part(**policy)
         self._endpoints, self._keys = (plans, chunks), keys
-        self._instruction_id: tuple[int, int] | None = (
-            None  # instruction_id and seed the policy was reset for
-        )
+        self._policy: Policy | None = None
+        self._reader: NewestReader[PlanRequest] | None = None
+        self._replies: Publisher | None = None
+        self._reset_for: tuple[int, int] | None = None  # instruction and seed
         self._planned = 0
         self._failed = 0
         self._compute_s = 0.0
 
     def setup(self) -> None:
-        self._policy: Policy = make(self._part)
-        self._policy.warm_up()
+        policy: Policy = make(self._part)
+        self._policy = policy  # known from here on: what it needs is compared while it warms up
+        policy.warm_up()
         plans, chunks = self._endpoints
         self._reader = NewestReader(plans, "plans", PlanRequest, bind=True, keys=self._keys)
         self._replies = Publisher(chunks, "chunks", keys=self._keys)
@@ -70,6 +72,7 @@ class System1Node:
             self._metrics = serve(port, wire, GpuMetrics(), host=host)
 
     def run(self, stop: threading.Event) -> None:
+        assert self._reader is not None
         while not stop.is_set():
             self._reader.wait(0.05)
             request = self._reader.poll()
@@ -77,13 +80,15 @@ class System1Node:
                 self._answer(request)
 
     def health(self) -> dict[str, Any]:
+        policy, reader = self._policy, self._reader
         return {
             "planned": self._planned,
             "failed": self._failed,
             "compute_s": self._compute_s,
-            "policy_spec": asdict(self._policy.spec),
-            "device": str(getattr(self._policy, "device", "cpu")),
-            "dropped": dict(self._reader.stats.dropped),
+            "policy_spec": asdict(policy.spec) if policy else None,
+            "device": str(getattr(policy, "device", "cpu")) if policy else None,
+            "untrained": bool(getattr(policy, "untrained", False)),
+            "dropped": dict(reader.stats.dropped) if reader else {},
             "metrics_url": self._metrics.url if self._metrics else None,
         }
 
@@ -94,18 +99,19 @@ class System1Node:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        for part in ("_reader", "_replies"):
-            if hasattr(self, part):
-                getattr(self, part).close()
+        for part in (self._reader, self._replies):
+            if part is not None:
+                part.close()
 
     def _answer(self, request: PlanRequest) -> None:
+        assert self._policy is not None and self._replies is not None
         observation = request.observation
         start_s = time.perf_counter()
         chunk: ActionChunk | None = None
         try:
-            # A restarted control process counts its instruction_ids from 1 again, with another seed.
-            if self._instruction_id != (observation.instruction_id, request.seed):
-                self._instruction_id = (observation.instruction_id, request.seed)
+            # A restarted control process counts instructions from 1 again, with another seed.
+            if self._reset_for != (observation.instruction_id, request.seed):
+                self._reset_for = (observation.instruction_id, request.seed)
                 self._policy.reset(request.seed)
             chunk = self._policy.act(observation, request.latents)
             self._planned += 1

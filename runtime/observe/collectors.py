@@ -33,7 +33,7 @@ LIMITS = (
 # that begins with it is invisible to `rate` and `increase`.
 STOP_REASONS = (
     *("camera_stale", "camera_frozen", "proprioception_stale", "latent_silent"),
-    *("robot_error", "operator"),
+    *("latent_mismatch", "robot_error", "operator"),
 )
 HOLD_REASONS = ("chunk_ran_out", "first_plan_due")
 SHED_REASONS = ("too_many_robots", "name_taken", "bad_name", "too_old", "out_of_order")
@@ -148,6 +148,7 @@ class LoopMetrics:
         yield counter("latents_received", goals.received)
         yield counter("latents_void", goals.void)
         yield counter("latents_missed", goals.missed)
+        yield counter("latents_mismatched", goals.mismatched)
         if self._latent_period_s is not None:
             yield counter("latents_late", self._late)
             yield gauge("latent_period_seconds", self._latent_period_s)
@@ -155,13 +156,13 @@ class LoopMetrics:
         yield self._delay.family()
 
     def _safety(self) -> Iterable[Metric]:
-        machine, watchdog = self._loop.safety, self._loop.watchdog
+        safety, watchdog = self._loop.safety, self._loop.watchdog
         yield gauge(
             "safety_mode",
-            {mode: float(machine.mode.value == mode) for mode in ("run", "hold", "stop")},
+            {mode: float(safety.mode.value == mode) for mode in ("run", "hold", "stop")},
         )
-        yield counter("safety_stops", dict.fromkeys(STOP_REASONS, 0) | machine.stops)
-        yield counter("safety_holds", dict.fromkeys(HOLD_REASONS, 0) | machine.holds)
+        yield counter("safety_stops", dict.fromkeys(STOP_REASONS, 0) | safety.stops)
+        yield counter("safety_holds", dict.fromkeys(HOLD_REASONS, 0) | safety.holds)
         yield counter("safety_limited", dict(self._limited))
         yield gauge("source_age_seconds", watchdog.ages_s(self._loop.clock.now_ns()))
         yield gauge("source_limit_seconds", watchdog.stop_after_s())

@@ -118,6 +118,7 @@ _LATENTS = (
     _counter("latents_received", "Latents of the current instruction that arrived."),
     _counter("latents_void", "Latents of an earlier instruction that arrived and were dropped."),
     _counter("latents_missed", "Latents published that never arrived."),
+    _counter("latents_mismatched", "Latents of another model than the run began with, dropped."),
     _counter(
         "latents_late",
         "Latents that arrived more than a period of System 2 after their image.",

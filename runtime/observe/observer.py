@@ -5,7 +5,7 @@ frames that are new (`TickPublisher`). Drawing and encoding happen elsewhere, so
 spectator ever holds the control thread's interpreter. Unlike the control path, where only the
 newest counts, here all messages do; those that were lost are counted (`EveryReader`).
 
-On the wall clock `ObserverNode`, a process of its own, takes the ticks. It feeds the `Sinks`
+On the wall clock `ObserverProcess`, a process of its own, takes the ticks. It feeds the `Sinks`
 (video, recording, viewer), which drop, counted, rather than delay anybody, and the
 `StatusBoard`, which answers when a person asks how the robot is. The control process is never
 asked: whoever watches a robot, however many and however slowly, cannot cost its loop a
@@ -341,7 +341,7 @@ class Sinks:
 # The observer process ----------------------------------------------------------------------------
 
 
-class ObserverNode:
+class ObserverProcess:
     """Looks on: feeds the sinks with the ticks that the control process sends.
 
     Args:
@@ -372,6 +372,8 @@ class ObserverNode:
         self._finished = threading.Event()
         self._summary: dict[str, Any] = {}
         self._metrics: Endpoint | None = None
+        self._sinks: Sinks | None = None
+        self._reader: EveryReader[TickMessage] | None = None
 
     @staticmethod
     def wanted(config: RunConfig) -> bool:
@@ -391,6 +393,7 @@ class ObserverNode:
             self._metrics = serve(port, wire, sinks, host=output.metrics_host)
 
     def run(self, stop: threading.Event) -> None:
+        assert self._reader is not None and self._sinks is not None
         while not stop.is_set() and not self._finish.is_set():
             self._reader.wait(0.1)
             self._take()
@@ -403,9 +406,10 @@ class ObserverNode:
         stop.wait()
 
     def health(self) -> dict[str, Any]:
+        stats = self._reader.stats if self._reader else None
         return {
-            "ticks": self._reader.stats.delivered,
-            "ticks_lost": self._reader.stats.gaps,
+            "ticks": stats.delivered if stats else 0,
+            "ticks_lost": stats.gaps if stats else 0,
             "metrics_url": self._metrics.url if self._metrics else None,
         }
 
@@ -420,12 +424,12 @@ class ObserverNode:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        if hasattr(self, "_sinks"):
-            self._sinks.close()
-        if hasattr(self, "_reader"):
-            self._reader.close()
+        for part in (self._sinks, self._reader):
+            if part is not None:
+                part.close()
 
     def _take(self) -> None:
+        assert self._reader is not None and self._sinks is not None
         for message in self._reader.poll():
             self._last_s = time.monotonic()
             tick = message.tick

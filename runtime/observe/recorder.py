@@ -609,7 +609,7 @@ def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
         RecordingError: there is no recording.
     """
     reader, matcher = Reader(path), _Inputs(memory)
-    seed = int(reader.meta.get("seed", 0))  # the loop gives each instruction seed + instruction_id
+    seed = int(reader.meta.get("seed", 0))  # each instruction draws from seed + its number
     chunks = unmatched = 0
     errors: list[np.ndarray[Any, Any]] = []
     latencies_s: list[float] = []

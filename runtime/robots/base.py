@@ -11,18 +11,17 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from importlib.metadata import entry_points
 from math import isfinite
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
+from openhelix.runtime.core import plugins
+from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import RobotSpec
-from openhelix.runtime.core.plugins import resolve
 from openhelix.runtime.core.quaternion import QuaternionError, normalise
 from openhelix.runtime.core.types import Action, Observation
 
-GROUP = "openhelix.robots"
 Features = Mapping[str, type | tuple[int, ...]]
 
 
@@ -32,10 +31,6 @@ class RobotError(RuntimeError):
 
 class NotConnected(RobotError):
     """A call that needs a connection came before `connect` or after `disconnect`."""
-
-
-class UnknownRobot(ValueError):
-    """No driver of that name; the message lists those there are."""
 
 
 class Robot(ABC):
@@ -159,6 +154,31 @@ class World(Protocol):
         """Return the environment steps made since `reset_world`."""
 
 
+class WorldPlugin(Protocol):
+    """An entry of the group `openhelix.worlds`: a world by its name.
+
+    Attributes:
+        processes: the classes of the processes "world" and "camera" that run it in real time;
+            empty for a world that only steps.
+    """
+
+    processes: Mapping[str, str]
+
+    def make_env(self, scene: str, cameras: Sequence[str], seed: int = 0) -> Any:
+        """Return an env with calvin_env's verbs and `camera_frames`; see `env.EnvRobot`."""
+
+    def completed(self, start_info: Mapping[str, Any], end_info: Mapping[str, Any]) -> set[str]:
+        """Return the names of the tasks done between two infos."""
+
+    def sequence(
+        self, number: int, scene: str
+    ) -> tuple[list[tuple[str, str]], dict[str, list[float]]]:
+        """Return a run's tasks with their sentences, and the `reset_world` state to start from."""
+
+    def require(self) -> str:
+        """Return in words what was found; ValueError, in one line, where something is missing."""
+
+
 def check_action(action: Action) -> None:
     """Raise a one-line ValueError unless `action` has the shapes and finite numbers it must."""
     pose = np.asarray(action.pose)
@@ -175,25 +195,36 @@ def check_action(action: Action) -> None:
         raise ValueError(f"action.gripper: {action.gripper} is not between 0 (closed) and 1 (open)")
 
 
-def robot_names() -> list[str]:
-    """Return the names of the installed drivers."""
-    return sorted({entry.name for entry in entry_points(group=GROUP)})
-
-
 def robot_class(name: str) -> Any:
     """Return the driver class called `name`, or named as `"package.module:Class"`.
 
     Raises:
-        UnknownRobot: there is no such driver; the message lists those there are.
-        openhelix.runtime.core.plugins.ResolveError: the module or class does not exist.
+        openhelix.runtime.core.plugins.ResolveError: there is no such driver; the message lists
+            those there are.
     """
-    if ":" in name:
-        return resolve(name)
-    for entry in entry_points(group=GROUP):
-        if entry.name == name:
-            return resolve(entry.value)
-    known = ", ".join(robot_names()) or "none (is the package installed?)"
-    raise UnknownRobot(f"robot: no driver {name!r}; there are: {known}")
+    return plugins.find(plugins.ROBOTS, name)
+
+
+def world_options(
+    name: str, options: Mapping[str, Any], scene: str, cameras: Sequence[str]
+) -> dict[str, Any]:
+    """Return a driver's options with the run's scene and cameras, if it drives a world.
+
+    A driver that takes a `scene` is one.
+
+    Raises:
+        ConfigError: the options name another scene or other cameras than the run.
+    """
+    if "scene" not in inspect.signature(robot_class(name)).parameters:
+        return dict(options)
+    of_run: dict[str, Any] = {"scene": scene, "cameras": tuple(cameras)}
+    for field, value in of_run.items():
+        if field in options and options[field] not in (value, list(value)):
+            raise ConfigError(
+                f"robot.options.{field}: {options[field]!r} contradicts world.{field}; "
+                f"say world.{field} alone"
+            )
+    return {**options, **of_run}
 
 
 def make_robot(name: str, **options: Any) -> Robot:
@@ -204,7 +235,7 @@ def make_robot(name: str, **options: Any) -> Robot:
         options: the driver's own constructor arguments.
 
     Raises:
-        UnknownRobot: no such driver.
+        openhelix.runtime.core.plugins.ResolveError: no such driver.
         ValueError: an option that the driver does not have, or one of a bad value.
     """
     cls = robot_class(name)

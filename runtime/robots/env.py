@@ -16,18 +16,24 @@ from typing import Any
 
 import numpy as np
 
+from openhelix.runtime.core import plugins
 from openhelix.runtime.core.clock import Clock, MonotonicClock
 from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, RobotSpec
-from openhelix.runtime.core.plugins import resolve
 from openhelix.runtime.core.quaternion import from_euler_xyz, normalise
 from openhelix.runtime.core.types import Action, CameraFrame, Observation
-from openhelix.runtime.robots.base import NotConnected, Robot, RobotError, check_action
+from openhelix.runtime.robots.base import (
+    NotConnected,
+    Robot,
+    RobotError,
+    WorldPlugin,
+    check_action,
+)
 
 log = logging.getLogger(__name__)
 
 CONTROL_HZ = 30.0  # calvin_env's; its step has no other length
 CAMERA_SIZES: Mapping[str, tuple[int, int]] = {"static": (200, 200), "gripper": (84, 84)}
-ORACLE = "openhelix.benchmarks.calvin.tasks:completed"
+Oracle = Callable[[Any, Any], set[str]]
 
 
 class FramesOnDemand(Mapping[str, CameraFrame]):
@@ -68,13 +74,14 @@ class EnvRobot(Robot):
         make_env: builds the env; called by `connect`. The env has calvin_env's `reset`,
             `step`, `get_info` and `close`, and `camera_frames(t_ns)`, which returns a
             `CameraFrame` by camera name. One that has `advance(action)` (a step that draws
-            nothing) is stepped with that.
+            nothing) is stepped with that; one that has `settle()` is asked to come to rest
+            before its state is taken as an episode's start.
         cameras: names, of "static" and "gripper".
         clock: stamps the observations; the host's monotonic clock by default.
-        oracle: `"module:function"`, start info and end info to completed tasks.
         frames_on_demand: draw only when a frame is looked at, which is then possible until
             the next action is sent (afterwards it is a RobotError: what was to be seen is
             gone).
+        oracle: start info and end info to completed tasks; a function or its `"module:name"`.
 
     Attributes:
         frames_on_demand: as above; may be changed at any time.
@@ -86,8 +93,9 @@ class EnvRobot(Robot):
         make_env: Callable[[], Any],
         cameras: Sequence[str] = ("static", "gripper"),
         clock: Clock | None = None,
-        oracle: str = ORACLE,
         frames_on_demand: bool = False,
+        *,
+        oracle: str | Oracle,
     ) -> None:
         for name in cameras:
             if name not in CAMERA_SIZES:
@@ -99,7 +107,7 @@ class EnvRobot(Robot):
         )
         self._make_env = make_env
         self._now_ns = (clock or MonotonicClock()).now_ns
-        self._oracle: Callable[[Any, Any], set[str]] = resolve(oracle)
+        self._oracle: Oracle = plugins.resolve(oracle) if isinstance(oracle, str) else oracle
         self.frames_on_demand = frames_on_demand
         self.renders = 0
         self._version = 0  # of the world's state
@@ -237,6 +245,8 @@ class EnvRobot(Robot):
         return draw
 
     def _begin(self) -> None:
+        if hasattr(self._env, "settle"):
+            self._ask(self._env.settle)
         self._steps = 0
         self._version += 1
         self._info = self._start_info = self._ask(self._env.get_info)
@@ -254,7 +264,38 @@ class EnvRobot(Robot):
             raise RobotError(str(error)) from error
 
 
-class PlayTableRobot(EnvRobot):
+class WorldRobot(EnvRobot):
+    """Any world of the group `openhelix.worlds`, inside this process.
+
+    Args:
+        world: its name.
+        scene: one of the world's.
+        cameras: names, of "static" and "gripper".
+        clock, frames_on_demand: see `EnvRobot`.
+        seed: of the placement of blocks in a default reset, where the world has one.
+
+    Raises:
+        openhelix.runtime.core.plugins.ResolveError: no such world.
+    """
+
+    def __init__(
+        self,
+        world: str,
+        scene: str = "D",
+        cameras: Sequence[str] = ("static", "gripper"),
+        clock: Clock | None = None,
+        frames_on_demand: bool = False,
+        seed: int = 0,
+    ) -> None:
+        plugin: WorldPlugin = plugins.find(plugins.WORLDS, world)
+
+        def make_env() -> Any:
+            return plugin.make_env(scene, tuple(cameras), seed)
+
+        super().__init__(make_env, cameras, clock, frames_on_demand, oracle=plugin.completed)
+
+
+class PlayTableRobot(WorldRobot):
     """PlayTable inside this process.
 
     What its cameras see is a plain vector, so an instant can be drawn at any later time: its
@@ -262,9 +303,7 @@ class PlayTableRobot(EnvRobot):
 
     Args:
         scene: "A" to "D".
-        cameras: names, of "static" and "gripper".
-        clock: see `EnvRobot`.
-        seed: of the placement of blocks in a default reset.
+        cameras, clock, seed: see `WorldRobot`.
     """
 
     def __init__(
@@ -274,11 +313,7 @@ class PlayTableRobot(EnvRobot):
         clock: Clock | None = None,
         seed: int = 0,
     ) -> None:
-        def make_env() -> Any:
-            env = resolve("openhelix.benchmarks.calvin.env:PlayTableEnv")
-            return env(scene=scene, cameras=tuple(cameras), seed=seed)
-
-        super().__init__(make_env, cameras, clock, frames_on_demand=True)
+        super().__init__("playtable", scene, cameras, clock, frames_on_demand=True, seed=seed)
 
     def _drawing(self, t_ns: int) -> Callable[[], Mapping[str, CameraFrame]]:
         env = self._connected()
@@ -292,25 +327,15 @@ class PlayTableRobot(EnvRobot):
         return draw
 
 
-def _tcp_pose(robot_info: Mapping[str, Any]) -> Any:
-    """Return calvin_env's TCP position and euler angles as a pose (7,)."""
-    return np.array((*robot_info["tcp_pos"], *from_euler_xyz(robot_info["tcp_orn"])), np.float64)
+class CalvinRobot(WorldRobot):
+    """One real calvin_env, in a process of its own.
 
-
-# ------------------------------------------------------------------------------------------------
-# The real calvin_env as a robot, in a process of its own.
-#
-# calvin_env renders about 12 steps a second, so it belongs to the lockstep clock; on the wall
-# clock every tick waits for it. Where it is not installed, `connect` says how to get it.
-
-
-class CalvinRobot(EnvRobot):
-    """One calvin_env.
+    It renders about 12 steps per second, so it belongs to the lockstep clock; on the wall clock
+    every tick waits for it. Where it is not installed, `connect` says how to get it.
 
     Args:
         scene: "A" to "D".
-        cameras: names, of "static" and "gripper".
-        clock: see `EnvRobot`.
+        cameras, clock: see `WorldRobot`.
         frames_on_demand: see `EnvRobot`; it draws 38 + 20 ms for a step of 2 ms.
     """
 
@@ -321,8 +346,16 @@ class CalvinRobot(EnvRobot):
         clock: Clock | None = None,
         frames_on_demand: bool = False,
     ) -> None:
-        def make_env() -> Any:
-            env = resolve("openhelix.benchmarks.calvin.calvin_env:CalvinEnv")
-            return env(scene=scene, cameras=tuple(cameras))
+        super().__init__("calvin", scene, cameras, clock, frames_on_demand)
 
-        super().__init__(make_env, cameras, clock, frames_on_demand=frames_on_demand)
+
+def stepped(world: str) -> tuple[str, dict[str, Any]]:
+    """Return the driver that steps a world inside this process, and the options that name it."""
+    if world in plugins.entries(plugins.ROBOTS):
+        return world, {}
+    return f"{__name__}:{WorldRobot.__name__}", {"world": world}
+
+
+def _tcp_pose(robot_info: Mapping[str, Any]) -> Any:
+    """Return calvin_env's TCP position and euler angles as a pose (7,)."""
+    return np.array((*robot_info["tcp_pos"], *from_euler_xyz(robot_info["tcp_orn"])), np.float64)

@@ -47,15 +47,13 @@ from openhelix.runtime.core.quaternion import (
 from openhelix.runtime.core.types import F64, Action, CameraFrame, Observation
 from openhelix.runtime.robots.base import NotConnected, Robot, RobotError, check_action
 
-# ------------------------------------------------------------------------------------------------
-# Which of a LeRobot robot's features is what: pure data, checked on the way in.
-#
-# LeRobot speaks in flat dictionaries whose keys, units and frames differ from arm to arm; here
-# they are stated once, in configuration, instead of guessed in code.
-
-
+log = logging.getLogger(__name__)
 Matrix3 = Annotated[list[list[float]], Field(min_length=3, max_length=3)]
 Matrix4 = Annotated[list[list[float]], Field(min_length=4, max_length=4)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The mapping: pure data, checked on the way in
 
 
 class _Section(BaseModel):
@@ -160,7 +158,8 @@ def rigid(rows: list[list[float]] | None) -> tuple[F64, Quat]:
     return T, normalise(K[int(np.argmax(np.diag(K)))].tolist())
 
 
-log = logging.getLogger(__name__)
+# ------------------------------------------------------------------------------------------------
+# The driver
 
 
 class Kinematics(Protocol):
@@ -395,7 +394,7 @@ def _make(target: str | None, config_target: str | None, config: Mapping[str, An
             return resolve(target)(**config)
         return resolve(target)(resolve(config_target)(**config))
     except ResolveError as error:
-        if "no module named 'lerobot'" in str(error):
+        if "'lerobot' is not installed" in str(error):
             raise ValueError(
                 "robot: lerobot is not installed; `pip install lerobot`, with the extra of your "
                 "arm (its own environment is best: it pins other versions of torch)"

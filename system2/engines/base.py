@@ -67,6 +67,11 @@ class EngineBase:
         threads: CPU threads; 0 leaves torch's own number.
         max_instruction_tokens: longer instructions are refused.
         seed: of untrained weights.
+        untrained: says that random `<ACT>` and projector are wanted where none are given; a run
+            refuses them otherwise (`openhelix.runtime.control.assembly.make`).
+
+    Attributes:
+        untrained: whether `<ACT>` and projector are random.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class EngineBase:
         threads: int = 0,
         max_instruction_tokens: int = 96,
         seed: int = 0,
+        untrained: bool = False,
     ) -> None:
         config = with_act(
             None, kind=kind, n_act=n_act, layer=layer, text_rows=text_rows, vision=vision
@@ -93,6 +99,7 @@ class EngineBase:
             latent_projector = shipped if shipped.is_file() else None
         if latent_projector is not None and not isinstance(latent_projector, LatentHead):
             latent_projector = LatentHead.load(latent_projector)
+        self.untrained = latent_projector is None and not raw
         self._dtype = pick_dtype(dtype)
         self._raw = raw
         wanted = latent_projector.config if latent_projector is not None else config

@@ -22,15 +22,11 @@ from openhelix.benchmarks.calvin.collect import (
     parse,
 )
 from openhelix.benchmarks.calvin.dataset import Dataset
-from openhelix.benchmarks.calvin.demonstrations import (
-    Demonstration,
-    collect_unit,
-    read_unit,
-    unit_bytes,
-)
+from openhelix.benchmarks.calvin.demonstrations import Demonstration
 from openhelix.benchmarks.calvin.frames import FramesConfig, chosen_steps, instructions, usable_rows
 from openhelix.benchmarks.calvin.phrases import training
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
+from openhelix.benchmarks.calvin.units import collect_unit, read_unit, unit_bytes
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.data import Cache
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from openhelix.benchmarks.calvin.tasks import TASKS
-from openhelix.benchmarks.evaluation.evaluation import Plan
+from openhelix.benchmarks.evaluation.evaluation import Evaluation
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite
 from openhelix.runtime.core.config import RunConfig, load
@@ -99,9 +99,9 @@ def small_config(*overrides: str) -> RunConfig:
 
 def small_plan(
     suite: Suite, steps: int = 12, interval: int = 10, latency: int = 0, drift: bool = False
-) -> Plan:
+) -> Evaluation:
     """Return an evaluation of the small parts."""
-    return Plan(suite, Conditions(steps, interval, latency, drift), small_config())
+    return Evaluation(suite, Conditions(steps, interval, latency, drift), small_config())
 
 
 def untimed(results):

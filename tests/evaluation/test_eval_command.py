@@ -11,12 +11,11 @@ import pytest
 
 from openhelix.benchmarks.evaluation import report as reports
 from openhelix.benchmarks.evaluation.compare import compare, to_markdown
-from openhelix.benchmarks.evaluation.eval import _arguments as eval_arguments
 from openhelix.benchmarks.evaluation.eval import default_folder, make_plan
+from openhelix.benchmarks.evaluation.eval import read as read_eval
 from openhelix.benchmarks.evaluation.evaluation import Console, evaluate
 from openhelix.benchmarks.evaluation.pool import LocalPool
 from openhelix.benchmarks.evaluation.suites import Suite
-from openhelix.benchmarks.evaluation.sweep import _arguments as sweep_arguments
 from openhelix.benchmarks.evaluation.sweep import (
     command_again,
     make_plans,
@@ -26,7 +25,7 @@ from openhelix.benchmarks.evaluation.sweep import (
     to_keep,
     write,
 )
-from openhelix.runtime.cli.arguments import parse
+from openhelix.benchmarks.evaluation.sweep import read as read_sweep
 from openhelix.runtime.cli.main import main
 from tests.evaluation.small import CAMERAS, small_config, small_plan
 
@@ -76,7 +75,7 @@ def test_the_command_prints_one_json_object_and_writes_reports(tmp_path, capsys)
     ):
         assert stated in text and stated in page
     # It is finished: the same words begin a new one.
-    plan = make_plan(*parse(eval_arguments(), [*words[1:], *PARTS]))
+    plan = make_plan(*read_eval([*words[1:], *PARTS]))
     assert default_folder(plan, tmp_path).name == "tasks-D-0002"
 
 
@@ -86,8 +85,8 @@ def test_the_command_prints_one_json_object_and_writes_reports(tmp_path, capsys)
         (["--suite", "calvn"], "--suite: 'calvn' is none of tasks, calvin, calvin-e, calvin-d"),
         (["--suite", "tasks", "--tasks", "fly"], "--tasks: 'fly' is none of"),
         (["--suite", "tasks", "--scene", "Q"], "scene"),
-        (["--suite", "tasks", "--steps", "0"], "--steps: 0"),
-        (["--suite", "tasks", "--workers", "0"], "--workers: 0"),
+        (["--suite", "tasks", "--steps", "0"], "--steps: input should be greater"),
+        (["--suite", "tasks", "--workers", "0"], "--workers: input should be"),
         (["--suite", "tasks", "--interval", "0"], "--interval"),
         (["--suite", "tasks", "--clock", "sundial"], "--clock: 'sundial'"),
         (["--suite", "tasks", "--clock", "realtime", "--interval", "3"], "lockstep clock"),
@@ -163,14 +162,14 @@ def test_a_report_escapes_what_it_quotes(two):
 
 def test_a_sweep_on_both_clocks_has_the_same_cadences():
     words = ["--clock", "both", "--intervals", "1,30", "--latencies", "0,6", *PARTS]
-    plans = make_plans(*parse(sweep_arguments(), words))
+    plans = make_plans(*read_sweep(words))
     names = [name_of(plan) for plan in plans]
     assert names[:4] == ["calvin-i01-d00", "calvin-i30-d00", "calvin-i01-d06", "calvin-i30-d06"]
     assert names[8:] == [f"{s}-i{i}-wall" for s in ("calvin", "calvin-d") for i in ("01", "30")]
     assert [plan.config.system2.hz for plan in plans[8:10]] == [30.0, 1.0]
     assert len({json.dumps(plan.identity(), sort_keys=True) for plan in plans}) == len(plans)
     assert {p.config.control.clock for p in plans[8:]} == {"realtime"}
-    some = make_plans(*parse(sweep_arguments(), ["--tasks", "lift_red_block_table", *PARTS]))
+    some = make_plans(*read_sweep(["--tasks", "lift_red_block_table", *PARTS]))
     assert {p.suite.name: p.suite.tasks for p in some} == {
         "calvin": (),
         "calvin-d": ("lift_red_block_table",),
@@ -179,9 +178,9 @@ def test_a_sweep_on_both_clocks_has_the_same_cadences():
 
 def test_chosen_episodes_are_filmed():
     words = ["--suite", "calvin", "--sequences", "2", "--videos", "D/1", *PARTS]
-    assert make_plan(*parse(eval_arguments(), words)).filmed == ("D/1",)
+    assert make_plan(*read_eval(words)).filmed == ("D/1",)
     with pytest.raises(ValueError, match="'D/7' is no number and no episode; 'D/0' would be one"):
-        make_plan(*parse(eval_arguments(), [*words[:-5], "--videos", "D/7", *PARTS]))
+        make_plan(*read_eval([*words[:-5], "--videos", "D/7", *PARTS]))
 
 
 def test_a_sweep_has_a_cell_for_each_interval_and_latency(pool, tmp_path):

@@ -8,8 +8,11 @@ import pytest
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS
 from openhelix.benchmarks.evaluation.runner import Conditions, Runner
 from openhelix.benchmarks.evaluation.suites import Episode, Suite
+from openhelix.runtime.cli.main import main
 from openhelix.runtime.control.goals import LockstepGoals
+from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import SpecMismatch
+from openhelix.runtime.robots.env import PlayTableRobot
 from tests.evaluation.small import CAMERAS, small_config, untimed
 
 LED = TASKS["turn_on_led"].sentence
@@ -85,16 +88,16 @@ def test_latents_that_are_not_computed_change_nothing(runner, monkeypatch, inter
             )
         poses = []
         ways.append(poses)
-        rig_of = runner._stack
+        stack_of = runner._stack
 
-        def watched(*args, rig_of=rig_of, poses=poses):
-            stack = rig_of(*args)
+        def watched(*args, stack_of=stack_of, poses=poses):
+            stack = stack_of(*args)
             stack.loop.subscribers.append(lambda tick: poses.append(tick.sent.pose))
             return stack
 
         monkeypatch.setattr(runner, "_stack", watched)
         assert run(runner, episode, interval=interval, latency=latency).result["error"] is None
-        monkeypatch.setattr(runner, "_stack", rig_of)
+        monkeypatch.setattr(runner, "_stack", stack_of)
     assert len(ways[0]) >= 40 and np.array_equal(ways[0], ways[1])
 
 
@@ -195,3 +198,31 @@ class OtherEngine:
         from openhelix.runtime.core.interfaces import LatentSpec
 
         self.spec = LatentSpec("act_last", 1, 512)
+
+    def close(self): ...
+
+
+def test_a_world_that_cannot_be_used_is_refused_before_anything_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("OPENHELIX_CALVIN_ENV", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="calvin_env is not installed"):
+        Runner(small_config("robot.name=calvin"))
+    words = ["eval", "--suite", "tasks", "--world", "calvin", "--episodes-per-task", "1"]
+    words += [
+        "--base",
+        str(tmp_path / "eval"),
+        "system2.engine.target=tests.evaluation.small:WordEngine",
+    ]
+    words += ["system2.engine.options={}", "system1.policy.target=tests.fakes:ReachPolicy"]
+    assert main([*words, f"system1.policy.options={{cameras: {CAMERAS}}}"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("openhelix eval: world: calvin_env is not installed (no checkout at")
+    assert not list((tmp_path / "eval").iterdir())  # nothing is stored
+
+
+def test_a_world_that_is_gone_in_the_middle_is_no_failed_episode(runner, monkeypatch):
+    def gone(robot, prepare):
+        raise ConfigError("world: calvin_env is not installed")
+
+    monkeypatch.setattr(PlayTableRobot, "prepare_world", gone)
+    with pytest.raises(ConfigError, match="not installed"):
+        run(runner, chain("turn_on_led"))

@@ -158,7 +158,7 @@ def test_denoising_never_waits_for_the_gpu():
         (make(1, 1), official_inputs()),
     ):
         model, inputs = model.cuda(), on_gpu(inputs)
-        first, drawn = draw_noise(model.plan, 1, model.config.horizon, seeded(0, "cuda"))
+        first, drawn = draw_noise(model.sampler, 1, model.config.horizon, seeded(0, "cuda"))
         with torch.inference_mode():
             model.denoise_inputs(inputs, first, drawn)  # libraries may wait while they load
             torch.cuda.set_sync_debug_mode("error")

@@ -29,6 +29,7 @@ SMALL = (
     # A busy machine starves a simulated camera or world for longer than real ones may be silent.
     *("safety.camera_max_age_s=20", "safety.proprioception_max_age_s=5"),
 )
+PATIENCE_S = 60.0  # how long a test waits for what is sure to happen, on a busy machine
 FAR = Assignment("", "reach 0.3 0.1 0.7")  # out of reach within the steps of a test
 
 
@@ -40,35 +41,53 @@ class Session:
         self._pids: dict[str, int] = {}
 
     def begin(self) -> None:
-        """Wait until all is ready and give the word."""
+        """Wait until all is ready and start the loop."""
         self.graph.wait_ready(200.0, lambda _: None, threading.Event())
-        spec = self.graph.health("system2")["latent_spec"]
+        spec = self.graph.latent_spec()
         self.graph.ask("control", "start", timeout_s=60.0, latent_spec=spec)
 
     def until(
-        self, what: str, test: Callable[[dict[str, Any]], bool], timeout_s: float = 30.0
+        self,
+        what: str,
+        test: Callable[[dict[str, Any]], bool],
+        timeout_s: float = PATIENCE_S,
+        node: str = "control",
     ) -> Any:
-        """Poll control's health until `test` holds; return that health."""
+        """Poll a node's health until it is ready and `test` holds; return that health."""
         deadline_s = time.monotonic() + timeout_s
         health: dict[str, Any] = {}
         while time.monotonic() < deadline_s:
-            health = self.graph.health("control")
+            health = self.graph.health(node)
             if health["state"] == "ready" and test(health):
                 return health
             time.sleep(0.05)
         raise AssertionError(f"{what} did not come about within {timeout_s} s: {health}")
 
-    def finished(self, timeout_s: float = 30.0) -> dict[str, Any]:
+    def old_pid(self, node: str) -> int:
+        """The process that got the last signal."""
+        return self._pids[node]
+
+    def until_restarted(self, node: str) -> None:
+        """Wait for another process in the place of the one that got the last signal."""
+        old = self._pids[node]
+        self.until(f"another {node}", lambda health: health["pid"] != old, node=node)
+
+    def until_served(self, latents: int = 2) -> None:
+        """Wait until more latents have arrived and the loop works."""
+        wanted = self.until("the loop", lambda _: True)["latents_received"] + latents
+        self.until(
+            "work with fresh latents",
+            lambda health: health["latents_received"] >= wanted and health["loop_state"] == "run",
+        )
+
+    def finished(self, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """Wait for the end; return the report."""
         self.until("the end", lambda h: h["finished"], timeout_s)
         return self.graph.ask("control", "report", timeout_s=60.0)
 
-    def pid(self, node: str) -> int:
-        return int(self.graph.health(node)["pid"])
-
     def signal(self, node: str, number: signal.Signals) -> None:
         """Send a signal to the process that hosts a node."""
-        self._pids[node] = self.pid(node)
+        self._pids[node] = int(self.until(node, lambda _: True, node=node)["pid"])
         os.kill(self._pids[node], number)
 
     def signal_again(self, node: str, number: signal.Signals) -> None:
@@ -80,7 +99,7 @@ class Session:
 def session(
     tmp_path: Path, *overrides: str, assignments: tuple[Assignment, ...] = (FAR,)
 ) -> Iterator[Session]:
-    """Start a graph, not yet given the word; ends it and checks that nothing is left behind."""
+    """Start a graph whose loop waits; ends it and checks that nothing is left behind."""
     config: RunConfig = load(None, [*SMALL, "ray=false", *overrides])
     job = {"assignments": [asdict(a) for a in assignments], "initial": None}
     graph = Graph(config, job, tmp_path)

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         try:
             with (
                 session(base / "one", *share, "robot.id=arm1") as arm1,
-                # Its instructions are short, so that its instruction_ids move on.
+                # Its instructions are short, so that it has many of them.
                 session(
                     *(base / "two", *share, "robot.id=arm2", f"{LIMIT}=30"),
                     assignments=(HERE,) * 1000,
@@ -140,7 +140,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             process.communicate()
 
 
-def test_each_simulator_has_its_own_epoch_and_its_own_latents(fleet: Fleet) -> None:
+def test_each_simulator_has_its_own_instructions_and_latents(fleet: Fleet) -> None:
     goals = {"arm1": [0.3, 0.1, 0.7], "arm2": [0.0, -0.3, 0.5]}
     readers = {
         name: NewestReader(fleet.ends["latents"], f"latents/{name}", LatentGoal, keys=fleet.keys)
@@ -193,7 +193,7 @@ def test_a_client_that_never_reads_harms_nobody(fleet: Fleet) -> None:
     context.term()
 
 
-def test_wrong_keys_no_keys_and_rubbish_are_refused_at_the_door(
+def test_wrong_keys_no_keys_and_rubbish_are_refused_before_they_connect(
     fleet: Fleet, tmp_path: Path
 ) -> None:
     strange = tmp_path / "strange"
@@ -295,8 +295,8 @@ def test_a_second_robot_with_a_taken_name_is_refused_before_it_starts(
     before = fleet.count("system2_shed_total", "name_taken")
     with (
         fleet.undisturbed(),
-        session(tmp_path, *share, "robot.id=arm1") as second,
         pytest.raises(ConfigError, match=r"robot\.id: 'arm1' is in use"),
+        session(tmp_path, *share, "robot.id=arm1") as second,
     ):
         second.begin()
     assert fleet.count("system2_shed_total", "name_taken") == before + 1
@@ -315,33 +315,29 @@ def test_kill_9_of_every_process_of_a_robot_harms_no_other_and_frees_its_name(
             third.begin()
             third.until("work", lambda h: h["steps"] > 5)
             for node in ("system1", "camera"):
-                old = third.pid(node)
                 third.signal(node, signal.SIGKILL)
-
-                def back(node: str = node, old: int = old) -> bool:
-                    health = third.graph.health(node)
-                    return health["state"] == "ready" and health["pid"] != old
-
-                until(f"another {node}", back)
+                third.until_restarted(node)
             steps = third.graph.health("control")["steps"]
             third.until("work again", lambda h: h["steps"] > steps + 5)
             gone = ("observer", "world", "control")
             for node in gone:
                 third.signal(node, signal.SIGKILL)
             until("its end", lambda: set(third.graph.ended()) == set(gone))
-        with session(tmp_path / "second", *words) as again:
+        with ExitStack() as stack:
+            again: list[Session] = []
 
             def begun() -> bool:
                 try:
-                    again.begin()
+                    again.append(stack.enter_context(session(tmp_path / "second", *words)))
                 except ConfigError as error:  # a name stays claimed for 10 s
                     if "is in use" not in str(error):
                         raise
                     return False
+                again[-1].begin()
                 return True
 
             until("its name again", begun)
-            again.until("work under the same name", lambda h: h["steps"] > 5)
+            again[-1].until("work under the same name", lambda h: h["steps"] > 5)
 
 
 def test_whoever_uses_a_taken_name_without_asking_is_not_heard(fleet: Fleet) -> None:

@@ -58,7 +58,7 @@ def asked(requests: str) -> Iterator[None]:
 def vllm_served(folder: Path, metrics_port: int) -> Iterator[str]:
     """`openhelix serve` with a tiny LLaVA on vLLM; gives where requests go."""
     model = tiny.write_laptop_like(folder / "tiny")
-    engine = "{target: 'openhelix.system2.engines.vllm:VllmEngine', options: {model: '%s', dtype: float32}}"
+    engine = "{target: 'openhelix.system2.engines.vllm:VllmEngine', options: {model: '%s', dtype: float32, untrained: true}}"
     address = f"ipc://{folder}/s2"
     words = (f"system2.engine={engine % model}", "system2.hz=5")
     with (folder / "serve.log").open("wb") as log:

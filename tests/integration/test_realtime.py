@@ -33,12 +33,13 @@ def test_a_run_moves_the_arm_and_reports_what_it_measured(tmp_path: Path) -> Non
     assert [row["reason"] for row in report["tasks"]] == ["step limit", "step limit"]
     assert report["ticks_by_state"]["run"] == 90
     assert report["ticks"] == sum(report["ticks_by_state"].values())
-    assert report["latents_received"] >= 5 and report["latents_missed"] == 0
-    assert 0.0 < report["latent_age_s"]["p50"] < 1.0
+    assert report["latents_received"] >= 2 and report["latents_missed"] == 0  # one each
+    age = report["latent_age_s"]
+    assert 0.0 < age["p50"] <= age["p99"] <= age["max"]
     assert report["s1_latency_s"]["p50"] > 0 and report["stopped"] is None
     assert {"openhelix_loop_ticks", "openhelix_latent_age_seconds"} <= families
     assert {"openhelix_system2_published", "openhelix_wire_received"} <= served
-    assert sinks["ticks_lost"] == 0 and sinks["video"]["written"] > 10
+    assert sinks["ticks_lost"] == 0 and sinks["video"]["written"] > 0
     with av.open(str(tmp_path / "video.mp4")) as video:
         assert sum(1 for _ in video.decode(video=0)) == sinks["video"]["written"]
 

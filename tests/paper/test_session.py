@@ -8,9 +8,8 @@ import pytest
 
 from openhelix.benchmarks.paper import command, session
 from openhelix.benchmarks.paper.catalogue import catalogue
-from openhelix.benchmarks.paper.command import RESULTS, _arguments, make_session
+from openhelix.benchmarks.paper.command import RESULTS, make_session, read
 from openhelix.benchmarks.paper.costs import hours, todo, told
-from openhelix.runtime.cli.arguments import parse
 from openhelix.runtime.cli.main import main
 
 TRAINER = "tests.paper.fakes:FakeTrainer"
@@ -65,7 +64,7 @@ def test_nothing_is_done_twice(table4, monkeypatch, capsys):
 
 
 def test_tables_share_what_they_have_in_common(tmp_path):
-    options, overrides = parse(_arguments(), words(tmp_path, "all")[1:])
+    options, overrides = read(words(tmp_path, "all")[1:])
     whole = make_session(options, overrides, catalogue())
     rows = whole.rows()
     measures = {m.key for m in map(whole.measure, rows)}
@@ -83,7 +82,7 @@ def test_what_is_cut_short_is_told_and_continued(tmp_path, capsys):
     assert text.count("not run") >= 2 and "96 83 68 58 48" in text
     assert not (tmp_path / "out" / "table4.png").exists()
     # One row's weights are there, the other's are not: only what can be measured is.
-    options, overrides = parse(_arguments(), words(tmp_path, "table4")[1:])
+    options, overrides = read(words(tmp_path, "table4")[1:])
     one = make_session(options, overrides, catalogue())
     one.trainings.ensure(one.training("lora_clip"), lambda text: None)
     assert main([*words(tmp_path, "table4"), "--no-training"]) == 0
@@ -172,18 +171,18 @@ def test_the_estimate_alone_starts_nothing(tmp_path, capsys):
 
 
 def test_smoke_results_have_a_place_of_their_own(tmp_path):
-    options, overrides = parse(_arguments(), words(tmp_path, "table4")[1:])
+    options, overrides = read(words(tmp_path, "table4")[1:])
     assert command.default_out(make_session(options, overrides, catalogue())).parts[0] == "outputs"
 
 
 def test_what_the_shipped_pair_is_measured_for_needs_no_data(tmp_path):
     given = ["figure4", "table7", "--data", "/none", "--root", str(tmp_path / "root")]
-    made = make_session(*parse(_arguments(), given), catalogue())
+    made = make_session(*read(given), catalogue())
     assert [t.stage for t in made.wanted()] == ["shipped"]
     assert made.request.command("figure4") == (
         "openhelix experiment figure4 --scale laptop --data /none"
     )
     other = ["table6", "--seed", "3", "train.stage2.steps=5", "system1.replan_steps=4"]
     words = [*other, "--root", str(tmp_path / "root"), "--data", "/none", "--report"]
-    command_line = make_session(*parse(_arguments(), words), catalogue()).request.command("table6")
+    command_line = make_session(*read(words), catalogue()).request.command("table6")
     assert command_line.endswith("--seed 3 train.stage2.steps=5 system1.replan_steps=4")

@@ -261,8 +261,8 @@ class SimHost:
         names = ("actions", "states", "frames", "world_control")
         self.ends = {name: f"ipc://{folder}/{name}" for name in names}
         ends = self.ends
-        world = resolve(f"{host}:WorldNode")("D", ends["actions"], ends["states"])
-        camera = resolve(f"{host}:CameraNode")(
+        world = resolve(f"{host}:WorldProcess")("D", ends["actions"], ends["states"])
+        camera = resolve(f"{host}:CameraProcess")(
             "D", ("static", "gripper"), 30.0, ends["states"], ends["frames"]
         )
         self.stop = threading.Event()

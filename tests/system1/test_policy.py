@@ -11,7 +11,7 @@ import torch
 from openhelix.runtime.control.planner import PlanRequest, SyncPlanner
 from openhelix.runtime.core.interfaces import PolicyFault, SpecMismatch
 from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
-from openhelix.runtime.launch.system1_process import System1Node
+from openhelix.runtime.launch.system1_process import System1Process
 from openhelix.system1.config import CameraConfig, PolicyConfig, small
 from openhelix.system1.policy import DiffusionPolicy, to_absolute
 from openhelix.system1.rotations import matrix_to_6d, quat_to_matrix, xyzw_to_wxyz
@@ -192,7 +192,7 @@ def test_a_fault_is_counted_on_both_clocks_and_the_policy_asked_again():
     weight = policy.model.head.out.weight
     kept = weight.clone()
     planner = SyncPlanner(policy, replan_ns=1)
-    node = System1Node({"target": "openhelix.system1.policy:DiffusionPolicy.load"}, "", "")
+    node = System1Process({"target": "openhelix.system1.policy:DiffusionPolicy.load"}, "", "")
     node._policy = policy
     replies = []
     node._replies = type("Sent", (), {"send": lambda self, reply: replies.append(reply)})()

@@ -12,9 +12,9 @@ from openhelix.system1.sampler import (
     add_noise,
     alphas_cumprod,
     draw_noise,
-    make_plan,
+    make_table,
     row_alphas,
-    run_plan,
+    run_table,
     spread_timesteps,
     target_of,
 )
@@ -53,18 +53,18 @@ def silent_scheduler(monkeypatch):
 @pytest.mark.usefixtures("silent_scheduler")
 def test_official_ddpm_is_diffusers_ddpm():
     config = official_calvin()
-    plan = make_plan(config)
+    table = make_table(config)
     theirs = [
         DDPMScheduler(num_train_timesteps=25, beta_schedule=k, prediction_type="epsilon")
         for k in (config.position_schedule, config.rotation_schedule)
     ]
     for s in theirs:
         s.set_timesteps(25)
-    assert plan.timesteps == tuple(theirs[0].timesteps.tolist())
-    first, drawn = draw_noise(plan, 2, 19, seeded(0))
-    ours, _ = run_plan(plan, toy, first, drawn)
+    assert table.timesteps == tuple(theirs[0].timesteps.tolist())
+    first, drawn = draw_noise(table, 2, 19, seeded(0))
+    ours, _ = run_table(table, toy, first, drawn)
     x = first
-    for i, t in enumerate(plan.timesteps):
+    for i, t in enumerate(table.timesteps):
         out, _ = toy(i, x)
         parts = []
         for scheduler, part in zip(theirs, (slice(0, 3), slice(3, 9)), strict=True):
@@ -80,7 +80,7 @@ def test_official_ddpm_is_diffusers_ddpm():
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
 def test_ddim_is_diffusers_ddim(steps, prediction):
     config = small(prediction=prediction, position_schedule="linear", rotation_schedule="linear")
-    plan = make_plan(config, "ddim", steps)
+    table = make_table(config, "ddim", steps)
     theirs = DDIMScheduler(
         num_train_timesteps=100,
         beta_schedule="linear",
@@ -89,10 +89,10 @@ def test_ddim_is_diffusers_ddim(steps, prediction):
         timestep_spacing="trailing",
     )
     theirs.set_timesteps(steps)
-    assert plan.timesteps == tuple(theirs.timesteps.tolist())
-    first, drawn = draw_noise(plan, 1, 6, seeded(1))
+    assert table.timesteps == tuple(theirs.timesteps.tolist())
+    first, drawn = draw_noise(table, 1, 6, seeded(1))
     assert drawn is None
-    ours, _ = run_plan(plan, toy, first, None)
+    ours, _ = run_table(table, toy, first, None)
     x = first
     for i, t in enumerate(theirs.timesteps):
         x = theirs.step(toy(i, x)[0], t, x).prev_sample
@@ -102,7 +102,7 @@ def test_ddim_is_diffusers_ddim(steps, prediction):
 @pytest.mark.parametrize("steps", [1, 4, 5, 10, 20])
 def test_dpmpp_is_diffusers_dpmpp(steps):
     config = small(position_schedule="linear", rotation_schedule="linear")
-    plan = make_plan(config, "dpmpp", steps)
+    table = make_table(config, "dpmpp", steps)
     theirs = DPMSolverMultistepScheduler(
         num_train_timesteps=100,
         beta_schedule="linear",
@@ -115,8 +115,8 @@ def test_dpmpp_is_diffusers_dpmpp(steps):
         euler_at_final=True,
     )
     theirs.set_timesteps(steps)
-    first, _ = draw_noise(plan, 1, 6, seeded(2))
-    ours, _ = run_plan(plan, toy, first, None)
+    first, _ = draw_noise(table, 1, 6, seeded(2))
+    ours, _ = run_table(table, toy, first, None)
     x = first
     for i, t in enumerate(theirs.timesteps):
         x = theirs.step(toy(i, x)[0], t, x).prev_sample
@@ -137,16 +137,16 @@ def test_our_schedule_reaches_noise_and_the_official_one_does_not():
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
 def test_a_perfect_network_gives_the_clean_trajectory(prediction, sampler):
     config = small(prediction=prediction, position_schedule="scaled_linear")
-    bars, plan = row_alphas(config), make_plan(config, sampler, 10)
+    bars, table = row_alphas(config), make_table(config, sampler, 10)
     clean = 0.5 * torch.randn(1, 6, 9, generator=torch.Generator().manual_seed(0))
 
     def perfect(i: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        t = torch.tensor([plan.timesteps[i]])
+        t = torch.tensor([table.timesteps[i]])
         bar = bars[t].unsqueeze(1)
         noise = ((x - bar.sqrt() * clean) / (1 - bar).sqrt()).float()
         return target_of(prediction, bars, clean, noise, t), x[..., :1]
 
-    out, _ = run_plan(plan, perfect, *draw_noise(plan, 1, 6, seeded(0)))
+    out, _ = run_table(table, perfect, *draw_noise(table, 1, 6, seeded(0)))
     torch.testing.assert_close(out, clean, atol=2e-3, rtol=0)
 
 
@@ -162,4 +162,4 @@ def test_noising_matches_diffusers():
 @pytest.mark.parametrize("steps", [0, 101])
 def test_steps_out_of_range(steps):
     with pytest.raises(ValueError, match="steps"):
-        make_plan(small(), "ddim", steps or -1)
+        make_table(small(), "ddim", steps or -1)

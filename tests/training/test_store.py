@@ -11,11 +11,11 @@ from transformers import LlavaForConditionalGeneration
 from openhelix.benchmarks.training.config import LatentSection
 from openhelix.benchmarks.training.feeds import (
     LiveFeed,
-    Plan,
     PrefixFeed,
     Source,
     StateFeed,
     Store,
+    StoreLayout,
     encode_prefix,
     encode_read_outs,
     feed_kind,
@@ -53,9 +53,9 @@ def test_a_prefix_read_back_gives_the_state_itself(llava, source, tmp_path, n_ac
     made = learner(llava, n_act=n_act)
     section = LatentSection(model=llava, frames=20, n_act=n_act)
     store = build(prefix_store(tmp_path, made, source, section), encode_prefix, made, source)
-    assert len(store.plan.frames) == 20
+    assert len(store.layout.frames) == 20
     size = sum(f.stat().st_size for f in store.folder.glob("*.safetensors"))
-    assert size <= 20 * store.plan.bytes_each + 4096 * store.plan.parts
+    assert size <= 20 * store.layout.bytes_each + 4096 * store.layout.parts
     rows = torch.tensor([17, 0, 5])
     drawn = PrefixFeed(made, store).draw(rows, torch.Generator())
     pictures = source.pictures(drawn.frames)
@@ -103,8 +103,8 @@ def test_kept_pictures_change_nothing(llava, source) -> None:
         assert torch.allclose(a.sample.z, b.sample.z, atol=1e-5)
 
 
-def plan(n: int = 10) -> Plan:
-    return Plan(torch.arange(n), torch.zeros(n, 1, dtype=torch.long), 64, 4)
+def layout(n: int = 10) -> StoreLayout:
+    return StoreLayout(torch.arange(n), torch.zeros(n, 1, dtype=torch.long), 64, 4)
 
 
 def test_a_killed_build_goes_on_and_nothing_is_done_twice(tmp_path) -> None:
@@ -116,7 +116,7 @@ def test_a_killed_build_goes_on_and_nothing_is_done_twice(tmp_path) -> None:
         asked.append(len(frames))
         return {"x": frames.float()}
 
-    store = Store(tmp_path, "states", {"of": "a"}, plan())
+    store = Store(tmp_path, "states", {"of": "a"}, layout())
     with pytest.raises(RuntimeError, match="killed"):
         store.build(encode, 1.0)
     assert store.missing() == [1, 2]
@@ -126,11 +126,11 @@ def test_a_killed_build_goes_on_and_nothing_is_done_twice(tmp_path) -> None:
     assert store.whole()["x"].tolist() == list(range(10))
     rows = store.read(torch.tensor([9, 0, 4]))
     assert [float(r["x"]) for r in rows] == [9, 0, 4]
-    assert Store(tmp_path, "states", {"of": "b"}, plan()).missing() == [0, 1, 2]
+    assert Store(tmp_path, "states", {"of": "b"}, layout()).missing() == [0, 1, 2]
 
 
 def test_what_does_not_fit_is_refused_before_it_begins(tmp_path) -> None:
-    store = Store(tmp_path, "prefix", {}, plan(1000))
+    store = Store(tmp_path, "prefix", {}, layout(1000))
     with pytest.raises(ConfigError, match=r"latent\.max_gb: 0\.00 GB would lie in"):
         store.build(lambda f, s: {}, 1e-9)
     assert not list(Path(tmp_path).rglob("*.safetensors"))

@@ -128,11 +128,12 @@ def _latents() -> list[Any]:
         lines(
             "Latents of no use, a second",
             "Late: more than a period after their image. Void: of an earlier instruction. "
-            "Missed: never arrived.",
+            "Missed: never arrived. Mismatched: of another model; the robot stops.",
             HZ,
             (rate("latents_late_total"), f"late {NAME}"),
             (rate("latents_void_total"), f"void {NAME}"),
             (rate("latents_missed_total"), f"missed {NAME}"),
+            (rate("latents_mismatched_total"), f"mismatched {NAME}"),
         ),
     ]
 

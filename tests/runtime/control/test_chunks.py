@@ -100,7 +100,7 @@ def test_older_observation_never_replaces_a_newer_plan():
     buffer.put(chunk(t_obs_ms=10), 0)
     assert not buffer.put(chunk(t_obs_ms=5, x=[7, 7, 7]), 0)
     assert buffer.counters.chunks_stale == 1
-    buffer.void(1)  # a new instruction_id starts anew
+    buffer.void(1)  # a new instruction starts anew
     assert buffer.put(chunk(t_obs_ms=5, instruction_id=1), 0)
 
 

@@ -1,4 +1,4 @@
-"""Where latents come from: instruction_ids void the old, losses are counted, images are not wasted."""
+"""Where latents come from: what is not wanted is counted, and no image is wasted."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from openhelix.runtime.control.goals import LockstepGoals, WireGoals
+from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
-from tests.fakes import PERIOD_NS, PointEngine
+from tests.fakes import LATENT, PERIOD_NS, PointEngine
 
 
 def observation(tick: int) -> Observation:
@@ -38,13 +39,20 @@ class Channel:
         self.closed += 1
 
 
-def latent(instruction_id: int, seq: int = 0) -> LatentGoal:
-    return LatentGoal(np.zeros((1, 8), np.float32), seq, instruction_id, 0, 0, "x", compute_s=0.1)
+def latent(instruction_id: int, seq: int = 0, spec: LatentSpec = LATENT) -> LatentGoal:
+    z = np.zeros((1, 8), np.float32)
+    return LatentGoal(z, seq, instruction_id, 0, 0, spec.spec_id, compute_s=0.1)
+
+
+def wire_goals(channel: Channel, min_interval_ns: int = 1, memory: int = 1) -> WireGoals:
+    goals = WireGoals(channel, channel, "arm1", "static", min_interval_ns, memory)
+    goals.expect(LATENT)
+    return goals
 
 
 def test_images_go_out_at_most_as_often_as_wanted_and_at_once_for_a_new_instruction() -> None:
     channel = Channel()
-    goals = WireGoals(channel, channel, "arm1", "static", min_interval_ns=10 * PERIOD_NS)
+    goals = wire_goals(channel, 10 * PERIOD_NS)
     goals.begin(1, "first")
     for tick in range(25):
         goals.update(observation(tick))
@@ -55,9 +63,9 @@ def test_images_go_out_at_most_as_often_as_wanted_and_at_once_for_a_new_instruct
     assert (last.instruction, last.instruction_id, last.robot, last.seq) == ("second", 2, "arm1", 3)
 
 
-def test_latents_of_another_epoch_are_void() -> None:
+def test_latents_for_another_instruction_are_void() -> None:
     channel = Channel()
-    goals = WireGoals(channel, channel, "arm1", "static", 1, memory=2)
+    goals = wire_goals(channel, memory=2)
     goals.begin(2, "now")
     channel.waiting.extend([latent(1), latent(2, seq=5), latent(2, seq=6), latent(2, seq=7)])
     arrived = [goals.update(observation(t)) for t in range(4)]
@@ -69,9 +77,42 @@ def test_latents_of_another_epoch_are_void() -> None:
     assert not goals.recent
 
 
+OTHER = LatentSpec("act_last", n_tokens=1, dim=8, model_id="other weights")
+
+
+def test_latents_of_another_model_are_counted_and_never_used() -> None:
+    channel = Channel()
+    goals = wire_goals(channel)
+    goals.begin(1, "now")
+    channel.waiting.extend([latent(1), latent(1, spec=OTHER), latent(2, spec=OTHER), latent(1, 3)])
+    arrived = [goals.update(observation(t)) for t in range(4)]
+    assert [a.seq if a else None for a in arrived] == [0, None, None, 3]
+    assert (goals.received, goals.void, goals.mismatched) == (2, 0, 2)
+    assert OTHER.spec_id in goals.mismatch and LATENT.spec_id in goals.mismatch
+
+
+def test_nothing_is_accepted_before_a_model_has_been_agreed_on() -> None:
+    channel = Channel()
+    goals = WireGoals(channel, channel, "arm1", "static", 1)
+    goals.begin(1, "now")
+    channel.waiting.append(latent(1))
+    assert goals.update(observation(0)) is None and goals.mismatched == 1
+
+
+def test_lockstep_latents_of_swapped_weights_are_refused_when_they_arrive() -> None:
+    engine = PointEngine()
+    goals = LockstepGoals(engine, "static", 2, 1)
+    goals.begin(1, "reach 0 0 0.5")
+    arrived = [goals.update(observation(0)), goals.update(observation(1))]
+    engine.spec = OTHER
+    arrived += [goals.update(observation(2)), goals.update(observation(3))]
+    assert [a.seq if a else None for a in arrived] == [None, 0, None, None]
+    assert (goals.received, goals.mismatched) == (1, 1)
+
+
 def test_before_the_first_instruction_an_earlier_runs_latents_are_void() -> None:
     channel = Channel()
-    goals = WireGoals(channel, channel, "arm1", "static", min_interval_ns=PERIOD_NS)
+    goals = wire_goals(channel, PERIOD_NS)
     channel.waiting.append(latent(1))
     assert goals.update(observation(0)) is None
     assert (goals.received, goals.void, len(channel.sent)) == (0, 1, 1)
@@ -80,7 +121,7 @@ def test_before_the_first_instruction_an_earlier_runs_latents_are_void() -> None
 
 def test_one_latent_is_kept_unless_more_are_asked_for() -> None:
     channel = Channel()
-    goals = WireGoals(channel, channel, "arm1", "static", 1)
+    goals = wire_goals(channel)
     scheduled = LockstepGoals(PointEngine(), "static", 1, 0)
     goals.begin(1, "now")
     scheduled.begin(1, "reach 0 0 0.5")

@@ -165,6 +165,23 @@ def test_an_operators_stop_ends_the_run_and_says_who() -> None:
     assert stack.episode_runner.succeeded == 0
 
 
+def test_latents_of_swapped_weights_stop_the_arm_and_end_the_run() -> None:
+    stack = make("lockstep.interval_steps=5", "lockstep.latency_steps=2")
+    other = LatentSpec("act_last", 1, 8, model_id="other weights")
+    engine = stack.loop.goals._engine  # type: ignore[union-attr]
+
+    def swap(tick: Any) -> None:
+        engine.spec = other if tick.index >= 4 else engine.spec
+
+    stack.loop.subscribers.append(swap)
+    results = run(stack)
+    (reason,) = [r.reason for r in results]
+    assert reason.startswith("safe stop: latent mismatch") and other.spec_id in reason
+    assert stack.loop.stopped and stack.loop.ticks == 8  # asked for at the sixth, 2 ticks away
+    assert stack.loop.safety.stops == {"latent_mismatch": 1}
+    assert stack.loop.goals is not None and stack.loop.goals.mismatched == 1
+
+
 def test_a_stop_event_ends_the_run_between_ticks() -> None:
     stack, stop = make(), threading.Event()
     stack.loop.subscribers.append(lambda t: stop.set() if t.index == 3 else None)
@@ -182,6 +199,8 @@ def test_every_instruction_has_a_seed_of_its_own() -> None:
 def test_parts_that_do_not_fit_refuse_to_start() -> None:
     with pytest.raises(SpecMismatch, match="wrist"):
         make(policy=ReachPolicy(cameras=[CameraSpec("wrist", 84, 84)]))
+    with pytest.raises(SpecMismatch, match=r"system2\.camera: 'wrist', the robot has "):
+        make("system2.camera=wrist")
     config = load(None, ["control.clock=lockstep"])
     with pytest.raises(SpecMismatch, match=r"latent\.dim"):
         lockstep_goals(config, PointEngine(LatentSpec("act_last", 1, 9)), LATENT)

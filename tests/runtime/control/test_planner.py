@@ -13,7 +13,7 @@ import pytest
 
 from openhelix.runtime.control.planner import LOST_AFTER_NS, PlanReply, RemotePlanner, SyncPlanner
 from openhelix.runtime.core.types import LatentGoal, Observation
-from openhelix.runtime.launch.system1_process import System1Node
+from openhelix.runtime.launch.system1_process import System1Process
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 from tests.fakes import PERIOD_NS, ReachPolicy
 
@@ -48,8 +48,21 @@ def test_a_chunk_is_due_every_replan_interval_and_after_a_reset() -> None:
 @dataclass
 class Remote:
     planner: RemotePlanner
-    node: System1Node
+    node: System1Process
     stop: threading.Event
+    before: set[str]  # the fields of its health before it was set up
+
+    def join(self) -> None:
+        """Ask until both channels are connected: what is sent before that is lost."""
+        for number in range(30):
+            self.planner.reset(11)
+            self.planner.offer(observation(-number), [latent()])
+            for _ in range(4 + 2 * number):  # more and more patient, on a busy machine
+                chunk = self.planner.poll()
+                if chunk is not None and chunk.t_obs_ns == observation(-number).t_ns:
+                    return
+                threading.Event().wait(0.02)
+        raise AssertionError("no reply")
 
     def reply(self, timeout_s: float = 60.0) -> Any:
         """Poll until the reply to the last request is there; None if it has no chunk."""
@@ -64,8 +77,9 @@ class Remote:
 @pytest.fixture
 def remote(tmp_path: Path) -> Iterator[Remote]:
     plans, chunks = f"ipc://{tmp_path}/plans", f"ipc://{tmp_path}/chunks"
-    options = {"horizon": 6, "fail_at": 3}
-    node = System1Node({"target": "tests.fakes:ReachPolicy", "options": options}, plans, chunks)
+    options = {"horizon": 6}
+    node = System1Process({"target": "tests.fakes:ReachPolicy", "options": options}, plans, chunks)
+    before = set(node.health())
     node.setup()
     stop = threading.Event()
     thread = threading.Thread(target=node.run, args=(stop,), daemon=True)
@@ -73,8 +87,7 @@ def remote(tmp_path: Path) -> Iterator[Remote]:
     planner = RemotePlanner(
         Publisher(plans, "plans", bind=False), NewestReader(chunks, "chunks", PlanReply), REPLAN_NS
     )
-    threading.Event().wait(1.0)  # both connections
-    yield Remote(planner, node, stop)
+    yield Remote(planner, node, stop, before)
     stop.set()
     thread.join(timeout=5.0)
     planner.close()
@@ -82,7 +95,12 @@ def remote(tmp_path: Path) -> Iterator[Remote]:
 
 
 def test_another_process_plans_and_failures_are_counted(remote: Remote) -> None:
-    planner = remote.planner
+    remote.join()
+    planner, policy = remote.planner, remote.node._policy
+    assert isinstance(policy, ReachPolicy)
+    policy.fail_at = policy.calls + 3
+    planner.latencies_s.clear()
+    begun = remote.node.health()["planned"]
     planner.reset(11)
     planner.offer(observation(1), [latent()])
     chunk = remote.reply()
@@ -91,13 +109,18 @@ def test_another_process_plans_and_failures_are_counted(remote: Remote) -> None:
     planner.offer(observation(2), [latent()])  # not due yet
     planner.offer(observation(5), [latent()])
     assert remote.reply().t_obs_ns == observation(5).t_ns
-    planner.offer(observation(9), [latent()])  # the policy's third call raises
+    planner.offer(observation(9), [latent()])  # this call of the policy raises
     assert remote.reply() is None and planner.failures == 1
     health = remote.node.health()
-    assert health["planned"] == 2 and health["failed"] == 1
+    assert health["planned"] == begun + 2 and health["failed"] == 1
     planner.offer(observation(13), [latent()])  # and it is asked again
     planner.failures = 0
     assert remote.reply() is not None
+
+
+def test_health_has_its_fields_from_the_start(remote: Remote) -> None:
+    now = remote.node.health()
+    assert now.keys() == remote.before and now["policy_spec"]["horizon"] == 6
 
 
 def test_a_lost_request_is_given_up_after_a_while(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_slices_are_taken_by_normal_threads_only_and_keep_the_niceness() -> None
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    took = os.uname().safety in ("x86_64", "aarch64")
+    took = os.uname().machine in ("x86_64", "aarch64")
     assert found == [took, 7, os.SCHED_OTHER, took, False]
 
 

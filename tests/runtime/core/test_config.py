@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
+from openhelix.runtime.core.paths import CONFIGS
 
 
 def test_defaults_are_valid_and_the_shipped_file_loads() -> None:
     assert load(None) == RunConfig()
-    root = Path(__file__).parents[3]
-    assert load(root / "configs/run.yaml").world.scene == "D"
+    assert load(CONFIGS / "run.yaml").world.scene == "D"
 
 
 def test_overrides_reach_nested_fields_with_yaml_types() -> None:

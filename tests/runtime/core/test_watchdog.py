@@ -228,59 +228,71 @@ def test_a_frame_read_twice_is_no_repeat_and_a_restart_forgets_repeats():
 
 
 def test_hold_recovers_by_itself_and_counts_once():
-    machine = SafetyState()
-    assert machine.update(None, "chunk_ran_out") is Mode.HOLD
-    assert machine.update(None, "chunk_ran_out") is Mode.HOLD
-    assert machine.reason == "chunk ran out"
-    assert machine.update(None) is Mode.RUN
-    assert machine.holds == {"chunk_ran_out": 1}
-    assert machine.reason == ""
+    safety = SafetyState()
+    assert safety.update(None, "chunk_ran_out") is Mode.HOLD
+    assert safety.update(None, "chunk_ran_out") is Mode.HOLD
+    assert safety.reason == "chunk ran out"
+    assert safety.update(None) is Mode.RUN
+    assert safety.holds == {"chunk_ran_out": 1}
+    assert safety.reason == ""
 
 
 def test_a_latched_stop_stays_until_reset():
-    machine = SafetyState()
-    assert machine.update(SafeStop("camera_stale", "static", 1.2)) is Mode.STOP
-    assert machine.update(None) is Mode.STOP
-    assert machine.reason == "camera stale (static, 1.20 s old)"
-    machine.reset()
-    assert machine.update(None) is Mode.RUN
-    assert machine.stops == {"camera_stale": 1}
+    safety = SafetyState()
+    assert safety.update(SafeStop("camera_stale", "static", 1.2)) is Mode.STOP
+    assert safety.update(None) is Mode.STOP
+    assert safety.reason == "camera stale (static, 1.20 s old)"
+    safety.reset()
+    assert safety.update(None) is Mode.RUN
+    assert safety.stops == {"camera_stale": 1}
 
 
 def test_an_unlatched_stop_ends_with_its_cause_and_yields_to_a_latched_one():
-    machine = SafetyState()
+    safety = SafetyState()
     silent = SafeStop("latent_silent", "latent", 9.0, latched=False)
-    assert machine.update(silent) is Mode.STOP
-    assert machine.update(silent) is Mode.STOP
-    assert machine.stops == {"latent_silent": 1}
-    assert machine.update(None) is Mode.RUN
-    machine.update(silent)
-    assert machine.trip("operator", "keyboard") is Mode.STOP
-    assert machine.update(None) is Mode.STOP
-    assert machine.stops == {"latent_silent": 2, "operator": 1}
+    assert safety.update(silent) is Mode.STOP
+    assert safety.update(silent) is Mode.STOP
+    assert safety.stops == {"latent_silent": 1}
+    assert safety.update(None) is Mode.RUN
+    safety.update(silent)
+    assert safety.trip("operator", "keyboard") is Mode.STOP
+    assert safety.update(None) is Mode.STOP
+    assert safety.stops == {"latent_silent": 2, "operator": 1}
 
 
 def test_a_person_stops_the_arm_for_good_whatever_else_is_well():
-    watchdog, machine = Watchdog(LIMITS), SafetyState()
+    watchdog, safety = Watchdog(LIMITS), SafetyState()
     watchdog.arm(0)
-    assert machine.update(watchdog.check(1)) is Mode.RUN
+    assert safety.update(watchdog.check(1)) is Mode.RUN
     watchdog.order_stop("somebody")
     watchdog.arm(2)  # a restart of the sources does not take it back
-    assert machine.update(watchdog.check(3)) is Mode.STOP
-    assert machine.update(None) is Mode.STOP
-    assert machine.reason == "operator (somebody)" and machine.stops == {"operator": 1}
+    assert safety.update(watchdog.check(3)) is Mode.STOP
+    assert safety.update(None) is Mode.STOP
+    assert safety.reason == "operator (somebody)" and safety.stops == {"operator": 1}
+
+
+def test_a_latent_of_another_model_stops_the_arm_for_good():
+    watchdog, safety = Watchdog(LIMITS), SafetyState()
+    watchdog.arm(0)
+    watchdog.saw_mismatch("System 2 sends b, the run began with a")
+    watchdog.saw_mismatch("System 2 sends c, the run began with a")
+    watchdog.saw("latent", 1, 1)  # one of its own comes later
+    assert safety.update(watchdog.check(2)) is Mode.STOP
+    assert safety.update(None) is Mode.STOP
+    assert safety.stops == {"latent_mismatch": 1}
+    assert safety.reason == "latent mismatch (System 2 sends b, the run began with a)"
 
 
 def test_each_reason_to_hold_is_counted_once_for_as_long_as_it_lasts():
-    machine = SafetyState()
+    safety = SafetyState()
     for reason in ("first_latent", "first_latent", "first_latent", "chunk_ran_out"):
-        assert machine.update(None, reason) is Mode.HOLD
-    assert machine.holds == {"first_latent": 1, "chunk_ran_out": 1}
+        assert safety.update(None, reason) is Mode.HOLD
+    assert safety.holds == {"first_latent": 1, "chunk_ran_out": 1}
     assert [mode.value for mode in Mode] == ["run", "hold", "stop"]  # labels of metrics
 
 
 def test_a_reason_names_an_age_where_there_is_one():
     assert str(SafeStop("latent_silent", "latent", 0.4)) == "latent silent (latent, 0.40 s old)"
-    machine = SafetyState()
-    machine.trip("operator", "keyboard")
-    assert machine.reason == "operator (keyboard)"
+    safety = SafetyState()
+    safety.trip("operator", "keyboard")
+    assert safety.reason == "operator (keyboard)"

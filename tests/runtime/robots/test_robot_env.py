@@ -8,10 +8,10 @@ import pytest
 from openhelix.runtime.control.assembly import build_stack
 from openhelix.runtime.control.planner import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
-from openhelix.runtime.core.config import RunConfig
+from openhelix.runtime.core.config import ConfigError, RunConfig
 from openhelix.runtime.core.interfaces import PolicySpec
 from openhelix.runtime.core.types import Action, ActionChunk
-from openhelix.runtime.robots.base import RobotError, make_robot
+from openhelix.runtime.robots.base import RobotError, make_robot, world_options
 from openhelix.runtime.robots.env import EnvRobot
 from tests.runtime.robot_cases import TinyEnv
 
@@ -161,6 +161,23 @@ def test_a_loop_does_not_watch_frames_that_are_drawn_on_demand():
         RunConfig(), robot, spec, SyncPlanner(Still(spec), 10**9), None, FakeClock(7)
     )
     assert stack.loop.watchdog.cameras == ("static", "gripper")
+
+
+@pytest.mark.parametrize("name", ["calvin", "playtable"])
+def test_a_world_gets_the_scene_and_the_cameras_of_the_run(name):
+    options = world_options(name, {"clock": FakeClock(7)}, "A", ("static",))
+    robot = make_robot(name, **options)
+    assert [camera.name for camera in robot.spec.cameras] == ["static"]
+    assert options["scene"] == "A"
+    assert world_options(name, {"scene": "A", "cameras": ["static"]}, "A", ("static",))
+    for field, value in (("scene", "B"), ("cameras", ["gripper"])):
+        with pytest.raises(ConfigError, match=rf"robot\.options\.{field}: .*world\.{field}"):
+            world_options(name, {field: value}, "A", ("static",))
+
+
+def test_a_robot_without_scenes_keeps_its_own_cameras():
+    options = {"cameras": {"wrist": (10, 20)}}
+    assert world_options("fake", options, "A", ("static",)) == options
 
 
 class Still:

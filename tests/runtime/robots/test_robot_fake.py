@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 
 from openhelix.runtime.core.clock import FakeClock
-from openhelix.runtime.core.plugins import ResolveError
+from openhelix.runtime.core.plugins import ROBOTS, ResolveError, entries
 from openhelix.runtime.core.types import Action
 from openhelix.runtime.robots.base import (
     NotConnected,
     Robot,
     RobotError,
-    UnknownRobot,
     World,
     make_robot,
-    robot_names,
 )
 from openhelix.runtime.robots.fake import TABLE_Z_M, FakeRobot
 
@@ -130,13 +128,13 @@ def test_as_a_world_places_are_tasks():
 
 
 def test_registry_knows_the_installed_drivers():
-    assert {"sim", "calvin", "fake", "lerobot"} <= set(robot_names())
+    assert {"sim", "calvin", "fake", "lerobot"} <= set(entries(ROBOTS))
     assert isinstance(make_robot("fake", hz=20.0), FakeRobot)
     assert make_robot("openhelix.runtime.robots.fake:FakeRobot").spec.action.hz == 30.0
 
 
 def test_registry_errors_name_what_is_valid():
-    with pytest.raises(UnknownRobot, match=r"'sawyer'; there are: .*fake"):
+    with pytest.raises(ResolveError, match=r"no robot 'sawyer'; valid: .*fake"):
         make_robot("sawyer")
     with pytest.raises(ValueError, match=r"robot\.options\.colour.*lag_s"):
         make_robot("fake", colour="red")

@@ -1,4 +1,4 @@
-"""The door for latents: what it keeps, and the latents that say what the task table says."""
+"""The latent adapter: what it keeps, and the latents that say what the task table says."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_table_speaks_where_there_is_no_latent() -> None:
         torch.testing.assert_close(masked.tokens, plain.tokens)
 
 
-def test_everything_behind_the_door_is_kept() -> None:
+def test_everything_behind_the_adapter_is_kept() -> None:
     before = model()
     state = {n: t.clone() for n, t in before.state_dict().items()}
     after = adapt_to_latent(before, LatentSpec("act_lang", 5, 64, "y"), seed=3)
@@ -101,12 +101,17 @@ def test_a_published_policy_takes_its_own_width_alone() -> None:
         adapt_to_latent(made, LatentSpec("act_last", 1, 64, "x"))
 
 
-def test_shipped_is_the_shipped_policy_or_the_untrained_one(tmp_path, monkeypatch) -> None:
+def test_the_shipped_policy_is_the_default_and_an_untrained_one_is_asked_for(
+    tmp_path, monkeypatch
+) -> None:
     monkeypatch.setattr(policy_module, "SHIPPED", tmp_path / "none")
-    untrained = DiffusionPolicy.load("shipped").model.state_dict()
-    plain = DiffusionPolicy.load(None).model.state_dict()
-    assert all(torch.equal(untrained[n], t) for n, t in plain.items())
+    with pytest.raises(CheckpointError, match=r"none: no config\.json"):
+        DiffusionPolicy.load()
+    with pytest.raises(CheckpointError, match="null; name a folder, or say"):
+        DiffusionPolicy.load(None)
+    assert DiffusionPolicy.load(untrained=True).untrained
     made = model()
     save_policy(tmp_path / "there", made.config, made.state_dict(), made.normalizer)
     monkeypatch.setattr(policy_module, "SHIPPED", tmp_path / "there")
-    assert DiffusionPolicy.load("shipped").config == made.config
+    assert DiffusionPolicy.load().config == made.config
+    assert not DiffusionPolicy.load().untrained

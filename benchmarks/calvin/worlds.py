@@ -1,0 +1,83 @@
+"""CALVIN's two worlds as plug-ins: PlayTable, and the real calvin_env.
+
+Both have CALVIN's scenes, tasks and sequences; see `openhelix.runtime.robots.base.WorldPlugin`.
+Nothing is imported before it is asked for: naming a world must not need a simulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from openhelix.runtime.core import plugins
+
+
+class _CalvinTasks:
+    """What the two worlds share."""
+
+    @staticmethod
+    def completed(start_info: Mapping[str, Any], end_info: Mapping[str, Any]) -> set[str]:
+        """Return the names of all tasks done between two infos."""
+        from openhelix.benchmarks.calvin.tasks import completed
+
+        return completed(start_info, end_info)
+
+    @staticmethod
+    def sequence(number: int, scene: str) -> tuple[list[tuple[str, str]], dict[str, list[float]]]:
+        """Return the tasks of CALVIN's sequence `number` with their sentences, and its start."""
+        from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
+        from openhelix.benchmarks.calvin.tasks import TASKS
+
+        state, names = get_sequences(number + 1)[number]
+        robot_obs, scene_obs = initial_state(state, scene)
+        start = {"robot_obs": robot_obs.tolist(), "scene_obs": scene_obs.tolist()}
+        return [(name, TASKS[name].sentence) for name in names], start
+
+
+class PlayTable(_CalvinTasks):
+    """The embedded world; it also runs in real time, in two processes."""
+
+    processes: ClassVar[Mapping[str, str]] = {
+        "world": "openhelix.benchmarks.calvin.world_process:WorldProcess",
+        "camera": "openhelix.benchmarks.calvin.world_process:CameraProcess",
+    }
+
+    @staticmethod
+    def make_env(scene: str, cameras: Sequence[str], seed: int = 0) -> Any:
+        """Return a new `PlayTableEnv`."""
+        return plugins.resolve("openhelix.benchmarks.calvin.env:PlayTableEnv")(
+            scene=scene, cameras=tuple(cameras), seed=seed
+        )
+
+    @staticmethod
+    def require() -> str:
+        """Return what is installed.
+
+        Raises:
+            ResolveError: pybullet is not.
+        """
+        plugins.resolve("pybullet:getAPIVersion")
+        return "pybullet"
+
+
+class Calvin(_CalvinTasks):
+    """The real calvin_env, in a process of its own; it steps and has no real-time processes."""
+
+    processes: ClassVar[Mapping[str, str]] = {}
+
+    @staticmethod
+    def make_env(scene: str, cameras: Sequence[str], seed: int = 0) -> Any:
+        """Return a new `CalvinEnv`; `seed` is not used, its own reset has no randomness."""
+        return plugins.resolve("openhelix.benchmarks.calvin.calvin_env:CalvinEnv")(
+            scene=scene, cameras=tuple(cameras)
+        )
+
+    @staticmethod
+    def require() -> str:
+        """Return where calvin_env was found.
+
+        Raises:
+            ValueError: it is not installed; the line says how to get it.
+        """
+        checkout, interpreter = plugins.resolve("openhelix.benchmarks.calvin.calvin_env:locate")()
+        return f"{checkout}, run by {interpreter}"

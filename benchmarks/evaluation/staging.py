@@ -1,0 +1,84 @@
+"""Brings a world into the state in which an episode begins.
+
+In PlayTable a drawn start is reached by simulation: an expert may have done another task
+before, and a block that is to be placed lies in the hand because an expert has grasped it. For
+calvin_env such a start is simulated in PlayTable and carried over as CALVIN's own state
+vectors; those say nothing of the gripper's command, so a closed hand is closed again there.
+
+Also loaded by the world's process of a real-time run, so nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from openhelix.benchmarks.calvin.env import PlayTableEnv
+from openhelix.benchmarks.calvin.motions import MovingBlock
+from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
+from openhelix.benchmarks.calvin.starts import StartError, begin
+from openhelix.benchmarks.evaluation.suites import Episode
+from openhelix.runtime.core.quaternion import from_euler_xyz
+from openhelix.runtime.core.types import F64
+
+DRAWS = 5  # of a start, each with another seed, before an episode is given up
+CLOSE_STEPS = 4  # a closing hand travels its whole way in four steps
+
+
+def sequence_start(episode: Episode) -> tuple[F64, F64]:
+    """Return robot_obs (15,) and scene_obs (24,) of an episode of CALVIN's chains."""
+    assert episode.sequence is not None
+    state, _ = get_sequences(episode.sequence + 1)[episode.sequence]
+    return initial_state(state, episode.scene)
+
+
+def draw_start(env: Any, episode: Episode) -> None:
+    """Bring a PlayTable into a drawn start.
+
+    Raises:
+        StartError: none was found.
+    """
+    failed = StartError("no draw")
+    for attempt in range(DRAWS):
+        rng = np.random.default_rng([*episode.draw, attempt])
+        try:
+            begin(env, episode.tasks[0], rng)
+        except StartError as error:
+            failed = error
+        else:
+            return
+    raise failed
+
+
+def stage(env: Any, episode: Episode) -> MovingBlock | None:
+    """Bring a PlayTable into an episode's start; returns what moves in it, if anything does."""
+    if episode.sequence is not None:
+        env.reset(*sequence_start(episode))
+    else:
+        draw_start(env, episode)
+    motion = episode.motion
+    if motion is None:
+        return None
+    return MovingBlock(env, motion.block, motion.pattern, motion.speed_m_s)
+
+
+def stage_json(env: Any, episode: Mapping[str, Any]) -> MovingBlock | None:
+    """`stage` for an episode that came as plain data from another process."""
+    return stage(env, Episode.from_json(episode))
+
+
+def stage_calvin(env: Any, episode: Episode) -> None:
+    """Bring calvin_env into an episode's start."""
+    if episode.sequence is not None:
+        env.reset(*sequence_start(episode))
+        return
+    with PlayTableEnv(episode.scene, cameras=()) as model:
+        draw_start(model, episode)
+        obs, info = model.get_state_obs(), model.get_info()["robot_info"]
+    env.reset(obs["robot_obs"], obs["scene_obs"])
+    if info["gripper_action"] < 0:
+        rotation = from_euler_xyz(info["tcp_orn"])
+        for _ in range(CLOSE_STEPS):
+            env.advance((info["tcp_pos"], rotation, -1))
