@@ -64,7 +64,7 @@ def served(tmp_path_factory):
         )
         yield address
         process.terminate()
-        process.wait(30)
+        process.wait(120)
 
 
 @pytest.mark.timeout(900)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def _run(argv: Sequence[str], record: bool) -> int:
         overrides.append("output.record=true")
     config = load(options.config, overrides)
     logging.basicConfig(level=logging.WARNING)
+    if config.ray and config.control.clock == "realtime" and find_spec("ray") is None:
+        raise ConfigError(
+            "ray: not installed: pip install 'openhelix[cluster]', or say --no-ray for plain "
+            "processes on this host"
+        )
     if config.output.viewer:
         require()
     robot_class(config.robot.name)  # there is one of that name, before anything is started

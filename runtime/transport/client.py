@@ -157,11 +157,13 @@ class System2Client:
         deadline_s = time.monotonic() + self._timeout_s
         while True:
             health = self._call("health", {})
-            if "latent_spec" in health:
+            if health.get("latent_spec"):
                 return LatentSpec(**health["latent_spec"])
-            state = health.get("state")
+            state, why = health.get("state"), health.get("error")
             if state in ("failed", "refused") or time.monotonic() > deadline_s:
-                raise System2Error(f"{self.address}: System 2 is {state}")
+                raise System2Error(
+                    f"{self.address}: System 2 is {state}" + (f": {why}" if why else "")
+                )
             time.sleep(0.1)
 
     def _claim(self) -> None:

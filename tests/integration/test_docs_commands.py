@@ -152,8 +152,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_runs_as_shown(command: str, desk: Path) -> None:
     rule = rule_of(command)
     assert rule.add is not None
-    line = re.sub(r"^(\.venv/bin/)?openhelix\b", f"{sys.executable} -m openhelix", command)
-    line = line.replace(".venv/bin/python", sys.executable).replace("~/", f"{desk}/home/")
+    line = command.replace(".venv/bin/python", sys.executable)
+    line = re.sub(r"^(\.venv/bin/)?openhelix\b", f"{sys.executable} -m openhelix", line)
+    line = line.replace("~/", f"{desk}/home/")
     words = f"{line} {rule.add}"
     if "openhelix" in line and not re.search("doctor|keys|status|collect|experiment", line):
         words += " --json"

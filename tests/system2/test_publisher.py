@@ -139,7 +139,7 @@ def test_a_refused_request_is_told_in_health_and_the_next_is_served(served) -> N
 def test_health_has_its_fields_before_the_engine_is_there(served, tmp_path: Path) -> None:
     node, _, _ = served
     part = {"target": "tests.system2.test_publisher:CountingEngine"}
-    ends = {"requests": f"ipc://{tmp_path}/r2", "latents": f"ipc://{tmp_path}/l2"}
+    ends = {name: f"ipc://{tmp_path}/{name}-2" for name in ("requests", "latents")}
     fresh = System2Process(part, 1.0, **ends).health()
     assert fresh.keys() == node.health().keys()
     assert fresh["latent_spec"] is None and fresh["published"] == 0 and fresh["hz"] == 1.0

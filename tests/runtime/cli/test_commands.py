@@ -1,0 +1,148 @@
+"""One command line for all commands, and the faults that each of them must not have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from pydantic import BaseModel
+
+from openhelix.runtime.cli.arguments import Many, Options, Positional, Words, option, parse
+from openhelix.runtime.cli.main import main
+from openhelix.runtime.control.assembly import make
+from openhelix.runtime.core.config import ConfigError, EnginePart, RunConfig, load
+
+
+class Some(Options):
+    """Options of a command that is only here."""
+
+    what: Annotated[str, Positional()] = option(..., "what")
+    number: int = option(3, "how many", "N")
+    names: Words = option((), "names")
+    files: Annotated[tuple[Path, ...], Many()] = option((), "files")
+    loud: bool = option(False, "say it loudly")
+
+
+class Section(BaseModel):
+    """A section."""
+
+    size: float = 1.0
+    label: str = "none"
+
+
+class Settings(BaseModel):
+    """Settings with a section."""
+
+    part: Section = Section()
+    steps: int = 1
+
+
+def read(*words: str, settings: type[BaseModel] | None = Settings):
+    return parse("some", Some, words, "", settings)
+
+
+def test_options_and_settings_stand_in_any_order() -> None:
+    words = ("part.size=2", "--number", "5", "it", "--loud", "--names", "a,b", "--part.label", "x")
+    options, overrides = read(*words, "--files", "one", "two", "--steps=4", "--json")
+    assert (options.what, options.number, options.loud, options.as_json) == ("it", 5, True, True)
+    assert options.names == ("a", "b") and options.files == (Path("one"), Path("two"))
+    assert overrides == ["part.size=2", "part.label=x", "steps=4"]
+    assert read("it", "--names", "a=b")[0].names == ("a=b",)  # an option's value, no setting
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("it", "--numbr", "2"), "--numbr: unknown option; did you mean --number?"),
+        (("it", "--stps", "2"), "--stps: unknown option; did you mean --steps?"),
+        (("it", "--number", "two"), "--number: input should be a valid integer"),
+        (("it", "--number"), "--number: expected one argument"),
+        ((), "WHAT"),
+        (("it", "them"), "unrecognized arguments: them"),
+        (("it", "--part.size"), "--part.size: needs a value"),
+    ],
+)
+def test_a_wrong_word_is_named_in_one_line(words, message) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(*words)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_command_without_settings_takes_none() -> None:
+    with pytest.raises(ConfigError, match=r"part\.size=2: some takes no settings"):
+        read("it", "part.size=2", settings=None)
+
+
+def test_texts_and_paths_are_taken_as_they_stand() -> None:
+    words = ["tasks.instruction=now: lift it", "output.folder=007", "system2.connect=null"]
+    config = load(None, words)
+    assert config.tasks.instruction == "now: lift it"
+    assert config.output.folder == Path("007") and config.system2.connect is None
+
+
+def test_version_and_help(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("openhelix ")
+    assert main(["evla"]) == 2
+    assert "did you mean 'eval'?" in capsys.readouterr().err
+
+
+def test_the_shipped_pair_is_what_a_run_has_unless_something_else_is_named() -> None:
+    policy = make(RunConfig().system1.policy)
+    assert not policy.untrained
+    assert policy.spec == make(load(None, ["system1.policy.options.steps=2"]).system1.policy).spec
+    assert make(load(None, ["system1.policy.options.untrained=true"]).system1.policy).untrained
+
+
+class Fresh:
+    """An engine that has learned nothing."""
+
+    untrained = True
+    closed = 0
+
+    def __init__(self, untrained: bool = False) -> None: ...
+
+    def close(self) -> None:
+        type(self).closed += 1
+
+
+def test_a_system2_with_random_weights_is_refused_unless_asked_for() -> None:
+    target = f"{__name__}:Fresh"
+    with pytest.raises(ConfigError, match=r"random.*latent_projector=FILE.*untrained=true"):
+        make(EnginePart(target=target))
+    assert Fresh.closed == 1
+    assert make(EnginePart(target=target, options={"untrained": True})).untrained
+
+
+LOCKSTEP = ("control.clock=lockstep", "robot.name=fake", "tasks.steps_limit=6", "--json")
+PARTS = (
+    "system1.policy={target: 'tests.fakes:ReachPolicy', options: {horizon: 9}}",
+    "system2.engine.target=tests.fakes:PointEngine",
+    "tasks.instruction=reach 0.3 0 0.5",
+)
+FILES = ("output.video=false", "output.metrics_port=null", "output.live=false")
+
+
+def test_replay_uses_what_the_recording_carries(tmp_path, capsys) -> None:
+    words = ["record", "--no-ray", *LOCKSTEP, *PARTS, *FILES, f"output.folder={tmp_path}"]
+    assert main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["untrained"] == []
+    assert main(["replay", str(tmp_path / "latest"), "--json"]) == 0
+    replayed = json.loads(capsys.readouterr().out)
+    assert replayed["policy"]["target"] == "tests.fakes:ReachPolicy"
+    assert replayed["policy"]["options"] == {"horizon": 9}
+
+
+def test_an_evaluation_in_a_world_that_is_not_there_is_refused(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("OPENHELIX_CALVIN_ENV", str(tmp_path / "none"))
+    out = tmp_path / "out"
+    words = ["eval", "--suite", "tasks", "--world", "calvin", "--out", str(out)]
+    assert main([*words, "output.metrics_port=null"]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "results in" not in x]
+    assert "calvin_env is not installed" in line
+    assert not out.exists()
