@@ -112,11 +112,12 @@ def moving_picture(video: Path, out: Path, width: int = 480, speed: int = 3, hz:
                     size = (width, round(image.height * width / image.width))
                     yield image.resize(size, Image.Resampling.LANCZOS)
 
-    first, *rest = frames()
-    palette = first.quantize(64)  # one for all frames: what does not move costs nothing
-    first, *rest = (
-        image.quantize(palette=palette, dither=Image.Dither.NONE) for image in (first, *rest)
-    )
+    images = list(frames())
+    sheet = Image.new("RGB", (images[0].width, images[0].height * 8))
+    for row in range(8):  # colours of the whole film
+        sheet.paste(images[row * (len(images) - 1) // 7], (0, row * images[0].height))
+    palette = sheet.quantize(96)  # one for all frames: what does not move costs nothing
+    first, *rest = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images)
     first.save(out, save_all=True, append_images=rest, duration=1000 // hz, loop=0, optimize=True)
 
 
