@@ -71,7 +71,7 @@ def test_a_wrong_word_is_named_in_one_line(words, message) -> None:
 
 
 def test_a_command_without_settings_takes_none() -> None:
-    with pytest.raises(ConfigError, match="part.size=2: some takes no settings"):
+    with pytest.raises(ConfigError, match=r"part\.size=2: some takes no settings"):
         read("it", "part.size=2", settings=None)
 
 
