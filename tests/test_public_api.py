@@ -33,6 +33,10 @@ def test_importing_costs_nothing_and_every_name_leads_somewhere() -> None:
         _ = openhelix.load_pairs
 
 
+def test_the_readme_shows_the_first_block_of_the_page() -> None:
+    assert blocks("../README.md", "python") == BLOCKS[:1]
+
+
 def test_a_missing_package_is_said_with_its_extra() -> None:
     code = (
         "import sys; sys.modules['gymnasium'] = None\n"

@@ -94,7 +94,7 @@ def load(path: Path | str) -> Phrases:
 
 
 def validation() -> Phrases:
-    """CALVIN's own validation sentences, one a task."""
+    """CALVIN's own validation sentences, one per task."""
     return {name: (task.sentence,) for name, task in TASKS.items()}
 
 

@@ -123,7 +123,7 @@ def to_markdown(found: Mapping[str, Any]) -> str:
     parts = [
         f"# {found['suite']}: A and B\n",
         f"A is `{found['a']}`, B is `{found['b']}`; {found['n_pairs']} pairs of episodes, "
-        f"{clocks} clock, at most {limits} environment steps a task, seed {found['seed']}.\n",
+        f"{clocks} clock, at most {limits} environment steps per task, seed {found['seed']}.\n",
         markdown_table((header, rows)),
         "Success rates: McNemar's exact test; average length: paired bootstrap.\n",
         "## What differs\n",

@@ -223,7 +223,7 @@ class Watch:
 class Drift:
     """A subscriber that compares the latent behind each plan with a fresh one.
 
-    What the plan *would* have been conditioned on costs one more call of System 2 a plan; the
+    What the plan *would* have been conditioned on costs one more call of System 2 per plan; the
     run itself goes on unchanged.
 
     Attributes:
@@ -269,7 +269,7 @@ class Outcome:
 
 
 class Attempt:
-    """What is known of an episode so far; complete enough to report whenever it breaks off."""
+    """What is known of an episode so far; complete enough to report whenever it ends."""
 
     def __init__(self, episode: Episode) -> None:
         self.episode = episode
@@ -328,7 +328,7 @@ class Attempt:
         }
 
     def _broken(self, done: int) -> list[dict[str, Any]]:
-        """The row of the task during which the episode broke off, if it did."""
+        """The row of the task during which an error ended the episode, if one did."""
         if self.error is None or done == len(self.episode.tasks):
             return []
         steps = self._stack.episode_runner.steps if self._stack else 0

@@ -75,9 +75,9 @@ def settings(report: Mapping[str, Any]) -> Table:
         ["latent", ", ".join(filter(None, latent))],
         ["replanning", f"every {report['replan_steps']} steps"],
         ["environment steps", str(report["work"]["env_steps"])],
-        ["latents a task", f"{report['work']['latents_per_task'] or 0:.1f}"],
+        ["latents per task", f"{report['work']['latents_per_task'] or 0:.1f}"],
         ["seconds an episode", f"{report['timing']['episode_s_mean'] or 0:.1f}"],
-        ["failed with an error", str(report["n_errors"])],
+        ["ended by an error", str(report["n_errors"])],
         ["program", ", ".join(report["code"])],
     ]
     return ["", ""], rows
@@ -139,10 +139,7 @@ def sections(report: Mapping[str, Any]) -> dict[str, Table]:
     found[f"By task ({what})"] = task_table(report)
     if report["errors"]:
         errors = [[row["key"], row["error"]] for row in report["errors"]]
-        found["Episodes that failed with an error (counted as failures)"] = (
-            ["episode", "reason"],
-            errors,
-        )
+        found["Episodes that an error ended (counted as failures)"] = ["episode", "reason"], errors
     found["What was evaluated"] = settings(report)
     return found
 

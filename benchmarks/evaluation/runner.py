@@ -56,7 +56,7 @@ class Conditions:
     """How an episode is run.
 
     Attributes:
-        steps_limit: environment steps a task.
+        steps_limit: environment steps per task.
         interval: System 2 refreshes every so many steps.
         latency: steps until its latent arrives.
         drift: compare the latents in use with fresh ones (costs System 2 calls).

@@ -57,7 +57,7 @@ class Episode:
         key: says what it is; two evaluations are paired by it.
         scene: "A" to "D".
         tasks: in order; the attempt ends at the first failure.
-        instructions: one a task.
+        instructions: one per task.
         seed: of the policy's randomness.
         sequence: CALVIN's sequence that it starts from; None for a drawn start.
         draw: seed of a drawn start.

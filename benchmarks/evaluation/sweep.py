@@ -8,7 +8,7 @@ System 2's work for a task. Cells that are finished are not run again.
 
 `--clock realtime` (or `both`) runs the same cadences on the wall clock, with System 2 in a
 process of its own: `control.hz / interval` hertz. Its latency is then what it is on this
-machine, and a cadence that it cannot keep shows in the latents that it gave a task.
+machine, and a cadence that it cannot keep shows in the latents that it gave per task.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
         "p",
         "latent age, steps",
         "drift: cosine",
-        "latents a task",
-        "System 2, s a task",
+        "latents per task",
+        "System 2, s per task",
         "of processor time",
     ]
     scale, digits = (1.0, 2) if chain else (100.0, 1)
@@ -99,7 +99,7 @@ def note(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
     kind = "sequences" if "avg_len" in cells[0] else "episodes"
     return (
         f"{trials} {kind} a cell, {cells[0]['clock']} clock, at most {report['steps_limit']} "
-        f"environment steps a task, {report['world']} scene {report['scene']}, seed "
+        f"environment steps per task, {report['world']} scene {report['scene']}, seed "
         f"{report['seed']}; interval and latency in environment steps of 1/30 s."
     )
 
@@ -311,7 +311,7 @@ def sweep(
         plans: the cells.
         pools: returns what runs the episodes of a configuration.
         folder: holds one folder a cell.
-        drift_count: sequences, or a hundredth of it episodes a task, on which drift is measured.
+        drift_count: sequences, or a hundredth of it episodes per task, on which drift is measured.
         console: told of the progress.
         metrics: counts the episodes.
     """

@@ -89,7 +89,7 @@ class Row(_Section):
         name: what the table calls it.
         variant: a name in `variants.yaml`; None for a method that is only quoted.
         suite: of `openhelix eval`.
-        steps: environment steps a task.
+        steps: environment steps per task.
         interval, latency: System 2 refreshes every so many steps, and arrives so late; with
             interval 1 every plan has a fresh latent.
         patterns, speeds: of calvin-d.

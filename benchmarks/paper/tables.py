@@ -179,7 +179,7 @@ def contrast_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
 
 def used_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
     """Return the conditions of each measured row."""
-    header = ["row", "variant", "steps a task", "System 2 every", "clock", "trained"]
+    header = ["row", "variant", "steps per task", "System 2 every", "clock", "trained"]
     header += ["weights", "evaluation"]
     rows = []
     for row in outcome["rows"]:
@@ -200,7 +200,7 @@ def used_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
                 score["clock"],
                 trained,
                 weights(score),
-                f"{score['cpu_s'] / 60:.1f} min of one core, {score['n_errors']} broke off",
+                f"{score['cpu_s'] / 60:.1f} min of one core, {score['n_errors']} ended by an error",
             ]
         )
     return header, rows

@@ -1,9 +1,9 @@
-"""Evaluation's figures: sequences an hour, what rendering costs, and what workers bring.
+"""Evaluation's figures: sequences per hour, what rendering costs, and what workers bring.
 
-Many CALVIN sequences with few steps a task are run by one and by two Ray workers, round by round,
-then a few with all steps by two; loading is left out. Then, with few steps a task, one process
+Many CALVIN sequences with few steps per task are run by one and by two Ray workers, round by round,
+then a few with all steps by two; loading is left out. Then, with few steps per task, one process
 runs sequences with frames drawn on demand (as `openhelix eval` does), drawn at every step, and not
-drawn at all (one picture for all steps: the price of the rest). Sequences an hour of the three
+drawn at all (one picture for all steps: the price of the rest). Sequences per hour of the three
 ways are at the environment steps that a sequence takes with all steps, since a policy that sees
 one picture for ever does something else.
 
@@ -86,7 +86,7 @@ def one_worker(
         episodes: the sequences.
         how: they are run.
         rounds: how often.
-        each: environment steps of a sequence, for sequences an hour.
+        each: environment steps of a sequence, for sequences per hour.
     """
     kinds = {"on_demand": Runner, "every_step": EveryStep, "one_picture": OnePicture}
     runners = {name: kind(config) for name, kind in kinds.items()}

@@ -111,7 +111,7 @@ def timed(what: Callable[[], Any], times: int = 1) -> float:
 
 
 def joint(kind: str, data: Path, out: Path) -> dict[str, float]:
-    """Return what a sample of a joint training costs, and what its feed costs a frame."""
+    """Return what a sample of a joint training costs, and what its feed costs per frame."""
     batch, steps = SIZE[kind]
     latent, stage2 = {**LATENT, **KINDS[kind]}, {"steps": 1000, "batch": batch, "start": "random"}
     given = {**COMMON, "data": str(data), "out": str(out), "latent": latent, "stage2": stage2}
@@ -132,7 +132,7 @@ def joint(kind: str, data: Path, out: Path) -> dict[str, float]:
 
 
 def frame_s(run: JointRun, kind: str) -> float:
-    """Return what the frozen language model costs a frame."""
+    """Return what the frozen language model costs per frame."""
     encode = encode_prefix if kind == "prefix" else encode_read_outs
     frames = run.joint.feed.frames[:FRAMES]
     said = run.source.sentences.of_frames(frames, 1)

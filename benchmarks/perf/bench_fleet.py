@@ -1,7 +1,7 @@
 """How many robots one System 2 serves on this machine, and what looking on costs the loop.
 
 Robots: the real engine behind `openhelix serve`, as a user runs it; the robots are light (the
-loop's own half of the conversation at 30 ticks a second with a 200x200 camera at 10 Hz, no
+loop's own half of the conversation at 30 ticks per second with a 200x200 camera at 10 Hz, no
 simulator), so that the cores are System 2's. Their number rises until it breaks: the p99 of
 the age of the latent in use, looked at in every tick, exceeds 2 s, or a request is shed; then
 the gap is halved until the last number that works is known. A number that breaks is tried twice.
@@ -291,7 +291,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each number of robots")
     parser.add_argument("--overhead-seconds", type=float, default=100.0, help="0 leaves it out")
-    parser.add_argument("--hz", type=float, default=1.0, help="latents a second for each robot")
+    parser.add_argument("--hz", type=float, default=1.0, help="latents per second for each robot")
     parser.add_argument("--max-batch", type=int, default=8, help="as of `openhelix serve`")
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--only", choices=("robots", "overhead"), default=None)

@@ -110,7 +110,7 @@ def robots(options: argparse.Namespace) -> dict[str, Any]:
         seq, warm_s, next_s = 0, 3.0, begin + index / N_ROBOTS / 10
         while time.monotonic() < begin + warm_s + options.seconds:
             if time.monotonic() >= next_s:
-                # Ten pictures a second: System 2 takes the newest of them.
+                # Ten pictures per second: System 2 takes the newest of them.
                 rgb, now = images[index], time.monotonic_ns()
                 out.send(GoalRequest(rgb, TEXTS[index], name, seq, 0, now))
                 seq, next_s = seq + 1, next_s + 0.1

@@ -1,4 +1,4 @@
-"""The simulator's figures: steps a second, render, reset and restore times, memory.
+"""The simulator's figures: steps per second, render, reset and restore times, memory.
 
 Each round runs the same moves in every variant, one after the other, so that ratios hold on
 a busy machine; reported are the best and the median round. `state` is `step` without
@@ -98,7 +98,7 @@ def summary(values: list[float], digits: int = 2) -> dict[str, float]:
 
 
 def rates(steps: int, seconds: list[float]) -> dict[str, float]:
-    """Steps a second, median and best of some rounds."""
+    """Steps per second, median and best of some rounds."""
     return {
         "median": round(steps / statistics.median(seconds), 1),
         "best": round(steps / min(seconds), 1),
@@ -120,7 +120,7 @@ def calvin_or_none(choice: str) -> Callable[..., Any] | None:
 
 
 def measure_rates(rounds: int, steps: int, calvin: Callable[..., Any] | None) -> dict[str, Any]:
-    """Steps a second of every variant, in alternating rounds."""
+    """Steps per second of every variant, in alternating rounds."""
     low, free = moves(steps), free_moves(steps)
     blind, sighted = PlayTableEnv("D", cameras=()), PlayTableEnv("D")
     variants: dict[str, tuple[Any, str, list[F64]]] = {

@@ -2,7 +2,7 @@
 
 Five comparisons: TCP error over 60 free-space steps, the step response and gripper curve,
 eight scripted motions on the mechanisms, the 34 oracles on all ordered pairs of some thirty
-states, and what both cameras see; then steps a second, side by side in one run (calvin_env's
+states, and what both cameras see; then steps per second, side by side in one run (calvin_env's
 measured inside its own process). Needs calvin_env; says how to get it otherwise.
 
     python -m openhelix.benchmarks.perf.compare_worlds [--steps 200] [--images DIR] [--out FILE]
@@ -175,7 +175,7 @@ def save_pictures(path: Path, rgb: list[np.ndarray], gap: np.ndarray) -> None:
 
 
 def speeds(steps: int, rounds: int = 3) -> dict[str, Any]:
-    """Steps a second with both cameras and with none; the best of alternating rounds."""
+    """Steps per second with both cameras and with none; the best of alternating rounds."""
     report: dict[str, Any] = {}
     for label, names in (("no_cameras", ()), ("both_cameras", ("static", "gripper"))):
         count = steps if names else 5 * steps

@@ -148,7 +148,7 @@ def overhead(seconds: float) -> dict[str, Any]:
 def _latent_spec(graph: Graph) -> dict[str, Any]:
     client = RpcClient(graph.endpoints.control["system2"])
     try:
-        while "latent_spec" not in (health := client.call("health", {}, 60.0)):
+        while (health := client.call("health", {}, 60.0))["state"] != "ready":
             time.sleep(0.1)
         return dict(health["latent_spec"])
     finally:

@@ -204,7 +204,8 @@ def _waiter(pacer: Pacer, loop: ControlLoop) -> Callable[[], object]:
     """Wait for the next tick, and use the time until then.
 
     Garbage is collected first: on the control thread the automatic collector is off
-    (`openhelix.runtime.control.realtime.enter`), because it would run whenever an allocation happens to trip it.
+    (`openhelix.runtime.control.realtime.enter`), because it would run whenever an allocation
+    happens to trip it.
     Then, just before the deadline, the robot's newest state is taken in. After 30 ms of other
     processes' work on this core everything is out of its caches, and decoding a state takes
     twenty times as long as right after another: better before the deadline than after.

@@ -1,7 +1,6 @@
 """The control process: one robot's driver and the control loop, run in real time.
 
-Nothing else lives here: System 1, System 2 and all that looks on have processes of their
-own. `setup` connects; `run` waits to be told to start, then paces the loop and keeps the
+Nothing else lives here: System 1, System 2 and the observer have processes of their own. `setup` connects; `run` waits to be told to start, then paces the loop and keeps the
 figures of the run. A robot is stopped on every way out: the end, Ctrl-C, an error.
 """
 

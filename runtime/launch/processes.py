@@ -1,8 +1,8 @@
 """The graph as plain processes (`--no-ray`): for debugging, and where Ray is not wanted.
 
-`python -m openhelix.runtime.launch.processes '<NodeSpec as JSON>' <parent's pid> first|again` is one process. The
-parent restarts a node that died; when the parent dies, the kernel tells the children, which stop
-the robot and end.
+`python -m openhelix.runtime.launch.processes '<NodeSpec as JSON>' <parent's pid> first|again` is
+one process. The parent restarts a node that died; when the parent dies, the kernel tells the
+children, which stop the robot and end.
 """
 
 from __future__ import annotations

@@ -308,7 +308,12 @@ class Sinks:
             from openhelix.runtime.observe.recorder import FILE_NAME, Recorder
 
             meta = {"config": config.model_dump(mode="json"), "seed": config.seed}
-            self.parts["recording"] = Recorder(folder / FILE_NAME, meta, lossless=patient)
+            self.parts["recording"] = Recorder(
+                folder / FILE_NAME,
+                meta,
+                lambda: (caption().task, caption().instruction),
+                lossless=patient,
+            )
         if output.viewer:
             # Rerun is an extra of half a gigabyte: imported only here.
             from openhelix.runtime.observe.viewer import RerunViewer

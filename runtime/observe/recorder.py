@@ -6,11 +6,11 @@ and a recording that lost anything says so instead of looking complete.
 
 Foxglove, Rerun and the `mcap` command open the file as it is. Topics, in the order of a tick:
 
+    /instruction                               what the robot is told, when that changes (JSON)
     /camera/<name>/rgb, /camera/<name>/depth   foxglove.RawImage (protobuf)
     /camera/<name>                             capture time, intrinsics, pose (JSON)
     /observation, /latent, /chunk, /action     the records of `runtime/core/types.py` (JSON)
     /tick                                      state, reason, ages of the tick (JSON)
-    /event                                     what the run did, for example a new instruction
 
 Log times are the run's monotonic clock in nanoseconds; messages are numbered through. The
 run's configuration is metadata in front of the first message, the summary metadata behind the
@@ -27,7 +27,7 @@ import re
 import time
 import typing
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, cast
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 FILE_NAME: Final = "recording.mcap"
 PROFILE: Final = "openhelix"
 SUMMARY: Final = "openhelix.summary"  # name of the metadata written last
-CHUNK_BYTES: Final = 128 * 1024
+CHUNK_BYTES: Final = 512 * 1024
 # A chunk holds at most `CHUNK_BYTES` and one message; nothing larger is unpacked. LZ4 itself
 # cannot grow by more than 255 times, so that a small file stays small in memory.
 MAX_MESSAGE_BYTES: Final = 48 * 1024 * 1024
@@ -93,12 +93,21 @@ class TickRecord:
     duration_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class InstructionRecord:
+    """What the robot is told from this tick on."""
+
+    instruction_id: int
+    task: str  # empty for free text
+    text: str
+
+
 class Message(NamedTuple):
     """One thing recorded."""
 
     topic: str
     t_ns: int
-    message: Any  # a record, a `CameraFrame` or a `TickRecord`; a dict for "/event"
+    message: Any  # of the topic's class
 
 
 # Records as JSON -------------------------------------------------------------------------------
@@ -119,12 +128,12 @@ def _without(cls: type[Any], *left_out: str) -> type[Any]:
 _Geometry: Final = _without(CameraFrame, "rgb", "depth")
 _State: Final = _without(Observation, "frames")
 _RECORDS: Final[Mapping[str, type[Any]]] = {
+    "/instruction": InstructionRecord,
     "/observation": _State,
     "/latent": LatentGoal,
     "/chunk": ActionChunk,
     "/action": Action,
     "/tick": TickRecord,
-    "/event": dict,
 }
 
 
@@ -141,8 +150,6 @@ def _to_array(hint: Any, value: Any) -> Any:
 
 def _schema(cls: type[Any]) -> bytes:
     """Return the JSON schema of a record, flat, as Foxglove wants it."""
-    if cls is dict:
-        return b'{"type": "object"}'
     number = {"type": "array", "items": {"type": "number"}}
     _, parts = msgspec.json.schema_components((cls,), schema_hook=lambda _: number)
     return msgspec.json.encode(parts[cls.__name__])
@@ -234,8 +241,9 @@ class RecordingWriter:
 
     def _json(self, topic: str, t_ns: int, message: Any, cls: type[Any]) -> None:
         if topic not in self._channels:
-            name = f"{PROFILE}.{'Event' if cls is dict else cls.__name__}"
-            schema = self._writer.register_schema(name, SchemaEncoding.JSONSchema, _schema(cls))
+            schema = self._writer.register_schema(
+                f"{PROFILE}.{cls.__name__}", SchemaEncoding.JSONSchema, _schema(cls)
+            )
             self._register(topic, MessageEncoding.JSON, schema)
         try:
             data = msgspec.json.encode(message, enc_hook=_to_plain)
@@ -295,6 +303,7 @@ class Recorder(Counted):
     Args:
         path: of the file; must not exist.
         meta: what to remember about the run (JSON data); `Reader.config` wants "config".
+        told: returns the task and the instruction that the robot follows.
         queue_size: ticks that may wait; at 30 Hz with two cameras one is up to 330 kB.
         lossless: wait instead of dropping (the lockstep clock).
         max_bytes: where to stop; the recording is incomplete then.
@@ -304,25 +313,24 @@ class Recorder(Counted):
         self,
         path: Path,
         meta: Mapping[str, Any] | None = None,
+        told: Callable[[], tuple[str, str]] = lambda: ("", ""),
         queue_size: int = 128,
         lossless: bool = False,
         max_bytes: int = 20 * 1024**3,
     ) -> None:
         self._writer = RecordingWriter(path, meta, max_bytes)
+        self._told = told
+        self._instruction: InstructionRecord | None = None
         self._frames_ns: dict[str, int] = {}
         self._refused = 0  # records that the codec would not take, a NaN for example
         self._summary: dict[str, Any] | None = None
-        self._work: Background[Tick | dict[str, Any]] = Background(
+        self._work: Background[tuple[Tick, InstructionRecord]] = Background(
             "recorder", self._write, size=queue_size, lossless=lossless
         )
 
     def __call__(self, tick: Tick) -> None:
         """Take one tick; a few microseconds."""
-        self._work.offer(tick)
-
-    def event(self, name: str, t_ns: int, **details: Any) -> None:
-        """Take note of something that happened, for example a new instruction."""
-        self._work.offer({"name": name, "t_ns": t_ns} | details)
+        self._work.offer((tick, InstructionRecord(tick.observation.instruction_id, *self._told())))
 
     def close(self, timeout_s: float = 60.0) -> dict[str, Any]:
         """Finish; return the summary that the file ends with. Twice is fine."""
@@ -346,15 +354,12 @@ class Recorder(Counted):
                 self._summary |= {"complete": False, "error": str(failure)}
         return self._summary
 
-    def _write(self, item: Tick | dict[str, Any]) -> None:
-        if isinstance(item, dict):
-            self._put("/event", item["t_ns"], item)
-        else:
-            self._write_tick(item)
-        self._writer.flush()
-
-    def _write_tick(self, tick: Tick) -> None:
+    def _write(self, item: tuple[Tick, InstructionRecord]) -> None:
+        tick, instruction = item
         observation, put = tick.observation, self._put
+        if instruction != self._instruction:
+            self._instruction = instruction
+            put("/instruction", tick.t_ns, instruction)
         for name, frame in observation.frames.items():
             if self._frames_ns.get(name) != frame.t_ns:
                 self._frames_ns[name] = frame.t_ns
@@ -364,8 +369,11 @@ class Recorder(Counted):
             if message is not None:
                 put(topic, tick.t_ns, message)
         put("/action", tick.t_ns, tick.sent)
-        told = TickRecord(tick.index, tick.state, tick.reason, tick.latent_age_s, tick.duration_s)
-        put("/tick", tick.t_ns, told)
+        came_to = TickRecord(
+            tick.index, tick.state, tick.reason, tick.latent_age_s, tick.duration_s
+        )
+        put("/tick", tick.t_ns, came_to)
+        self._writer.flush()
 
     def _put(self, topic: str, t_ns: int, message: Any) -> None:
         try:

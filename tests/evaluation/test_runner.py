@@ -139,7 +139,7 @@ def test_a_start_that_is_not_found_is_a_failure_too(runner, monkeypatch):
 
         raise StartError("task: none found")
 
-    monkeypatch.setattr("openhelix.benchmarks.evaluation.runner.begin", never)
+    monkeypatch.setattr("openhelix.benchmarks.evaluation.staging.begin", never)
     result = run(runner, Suite("tasks", count=1).episodes()[0]).result
     assert "task: none found" in result["error"] and not result["success"]
     assert result["tasks"][0]["env_steps"] == 0

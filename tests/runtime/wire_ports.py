@@ -77,12 +77,5 @@ def settle(raw: Raw, reader: NewestReader[LatentGoal]) -> list[LatentGoal]:
     return got
 
 
-def take_one(raw: Raw, reader: NewestReader[LatentGoal]) -> LatentGoal | None:
-    """Let everything queue up, then poll once."""
-    until(lambda: reader.wait(0.1))
-    time.sleep(0.5)
-    return reader.poll()
-
-
 def request(robot: str, seq: int) -> GoalRequest:
     return GoalRequest(np.zeros((8, 8, 3), np.uint8), "open the drawer", robot, seq, 0, 0)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import relu
 
-from openhelix.benchmarks.perf.s1_timing import gflop
+from openhelix.benchmarks.perf.s1_cases import gflop
 from openhelix.system1 import packed
 from openhelix.system1.actor import DiffuserActor
 from openhelix.system1.encoder import Bottleneck

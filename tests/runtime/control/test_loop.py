@@ -199,6 +199,8 @@ def test_every_instruction_has_a_seed_of_its_own() -> None:
 def test_parts_that_do_not_fit_refuse_to_start() -> None:
     with pytest.raises(SpecMismatch, match="wrist"):
         make(policy=ReachPolicy(cameras=[CameraSpec("wrist", 84, 84)]))
+    with pytest.raises(SpecMismatch, match=r"system2\.camera: 'wrist', the robot has "):
+        make("system2.camera=wrist")
     config = load(None, ["control.clock=lockstep"])
     with pytest.raises(SpecMismatch, match=r"latent\.dim"):
         lockstep_goals(config, PointEngine(LatentSpec("act_last", 1, 9)), LATENT)

@@ -121,13 +121,16 @@ def test_each_camera_frame_is_written_once(tmp_path):
     assert len(by_topic(tmp_path / "r.mcap")["/camera/static"]) == 10
 
 
-def test_events(tmp_path):
-    recorder = Recorder(tmp_path / "r.mcap")
-    recorder.event("instruction", 5, instruction_id=1, text="open the drawer")
-    recorder.close()
-    (message,) = Reader(tmp_path / "r.mcap")
-    assert message.t_ns == 5
-    assert message.message["text"] == "open the drawer"
+def test_what_the_robot_was_told_is_there_once_each(tmp_path):
+    run = ticks(20, instruction_ids=2)
+    told = iter([("open_drawer", "open the drawer")] * 10 + [("", "now close it")] * 10)
+    record(tmp_path / "r.mcap", run, told=lambda: next(told))
+    found = [m for m in Reader(tmp_path / "r.mcap") if m.topic == "/instruction"]
+    assert [m.t_ns for m in found] == [run[0].t_ns, run[10].t_ns]
+    assert [(m.message.instruction_id, m.message.task, m.message.text) for m in found] == [
+        (0, "open_drawer", "open the drawer"),
+        (1, "", "now close it"),
+    ]
 
 
 def test_a_recorder_that_cannot_keep_up_drops_counts_and_says_incomplete(tmp_path):
@@ -233,8 +236,8 @@ def test_a_killed_process_leaves_what_it_had_written(tmp_path):
     assert done.returncode == -signal.SIGKILL
     reader = Reader(path)
     observations = [m.message for m in reader if m.topic == "/observation"]
-    # A frame of 64 x 64 pixels has 28 kB: six of them and a bit fill a chunk.
-    assert len(observations) > 60 - 8
+    # A tick's images have 36 kB: fifteen ticks fill a chunk.
+    assert 0 < 60 - len(observations) < 18
     for tick, observation in zip(ticks(60, camera_every=1), observations, strict=False):
         assert observation.t_ns == tick.observation.t_ns
         frame = tick.observation.frames["static"]
@@ -248,7 +251,7 @@ def test_a_killed_process_leaves_what_it_had_written(tmp_path):
 def recording(tmp_path_factory):
     """A recording's bytes, and the numbers and times of its messages."""
     path = tmp_path_factory.mktemp("whole") / "r.mcap"
-    record(path, ticks(40), meta={"seed": 5})
+    record(path, ticks(40, camera_every=1), meta={"seed": 5})
     messages = [(m.topic, m.t_ns, str(m.message)) for m in Reader(path)]
     return path.read_bytes(), messages
 
