@@ -6,7 +6,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def perform(
     disturbance: Disturbance | None = None,
     record: bool = False,
     tail: int = TAIL_STEPS,
+    start: Mapping[str, Any] | None = None,
 ) -> Demonstration:
     """Let an expert do its task; stop a few steps after success.
 
@@ -96,10 +97,11 @@ def perform(
         disturbance: a push on the arm, if any.
         record: keep states and observations (otherwise only the outcome).
         tail: steps to go on for after success.
+        start: the state in which the task was given, if that was earlier.
     """
     name = expert.task.name
-    start: dict[str, Any] = env.get_info()
-    info, log, reached = start, _Log(), -1
+    info, log, reached = env.get_info(), _Log(), -1
+    start = info if start is None else start
     if record:
         log.see(env)
     for step in range(max_steps):

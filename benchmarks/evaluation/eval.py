@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.calvin.motions import PATTERNS
+from openhelix.benchmarks.calvin.scene_names import scene_names, written
 from openhelix.benchmarks.evaluation.evaluation import ROOT, Console, Plan, code_hash, evaluate
 from openhelix.benchmarks.evaluation.metrics import served
 from openhelix.benchmarks.evaluation.pool import open_pool
@@ -39,7 +40,12 @@ def arguments(command: str, description: str) -> Parser:
     result = parser(command, description)
     add = result.add_argument
     add("--world", default="playtable", metavar="|".join(WORLDS))
-    add("--scene", default="D", metavar="A..D", help="one or more: D, or ABC")
+    add(
+        "--scene",
+        default="D",
+        metavar="A..D|R17|random:0-9",
+        help="one or more: D, ABC, random:0-9",
+    )
     add("--sequences", type=int, metavar="N", help="chains: the first N of CALVIN's 1000 (10)")
     add("--episodes-per-task", type=int, metavar="N", help="tasks, calvin-d: N a task (10)")
     add("--steps", type=int, default=360, metavar="LIMIT", help="environment steps a task (360)")
@@ -144,7 +150,7 @@ def make_suite(options: Namespace, name: str) -> Suite:
     return Suite(
         name=name,
         world=options.world,
-        scenes=tuple(options.scene.replace(",", "")),
+        scenes=scene_names(options.scene),
         count=10 if count is None else count,
         seed=options.seed,
         tasks=tuple(options.tasks),
@@ -173,7 +179,7 @@ def load_config(path: Path | None, overrides: Sequence[str], options: Namespace)
         [
             f"control.clock={clock}",
             f"robot.name={'sim' if options.world == 'playtable' else 'calvin'}",
-            f"world.scene={options.scene[:1]}",
+            f"world.scene={scene_names(options.scene)[0]}",
         ],
     )
     return validate(RunConfig, data)
@@ -193,7 +199,7 @@ def _engine_options() -> set[str]:
 def default_folder(plan: Plan, base: Path) -> Path:
     """Return the folder of this very evaluation if one was begun and not finished, or a new one."""
     identity = json.loads(json.dumps(plan.identity()))
-    name = f"{plan.suite.name}-{''.join(plan.suite.scenes)}"
+    name = f"{plan.suite.name}-{written(plan.suite.scenes)}"
     used = sorted(base.glob(f"{name}-[0-9]*")) if base.is_dir() else []
     for folder in used:
         if not (folder / RUN).exists() or (folder / REPORT).exists():

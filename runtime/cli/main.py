@@ -29,6 +29,10 @@ COMMANDS = {
         "openhelix.benchmarks.calvin.collect:main",
         "demonstrations and frames for training",
     ),
+    "dagger": (
+        "openhelix.benchmarks.evaluation.dagger:main",
+        "label the states that a trained pair visits",
+    ),
     "train": (
         "openhelix.benchmarks.training.command:main",
         "both systems, from frames to checkpoints",
