@@ -51,6 +51,7 @@ class Appearance:
         camera_shift_m, camera_turn_rad: standard deviation of a fixed error of each camera's
             pose, drawn from `noise_seed`; frames carry the true pose.
         noise_seed: seed of noise and pose errors.
+        crosswise: whether the grain runs across, of the table; of door and drawer.
     """
 
     wood: Wood
@@ -69,11 +70,21 @@ class Appearance:
     camera_shift_m: float = 0.0
     camera_turn_rad: float = 0.0
     noise_seed: int = 0
+    crosswise: tuple[bool, bool] = (False, False)
 
     @staticmethod
     def of(scene: str | Scene) -> Appearance:
-        """The look of CALVIN's scene of that name."""
+        """The look of CALVIN's scene of that name; of a generated one its own, free of noise."""
         found = get_scene(scene)
+        if found.variant is not None:
+            plain = Appearance(WOODS["pale"], WOODS["pale"], crosswise=found.variant.crosswise)
+            return replace(
+                plain._drawn(found.variant.look),
+                rgb_noise=0.0,
+                depth_noise_m=0.0,
+                camera_shift_m=0.0,
+                camera_turn_rad=0.0,
+            )
         return Appearance(
             wood=WOODS[found.wood],
             panel_wood=WOODS[found.panel_wood],
@@ -83,8 +94,10 @@ class Appearance:
     @staticmethod
     def random(seed: int, scene: str | Scene = "D") -> Appearance:
         """A look drawn from `seed`: other woods, grain, tiles, light and sensor noise."""
+        return Appearance.of(scene)._drawn(seed)
+
+    def _drawn(self, seed: int) -> Appearance:
         rng = np.random.default_rng(seed)
-        base = Appearance.of(scene)
         wood = _random_wood(rng)
         same = rng.uniform() < 0.6
         grey = rng.uniform(0.15, 0.6)
@@ -93,7 +106,7 @@ class Appearance:
         tile = rng.uniform(0.6, 1.0)
         tint = rng.uniform(0.85, 1.0)
         return replace(
-            base,
+            self,
             wood=wood,
             panel_wood=wood if same else _random_wood(rng),
             texture_seed=int(rng.integers(1 << 30)),

@@ -27,7 +27,7 @@ from typing import IO, Any
 import numpy as np
 
 from openhelix.benchmarks.calvin import calvin_env_child
-from openhelix.benchmarks.calvin.scene import get_scene
+from openhelix.benchmarks.calvin.scene import SceneError, get_scene
 from openhelix.benchmarks.calvin.spaces import parse_action
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.paths import cache_folder
@@ -145,6 +145,8 @@ class CalvinEnv:
 
     def __init__(self, scene: str = "D", cameras: Sequence[str] = CAMERAS) -> None:
         self.scene = get_scene(scene)
+        if self.scene.variant is not None:
+            raise SceneError(f"scene: calvin_env has no {self.scene.name}, only A, B, C and D")
         unknown = [name for name in cameras if name not in CAMERAS]
         if unknown:
             raise CalvinInputError(f"cameras: {unknown[0]!r} is not one of {', '.join(CAMERAS)}")

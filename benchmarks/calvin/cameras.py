@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import pi, radians, tan
 
 import numpy as np
@@ -83,6 +83,32 @@ def look(eye: npt.ArrayLike, forward: npt.ArrayLike, up: npt.ArrayLike) -> F64:
     return T_world_cam
 
 
+def camera_of(scene: Scene, name: str) -> CameraSpec:
+    """A camera as it is in a scene."""
+    spec, own = CAMERAS[name], scene.variant
+    if own is None:
+        return spec
+    return replace(spec, fov_deg=spec.fov_deg * own.fov[0 if name == "static" else 1])
+
+
+def static_pose(scene: Scene) -> F64:
+    """Pose (4, 4) of the static camera in a scene, OpenCV axes."""
+    eye, target, up = np.array(STATIC_EYE), np.array(STATIC_TARGET), np.array(STATIC_UP)
+    own = scene.variant
+    if own is not None:
+        away = eye - target
+        aside, upwards = own.orbit_rad
+        c, s = np.cos(aside), np.sin(aside)
+        turn = np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+        size = float(np.linalg.norm(away))
+        height = np.arcsin(away[2] / size) + upwards
+        flat = turn[:2, :2] @ away[:2] / np.linalg.norm(away[:2]) * np.cos(height)
+        target = target + own.target_m
+        eye = target + np.array([*flat, np.sin(height)]) * size * own.distance
+        up = turn @ up
+    return look(eye, target - eye, up)
+
+
 @dataclass(frozen=True, slots=True)
 class RenderedFrame:
     """One camera's view of one state.
@@ -138,7 +164,8 @@ class SceneRenderer:
         if wrong:
             raise CameraError(f"cameras: {wrong!r}; give a list out of {', '.join(CAMERAS)}")
         self.scene = get_scene(scene)
-        self.cameras = tuple(CAMERAS[name] for name in cameras)
+        self.cameras = tuple(camera_of(self.scene, name) for name in cameras)
+        self._static_pose = static_pose(self.scene)
         self._visuals: Visuals = scene_visuals(self.scene)
         self.set_appearance(appearance or Appearance.of(self.scene))
 
@@ -149,6 +176,8 @@ class SceneRenderer:
             wood_texture(appearance.wood, appearance.texture_seed),
             wood_texture(appearance.panel_wood, appearance.texture_seed + 1),
         ]
+        for i, across in enumerate(appearance.crosswise):
+            woods[i] = woods[i].swapaxes(0, 1) if across else woods[i]
         tiles = floor_texture(appearance.floor)
         repeat = woods[0].shape[0] // tiles.shape[0]
         self._texels = np.stack([*woods, tiles.repeat(repeat, 0).repeat(repeat, 1)])
@@ -167,8 +196,7 @@ class SceneRenderer:
     def camera_pose(self, name: str, T_world_link: F64) -> F64:
         """Pose (4, 4) of a camera, OpenCV axes, given the link transforms."""
         if name == "static":
-            forward = np.subtract(STATIC_TARGET, STATIC_EYE)
-            pose = look(STATIC_EYE, forward, STATIC_UP)
+            pose = self._static_pose
         else:
             mount = T_world_link[self._visuals.camera_link]
             pose = look(mount[:3, 3], mount[:3, 1], -mount[:3, 2])

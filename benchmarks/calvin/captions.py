@@ -379,7 +379,8 @@ def make_dataset(
     )
     with (folder / "records.jsonl").open("w") as out:
         for index, scene in enumerate(scenes):
-            rng = np.random.default_rng([seed, ord(scene)])
+            number = ord(scene) if len(scene) == 1 else 1000 + int(scene[1:])
+            rng = np.random.default_rng([seed, number])
             maker, renderer = StateMaker(scene, rng), SceneRenderer(scene, ("static",))
             ids = maker.block_ids
             for k, row in enumerate(range(index, n, len(scenes))):

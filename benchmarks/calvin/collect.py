@@ -23,13 +23,15 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from safetensors import safe_open
+from safetensors.torch import save
 
 from openhelix.benchmarks.calvin.cameras import SceneRenderer
 from openhelix.benchmarks.calvin.dataset import DatasetWriter, replace_file
 from openhelix.benchmarks.calvin.demonstrations import Demonstration
 from openhelix.benchmarks.calvin.frames import (
+    MOST_RANDOM_UNITS,
     FramesConfig,
     cache_index,
     draw_for_system2,
@@ -37,7 +39,8 @@ from openhelix.benchmarks.calvin.frames import (
     keyposes,
 )
 from openhelix.benchmarks.calvin.physics import euler_from_quaternion
-from openhelix.benchmarks.calvin.scene import get_scene
+from openhelix.benchmarks.calvin.scene import SCENES, get_scene
+from openhelix.benchmarks.calvin.scene_names import scene_names, written
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 from openhelix.benchmarks.calvin.units import collect_unit, read_unit, unit_bytes
 from openhelix.runtime.cli.arguments import Options, parse
@@ -58,7 +61,7 @@ class CollectConfig(BaseModel):
 
     Attributes:
         out: folder; None for `data/demonstrations_<scenes>` in the cache.
-        scenes: letters out of ABCD.
+        scenes: letters out of ABCD, or `R17`, `random:0-199`, or several with commas.
         tasks: names; all 34 by default.
         per_task: demonstrations per task and scene.
         seed: decides everything else.
@@ -88,9 +91,7 @@ class CollectConfig(BaseModel):
     @field_validator("scenes")
     @classmethod
     def _known_scenes(cls, value: str) -> str:
-        if not value or len(set(value)) != len(value):
-            raise ValueError(f"{value!r} is no choice of different letters out of ABCD")
-        return "".join(get_scene(letter).name for letter in value)
+        return written(scene_names(value))
 
     @field_validator("tasks")
     @classmethod
@@ -98,6 +99,21 @@ class CollectConfig(BaseModel):
         if not value:
             raise ValueError("names no task")
         return tuple(get_task(task).name for task in value)
+
+    @model_validator(mode="after")
+    def _room_for_units(self) -> CollectConfig:
+        generated = any(name not in SCENES for name in self.scene_list)
+        if generated and self.per_task > MOST_RANDOM_UNITS:
+            raise ValueError(
+                f"per_task: {self.per_task} of a generated scene; at most {MOST_RANDOM_UNITS}, "
+                "more data comes from more scenes"
+            )
+        return self
+
+    @property
+    def scene_list(self) -> tuple[str, ...]:
+        """The scenes by name."""
+        return scene_names(self.scenes)
 
     @property
     def folder(self) -> Path:
@@ -108,7 +124,11 @@ class CollectConfig(BaseModel):
         """What must agree for a folder to be continued."""
         keep = ("scenes", "tasks", "seed", "disturbed", "chain", "format")
         dumped = self.model_dump(mode="json")
-        return {"version": VERSION, **{key: dumped[key] for key in keep}}
+        found = {"version": VERSION, **{key: dumped[key] for key in keep}}
+        generated = [repr(get_scene(name)) for name in self.scene_list if name not in SCENES]
+        if generated:  # what their numbers stand for may change with the project
+            found["generated"] = hashlib.sha256("".join(generated).encode()).hexdigest()[:16]
+        return found
 
 
 # -- What the parts share: where units are, and the pool of processes ------------------
@@ -143,6 +163,7 @@ def pooled(
 # -- Frames: the second half of a collection, drawn unit by unit -----------------------
 
 FRAMES, SYSTEM2, ABOUT = "frames", "system2", "moments.json"
+INDEX_EVERY = 10  # units between two writings of the index while frames are drawn
 FRAMES_EACH = 10  # moments of a demonstration with every=4, for the estimate of disk
 
 
@@ -155,22 +176,23 @@ def draw(config: CollectConfig, report: Report | None = None) -> dict[str, Any]:
     """
     root, settings = config.folder, config.frames
     folder, begun = root / FRAMES, time.monotonic()
-    units = [unit_path(root, s, n) for n in range(config.per_task) for s in config.scenes]
+    units = [unit_path(root, s, n) for n in range(config.per_task) for s in config.scene_list]
     units = [unit for unit in units if unit.exists()]
     todo = [u for u in units if not shard_path(u).exists()]
     more = len(todo) * len(config.tasks) * FRAMES_EACH * 4 // settings.every
     check_frames_folder(folder, settings, more * settings.bytes_per_frame())
+    if settings.system2_px:
+        _check_system2_folder(config)
+    todo = [u for u in units if not drawn(u, settings)]
+    notes = {"collection": root.name, "moments": settings.moments()}
     text = settings.model_dump_json()
     work: list[tuple[Any, ...]] = [(str(unit), text) for unit in todo]
-    for done, count in enumerate(pooled(write_shard, work, config.jobs), 1):
+    for done, count in enumerate(pooled(write_unit_frames, work, config.jobs), 1):
+        if done % INDEX_EVERY == 0:  # what is there can be trained on meanwhile
+            replace_file(folder / "cache.json", cache_index(_shards(units, settings), notes))
         if report is not None:
             report(done, len(todo), f"{count} frames")
-    if settings.system2_px:
-        _draw_for_system2(config, units, report)
-    shards = [
-        {"file": shard_path(u).name, "frames": frames_in(shard_path(u))} for u in sorted(units)
-    ]
-    notes = {"collection": root.name, "moments": settings.moments()}
+    shards = _shards(units, settings)
     replace_file(folder / "cache.json", cache_index(shards, notes))
     return {
         "frames": sum(int(str(shard["frames"])) for shard in shards),
@@ -182,19 +204,26 @@ def draw(config: CollectConfig, report: Report | None = None) -> dict[str, Any]:
     }
 
 
-def _draw_for_system2(config: CollectConfig, units: list[Path], report: Report | None) -> None:
-    """System 2's images of every shard that has none yet."""
+def _check_system2_folder(config: CollectConfig) -> None:
+    """Make the folder of System 2's images, or refuse one of another size."""
     folder = config.folder / FRAMES / SYSTEM2
     sizes = folder / "size.json"
     if sizes.exists() and json.loads(sizes.read_text()) != config.frames.system2_px:
         raise ConfigError(f"frames.system2_px: {folder} was drawn with another size")
     replace_file(sizes, json.dumps(config.frames.system2_px).encode())
-    missing = [u for u in units if not (folder / shard_path(u).name).exists()]
-    text = config.frames.model_dump_json()
-    work: list[tuple[Any, ...]] = [(str(unit), text) for unit in missing]
-    for done, count in enumerate(pooled(write_system2, work, config.jobs), 1):
-        if report is not None:
-            report(done, len(missing), f"{count} images for System 2")
+
+
+def _shards(units: list[Path], settings: FramesConfig) -> list[dict[str, Any]]:
+    """The shards that are complete, for the index."""
+    paths = [shard_path(unit) for unit in sorted(units) if drawn(unit, settings)]
+    return [{"file": path.name, "frames": frames_in(path)} for path in paths]
+
+
+def drawn(unit: Path, settings: FramesConfig) -> bool:
+    """Whether all that is wanted of a unit has been drawn."""
+    shard = shard_path(unit)
+    wanted = [shard, shard.parent / SYSTEM2 / shard.name][: 2 if settings.system2_px else 1]
+    return all(path.exists() for path in wanted)
 
 
 def shard_path(unit: Path) -> Path:
@@ -234,21 +263,21 @@ def check_frames_folder(folder: Path, settings: FramesConfig, more: int) -> None
         torn.unlink()
 
 
-def write_shard(unit: str, settings: str) -> int:
-    """Draw one unit's frames into their shard; returns how many."""
+def write_unit_frames(unit: str, settings: str) -> int:
+    """Draw what is missing of one unit's frames and System 2's images; returns how many."""
     torch.set_num_threads(1)
-    path = shard_path(Path(unit))
-    replace_file(path, draw_unit(Path(unit), FramesConfig.model_validate_json(settings)))
-    return frames_in(path)
-
-
-def write_system2(unit: str, settings: str) -> int:
-    """Draw one unit's images for System 2; returns how many."""
-    torch.set_num_threads(1)
-    shard = shard_path(Path(unit))
-    path = shard.parent / SYSTEM2 / shard.name
-    replace_file(path, draw_for_system2(Path(unit), FramesConfig.model_validate_json(settings)))
-    return frames_in(path, "rgb")
+    path, config = Path(unit), FramesConfig.model_validate_json(settings)
+    shard = shard_path(path)
+    images = shard.parent / SYSTEM2 / shard.name
+    wants_images = config.system2_px > 0 and not images.exists()
+    if not shard.exists():
+        seen: list[torch.Tensor] | None = [] if wants_images else None
+        replace_file(shard, draw_unit(path, config, seen))
+        if seen is not None:
+            replace_file(images, save({"rgb": torch.stack(seen)}))
+    elif wants_images:
+        replace_file(images, draw_for_system2(path, config))
+    return frames_in(shard)
 
 
 SETTINGS, CARD = "collection.json", "card.json"
@@ -283,7 +312,7 @@ def open_folder(config: CollectConfig) -> Path:
 
 def missing_units(config: CollectConfig, folder: Path) -> list[tuple[str, int]]:
     """The units still to do, scenes in turn, so that an unfinished collection is balanced."""
-    wanted = [(scene, n) for n in range(config.per_task) for scene in config.scenes]
+    wanted = [(scene, n) for n in range(config.per_task) for scene in config.scene_list]
     return [(s, n) for s, n in wanted if not unit_path(folder, s, n).exists()]
 
 
@@ -419,7 +448,7 @@ def scene_obs(demonstration: Demonstration, step: int) -> F64:
     return np.array(values)
 
 
-def split_of(scene: str, scenes: str) -> str:
+def split_of(scene: str, scenes: Sequence[str]) -> str:
     """CALVIN's split for a scene: D is for validation where others are trained on."""
     return "validation" if scene == "D" and len(scenes) > 1 else "training"
 
@@ -433,10 +462,10 @@ def export_calvin(config: CollectConfig, report: Report | None = None) -> dict[s
     folder = open_folder(config)
     states = folder / "states"
     card = collect(config.model_copy(update={"out": states, "format": "states"}), report)
-    found = [d for scene in config.scenes for d in _of_scene(states, scene)]
+    found = [d for scene in config.scene_list for d in _of_scene(states, scene)]
     written: dict[str, int] = {}
-    for split in sorted({split_of(s, config.scenes) for s in config.scenes}):
-        part = [d for d in found if split_of(d.scene, config.scenes) == split]
+    for split in sorted({split_of(s, config.scene_list) for s in config.scene_list}):
+        part = [d for d in found if split_of(d.scene, config.scene_list) == split]
         written[split] = _write_split(folder / split, part, config.compress, report)
     card |= {"frames": written, "format": "calvin"}
     replace_file(folder / CARD, json.dumps(card, indent=1).encode())

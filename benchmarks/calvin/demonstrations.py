@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,7 @@ def perform(
     disturbance: Disturbance | None = None,
     record: bool = False,
     tail: int = TAIL_STEPS,
+    start: Mapping[str, Any] | None = None,
 ) -> Demonstration:
     """Let an expert do its task; stop a few steps after success.
 
@@ -88,10 +90,11 @@ def perform(
         disturbance: a push on the arm, if any.
         record: keep states and observations (otherwise only the outcome).
         tail: steps to go on for after success.
+        start: the state in which the task was given, if that was earlier.
     """
     name = expert.task.name
-    start: dict[str, Any] = env.get_info()
-    info, log, reached = start, _Log(), -1
+    info, log, reached = env.get_info(), _Log(), -1
+    start = info if start is None else start
     if record:
         log.see(env)
     for step in range(max_steps):

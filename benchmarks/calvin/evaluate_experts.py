@@ -21,7 +21,7 @@ import numpy as np
 from openhelix.benchmarks.calvin.demonstrations import perform, random_expert
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.experts import Disturbance
-from openhelix.benchmarks.calvin.scene import get_scene
+from openhelix.benchmarks.calvin.scene_names import scene_names
 from openhelix.benchmarks.calvin.starts import StartError, begin
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 
@@ -100,7 +100,7 @@ def _row(steps: list[int]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, print a table or JSON."""
     parser = argparse.ArgumentParser(prog="evaluate_experts", description=__doc__)
-    parser.add_argument("--scene", default="D", help="one or more of ABCD")
+    parser.add_argument("--scene", default="D", help="ABCD, R17, random:0-59")
     parser.add_argument("--starts", type=int, default=200)
     parser.add_argument("--tasks", nargs="*", default=list(TASK_NAMES))
     parser.add_argument("--seed", type=int, default=0)
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     try:
-        scenes = [get_scene(s).name for s in args.scene]
+        scenes = scene_names(args.scene)
         tasks = [get_task(t).name for t in args.tasks]
         if args.starts < 1 or args.jobs < 1:
             raise ValueError("starts, jobs: must be at least 1")

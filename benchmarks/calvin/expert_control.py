@@ -144,12 +144,12 @@ def _scalar(value: Any) -> float:
     return float(np.ravel(value)[0])
 
 
-STEP_M, STEP_RAD = 0.02, 0.05  # CALVIN's largest relative action, per axis
-LEASH_M, LEASH_RAD = 0.045, 0.20
-
-
 # -- How it moves ----------------------------------------------------------------------
 
+STEP_M, STEP_RAD = 0.02, 0.05  # CALVIN's largest relative action, per axis
+LEASH_M, LEASH_RAD = 0.045, 0.20
+LAG_STEPS = 2.0  # the arm makes half of its way to the command in a step
+SETTLED_M = 0.0015  # fingers that move less in a step have closed on something
 STILL_M = 0.0012  # a tool that moves less in a step has stopped
 GAIN = 1.25  # of what is left to go, so that little remains of the IK's own error
 OPEN, CLOSE = 1, -1
@@ -262,6 +262,15 @@ class Servo:
         self.position = view.position.copy()
         self.quaternion = view.quaternion
 
+    def lead(self, before: View, now: View) -> None:
+        """Put the command ahead of an arm that moved so in the last step."""
+        moved = now.position - before.position
+        self.position = now.position + limit(moved * LAG_STEPS, LEASH_M)
+        turn = [a * LAG_STEPS for a in rotation_vector(before.quaternion, now.quaternion)]
+        scale = min(LEASH_RAD / max(hypot(*turn), 1e-9), 1.0)
+        ahead = from_rotation_vector([a * scale for a in turn])
+        self.quaternion = normalise(multiply(ahead, now.quaternion))
+
     def step(self, view: View, goal: Goal) -> None:
         """Move the command towards the goal by one step."""
         pace = min(self.speed * goal.pace, 1.0)
@@ -291,10 +300,17 @@ class Skill:
         scene: where.
         view: what is seen now; whoever runs the generator updates it before resuming.
         v: how this demonstration varies.
+        start: what was seen when the task was given, if somebody else has worked on it since.
+            What is done already is then not undone: a block in the grip stays there, a tool
+            that stands where the recipe would bring it goes on from there.
     """
 
-    def __init__(self, scene: Scene, view: View, variation: Variation) -> None:
-        self.scene, self.view, self.v = scene, view, variation
+    def __init__(
+        self, scene: Scene, view: View, variation: Variation, start: View | None = None
+    ) -> None:
+        self.scene, self.view, self.v, self.start = scene, view, variation, start
+        self.target = ""  # the block that the task is about
+        self.fingers_move = False  # where somebody else's hand is taken over
         self._before, self._still = view.position.copy(), 0
 
     def move(
@@ -325,9 +341,42 @@ class Skill:
         last = 1.0
         for i in range(7):
             yield Goal(position, quaternion, CLOSE)
-            if i >= 1 and abs(self.view.width - last) < 0.0015:
+            if i >= 1 and abs(self.view.width - last) < SETTLED_M:
                 return
             last = self.view.width
+
+    @property
+    def begun(self) -> View:
+        """What was seen when the task was given."""
+        return self.start or self.view
+
+    def gripping(self, name: str) -> bool:
+        """Whether somebody else has brought a block into the grip already."""
+        if self.start is None or self.view.gripper != CLOSE or not name:
+            return False
+        return self.view.gripped(name)
+
+    def stands(self, spot: F64, box: tuple[float, float, float]) -> bool:
+        """Whether somebody else has brought the tool to a spot, give or take `box` (m)."""
+        if self.start is None or self.view.gripper != CLOSE:
+            return False
+        return bool((np.abs(self.view.position - spot) < box).all())
+
+    def closing(self, name: str) -> bool:
+        """Whether somebody else's fingers are closing on a block."""
+        if self.start is None or not name or self.view.gripper != CLOSE:
+            return False
+        gap = self.view.position - self.view.blocks[name].position
+        near = np.linalg.norm(gap) < 0.03 and self.view.width > 0.02
+        return bool(near and (self.fingers_move or not self.gripping(name)))
+
+    def _at_target(self) -> bool:
+        """Whether the hand is about to grasp the task's block, or has it."""
+        if self.start is None or not self.target:
+            return False
+        gap = self.view.position - self.view.blocks[self.target].position
+        coming = self.view.gripper == OPEN and np.linalg.norm(gap) < 0.15
+        return bool(coming or self.closing(self.target) or self.gripping(self.target))
 
     def leave(self, gripper: int, keep: bool = False) -> Steps:
         """Come out of wherever the last task ended, without dragging anything along.
@@ -337,9 +386,13 @@ class Skill:
             keep: a block in the hand is to stay there.
         """
         view = self.view
+        if self._at_target():
+            return
         turned = view.quaternion
         upright = view.tool_axis[2] < -0.93
         switch = abs(view.position[0] - self.scene.switch_x) < 0.10
+        # Where a task goes on, the hand may be near the panel on purpose.
+        near_panel_m = 0.12 if self.start is None else 0.05
         for _ in range(14):
             p = view.position
             between = [n for n, b in view.blocks.items() if np.linalg.norm(b.position - p) < 0.045]
@@ -349,7 +402,7 @@ class Skill:
                 continue
             if p[2] < 0.455 and not self._over_table(p):
                 direction = UP
-            elif view.out_m < 0.12 and p[2] < 0.66 and p[2] > 0.47:
+            elif view.out_m < near_panel_m and p[2] < 0.66 and p[2] > 0.47:
                 direction = OUT if switch or upright else -view.tool_axis
             else:
                 return
@@ -532,6 +585,10 @@ class GraspSkill(Skill):
             height_m: of the approach.
             tolerance_rad: how far from its yaw the tool may be when it closes.
         """
+        if self.closing(name):
+            yield from self.close(self.view.position.copy(), self.view.quaternion)
+        if self.gripping(name):
+            return
         yaw, offset, seen = self._grasp(name, choose, above_m)
         for _ in range(60):
             block = self.block(name)

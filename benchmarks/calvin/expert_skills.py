@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from math import atan2, pi, sin
 
 import numpy as np
@@ -38,6 +39,8 @@ from openhelix.runtime.core.types import F64
 HANDLE_X_M = 0.14  # of the door's handle in the door's own frame
 UPSLOPE = np.array(SLOPE_UP)
 SWITCH_YZ = (0.060928, 0.49489)
+# Where the tool touches the switch's bar, from the joint: below it and above.
+UNDER_BAR, OVER_BAR = np.array([0.0, -0.0429, -0.0149]), np.array([0.0, -0.043, 0.064])
 
 
 class FixtureSkill(Skill):
@@ -71,15 +74,17 @@ class FixtureSkill(Skill):
     def move_slider(self, way: float) -> Steps:
         """Push the door, `way` +1 to the right, -1 to the left."""
         tool = hand(1.5708 + self.v.yaw_rad)
-        yield from self.leave(CLOSE)
-        begin = self.view.slide
+        if not self._beside_handle(way):
+            yield from self.leave(CLOSE)
+        begin = self.begun.slide
         for _ in range(2):
             x = self._handle() - way * 0.05
             ox, oy, oz = self.v.offset_m
             above = np.array([x, -0.04, 0.56 + max(self.v.height_m, 0.0)])
-            yield from self.over(above, tool)
             side = np.array([x, -0.018 + oy * 0.7, 0.518 + oz])
-            yield from self.move(side, tool, CLOSE, 0.015, 0.25, steps=20)
+            if not self._beside_handle(way):
+                yield from self.over(above, tool)
+                yield from self.move(side, tool, CLOSE, 0.015, 0.25, steps=20)
             for _ in range(30):
                 moved = -way * (self.view.slide - begin)
                 if moved > 0.19 + abs(ox) * 5 or self._at_end(way):
@@ -95,6 +100,11 @@ class FixtureSkill(Skill):
             yield from self.leave(CLOSE)
         yield from self.hold(CLOSE, 2)
 
+    def _beside_handle(self, way: float) -> bool:
+        """Whether somebody else has brought the tool to where it pushes the door."""
+        spot = np.array([self._handle() - way * 0.04, -0.018, 0.518])
+        return self.stands(spot, (0.025, 0.02, 0.025))
+
     def _handle(self) -> float:
         return self.scene.slide_x - self.view.slide + HANDLE_X_M
 
@@ -107,14 +117,16 @@ class FixtureSkill(Skill):
     def open_drawer(self) -> Steps:
         """Hook a finger behind the handle and pull."""
         tool = hand(1.5708 + self.v.yaw_rad)
-        yield from self.leave(CLOSE)
+        if not self._at_handle(-0.215, 0.08):
+            yield from self.leave(CLOSE)
         ox = float(np.clip(self.v.offset_m[0] * 10, -0.06, 0.06))
         for _ in range(2):
             x, front = self.scene.drawer_x + ox, -self.view.drawer
             target = np.array([x, front - 0.207 + self.v.offset_m[1] * 0.5, 0.366])
             high = target.copy()
             high[2] = 0.46
-            yield from self._down(target, high, tool)
+            if not self._at_handle(-0.215, 0.02):
+                yield from self._down(target, high, tool)
             for _ in range(24):
                 if self.view.drawer > min(0.19, DRAWER_TRAVEL_M - 0.012):
                     break
@@ -128,13 +140,15 @@ class FixtureSkill(Skill):
     def close_drawer(self) -> Steps:
         """Push the handle from the front."""
         tool = hand(1.5708 + self.v.yaw_rad)
-        yield from self.leave(CLOSE)
+        if not self._at_handle(-0.283, 0.08):
+            yield from self.leave(CLOSE)
         x = self.scene.drawer_x + float(np.clip(self.v.offset_m[0] * 10, -0.06, 0.06))
         for _ in range(2):
             target = np.array([x, -self.view.drawer - 0.292, 0.365 + self.v.offset_m[2]])
             high = target.copy()
             high[2] = 0.45
-            yield from self._down(target, high, tool)
+            if not self._at_handle(-0.283, 0.02):
+                yield from self._down(target, high, tool)
             for _ in range(28):
                 if self.view.drawer < 0.004:
                     break
@@ -144,6 +158,11 @@ class FixtureSkill(Skill):
             if self.view.drawer < 0.05:
                 break
         yield from self.hold(CLOSE, 2)
+
+    def _at_handle(self, beside_m: float, above_m: float) -> bool:
+        """Whether somebody else has brought the tool beside the drawer's handle, or above."""
+        spot = np.array([self.scene.drawer_x, beside_m - self.view.drawer, 0.366 + above_m / 2])
+        return self.stands(spot, (0.09, 0.02, above_m / 2 + 0.01))
 
     def _down(self, target: F64, high: F64, tool: tuple[float, float, float, float]) -> Steps:
         """Over the place, then straight down beside the handle."""
@@ -168,16 +187,29 @@ class FixtureSkill(Skill):
         base = np.array([self.scene.switch_x, *SWITCH_YZ])
         return base + UPSLOPE * self.view.switch
 
+    def _at_bar(self, beside: F64) -> bool:
+        """Whether somebody else has brought the tool to the side of the bar that it pushes."""
+        gap = self.view.position - self.bar() - beside
+        along = float(gap @ UPSLOPE)
+        across = gap - UPSLOPE * along
+        near = abs(across[0]) < 0.035 and np.hypot(across[1], across[2]) < 0.015
+        ready = self.start is not None and self.view.gripper == CLOSE
+        return bool(ready and near and -0.025 < along < 0.03)
+
     def bulb_on(self) -> Steps:
         """Push the switch's bar up the slope from below."""
         tool = hand(1.5708 + self.v.yaw_rad, 0.65 + self.v.tilt_rad)
-        yield from self.leave(CLOSE)
+        if not self._at_bar(UNDER_BAR):
+            yield from self.leave(CLOSE)
         ox = self.v.offset_m[0] * 2
         for _ in range(2):
             under = np.array([self.scene.switch_x + ox, 0.018, 0.48]) + UPSLOPE * self.view.switch
             before = under + np.array([0.0, -0.055, 0.03])
-            yield from self.over(before, tool)
-            yield from self.move(under, tool, CLOSE, 0.013, 0.2, steps=25)
+            if self._at_bar(UNDER_BAR):
+                under = self.bar() + UNDER_BAR
+            else:
+                yield from self.over(before, tool)
+                yield from self.move(under, tool, CLOSE, 0.013, 0.2, steps=25)
             for _ in range(24):
                 if self.view.bulb and self.view.switch > 0.062:
                     break
@@ -197,13 +229,15 @@ class FixtureSkill(Skill):
     def bulb_off(self) -> Steps:
         """Push the switch's bar down the slope from above."""
         tool = hand(1.5708 + self.v.yaw_rad, 0.8 + self.v.tilt_rad)
-        yield from self.leave(CLOSE)
+        if not self._at_bar(OVER_BAR):
+            yield from self.leave(CLOSE)
         ox = self.v.offset_m[0] * 2
         for _ in range(2):
             contact = self.bar() + np.array([ox, -0.043, 0.064])
             above = contact + UPSLOPE * 0.05
-            yield from self.over(above - np.array([0.0, 0.02, -0.02]), tool)
-            yield from self.move(above, tool, CLOSE, 0.015, 0.2, steps=25)
+            if not self._at_bar(OVER_BAR):
+                yield from self.over(above - np.array([0.0, 0.02, -0.02]), tool)
+                yield from self.move(above, tool, CLOSE, 0.015, 0.2, steps=25)
             for _ in range(24):
                 if not self.view.bulb and self.view.switch < 0.03:
                     break
@@ -261,13 +295,16 @@ class BlockSkill(GraspSkill):
         """Turn a block by more than 60 degrees, `way` +1 to the left, -1 to the right.
 
         It goes on turning until well past that: a memoryless policy cannot know where the
-        turn began, and whoever stops at once learns to let go too early. Not pressing the
-        block down (the grasp's height is kept) saves most of its slip in the grip.
+        turn began, and whoever stops at once learns to let go too early. A little pressure
+        keeps the block on the table: one that is lifted by a hair does not count as turned.
         """
-        last = self.block(name).yaw
-        turned = 0.0
+        self.target, last = name, self.block(name).yaw
+        turned = wrap(last - self.begun.blocks[name].yaw, 2 * pi)
         yield from self.leave(OPEN)
         for _ in range(3):
+            before = turned if self.gripping(name) else 0.0  # in this very grasp
+            if self.start is not None and not before and way * turned > 1.08:
+                return
             yield from self.take(
                 name,
                 lambda: self._rotation_yaw(name, way),
@@ -284,11 +321,11 @@ class BlockSkill(GraspSkill):
                 turned, last = turned + wrap(now - last, pi), now
                 done = way * (self.view.yaw - start)
                 hangs = way * turned > 1.12 and not self.view.on(name, "base_link")
-                if way * turned > 1.32 or done > TURN_RAD - 0.03 or hangs:
+                if way * turned > 1.32 or done > TURN_RAD - way * before - 0.03 or hangs:
                     break
                 if not self.view.held(name):
                     break
-                yield Goal(centre - UP * 0.001, hand(start + way * TURN_RAD), CLOSE)
+                yield Goal(centre - UP * 0.005, hand(start + way * TURN_RAD - before), CLOSE)
             yield from self.hold(OPEN, 4)
             now = self.block(name).yaw
             turned, last = turned + wrap(now - last, pi), now
@@ -311,14 +348,26 @@ class BlockSkill(GraspSkill):
 
     def push(self, name: str, way: float) -> Steps:
         """Push a block along x, `way` +1 to the right, -1 to the left."""
-        start = self.block(name).position.copy()
-        yield from self.leave(CLOSE)
+        start = self.begun.blocks[name].position.copy()
+        yield from self._to_push(name, way)
         for _ in range(3):
-            yield from self._beside(name, way)
+            if not self._pushes(name, way):
+                yield from self._beside(name, way)
             yield from self._shove(name, way, start)
             if way * (self.block(name).position[0] - start[0]) > 0.106:
                 break
         yield from self.hold(CLOSE, 2)
+
+    def _to_push(self, name: str, way: float) -> Steps:
+        if not self._pushes(name, way):
+            yield from self.leave(CLOSE)
+
+    def _pushes(self, name: str, way: float) -> bool:
+        """Whether somebody else has brought the closed hand beside the block already."""
+        block = self.block(name)
+        gap = block.half_extent((1.0, 0.0)) + 0.018
+        side = np.array([block.position[0] - way * gap, block.position[1], 0.466])
+        return self.stands(side, (0.02, block.half_extent((0.0, 1.0)), 0.015))
 
     def _push_tool(self, place: F64) -> Quat:
         yaw = 1.5 + self.v.yaw_rad
@@ -362,6 +411,7 @@ class BlockSkill(GraspSkill):
 
     def lift(self, name: str) -> Steps:
         """Grasp a block on the table (or on another block) and raise it."""
+        self.target = name
         yield from self.leave(OPEN)
         for _ in range(3):
             yield from self.take(name, lambda: self._lift_yaw(name))
@@ -389,9 +439,14 @@ class BlockSkill(GraspSkill):
         on_top = [n for n in self.view.blocks if self.view.neighbours(n)]
         return max(on_top or self.view.blocks, key=lambda n: self.block(n).position[2])
 
+    def in_hand(self, goal: str = "") -> Generator[Goal, None, str | None]:
+        """The block in the hand; `StorageSkill` fetches it again if it was dropped."""
+        yield from ()
+        return self.view.in_hand()
+
     def stack(self) -> Steps:
         """Put the held block onto one that lies on the table."""
-        held = self.view.in_hand()
+        held = yield from self.in_hand()
         if held is None:
             return
         base = self.stack_base(held)
@@ -448,13 +503,17 @@ class BlockSkill(GraspSkill):
 
     def push_into(self) -> Steps:
         """Make a block on the table fall into the open drawer."""
-        name = self.block_to_drop()
+        carried = [n for n in self.view.blocks if self.gripping(n)]
+        name = carried[0] if carried else self.block_to_drop()
         if name is None:
             return
-        yield from self.leave(CLOSE)
-        if self._room_behind(name):
+        self.target = name
+        if not self._drives(name):
+            yield from self.leave(CLOSE)
+        if self._room_behind(name) and not carried:
             for _ in range(2):
-                yield from self._behind(name)
+                if not self._drives(name):
+                    yield from self._behind(name)
                 yield from self._off_the_edge(name)
                 if self.view.on(name, "drawer_link"):
                     return
@@ -471,6 +530,13 @@ class BlockSkill(GraspSkill):
         ]
         middle = self.scene.drawer_x
         return min(lone, key=lambda n: abs(self.block(n).position[0] - middle), default=None)
+
+    def _drives(self, name: str) -> bool:
+        """Whether somebody else has brought the closed hand behind the block already."""
+        block = self.block(name)
+        gap = block.half_extent((0.0, 1.0)) + 0.018
+        back = np.array([block.position[0], block.position[1] + gap, 0.457])
+        return self.stands(back, (block.half_extent((1.0, 0.0)), 0.02, 0.015))
 
     def _room_behind(self, name: str) -> bool:
         """Whether the hand fits between the block and what stands behind it."""
@@ -554,8 +620,16 @@ class StorageSkill(BlockSkill):
 
     def lift_slider(self, name: str) -> Steps:
         """Take a block out of the cabinet."""
+        self.target = name
         yield from self.leave(OPEN)
         for _ in range(3):
+            if self.closing(name):
+                yield from self.close(self.view.position.copy(), self.view.quaternion)
+            if self.gripping(name):
+                away = self.view.position - tool_axis(self.view.quaternion) * 0.13 + UP * 0.02
+                yield from self.move(away, self.view.quaternion, CLOSE, tolerance_m=0.02)
+                if self.view.held(name):
+                    return
             yaw = self._cabinet_yaw(name) + self.v.yaw_rad
             ox, oy, oz = self.v.offset_m
             askew = abs(sin(wrap(yaw - pi / 2, pi)))
@@ -601,6 +675,7 @@ class StorageSkill(BlockSkill):
 
     def lift_drawer(self, name: str) -> Steps:
         """Take a block out of the open drawer."""
+        self.target = name
         yield from self.leave(OPEN)
         for _ in range(3):
             yield from self.take(
@@ -614,9 +689,33 @@ class StorageSkill(BlockSkill):
             if self.view.held(name):
                 return
 
+    def in_hand(self, goal: str = "") -> Generator[Goal, None, str | None]:
+        """The block that the task began with in the hand; fetched again if it was dropped.
+
+        Args:
+            goal: link of the table on which it is to be; there it is let go of.
+        """
+        held = self.view.in_hand()
+        name = self.begun.in_hand()
+        if held is not None or self.start is None or name is None:
+            return held
+        if goal and self.view.on(name, goal):
+            yield from self.hold(OPEN, 7)
+            yield from self.move(self.view.position + UP * 0.06, self.view.quaternion, OPEN)
+        if self.view.on(name, "plank_link"):
+            yield from self.lift_slider(name)
+        elif self.view.on(name, "drawer_link"):
+            yield from self.lift_drawer(name)
+        else:
+            yield from self.lift(name)
+        self.target = ""
+        return self.view.in_hand()
+
     def place_slider(self) -> Steps:
         """Put the held block into the open side of the cabinet."""
-        held = self.view.in_hand()
+        held = yield from self.in_hand("plank_link")
+        if held is None and self.start is not None:
+            return
         spot = np.array([self._free_x(held), 0.082 + self.v.offset_m[1], 0.495])
         yaw = self._straight_yaw()
         tool = hand(yaw, CABINET_TILT_RAD + self.v.tilt_rad)
@@ -666,6 +765,9 @@ class StorageSkill(BlockSkill):
 
     def place_drawer(self) -> Steps:
         """Let the held block fall into the open drawer."""
+        held = yield from self.in_hand("drawer_link")
+        if held is None and self.start is not None:
+            return
         x = self.scene.drawer_x + float(np.clip(self.v.offset_m[0] * 12, -0.09, 0.09))
         y = -0.27 + 2 * self.v.offset_m[1] + (0.22 - self.view.drawer) * 0.5
         yield from self.leave(CLOSE, keep=True)

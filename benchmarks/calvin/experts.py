@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from openhelix.benchmarks.calvin.expert_control import (
+    SETTLED_M,
     STEP_M,
     STEP_RAD,
     Goal,
@@ -99,6 +100,10 @@ class Expert:
         scene: "A" to "D" or a `Scene`.
         info: the state in which the task is given.
         variation: how this demonstration differs from the plain one.
+        start: the state in which the task was given, where somebody else has worked on it
+            since; `info` is then the state in which the expert takes over, whatever it is.
+        before: the state one control step before `info`, if the arm is on its way: the first
+            command then lies as far ahead of it as that of an expert who moves so.
 
     Raises:
         UnknownTaskError, SceneError: there is no such task or scene.
@@ -110,6 +115,8 @@ class Expert:
         scene: str | Scene,
         info: Mapping[str, Any],
         variation: Variation | None = None,
+        start: Mapping[str, Any] | None = None,
+        before: Mapping[str, Any] | None = None,
     ) -> None:
         self.task = get_task(task)
         self.scene = get_scene(scene)
@@ -118,7 +125,14 @@ class Expert:
         # A turn of a block has no time to lose.
         speed = 1.0 if self.task.family == "rotate" else self.variation.speed
         self._servo = Servo(self.view, speed)
-        self._goals = recipe(task, self.scene, self.view, self.variation)
+        if before is not None:
+            self._servo.lead(View(self.scene, before), self.view)
+        begun = None if start is None else View(self.scene, start)
+        moved = 0.0 if before is None else View(self.scene, before).width - self.view.width
+        fingers_move = abs(moved) > SETTLED_M
+        self._goals = recipe(
+            task, self.scene, self.view, self.variation, begun, fingers_move=fingers_move
+        )
         self._last: Goal | None = None
         self.finished = False
 
@@ -147,12 +161,20 @@ def relative_action(before: tuple[F64, Quat], after: tuple[F64, Quat], gripper: 
     return np.array([*np.clip([*shift, *turn], -1.0, 1.0), gripper])
 
 
-def recipe(task: str, scene: Scene, view: View, variation: Variation) -> Steps:
-    """The generator of goals for a task."""
+def recipe(
+    task: str,
+    scene: Scene,
+    view: View,
+    variation: Variation,
+    start: View | None = None,
+    fingers_move: bool = False,
+) -> Steps:
+    """The generator of goals for a task; `start` as for `Skill`."""
     words = task.split("_")
     family = get_task(task).family
-    storage = StorageSkill(scene, view, variation)
-    fixture = FixtureSkill(scene, view, variation)
+    storage = StorageSkill(scene, view, variation, start)
+    fixture = FixtureSkill(scene, view, variation, start)
+    storage.fingers_move = fingers_move
     block = f"block_{words[1]}"
     if family == "rotate":
         return storage.rotate(block, 1.0 if words[3] == "left" else -1.0)

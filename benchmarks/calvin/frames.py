@@ -3,7 +3,8 @@
 Only moments that training reads are drawn, at the size on which the policy's encoder works,
 each chain of demonstrations in a look of its own (woods, light, tiles, sensor noise, small
 errors of the cameras' poses). The result is a training cache as `openhelix.system1.cache` describes
-it, one shard a unit of the collection, whole or not at all, and an index made last.
+it, one shard a unit of the collection, whole or not at all, and an index of those that are
+complete, written anew as they come.
 
 What the cache leaves open is decided here: a pushed arm's moments keep the targets up to the
 one sent when the push began (later ones answer to something that the picture does not show)
@@ -120,6 +121,7 @@ FARTHEST_M = 6.5  # as far as 16 bits of the cache's unit reach
 KEYPOSE_AHEAD = 4
 MIN_ROWS = 4  # a moment with fewer usable targets teaches too little for its picture
 MOST_UNITS, MOST_DEMONSTRATIONS = 100_000, 100  # room in an episode's number
+MOST_RANDOM_UNITS = 100  # of each generated scene
 
 
 class FramesConfig(BaseModel):
@@ -186,36 +188,63 @@ def look_of(scene: str, config: FramesConfig, rng: np.random.Generator) -> Appea
     return Appearance.random(int(rng.integers(1 << 31)), scene)
 
 
-def moments_of(path: Path, config: FramesConfig) -> list[tuple[Appearance, int, list[int]]]:
-    """Per demonstration of a unit: its look, its episode number, the steps to draw."""
+def first_episode(scene: str, number: int) -> int:
+    """The number of the first episode of a unit; 31 bits hold every scene's."""
+    if scene in SCENES:
+        unit = sorted(SCENES).index(scene) * MOST_UNITS + number
+    else:
+        unit = len(SCENES) * MOST_UNITS + int(scene[1:]) * MOST_RANDOM_UNITS + number
+    return unit * MOST_DEMONSTRATIONS
+
+
+def moments_of(path: Path, config: FramesConfig) -> list[tuple[Appearance, int, int, list[int]]]:
+    """Per demonstration of a unit: its look, its episode, its first step, the steps to draw.
+
+    A demonstration that begins in the middle of somebody else's attempt says so: `rollout` is
+    the attempt, which is one episode, `at` the step of it, `draw` how many of its own steps
+    belong to that.
+    """
     about, found = read_unit(path)
     scene, number = about["scene"], about["number"]
     rng = np.random.default_rng([zlib.crc32(f"frames {scene}".encode()), config.seed, number])
-    first = (sorted(SCENES).index(scene) * MOST_UNITS + number) * MOST_DEMONSTRATIONS
+    first = first_episode(scene, number)
     look, out = Appearance.of(scene), []
     for index, (row, demonstration) in enumerate(zip(about["demonstrations"], found, strict=True)):
         if row["chain"] == 0:
             look = look_of(scene, config, rng)
-        out.append((look, first + index, chosen_steps(demonstration, config, rng)))
+        steps = chosen_steps(demonstration, config, rng)
+        if "rollout" in row:
+            steps = [
+                s for s in range(0, row["draw"], config.every) if s < len(demonstration.targets)
+            ]
+        out.append((look, first + row.get("rollout", index), row.get("at", 0), steps))
     return out
 
 
-def draw_unit(path: Path, config: FramesConfig) -> bytes:
-    """Draw the moments of one unit file; returns the content of its shard."""
+def draw_unit(path: Path, config: FramesConfig, images: list[Tensor] | None = None) -> bytes:
+    """Draw the moments of one unit file; returns the content of its shard.
+
+    Args:
+        path: of the unit.
+        config: what to draw.
+        images: is given System 2's images of the same moments, row by row.
+    """
     policy = small()
     parts: dict[str, list[Tensor]] = {}
     about, found = read_unit(path)
     renderer = SceneRenderer(about["scene"], [c.name for c in policy.cameras])
     moments = moments_of(path, config)
-    for demonstration, (look, episode, steps) in zip(found, moments, strict=True):
+    for demonstration, (look, episode, at, steps) in zip(found, moments, strict=True):
         if not steps:
             continue
         if look is not renderer.appearance:
             renderer.set_appearance(look)
         frames = [renderer.render(demonstration.states[s].astype(np.float64)) for s in steps]
+        if images is not None:
+            images += [_resized(f["static"].rgb, config.system2_px) for f in frames]
         for camera in policy.cameras:
             _append(parts, pictures([f[camera.name] for f in frames], camera))
-        _append(parts, labels(demonstration, episode, steps, policy))
+        _append(parts, labels(demonstration, episode, steps, policy, at))
     tensors = {name: torch.cat(rows) for name, rows in parts.items()}
     return save(tensors, {"scene": about["scene"], "settings": config.model_dump_json()})
 
@@ -225,7 +254,7 @@ def draw_for_system2(path: Path, config: FramesConfig) -> bytes:
     about, found = read_unit(path)
     renderer = SceneRenderer(about["scene"], ["static"])
     images = []
-    for demonstration, (look, _, steps) in zip(found, moments_of(path, config), strict=True):
+    for demonstration, (look, _, _, steps) in zip(found, moments_of(path, config), strict=True):
         if look is not renderer.appearance:
             renderer.set_appearance(look)
         for step in steps:
@@ -310,9 +339,13 @@ def next_keyposes(demonstration: Demonstration, steps: list[int]) -> tuple[F32, 
 
 
 def labels(
-    demonstration: Demonstration, episode: int, steps: list[int], policy: PolicyConfig
+    demonstration: Demonstration,
+    episode: int,
+    steps: list[int],
+    policy: PolicyConfig,
+    first: int = 0,
 ) -> dict[str, Tensor]:
-    """What belongs to the pictures of some steps of a demonstration."""
+    """What belongs to the pictures of some steps of a demonstration that began at `first`."""
     count, horizon = len(steps), policy.horizon
     index = np.array(steps)[:, None] + np.arange(horizon)
     rows = demonstration.targets[np.minimum(index, len(demonstration.targets) - 1)]
@@ -331,6 +364,6 @@ def labels(
         "task": torch.full((count,), TASK_NAMES.index(demonstration.task), dtype=torch.int32),
         "instruction": torch.full((count,), sentence, dtype=torch.int32),
         "episode": torch.full((count,), episode, dtype=torch.int32),
-        "step": at,
+        "step": at + first,
         "steps_left": demonstration.steps - at,
     }

@@ -76,14 +76,16 @@ class Joint:
 
 def joints(scene: Scene) -> tuple[Joint, ...]:
     """The seven joints of the table, in the order of pybullet's link indices."""
-    lean = SLIDE_ANGLE_RAD
+    lean, own = SLIDE_ANGLE_RAD, scene.variant
+    led_x = scene.button_x + (own.led_dx if own else 0.0)
+    bulb_x = scene.switch_x + (own.bulb_dx if own else 0.0)
     return (
         Joint("base__button", "button_link", (scene.button_x, -0.12, 0.46), 0.0, (0, 0, -1), BUTTON_TRAVEL_M, 0.1538),
         Joint("base__switch", "switch_link", (scene.switch_x, 0.060928, 0.49489), lean, (0, 1, 0), SWITCH_TRAVEL_M, 0.2388),
         Joint("base__slide", "slide_link", (scene.slide_x, 0.075, 0.535264), lean, (-1, 0, 0), scene.slide_travel, 1.5435),
         Joint("base__drawer", "drawer_link", (scene.drawer_x, 0.0, 0.32), 0.0, (0, -1, 0), DRAWER_TRAVEL_M, 4.2313),
-        Joint("base__led", "led_link", (scene.button_x, 0.16, BACK_Z), 0.0, None, 0.0, 0.204),
-        Joint("base__light", "light_link", (scene.switch_x, 0.16, BACK_Z), 0.0, None, 0.0, 0.174),
+        Joint("base__led", "led_link", (led_x, 0.16, BACK_Z), 0.0, None, 0.0, 0.204),
+        Joint("base__light", "light_link", (bulb_x, 0.16, BACK_Z), 0.0, None, 0.0, 0.174),
         Joint("base__plank", "plank_link", (scene.plank_x, 0.09, CABINET_FLOOR_Z), 0.0, None, 0.0, 2.844),
     )  # fmt: skip
 

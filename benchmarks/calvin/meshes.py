@@ -19,7 +19,7 @@ import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -407,7 +407,7 @@ def rpy_matrix(rpy: list[float] | tuple[float, ...]) -> F64:
     )
 
 
-@cache
+@lru_cache(maxsize=8)  # a scene's triangles take about 2 MB
 def scene_visuals(scene: Scene) -> Visuals:
     """Assemble the triangles of `scene`; once a process."""
     builder = _Builder()

@@ -35,6 +35,7 @@ from openhelix.benchmarks.calvin.scene import (
     SWITCH_THRESHOLD_M,
     TABLE_LINKS,
     Scene,
+    Variant,
 )
 from openhelix.benchmarks.calvin.spaces import Command
 from openhelix.runtime.core.types import F64
@@ -116,8 +117,12 @@ class World:
         p.setPhysicsEngineParameter(deterministicOverlappingPairs=1, physicsClientId=c)
         p.setTimeStep(1.0 / PHYSICS_HZ, physicsClientId=c)
         p.setGravity(0, 0, GRAVITY, physicsClientId=c)
+        own = self.scene.variant
         self.robot: int = p.loadURDF(
-            str(urdf.panda_urdf()), ROBOT_BASE_M, useFixedBase=True, physicsClientId=c
+            str(urdf.panda_urdf(own.tip_bulge_m if own else 0.0)),
+            ROBOT_BASE_M,
+            useFixedBase=True,
+            physicsClientId=c,
         )
         # An invisible, untouchable body keeps the numbering of CALVIN's bodies.
         self.stand: int = p.createMultiBody(basePosition=(0, 0, -1), physicsClientId=c)
@@ -142,6 +147,17 @@ class World:
         self._start_mechanisms()
         self.floor: int = p.loadURDF(str(urdf.floor_urdf()), useFixedBase=True, physicsClientId=c)
         self._load_frame()
+        if own is not None:
+            self._set_friction(own)
+
+    def _set_friction(self, own: Variant) -> None:
+        tips = [i for name, i in self.links.items() if name.endswith("_tip")]
+        bodies = [(self.robot, tip, own.finger_friction) for tip in tips]
+        bodies += [(block, -1, own.block_friction) for block in self.blocks.values()]
+        bodies += [(self.table, link, own.table_friction) for link in TABLE_LINKS.values()]
+        bodies.append((self.frame, -1, own.table_friction))
+        for body, link, friction in bodies:
+            p.changeDynamics(body, link, lateralFriction=friction, physicsClientId=self.client)
 
     def _couple_fingers(self) -> None:
         left, right = self.fingers

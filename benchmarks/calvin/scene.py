@@ -74,11 +74,51 @@ class Surface:
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
-    """One of CALVIN's four scenes.
+class Variant:
+    """What a generated scene has of its own beyond what distinguishes A to D.
 
     Attributes:
-        name: "A" to "D".
+        led_dx, bulb_dx: x of the LED from the button's, of the bulb from the switch's, m.
+        slider_left_x, slider_right_x, table_x: CALVIN's slots for blocks, x in m.
+        block_friction, finger_friction, table_friction: Bullet's lateral coefficients.
+        support: how Bullet is given the table: "box" (CALVIN's shapes as boxes, each block on
+            four corners), "hull" or "mesh" (the same shapes as convex or triangle meshes: other
+            contact points, so that a pushed block turns otherwise).
+        tip_bulge_m: how far the middle of a finger tip stands out; 0 is flat.
+        home_rad: (7) what the arm's rest differs by from CALVIN's.
+        orbit_rad, distance, target_m: how the static camera is put up otherwise than CALVIN's:
+            turned about its target (to the side, upwards), nearer or farther (a factor), with
+            its target (3) elsewhere.
+        fov: factors of the static and of the gripper camera's field of view.
+        crosswise: whether the grain of the table, and of door and drawer, runs across.
+        look: seed of the scene's own look.
+    """
+
+    led_dx: float
+    bulb_dx: float
+    slider_left_x: float
+    slider_right_x: float
+    table_x: tuple[float, float]
+    block_friction: float
+    finger_friction: float
+    table_friction: float
+    support: str
+    tip_bulge_m: float
+    home_rad: tuple[float, ...]
+    orbit_rad: tuple[float, float]
+    distance: float
+    target_m: tuple[float, float, float]
+    fov: tuple[float, float]
+    crosswise: tuple[bool, bool]
+    look: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One of CALVIN's four scenes, or one generated beside them.
+
+    Attributes:
+        name: "A" to "D", or "R0", "R1", ... (`openhelix.benchmarks.calvin.random_scenes`).
         slide_x: x of the sliding door's origin when shut to the right; it moves to -x.
         slide_travel: how far the door moves, m.
         drawer_x, plank_x: x of each mechanism's centre.
@@ -87,6 +127,7 @@ class Scene:
         block_lengths: length along x of each block, in the order of `scene_obs`.
         surfaces: spawn areas by name.
         wood: name of the palette of the table; `panel_wood` that of door and drawer.
+        variant: what a generated scene has of its own; None for A to D.
     """
 
     name: str
@@ -100,6 +141,7 @@ class Scene:
     surfaces: tuple[tuple[str, Surface], ...]
     wood: str
     panel_wood: str
+    variant: Variant | None = None
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -177,12 +219,20 @@ SCENES: dict[str, Scene] = {
 def get_scene(scene: str | Scene) -> Scene:
     """Return the scene of that name; `calvin_scene_D` and `D` mean the same.
 
+    `R17` is the generated scene number 17, the same at every call.
+
     Raises:
         SceneError: there is no such scene.
     """
     if isinstance(scene, Scene):
         return scene
     key = str(scene).removeprefix("calvin_scene_")
-    if key not in SCENES:
-        raise SceneError(f"scene: {scene!r} is not one of {', '.join(SCENES)}")
-    return SCENES[key]
+    if key in SCENES:
+        return SCENES[key]
+    from openhelix.benchmarks.calvin.random_scenes import NUMBERED, random_scene
+
+    if not NUMBERED.fullmatch(key):
+        raise SceneError(
+            f"scene: {scene!r} is not one of {', '.join(SCENES)}, nor R0, R1, ... (generated)"
+        )
+    return random_scene(int(key[1:]))

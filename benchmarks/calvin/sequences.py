@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from openhelix.benchmarks.calvin.scene import get_scene
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS
 
 F64 = npt.NDArray[np.float64]
@@ -274,14 +275,21 @@ def layout_seed(state: State) -> int:
 
 
 def get_layout(scene: str) -> Layout:
-    """The layout of a scene.
+    """The layout of a scene; of a generated one (R0, R1, ...) by the same rules.
 
     Raises:
-        ValueError: The scene is none of A, B, C, D.
+        ValueError: The scene is none of A, B, C, D, nor a generated one.
     """
-    if not isinstance(scene, str) or scene not in LAYOUTS:
-        raise ValueError(f"scene: {scene!r} is none of {', '.join(LAYOUTS)}")
-    return LAYOUTS[scene]
+    if isinstance(scene, str) and scene in LAYOUTS:
+        return LAYOUTS[scene]
+    found = get_scene(scene) if isinstance(scene, str) else None
+    if found is None or found.variant is None:
+        raise ValueError(f"scene: {scene!r} is none of {', '.join(LAYOUTS)}, nor R0, R1, ...")
+    own = found.variant
+    one, two, three = (name.removeprefix("block_") for name in found.blocks)
+    first, second = ((x, *_TABLE[0][1:]) for x in own.table_x)
+    left, right = (own.slider_left_x, *_SHELF), (own.slider_right_x, *_SHELF)
+    return Layout((one, two, three), found.slide_travel, left, right, (first, second))
 
 
 def _checked(state: Mapping[str, Any]) -> State:
@@ -311,7 +319,7 @@ def initial_state(state: Mapping[str, Any], scene: str = "D") -> tuple[F64, F64]
 
     Args:
         state: A symbolic state from `get_sequences`.
-        scene: A, B, C or D. In D the result is CALVIN's own, bit for bit.
+        scene: A, B, C, D or a generated one. In D the result is CALVIN's own, bit for bit.
 
     Returns:
         robot_obs (15,) and scene_obs (24,) float64; metres, radians; block poses (xyz, Euler

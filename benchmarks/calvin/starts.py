@@ -23,7 +23,7 @@ from openhelix.benchmarks.calvin.scene import (
     SWITCH_THRESHOLD_M,
     Scene,
 )
-from openhelix.benchmarks.calvin.sequences import LAYOUTS, ROBOT_OBS, SWITCH_ON_M
+from openhelix.benchmarks.calvin.sequences import ROBOT_OBS, SWITCH_ON_M, get_layout
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 from openhelix.runtime.core.quaternion import from_euler_xyz
 from openhelix.runtime.core.types import F64
@@ -139,7 +139,7 @@ def scene_obs(layout: Layout, scene: Scene, rng: np.random.Generator) -> F64 | N
     values[:2] = layout.slide, layout.drawer
     values[3:6] = layout.switch, layout.bulb, layout.led
     poses: dict[str, F64] = {}
-    slots = [np.array(slot) for slot in rng.permutation(np.array(LAYOUTS[scene.name].table))]
+    slots = [np.array(slot) for slot in rng.permutation(np.array(get_layout(scene.name).table))]
     order = sorted(scene.blocks, key=lambda name: layout.place[name].startswith("on "))
     for name in order:
         pose = _block_pose(name, layout, scene, rng, poses, slots)
@@ -167,7 +167,7 @@ def _block_pose(
         spot = np.array([base[0] + shift[0], base[1] + shift[1], base[2] + BLOCK_SIDE_M])
         return np.array([*spot, 0.0, 0.0, yaw])
     if layout.exact and place in PLACES and (slots or place != "table"):
-        fixed = slots.pop() if place == "table" else getattr(LAYOUTS[scene.name], place)
+        fixed = slots.pop() if place == "table" else getattr(get_layout(scene.name), place)
         return np.array([*fixed, 0.0, 0.0, rng.uniform(3 * pi / 8, 5 * pi / 8)])
     for _ in range(60):
         spot = _anywhere(place, layout, scene, rng)
@@ -222,12 +222,24 @@ def random_arm(env: PlayTableEnv, rng: np.random.Generator) -> F64:
     return np.array(ROBOT_OBS)
 
 
+def home(scene: Scene) -> F64:
+    """The `robot_obs` (15,) that the arm rests at; a generated scene's is somewhat off CALVIN's.
+
+    Of a generated scene's only the joints and the gripper are right, which is all that a
+    reset reads.
+    """
+    rest = np.array(ROBOT_OBS)
+    if scene.variant is not None:
+        rest[7:14] += scene.variant.home_rad
+    return rest
+
+
 def reset_to(env: PlayTableEnv, layout: Layout, rng: np.random.Generator) -> bool:
     """Reset `env` to a layout with an arm pose; False where the blocks did not fit."""
     world = scene_obs(layout, env.scene, rng)
     if world is None:
         return False
-    robot = np.array(ROBOT_OBS) if rng.uniform() < 0.4 else random_arm(env, rng)
+    robot = home(env.scene) if rng.uniform() < 0.4 else random_arm(env, rng)
     env.reset(robot, world)
     return True
 

@@ -13,12 +13,13 @@ import shutil
 import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from math import pi
 from pathlib import Path
 
 import numpy as np
 import pybullet_data
+from scipy.spatial import ConvexHull
 
 from openhelix.benchmarks.calvin import geometry
 from openhelix.benchmarks.calvin.scene import BLOCK_SIDE_M, Scene
@@ -64,6 +65,7 @@ def content_folder(kind: str, files: Mapping[str, bytes]) -> Path:
 # -- The models ------------------------------------------------------------------------
 
 HAND_TO_TCP_M = 0.14
+HULL_MARGIN_M = 0.001  # Bullet's, around every convex mesh that it loads
 CAMERA_MOUNT = ((-0.1, 0.0, 0.0), (1.3, 0.0, -1.57))  # xyz, rpy in the hand's frame
 
 Sections = tuple[tuple[float, float, float, float], ...]
@@ -101,15 +103,34 @@ def _xyz(values: tuple[float, float, float] | F64) -> str:
     return " ".join(f"{v:.7g}" for v in values)
 
 
-def _shape(piece: geometry.Piece, index: int, files: dict[str, bytes]) -> str:
-    if piece.box is not None:
+def _mesh(vertices: F64) -> bytes:
+    """An OBJ of the triangles of the convex hull of `vertices`."""
+    hull = ConvexHull(vertices)
+    lines = [f"v {x:.6f} {y:.6f} {z:.6f}" for x, y, z in vertices]
+    for corners, plane in zip(hull.simplices, hull.equations, strict=True):
+        a, b, c = (int(i) for i in corners)
+        outwards = np.cross(vertices[b] - vertices[a], vertices[c] - vertices[a]) @ plane[:3] > 0
+        lines.append(f"f {a + 1} {b + 1} {c + 1}" if outwards else f"f {a + 1} {c + 1} {b + 1}")
+    return ("\n".join(["o mesh", *lines]) + "\n").encode()
+
+
+def _shape(piece: geometry.Piece, index: int, files: dict[str, bytes], support: str) -> str:
+    """A piece's collision shape; `support` as in `scene.Variant`."""
+    if support == "mesh" and piece.link == "base_link":  # what moves must be convex
+        name = f"mesh_{index:02d}.obj"
+        files[name] = _mesh(piece.vertices)
+        mesh = f'<geometry><mesh filename="{name}"/></geometry>'
+        return f'<collision concave="yes">{mesh}</collision>'
+    if piece.box is not None and support == "box":
         centre, size = piece.box
         return (
             f'<collision><origin xyz="{_xyz(centre)}"/>'
             f'<geometry><box size="{_xyz(size)}"/></geometry></collision>'
         )
-    name = f"hull_{index:02d}.obj"
-    files[name] = _obj(piece.vertices)
+    name, corners = f"hull_{index:02d}.obj", piece.vertices
+    if piece.box is not None:  # a box has no margin, a hull has
+        corners = corners - np.sign(corners - piece.box[0]) * HULL_MARGIN_M
+    files[name] = _obj(corners)
     return f'<collision><geometry><mesh filename="{name}"/></geometry></collision>'
 
 
@@ -118,7 +139,7 @@ def _link(name: str, mass: float, body: str) -> str:
     return f'<link name="{name}"><inertial><mass value="{mass}"/>{inertia}</inertial>{body}</link>'
 
 
-@cache
+@lru_cache(maxsize=16)
 def table_urdf(scene: Scene) -> Path:
     """Write the table of `scene`; return the path of its URDF.
 
@@ -128,9 +149,10 @@ def table_urdf(scene: Scene) -> Path:
     """
     files: dict[str, bytes] = {}
     shapes: dict[str, str] = {}
+    support = scene.variant.support if scene.variant else "box"
     for index, piece in enumerate(geometry.pieces(scene)):
         if piece.solid:
-            shapes[piece.link] = shapes.get(piece.link, "") + _shape(piece, index, files)
+            shapes[piece.link] = shapes.get(piece.link, "") + _shape(piece, index, files, support)
     frame = _link("base_link", 0.0, shapes["base_link"])
     files["frame.urdf"] = f'<robot name="frame">{frame}</robot>'.encode()
     parts = [_link("base_link", 0.0, "")]
@@ -183,9 +205,23 @@ def _fixed(parent: str, child: str, xyz: str, rpy: str) -> ET.Element:
     )
 
 
+def _bulged_pad(bulge_m: float) -> F64:
+    """Corners (n, 3) of a finger pad whose inner face is an arc across, highest in the middle."""
+    x0, y0, z0 = (low + HULL_MARGIN_M for low in PAD_LO)
+    x1, y1, z1 = (high - HULL_MARGIN_M for high in PAD_HI)
+    half, middle = (x1 - x0) / 2, (x0 + x1) / 2
+    across = np.linspace(-half, half, 9)
+    arc = [(middle + x, y0 + bulge_m * (x / half) ** 2) for x in across]
+    return np.array([[x, y, z] for x, y in [*arc, (x0, y1), (x1, y1)] for z in (z0, z1)])
+
+
 @cache
-def panda_urdf() -> Path:
-    """Write the Panda with long fingers, pads, camera mount and TCP; return its URDF's path."""
+def panda_urdf(tip_bulge_m: float = 0.0) -> Path:
+    """Write the Panda with long fingers, pads, camera mount and TCP; return its URDF's path.
+
+    Args:
+        tip_bulge_m: how far the middle of the pads stands out; 0 for flat ones.
+    """
     source = panda_source()
     root = ET.fromstring((source / "panda.urdf").read_text())
     for link in root.iter("link"):
@@ -201,11 +237,16 @@ def panda_urdf() -> Path:
     pad_contact = (
         '<contact><lateral_friction value="1"/><spinning_friction value="0.001"/></contact>'
     )
+    files: dict[str, bytes] = {}
+    shape = (
+        f'<collision><origin xyz="{" ".join(map(str, centre))}"/><geometry>'
+        f'<box size="{" ".join(map(str, size))}"/></geometry></collision>'
+    )
+    if tip_bulge_m:
+        files["pad.obj"] = _obj(_bulged_pad(tip_bulge_m))
+        shape = '<collision><geometry><mesh filename="pad.obj"/></geometry></collision>'
     for side, yaw in (("left", 0.0), ("right", pi)):
-        pad = (
-            f'{pad_contact}<collision><origin xyz="{" ".join(map(str, centre))}"/><geometry>'
-            f'<box size="{" ".join(map(str, size))}"/></geometry></collision>'
-        )
+        pad = pad_contact + shape
         root.append(ET.fromstring(_link(f"finger_{side}_tip", 1e-4, pad)))
         root.append(_fixed(f"panda_{side}finger", f"finger_{side}_tip", "0 0 0", f"0 0 {yaw:.15g}"))
     xyz, rpy = CAMERA_MOUNT
@@ -213,5 +254,5 @@ def panda_urdf() -> Path:
     root.append(_fixed("panda_hand", "gripper_cam", _xyz(xyz), _xyz(rpy)))
     root.append(ET.fromstring(_link("tcp", 1e-5, "")))
     root.append(_fixed("panda_hand", "tcp", f"0 0 {HAND_TO_TCP_M}", "0 0 0"))
-    files = {"panda.urdf": ET.tostring(root), "finger.obj": _obj(finger_vertices())}
+    files |= {"panda.urdf": ET.tostring(root), "finger.obj": _obj(finger_vertices())}
     return content_folder("panda", files) / "panda.urdf"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.calvin.motions import PATTERNS
+from openhelix.benchmarks.calvin.scene_names import scene_names, written
 from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, code_hash, evaluate
 from openhelix.benchmarks.evaluation.metrics import served
 from openhelix.benchmarks.evaluation.pools import open_pool
@@ -40,7 +41,7 @@ class SuiteOptions(Options):
     """The options that `eval` and `sweep` share."""
 
     world: str = option("playtable", "an installed world (playtable)", "playtable|calvin|...")
-    scene: str = option("D", "one or more: D, or ABC", "A..D")
+    scene: str = option("D", "one or more: D, ABC, R17, random:0-9", "SCENES")
     sequences: int | None = option(None, "chains: the first N of CALVIN's 1000 (10)", "N")
     episodes_per_task: int | None = option(None, "tasks, calvin-d: N per task (10)", "N")
     steps: Count = option(360, "environment steps per task (360)", "LIMIT")
@@ -145,7 +146,7 @@ def make_suite(options: SuiteOptions, name: str) -> Suite:
     return Suite(
         name=name,
         world=options.world,
-        scenes=tuple(options.scene.replace(",", "")),
+        scenes=scene_names(options.scene),
         count=10 if count is None else count,
         seed=options.seed,
         tasks=options.tasks,
@@ -178,7 +179,7 @@ def load_config(
         taken = _engine_options()
         kept = {k: v for k, v in engine.get("options", {}).items() if k in taken}
         data.setdefault("system2", {})["engine"] = {"target": ENGINE, "options": kept}
-    fixed = [f"control.clock={clock}", f"world.scene={scene[:1]}"]
+    fixed = [f"control.clock={clock}", f"world.scene={scene_names(scene)[0]}"]
     fixed += [f"world.name={world}", f"robot.name={'calvin' if world == 'calvin' else 'sim'}"]
     return validate(RunConfig, apply_overrides(data, fixed, RunConfig))
 
@@ -195,7 +196,7 @@ def _engine_options() -> set[str]:
 def default_folder(plan: Evaluation, base: Path) -> Path:
     """Return the folder of this very evaluation if one was begun and not finished, or a new one."""
     identity = json.loads(json.dumps(plan.identity()))
-    name = f"{plan.suite.name}-{''.join(plan.suite.scenes)}"
+    name = f"{plan.suite.name}-{written(plan.suite.scenes)}"
     used = sorted(base.glob(f"{name}-[0-9]*")) if base.is_dir() else []
     for folder in used:
         if not (folder / RUN).exists() or (folder / REPORT).exists():

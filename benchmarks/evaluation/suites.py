@@ -55,7 +55,7 @@ class Episode:
     Attributes:
         index: place in the suite's list.
         key: says what it is; two evaluations are paired by it.
-        scene: "A" to "D".
+        scene: "A" to "D", "R0", ...
         tasks: in order; the attempt ends at the first failure.
         instructions: one per task.
         seed: of the policy's randomness.
@@ -98,7 +98,7 @@ class Suite:
     Attributes:
         name: one of `SUITES`.
         world: a name of the group `openhelix.worlds`.
-        scenes: one or more of A to D.
+        scenes: one or more of A to D, R0, R1, ...
         count: sequences of a chain suite (the first of CALVIN's 1000); else episodes for each
             task, and for each pattern and speed of calvin-d.
         seed: of starts, wording and the policy's noise.
@@ -128,9 +128,12 @@ class Suite:
         if self.name == "calvin-d" and self.world != "playtable":
             raise SuiteError("--world: calvin-d needs playtable; calvin_env's blocks cannot move")
         if not self.scenes or len(set(self.scenes)) < len(self.scenes):
-            raise SuiteError(f"--scene: {''.join(self.scenes)!r} is not one or more of A, B, C, D")
+            raise SuiteError(
+                f"--scene: {''.join(self.scenes)!r} is not one or more scenes, each once"
+            )
         for scene in self.scenes:
-            get_scene(scene)
+            if get_scene(scene).variant is not None and self.world != "playtable":
+                raise SuiteError(f"--scene: {scene} needs playtable; {self.world} has A to D")
         limit = N_SEQUENCES if self.is_chain else 100_000
         what = "--sequences" if self.is_chain else "--episodes-per-task"
         if not 1 <= self.count <= limit:

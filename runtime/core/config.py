@@ -8,12 +8,13 @@ ignored is the costliest kind of default. `ConfigError` always carries exactly o
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from openhelix.runtime.core.limits import SafetyLimits
 
@@ -119,11 +120,18 @@ class RobotConfig(_Section):
     options: dict[str, Any] = {}
 
 
+def _known_scene(value: str) -> str:
+    """A scene's name, as far as it can be told without the worlds themselves."""
+    if not re.fullmatch(r"[A-D]|R(0|[1-9]\d{0,4})", value):
+        raise ValueError("must be 'A', 'B', 'C' or 'D', or a generated scene, R0 to R99999")
+    return value
+
+
 class WorldConfig(_Section):
     """The simulated world behind the `sim` driver."""
 
     name: str = "playtable"  # an entry of the group `openhelix.worlds`
-    scene: Literal["A", "B", "C", "D"] = "D"
+    scene: Annotated[str, AfterValidator(_known_scene)] = "D"
     cameras: tuple[Literal["static", "gripper"], ...] = ("static", "gripper")
     camera_hz: Positive = 10.0
     # A world that the machine is too busy to step looks like a robot that does not answer.

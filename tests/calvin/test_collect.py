@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from openhelix.benchmarks.calvin import collect as frames_module
 from openhelix.benchmarks.calvin import collect as module
 from openhelix.benchmarks.calvin.collect import (
     CollectConfig,
@@ -168,6 +169,37 @@ def test_frames_are_not_drawn_twice_nor_beyond_the_limit(made: tuple[Path, dict]
     assert all(p.stat().st_mtime_ns == t for p, t in stamps.items() if p.suffix == ".safetensors")
     with pytest.raises(ConfigError, match="other settings"):
         draw(config(folder, frames=FramesConfig(every=2)))
+
+
+def test_frames_can_be_trained_on_while_they_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed drawing leaves an index of what is complete, System 2's images included."""
+    settings = config(tmp_path / "data", per_task=2, tasks=("turn_on_led",))
+    settings = settings.model_copy(update={"frames": FramesConfig(every=6, system2_px=20)})
+    collect(settings)
+    real, calls = frames_module.draw_unit, []
+
+    def dies_second(*args: object) -> bytes:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(frames_module, "INDEX_EVERY", 1)
+    monkeypatch.setattr(frames_module, "draw_unit", dies_second)
+    with pytest.raises(KeyboardInterrupt):
+        draw(settings)
+    folder = tmp_path / "data" / "frames"
+    index = json.loads((folder / "cache.json").read_text())
+    assert [shard["file"] for shard in index["shards"]] == ["A_00000.safetensors"]
+    monkeypatch.setattr(frames_module, "draw_unit", real)
+    card = draw(settings)
+    assert card["frames_files"] == 2 and len(Cache(folder)) == card["frames"]
+    images = folder / "system2" / "A_00001.safetensors"
+    before = images.read_bytes()
+    images.unlink()  # drawn alone they are the same
+    assert draw(settings)["frames_files"] == 2 and images.read_bytes() == before
 
 
 def test_too_many_frames_are_refused_before_any_is_drawn(tmp_path: Path) -> None:

@@ -51,6 +51,18 @@ def images(text):
     return [base64.b64decode(d) for d in re.findall(r"data:image/\w+;base64,([^\"]+)", text)]
 
 
+def test_generated_scenes_are_evaluated_like_others(tmp_path, capsys):
+    words = ["eval", "--suite", "tasks", "--episodes-per-task", "1", "--tasks", "turn_on_led"]
+    words += ["--steps", "5", "--json", "--base", str(tmp_path), "--scene", "A,random:3-4"]
+    assert main([*words, *PARTS]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["n_episodes"] == 3 and set(report["per_scene"]) == {"A", "R3", "R4"}
+    assert (tmp_path / "tasks-A,R3-R4-0001").is_dir()
+    words = ["eval", "--suite", "calvin", "--sequences", "1", "--steps", "2", "--json"]
+    assert main([*words, "--base", str(tmp_path), "--scene", "R5", *PARTS]) == 0
+    assert json.loads(capsys.readouterr().out)["n_errors"] == 0
+
+
 def test_the_command_prints_one_json_object_and_writes_reports(tmp_path, capsys):
     words = ["eval", "--suite", "tasks", "--episodes-per-task", "1", "--tasks", "turn_on_led"]
     words += ["--steps", "5", "--seed", "3", "--json", "--videos", "1", "--base", str(tmp_path)]
