@@ -16,7 +16,7 @@ from gymnasium import spaces
 
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
-from openhelix.benchmarks.calvin.starts import begin
+from openhelix.benchmarks.calvin.starts import begin, carry_over
 from openhelix.benchmarks.calvin.tasks import get_task
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.quaternion import from_euler_xyz, normalise
@@ -26,7 +26,6 @@ from openhelix.runtime.robots.env import CAMERA_SIZES
 
 Actions = Literal["relative", "absolute"]
 OPTIONS = ("task", "sequence", "robot_obs", "scene_obs")
-CLOSE_STEPS = 4  # a closing hand travels its whole way in four steps
 
 
 def make_env(
@@ -189,11 +188,7 @@ class CalvinGymEnv(gymnasium.Env[dict[str, Any], F64]):
             return
         with PlayTableEnv(self._scene, cameras=()) as model:
             begin(model, self._task, rng)
-            state, robot = model.get_state_obs(), model.get_info()["robot_info"]
-        self.world.reset(state["robot_obs"], state["scene_obs"])
-        if robot["gripper_action"] < 0:  # CALVIN's vectors do not say that a hand holds
-            for _ in range(CLOSE_STEPS):
-                self.world.advance((robot["tcp_pos"], from_euler_xyz(robot["tcp_orn"]), -1))
+            carry_over(model, self.world)
 
     def _command(self, action: Any) -> Any:
         values = np.asarray(action, np.float64)

@@ -25,6 +25,7 @@ from openhelix.benchmarks.calvin.scene import (
 )
 from openhelix.benchmarks.calvin.sequences import LAYOUTS, ROBOT_OBS, SWITCH_ON_M
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
+from openhelix.runtime.core.quaternion import from_euler_xyz
 from openhelix.runtime.core.types import F64
 
 # -- Layouts: where blocks, doors and lights are, drawn at random for a task -----------
@@ -37,6 +38,7 @@ DRAWER_Z_M, SHELF_Z_M, TABLE_Z_M = 0.362, 0.461, 0.46
 APART_M = 0.105
 ASKEW_RAD = 1.0  # of the long block in the cabinet, at most, for the hand to fit
 PLACES = ("table", "slider_left", "slider_right")
+CLOSE_STEPS = 4  # a closing hand travels its whole way in four steps
 
 
 @dataclass(slots=True)
@@ -365,3 +367,17 @@ def _task_before(scene: Scene, rng: np.random.Generator, task: str) -> str:
     where = ["table", "table", "slider", "drawer"]
     place = where[int(rng.integers(len(where)))]
     return f"lift_{str(rng.choice(scene.blocks)).removeprefix('block_')}_block_{place}"
+
+
+def carry_over(model: PlayTableEnv, env: Any) -> None:
+    """Put another env of CALVIN's kind into the state of a PlayTable.
+
+    CALVIN's own state vectors say nothing of the gripper's command, so a closed hand is closed
+    again there.
+    """
+    state, robot = model.get_state_obs(), model.get_info()["robot_info"]
+    env.reset(state["robot_obs"], state["scene_obs"])
+    if robot["gripper_action"] < 0:
+        rotation = from_euler_xyz(robot["tcp_orn"])
+        for _ in range(CLOSE_STEPS):
+            env.advance((robot["tcp_pos"], rotation, -1))

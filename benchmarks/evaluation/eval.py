@@ -225,9 +225,11 @@ def brief(report: dict[str, Any]) -> str:
     else:
         score = f"success {100 * report['success_rate']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
         trials = f"{report['n_episodes']} episodes"
+    random = " and ".join(report["untrained"])
+    untrained = f"untrained, as asked for: {random} (random weights)\n" if random else ""
     errors = f", {report['n_errors']} ended by an error" if report["n_errors"] else ""
     return (
         f"{report['suite']} in {report['world']} {report['scene']}: {score}\n"
         f"{trials}{errors}; {report['clock']} clock, {report['steps_limit']} environment steps per "
-        f"task, seed {report['seed']}\n{report['folder']}/report.html\n"
+        f"task, seed {report['seed']}\n{report['folder']}/report.html\n{untrained}"
     )

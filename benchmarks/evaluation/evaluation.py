@@ -159,6 +159,7 @@ def header(plan: Evaluation, about: Mapping[str, Any]) -> dict[str, Any]:
         "latency": None if wall else plan.conditions.latency,
         "hz2": plan.config.system2.hz if wall else None,
         "replan_steps": plan.config.system1.replan_steps,
+        "untrained": about.get("untrained", []),
         "policy": {
             "target": policy.target,
             "checkpoint": checkpoint_of(policy),

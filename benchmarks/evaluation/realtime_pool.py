@@ -35,12 +35,15 @@ class RealtimePool:
         self.workers = workers
         self._config = config
         self._spec: PolicySpec | None = None
+        self._untrained = False
 
     def start(self) -> dict[str, Any]:
         if self._spec is None:
-            self._spec = make(self._config.system1.policy).spec
+            policy = make(self._config.system1.policy)
+            self._spec, self._untrained = policy.spec, getattr(policy, "untrained", False)
         latent = None if self._spec.latent is None else asdict(self._spec.latent)
-        return {"policy_spec": asdict(self._spec), "latent_spec": latent, "spec_id": None}
+        about = {"policy_spec": asdict(self._spec), "latent_spec": latent, "spec_id": None}
+        return about | ({"untrained": ["system1"]} if self._untrained else {})
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcome]]:
         for job in jobs:

@@ -71,6 +71,7 @@ def settings(report: Mapping[str, Any]) -> Table:
     rows = [
         ["policy", f"{policy['target']} ({policy['checkpoint'] or 'no checkpoint'})"],
         ["policy, sha256", policy["sha256"]],
+        ["untrained, as asked for", ", ".join(report["untrained"]) or "nothing"],
         ["System 2", f"{system2['target']}" if system2 else "none"],
         ["latent", ", ".join(filter(None, latent))],
         ["replanning", f"every {report['replan_steps']} steps"],

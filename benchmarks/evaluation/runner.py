@@ -122,6 +122,7 @@ class Runner:
         self._config = config
         self._policy: Policy = make(config.system1.policy) if policy is None else policy
         self._owns_engine = engine is None
+        self._untrained = ["system1"] if getattr(self._policy, "untrained", False) else []
         self._clock = EpisodeClock()
         self._robots: dict[str, EnvRobot] = {}
         self._engine: EngineMeter | None = None
@@ -143,14 +144,22 @@ class Runner:
                 raise SpecMismatch("policy: it takes no latent and cannot be told its task either")
             self._policy = TaskPolicy(self._policy)
         else:
-            self._engine = EngineMeter(engine or make(self._config.system2.engine))
+            engine = engine or make(self._config.system2.engine)
+            if getattr(engine, "untrained", False):
+                self._untrained.append("system2")
+            self._engine = EngineMeter(engine)
             check_latent(self._engine.spec, spec.latent)
 
     def about(self) -> dict[str, Any]:
         """What is being evaluated, as plain data."""
         latent = None if self._engine is None else asdict(self._engine.spec)
         spec_id = None if self._engine is None else self._engine.spec.spec_id
-        return {"policy_spec": asdict(self._policy.spec), "latent_spec": latent, "spec_id": spec_id}
+        about = {
+            "policy_spec": asdict(self._policy.spec),
+            "latent_spec": latent,
+            "spec_id": spec_id,
+        }
+        return about | ({"untrained": self._untrained} if self._untrained else {})
 
     def run(self, episode: Episode, conditions: Conditions, film: bool = False) -> Outcome:
         """Run one episode; what goes wrong in it is told in its outcome: a failed episode.

@@ -2,8 +2,7 @@
 
 In PlayTable a drawn start is reached by simulation: an expert may have done another task
 before, and a block that is to be placed lies in the hand because an expert has grasped it. For
-calvin_env such a start is simulated in PlayTable and carried over as CALVIN's own state
-vectors; those say nothing of the gripper's command, so a closed hand is closed again there.
+calvin_env such a start is simulated in PlayTable and carried over.
 
 Also loaded by the world's process of a real-time run, so nothing here imports torch.
 """
@@ -18,13 +17,11 @@ import numpy as np
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.motions import MovingBlock
 from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
-from openhelix.benchmarks.calvin.starts import StartError, begin
+from openhelix.benchmarks.calvin.starts import StartError, begin, carry_over
 from openhelix.benchmarks.evaluation.suites import Episode
-from openhelix.runtime.core.quaternion import from_euler_xyz
 from openhelix.runtime.core.types import F64
 
 DRAWS = 5  # of a start, each with another seed, before an episode is given up
-CLOSE_STEPS = 4  # a closing hand travels its whole way in four steps
 
 
 def sequence_start(episode: Episode) -> tuple[F64, F64]:
@@ -76,9 +73,4 @@ def stage_calvin(env: Any, episode: Episode) -> None:
         return
     with PlayTableEnv(episode.scene, cameras=()) as model:
         draw_start(model, episode)
-        obs, info = model.get_state_obs(), model.get_info()["robot_info"]
-    env.reset(obs["robot_obs"], obs["scene_obs"])
-    if info["gripper_action"] < 0:
-        rotation = from_euler_xyz(info["tcp_orn"])
-        for _ in range(CLOSE_STEPS):
-            env.advance((info["tcp_pos"], rotation, -1))
+        carry_over(model, env)

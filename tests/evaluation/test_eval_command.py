@@ -11,7 +11,7 @@ import pytest
 
 from openhelix.benchmarks.evaluation import report as reports
 from openhelix.benchmarks.evaluation.compare import compare, to_markdown
-from openhelix.benchmarks.evaluation.eval import default_folder, make_plan
+from openhelix.benchmarks.evaluation.eval import brief, default_folder, make_plan
 from openhelix.benchmarks.evaluation.eval import read as read_eval
 from openhelix.benchmarks.evaluation.evaluation import Console, evaluate
 from openhelix.benchmarks.evaluation.pool import LocalPool
@@ -151,6 +151,14 @@ def test_runs_that_share_nothing_are_not_compared(two, pool, tmp_path, capsys):
     assert "seed is 0 in A, 9 in B" in capsys.readouterr().err
     assert main(["compare", str(two / "long"), str(tmp_path)]) == 2
     assert "no run.json" in capsys.readouterr().err
+
+
+def test_a_report_says_what_is_untrained(two):
+    report = json.loads((two / "long" / "report.json").read_text())
+    assert report["untrained"] == [] and "untrained" not in brief(report)
+    report["untrained"] = ["system1"]
+    assert "untrained, as asked for: system1 (random weights)" in brief(report)
+    assert "| untrained, as asked for | system1 |" in reports.to_markdown(report)
 
 
 def test_a_report_escapes_what_it_quotes(two):
