@@ -4,8 +4,7 @@
 #   hosts        every host of `ray up` (SSH server, rsync, network tools)
 #   prometheus   Prometheus and promtool
 #   browser      Chromium, for tests of the status page and for pictures
-#   film         ffmpeg, for moving pictures
-#   tests        all that tests use: hosts, prometheus, browser, film
+#   tests        all that tests use: hosts, prometheus, browser
 set -euo pipefail
 
 packages=()
@@ -14,10 +13,9 @@ for what in "${@:-}"; do
     hosts) packages+=(openssh-server openssh-client rsync iproute2 util-linux) ;;
     prometheus) packages+=(prometheus) ;;
     browser) packages+=(chromium) ;;
-    film) packages+=(ffmpeg) ;;
-    tests) packages+=(openssh-server openssh-client rsync iproute2 util-linux prometheus chromium ffmpeg) ;;
+    tests) packages+=(openssh-server openssh-client rsync iproute2 util-linux prometheus chromium) ;;
     *)
-      echo "install-debian.sh: '$what': unknown; valid: hosts, prometheus, browser, film, tests" >&2
+      echo "install-debian.sh: '$what': unknown; valid: hosts, prometheus, browser, tests" >&2
       exit 2
       ;;
   esac

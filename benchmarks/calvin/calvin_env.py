@@ -30,6 +30,7 @@ from openhelix.benchmarks.calvin import calvin_env_child
 from openhelix.benchmarks.calvin.scene import get_scene
 from openhelix.benchmarks.calvin.spaces import parse_action
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.paths import cache_folder
 from openhelix.runtime.core.types import F64, CameraFrame
 
 CAMERAS = ("static", "gripper")
@@ -59,13 +60,9 @@ class CalvinInputError(ValueError):
     """A camera or observation that calvin_env cannot take; the world keeps its state."""
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("OPENHELIX_CACHE") or Path.home() / ".cache" / "openhelix")
-
-
 def instructions() -> str:
     """How to install calvin_env, as commands."""
-    cache = _cache()
+    cache = cache_folder()
     return (
         "calvin_env is not on PyPI. Install it in an environment of its own:\n"
         f"  git clone https://github.com/mees/calvin_env {cache / 'calvin_env'}\n"
@@ -82,7 +79,9 @@ def locate() -> tuple[Path, Path]:
     Raises:
         CalvinUnusableError: One of them is missing.
     """
-    checkout = Path(os.environ.get("OPENHELIX_CALVIN_ENV") or _cache() / "calvin_env").absolute()
+    checkout = Path(
+        os.environ.get("OPENHELIX_CALVIN_ENV") or cache_folder() / "calvin_env"
+    ).absolute()
     if not (checkout / "calvin_env" / "__init__.py").is_file():
         raise CalvinUnusableError(
             f"world: calvin_env is not installed (no checkout at {checkout}). {instructions()}"
@@ -93,7 +92,7 @@ def locate() -> tuple[Path, Path]:
             f"commit when it starts; use a git clone. {instructions()}"
         )
     named = os.environ.get("OPENHELIX_CALVIN_PYTHON")
-    own = _cache() / "calvin-venv" / "bin" / "python"
+    own = cache_folder() / "calvin-venv" / "bin" / "python"
     if named or own.is_file():
         python = Path(named or own)
     elif find_spec("hydra") and find_spec("gym"):

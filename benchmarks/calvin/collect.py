@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -43,6 +42,7 @@ from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 from openhelix.benchmarks.calvin.units import collect_unit, read_unit, unit_bytes
 from openhelix.runtime.cli.arguments import Options, parse
 from openhelix.runtime.core.config import ConfigError, read_settings
+from openhelix.runtime.core.paths import cache_folder
 from openhelix.runtime.core.types import F64
 from openhelix.system1.cache import frames_digest
 
@@ -51,11 +51,6 @@ from openhelix.system1.cache import frames_digest
 VERSION = 1  # of what the experts do and of what is stored; data of another is not mixed
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-def cache_root() -> Path:
-    """The folder for data and caches: OPENHELIX_CACHE, or ~/.cache/openhelix."""
-    return Path(os.environ.get("OPENHELIX_CACHE") or Path.home() / ".cache" / "openhelix")
 
 
 class CollectConfig(BaseModel):
@@ -107,7 +102,7 @@ class CollectConfig(BaseModel):
     @property
     def folder(self) -> Path:
         """Where the collection goes."""
-        return self.out or cache_root() / "data" / f"demonstrations_{self.scenes}"
+        return self.out or cache_folder() / "data" / f"demonstrations_{self.scenes}"
 
     def identity(self) -> dict[str, Any]:
         """What must agree for a folder to be continued."""

@@ -35,7 +35,7 @@ from openhelix.benchmarks.calvin.scene import (
     TABLE_LINKS,
     Scene,
 )
-from openhelix.benchmarks.calvin.urdf import cache_dir
+from openhelix.runtime.core.paths import cache_folder
 from openhelix.runtime.core.types import F32, F64, U8
 
 CREASE_COS = 0.75  # corners are shaded smooth across edges flatter than this
@@ -138,7 +138,7 @@ def from_obj(path: Path, cell_m: float) -> Mesh:
 
 
 def _cached(key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    folder = cache_dir() / "playtable" / "meshes"
+    folder = cache_folder() / "playtable" / "meshes"
     path = folder / f"{key}.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ longer fingers, finger pads, camera mount and TCP are added here.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 import xml.etree.ElementTree as ET
@@ -23,6 +22,7 @@ import pybullet_data
 
 from openhelix.benchmarks.calvin import geometry
 from openhelix.benchmarks.calvin.scene import BLOCK_SIDE_M, Scene
+from openhelix.runtime.core.paths import cache_folder
 from openhelix.runtime.core.types import F64
 
 # -- Generated URDF and OBJ files, in a cache named by their content -------------------
@@ -30,12 +30,6 @@ from openhelix.runtime.core.types import F64
 # Bullet reads shapes from files only. They are written once per content: into a folder named
 # by a hash of what goes in, made beside its final place and moved there in one step, so that
 # any number of processes may start at once and a changed dimension never meets a stale file.
-
-
-def cache_dir() -> Path:
-    """The project's cache folder: OPENHELIX_CACHE, else ~/.cache/openhelix."""
-    root = os.environ.get("OPENHELIX_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "openhelix"
 
 
 def content_folder(kind: str, files: Mapping[str, bytes]) -> Path:
@@ -49,7 +43,7 @@ def content_folder(kind: str, files: Mapping[str, bytes]) -> Path:
     for name in sorted(files):
         digest.update(f"{name}\0{len(files[name])}\0".encode())
         digest.update(files[name])
-    final = cache_dir() / "playtable" / kind / digest.hexdigest()[:20]
+    final = cache_folder() / "playtable" / kind / digest.hexdigest()[:20]
     if final.is_dir():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)

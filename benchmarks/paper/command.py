@@ -26,10 +26,10 @@ from openhelix.benchmarks.paper.other_kinds import Probes, design_outcome
 from openhelix.benchmarks.paper.session import OutOfTime, Request, Session
 from openhelix.benchmarks.paper.train_command import TrainCommand, changed, check_options, data_id
 from openhelix.benchmarks.paper.trainings import Trainer, Trainings
-from openhelix.benchmarks.training.config import TrainingConfig, cache_root
+from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import CommandFailed, ConfigError, Count, RunConfig
-from openhelix.runtime.core.paths import ROOT
+from openhelix.runtime.core.paths import ROOT, cache_folder
 from openhelix.runtime.core.plugins import resolve
 
 RESULTS = ROOT / "benchmarks" / "results"  # of a checkout
@@ -130,7 +130,7 @@ def make_session(options: ExperimentOptions, overrides: Sequence[str], known: Ca
     known.scale(options.scale)
     train, run = changed(overrides)
     check_options(train)
-    root = (options.root or cache_root() / "experiments" / options.scale).resolve()
+    root = (options.root or cache_folder() / "experiments" / options.scale).resolve()
     data, frames, refusal = _data(options)
     trainer: Trainer = resolve(options.trainer)() if options.trainer else TrainCommand(data, root)
     request = Request(

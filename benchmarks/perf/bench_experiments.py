@@ -32,11 +32,12 @@ from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite
 from openhelix.benchmarks.paper.costs import COSTS
 from openhelix.benchmarks.paper.trainings import SHIPPED_POLICY
-from openhelix.benchmarks.perf.places import IN_CHECKOUT, results_file
+from openhelix.benchmarks.perf.places import results_file
 from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.benchmarks.training.feeds import encode_prefix, encode_read_outs
 from openhelix.benchmarks.training.stages import JointRun, policy_settings
 from openhelix.runtime.core.config import validate
+from openhelix.runtime.core.paths import CHECKOUT
 from openhelix.system1.train import Trainer
 
 EVAL = COSTS.with_name("eval.json")
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--sequences", type=int, default=12)
     arguments.add_argument("--steps", type=int, default=60)
     arguments.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    default = COSTS if IN_CHECKOUT else results_file("experiments.json")
+    default = COSTS if CHECKOUT is not None else results_file("experiments.json")
     arguments.add_argument("--out", type=Path, default=default)
     options = arguments.parse_args(argv)
     before: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}

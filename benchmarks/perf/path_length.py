@@ -2,7 +2,7 @@
 
 A run is started as usual, without video, recording, metrics and status page. In each of its
 processes every call of a function of the project is noted, once the process is in its stride:
-in the control process from one `ControlLoop.tick` to a later one, in System 1's from one `act`
+in the control process from one `ControlLoop.tick` to a later one (not the first ones, which warm up), in System 1's from one `act`
 to a later one, in System 2's from one `encode` to a later one, all threads included. Counted are
 the files that the noted functions are in, and the lines of these files. The simulator's
 processes are left out, and its files.
@@ -11,7 +11,7 @@ processes are left out, and its files.
 - `latent`: System 2's process.
 - `lockstep` (`--lockstep`; minutes, the simulator is watched too): all of it in one process.
 
-    python -m openhelix.benchmarks.perf.path_length [--checkout DIR] [--module NAME] [--lockstep] [--files]
+    python -m openhelix.benchmarks.perf.path_length [--checkout DIR] [--module NAME] [--lockstep]
 
 With `--checkout` it counts in another checkout, an older one too, whose command is the module.
 """
@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from openhelix.benchmarks.perf.places import ROOT
+from openhelix.runtime.core.paths import ROOT
 
 SIMULATOR = ("benchmarks/",)
 QUIET = (
@@ -40,8 +40,8 @@ QUIET = (
 PATIENT = tuple(f"safety.{name}_max_age_s=60" for name in ("camera", "proprioception", "latent"))
 MARKS = {  # process: the function that is called once a round, and from which round to which
     "control": ("ControlLoop.tick", 20, 60),
-    "system1": ("DiffusionPolicy.act", 2, 3),
-    "system2": ("EngineBase.encode", 2, 3),
+    "system1": ("DiffusionPolicy.act", 5, 7),
+    "system2": ("EngineBase.encode", 3, 4),
 }
 # Goes into every process of the run as `sitecustomize`. Compiled code is noted at its first call;
 # class bodies and modules, which run at an import, are none of ours (no CO_OPTIMIZED).
@@ -49,13 +49,12 @@ HOOK = """
 import json, os, sys, threading
 
 ROOT, OUT, MARKS = os.environ["PATH_ROOT"], os.environ["PATH_OUT"], json.loads(os.environ["PATH_MARKS"])
-rounds, noted, open_marks = {}, {}, set()
+rounds, noted = {}, {}
 names = {name: process for process, (name, _, _) in MARKS.items()}
 known = {}
 
-def profile(frame, event, argument):
-    if event != "call":
-        return
+def noted_call(frame, event, argument):
+    # A tracer that returns nothing is told of calls alone, not of lines.
     code = frame.f_code
     where = known.get(code)
     if where is None:
@@ -82,8 +81,8 @@ def profile(frame, event, argument):
 
 # Not in the simulator, whose compiler takes minutes when it is watched.
 if "benchmarks" not in " ".join(sys.orig_argv):
-    threading.setprofile(profile)
-    sys.setprofile(profile)
+    threading.settrace(noted_call)
+    sys.settrace(noted_call)
 """
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]  # of the checkout, or of the installed package
-IN_CHECKOUT = (ROOT / "openhelix" / "__init__.py").is_file()
-CONFIG = ROOT / "configs" / "run.yaml"
+from openhelix.runtime.core.paths import CHECKOUT, CONFIGS
+
+CONFIG = CONFIGS / "run.yaml"
 
 
 def results_file(name: str) -> Path:
     """Return where the figures of one benchmark go, a JSON file."""
-    if IN_CHECKOUT:
-        return ROOT / "benchmarks" / "perf" / "results" / name
+    if CHECKOUT is not None:
+        return CHECKOUT / "benchmarks" / "perf" / "results" / name
     return Path("outputs") / "perf" / name

@@ -9,7 +9,6 @@ settings while the ones before it stand.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.paths import cache_folder
 from openhelix.system1.checkpoint import CONFIG
 from openhelix.system1.train_loop import OptimizerName
 from openhelix.system2.latents import BadLatent, LatentConfig
@@ -213,7 +213,7 @@ class TrainingConfig(_Section):
         given = self.data.expanduser()
         places = [given, given / "frames"]
         if not given.is_absolute():
-            places += [cache_root() / "data" / given, cache_root() / "data" / given / "frames"]
+            places += [cache_folder() / "data" / given, cache_folder() / "data" / given / "frames"]
         for place in places:
             if (place / "cache.json").is_file():
                 return place
@@ -231,12 +231,7 @@ class TrainingConfig(_Section):
             return self.out.expanduser()
         frames = self.frames_folder()
         name = frames.parent.name if frames.name == "frames" else frames.name
-        return cache_root() / "train" / name
-
-
-def cache_root() -> Path:
-    """Return the folder for data and caches: OPENHELIX_CACHE, or ~/.cache/openhelix."""
-    return Path(os.environ.get("OPENHELIX_CACHE") or Path.home() / ".cache" / "openhelix")
+        return cache_folder() / "train" / name
 
 
 # -- Folders: what the stages leave in theirs, and what they ask of each other's -------

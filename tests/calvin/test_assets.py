@@ -13,7 +13,8 @@ from openhelix.benchmarks.calvin import geometry
 from openhelix.benchmarks.calvin.appearance import WOODS, floor_texture, wood_texture
 from openhelix.benchmarks.calvin.meshes import from_piece
 from openhelix.benchmarks.calvin.scene import SCENES, get_scene
-from openhelix.benchmarks.calvin.urdf import cache_dir, content_folder
+from openhelix.benchmarks.calvin.urdf import content_folder
+from openhelix.runtime.core.paths import cache_folder
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_folders_are_named_by_content_and_written_once(own_cache):
-    assert cache_dir() == own_cache
+    assert cache_folder() == own_cache
     files = {"a.txt": b"one", "b.txt": b"two"}
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: content_folder("kind", files), range(32)))

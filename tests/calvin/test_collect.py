@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 from openhelix.benchmarks.calvin import collect as module
 from openhelix.benchmarks.calvin.collect import (
     CollectConfig,
-    cache_root,
     collect,
     demonstrations,
     draw,
@@ -28,6 +27,7 @@ from openhelix.benchmarks.calvin.phrases import training
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.calvin.units import collect_unit, read_unit, unit_bytes
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.paths import cache_folder
 from openhelix.system1.data import Cache
 
 TASKS = ("turn_on_led", "open_drawer", "place_in_drawer")
@@ -234,7 +234,7 @@ def test_words_become_settings(tmp_path: Path) -> None:
     settings, as_json = parse(["--config", str(file), "per_task=4", "--json", "frames.every=0"])
     assert as_json and settings.scenes == "D" and settings.per_task == 4
     assert settings.frames.every == 0
-    assert settings.folder == cache_root() / "data" / "demonstrations_D"
+    assert settings.folder == cache_folder() / "data" / "demonstrations_D"
 
 
 def test_main_prints_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

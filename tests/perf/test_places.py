@@ -6,12 +6,13 @@ from pathlib import Path
 
 from openhelix.benchmarks.paper import command, costs
 from openhelix.benchmarks.perf import places
+from openhelix.runtime.core.paths import ROOT
 
 
 def test_figures_of_an_installed_package_go_to_the_working_directory(monkeypatch):
-    in_checkout = places.ROOT / "benchmarks" / "perf" / "results" / "wire.json"
+    in_checkout = ROOT / "benchmarks" / "perf" / "results" / "wire.json"
     assert places.results_file("wire.json") == in_checkout and places.CONFIG.is_file()
-    monkeypatch.setattr(places, "IN_CHECKOUT", False)
+    monkeypatch.setattr(places, "CHECKOUT", None)
     assert places.results_file("wire.json") == Path("outputs/perf/wire.json")
 
 
