@@ -13,9 +13,11 @@ import pytest
 
 import openhelix
 from openhelix.runtime.transport.client import System2Client, System2Error
+from tests.evaluation.small import WordEngine
 from tests.runtime.docs_code import blocks
 
 BLOCKS = blocks("python.md", "python")
+ROOT = Path(__file__).resolve().parents[1]
 SERVED = "ipc:///tmp/system2"
 
 
@@ -53,14 +55,15 @@ def test_a_missing_package_is_said_with_its_extra() -> None:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """`openhelix serve` with the shipped System 2; gives its address."""
+    """`openhelix serve` with a System 2 of the tests; gives its address."""
     folder = tmp_path_factory.mktemp("served")
     address = f"ipc://{folder}/s2"
     words = ["serve", address, "--json", "output.metrics_port=null"]
-    words += ["system2.engine.target=openhelix.system2.engines.transformers:TransformersEngine"]
+    words += ["system2.engine.target=tests.evaluation.small:WordEngine"]
+    words += ["system2.engine.options={broken: 'break'}"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "openhelix", *words], stdout=log, stderr=log
+            [sys.executable, "-m", "openhelix", *words], stdout=log, stderr=log, cwd=ROOT
         )
         yield address
         process.terminate()
@@ -84,11 +87,14 @@ def test_every_block_of_the_page_runs(served, tmp_path, monkeypatch, capsys) -> 
         if number == 0:
             assert "'open_drawer'" in said, said
         if number == 2:
-            policy, system2 = names["policy"], names["system2"]
-            assert names["latent"] == pytest.approx(names["latents"][0], abs=1e-3)
-            agent = openhelix.Agent(policy, system2)
+            want = WordEngine().encode([names["image"]], ["open the drawer"])
+            assert np.array_equal(names["latent"], want[0])
+            assert np.array_equal(names["goal"].z, want[0])
+            agent = openhelix.Agent(names["policy"], names["system2"])
             with pytest.raises(RuntimeError, match="reset"):
                 agent.act({})
+            with pytest.raises(ValueError, match=r"latent\.dim: System 2 gives 8"):
+                openhelix.Agent(names["policy"], WordEngine())
         if number == 3:
             result = names["result"]
             assert result.score.n == 1 and result.score.low < result.score.value
@@ -108,6 +114,25 @@ def wait_for(address: str) -> None:
         else:
             return
     raise AssertionError("openhelix serve did not start")
+
+
+def test_a_client_gets_what_the_engine_gives_or_an_error(served) -> None:
+    wait_for(served)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (40, 60, 3), dtype=np.uint8) for _ in range(3)]
+    texts = ["lift it", "push it", "lift it"]
+    with System2Client(served, "first", timeout_s=120) as client:
+        assert client.spec == WordEngine().spec
+        assert np.array_equal(client.encode(images, texts), WordEngine().encode(images, texts))
+        assert client.encode([], []).shape == (0, 1, 8)
+        with pytest.raises(System2Error, match=r"'first' is in use"):
+            System2Client(served, "first", timeout_s=60)
+        with pytest.raises(System2Error, match="broken as configured"):
+            client.encode(images[:1], ["break"])
+        with pytest.raises(ValueError, match="uint8"):
+            client.encode([images[0] / 255], ["lift it"])
+    with pytest.raises(System2Error, match="closed"):
+        client.ask(images[0], "lift it")
 
 
 def test_a_client_says_what_is_wrong(tmp_path: Path) -> None:
