@@ -27,9 +27,11 @@ from openhelix.runtime.core.config import (
     read_yaml,
     validate,
 )
+from openhelix.system1.config import SHIPPED
 
 DEFAULT_CONFIG = ROOT / "configs" / "run.yaml"
 ENGINE = "openhelix.system2.engines.transformers:TransformersEngine"
+TEXT_ENGINE, TEXT_CODE = "openhelix.system2.engines.text:TextEngine", "text.safetensors"
 ENGINE_BASE = "openhelix.system2.engines.base:EngineBase"
 FOLDER = Path("outputs") / "eval"
 
@@ -168,6 +170,8 @@ def load_config(path: Path | None, overrides: Sequence[str], options: Namespace)
         taken = _engine_options()
         kept = {k: v for k, v in engine.get("options", {}).items() if k in taken}
         data.setdefault("system2", {})["engine"] = {"target": ENGINE, "options": kept}
+    if not any(map(_names_engine, overrides)):
+        data = told_in_words(data)
     data = apply_overrides(
         data,
         [
@@ -177,6 +181,21 @@ def load_config(path: Path | None, overrides: Sequence[str], options: Namespace)
         ],
     )
     return validate(RunConfig, data)
+
+
+def told_in_words(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with the engine that a policy without System 2 is told by.
+
+    Such a policy has the code of its sentences beside its weights; see `openhelix.system2.text`.
+    """
+    path = data.get("system1", {}).get("policy", {}).get("options", {}).get("path")
+    if not isinstance(path, str) or not path:
+        return data
+    code = (SHIPPED if path == "shipped" else Path(path).expanduser()) / TEXT_CODE
+    if not code.is_file():
+        return data
+    engine = {"target": TEXT_ENGINE, "options": {"path": str(code)}}
+    return data | {"system2": data.get("system2", {}) | {"engine": engine}}
 
 
 def _names_engine(override: str) -> bool:
