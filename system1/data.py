@@ -7,6 +7,7 @@ number, so a run that was stopped and resumed sees the same batches as one that 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,39 +75,104 @@ def relative_rows(poses: Tensor, now: Tensor, rotation: str = "so3") -> Tensor:
     return torch.cat((poses[..., :3] - now[:, None, :3], matrix_to_6d(turned)), -1)
 
 
-class Cache:
-    """A training cache opened for reading; shards are mapped, not copied."""
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return the `cache.json` of a folder.
 
-    def __init__(self, folder: Path | str, latents: str | None = None) -> None:
-        self.folder = Path(folder)
-        index = self.folder / "cache.json"
-        if not index.is_file():
-            raise CacheError(f"{self.folder}: no cache.json")
-        self.meta: dict[str, Any] = json.loads(index.read_text())
-        if self.meta["format"] != FORMAT:
-            raise CacheError(f"{index}: format {self.meta['format']}, this code reads {FORMAT}")
+    Raises:
+        CacheError: there is none, of another format, or without frames.
+    """
+    index = folder / "cache.json"
+    if not index.is_file():
+        raise CacheError(f"{folder}: no cache.json")
+    meta: dict[str, Any] = json.loads(index.read_text())
+    if meta["format"] != FORMAT:
+        raise CacheError(f"{index}: format {meta['format']}, this code reads {FORMAT}")
+    if not meta["shards"]:
+        raise CacheError(f"{folder}: has no frames")
+    return meta
+
+
+def joined_index(folders: Sequence[Path | str], metas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one index for several folders; that of a single one as it is.
+
+    Raises:
+        CacheError: they were made for different policies.
+    """
+    first = metas[0]
+    if len(metas) == 1:
+        return first
+    for folder, meta in zip(folders, metas, strict=True):
+        for name in ("cameras", "horizon", "hz", "nhist", "tasks"):
+            if meta[name] != first[name]:
+                raise CacheError(f"{folder}: its {name} are not those of {folders[0]}")
+    return first | {
+        "instructions": [text for meta in metas for text in meta["instructions"]],
+        "shards": [shard for meta in metas for shard in meta["shards"]],
+        "notes": {"folders": [meta.get("notes", {}) for meta in metas]},
+    }
+
+
+class Cache:
+    """A training cache opened for reading, or several as one; shards are mapped, not copied.
+
+    `places` are the shards' files, and `part` (N,) says which of the folders a frame is from.
+    An episode's number is made one that no other folder has.
+
+    Raises:
+        CacheError: a folder holds no frames, or two were made for different policies.
+    """
+
+    def __init__(
+        self, folder: Path | str | Sequence[Path | str], latents: str | None = None
+    ) -> None:
+        folders = [folder] if isinstance(folder, Path | str) else list(folder)
+        if not folders:
+            raise CacheError("cache: no folder is named")
+        metas = [read_index(Path(f)) for f in folders]
+        self.folder = Path(folders[0])
+        self.meta: dict[str, Any] = joined_index(folders, metas)
         self.cameras = [c["name"] for c in self.meta["cameras"]]
         self.hz = float(self.meta["hz"])
-        names = [s["file"] for s in self.meta["shards"]]
-        if not names:
-            raise CacheError(f"{self.folder}: has no frames")
-        self._shards = [read_shard(self.folder / name) for name in names]
         self.latent_spec: LatentSpec | None = None
-        if latents is not None:
-            place = self.folder / f"latents-{latents}"
-            if not (place / "latents.json").is_file():
-                raise CacheError(f"{place}: no latents.json")
-            self.latent_spec = LatentSpec(**json.loads((place / "latents.json").read_text()))
-            for shard, name in zip(self._shards, names, strict=True):
-                extra = read_shard(place / name)
-                if len(extra["latent"]) != len(shard["task"]):
-                    raise CacheError(f"{place / name}: other frames than {name}")
-                shard["latent"], shard["latent_instruction"] = extra["latent"], extra["instruction"]
+        self.places: list[Path] = []
+        self._shards: list[dict[str, Tensor]] = []
+        parts, episodes, first_said = [], 0, 0
+        for part, (root, meta) in enumerate(zip(map(Path, folders), metas, strict=True)):
+            shards = self._open(root, [s["file"] for s in meta["shards"]], latents)
+            for shard in shards:
+                parts.append(torch.full((len(shard["task"]),), part))
+                if part:
+                    shard["episode"] = shard["episode"].long() + episodes
+                    shard["instruction"] = shard["instruction"].long() + first_said
+            episodes = 1 + max(int(shard["episode"].max()) for shard in shards)
+            first_said += len(meta["instructions"])
+            self._shards += shards
         sizes = torch.tensor([len(s["task"]) for s in self._shards])
         self._starts = torch.cumsum(sizes, 0) - sizes
+        self.part = torch.cat(parts)
         self.episode = torch.cat([s["episode"].long() for s in self._shards])
         self.step = torch.cat([s["step"].long() for s in self._shards])
         self.task = torch.cat([s["task"].long() for s in self._shards])
+
+    def _open(self, root: Path, names: list[str], latents: str | None) -> list[dict[str, Tensor]]:
+        """Return the shards of one folder, with the latents that lie beside them."""
+        shards = [read_shard(root / name) for name in names]
+        self.places += [root / name for name in names]
+        if latents is None:
+            return shards
+        place = root / f"latents-{latents}"
+        if not (place / "latents.json").is_file():
+            raise CacheError(f"{place}: no latents.json")
+        spec = LatentSpec(**json.loads((place / "latents.json").read_text()))
+        if self.latent_spec not in (None, spec):
+            raise CacheError(f"{place}: latents of another System 2 than {self.folder}")
+        self.latent_spec = spec
+        for shard, name in zip(shards, names, strict=True):
+            extra = read_shard(place / name)
+            if len(extra["latent"]) != len(shard["task"]):
+                raise CacheError(f"{place / name}: other frames than {name}")
+            shard["latent"], shard["latent_instruction"] = extra["latent"], extra["instruction"]
+        return shards
 
     def __len__(self) -> int:
         return len(self.task)

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.cache import CacheError
 from openhelix.system1.checkpoint import Network, load_policy, rebuilt, save_policy, seeded_model
 from openhelix.system1.config import PRESETS, CameraConfig, ConfigError, PolicyConfig
 from openhelix.system1.data import Augment, Batch, Cache
-from openhelix.system1.latent_adapter import adapt_to_latent
+from openhelix.system1.latent_adapter import adapt_to_latent, nearest_task, start_door
 from openhelix.system1.losses import trajectory_errors
+from openhelix.system1.memory import keep_freed_memory
 from openhelix.system1.model import gaussian
 from openhelix.system1.normalizer import Normalizer
+from openhelix.system1.sentences import Sentences, told
 from openhelix.system1.train_loop import (
     STATE,
     Ema,
@@ -51,9 +56,14 @@ log = logging.getLogger(__name__)
 class TrainConfig:
     """One training run."""
 
-    cache: Path
+    cache: Path | tuple[Path, ...]  # several folders are one
     out: Path
+    mix: tuple[float, ...] = ()  # shares of the samples, one a folder; (): by their frames
     latents: str | None = None  # name of a latents folder of the cache; None: policy only
+    sentences: Path | None = None  # what tasks are told by, see `sentences`; None: by number
+    held_sentences: Path | None = None  # ... what the held-out frames are told by
+    sentence_noise: float = 0.0  # see `sentences.told`
+    door_penalty: float = 3.0  # of the door's start in a policy that knew no sentences
     preset: str = "small"
     changes: dict[str, Any] = field(default_factory=dict)  # fields of PolicyConfig
     init: Path | None = None  # a checkpoint folder to start from
@@ -77,11 +87,19 @@ class TrainConfig:
     save_every: int = 500
     log_every: int = 20
     time_limit_s: float = 0.0  # stop after this long, saved; 0 for none
+    plan_s: float = 0.0  # the cosine ends, and the run, after so long of training; 0: after `steps`
     augment: Augment = field(default_factory=Augment)
 
 
-def policy_config(config: TrainConfig, cache: Cache) -> PolicyConfig:
+def policy_config(
+    config: TrainConfig, cache: Cache, told_by: LatentSpec | None = None
+) -> PolicyConfig:
     """Return the policy's configuration: the preset, the cache's interface, the changes.
+
+    Args:
+        config: of the run.
+        cache: the data.
+        told_by: spec of the sentences that tasks are told by; None for the cache's latents.
 
     Raises:
         ConfigError: the preset is unknown or a change contradicts the cache.
@@ -95,10 +113,9 @@ def policy_config(config: TrainConfig, cache: Cache) -> PolicyConfig:
         "hz": meta["hz"],
         "nhist": meta["nhist"],
         "n_tasks": len(meta["tasks"]),
-        "use_latent": cache.latent_spec is not None,
+        "use_latent": (spec := told_by or cache.latent_spec) is not None,
     }
-    if cache.latent_spec is not None:
-        spec = cache.latent_spec
+    if spec is not None:
         taken |= {
             "latent_kind": spec.kind,
             "latent_tokens": spec.n_tokens,
@@ -136,16 +153,63 @@ def fresh_network(config: PolicyConfig, cache: Cache, frames: Tensor, seed: int)
     return model
 
 
+def opened_sentences(
+    config: TrainConfig, cache: Cache
+) -> tuple[Sentences | None, Sentences | None]:
+    """Return the sentences that frames are told in training, and those of held-out frames.
+
+    Raises:
+        ConfigError: they are of other tasks than the cache, or of two different codes.
+    """
+    if config.sentences is None:
+        return None, None
+    if config.latents is not None:
+        raise ConfigError("sentences: a policy is told by sentences or by latents, not by both")
+    said = Sentences.load(config.sentences)
+    held = said if config.held_sentences is None else Sentences.load(config.held_sentences)
+    for name, found in (("sentences", said), ("held_sentences", held)):
+        if len(found.count) != len(cache.meta["tasks"]):
+            raise ConfigError(
+                f"{name}: for {len(found.count)} tasks, the data has {len(cache.meta['tasks'])}"
+            )
+        if found.spec != said.spec:
+            raise ConfigError(f"held_sentences: {found.spec}, the sentences are {said.spec}")
+    return said, held
+
+
+def pools(mix: tuple[float, ...], cache: Cache, frames: Tensor) -> list[tuple[Tensor, float]]:
+    """Return the frames of each folder with its share of the samples.
+
+    Raises:
+        ConfigError: not a share for each folder, or a share of a folder without frames.
+    """
+    if not mix:
+        return [(frames, 1.0)]
+    count = int(cache.part.max()) + 1
+    if len(mix) != count or min(mix) < 0 or sum(mix) <= 0:
+        raise ConfigError(f"mix: {list(mix)}, want {count} shares, one for each folder of the data")
+    found = [(frames[cache.part[frames] == part], share) for part, share in enumerate(mix) if share]
+    if any(len(own) == 0 for own, _ in found):
+        raise ConfigError(f"mix: {list(mix)} gives a share to a folder without training episodes")
+    return found
+
+
 class Trainer:
     """A run: its data, network, optimiser and history."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        if config.device == "cpu":
+            keep_freed_memory()
         self.cache = Cache(config.cache, config.latents)
-        self.policy_config = policy_config(config, self.cache)
+        self.sentences, self.held_sentences = opened_sentences(config, self.cache)
+        spec = self.cache.latent_spec if self.sentences is None else self.sentences.spec
+        self.told_by = spec
+        self.policy_config = policy_config(config, self.cache, spec)
         self.train_frames, self.val_frames = self.cache.split(config.validation, config.seed)
         if len(self.train_frames) == 0:
-            raise CacheError(f"{config.cache}: no episode is left to train on")
+            raise CacheError(f"{self.cache.folder}: no episode is left to train on")
+        self.pools = pools(config.mix, self.cache, self.train_frames)
         self.device = torch.device(config.device)
         self.model = self._network().to(self.device)
         for name, p in self.model.named_parameters():
@@ -157,20 +221,29 @@ class Trainer:
         )
         self.step = 0
         self.history: list[dict[str, Any]] = []
+        self._loader = ThreadPoolExecutor(1, "batches")
+        self._ahead: tuple[int, Future[tuple[Batch, torch.Generator]]] | None = None
         config.out.mkdir(parents=True, exist_ok=True)
         if (config.out / STATE).is_file():
             self.step, self.history = load_state(
                 config.out, self.model, self.ema, self.optimizers.parts
             )
             log.info("going on at step %d", self.step)
+        self._before_s = float(self.history[-1]["seconds"]) if self.history else 0.0
+        self._begun_s = time.monotonic()
 
     def _network(self) -> Network:
         config = self.config
         if config.init is not None:
             model = grown(load_policy(config.init), config.changes, config.seed)
-            spec = self.cache.latent_spec
+            spec = self.told_by
             if spec is not None:
+                known = model.config.latent_model_id == spec.model_id
                 model = adapt_to_latent(model, spec, config.seed)
+                if self.sentences is not None and not known:
+                    start_door(
+                        model, self.sentences.latent, self.sentences.task, config.door_penalty
+                    )
             elif model.config.use_latent:
                 model.config = replace(model.config, use_latent=False)
             self.policy_config = model.config
@@ -178,9 +251,21 @@ class Trainer:
         return fresh_network(self.policy_config, self.cache, self.train_frames, config.seed)
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step: linear warm-up, then a cosine."""
+        """Return the learning rate of a step: linear warm-up, then a cosine.
+
+        Along the steps, or with `plan_s` along the time spent training, in all runs together:
+        for a machine of which nobody knows how many steps it will spare.
+        """
         c = self.config
-        return c.lr * cosine_rate(step, c.warmup, c.steps, c.decay_to)
+        if not c.plan_s:
+            return c.lr * cosine_rate(step, c.warmup, c.steps, c.decay_to)
+        warm = min(1.0, (step + 1) / max(1, c.warmup))
+        return c.lr * warm * cosine_rate(round(self.seconds), 0, round(c.plan_s), c.decay_to)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training, in all runs together."""
+        return self._before_s + (time.monotonic() - self._begun_s)
 
     def generator(self, step: int, stream: int = 0) -> torch.Generator:
         """Return the generator of a step; its numbers depend on nothing else."""
@@ -199,10 +284,9 @@ class Trainer:
         Raises:
             FloatingPointError: the loss is not finite; the weights are as before.
         """
-        c, generator = self.config, self.generator(self.step)
+        c = self.config
         self.model.train()
-        picks = torch.randint(len(self.train_frames), (c.batch,), generator=generator)
-        batch = self._batch(self.train_frames[picks], generator, c.augment)
+        batch, generator = self._next()
         with self.precision():
             parts = self.model.loss(
                 batch.inputs,
@@ -233,10 +317,46 @@ class Trainer:
             "lr": self.rate(self.step - 1),
         }
 
+    def _next(self) -> tuple[Batch, torch.Generator]:
+        """Return the batch of this step, and let the next one be made meanwhile.
+
+        A step's numbers come from its own generator, so it does not matter when it is made.
+        """
+        step, ahead = self.step, self._ahead
+        ready = ahead[1].result() if ahead is not None and ahead[0] == step else self._made(step)
+        more = step + 1 < self.config.steps
+        self._ahead = (step + 1, self._loader.submit(self._made, step + 1)) if more else None
+        return ready
+
+    def _made(self, step: int) -> tuple[Batch, torch.Generator]:
+        generator = self.generator(step)
+        batch = self._batch(self._picked(generator), generator, self.config.augment)
+        return batch, generator
+
+    def _picked(self, generator: torch.Generator) -> Tensor:
+        """Return the frames (B,) of a step."""
+        count = self.config.batch
+        if len(self.pools) == 1:
+            only = self.pools[0][0]
+            return only[torch.randint(len(only), (count,), generator=generator)]
+        shares = torch.tensor([share for _, share in self.pools])
+        which = torch.multinomial(shares, count, replacement=True, generator=generator)
+        place = torch.rand(count, generator=generator, dtype=torch.float64)
+        picked = [
+            self.pools[pool][0][int(at * len(self.pools[pool][0]))]
+            for pool, at in zip(which.tolist(), place.tolist(), strict=True)
+        ]
+        return torch.stack(picked)
+
     def _batch(self, frames: Tensor, generator: torch.Generator, augment: Augment | None) -> Batch:
-        return self.cache.batch(
+        batch = self.cache.batch(
             frames, generator, augment, self.policy_config.rotation, self.device
         )
+        said = self.sentences if augment is not None else self.held_sentences
+        if said is None:
+            return batch
+        task, noise = self.cache.task[frames], self.config.sentence_noise
+        return replace(batch, inputs=told(batch.inputs, task, said, generator, augment, noise))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -250,18 +370,32 @@ class Trainer:
         picks = torch.randperm(len(frames), generator=generator)[: c.eval_frames]
         self.ema.swap(self.model)
         self.model.eval()
-        sums = torch.zeros(5, dtype=torch.float64)
+        sums = torch.zeros(6, dtype=torch.float64)
         for start in range(0, len(picks), c.batch):
             chosen = frames[picks[start : start + c.batch]]
             batch = self._batch(chosen, generator, None)
+            noise = generator.get_state()
             parts = self.model.loss(
                 batch.inputs, batch.rows, batch.openness, batch.mask, 4, generator
             )
+            named = float(parts.total)
+            if self.sentences is not None:
+                again = torch.Generator()
+                again.set_state(noise)
+                by_number = replace(
+                    batch.inputs.without_latent(), task=self.cache.task[chosen].to(self.device)
+                )
+                named = float(
+                    self.model.loss(
+                        by_number, batch.rows, batch.openness, batch.mask, 4, again
+                    ).total
+                )
             out = self.model.sample_inputs(batch.inputs, gaussian(generator, self.device))
             errors = trajectory_errors(out, batch.rows, batch.openness, batch.mask)
             real = float(batch.mask.sum())
-            values = (float(parts.total) * real, *errors, real)
+            values = (float(parts.total) * real, *errors, real, named * real)
             sums += torch.tensor(values, dtype=torch.float64)
+        said = self._told_figures(float(sums[5] / sums[4]))
         self.ema.swap(self.model)
         loss, position, rotation, gripper = (sums[:4] / sums[4]).tolist()
         return {
@@ -269,7 +403,23 @@ class Trainer:
             "val_position_m": position,
             "val_rotation_rad": rotation,
             "val_gripper_error": gripper,
+            **said,
         }
+
+    def _told_figures(self, by_number: float) -> dict[str, float]:
+        """Return what else is measured of a policy that is told by sentences.
+
+        `val_loss_by_number` is the held-out loss with the task's number in the sentence's place,
+        `val_sentence_top1` the share of held-out sentences nearest to their task's row.
+        """
+        said = self.held_sentences
+        if said is None:
+            return {}
+        guess = nearest_task(self.model, said.latent.to(self.device))
+        figures = {"val_loss_by_number": by_number}
+        if guess is not None:
+            figures["val_sentence_top1"] = float((guess.cpu() == said.task).float().mean())
+        return figures
 
     def save(self) -> None:
         """Write the checkpoint of the average weights, then the state, then the plot.
@@ -290,7 +440,10 @@ class Trainer:
     def run(self) -> list[dict[str, Any]]:
         """Train to the last step or the time limit; return the history."""
         c = self.config
-        deadline = deadline_after(c.time_limit_s)
+        if c.plan_s and self.seconds >= c.plan_s:
+            return self.history  # finished before
+        limits = [s for s in (c.time_limit_s, c.plan_s and max(c.plan_s - self.seconds, 1e-6)) if s]
+        deadline = deadline_after(min(limits, default=0.0))
         run_loop(self, Pace(c.steps, c.eval_every, c.save_every, c.log_every, deadline))
         return self.history
 

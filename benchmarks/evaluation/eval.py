@@ -30,9 +30,11 @@ from openhelix.runtime.core.config import (
     validate,
 )
 from openhelix.runtime.core.paths import CONFIGS
+from openhelix.system1.config import SHIPPED
 
 DEFAULT_CONFIG = CONFIGS / "run.yaml"
 ENGINE = "openhelix.system2.engines.transformers:TransformersEngine"
+TEXT_ENGINE, TEXT_CODE = "openhelix.system2.engines.text:TextEngine", "text.safetensors"
 ENGINE_BASE = "openhelix.system2.engines.base:EngineBase"
 FOLDER = Path("outputs") / "eval"
 
@@ -179,9 +181,26 @@ def load_config(
         taken = _engine_options()
         kept = {k: v for k, v in engine.get("options", {}).items() if k in taken}
         data.setdefault("system2", {})["engine"] = {"target": ENGINE, "options": kept}
+    if not any(map(_names_engine, overrides)):
+        data = told_in_words(data)
     fixed = [f"control.clock={clock}", f"world.scene={scene_names(scene)[0]}"]
     fixed += [f"world.name={world}", f"robot.name={'calvin' if world == 'calvin' else 'sim'}"]
     return validate(RunConfig, apply_overrides(data, fixed, RunConfig))
+
+
+def told_in_words(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with the engine that a policy without System 2 is told by.
+
+    Such a policy has the code of its sentences beside its weights; see `openhelix.system2.text`.
+    """
+    path = data.get("system1", {}).get("policy", {}).get("options", {}).get("path")
+    if not isinstance(path, str) or not path:
+        return data
+    code = (SHIPPED if path == "shipped" else Path(path).expanduser()) / TEXT_CODE
+    if not code.is_file():
+        return data
+    engine = {"target": TEXT_ENGINE, "options": {"path": str(code)}}
+    return data | {"system2": data.get("system2", {}) | {"engine": engine}}
 
 
 def _names_engine(override: str) -> bool:

@@ -29,6 +29,7 @@ from openhelix.benchmarks.training.export import SHIP, SYSTEM1, SYSTEM2
 from openhelix.runtime.core.config import CommandFailed, ConfigError, apply_overrides, validate
 from openhelix.system1.checkpoint import CONFIG, load_policy, save_policy
 from openhelix.system1.model import VisuomotorPolicy
+from openhelix.system2.text import FILE as TEXT
 
 LOG, PREPARED, POLICY = "train.log", "prepared", "policy"
 Command = Sequence[str]
@@ -118,9 +119,9 @@ def told_by_name(given: Path, out: Path) -> None:
     """Write a policy that takes latents as one that is told its task's number instead.
 
     Its table of tasks is still there: in a tenth of the samples of its training the latent was
-    left out. A policy that takes none is used where it is.
+    left out. A policy that takes none, or that is told sentences, is used where it is.
     """
-    if not (given / CONFIG).is_file():
+    if not (given / CONFIG).is_file() or (given / TEXT).is_file():
         return
     policy = load_policy(given)
     if isinstance(policy, VisuomotorPolicy) and policy.config.use_latent:

@@ -42,22 +42,46 @@ class _Section(BaseModel):
 
 
 class PolicyStage(_Section):
-    """System 1 alone, told its task by name.
+    """System 1 alone, told its task by number or by a sentence.
 
     Attributes:
+        told: "number": a row of a learned table; "sentence": what a frozen language model makes
+            of one of many sentences for the task, see `told.py`. A tenth of the samples is
+            told the number even then, so that the table is there to compare with.
+        sentences: a JSON file {task: [sentence, ...]}; None for those that demonstrations are
+            labelled with.
+        held_sentences: likewise, for the held-out frames; None holds out a fifth of the above.
+        sentence_noise: added to a sentence's latent, in units of the latents' spread.
+        door_penalty: of the map that a policy begins with which knew no sentences before.
+        freeze: beginnings of names of parameters that stay as they are; `encoder.condition.project`
+            keeps the map of sentences as it was fitted.
+        text_model, text_layers, text_words: the language model, the layers after which the mean
+            of a sentence's tokens is read, and how many of its tokens follow one by one.
         checkpoint: a trained policy's folder, taken instead of training one.
         pretrained: False: the stages after begin with an untrained policy (Table 4's contrast).
         init: a policy's folder whose weights the training begins with; what `changes` adds to
             the network is fresh.
+        plan_s: seconds of training after which the rate has fallen and the stage is finished,
+            in all runs together, however many of its `steps` it took; 0 counts steps.
         preset, changes: which network; fields of `openhelix.system1.config.PolicyConfig`.
         optimizer: "muon" or "adamw"; see `openhelix.system1.train_loop`.
     """
 
+    told: Literal["number", "sentence"] = "number"
+    sentences: Path | None = None
+    held_sentences: Path | None = None
+    sentence_noise: Annotated[float, Field(ge=0)] = 0.5
+    door_penalty: Positive = 3.0
+    freeze: tuple[str, ...] = ()
+    text_model: str = "laptop"
+    text_layers: tuple[Whole, ...] = (1, 8)
+    text_words: Whole = 0
     checkpoint: Path | None = None
     pretrained: bool = True
     init: Path | None = None
     preset: str = "small"
     changes: dict[str, Any] = {}
+    plan_s: Annotated[float, Field(ge=0)] = 0.0
     steps: Count = 20_000
     batch: Count = 32
     draws: Count = 4
@@ -182,7 +206,9 @@ class TrainingConfig(_Section):
     """One training of the pair.
 
     Attributes:
-        data: a collection that `openhelix collect` made, or its `frames` folder.
+        data: a collection that `openhelix collect` made, or its `frames` folder; several, with
+            commas between them, are trained on together.
+        mix: shares of the policy's samples, one for each collection; () by their frames.
         out: everything goes here; None for `train/<collection>` in the cache.
         validation: share of the episodes held out.
         time_limit_s: end the command after this long, saved; 0 for no limit.
@@ -190,6 +216,7 @@ class TrainingConfig(_Section):
     """
 
     data: Path = Path("demonstrations_ABC")
+    mix: tuple[Annotated[float, Field(ge=0)], ...] = ()
     out: Path | None = None
     seed: Whole = 0
     device: str = "cpu"
@@ -204,13 +231,35 @@ class TrainingConfig(_Section):
     stage1: Stage1 = Stage1()
     stage2: Stage2 = Stage2()
 
+    @field_validator("data", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
     def frames_folder(self) -> Path:
-        """Return the training cache.
+        """Return the training cache, the first where several are named.
 
         Raises:
             ConfigError: there is none, or it has no frames.
         """
-        given = self.data.expanduser()
+        return self.frames_folders()[0]
+
+    def frames_folders(self) -> tuple[Path, ...]:
+        """Return the training caches in the order in which they are named.
+
+        Raises:
+            ConfigError: one is missing, named twice, or has no frames.
+        """
+        names = [name.strip() for name in str(self.data).split(",")]
+        found = tuple(self._frames_folder(Path(name)) for name in names if name)
+        if not found:
+            raise ConfigError("data: no collection is named")
+        if len(set(found)) < len(found):
+            raise ConfigError(f"data: {self.data} names a collection twice; mix=[...] weighs them")
+        return found
+
+    def _frames_folder(self, named: Path) -> Path:
+        given = named.expanduser()
         places = [given, given / "frames"]
         if not given.is_absolute():
             places += [cache_folder() / "data" / given, cache_folder() / "data" / given / "frames"]
@@ -229,9 +278,8 @@ class TrainingConfig(_Section):
         """Where the training goes."""
         if self.out is not None:
             return self.out.expanduser()
-        frames = self.frames_folder()
-        name = frames.parent.name if frames.name == "frames" else frames.name
-        return cache_folder() / "train" / name
+        names = [f.parent.name if f.name == "frames" else f.name for f in self.frames_folders()]
+        return cache_folder() / "train" / "+".join(names)
 
 
 # -- Folders: what the stages leave in theirs, and what they ask of each other's -------

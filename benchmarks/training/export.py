@@ -40,6 +40,7 @@ from openhelix.system1.model import gaussian
 from openhelix.system1.train_loop import LOG
 from openhelix.system2.checkpoint import LatentHead
 from openhelix.system2.model import open_checkpoint
+from openhelix.system2.text import FILE
 
 # -- The card: data, command, seed, hours and losses, for people and for checks --------
 
@@ -194,7 +195,9 @@ def export(config: TrainingConfig) -> dict[str, Any]:
         policy.config = replace(
             policy.config, latent_model_id=ship_system2(config, source, out / SYSTEM2)
         )
-    dtype, moved = ship_policy(policy, Cache(config.frames_folder()), out / SYSTEM1)
+    dtype, moved = ship_policy(policy, Cache(config.frames_folders()), out / SYSTEM1)
+    if stage == "policy" and (source / FILE).is_file():
+        shutil.copyfile(source / FILE, out / SYSTEM1 / FILE)
     card = make_card(config, stage, source) | {
         "precision": {"dtype": dtype, "moves_a_trajectory_by_m": moved},
         "bytes": {

@@ -134,27 +134,25 @@ class Pictures:
         self.source = "none"
         if not wanted:
             return
-        files = [shard["file"] for shard in cache.meta["shards"]]
+        drawn = [place.parent / DRAWN / place.name for place in cache.places]
         sizes = [int(shard["frames"]) for shard in cache.meta["shards"]]
         self._starts = np.cumsum([0, *sizes])
-        folder = cache.folder / DRAWN
         self.source = "the policy's, enlarged"
-        if folder.is_dir():
-            missing = [name for name in files if not (folder / name).is_file()]
+        if any(place.parent.is_dir() for place in drawn):
+            missing = [place for place in drawn if not place.is_file()]
             if missing:
                 raise ConfigError(
-                    f"data: {folder} lacks {missing[0]}; run `openhelix collect` again"
+                    f"data: {missing[0].parent} lacks {missing[0].name}; run `openhelix collect` "
+                    "again"
                 )
-            self._parts = [
-                safe_open(folder / name, framework="pt").get_slice("rgb") for name in files
-            ]
+            self._parts = [safe_open(place, framework="pt").get_slice("rgb") for place in drawn]
             self.source = "drawn at the camera's size"
         elif "static" not in cache.cameras:
             raise ConfigError(
                 f"data: {cache.folder} has no camera 'static' for System 2 to look at"
             )
         else:
-            log.info("System 2 sees the policy's small pictures: no %s", folder)
+            log.info("System 2 sees the policy's small pictures: no %s", drawn[0].parent)
 
     def __call__(self, frames: Tensor) -> list[Image.Image]:
         """Return the pictures of frames (B,)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from openhelix.benchmarks.training.feeds import (
 )
 from openhelix.benchmarks.training.joint import Joint, Stage
 from openhelix.benchmarks.training.start import start_from_table
+from openhelix.benchmarks.training.told import prepare_told
 from openhelix.runtime.core.config import CommandFailed, ConfigError
 from openhelix.system1.checkpoint import WEIGHTS, Network, load_policy, save_policy
 from openhelix.system1.data import Cache
@@ -51,6 +53,7 @@ from openhelix.system1.train_loop import STATE, Pace, load_state, run_loop, save
 from openhelix.system2.checkpoint import LatentHead
 from openhelix.system2.engines.base import pick_dtype
 from openhelix.system2.model import open_checkpoint, sha256_file
+from openhelix.system2.text import FILE
 from openhelix.system2.train import System2Learner
 
 # -- Loss curves of a joint stage ------------------------------------------------------
@@ -106,13 +109,21 @@ def policy_settings(config: TrainingConfig, deadline_ns: int = 0) -> TrainConfig
     """Return System 1's own configuration of the stage `policy`."""
     p = config.policy
     left = (deadline_ns - time.monotonic_ns()) * 1e-9 if deadline_ns else 0.0
+    told = prepare_told(config) if p.told == "sentence" else None
     return TrainConfig(
-        cache=config.frames_folder(),
+        cache=config.frames_folders(),
+        mix=config.mix,
+        sentences=told.sentences if told else None,
+        held_sentences=told.held if told else None,
+        sentence_noise=p.sentence_noise,
+        door_penalty=p.door_penalty,
         out=config.folder / "policy",
         preset=p.preset,
         changes=p.changes,
         init=p.init,
+        freeze=p.freeze,
         optimizer=p.optimizer,
+        plan_s=p.plan_s,
         steps=p.steps,
         batch=p.batch,
         draws=p.draws,
@@ -167,7 +178,7 @@ class JointRun:
         self.section: JointStage = getattr(config, stage)
         self.folder = config.folder / stage
         self.deadline_ns = deadline_ns
-        self.cache = Cache(config.frames_folder())
+        self.cache = Cache(config.frames_folders())
         self.before = self._before()
         self._settings(write=False)
         policy = self._policy()
@@ -375,8 +386,13 @@ def run_policy(config: TrainingConfig, deadline_ns: int) -> dict[str, Any]:
     keep_settings(settings.out, own, write=False)
     trainer = Trainer(settings)
     keep_settings(settings.out, own, write=True)
+    if settings.sentences is not None:
+        shutil.copyfile(settings.sentences.with_name(FILE), settings.out / FILE)
     trainer.run()
-    return finished("policy", settings.out, trainer.step, trainer.history, config.policy.steps)
+    steps = config.policy.steps
+    if config.policy.plan_s and trainer.seconds >= config.policy.plan_s:
+        steps = trainer.step  # as many as there was time for
+    return finished("policy", settings.out, trainer.step, trainer.history, steps)
 
 
 def run_joint(config: TrainingConfig, stage: Stage, deadline_ns: int) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""The engine of a policy that is told in words and has no System 2: a sentence in, its code out.
+
+It looks at no image and runs a few layers of the language model, once a sentence: what comes
+after is a look-up, so it costs nothing however often it is asked.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.runtime.core.types import F32
+from openhelix.system2.prompt import BadInstruction, as_batch
+from openhelix.system2.text import FILE, TextCode, TextReader
+
+KEPT = 4096  # sentences
+
+
+class TextEngine:
+    """Implements `openhelix.runtime.core.interfaces.Engine`.
+
+    Args:
+        path: a policy's folder with `text.safetensors`, or that file.
+        model: "laptop", a LLaVA's folder, or a hub name; the one that the code was fitted to.
+        device: any torch device.
+
+    Raises:
+        TextError: no such file, or it is of another model.
+    """
+
+    def __init__(self, path: str | Path, model: str = "laptop", device: str = "cpu") -> None:
+        file = Path(path).expanduser()
+        self._code = TextCode.load(file / FILE if file.is_dir() else file)
+        self._reader = TextReader(model, self._code.layers, device)
+        self._reader.encode(self._code, ["move"])  # refuses a code of another model
+        self._kept: dict[str, F32] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def spec(self) -> LatentSpec:
+        """What the latents are."""
+        return self._code.spec
+
+    def warm_up(self) -> None:
+        """Encode a made-up sentence."""
+        self.encode([np.zeros((64, 64, 3), np.uint8)], ["move"])
+
+    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
+        """Return latents (B, n_tokens, dim); see `openhelix.runtime.core.interfaces.Engine`.
+
+        Raises:
+            ValueError: an image or instruction is unusable; the message names which.
+        """
+        _, texts = as_batch(images, instructions)
+        with self._lock:
+            return np.stack([self._latent(index, text) for index, text in enumerate(texts)])
+
+    def _latent(self, index: int, text: Any) -> F32:
+        found = self._kept.get(text) if isinstance(text, str) else None
+        if found is None:
+            try:
+                latent = self._reader.encode(self._code, [text])[0]
+            except BadInstruction as error:
+                raise BadInstruction(f"instructions[{index}]: {error}") from error
+            found = latent.to(torch.float32).numpy()
+            if len(self._kept) >= KEPT:
+                self._kept.clear()
+            self._kept[text] = found
+        return found
+
+    def close(self) -> None:
+        """Nothing to let go of."""

@@ -1,0 +1,238 @@
+"""What a frozen language model makes of a bare sentence: the condition of a policy without System 2.
+
+3D Diffuser Actor gives its policy a frozen CLIP's text tokens through a linear layer. Here
+System 2's own language model takes that place: the sentence alone, no image, no chat, no
+`<ACT>`; the mean of its tokens after some of the middle layers, and, where `words` asks for
+them, the tokens themselves. A policy trained on it can be told in words with no System 2
+running, and its door is where System 2's latent comes in later: same width, same tokens.
+
+A language model's states have a few huge channels, so each is brought to its own mean and
+spread over some sentences first, and turned to the `dim` directions in which these differ
+most. That is the `TextCode`: fixed, fitted once, kept beside the policy as `text.safetensors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.system2.checkpoint import LATENT_DIM
+from openhelix.system2.latents import digest
+from openhelix.system2.model import Checkpoint, load_tokenizer, open_checkpoint
+from openhelix.system2.prompt import BadInstruction, clean_instruction
+
+KIND = "text"  # how the `kind` of such a latent begins
+FILE = "text.safetensors"  # of a code, in a policy's folder
+LAYERS = (1, 8)
+MOST_TOKENS = 96
+LEAST_SPREAD = 1e-6
+
+
+class TextError(ValueError):
+    """Sentences or a code that cannot be used; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextCode:
+    """From a language model's states to a policy's latent.
+
+    Attributes:
+        layers: after which the states are read, ascending; their means stand side by side.
+        words: how many of the sentence's tokens follow the mean, each a token of its own.
+        model: `Checkpoint.model_id` of the language model.
+        mean, spread: (len(layers) * hidden,) of the sentences that it was fitted to.
+        basis: (dim, len(layers) * hidden), orthonormal rows.
+    """
+
+    layers: tuple[int, ...]
+    words: int
+    model: str
+    mean: Tensor
+    spread: Tensor
+    basis: Tensor
+
+    @staticmethod
+    def fit(
+        states: Tensor, layers: Sequence[int], words: int, model: str, dim: int = LATENT_DIM
+    ) -> TextCode:
+        """Return the code of some sentences' mean states (S, len(layers) * hidden).
+
+        Raises:
+            TextError: too few sentences to say what differs.
+        """
+        if len(states) < 2:
+            raise TextError(f"sentences: {len(states)}, at least 2 are needed to fit a code")
+        x = states.double()
+        mean, spread = x.mean(0), x.std(0).clamp_min(LEAST_SPREAD)
+        z = (x - mean) / spread
+        _, vectors = torch.linalg.eigh(z.T @ z)  # ascending
+        basis = vectors.T.flip(0)[:dim]
+        # A direction's sign is nobody's business, but it must be the same on every machine.
+        top = basis.abs().argmax(1, keepdim=True)
+        basis = basis * basis.gather(1, top).sign()
+        basis = pad(basis, (0, 0, 0, dim - len(basis)))
+        return TextCode(
+            tuple(layers), words, model, mean.float(), spread.float(), basis.float().contiguous()
+        )
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return (..., dim) of states (..., len(layers) * hidden)."""
+        return ((states.float() - self.mean) / self.spread) @ self.basis.T
+
+    @property
+    def spec(self) -> LatentSpec:
+        """What a policy is told by this code."""
+        kind = f"{KIND}@{'+'.join(map(str, self.layers))}"
+        return LatentSpec(
+            kind, 1 + self.words, len(self.basis), f"{self.model}-{digest(self._tensors())}"
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"mean": self.mean, "spread": self.spread, "basis": self.basis}
+
+    def save(self, path: Path) -> None:
+        """Write the code, first under another name."""
+        about = {"layers": list(self.layers), "words": self.words, "model": self.model}
+        part = path.with_name(f".{path.name}.part")
+        tensors = {k: v.contiguous() for k, v in self._tensors().items()}
+        save_file(tensors, part, metadata={"text": json.dumps(about)})
+        part.replace(path)
+
+    @staticmethod
+    def load(path: Path | str) -> TextCode:
+        """Read what `save` wrote.
+
+        Raises:
+            TextError: not such a file.
+        """
+        try:
+            with safe_open(path, framework="pt") as stream:
+                about = json.loads((stream.metadata() or {}).get("text", "null"))
+                tensors = {k: stream.get_tensor(k) for k in stream.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise TextError(f"text: cannot read {str(path)!r}: {error}") from error
+        if about is None or set(tensors) != {"mean", "spread", "basis"}:
+            raise TextError(f"text: {str(path)!r} holds no text code")
+        return TextCode(tuple(about["layers"]), about["words"], about["model"], **tensors)
+
+
+class TextReader:
+    """The language model up to the last layer that is read, in float32.
+
+    Args:
+        model: "laptop", a LLaVA's folder, or a hub name.
+        layers: after which to read; 0 is the word's embedding.
+        device: any torch device.
+
+    Raises:
+        TextError: the model has no such layer.
+    """
+
+    def __init__(
+        self, model: str = "laptop", layers: Sequence[int] = LAYERS, device: str = "cpu"
+    ) -> None:
+        from transformers import LlavaForConditionalGeneration
+
+        self.checkpoint: Checkpoint = open_checkpoint(model)
+        self.layers = tuple(layers)
+        if not self.layers or sorted(set(self.layers)) != list(self.layers):
+            raise TextError(f"layers: {list(layers)}, want ascending numbers")
+        if not 0 <= self.layers[0] <= self.layers[-1] <= self.checkpoint.layers:
+            raise TextError(f"layers: {list(layers)} is not within 0..{self.checkpoint.layers}")
+        whole = LlavaForConditionalGeneration.from_pretrained(
+            self.checkpoint.path, dtype=torch.float32
+        )
+        self._model: Any = whole.model.language_model.to(device).eval().requires_grad_(False)
+        self._model.layers = self._model.layers[: self.layers[-1]]
+        self._tokenizer = load_tokenizer(self.checkpoint.path)
+        self._special = tuple(str(token) for token in self._tokenizer.get_added_vocab())
+        self._device = torch.device(device)
+        self._seen: dict[int, Tensor] = {}
+        for index, layer in enumerate(self._model.layers, 1):
+            if index in self.layers:
+                layer.register_forward_hook(self._keep(index))
+
+    def _keep(self, index: int) -> Any:
+        def hook(module: nn.Module, given: Any, made: Any) -> None:
+            self._seen[index] = made[0] if isinstance(made, tuple) else made
+
+        return hook
+
+    def ids(self, sentence: str) -> list[int]:
+        """Return a sentence's tokens.
+
+        Raises:
+            BadInstruction: see `prompt.clean_instruction`; or too long.
+        """
+        clean = clean_instruction(sentence, self._special)
+        found: list[int] = self._tokenizer(clean, add_special_tokens=False)["input_ids"]
+        if len(found) > MOST_TOKENS:
+            raise BadInstruction(
+                f"instruction: {len(found)} tokens, at most {MOST_TOKENS} are allowed"
+            )
+        return found
+
+    @torch.inference_mode()
+    def states(self, sentences: Sequence[str]) -> list[Tensor]:
+        """Return each sentence's states (T, len(layers) * hidden)."""
+        rows = [self.ids(sentence) for sentence in sentences]
+        longest = max(map(len, rows))
+        # Filled up on the right: with causal attention no real token sees it.
+        padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        embeddings = self._model.embed_tokens(padded.to(self._device))
+        self._seen = {0: embeddings}
+        if self.layers[-1] > 0:
+            self._model(inputs_embeds=embeddings, use_cache=False)
+        whole = torch.cat([self._seen[layer] for layer in self.layers], -1).cpu()
+        self._seen = {}
+        return [states[: len(row)].clone() for states, row in zip(whole, rows, strict=True)]
+
+    def means(self, sentences: Sequence[str], batch: int = 64) -> Tensor:
+        """Return the means over tokens (S, len(layers) * hidden)."""
+        found = []
+        for start in range(0, len(sentences), batch):
+            found += [s.mean(0) for s in self.states(sentences[start : start + batch])]
+        return torch.stack(found)
+
+    def encode(self, code: TextCode, sentences: Sequence[str], batch: int = 64) -> Tensor:
+        """Return latents (S, 1 + code.words, dim); words that are not there are zero.
+
+        Raises:
+            TextError: the code was fitted to another model or other layers.
+        """
+        if (code.model, code.layers) != (self.checkpoint.model_id, self.layers):
+            raise TextError(
+                f"text: the code is for layers {code.layers} of {code.model}, this is "
+                f"{self.layers} of {self.checkpoint.model_id}"
+            )
+        found = []
+        for start in range(0, len(sentences), batch):
+            for states in self.states(sentences[start : start + batch]):
+                tokens = code(torch.cat((states.mean(0, keepdim=True), states[: code.words])))
+                found.append(pad(tokens, (0, 0, 0, 1 + code.words - len(tokens))))
+        return torch.stack(found)
+
+
+def fitted_code(
+    reader: TextReader, sentences: Sequence[str], words: int = 0, dim: int = LATENT_DIM
+) -> TextCode:
+    """Return the code of some sentences, for a reader's model and layers."""
+    model = reader.checkpoint.model_id
+    return TextCode.fit(reader.means(sentences), reader.layers, words, model, dim)
+
+
+def text_id(sentences: Sequence[str], *about: Any) -> str:
+    """Return sixteen digits that change with any sentence and anything else named."""
+    made = json.dumps([list(sentences), [str(a) for a in about]])
+    return hashlib.sha256(made.encode()).hexdigest()[:16]
