@@ -223,8 +223,12 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--words", help="comma-separated words to compare with")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the similarities")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration")
+    parser.add_argument("--ask", metavar="QUESTION", help="answer in words; has its own --help")
+    parser.add_argument("--scene", help="with --ask: show a state of this scene")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     known, rest = parser.parse_known_args(argv)
+    if known.scene is not None:
+        raise ConfigError("scene: only --ask draws one; --text needs --image FILE")
     wrong = [word for word in rest if "=" not in word]
     if wrong:
         raise ConfigError(
@@ -235,6 +239,9 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: Sequence[str]) -> int:
     """`openhelix probe`: print the words nearest to the latent; 0 when done."""
+    if any(word.partition("=")[0] == "--ask" for word in argv):
+        # By name: drawing a scene is the benchmarks' business.
+        return int(resolve("openhelix.benchmarks.evaluation.asking:main")(argv))
     options, overrides = _arguments(argv)
     part = load(options.config, overrides).system2.engine
     target = ENGINES.get(options.engine or "", options.engine or part.target)

@@ -32,6 +32,7 @@ from openhelix.benchmarks.evaluation.measurement import (
     EngineMeter,
     Outcome,
 )
+from openhelix.benchmarks.evaluation.referring import begin as begin_referring
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.control.assembly import ControlStack, build_stack, make, replan_ns
 from openhelix.runtime.control.episode_runner import Assignment, EpisodeRunner
@@ -82,7 +83,10 @@ def draw_start(env: Any, episode: Episode) -> None:
     for attempt in range(DRAWS):
         rng = np.random.default_rng([*episode.draw, attempt])
         try:
-            begin(env, episode.tasks[0], rng)
+            if "reference" in episode.groups:
+                begin_referring(env, episode.groups["reference"], episode.tasks[0], rng)
+            else:
+                begin(env, episode.tasks[0], rng)
         except StartError as error:
             failed = error
         else:
