@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.system2.prompt import TEMPLATES, PromptBuilder, Template
+from openhelix.system2.vlm_ship import base_from, is_small
 
 # ------------------------------------------------------------------------------------------------
 # Folders made once and named by their content, safe when several processes start together.
@@ -436,7 +437,8 @@ def open_checkpoint(model: str = "laptop", n_act: int = 1) -> Checkpoint:
     """Return what the engines need to know about a model.
 
     Args:
-        model: "laptop", a local folder, or a hub name such as "llava-hf/llava-1.5-7b-hf".
+        model: "laptop", a local folder (a whole LLaVA, or the few megabytes of a trained base
+            model, see `vlm_ship`), or a hub name such as "llava-hf/llava-1.5-7b-hf".
         n_act: how many `<ACT>` rows are wanted.
 
     Raises:
@@ -445,6 +447,8 @@ def open_checkpoint(model: str = "laptop", n_act: int = 1) -> Checkpoint:
     path = str(build()) if model == "laptop" else model
     if _looks_local(path) and not Path(path).is_dir():
         raise CheckpointError(f"model: no folder {path!r}")
+    if Path(path).is_dir() and is_small(Path(path)):
+        path = str(base_from(Path(path)))
     described = _describe(path)
     if len(described.act_ids) < n_act:
         described = _describe(str(_with_act_rows(path, n_act)))

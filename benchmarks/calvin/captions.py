@@ -36,6 +36,7 @@ from openhelix.benchmarks.calvin.scene import (
     ROBOT_Q0_RAD,
     SWITCH_THRESHOLD_M,
     SWITCH_TRAVEL_M,
+    Scene,
 )
 from openhelix.runtime.core.types import F64, U8
 
@@ -79,11 +80,11 @@ class StateMaker:
     """Draws random states of one scene.
 
     Args:
-        scene: "A" to "D".
+        scene: "A" to "D", or a scene of one's own.
         rng: where every draw comes from.
     """
 
-    def __init__(self, scene: str, rng: np.random.Generator) -> None:
+    def __init__(self, scene: str | Scene, rng: np.random.Generator) -> None:
         self._env = PlayTableEnv(scene, cameras=())
         self._rng = rng
         self._surfaces = dict(self._env.scene.surfaces)
@@ -130,6 +131,25 @@ class StateMaker:
             "xyz": {c: world.block_pose(f"block_{c}")[0] for c in COLOURS},
         }
         return env.visual_state(), truth
+
+    def shut_in(self, truth: dict[str, Any]) -> F64 | None:
+        """Put a block of the drawn state into the closed drawer, where nobody sees it.
+
+        Returns:
+            the visual state (36,), with `truth` changed; None, and nothing done, where the
+            drawer is open or no block is free.
+        """
+        below = {c for c, place in truth["places"].items() if place == "stack"}
+        free = [c for c in COLOURS if truth["places"][c] in ("table", "cabinet")]
+        if truth["drawer"] > 0.04 or below or not free:
+            return None
+        rng, world = self._rng, self._env.world
+        colour = free[int(rng.integers(len(free)))]
+        x = rng.uniform(-0.13, 0.13) + self._env.scene.drawer_x
+        spot = (float(x), float(rng.uniform(-0.14, 0.0) - truth["drawer"]), 0.362)
+        world.set_block_pose(f"block_{colour}", spot, quaternion_from_euler((0.0, 0.0, 0.0)))
+        truth["places"][colour], truth["xyz"][colour] = "drawer", spot
+        return self._env.visual_state()
 
     def _move_arm(self, holding: bool) -> tuple[float, ...]:
         """Put the TCP at a random place over the table; return where it is."""

@@ -264,7 +264,8 @@ def _with_block_in_hand(view: View, held: str) -> list[str]:
     return found
 
 
-def _opening(view: View) -> tuple[float, float]:
+def opening(view: View) -> tuple[float, float]:
+    """Return between which x the door leaves the cabinet open, m."""
     scene = view.scene
     left, right = scene.plank_x - CABINET_HALF_X, scene.plank_x + CABINET_HALF_X
     door = scene.slide_x - view.slide
@@ -290,7 +291,7 @@ def _can(task: str, view: View) -> bool:
             return False
         return family != "push" or _room_to_push(view, name, 1 if words[3] == "right" else -1)
     if task.endswith("block_slider"):
-        low, high = _opening(view)
+        low, high = opening(view)
         x = view.blocks[name].position[0]
         clear = low + 0.035 < x < high - 0.035 and not view.neighbours(name)
         block = view.blocks[name]

@@ -18,6 +18,7 @@ from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.motions import MovingBlock
 from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
 from openhelix.benchmarks.calvin.starts import StartError, begin, carry_over
+from openhelix.benchmarks.evaluation.referring import begin as begin_referring
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.core.types import F64
 
@@ -41,7 +42,10 @@ def draw_start(env: Any, episode: Episode) -> None:
     for attempt in range(DRAWS):
         rng = np.random.default_rng([*episode.draw, attempt])
         try:
-            begin(env, episode.tasks[0], rng)
+            if "reference" in episode.groups:
+                begin_referring(env, episode.groups["reference"], episode.tasks[0], rng)
+            else:
+                begin(env, episode.tasks[0], rng)
         except StartError as error:
             failed = error
         else:

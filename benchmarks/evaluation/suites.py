@@ -8,6 +8,7 @@ is made:
     calvin    CALVIN's five-task chains, from CALVIN's own layouts
     calvin-e  the same chains in other words (CALVIN-E)
     calvin-d  grasping blocks that move (CALVIN-D), every lift task and pattern
+    calvin-r  sentences that need the image (CALVIN-R), every reference and what it can mean
 
 The static pattern of calvin-d is its control: the same starts, nothing moves.
 """
@@ -28,9 +29,10 @@ from openhelix.benchmarks.calvin.motions import PATTERNS, PRESETS, speed_m_s
 from openhelix.benchmarks.calvin.scene import get_scene
 from openhelix.benchmarks.calvin.sequences import N_SEQUENCES, get_sequences
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS, get_task
+from openhelix.benchmarks.evaluation.referring import referred
 from openhelix.runtime.core import plugins
 
-SUITES = ("tasks", "calvin", "calvin-e", "calvin-d")
+SUITES = ("tasks", "calvin", "calvin-e", "calvin-d", "calvin-r")
 CHAINS = ("calvin", "calvin-e")  # scored by tasks in a row, not by success
 GRASP_TASKS = tuple(name for name, task in TASKS.items() if task.family == "lift")
 
@@ -198,8 +200,25 @@ class Suite:
 
     def episodes(self) -> list[Episode]:
         """Return the list; the same settings give the same list."""
-        make = {"tasks": self._single, "calvin-d": self._moving}.get(self.name, self._chains)
-        return make()
+        make = {"tasks": self._single, "calvin-d": self._moving, "calvin-r": self._referred}
+        return make.get(self.name, self._chains)()
+
+    def _referred(self) -> list[Episode]:
+        found = referred(self.scenes, self.count, self.seed)
+        chosen = [r for r in found if not self.tasks or r.task in self.tasks]
+        return [
+            Episode(
+                index=index,
+                key=r.key,
+                scene=r.scene,
+                tasks=(r.task,),
+                instructions=(r.sentence,),
+                seed=_seed(self.seed, r.key),
+                draw=r.draw,
+                groups={"reference": r.reference},
+            )
+            for index, r in enumerate(chosen)
+        ]
 
     def _single(self) -> list[Episode]:
         episodes: list[Episode] = []

@@ -1,6 +1,7 @@
 """`openhelix train STAGE`: from a collection to a pair of checkpoints.
 
-Stages: `policy` (System 1 alone), `prepare` (what the frozen language model makes of the
+Stages: `vlm` (a base model that sees and answers, from pictures with questions; a model of its
+own, named by `latent.model` afterwards), `policy` (System 1 alone), `prepare` (what the frozen language model makes of the
 frames, kept on disk), `stage1` (<ACT> and projector learn, policy and language model frozen),
 `stage2` (the policy learns too), `export` (one folder to ship), `all` (what is missing of
 these, in order). The same command again goes on where it stopped; a finished stage is left
@@ -54,19 +55,27 @@ def run(config: TrainingConfig, stage: str) -> dict[str, Any]:
     from openhelix.benchmarks.training.config import NotDone
     from openhelix.benchmarks.training.export import export
     from openhelix.benchmarks.training.stages import prepare, run_joint, run_policy
+    from openhelix.benchmarks.training.vlm import run_vlm, vlm_folder
     from openhelix.system1.train_loop import deadline_after
 
-    config.latent.read_out()
-    config.frames_folder()
+    if config.device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = config.model_copy(update={"device": device})
+    if stage != "vlm":
+        config.latent.read_out()
+        config.frames_folder()
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device: {config.device!r}, but torch sees no CUDA device here")
     if config.threads:
         torch.set_num_threads(config.threads)
     deadline = deadline_after(config.time_limit_s)
+    folder = str(vlm_folder(config) if stage == "vlm" else config.folder)
     done: list[dict[str, Any]] = []
     try:
         for name in ("policy", "stage1", "stage2", "export") if stage == "all" else (stage,):
-            if name == "policy":
+            if name == "vlm":
+                done.append(run_vlm(config, deadline))
+            elif name == "policy":
                 done.append(run_policy(config, deadline))
             elif name == "prepare":
                 done.append(prepare(config, deadline))
@@ -76,5 +85,5 @@ def run(config: TrainingConfig, stage: str) -> dict[str, Any]:
                 done.append(run_joint(config, "stage1" if name == "stage1" else "stage2", deadline))
     except NotDone as stop:
         logging.getLogger(__name__).info("%s; the same command goes on", stop)
-        return {"finished": False, "why": str(stop), "folder": str(config.folder), "stages": done}
-    return {"finished": True, "folder": str(config.folder), "stages": done}
+        return {"finished": False, "why": str(stop), "folder": folder, "stages": done}
+    return {"finished": True, "folder": folder, "stages": done}

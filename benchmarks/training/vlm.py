@@ -1,0 +1,106 @@
+"""`openhelix train vlm`: a base model that sees and answers, before any robot's data.
+
+The training itself is `openhelix.system2.vlm_train`; here its pictures are found or made.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from openhelix.benchmarks.training.config import NotDone, TrainingConfig
+from openhelix.runtime.core.config import CommandFailed, ConfigError
+from openhelix.runtime.core.paths import cache_folder
+from openhelix.system2.model import CheckpointError
+from openhelix.system2.prompt import BadInstruction
+from openhelix.system2.vlm_config import VlmSection
+from openhelix.system2.vlm_data import shards
+
+log = logging.getLogger(__name__)
+HELD_OUT, MEASURED = 1200, 600  # pictures of the folders that are not trained on
+
+
+def vlm_folder(config: TrainingConfig) -> Path:
+    """Return where a base model's training goes: `out`, or `train/vlm` in the cache."""
+    return config.out.expanduser() if config.out is not None else cache_folder() / "train" / "vlm"
+
+
+def data_folder(section: VlmSection) -> Path:
+    """Return the folder of pictures with questions; it need not exist yet."""
+    given = section.data.expanduser()
+    if given.is_absolute() or (given / "train").is_dir():
+        return given
+    return cache_folder() / "vlm" / given
+
+
+def find_or_make_pictures(section: VlmSection) -> Path:
+    """Return the folder of pictures; one that has none is filled by the simulator.
+
+    Raises:
+        ConfigError: it exists and holds something else.
+    """
+    folder = data_folder(section)
+    if shards(folder / "train"):
+        return folder
+    if folder.exists() and any(folder.iterdir()) and not (folder / "held-out").is_dir():
+        raise ConfigError(
+            f"vlm.data: {folder} has no pictures with questions; name another folder, or one that "
+            "does not exist, and it is made"
+        )
+    from openhelix.benchmarks.calvin import collect_talk as talk
+
+    log.info("vlm.data: making %d pictures in %s", section.pictures, folder)
+    talk.make(folder / talk.HELD_OUT, talk.PLANS[talk.HELD_OUT], min(HELD_OUT, section.pictures))
+    talk.make(folder / talk.MEASURED, talk.PLANS[talk.MEASURED], min(MEASURED, section.pictures))
+    talk.make(folder / talk.TRAIN, talk.PLANS[talk.TRAIN], section.pictures)
+    return folder
+
+
+def run_vlm(config: TrainingConfig, deadline_ns: int) -> dict[str, Any]:
+    """Train, or go on training, a base model; write it as a LLaVA folder with its report.
+
+    Raises:
+        ConfigError: a setting does not fit the model, the data or the run.
+        NotDone: the time limit came first; the model so far is written all the same.
+        CommandFailed: the loss was not finite.
+    """
+    from openhelix.system2.vlm_train import LLAVA, VlmRun
+
+    out = vlm_folder(config)
+    section = config.vlm.model_copy(update={"data": find_or_make_pictures(config.vlm)})
+    try:
+        run = VlmRun(section, out, config.seed, config.device)
+    except CheckpointError as error:
+        raise ConfigError(f"vlm.{error}") from None
+    except (ValueError, BadInstruction) as error:
+        raise ConfigError(str(error)) from None
+    try:
+        done = run.run(deadline_ns)
+    except FloatingPointError as error:
+        raise CommandFailed(str(error)) from None
+    folder = run.export()
+    if not done:
+        stage = run.section(run.stage)
+        raise NotDone(
+            f"vlm: stopped at step {run.step} of {stage.steps} of {run.stage!r} by the time limit; "
+            f"the model so far is in {out / LLAVA}"
+        )
+    report = run.report()
+    short = {
+        name: {
+            shown: found["all"]["accuracy"] if "all" in found else found["accuracy"]
+            for shown, found in report[name].items()
+            if isinstance(found, dict)
+        }
+        for name in ("held-out", "scene-D")
+        if name in report
+    }
+    return {
+        "stage": "vlm",
+        "folder": str(folder),
+        "samples": run.samples,
+        "pictures": run.pictures_seen,
+        "hours": round(run.seconds / 3600, 3),
+        "accuracy": short,
+    }

@@ -1,0 +1,362 @@
+"""A LLaVA that learns to answer questions about pictures, and how right its answers are.
+
+One sequence holds a picture and several questions about it: each question sees the picture and
+itself and no other question, so the picture's tokens are paid for once. Only answers are
+scored, and only at their places is the vocabulary's output layer computed.
+
+An answer counts as right when every one of its tokens, the closing one too, is the most
+probable: exactly what greedy generation would have written, without generating it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from openhelix.system2.model import Checkpoint
+from openhelix.system2.vlm_data import Question
+
+CELLS = 64  # a read-out without language sees at most so many image tokens, pooled
+IGNORED = -100
+LORA_SCALE = 2.0  # of the low-rank parts
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Pictures with their questions, as sequences of one length.
+
+    B pictures, N positions; everything before `image` is the prompt's head.
+
+    Attributes:
+        ids: (B, N) token ids; the places of the image hold 0.
+        mask: (B, 1, N, N) bool, who sees whom.
+        positions: (B, N): each question follows the picture directly.
+        wanted: (B, N) the token that is to come next, or `IGNORED`.
+        owner: (B, N) the question's number, -1 outside of questions.
+        image: (start, stop) of the image tokens; equal without vision.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    wanted: Tensor
+    owner: Tensor
+    image: tuple[int, int]
+
+    def to(self, device: torch.device) -> Packed:
+        """Return it on a device."""
+        return Packed(
+            self.ids.to(device),
+            self.mask.to(device),
+            self.positions.to(device),
+            self.wanted.to(device),
+            self.owner.to(device),
+            self.image,
+        )
+
+
+class Packer:
+    """Makes sequences of questions for one checkpoint.
+
+    Args:
+        checkpoint: whose tokenizer and template.
+        vision: False leaves the picture out: what words alone can answer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, vision: bool = True) -> None:
+        from openhelix.system2.model import load_tokenizer
+
+        builder = checkpoint.prompts(1)
+        self._tokenize: Callable[[str], list[int]] = lambda text: builder.tokenize(text)[0]
+        self._template = builder.template
+        head = [] if builder.bos is None else [builder.bos]
+        self._head = head + (self._tokenize(self._template.head) if self._template.head else [])
+        self._n_image = checkpoint.n_image if vision else 0
+        self._body = self._template.body if vision else ""
+        self._end = int(load_tokenizer(checkpoint.path).eos_token_id)
+        self._known: dict[tuple[str, str], tuple[list[int], int]] = {}
+
+    def tokens(self, question: str, answer: str) -> tuple[list[int], int]:
+        """Return the ids of question and answer, and how many of them come before the answer."""
+        key = (question, answer)
+        if key not in self._known:
+            asked = self._tokenize(self._body + question + self._template.tail)
+            self._known[key] = ([*asked, *self._tokenize(answer), self._end], len(asked))
+        return self._known[key]
+
+    def __call__(self, asked: Sequence[Sequence[Question]]) -> Packed:
+        """Return one sequence a picture."""
+        start = len(self._head) + self._n_image
+        rows = [[self.tokens(q.text, q.answer) for q in questions] for questions in asked]
+        longest = start + max(sum(len(ids) for ids, _ in row) for row in rows)
+        longest = -(-longest // 8) * 8
+        shape = (len(rows), longest)
+        ids = torch.zeros(shape, dtype=torch.long)
+        wanted = torch.full(shape, IGNORED)
+        owner = torch.full(shape, -2)  # padding
+        owner[:, :start] = -1
+        positions = torch.zeros(shape, dtype=torch.long)
+        positions[:, :start] = torch.arange(start)
+        ids[:, : len(self._head)] = torch.tensor(self._head, dtype=torch.long)
+        for b, row in enumerate(rows):
+            at = start
+            for number, (tokens, before) in enumerate(row):
+                stop = at + len(tokens)
+                ids[b, at:stop] = torch.tensor(tokens)
+                owner[b, at:stop] = number
+                positions[b, at:stop] = torch.arange(start, start + len(tokens))
+                wanted[b, at + before - 1 : stop - 1] = ids[b, at + before : stop]
+                at = stop
+        same = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1)
+        causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+        mask = (same & causal)[:, None]
+        return Packed(ids, mask, positions, wanted, owner, (len(self._head), start))
+
+
+class Sight(nn.Module):
+    """What image tokens show, read without language: names by linear maps, and numbers.
+
+    Trained beside the answers, it keeps places in the tokens; trained before them, it teaches
+    a fresh tower to see at a fraction of the price of a language model's steps.
+
+    Beside the linear maps, image token k can be told to *say* label k: to be the sum of the
+    input embeddings of its name and its word ("drawer open"). A language model reads such
+    tokens much sooner than any others that hold the same.
+
+    Args:
+        n_image, hidden: shape of the image tokens.
+        words: by label, its words in order.
+        numbers: how many numbers; `shift` and `spread` are their mean and deviation.
+        saying: (labels, most words, hidden) what token k is to be for each word of label k,
+            zeros where there are fewer words; None where tokens say nothing.
+    """
+
+    shift: Tensor
+    spread: Tensor
+    saying: Tensor
+
+    def __init__(
+        self,
+        n_image: int,
+        hidden: int,
+        words: dict[str, tuple[str, ...]],
+        numbers: int,
+        saying: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.words = words
+        side = isqrt(n_image)
+        self._side = side if side * side == n_image else 0
+        self._pooled = n_image > CELLS
+        cells = min(n_image, CELLS)
+        self.sizes = [len(options) for options in words.values()]
+        self.norm = nn.LayerNorm(hidden)
+        self.read = nn.Linear(cells * hidden, sum(self.sizes) + numbers)
+        self.register_buffer("shift", torch.zeros(numbers))
+        self.register_buffer("spread", torch.ones(numbers))
+        none = torch.zeros(0, 0, hidden)
+        self.register_buffer(
+            "saying", none if saying is None else saying[:n_image], persistent=False
+        )
+
+    def speech(self, tokens: Tensor, target: Tensor) -> Tensor:
+        """Return how far image tokens are from saying their labels; arguments as of `loss`."""
+        terms = []
+        for column, size in enumerate(self.sizes[: len(self.saying)]):
+            known = target[:, column] != IGNORED
+            if size < 2 or not known.any():
+                continue
+            wanted, said = target[known, column], tokens[known, column].float()
+            options = self.saying[column, :size]
+            middle = options.mean(dim=0)
+            scores = F.normalize(said - middle, dim=1) @ F.normalize(options - middle, dim=1).T
+            spread = options.var(dim=0).mean()
+            far = F.mse_loss(said, options[wanted]) / spread
+            terms.append(F.cross_entropy(scores / 0.1, wanted) + 0.2 * far)
+        return torch.stack(terms).mean() if terms else tokens.sum() * 0
+
+    def forward(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Image tokens (B, n_image, hidden) to scores (B, words) a label, and numbers (B, n)."""
+        tokens = self.norm(tokens.float())
+        if self._pooled:
+            if self._side:
+                grid = tokens.transpose(1, 2).unflatten(2, (self._side, self._side))
+                tokens = F.adaptive_avg_pool2d(grid, isqrt(CELLS)).flatten(2).transpose(1, 2)
+            else:
+                tokens = F.adaptive_avg_pool1d(tokens.transpose(1, 2), CELLS).transpose(1, 2)
+        out = self.read(tokens.flatten(1))
+        *scores, numbers = out.split([*self.sizes, out.shape[1] - sum(self.sizes)], dim=1)
+        return scores, numbers
+
+    def loss(self, tokens: Tensor, target: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss, and which labels were right (B, labels): 1, 0, or NaN where unknown.
+
+        Args:
+            tokens: (B, n_image, hidden).
+            target: (B, labels) index of the word, `IGNORED` where unknown.
+            numbers: (B, n) with NaN where unknown.
+        """
+        scores, guess = self(tokens)
+        terms, right = [], []
+        for column, score in enumerate(scores):
+            wanted = target[:, column]
+            known = wanted != IGNORED
+            if known.any():
+                terms.append(F.cross_entropy(score[known], wanted[known]))
+            hit = (score.argmax(1) == wanted).float()
+            right.append(hit.masked_fill(~known, float("nan")))
+        loss = torch.stack(terms).mean() if terms else tokens.sum() * 0
+        if numbers.shape[1]:
+            scaled = (numbers - self.shift) / self.spread
+            told = ~scaled.isnan()
+            if told.any():
+                loss = loss + F.smooth_l1_loss(guess[told], scaled[told])
+        hits = torch.stack(right, dim=1) if right else tokens.new_zeros(len(tokens), 0)
+        return loss, hits
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank part beside it (LoRA), which can be folded in.
+
+    Args:
+        base: the layer, left as it is.
+        rank: of the part.
+        scale: of its output.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        device = base.weight.device
+        self.down = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) to (…, out)."""
+        part = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return self.base(x) + self.scale * part
+
+    def folded(self) -> Tensor:
+        """Return the weight (out, in) with the part added."""
+        return self.base.weight + (self.scale * self.up @ self.down).to(self.base.weight)
+
+
+def adapt(language: nn.Module, rank: int) -> list[nn.Parameter]:
+    """Put a low-rank part beside every linear layer of a language model; return the new weights."""
+    new: list[nn.Parameter] = []
+    for module in list(language.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and not isinstance(module, Adapted):
+                adapted = Adapted(child, rank, LORA_SCALE)
+                setattr(module, name, adapted)
+                new += [adapted.down, adapted.up]
+    return new
+
+
+def folded_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's weights under their own names, low-rank parts folded in."""
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
+    state = {}
+    for key, value in model.state_dict().items():
+        owner = next(
+            (n for n in (key.rsplit(".", 1)[0], key.rsplit(".", 2)[0]) if n in adapted), ""
+        )
+        if not owner:
+            state[key] = value
+        elif key == f"{owner}.base.weight":
+            state[f"{owner}.weight"] = adapted[owner].folded()
+        elif key.startswith(f"{owner}.base."):
+            state[f"{owner}.{key.rsplit('.', 1)[1]}"] = value
+    return {key: value.detach() for key, value in state.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What came of a batch of questions.
+
+    Attributes:
+        loss: mean over the answers' tokens.
+        right: (B, questions) 1 where the whole answer is right, 0 where not, NaN for none.
+    """
+
+    loss: Tensor
+    right: Tensor
+
+
+class Learner(nn.Module):
+    """A LLaVA with its read-out.
+
+    Args:
+        model: transformers' `LlavaForConditionalGeneration`.
+        checkpoint: what it was loaded from.
+        sight: the read-out without language.
+        mean, std: of the processor's normalisation.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        sight: Sight,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.model, self.sight = model.requires_grad_(False), sight
+        self.image_token_id = checkpoint.image_token_id
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def image_tokens(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) in [0, 1] to projected image tokens (B, n_image, hidden)."""
+        weight = self.model.model.multi_modal_projector.linear_1.weight
+        output = self.model.model.get_image_features(
+            pixel_values=((pixels - self.mean) / self.std).to(weight.dtype), return_dict=True
+        )
+        return torch.stack(list(output.pooler_output))
+
+    def answers(self, tokens: Tensor | None, packed: Packed) -> Answers:
+        """Ask; `tokens` (B, n_image, hidden), or None without vision."""
+        embeddings = self.model.get_input_embeddings()(packed.ids)
+        start, stop = packed.image
+        if tokens is not None:
+            head, rest = embeddings[:, :start], embeddings[:, stop:]
+            embeddings = torch.cat([head, tokens.to(embeddings.dtype), rest], dim=1)
+        # Added to the scores: the one form that every attention of transformers takes.
+        hidden = torch.zeros(packed.mask.shape, dtype=embeddings.dtype, device=embeddings.device)
+        hidden.masked_fill_(~packed.mask, torch.finfo(embeddings.dtype).min)
+        states = self.model.model.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=hidden,
+            position_ids=packed.positions,
+            use_cache=False,
+        ).last_hidden_state
+        places = packed.wanted != IGNORED
+        wanted = packed.wanted[places]
+        logits = self.model.lm_head(states[places]).float()
+        loss = F.cross_entropy(logits, wanted)
+        return Answers(loss, _whole(logits.argmax(1) == wanted, packed, places))
+
+
+def _whole(hit: Tensor, packed: Packed, places: Tensor) -> Tensor:
+    """Which answers are right in all of their tokens: (B, questions), NaN where there is none."""
+    batch = packed.owner.shape[0]
+    most = int(packed.owner.max()) + 1
+    key = torch.arange(batch, device=hit.device)[:, None] * most + packed.owner
+    key = key[places]
+    asked = torch.zeros(batch * most, device=hit.device).index_add_(
+        0, key, torch.ones_like(key).float()
+    )
+    missed = torch.zeros(batch * most, device=hit.device).index_add_(0, key, (~hit).float())
+    right = (missed == 0).float().masked_fill(asked == 0, float("nan"))
+    return right.view(batch, most)

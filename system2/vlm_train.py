@@ -1,0 +1,774 @@
+"""Trains a base model: tower, then projector, then language model, as LLaVA is trained.
+
+    see    tower and projector show the picture's facts to linear maps: no language model
+    align  tower and projector through the frozen language model, loss on the answers alone
+    tune   the language model too, whole or by low-rank parts
+
+The same command goes on where it stopped: what a step draws depends on its number alone.
+Written to the run's folder: `state.safetensors` (to go on), `log.jsonl`, `report.json`, and
+`llava`, an ordinary LLaVA folder for both engines; for the laptop model with low-rank parts
+also `vision.safetensors` and `language.safetensors`, the few megabytes that differ from what
+packages deliver.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from openhelix.system2.model import (
+    MANIFEST,
+    Checkpoint,
+    VisionShape,
+    build,
+    load_tokenizer,
+    open_checkpoint,
+    rename_tower,
+    sha256_file,
+    vision_state,
+    write_manifest,
+)
+from openhelix.system2.pretrain import augment
+from openhelix.system2.vlm import (
+    IGNORED,
+    LORA_SCALE,
+    Adapted,
+    Learner,
+    Packed,
+    Packer,
+    Sight,
+    adapt,
+    folded_state,
+)
+from openhelix.system2.vlm_config import Tower, Tune, VlmSection, VlmStage
+from openhelix.system2.vlm_data import Question, Record, TalkError, read
+from openhelix.system2.vlm_ship import LANGUAGE, VISION
+
+log = logging.getLogger(__name__)
+StageName = Literal["see", "align", "tune"]
+STAGES: tuple[StageName, ...] = ("see", "align", "tune")
+STATE, LOG, REPORT, LLAVA = "state.safetensors", "log.jsonl", "report.json", "llava"
+NEVER_SCORED = ("caption",)  # long; trained on, but not asked in examinations
+Shown = Literal["image", "none", "other"]
+
+
+class Pictures:
+    """Records with their pixels at the tower's size.
+
+    Args:
+        records: pictures and questions.
+        processor: the checkpoint's image processor: it resizes, and nothing else here.
+        max_gb: keeps decoded pixels up to this much memory.
+    """
+
+    def __init__(self, records: Sequence[Record], processor: Any, max_gb: float) -> None:
+        self.records = records
+        self._processor = processor
+        first = self._decoded(records[0])
+        fits = first.numel() * len(records) <= max_gb * 1e9
+        self._kept = torch.zeros((len(records), *first.shape), dtype=torch.uint8) if fits else None
+        self._there = torch.zeros(len(records), dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def _decoded(self, record: Record) -> Tensor:
+        made = self._processor(
+            record.image(), return_tensors="pt", do_rescale=False, do_normalize=False
+        )["pixel_values"][0]
+        return torch.as_tensor(made).round().clamp(0, 255).to(torch.uint8)
+
+    def fill(self, workers: int) -> None:
+        """Decode everything now, in some threads."""
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for _ in pool.map(lambda row: self.pixels([row]), range(len(self))):
+                pass
+
+    def pixels(self, rows: Sequence[int]) -> Tensor:
+        """Return (B, 3, S, S) in [0, 1]."""
+        found = []
+        for row in rows:
+            if self._kept is None:
+                found.append(self._decoded(self.records[row]))
+                continue
+            if not self._there[row]:
+                self._kept[row] = self._decoded(self.records[row])
+                self._there[row] = True
+            found.append(self._kept[row])
+        return torch.stack(found).float() / 255
+
+
+class Labels:
+    """Words and numbers of records as tensors.
+
+    Args:
+        records: whose words are the vocabulary.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        found: dict[str, set[str]] = defaultdict(set)
+        for record in records:
+            for name, word in record.labels.items():
+                found[name].add(word)
+        self.words = {name: tuple(sorted(found[name])) for name in sorted(found)}
+        self.numbers = max(len(record.numbers) for record in records)
+
+    def target(self, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+        """Return word indices (N, labels) and numbers (N, n), with `IGNORED` and NaN for none."""
+        rows, numbers = [], []
+        for record in records:
+            row = []
+            for name, options in self.words.items():
+                word = record.labels.get(name)
+                row.append(options.index(word) if word in options else IGNORED)
+            rows.append(row)
+            told = [math.nan if v is None else v for v in record.numbers]
+            numbers.append(told + [math.nan] * (self.numbers - len(told)))
+        shape = (len(records), -1)
+        return torch.tensor(rows).view(*shape), torch.tensor(numbers).view(*shape)
+
+
+def saying_of(words: dict[str, tuple[str, ...]], table: Tensor, checkpoint: Checkpoint) -> Tensor:
+    """Return (labels, most words, hidden): the embeddings of "NAME WORD", summed.
+
+    Scaled to the table's own spread, so that an image token has a word's norm.
+    """
+    tokenizer = load_tokenizer(checkpoint.path)
+    table = table.detach().float()
+
+    def embedded(text: str) -> Tensor:
+        return table[tokenizer(" " + text, add_special_tokens=False)["input_ids"]].sum(dim=0)
+
+    most = max((len(options) for options in words.values()), default=0)
+    saying = torch.zeros(len(words), most, table.shape[1])
+    for row, (name, options) in enumerate(words.items()):
+        for column, word in enumerate(options):
+            # The word twice: the name is the same in every picture.
+            both = embedded(name) + 2 * embedded(word)
+            saying[row, column] = both * (table.norm(dim=1).mean() / both.norm())
+    return saying
+
+
+def base_folder(config: VlmSection, seed: int) -> str:
+    """Return the LLaVA that a run begins with."""
+    if config.model != "laptop":
+        return config.model
+    tower = config.tower
+    if tower.shipped:
+        return str(build())
+    return str(build(vision=shape_of(tower), seed=seed))
+
+
+def shape_of(tower: Tower) -> VisionShape:
+    """Return System 2's own record of a tower.
+
+    Raises:
+        ValueError: patches or heads do not divide it.
+    """
+    if tower.image_size % tower.patch_size:
+        raise ValueError(
+            f"vlm.tower.patch_size: {tower.patch_size} does not divide image_size "
+            f"{tower.image_size}"
+        )
+    if tower.width % tower.heads:
+        raise ValueError(f"vlm.tower.heads: {tower.heads} does not divide width {tower.width}")
+    return VisionShape(tower.image_size, tower.patch_size, tower.width, tower.layers, tower.heads)
+
+
+def computes_bf16(wanted: bool | Literal["auto"], device: torch.device) -> bool:
+    """Whether to compute in bfloat16; "auto" where the machine does so natively."""
+    if isinstance(wanted, bool):
+        return wanted
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step learns from: rows of the training pictures, pixels (B, 3, S, S), questions."""
+
+    rows: list[int]
+    pixels: Tensor
+    packed: Packed | None
+    asked: int
+
+
+class VlmRun:
+    """One training run.
+
+    Args:
+        config: its numbers; `config.data` is a folder.
+        out: the run's folder; what stands there is continued.
+        seed: every draw follows from it.
+        device: "auto", or any torch device.
+    """
+
+    def __init__(self, config: VlmSection, out: Path, seed: int = 0, device: str = "auto") -> None:
+        from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+        self.config, self.out, self.seed = config, out, seed
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.bf16 = computes_bf16(config.bf16, self.device)
+        self._check_settings()
+        self.base = base_folder(config, seed)
+        self.checkpoint: Checkpoint = open_checkpoint(self.base)
+        self.processor = AutoProcessor.from_pretrained(self.checkpoint.path).image_processor
+        train = read(config.data / "train", config.pictures)
+        self.train = Pictures(train, self.processor, config.max_gb)
+        self.held_out = self._held("held-out")
+        self.labels = Labels(train)
+        self.target, self.numbers = self.labels.target(train)
+        torch.manual_seed(seed)
+        # On a CPU plain products are a tenth faster here than the fused attention with its mask.
+        attention = "eager" if self.device.type == "cpu" else "sdpa"
+        model = LlavaForConditionalGeneration.from_pretrained(
+            self.checkpoint.path,
+            dtype=torch.float32,
+            attn_implementation={"text_config": attention},
+        )
+        # Weights that do not learn need no more precision than they are computed in.
+        if self.bf16 and (config.tune.mode == "lora" or config.tune.steps == 0):
+            model.model.language_model.to(torch.bfloat16)
+            model.lm_head.to(torch.bfloat16)
+        sight = Sight(
+            self.checkpoint.n_image,
+            self.checkpoint.hidden,
+            self.labels.words,
+            self.labels.numbers,
+            saying_of(self.labels.words, model.get_input_embeddings().weight, self.checkpoint),
+        )
+        if self.labels.numbers:
+            known = ~self.numbers.isnan()
+            count = known.sum(0).clamp_min(1)
+            mean = self.numbers.nan_to_num().sum(0) / count
+            square = ((self.numbers - mean).nan_to_num() ** 2).sum(0) / count
+            sight.shift.copy_(mean)
+            sight.spread.copy_(square.sqrt() + 1e-3)
+        self.learner = Learner(
+            model, self.checkpoint, sight, self.processor.image_mean, self.processor.image_std
+        ).to(self.device)
+        self.packer = Packer(self.checkpoint)
+        self._pool: ThreadPoolExecutor | None = None
+        self._coming: dict[tuple[StageName, int], Future[Batch]] = {}
+        self.stage: StageName = "see"
+        self.step = 0  # of the stage
+        self.samples = 0  # questions that were trained on
+        self.pictures_seen = 0
+        self.seconds = 0.0
+        if config.init is not None and not (out / STATE).is_file():
+            self._begin_from(config.init)
+        self._enter("see")
+        if (out / STATE).is_file():
+            self._resume()
+
+    def _check_settings(self) -> None:
+        """Keep what a run was begun with; refuse to go on with another model or data."""
+        mine = self.config.model_dump(mode="json", include={"model", "tower", "data", "pictures"})
+        mine |= {"seed": self.seed, "tune": self.config.tune.mode, "rank": self.config.tune.rank}
+        file = self.out / "settings.json"
+        if file.is_file():
+            before = json.loads(file.read_text())
+            for key, value in mine.items():
+                if before.get(key, value) != value:
+                    raise ValueError(
+                        f"vlm.{key}: {self.out} was begun with {before[key]!r}, not {value!r}; "
+                        "choose another out=FOLDER or remove it"
+                    )
+        self.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(mine, indent=1) + "\n")
+
+    def _held(self, name: str) -> Pictures | None:
+        try:
+            records = read(self.config.data / name, self.config.measure_pictures)
+        except TalkError:
+            return None
+        return Pictures(records, self.processor, self.config.max_gb)
+
+    # -- stages --------------------------------------------------------------------------
+
+    def section(self, stage: StageName) -> VlmStage:
+        """Return a stage's settings."""
+        section: VlmStage = getattr(self.config, stage)
+        return section
+
+    def _enter(self, stage: StageName) -> None:
+        """Make learnable what a stage trains, with a fresh optimiser."""
+        section, learner = self.section(stage), self.learner
+        inner = learner.model.model
+        learner.requires_grad_(False)
+        groups: list[tuple[float, list[nn.Parameter]]] = [
+            (section.lr_vision, list(inner.vision_tower.parameters())),
+            (section.lr_projector, list(inner.multi_modal_projector.parameters())),
+            (section.lr_projector if section.sight else 0.0, list(learner.sight.parameters())),
+        ]
+        if stage == "tune":
+            groups.append((section.lr_language, self._language()))
+        made = []
+        for rate, parameters in groups:
+            if rate == 0:
+                continue
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            thick = [p for p in parameters if p.ndim > 1]
+            thin = [p for p in parameters if p.ndim <= 1]
+            made.append({"params": thick, "lr": rate, "weight_decay": section.weight_decay})
+            made.append({"params": thin, "lr": rate, "weight_decay": 0.0})
+        made = [group for group in made if group["params"]] or [
+            {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0}
+        ]
+        self.optimizer = torch.optim.AdamW(made, betas=(0.9, 0.98))
+        self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.stage, self.step = stage, 0
+
+    def _language(self) -> list[nn.Parameter]:
+        model, tune = self.learner.model, self.config.tune
+        if tune.mode == "full":
+            return list(model.model.language_model.parameters())
+        parts = [m for m in model.model.language_model.modules() if isinstance(m, Adapted)]
+        if parts:
+            return [p for part in parts for p in (part.down, part.up)]
+        torch.manual_seed(self.seed + 1)
+        return adapt(model.model.language_model, tune.rank)
+
+    def _rate(self) -> float:
+        section = self.section(self.stage)
+        if self.step < section.warmup:
+            return (self.step + 1) / section.warmup
+        done = (self.step - section.warmup) / max(1, section.steps - section.warmup)
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def train_step(self) -> dict[str, float]:
+        """Take one step of the stage; return its losses."""
+        section, batch = self.section(self.stage), self._next_batch()
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self._rate()
+        with self._autocast():
+            tokens = self.learner.image_tokens(batch.pixels.to(self.device))
+        row: dict[str, float] = {}
+        total = tokens.new_zeros((), dtype=torch.float32)
+        if section.sight:
+            target = self.target[batch.rows].to(self.device)
+            numbers = self.numbers[batch.rows].to(self.device)
+            loss, right = self.learner.sight.loss(tokens.float(), target, numbers)
+            total = total + section.sight * loss
+            row |= {"sight": loss.item(), "sight_right": right.nanmean().item()}
+            if section.speech:
+                said = self.learner.sight.speech(tokens, target)
+                total = total + section.speech * said
+                row["speech"] = said.item()
+        if batch.packed is not None:
+            packed = batch.packed.to(self.device)
+            with self._autocast():
+                answers = self.learner.answers(tokens, packed)
+            total = total + answers.loss
+            row |= {"loss": answers.loss.item(), "right": answers.right.nanmean().item()}
+            self.samples += batch.asked
+        self.optimizer.zero_grad(set_to_none=True)
+        if total.requires_grad:
+            total.backward()
+            nn.utils.clip_grad_norm_(
+                [p for g in self.optimizer.param_groups for p in g["params"]], 1.0
+            )
+            self.optimizer.step()
+        if not math.isfinite(total.item()):
+            raise FloatingPointError(f"vlm {self.stage}: the loss is not finite at {self.step}")
+        self.pictures_seen += section.batch
+        self.step += 1
+        return row
+
+    def _next_batch(self) -> Batch:
+        """Return the step's batch; with workers, the ones after it are made meanwhile."""
+        stage, section = self.stage, self.section(self.stage)
+        if not self.config.workers:
+            return self._make_batch(stage, section, self.step)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.config.workers)
+        last = min(section.steps, self.step + 2 * self.config.workers)
+        for step in range(self.step, last):
+            if (stage, step) not in self._coming:
+                self._coming[stage, step] = self._pool.submit(
+                    self._make_batch, stage, section, step
+                )
+        for key in [k for k in self._coming if k[0] != stage]:
+            self._coming.pop(key).cancel()
+        return self._coming.pop((stage, self.step)).result()
+
+    def _make_batch(self, stage: StageName, section: VlmStage, step: int) -> Batch:
+        """Draw a step's pictures and questions; they depend on seed, stage and step alone."""
+        number = STAGES.index(stage) * 10_000_000 + step
+        draws = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        rows = torch.randint(len(self.train), (section.batch,), generator=draws).tolist()
+        pixels = augment(self.train.pixels(rows), self.config.jitter, draws)
+        if stage == "see":
+            return Batch(rows, pixels, None, 0)
+        asked = [
+            self._draw(self.train.records[r].questions, section.questions, draws) for r in rows
+        ]
+        return Batch(rows, pixels, self.packer(asked), sum(map(len, asked)))
+
+    @staticmethod
+    def _draw(questions: Sequence[Question], n: int, generator: torch.Generator) -> list[Question]:
+        order = torch.randperm(len(questions), generator=generator)[:n].tolist()
+        return [questions[i] for i in order]
+
+    def run(
+        self, deadline_ns: int = 0, tell: Callable[[dict[str, Any]], None] | None = None
+    ) -> bool:
+        """Train what is left of the stages; return whether all of it is done.
+
+        Args:
+            deadline_ns: monotonic; the run ends, saved, with the first step after it; 0 for none.
+            tell: hears every row of the log.
+        """
+        for stage in STAGES[STAGES.index(self.stage) :]:
+            if stage != self.stage:
+                self._enter(stage)
+            if not self._run_stage(deadline_ns, tell):
+                return False
+        return True
+
+    def _run_stage(self, deadline_ns: int, tell: Callable[[dict[str, Any]], None] | None) -> bool:
+        section = self.section(self.stage)
+        begun, before = time.monotonic(), self.seconds
+        saved = window = begun
+        counted, sums, seen = 0, defaultdict[str, float](float), self.pictures_seen
+        while self.step < section.steps:
+            for name, value in self.train_step().items():
+                sums[name] += value
+            counted += 1
+            now = time.monotonic()
+            self.seconds = before + now - begun
+            done = self.step >= section.steps
+            late = 0 < deadline_ns <= time.monotonic_ns()
+            speaks = self.step % (100 if self.stage == "see" else 10) == 0
+            if speaks or done or late:
+                row = {name: total / counted for name, total in sums.items()}
+                per_s = (self.pictures_seen - seen) / max(1e-9, now - window)
+                row |= {"pictures_per_s": per_s}
+                if self.stage != "see":
+                    row["samples_per_s"] = per_s * section.questions
+                self._say(row, tell)
+                counted, sums, seen, window = 0, defaultdict(float), self.pictures_seen, now
+            at_end = done or late
+            every = self.config.eval_every * (10 if self.stage == "see" else 1)
+            if (self.step % every == 0 or at_end) and self.held_out is not None:
+                self._say(self.examine(), tell)
+                window = time.monotonic()
+            if time.monotonic() - saved > self.config.save_every_s or at_end:
+                self.save()
+                saved = window = time.monotonic()
+            if late and not done:
+                return False
+        return True
+
+    def _say(self, row: dict[str, Any], tell: Callable[[dict[str, Any]], None] | None) -> None:
+        full: dict[str, Any] = {"stage": self.stage, "step": self.step, "samples": self.samples}
+        full |= {"pictures": self.pictures_seen, "seconds": round(self.seconds, 1), **row}
+        with (self.out / LOG).open("a") as out:
+            out.write(json.dumps(full) + "\n")
+        plain = {k: v for k, v in full.items() if not isinstance(v, dict)}
+        log.info(
+            "%s",
+            " ".join(
+                f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in plain.items()
+            ),
+        )
+        if tell is not None:
+            tell(full)
+
+    # -- examinations --------------------------------------------------------------------
+
+    def examine(self) -> dict[str, Any]:
+        """Ask about held-out pictures: accuracies with the picture and without."""
+        assert self.held_out is not None
+        n = min(self.config.eval_pictures, len(self.held_out))
+        row: dict[str, Any] = {"sight_held_out": self.sight_accuracy(self.held_out, n)}
+        if self.stage == "see":
+            return row
+        both: tuple[Shown, ...] = ("image", "none")
+        for shown in both:
+            found = self.accuracy(self.held_out, n, self.config.eval_questions, shown)
+            row[f"accuracy_{shown}"] = found["all"]["accuracy"]
+            row[f"kinds_{shown}"] = found
+        row["asked"] = row["kinds_image"]["all"]["asked"]
+        return row
+
+    @torch.no_grad()
+    def sight_accuracy(self, pictures: Pictures, n: int) -> float:
+        """Return the share of the labels that the read-out without language tells rightly."""
+        hits = []
+        target, numbers = self.labels.target(pictures.records[:n])
+        for start in range(0, n, 32):
+            rows = list(range(start, min(n, start + 32)))
+            with self._autocast():
+                tokens = self.learner.image_tokens(pictures.pixels(rows).to(self.device))
+            _, right = self.learner.sight.loss(
+                tokens.float(), target[rows].to(self.device), numbers[rows].to(self.device)
+            )
+            hits.append(right.flatten())
+        return float(torch.cat(hits).nanmean())
+
+    @torch.no_grad()
+    def accuracy(
+        self, pictures: Pictures, n: int, questions: int, shown: Shown = "image", batch: int = 8
+    ) -> dict[str, dict[str, float]]:
+        """Ask about the first `n` pictures; return {kind: accuracy and questions asked}.
+
+        Args:
+            pictures: held-out ones.
+            n: pictures.
+            questions: of each, drawn by a fixed seed; 0 for all.
+            shown: the picture, none at all, or another one.
+            batch: pictures at a time.
+
+        The kinds "all", "trained wording" and "held-out wording" sum up.
+        """
+        packer = self.packer if shown != "none" else Packer(self.checkpoint, vision=False)
+        right: dict[str, list[int]] = defaultdict(list)
+        for start in range(0, n, batch):
+            rows = list(range(start, min(n, start + batch)))
+            draws = torch.Generator().manual_seed(start)
+            asked = []
+            for row in rows:
+                every = [q for q in pictures.records[row].questions if q.kind not in NEVER_SCORED]
+                asked.append(self._draw(every, questions or len(every), draws))
+            tokens = None
+            with self._autocast():
+                if shown != "none":
+                    half = len(pictures) // 2
+                    seen = [(r + half) % len(pictures) for r in rows] if shown == "other" else rows
+                    tokens = self.learner.image_tokens(pictures.pixels(seen).to(self.device))
+                answers = self.learner.answers(tokens, packer(asked).to(self.device))
+            for hits, questions_ in zip(answers.right.tolist(), asked, strict=True):
+                for hit, question in zip(hits, questions_, strict=False):
+                    wording = "held-out wording" if question.held_out else "trained wording"
+                    for name in ("all", wording, question.kind):
+                        right[name].append(int(hit))
+        return {
+            name: {"accuracy": round(float(np.mean(hits)), 4), "asked": len(hits)}
+            for name, hits in sorted(right.items())
+        }
+
+    def prior(self, pictures: Pictures, n: int, questions: int, batch: int = 8) -> dict[str, float]:
+        """Return how right the commonest training answer to the same words is: no picture, no model."""
+        counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        for record in self.train.records:
+            for q in record.questions:
+                for key in (q.text, f"kind {q.kind}"):
+                    counts[key][q.answer] += 1
+        best = {key: max(answers, key=lambda a: answers[a]) for key, answers in counts.items()}
+        hits = []
+        for start in range(0, n, batch):
+            draws = torch.Generator().manual_seed(start)
+            for row in range(start, min(n, start + batch)):
+                every = [q for q in pictures.records[row].questions if q.kind not in NEVER_SCORED]
+                for q in self._draw(every, questions or len(every), draws):
+                    guess = best.get(q.text, best.get(f"kind {q.kind}"))
+                    hits.append(guess == q.answer)
+        return {"accuracy": round(float(np.mean(hits)), 4), "asked": len(hits)}
+
+    def report(self) -> dict[str, Any]:
+        """Examine on every held-out set, with and without the picture; write `report.json`."""
+        made: dict[str, Any] = {
+            "stage": self.stage,
+            "step": self.step,
+            "samples": self.samples,
+            "pictures": self.pictures_seen,
+            "hours": self.seconds / 3600,
+            "n_image": self.checkpoint.n_image,
+            "config": self.config.model_dump(mode="json"),
+        }
+        sets = {"held-out": self.held_out, "scene-D": self._held("scene-D")}
+        for name, pictures in sets.items():
+            if pictures is None:
+                continue
+            n, each = len(pictures), self.config.eval_questions
+            made[name] = {
+                shown: self.accuracy(pictures, n, each, shown)
+                for shown in ("image", "none", "other")
+            }
+            made[name]["commonest answer"] = self.prior(pictures, n, each)
+            made[name]["sight"] = self.sight_accuracy(pictures, n)
+        (self.out / REPORT).write_text(json.dumps(made, indent=1) + "\n")
+        return made
+
+    # -- on disk -------------------------------------------------------------------------
+
+    def _learned(self) -> dict[str, Tensor]:
+        """Return every weight that any stage so far has trained."""
+        inner = self.learner.model.model
+        state = vision_state(self.learner.model)
+        state |= {f"sight.{k}": v for k, v in self.learner.sight.state_dict().items()}
+        if self.stage == "tune" and self.config.tune.mode == "full":
+            state |= {f"language.{k}": v for k, v in inner.language_model.state_dict().items()}
+        elif self.stage == "tune":
+            state |= self._parts()
+        return state
+
+    def _parts(self) -> dict[str, Tensor]:
+        return {
+            f"language.{name}.{key}": getattr(part, key).detach()
+            for name, part in self.learner.model.model.language_model.named_modules()
+            if isinstance(part, Adapted)
+            for key in ("down", "up")
+        }
+
+    def save(self) -> None:
+        """Write everything that is needed to go on."""
+        state = {f"weights.{k}": v for k, v in self._learned().items()}
+        chosen = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, parameter in enumerate(chosen):
+            for name, value in self.optimizer.state[parameter].items():
+                state[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+        about = {
+            "stage": self.stage,
+            "step": self.step,
+            "samples": self.samples,
+            "pictures": self.pictures_seen,
+            "seconds": self.seconds,
+        }
+        part = self.out / f".{STATE}.part"
+        save_file(
+            {k: v.detach().cpu().contiguous().clone() for k, v in state.items()},
+            part,
+            metadata={"vlm": json.dumps(about)},
+        )
+        part.replace(self.out / STATE)
+
+    def _resume(self) -> None:
+        with safe_open(self.out / STATE, framework="pt") as stream:
+            about = json.loads(stream.metadata()["vlm"])
+        state = load_file(self.out / STATE)
+        self._enter(about["stage"])
+        self._load_weights(state)
+        chosen = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, parameter in enumerate(chosen):
+            prefix = f"optimizer.{index}."
+            kept = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            if kept:
+                self.optimizer.state[parameter] = {
+                    k: v if k == "step" else v.to(self.device) for k, v in kept.items()
+                }
+        self.step, self.samples = about["step"], about["samples"]
+        self.pictures_seen, self.seconds = about["pictures"], about["seconds"]
+
+    def _begin_from(self, folder: Path) -> None:
+        """Take another run's weights, of whatever stage; its optimiser is left behind."""
+        file = folder.expanduser() / STATE
+        if not file.is_file():
+            raise ValueError(f"vlm.init: no {STATE} in {folder}")
+        with safe_open(file, framework="pt") as stream:
+            stage = json.loads(stream.metadata()["vlm"])["stage"]
+        if stage == "tune":
+            self._language()
+        self._load_weights(load_file(file))
+
+    def _load_weights(self, state: dict[str, Tensor]) -> None:
+        inner = self.learner.model.model
+        homes: dict[str, nn.Module] = {
+            "vision_tower": inner.vision_tower,
+            "multi_modal_projector": inner.multi_modal_projector,
+            "sight": self.learner.sight,
+            "language": inner.language_model,
+        }
+        for name, home in homes.items():
+            prefix = f"weights.{name}."
+            mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            odd = [
+                k
+                for k, v in mine.items()
+                if k in (own := home.state_dict()) and own[k].shape != v.shape
+            ]
+            if odd:
+                raise ValueError(f"vlm.init: {name} has another shape, for example {odd[0]}")
+            if mine:
+                home.load_state_dict(mine, strict=False)
+
+    def export(self) -> Path:
+        """Write the trained model as a LLaVA folder for both engines; return it."""
+        from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+        fresh = LlavaForConditionalGeneration.from_pretrained(
+            self.checkpoint.path, dtype=torch.bfloat16
+        )
+        state = folded_state(self.learner.model)
+        fresh.load_state_dict({k: v.to("cpu", torch.bfloat16) for k, v in state.items()})
+        part, folder = self.out / f".{LLAVA}.part", self.out / LLAVA
+        shutil.rmtree(part, ignore_errors=True)
+        fresh.save_pretrained(part)
+        for file in part.glob("*.safetensors"):
+            rename_tower(file)
+        AutoProcessor.from_pretrained(self.checkpoint.path).save_pretrained(part)
+        manifest = Path(self.checkpoint.path) / MANIFEST
+        about = json.loads(manifest.read_text()) if manifest.is_file() else {}
+        about |= {"template": self.checkpoint.template.name}
+        digests = [sha256_file(file) for file in sorted(part.glob("*.safetensors"))]
+        about["model_id"] = "-".join(digest[:16] for digest in digests)
+        about["trained"] = {"stage": self.stage, "step": self.step, "samples": self.samples}
+        write_manifest(part, about)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+        if self.config.model == "laptop":
+            self.write_small()
+        return folder
+
+    def write_small(self) -> None:
+        """Write tower, projector and low-rank parts, halved: what a base model adds to packages."""
+        tower = self.config.tower.model_dump(mode="json")
+        about = {"tower": json.dumps(tower), "scale": str(LORA_SCALE)}
+        for file, tensors in (
+            (VISION, vision_state(self.learner.model)),
+            (LANGUAGE, self._parts()),
+        ):
+            if tensors:
+                half = {
+                    k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()
+                }
+                save_file(half, self.out / file, metadata=about)
+
+    def _close_pool(self) -> None:
+        """End the threads that make batches."""
+        self._coming.clear()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+
+def is_finished(run: VlmRun) -> bool:
+    """Whether every stage has had its steps."""
+    return run.stage == "tune" and run.step >= run.config.tune.steps
+
+
+__all__ = [
+    "STAGES",
+    "Labels",
+    "Pictures",
+    "Tune",
+    "VlmRun",
+    "base_folder",
+    "computes_bf16",
+    "is_finished",
+    "shape_of",
+]

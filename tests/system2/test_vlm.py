@@ -1,0 +1,280 @@
+"""A tiny LLaVA learns to answer; packing changes nothing; a killed run goes on as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from openhelix.system2.answering import TransformersAnswerer
+from openhelix.system2.model import CheckpointError, open_checkpoint
+from openhelix.system2.vlm import IGNORED, Learner, Packer, Sight, adapt, folded_state
+from openhelix.system2.vlm_config import VlmSection
+from openhelix.system2.vlm_data import (
+    Question,
+    Record,
+    TalkError,
+    encoded,
+    read,
+    read_shard,
+    write_shard,
+)
+from openhelix.system2.vlm_train import VlmRun
+from tests.system2.tiny import write_llava_15_like
+
+
+def records(n: int, seed: int = 0) -> list[Record]:
+    """Dark and bright pictures; one question needs the picture, one does not."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for row in range(n):
+        bright = bool(rng.integers(2))
+        pixels = rng.integers(0, 50, (40, 40, 3)) + 180 * bright
+        asked = (
+            Question("light", "light", "on" if bright else "off", row % 2 == 1),
+            Question("block", "block", "red", False),
+        )
+        labels = {"light": "on" if bright else "off"} | ({"dark": "x"} if row % 3 else {})
+        numbers = (float(bright), None if row % 2 else 1.0)
+        made.append(Record(encoded(pixels.astype(np.uint8)), "A", asked, labels, numbers))
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("talk")
+    for index in range(2):
+        write_shard(folder / "train", index, records(24, index))
+    write_shard(folder / "held-out", 0, records(16, 9))
+    return folder
+
+
+def section(data: Path, model: str, **changes: Any) -> VlmSection:
+    stage = {"batch": 8, "questions": 2, "warmup": 2, "lr_vision": 2e-3, "lr_projector": 2e-3}
+    values: dict[str, Any] = {
+        "data": data,
+        "model": model,
+        "bf16": "off",
+        "jitter": 0.0,
+        "eval_every": 100,
+        "see": {**stage, "steps": 4},
+        "align": {**stage, "steps": 3},
+        "tune": {**stage, "steps": 40, "lr_language": 4e-3},
+    }
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    return VlmSection(**values)
+
+
+def test_shards_hold_what_was_written(tmp_path: Path) -> None:
+    made = records(5)
+    write_shard(tmp_path, 3, made)
+    assert list(read_shard(tmp_path, 3)) == made
+    assert made[0].image().size == (40, 40)
+    before = (tmp_path / "00003.jsonl.gz").read_bytes()
+    write_shard(tmp_path, 3, made)
+    assert (tmp_path / "00003.jsonl.gz").read_bytes() == before
+    (tmp_path / "00003.bin").write_bytes(b"short")
+    with pytest.raises(TalkError, match="too short"):
+        read(tmp_path)
+    with pytest.raises(TalkError, match="no pictures"):
+        read(tmp_path / "nothing")
+
+
+def learner_of(model: str) -> tuple[Learner, Any]:
+    checkpoint = open_checkpoint(model)
+    loaded = LlavaForConditionalGeneration.from_pretrained(checkpoint.path, dtype=torch.float32)
+    sight = Sight(checkpoint.n_image, checkpoint.hidden, {"a": ("x", "y")}, 1)
+    return Learner(loaded.eval(), checkpoint, sight, [0.5] * 3, [0.5] * 3), checkpoint
+
+
+@pytest.mark.parametrize("template", ["laptop", "llava"])
+def test_a_packed_question_is_the_question_alone(
+    tiny_model: str, tmp_path: Path, template: str
+) -> None:
+    model = tiny_model if template == "laptop" else str(write_llava_15_like(tmp_path, 400))
+    learner, checkpoint = learner_of(model)
+    packer = Packer(checkpoint)
+    size = learner.model.config.vision_config.image_size
+    pixels = torch.rand(2, 3, size, size)
+    asked = [
+        [Question("k", "open the drawer", "red"), Question("k", "left?", "the block on the left")],
+        [Question("k", "lift", "no")],
+    ]
+    with torch.no_grad():
+        tokens = learner.image_tokens(pixels)
+        together = learner.answers(tokens, packer(asked))
+        alone = [
+            learner.answers(tokens[row : row + 1], packer([[q]]))
+            for row, questions in enumerate(asked)
+            for q in questions
+        ]
+    lengths = torch.tensor(
+        [float((packer([[q]]).wanted != IGNORED).sum()) for qs in asked for q in qs]
+    )
+    mean = (torch.stack([one.loss for one in alone]) * lengths).sum() / lengths.sum()
+    assert torch.allclose(together.loss, mean, atol=1e-5)
+    assert together.right.shape == (2, 2) and bool(together.right[1, 1].isnan())
+
+
+def test_only_the_answer_is_wanted(tiny_model: str) -> None:
+    checkpoint = open_checkpoint(tiny_model)
+    packed = Packer(checkpoint)([[Question("k", "open the drawer", "red")]])
+    wanted = packed.wanted[packed.wanted != IGNORED].tolist()
+    builder = checkpoint.prompts(1)
+    assert wanted[:-1] == builder.tokenize("red")[0]
+    start = packed.image[0]
+    whole = builder.assemble("open the drawer", ())
+    real = packed.ids[0, : whole.layout.length].clone()
+    real[start : packed.image[1]] = checkpoint.image_token_id
+    assert real.tolist() == whole.expanded(checkpoint.image_token_id)
+
+
+def test_folding_low_rank_parts_changes_no_answer(tiny_model: str) -> None:
+    learner, checkpoint = learner_of(tiny_model)
+    new = adapt(learner.model.model.language_model, 2)
+    with torch.no_grad():
+        for parameter in new:
+            parameter.normal_(std=0.05)
+    packed = Packer(checkpoint)([[Question("k", "open", "red block")]])
+    size = learner.model.config.vision_config.image_size
+    with torch.no_grad():
+        tokens = learner.image_tokens(torch.rand(1, 3, size, size))
+        before = learner.answers(tokens, packed).loss
+        plain, _ = learner_of(tiny_model)
+        plain.model.load_state_dict(folded_state(learner.model))
+        after = plain.answers(tokens, packed).loss
+    assert torch.allclose(before, after, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_it_learns_what_only_the_picture_tells(
+    tiny_model: str, data: Path, tmp_path: Path, mode: str
+) -> None:
+    config = section(data, tiny_model, tune={"mode": mode, "steps": 80}, see={"steps": 30})
+    run = VlmRun(config, tmp_path / "run", device="cpu")
+    assert run.run()
+    report = run.report()
+    found = report["held-out"]
+    assert found["image"]["light"]["accuracy"] == 1.0 == found["image"]["block"]["accuracy"]
+    assert found["none"]["light"]["accuracy"] < 0.9 and found["commonest answer"]["accuracy"] < 0.9
+    assert {"held-out wording", "trained wording", "all"} <= set(found["image"])
+    assert "scene-D" not in report  # there is none
+    folder = run.export()
+    answerer = TransformersAnswerer(str(folder), dtype="float32", device="cpu")
+    shown = [r.image() for r in run.held_out.records[:6]]  # type: ignore[union-attr]
+    said = answerer.answer(shown, ["light"] * 6)
+    assert said == [r.questions[0].answer for r in run.held_out.records[:6]]  # type: ignore[union-attr]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert any("accuracy_image" in row and "accuracy_none" in row for row in rows)
+    assert any("samples_per_s" in row for row in rows)
+
+
+def test_a_stopped_run_goes_on_as_it_was(tiny_model: str, data: Path, tmp_path: Path) -> None:
+    config = section(data, tiny_model, tune={"steps": 4})
+    whole = VlmRun(config, tmp_path / "whole", device="cpu")
+    whole.run()
+    for steps in range(3):  # see, align, tune: stopped in each
+        part = VlmRun(config, tmp_path / "parts", device="cpu")
+        for _ in range(4 if steps < 2 else 2):
+            if part.step >= part.section(part.stage).steps:
+                part._enter("align" if part.stage == "see" else "tune")
+            part.train_step()
+        part.save()
+    last = VlmRun(config, tmp_path / "parts", device="cpu")
+    assert (last.stage, last.step) == ("tune", 3) and last.run()
+    mine, theirs = last._learned(), whole._learned()
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.allclose(mine[name], value, atol=1e-6), name
+    assert last.samples == whole.samples
+
+
+def test_a_hub_llava_trains_by_the_same_code(data: Path, tmp_path: Path) -> None:
+    model = str(write_llava_15_like(tmp_path / "model", 400))
+    run = VlmRun(section(data, model, tune={"steps": 2}), tmp_path / "run", device="cpu")
+    assert run.run()
+    served = open_checkpoint(str(run.export()))
+    assert served.template.name == "llava_v1" and len(served.act_ids) >= 1
+    state = LlavaForConditionalGeneration.from_pretrained(served.path).state_dict()
+    before = LlavaForConditionalGeneration.from_pretrained(model).state_dict()
+    assert state.keys() == before.keys()
+    moved = [k for k in state if not torch.equal(state[k].float(), before[k].bfloat16().float())]
+    assert any("q_proj" in k and "language" in k for k in moved)
+    assert any("multi_modal_projector" in k for k in moved)
+
+
+def test_one_run_is_not_continued_as_another(tiny_model: str, data: Path, tmp_path: Path) -> None:
+    VlmRun(section(data, tiny_model), tmp_path, device="cpu").save()
+    with pytest.raises(ValueError, match=r"vlm\.rank.*begun with 16, not 8"):
+        VlmRun(section(data, tiny_model, tune={"rank": 8}), tmp_path, device="cpu")
+
+
+def test_another_run_is_begun_from(tiny_model: str, data: Path, tmp_path: Path) -> None:
+    first = VlmRun(section(data, tiny_model, tune={"steps": 2}), tmp_path / "a", device="cpu")
+    first.run()
+    config = section(data, tiny_model, tune={"steps": 2}, init=tmp_path / "a")
+    second = VlmRun(config, tmp_path / "b", device="cpu")
+    assert second.step == 0 and second.stage == "see"
+    for name, value in first._parts().items():
+        assert torch.equal(second._parts()[name], value)
+    with pytest.raises(ValueError, match=r"vlm\.init: no state"):
+        VlmRun(section(data, tiny_model, init=tmp_path / "none"), tmp_path / "c", device="cpu")
+
+
+def test_a_few_megabytes_stand_for_the_whole(
+    tiny_model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openhelix.system2.vlm_train.build", lambda **_: Path(tiny_model))
+    monkeypatch.setattr("openhelix.system2.model.build", lambda **_: Path(tiny_model))
+    config = section(data, "laptop", tune={"steps": 3}, see={"steps": 0}, align={"steps": 0})
+    run = VlmRun(config, tmp_path / "run", device="cpu")
+    assert run.run()
+    whole = run.export()
+    small = tmp_path / "small"
+    small.mkdir()
+    for name in ("vision.safetensors", "language.safetensors"):
+        (small / name).write_bytes((tmp_path / "run" / name).read_bytes())
+    served = open_checkpoint(str(small))
+    again = LlavaForConditionalGeneration.from_pretrained(served.path).model.language_model
+    trained = LlavaForConditionalGeneration.from_pretrained(whole).model.language_model
+    before = LlavaForConditionalGeneration.from_pretrained(tiny_model).model.language_model
+    moved = 0.0
+    for (name, mine), theirs, old in zip(
+        again.named_parameters(), trained.parameters(), before.parameters(), strict=True
+    ):
+        assert torch.allclose(mine.float(), theirs.float(), atol=2e-3), name
+        moved = max(moved, float((mine - old).detach().float().abs().max()))
+    assert moved > 4e-3
+    (small / "vision.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        open_checkpoint(str(small))
+
+
+def test_batches_made_ahead_are_the_same(tiny_model: str, data: Path, tmp_path: Path) -> None:
+    losses = []
+    for workers in (0, 3):
+        config = section(data, tiny_model, workers=workers, tune={"steps": 3})
+        run = VlmRun(config, tmp_path / str(workers), device="cpu")
+        run.run()
+        rows = (tmp_path / str(workers) / "log.jsonl").read_text().splitlines()
+        losses.append([row["loss"] for row in map(json.loads, rows) if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_the_clock_ends_the_stages(tiny_model: str, data: Path, tmp_path: Path) -> None:
+    from openhelix.benchmarks.training.gpu_vlm import main
+
+    words = f"--data {data} --out {tmp_path} --minutes 0.05 --model {tiny_model} --device cpu "
+    words += "--batch 4 --questions 2 --see-batch 8 --workers 2 --every 1 --bf16 off"
+    assert main(words.split()) == 0
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows} == {"see", "align", "tune"}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["samples"] > 0 and report["held-out"]["image"]["all"]["asked"] == 32
+    assert (tmp_path / "language.safetensors").is_file()
