@@ -48,7 +48,7 @@ def find_or_make_pictures(section: VlmSection) -> Path:
             f"vlm.data: {folder} has no pictures with questions; name another folder, or one that "
             "does not exist, and it is made"
         )
-    from openhelix.benchmarks.calvin import collect_talk as talk
+    from openhelix.benchmarks.training import collect_talk as talk
 
     log.info("vlm.data: making %d pictures in %s", section.pictures, folder)
     talk.make(folder / talk.HELD_OUT, talk.PLANS[talk.HELD_OUT], min(HELD_OUT, section.pictures))
