@@ -12,8 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from openhelix.system2.engines.base import pick_dtype
-from openhelix.system2.model import Checkpoint, load_tokenizer, open_checkpoint
+from openhelix.system2.model import Checkpoint, load_tokenizer, open_checkpoint, pick_dtype
 from openhelix.system2.prompt import BadInstruction, Prompt, as_batch, clean_instruction
 
 MAX_WORDS = 96  # tokens of an answer

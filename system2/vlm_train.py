@@ -32,7 +32,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openhelix.system2.model import (
+    LANGUAGE,
     MANIFEST,
+    VISION,
     Checkpoint,
     VisionShape,
     build,
@@ -57,7 +59,6 @@ from openhelix.system2.vlm import (
 )
 from openhelix.system2.vlm_config import Tower, Tune, VlmSection, VlmStage
 from openhelix.system2.vlm_data import Question, Record, TalkError, read
-from openhelix.system2.vlm_ship import LANGUAGE, VISION
 
 log = logging.getLogger(__name__)
 StageName = Literal["see", "align", "tune"]

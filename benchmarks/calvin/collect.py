@@ -39,8 +39,7 @@ from openhelix.benchmarks.calvin.frames import (
     keyposes,
 )
 from openhelix.benchmarks.calvin.physics import euler_from_quaternion
-from openhelix.benchmarks.calvin.scene import SCENES, get_scene
-from openhelix.benchmarks.calvin.scene_names import scene_names, written
+from openhelix.benchmarks.calvin.scene import SCENES, get_scene, scene_names, written
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 from openhelix.benchmarks.calvin.units import collect_unit, read_unit, unit_bytes
 from openhelix.runtime.cli.arguments import Options, parse

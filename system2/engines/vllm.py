@@ -20,10 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from openhelix.system2.answering import MAX_WORDS, AnswerPrompts
-from openhelix.system2.engines.base import EncodeError, EngineBase, pick_dtype
+from openhelix.system2.engines.base import EncodeError, EngineBase
 from openhelix.system2.engines.serving import serving_folder
 from openhelix.system2.engines.vllm_plugin import register
 from openhelix.system2.latents import BadLatent, LatentConfig
+from openhelix.system2.model import pick_dtype
 from openhelix.system2.prompt import Prompt, as_batch
 
 

@@ -18,20 +18,24 @@ from openhelix.benchmarks.calvin.collect import CollectConfig
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.evaluate_experts import evaluate_starts
 from openhelix.benchmarks.calvin.frames import MOST_RANDOM_UNITS, first_episode
-from openhelix.benchmarks.calvin.random_scenes import (
+from openhelix.benchmarks.calvin.scene import (
     BULB_RADIUS,
     DOOR_X,
     LED_HALF_X,
     MOST_SCENES,
+    SCENES,
     SWITCH_HALF_X,
+    Scene,
+    SceneError,
     fits,
+    get_scene,
     layout_distance,
     layout_vector,
     nearest_allowed,
     random_scene,
+    scene_names,
+    written,
 )
-from openhelix.benchmarks.calvin.scene import SCENES, Scene, SceneError, get_scene
-from openhelix.benchmarks.calvin.scene_names import scene_names, written
 from openhelix.benchmarks.calvin.sequences import get_layout, get_sequences, initial_state
 from openhelix.benchmarks.calvin.starts import begin, home
 from openhelix.benchmarks.evaluation.suites import Suite, SuiteError
