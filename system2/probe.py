@@ -126,8 +126,8 @@ def probe_episode(
         engine.states(images[i : i + batch], texts[i : i + batch])
         for i in range(0, len(images), batch)
     ]
-    # Several tokens are one meaning here: their mean.
-    states = torch.from_numpy(np.concatenate(parts)).mean(dim=1)
+    # Several tokens are one meaning here: their mean. Of several layers the last is compared.
+    states = torch.from_numpy(np.concatenate(parts)).mean(dim=1)[:, -engine.checkpoint.hidden :]
     similar = space.similarity(states, words)
     sharp = (similar / 0.05).softmax(dim=-1)
     drift = torch.nn.functional.cosine_similarity(states, states[:1], dim=-1)
@@ -216,11 +216,16 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--image", nargs="+", required=True, metavar="FILE", help="several: an episode"
     )
     parser.add_argument("--text", required=True, help="the instruction")
+    parser.epilog = (
+        "openhelix probe --sentences FILE [--scene D] [--image FILE] [--blind] [--json]: name "
+        "every sentence of a list by its task; --sentences FILE --help says more"
+    )
     parser.add_argument(
         "--engine", help="vllm, transformers, or module:Class; default: the config's"
     )
     parser.add_argument("--model", help="laptop, a LLaVA folder, or a hub name")
     parser.add_argument("--words", help="comma-separated words to compare with")
+    parser.add_argument("--blind", action="store_true", help="show System 2 a black picture")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the similarities")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -236,6 +241,8 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str]) -> int:
     """`openhelix probe`: print the words nearest to the latent; 0 when done."""
     options, overrides = _arguments(argv)
+    if options.blind:
+        overrides.append("system2.blind=true")
     part = load(options.config, overrides).system2.engine
     target = ENGINES.get(options.engine or "", options.engine or part.target)
     settings = dict(part.options)

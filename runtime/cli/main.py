@@ -49,7 +49,10 @@ COMMANDS = {
         "openhelix.benchmarks.paper.command:main",
         "the paper's tables and figures, here",
     ),
-    "probe": ("openhelix.system2.probe:main", "what System 2 makes of one image and instruction"),
+    "probe": (
+        "openhelix.benchmarks.evaluation.naming:main",
+        "what System 2 makes of images and sentences",
+    ),
     "keys": ("openhelix.runtime.cli.keys:main", "make the CURVE keys that other hosts need"),
     "doctor": (
         "openhelix.runtime.cli.doctor:main",
