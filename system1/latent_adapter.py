@@ -134,6 +134,20 @@ def start_door(model: Network, latent: Tensor, task: Tensor, penalty: float) -> 
 
 
 @torch.no_grad()
+def task_margin(model: Network, latent: Tensor) -> Tensor | None:
+    """Return by how much (B,) latents (B, n, dim) are nearer to a task than to no task.
+
+    The distance to the table's row for "no task named", less that to the nearest task's row.
+    None for a policy without a table.
+    """
+    if not isinstance(model, VisuomotorPolicy):
+        return None
+    tokens = adapter_tokens(model, latent).mean(1)
+    apart = torch.cdist(tokens.float(), model.encoder.condition.table.weight.float())
+    return apart[:, 0] - apart[:, 1:].amin(1)
+
+
+@torch.no_grad()
 def nearest_task(model: Network, latent: Tensor) -> Tensor | None:
     """Return the task (B,) whose table row the latents (B, n, dim) come nearest to."""
     if not isinstance(model, VisuomotorPolicy):

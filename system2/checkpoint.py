@@ -39,10 +39,12 @@ class LatentHead(nn.Module):
         super().__init__()
         self.config = config
         self.hidden = hidden
+        self.note: dict[str, Any] = {}  # what training says of it, kept in the file
         self.act = nn.Parameter(torch.zeros(config.n_act, hidden))
-        self.neck = nn.Linear(hidden, width) if width else None
-        self.projector = nn.Linear(width or hidden, dim)
-        self.pool = MapPool(hidden) if config.kind == "pool_map" else None
+        read = hidden * config.width
+        self.neck = nn.Linear(read, width) if width else None
+        self.projector = nn.Linear(width or read, dim)
+        self.pool = MapPool(read) if config.kind == "pool_map" else None
 
     @classmethod
     def fresh(
@@ -88,12 +90,12 @@ class LatentHead(nn.Module):
 
     def spec(self, checkpoint: Checkpoint, raw: bool) -> LatentSpec:
         """Return what an engine with this head promises."""
-        dim = self.hidden if raw else self.projector.out_features
+        dim = self.hidden * self.config.width if raw else self.projector.out_features
         return self.config.spec(checkpoint.n_image, dim, self.model_id(checkpoint, raw))
 
     def save(self, path: Path | str, base: str = "", note: dict[str, Any] | None = None) -> None:
         """Write the head as safetensors; `base` is the model it was trained on."""
-        about = {"latent": asdict(self.config), "base": base, "note": note or {}}
+        about = {"latent": asdict(self.config), "base": base, "note": self.note | (note or {})}
         state = {
             k: v.detach().to("cpu", torch.float32).contiguous()
             for k, v in self.state_dict().items()
@@ -124,6 +126,7 @@ class LatentHead(nn.Module):
         width = inner if "neck.weight" in state else 0
         head = cls(LatentConfig(**about["latent"]), hidden, dim, width)
         head.load_state_dict(state)
+        head.note = dict(about.get("note") or {})
         return head
 
 
@@ -167,7 +170,7 @@ def check_fit(head: LatentHead, checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"latent.n_act: {head.config.n_act}, the model has rows for {len(checkpoint.act_ids)}"
         )
-    head.config.layer_of(checkpoint.layers)
+    head.config.layers_of(checkpoint.layers)
 
 
 def with_act(config: LatentConfig | None, **changes: Any) -> LatentConfig | None:

@@ -9,9 +9,11 @@
 | `pool_max` | 1 | HiRT: maximum over image and text |
 | `pool_map` | 1 | HiRT: attention pooling with one learned query |
 | `lang` | text | DexVLA: the instruction alone |
+| `lang_mean` | 1 | the mean over the instruction's own words, without the question around them |
 
 Each can also be had without vision (paper's Table 6): the image is then left out of the
-prompt. Rows that an instruction does not fill are zero, so that the shape is constant.
+prompt; and after middle layers instead of the last (`layer`, or several of them side by side:
+`layers`). Rows that an instruction does not fill are zero, so that the shape is constant.
 """
 
 from __future__ import annotations
@@ -25,7 +27,16 @@ from torch import Tensor, nn
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system2.prompt import Layout
 
-KINDS = ("act_last", "act_mid", "act_lang", "hidden_all", "pool_max", "pool_map", "lang")
+KINDS = (
+    "act_last",
+    "act_mid",
+    "act_lang",
+    "hidden_all",
+    "pool_max",
+    "pool_map",
+    "lang",
+    "lang_mean",
+)
 NEEDS_VISION = ("hidden_all", "pool_max", "pool_map")
 
 
@@ -40,9 +51,11 @@ class LatentConfig:
     Attributes:
         kind: a row of the table above.
         n_act: how many `<ACT>` tokens end the prompt.
-        layer: for `act_mid`, the number of language-model layers run; 0 takes half.
+        layer: the number of language-model layers run; 0 runs all (for `act_mid` half).
         text_rows: rows kept for the instruction by `act_lang`, `hidden_all` and `lang`.
         vision: False leaves the image out of the prompt.
+        layers: ascending; the states after each of them side by side, so that the read-out is
+            as many times as wide. Empty: those after `layer` alone.
     """
 
     kind: str = "act_last"
@@ -50,23 +63,34 @@ class LatentConfig:
     layer: int = 0
     text_rows: int = 32
     vision: bool = True
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))  # a file's list
         if self.kind not in KINDS:
             raise BadLatent(f"latent.kind: {self.kind!r}, want one of {', '.join(KINDS)}")
         if self.n_act < 1:
             raise BadLatent(f"latent.n_act: {self.n_act}, want 1 or more")
         if self.text_rows < 1:
             raise BadLatent(f"latent.text_rows: {self.text_rows}, want 1 or more")
-        if self.layer and self.kind != "act_mid":
-            raise BadLatent(f"latent.layer: only 'act_mid' has a layer, not {self.kind!r}")
+        if self.layer < 0:
+            raise BadLatent(f"latent.layer: {self.layer}, want 0 or a layer's number")
+        if self.layer and self.layers:
+            raise BadLatent("latent.layers: say latent.layer or latent.layers, not both")
+        if list(self.layers) != sorted({n for n in self.layers if n > 0}):
+            raise BadLatent(f"latent.layers: {list(self.layers)}, want ascending numbers above 0")
         if not self.vision and self.kind in NEEDS_VISION:
             raise BadLatent(f"latent.vision: {self.kind!r} reads the image's hidden states")
 
     @property
     def last_token_only(self) -> bool:
         """Whether the sequence's last hidden state is all that is read."""
-        return self.kind == "act_last" and self.n_act == 1
+        return self.kind in ("act_last", "act_mid") and self.n_act == 1
+
+    @property
+    def width(self) -> int:
+        """How many states stand side by side in a row of the read-out."""
+        return max(1, len(self.layers))
 
     def n_tokens(self, n_image: int) -> int:
         """Rows of the latent for a model with `n_image` image tokens."""
@@ -78,27 +102,35 @@ class LatentConfig:
             "pool_max": 1,
             "pool_map": 1,
             "lang": self.text_rows,
+            "lang_mean": 1,
         }[self.kind]
 
-    def layer_of(self, n_layers: int) -> int:
-        """Layers run before the read-out; `n_layers` for the final state.
+    def layers_of(self, n_layers: int) -> tuple[int, ...]:
+        """Return after how many layers states are read, ascending; `n_layers` is the final state.
 
         Raises:
             BadLatent: the model has no such layer.
         """
-        if self.kind != "act_mid":
-            return n_layers
+        if self.layers:
+            if self.layers[-1] > n_layers:
+                raise BadLatent(
+                    f"latent.layers: {self.layers[-1]}, this model has layers 1 to {n_layers}"
+                )
+            return self.layers
+        if not self.layer and self.kind != "act_mid":
+            return (n_layers,)
         layer = self.layer or n_layers // 2
         if not 1 <= layer < n_layers:
             raise BadLatent(
                 f"latent.layer: {layer}, this model has middle layers 1 to {n_layers - 1}"
             )
-        return layer
+        return (layer,)
 
     @property
     def name(self) -> str:
         """The `kind` of the `LatentSpec`, with what changes its meaning."""
-        name = self.kind + (f"@{self.layer}" if self.layer else "")
+        after = ",".join(map(str, self.layers or (self.layer,)))
+        name = self.kind + (f"@{after}" if self.layer or self.layers else "")
         return name if self.vision else name + "-novision"
 
     def spec(self, n_image: int, dim: int, model_id: str) -> LatentSpec:
@@ -139,7 +171,7 @@ def read_out(
 
     Args:
         config: which read-out.
-        hidden: (T, d), the states of the wanted layer, T = `layout.length`.
+        hidden: (T, d), the states of the wanted layer or layers, T = `layout.length`.
         layout: where image, text and `<ACT>` lie.
         pool: the learned pooling, for `pool_map`.
 
@@ -150,6 +182,7 @@ def read_out(
     text = hidden[slice(*layout.text)]
     image = hidden[slice(*layout.image)]
     full = torch.ones(act.shape[0], dtype=torch.bool, device=hidden.device)
+    one = torch.ones(1, dtype=torch.bool, device=hidden.device)
     filled = torch.arange(config.text_rows, device=hidden.device) < text.shape[0]
     if config.kind in ("act_last", "act_mid"):
         return act, full
@@ -157,16 +190,18 @@ def read_out(
         return torch.cat([act, _padded(text, config.text_rows)]), torch.cat([full, filled])
     if config.kind == "lang":
         return _padded(text, config.text_rows), filled
+    if config.kind == "lang_mean":
+        return hidden[slice(*layout.words)].mean(dim=0, keepdim=True), one
     if config.kind == "hidden_all":
         some = torch.ones(image.shape[0], dtype=torch.bool, device=hidden.device)
         rows = torch.cat([image, _padded(text, config.text_rows), act])
         return rows, torch.cat([some, filled, full])
     both = torch.cat([image, text])
     if config.kind == "pool_max":
-        return both.amax(dim=0, keepdim=True), full[:1]
+        return both.amax(dim=0, keepdim=True), one
     if pool is None:
         raise BadLatent("latent.kind: 'pool_map' needs its learned pooling in the latent weights")
-    return pool(both), full[:1]
+    return pool(both), one
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

@@ -126,8 +126,8 @@ def probe_episode(
         engine.states(images[i : i + batch], texts[i : i + batch])
         for i in range(0, len(images), batch)
     ]
-    # Several tokens are one meaning here: their mean.
-    states = torch.from_numpy(np.concatenate(parts)).mean(dim=1)
+    # Several tokens are one meaning here: their mean. Of several layers the last is compared.
+    states = torch.from_numpy(np.concatenate(parts)).mean(dim=1)[:, -engine.checkpoint.hidden :]
     similar = space.similarity(states, words)
     sharp = (similar / 0.05).softmax(dim=-1)
     drift = torch.nn.functional.cosine_similarity(states, states[:1], dim=-1)
@@ -213,12 +213,15 @@ class ProbeOptions(Options):
     engine: str | None = option(None, "vllm, transformers, or module:Class (the settings')")
     model: str | None = option(None, "laptop, a LLaVA folder, or a hub name")
     words: Words = option(SPATIAL_WORDS, "words to compare with", "WORD,...")
+    blind: bool = option(False, "show System 2 a black picture")
     plot: Path | None = option(None, "draw the similarities", "PNG")
 
 
 def main(argv: Sequence[str]) -> int:
     """Show what System 2 makes of an image and an instruction."""
     options, overrides = parse("probe", ProbeOptions, argv, __doc__ or "", RunConfig)
+    if options.blind:
+        overrides.append("system2.blind=true")
     part = load(options.config, overrides).system2.engine
     target = ENGINES.get(options.engine or "", options.engine or part.target)
     settings = dict(part.options)

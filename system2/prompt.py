@@ -68,8 +68,9 @@ class Layout:
 
     length: int
     image: tuple[int, int]
-    text: tuple[int, int]  # the instruction alone
+    text: tuple[int, int]  # the instruction, with the question that it is put into
     act: tuple[int, int]
+    words: tuple[int, int] = (0, 0)  # of `text`, the instruction's own words
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,9 @@ class PromptBuilder:
             BadInstruction: see `clean_instruction`; or more than `max_instruction_tokens`.
         """
         clean = clean_instruction(instruction, self.special)
-        prompt = self.assemble(question.format(x=clean), self.act_ids)
+        begin = question.index("{x}")
+        words = (begin, begin + len(clean))
+        prompt = self.assemble(question.format(x=clean), self.act_ids, words)
         n_text = prompt.layout.text[1] - prompt.layout.text[0]
         if n_text > self.max_instruction_tokens:
             raise BadInstruction(
@@ -152,15 +155,22 @@ class PromptBuilder:
             )
         return prompt
 
-    def assemble(self, text: str, end: Sequence[int]) -> Prompt:
-        """Join frame, image, `text` and the closing tokens `end` (usually `<ACT>`)."""
+    def assemble(
+        self, text: str, end: Sequence[int], words: tuple[int, int] | None = None
+    ) -> Prompt:
+        """Join frame, image, `text` and the closing tokens `end` (usually `<ACT>`).
+
+        `words` is the range of characters of `text` that the user said; None takes all.
+        """
         head = [] if self.bos is None else [self.bos]
         head += self.tokenize(self.template.head)[0] if self.template.head else []
         n_image = self.n_image if self.vision else 0
         body = self.template.body if self.vision else ""
         rest, spans = self.tokenize(body + text + self.template.tail)
         first, last = len(body), len(body) + len(text)
-        inside = [i for i, (a, b) in enumerate(spans) if b > first and a < last]
+        inside = _within(spans, first, last)
+        begin, close = words or (0, len(text))
+        said = _within(spans, first + begin, first + close)
         placeholder = [self.image_token_id] if self.vision else []
         ids = [*head, *placeholder, *rest, *end]
         offset = len(head) + n_image
@@ -172,10 +182,16 @@ class PromptBuilder:
                 image=(len(head), offset),
                 text=(offset + inside[0], offset + inside[-1] + 1),
                 act=(length - len(end), length),
+                words=(offset + said[0], offset + said[-1] + 1),
             ),
             image_at=len(head) if self.vision else -1,
             n_image=n_image,
         )
+
+
+def _within(spans: Sequence[tuple[int, int]], first: int, last: int) -> list[int]:
+    """Return which tokens hold characters of the range."""
+    return [i for i, (a, b) in enumerate(spans) if b > first and a < last]
 
 
 def as_pil(image: Any) -> Image.Image:

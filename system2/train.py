@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.depth import stop_after
 from openhelix.system2.latents import NEEDS_VISION, read_out
 from openhelix.system2.model import Checkpoint
 from openhelix.system2.prompt import QUESTIONS, Layout, Prompt
@@ -287,8 +288,10 @@ class System2Learner(nn.Module):
         self.regime = regime
         self.checkpoint = checkpoint
         self.head = head.requires_grad_(True)
-        self.aux = ActionHead(checkpoint.hidden)
+        self.aux = ActionHead(checkpoint.hidden * head.config.width)
         self.model = model.requires_grad_(False)
+        layers = head.config.layers_of(checkpoint.layers)
+        stop_after(model.language_model, layers, checkpoint.layers)
         self.prompts = checkpoint.prompts(head.config.n_act, head.config.vision)
         self._processor: Any = None  # loaded when the first image comes
         if regime == "frozen":
@@ -364,12 +367,8 @@ class System2Learner(nn.Module):
         places = lengths[:, None] - config.n_act + torch.arange(config.n_act, device=lengths.device)
         act = self.head.act.to(embeddings.dtype).expand(len(texts), -1, -1)
         embeddings = embeddings.index_put((rows, places), act)
-        layer = config.layer_of(self.checkpoint.layers)
-        final = layer == self.checkpoint.layers
-        output = self.model.language_model(
-            inputs_embeds=embeddings, use_cache=False, output_hidden_states=not final
-        )
-        states = output.last_hidden_state if final else output.hidden_states[layer]
+        output = self.model.language_model(inputs_embeds=embeddings, use_cache=False)
+        states = output.last_hidden_state
         raw, filled = zip(
             *(
                 read_out(config, states[row, : p.layout.length].float(), p.layout, self.head.pool)
@@ -466,7 +465,7 @@ def encode_states(
     """
     config, each = learner.head.config, len(texts[0])
     flat = [text for row in texts for text in row]
-    if not config.vision or config.kind in NEEDS_VISION or config.kind == "act_mid":
+    if not config.vision or config.kind in NEEDS_VISION:
         pictures: Sequence[Image.Image] | Tensor = images
         if config.vision:
             tokens = images if isinstance(images, Tensor) else learner.image_tokens(images)
@@ -476,6 +475,8 @@ def encode_states(
     prompts = [learner.prompts(text) for text in flat]
     prefix = image_prefix(learner, images, prompts[::each])
     tail = sentence_tail(learner, prompts)
+    if config.kind == "lang_mean":  # nothing behind the words is read
+        tail = tail[:, : max(shifted(prompt.layout).words[1] for prompt in prompts)]
     repeated = prefix.rows(torch.arange(len(texts)).repeat_interleave(each))
     states = states_after(learner.model.language_model, repeated, tail).float()
     raw, marks = [], []
@@ -524,4 +525,5 @@ def shifted(layout: Layout) -> Layout:
         image=(0, 0),
         text=(layout.text[0] - by, layout.text[1] - by),
         act=(layout.act[0] - by, layout.act[1] - by),
+        words=(layout.words[0] - by, layout.words[1] - by),
     )

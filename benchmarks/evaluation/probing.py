@@ -1,19 +1,27 @@
-"""`openhelix probe`: what System 2 makes of a picture, an instruction, a question."""
+"""`openhelix probe`: what System 2 makes of a picture and an instruction.
+
+With `--ask QUESTION` it answers in words (`asking`), with `--sentences FILE` it names every
+sentence of a list by its task (`naming`), otherwise it says which words its latent comes nearest
+to (`openhelix.system2.probe`). Each has its own `--help`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from openhelix.benchmarks.evaluation import asking
+from openhelix.benchmarks.evaluation import asking, naming
 from openhelix.system2 import probe
 
 
 def main(argv: Sequence[str]) -> int:
-    """What System 2 makes of an image and an instruction; `--ask` for answers in words.
+    """What System 2 makes of an image and an instruction; also --ask QUESTION, --sentences FILE.
 
     Raises:
-        ConfigError: bad input, in one line.
+        ValueError: bad input, in one line.
     """
-    if any(word.partition("=")[0] == "--ask" for word in argv):
+    given = {word.partition("=")[0] for word in argv}
+    if "--ask" in given:
         return asking.main(argv)
+    if "--sentences" in given:
+        return naming.main(argv)
     return probe.main(argv)

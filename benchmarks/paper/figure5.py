@@ -239,12 +239,15 @@ def probe(
 
 
 def states(engine: EngineBase, images: Sequence[U8], text: str) -> F32:
-    """Return the states at `<ACT>` (N, hidden); several tokens are one meaning: their mean."""
+    """Return the read-outs (N, hidden); several tokens are one meaning: their mean.
+
+    Of several layers the last is taken, as `openhelix probe` does.
+    """
     parts = [
         engine.states(images[i : i + BATCH], [text] * len(images[i : i + BATCH]))
         for i in range(0, len(images), BATCH)
     ]
-    return np.concatenate(parts).mean(axis=1)
+    return np.concatenate(parts).mean(axis=1)[:, -engine.checkpoint.hidden :]
 
 
 def nearest_words(space: WordSpace, state: F32, count: int = 10) -> list[dict[str, Any]]:

@@ -100,7 +100,7 @@ class LatentSection(_Section):
 
     Attributes:
         model: "laptop", a LLaVA's folder, or a hub name.
-        kind, n_act, layer, text_rows, vision: the read-out; see `openhelix.system2.latents`.
+        kind, n_act, layer, layers, text_rows, vision: the read-out; see `openhelix.system2.latents`.
         regime: what of the language model learns.
         lora_rank: of regime "lora".
         projector_width: of the projector's hidden layer; 0 for a single linear layer.
@@ -115,6 +115,13 @@ class LatentSection(_Section):
         frames: most frames with a cached prefix; each serves the frames up to `lag_steps` after.
         stride: every so many-th frame of an episode has cached states.
         phrasings: sentences a frame has states for.
+        wordings: sentences a task from the grammar of `openhelix.benchmarks.calvin.wordings`, beside
+            those that the data was labelled with; held-out frames are then told sentences of
+            the development list.
+        refuse: sentences that name no task ("sing", "do not open the drawer"), which the
+            projector's start sends to the table's row for "no task named"; 0 for none.
+        like: the `latent.safetensors` that the policy was trained with: the projector's start
+            then says of each task what that one says, in place of the policy's table.
         max_gb: refuse to write more than this; feed "live" keeps no more in memory.
         encode_batch: frames encoded together.
         dtype: of the language model, as in `openhelix.system2.engines.base`.
@@ -124,6 +131,7 @@ class LatentSection(_Section):
     kind: str = "act_last"
     n_act: Count = 1
     layer: Whole = 0
+    layers: tuple[Count, ...] = ()
     text_rows: Count = 32
     vision: bool = True
     regime: Literal["frozen", "prompt_tuning", "lora", "full"] = "prompt_tuning"
@@ -137,6 +145,9 @@ class LatentSection(_Section):
     frames: Count = 3000
     stride: Count = 2
     phrasings: Count = 2
+    wordings: Whole = 0
+    refuse: Whole = 0
+    like: Path | None = None
     max_gb: Positive = 12.0
     encode_batch: Count = 8
     dtype: str = "auto"
@@ -153,7 +164,9 @@ class LatentSection(_Section):
             ConfigError: there is no such read-out.
         """
         try:
-            return LatentConfig(self.kind, self.n_act, self.layer, self.text_rows, self.vision)
+            return LatentConfig(
+                self.kind, self.n_act, self.layer, self.text_rows, self.vision, self.layers
+            )
         except BadLatent as error:
             raise ConfigError(str(error)) from None
 

@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from openhelix.benchmarks.calvin.phrases import PhraseError, development
+from openhelix.benchmarks.calvin.tasks import TASKS
+from openhelix.benchmarks.calvin.wordings import wordings as drawn_wordings
 from openhelix.benchmarks.training.config import REGIMES, LatentSection
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.data import Cache
@@ -111,7 +114,9 @@ def at_most(cache: Cache, count: int) -> Tensor:
 #
 # Its pictures are those that `openhelix collect frames.system2_px=200` draws beside the cache,
 # at the size that the camera delivers; without them the policy's own smaller pictures of the
-# same camera are taken. Its sentences are all that the cache uses for the frame's task.
+# same camera are taken. Its sentences are all that the cache uses for the frame's task, and with
+# `latent.wordings` as many more from the grammar; frames that are held out are then told
+# sentences of the development list, whose words neither of the two has.
 
 log = logging.getLogger(__name__)
 DRAWN = "system2"
@@ -168,16 +173,59 @@ class Pictures:
 
 
 class Sentences:
-    """Which of the cache's instructions belong to which task, and a frame's choice of them."""
+    """Which instructions belong to which task, and a frame's choice of them.
 
-    def __init__(self, cache: Cache, seed: int) -> None:
-        self.texts: list[str] = cache.meta["instructions"]
+    Args:
+        cache: the frames.
+        seed: of the choice.
+        wordings: sentences a task from the grammar, beside the cache's own.
+        held: (N,) frames that are told sentences of the development list where there are
+            `wordings`.
+    """
+
+    def __init__(
+        self, cache: Cache, seed: int, wordings: int = 0, held: Tensor | None = None
+    ) -> None:
+        self.texts: list[str] = list(cache.meta["instructions"])
         self._seed = seed
+        self._held = torch.zeros(len(cache), dtype=torch.bool)
         self._task = cache.task
         said = cache.gather("instruction", torch.arange(len(cache))).long()
         pairs = torch.stack((cache.task, said), 1).unique(dim=0)
         tasks = range(len(cache.meta["tasks"]))
         self._of = {t: pairs[pairs[:, 0] == t, 1].numpy() for t in tasks}
+        self._of_held = self._of
+        if wordings:
+            names = cache.meta["tasks"]
+            unknown = [name for name in names if name not in TASKS]
+            if unknown:
+                raise ConfigError(f"latent.wordings: the grammar has no task {unknown[0]!r}")
+            try:
+                extra = drawn_wordings(wordings, seed)
+            except PhraseError as error:
+                raise ConfigError(f"latent.wordings: {error}") from None
+            self._of = {
+                t: np.concatenate([self._of[t], self._added(extra[names[t]])]) for t in tasks
+            }
+            if held is not None:
+                self._held[held] = True
+                kept = development()
+                self._of_held = {t: self._added(kept[names[t]]) for t in tasks}
+
+    def _added(self, sentences: Sequence[str]) -> np.ndarray:
+        first = len(self.texts)
+        self.texts += sentences
+        return np.arange(first, len(self.texts))
+
+    @property
+    def digest(self) -> str:
+        """Twelve digits that change with any sentence."""
+        return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()[:12]
+
+    def _choices(self, frame: int) -> np.ndarray:
+        """Return the instructions that a frame may be told."""
+        of = self._of_held if self._held[frame] else self._of
+        return of[int(self._task[frame])]
 
     def of_frames(self, frames: Tensor, each: int) -> Tensor:
         """Return instructions (B, each) for frames (B,): different ones while there are enough.
@@ -186,7 +234,7 @@ class Sentences:
         """
         out = np.empty((len(frames), each), np.int64)
         for row, frame in enumerate(frames.tolist()):
-            have = self._of[int(self._task[frame])]
+            have = self._choices(frame)
             rng = np.random.default_rng([self._seed, frame])
             order = rng.permutation(have)
             out[row] = np.resize(order, each)
@@ -196,7 +244,7 @@ class Sentences:
         """Return one instruction (B,) a frame, drawn anew."""
         shares = torch.rand(len(frames), generator=generator)
         picked = [
-            self._of[int(self._task[frame])][int(share * len(self._of[int(self._task[frame])]))]
+            self._choices(frame)[int(share * len(self._choices(frame)))]
             for frame, share in zip(frames.tolist(), shares.tolist(), strict=True)
         ]
         return torch.tensor(picked)
@@ -383,9 +431,15 @@ class Source:
     sentences: Sentences
 
     @staticmethod
-    def open(cache: Cache, seed: int, vision: bool = True) -> Source:
-        """Open it; see `Pictures` for the errors."""
-        return Source(cache, Pictures(cache, vision), Sentences(cache, seed))
+    def open(
+        cache: Cache,
+        seed: int,
+        vision: bool = True,
+        wordings: int = 0,
+        held: Tensor | None = None,
+    ) -> Source:
+        """Open it; see `Pictures` and `Sentences` for the arguments and errors."""
+        return Source(cache, Pictures(cache, vision), Sentences(cache, seed, wordings, held))
 
 
 class LiveFeed:
@@ -535,9 +589,12 @@ def states_store(
     identity = about(learner, source, section) | {
         "kind": "states",
         "read_out": asdict(config),
-        "act": digest({"act": learner.head.act}),
     }
-    layout = StoreLayout(frames, said, rows * (2 * checkpoint.hidden + 1), STATES_PART)
+    if config.kind.startswith(("act", "hidden")):  # the others stand before <ACT>
+        identity["act"] = digest({"act": learner.head.act})
+    layout = StoreLayout(
+        frames, said, rows * (2 * checkpoint.hidden * config.width + 1), STATES_PART
+    )
     return Store(root, "states", identity, layout)
 
 
@@ -550,7 +607,7 @@ def about(learner: System2Learner, source: Source, section: LatentSection) -> di
         "dtype": str(learner.model.dtype),
         "pictures": source.pictures.source,
         "cache": [str(source.cache.meta["notes"]), source.cache.meta["shards"]],
-    }
+    } | ({"sentences": source.sentences.digest} if section.wordings else {})
 
 
 def encode_prefix(

@@ -184,7 +184,9 @@ class JointRun:
         self.learner = open_learner(config, stage, self.before)
         spec = self.learner.head.spec(self.learner.checkpoint, raw=False)
         policy = adapt_to_latent(policy, spec, config.seed)
-        self.source = Source.open(self.cache, config.seed, config.latent.vision)
+        latent = config.latent
+        _, held = self.cache.split(config.validation, config.seed)
+        self.source = Source.open(self.cache, config.seed, latent.vision, latent.wordings, held)
         if begin:
             self._settings(write=True)
         feed = self._feed()
@@ -263,7 +265,7 @@ class JointRun:
         return store
 
     def _start(self) -> None:
-        found = start_from_table(self.joint)
+        found = start_from_table(self.joint, self.source)
         self.joint.ema.values = {
             n: p.detach().clone() for n, p in self.pair.named_parameters() if p.requires_grad
         }
@@ -333,7 +335,7 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
     section, regime = config.latent, regime_of(config.latent, stage)
     read_out = section.read_out()
     checkpoint = open_checkpoint(section.model, section.n_act)
-    read_out.layer_of(checkpoint.layers)
+    read_out.layers_of(checkpoint.layers)
     dtype = torch.float32 if regime in ("lora", "full") else pick_dtype(section.dtype)
     whole = LlavaForConditionalGeneration.from_pretrained(checkpoint.path, dtype=dtype)
     model = whole.model.eval()

@@ -11,10 +11,10 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from openhelix.runtime.core.limits import SafetyLimits
 
@@ -79,6 +79,17 @@ class System2Config(_Section):
     camera: str = "static"
     connect: str | None = None  # a System 2 that `openhelix serve` runs; None starts one
     placement: Placement = Placement(cpus=0.5, threads=1, nice=10)
+    blind: bool = False  # System 2 is shown black pictures: what it does without seeing
+
+    @model_validator(mode="after")
+    def _tell_the_engine(self) -> Self:
+        if self.blind and self.connect is not None:
+            raise ValueError("blind: belongs where System 2 runs, not beside system2.connect")
+        if self.blind and not self.engine.options.get("blind"):
+            options = {**self.engine.options, "blind": True}
+            seen = self.engine.model_copy(update={"options": options})
+            object.__setattr__(self, "engine", seen)
+        return self
 
 
 class System1Config(_Section):

@@ -40,8 +40,8 @@ class EngineBase:
 
     Args:
         model: "laptop", a LLaVA folder, or a hub name.
-        kind, n_act, layer, text_rows, vision: the read-out, see `latents.LatentConfig`; what
-            is None comes from `latent_projector`, or is the default.
+        kind, n_act, layer, text_rows, vision, layers: the read-out, see `latents.LatentConfig`;
+            what is None comes from `latent_projector`, or is the default.
         latent_projector: file with `<ACT>` and projector; None takes the shipped one for the
             laptop model when there is one, else untrained weights.
         raw: return the hidden states without the projector.
@@ -49,6 +49,7 @@ class EngineBase:
         threads: CPU threads; 0 leaves torch's own number.
         max_instruction_tokens: longer instructions are refused.
         seed: of untrained weights.
+        blind: show the model black pictures instead of those that are given.
         untrained: says that random `<ACT>` and projector are wanted where none are given; a run
             refuses them otherwise (`openhelix.runtime.control.assembly.make`).
 
@@ -72,9 +73,17 @@ class EngineBase:
         max_instruction_tokens: int = 96,
         seed: int = 0,
         untrained: bool = False,
+        layers: Sequence[int] | None = None,
+        blind: bool = False,
     ) -> None:
         config = with_act(
-            None, kind=kind, n_act=n_act, layer=layer, text_rows=text_rows, vision=vision
+            None,
+            kind=kind,
+            n_act=n_act,
+            layer=layer,
+            text_rows=text_rows,
+            vision=vision,
+            layers=None if layers is None else tuple(layers),
         )
         if latent_projector is None and model == "laptop" and config is None:
             shipped = SHIPPED / "latent.safetensors"
@@ -83,14 +92,15 @@ class EngineBase:
             latent_projector = LatentHead.load(latent_projector)
         self.untrained = latent_projector is None and not raw
         self._dtype = pick_dtype(dtype)
-        self._raw = raw
+        self._raw, self._blind = raw, blind
         wanted = latent_projector.config if latent_projector is not None else config
         self.checkpoint = open_checkpoint(model, wanted.n_act if wanted is not None else 1)
         if threads:
             torch.set_num_threads(threads)
         self._lock = threading.Lock()
         self._closed = False
-        self._check_support(wanted.kind if wanted is not None else "act_last")
+        if wanted is not None:
+            wanted.layers_of(self.checkpoint.layers)  # before a model is loaded for nothing
         self._load(wanted, max_instruction_tokens)
         self._max_instruction_tokens = max_instruction_tokens
         # Without the padding that an engine may add, so that every engine starts alike.
@@ -99,9 +109,6 @@ class EngineBase:
         self._adopt(head)
 
     # What a subclass supplies.
-
-    def _check_support(self, kind: str) -> None:
-        """Raise `BadLatent` if this engine cannot give that read-out."""
 
     def _load(self, config: Any, max_instruction_tokens: int) -> None:
         raise TypeError("an engine says how its model is loaded")
@@ -177,6 +184,8 @@ class EngineBase:
         if self._closed:
             raise EncodeError("the engine is closed")
         checked, texts = as_batch(images, instructions)
+        if self._blind:
+            checked = [Image.new("RGB", image.size) for image in checked]
         with self._lock, torch.inference_mode():
             prompts = []
             for index, text in enumerate(texts):

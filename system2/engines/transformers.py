@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from openhelix.system2.depth import stop_after
 from openhelix.system2.engines.base import EngineBase
+from openhelix.system2.latents import LatentConfig
 from openhelix.system2.prompt import Prompt
 
 
@@ -38,7 +40,10 @@ class TransformersEngine(EngineBase):
             self.checkpoint.path, dtype=self._dtype
         )
         # The vocabulary's output layer is never read: the latent is a hidden state.
-        self._model = model.model.to(self._device).eval().requires_grad_(False)
+        self._model = model.model.eval().requires_grad_(False)
+        layers = (config or LatentConfig()).layers_of(self.checkpoint.layers)
+        stop_after(self._model.language_model, layers, self.checkpoint.layers)
+        self._model.to(self._device)
         self._image_processor = AutoProcessor.from_pretrained(self.checkpoint.path).image_processor
 
     def _table(self) -> Tensor:
@@ -62,12 +67,8 @@ class TransformersEngine(EngineBase):
             features = self.image_features(images)
             start, stop = prompts[0].layout.image
             embeddings[:, start:stop] = features
-        layer = config.layer_of(self.checkpoint.layers)
-        final = layer == self.checkpoint.layers
-        output = self._model.language_model(
-            inputs_embeds=embeddings, use_cache=False, output_hidden_states=not final
-        )
-        states = output.last_hidden_state if final else output.hidden_states[layer]
+        output = self._model.language_model(inputs_embeds=embeddings, use_cache=False)
+        states = output.last_hidden_state
         return [states[row, : prompt.layout.length] for row, prompt in enumerate(prompts)]
 
     def image_features(self, images: list[Image.Image]) -> Tensor:

@@ -2,8 +2,8 @@
 
 vLLM runs in this process (no engine-core process beside it): System 2 has an actor of its
 own already, and `<ACT>` can then be swapped in place. Requests of several robots go in one
-call and vLLM batches them. Middle layers cannot be had here: vLLM returns the state after
-the final norm only.
+call and vLLM batches them. For a read-out after middle layers the model inside vLLM is made to
+stop there (`openhelix.system2.depth`); it is then run as it is, without compilation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from openhelix.system2.answering import MAX_WORDS, AnswerPrompts
+from openhelix.system2.depth import stop_vllm_after
 from openhelix.system2.engines.base import EncodeError, EngineBase
 from openhelix.system2.engines.serving import serving_folder
 from openhelix.system2.engines.vllm_plugin import register
-from openhelix.system2.latents import BadLatent, LatentConfig
+from openhelix.system2.latents import LatentConfig
 from openhelix.system2.model import pick_dtype
 from openhelix.system2.prompt import Prompt, as_batch
 
@@ -34,7 +36,8 @@ class VllmEngine(EngineBase):
     Args:
         max_batch: most requests computed together.
         kv_cache_mb: memory for keys and values, MiB; 0 takes what `max_batch` needs.
-        eager: False lets vLLM compile and capture CUDA graphs (slower start, faster calls).
+        eager: False lets vLLM compile and capture CUDA graphs (slower start, faster calls);
+            not for a read-out after middle layers.
     """
 
     def __init__(
@@ -48,13 +51,6 @@ class VllmEngine(EngineBase):
     ) -> None:
         self._max_batch, self._kv_cache_mb, self._eager = max_batch, kv_cache_mb, eager
         super().__init__(model, **options)
-
-    def _check_support(self, kind: str) -> None:
-        if kind == "act_mid":
-            raise BadLatent(
-                "latent.kind: vLLM returns the last layer only; "
-                "'act_mid' is served by openhelix.system2.engines.transformers:TransformersEngine"
-            )
 
     def _load(self, config: LatentConfig | None, max_instruction_tokens: int) -> None:
         config = config or LatentConfig()
@@ -77,6 +73,8 @@ class VllmEngine(EngineBase):
             config.n_act, config.vision, max_instruction_tokens
         ).max_length
         budget = max(length * self._max_batch, 2048)
+        layers = config.layers_of(self.checkpoint.layers)
+        middle = layers != (self.checkpoint.layers,)
         self._llm = LLM(
             model=serving_folder(self.checkpoint),
             runner="pooling",
@@ -97,10 +95,12 @@ class VllmEngine(EngineBase):
             mm_processor_cache_gb=0,
             kv_cache_memory_bytes=self._kv_bytes(length),
             distributed_executor_backend="uni",
-            enforce_eager=self._eager,
+            enforce_eager=self._eager or middle,
             disable_log_stats=False,  # they are served with our own; see openhelix.runtime.observe.metrics.Library
             seed=0,
         )
+        if middle:
+            self._llm.apply_model(partial(_stop, layers=layers, n_layers=self.checkpoint.layers))
 
     def _kv_bytes(self, length: int) -> int:
         if self._kv_cache_mb:
@@ -180,6 +180,10 @@ def _accept_new_tower_names() -> None:
 
 def _embedding(model: Any) -> Any:
     return model.language_model.model.embed_tokens
+
+
+def _stop(model: Any, layers: Sequence[int], n_layers: int) -> None:
+    stop_vllm_after(model.language_model.model, layers, n_layers)
 
 
 class VllmAnswerer:

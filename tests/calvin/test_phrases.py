@@ -169,7 +169,6 @@ def test_a_users_file(tmp_path: Path) -> None:
         ({"open_drawer": ["open", ""]}, "no sentence"),
         ({"open_drawer": ["open", 3]}, "3 is no sentence"),
         ({"open_drawer": ["x" * 400]}, "no sentence"),
-        ({"open_drawer": ["Open it!", "open it"]}, "occurs twice"),
     ],
 )
 def test_a_bad_file_is_one_clear_error(tmp_path: Path, content: Any, what: str) -> None:
@@ -177,6 +176,43 @@ def test_a_bad_file_is_one_clear_error(tmp_path: Path, content: Any, what: str) 
     path.write_text(json.dumps(content))
     with pytest.raises(PhraseError, match=rf"mine\.json: .*{what}"):
         phrases.load(path)
+
+
+def test_of_a_sentence_that_occurs_again_one_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "again.json"
+    path.write_text(json.dumps({"open_drawer": ["Open it!", "open it", "OPEN  it.", "pull"]}))
+    assert phrases.load(path) == {"open_drawer": ("Open it!", "pull")}
+    said = capsys.readouterr().err
+    assert said.startswith("again.json: 2 sentences occur again")
+    assert said.count("\n") == 1
+    with pytest.raises(PhraseError, match="open_drawer: 'open it' occurs twice"):
+        phrases.checked({"open_drawer": ["Open it!", "open it"]}, "ours")
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("打开抽屉", "拉开抽屉"),
+        ("открой ящик", "закрой ящик"),
+        ("दराज खोलो", "दराज खोले"),  # they differ in a vowel sign alone
+        ("öffne die Schublade", "offne die Schublade"),
+    ],
+)
+def test_every_script_counts(pair: tuple[str, str]) -> None:
+    one, other = (phrases.normalised(sentence) for sentence in pair)
+    assert one != other
+    assert phrases.normalised(f" {pair[0].upper()}!  ") == one
+    content = {"open_drawer": list(pair)}
+    assert phrases.checked(content, "x") == {"open_drawer": pair}
+
+
+def test_the_development_list_is_apart_from_all_others() -> None:
+    kept = {phrases.normalised(s) for ss in phrases.development().values() for s in ss}
+    assert len(kept) == 340
+    others = (phrases.validation(), phrases.training(), phrases.calvin_e())
+    assert not kept & {phrases.normalised(s) for each in others for ss in each.values() for s in ss}
 
 
 def test_no_file_no_json_no_split(tmp_path: Path) -> None:

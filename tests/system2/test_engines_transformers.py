@@ -121,3 +121,41 @@ def test_raw_gives_the_hidden_state_and_another_identity(tiny_model: str, engine
 def test_a_dtype_that_does_not_exist(tiny_model: str) -> None:
     with pytest.raises(ValueError, match="dtype: 'int3'"):
         TransformersEngine(tiny_model, dtype="int3")
+
+
+def test_blind_is_a_black_picture(tiny_model: str, images) -> None:
+    sighted = TransformersEngine(tiny_model, dtype="float32", device="cpu")
+    blind = TransformersEngine(tiny_model, dtype="float32", device="cpu", blind=True)
+    seen = sighted.encode(images[:1], TEXTS[:1])
+    unseen = blind.encode(images[:1], TEXTS[:1])
+    assert np.array_equal(unseen, sighted.encode([np.zeros_like(images[0])], TEXTS[:1]))
+    assert np.abs(seen - unseen).max() > 1e-4
+    assert blind.spec == sighted.spec
+
+
+def test_a_middle_state_is_the_models_own(tiny_model: str, images) -> None:
+    """Stopping after a layer gives what the whole model has there."""
+    from transformers import LlavaForConditionalGeneration
+
+    engine = TransformersEngine(
+        tiny_model, kind="lang_mean", layers=[1, 3], dtype="float32", device="cpu"
+    )
+    prompt = engine._prompts(TEXTS[0])
+    whole = LlavaForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32).model
+    ids = torch.tensor([prompt.expanded(engine.checkpoint.image_token_id)])
+    embeddings = whole.get_input_embeddings()(ids)
+    start, stop = prompt.layout.image
+    with torch.no_grad():
+        embeddings[:, start:stop] = engine.image_features([Image.fromarray(images[0])])
+        states = whole.language_model(
+            inputs_embeds=embeddings, output_hidden_states=True
+        ).hidden_states
+    words = slice(*prompt.layout.words)
+    wanted = torch.cat([states[1][0, words], states[3][0, words]], -1).mean(0)
+    found = torch.from_numpy(engine.states(images[:1], TEXTS[:1]))[0, 0]
+    assert torch.allclose(found, wanted, atol=1e-5)
+    text = engine.checkpoint.prompts(1).tokenize
+    said = [
+        prompt.expanded(engine.checkpoint.image_token_id)[i] for i in range(*prompt.layout.words)
+    ]
+    assert said == text(" " + TEXTS[0])[0]

@@ -114,13 +114,46 @@ def test_swap_changes_the_latent_on_both(vllm, plain, images, width: int, tmp_pa
     assert np.abs(vllm.encode(images, TEXTS) - old).max() < 1e-5
 
 
-def test_what_vllm_cannot_give_is_said(tiny_model: str) -> None:
-    with pytest.raises(BadLatent, match="transformers:TransformersEngine"):
-        VllmEngine(tiny_model, kind="act_mid")
+def test_a_layer_that_the_model_lacks_is_refused_before_it_is_loaded(tiny_model: str) -> None:
+    with pytest.raises(BadLatent, match="layers 1 to 4"):
+        VllmEngine(tiny_model, kind="lang_mean", layers=[1, 5])
+
+
+def test_middle_layers_equal_transformers(tiny_model: str, images) -> None:
+    options = {"kind": "lang_mean", "layers": [1, 3], "dtype": "float32"}
+    a = TransformersEngine(tiny_model, device="cpu", **options)
+    b = VllmEngine(tiny_model, **options)
+    assert a.spec == b.spec
+    x, y = a.states(images, TEXTS), b.states(images, TEXTS)
+    assert x.shape == (3, 1, 128)
+    assert np.abs(x - y).max() < 1e-5
+    together = b.encode(images, TEXTS)
+    alone = np.concatenate([b.encode([i], [t]) for i, t in zip(images, TEXTS, strict=True)])
+    assert np.abs(together - alone).max() < 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["act_lang", "hidden_all", "pool_max", "pool_map", "lang"])
+@pytest.mark.parametrize(
+    "read_out",
+    [
+        {"kind": "act_mid"},
+        {"kind": "act_mid", "layers": [2, 4]},
+        {"kind": "act_last", "layer": 1},
+        {"kind": "act_lang", "layers": [1, 2, 3]},
+        {"kind": "pool_map", "layer": 2},
+        {"kind": "lang_mean"},
+    ],
+)
+def test_every_layer_equals_transformers(read_out, tiny_model: str, images) -> None:
+    a = TransformersEngine(tiny_model, dtype="float32", device="cpu", **read_out)
+    b = VllmEngine(tiny_model, dtype="float32", **read_out)
+    assert np.abs(a.encode(images, TEXTS) - b.encode(images, TEXTS)).max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["act_lang", "hidden_all", "pool_max", "pool_map", "lang", "lang_mean"]
+)
 def test_every_token_kind_equals_transformers(kind: str, tiny_model: str, images) -> None:
     options = {"kind": kind, "n_act": 2, "dtype": "float32"}
     a = TransformersEngine(tiny_model, device="cpu", **options).encode(images, TEXTS)

@@ -17,7 +17,7 @@ from openhelix.system2.latents import (
 from openhelix.system2.model import CheckpointError
 from openhelix.system2.prompt import Layout
 
-LAYOUT = Layout(length=20, image=(2, 10), text=(11, 16), act=(18, 20))
+LAYOUT = Layout(length=20, image=(2, 10), text=(11, 16), act=(18, 20), words=(13, 15))
 HIDDEN = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
 
 
@@ -38,6 +38,8 @@ def test_values_come_from_the_right_places() -> None:
     assert filled.tolist() == [True] * 5 + [False]
     pooled, _ = read_out(LatentConfig(kind="pool_max"), HIDDEN, LAYOUT)
     assert torch.equal(pooled[0], torch.cat([HIDDEN[2:10], HIDDEN[11:16]]).amax(0))
+    mean, _ = read_out(LatentConfig(kind="lang_mean"), HIDDEN, LAYOUT)
+    assert torch.equal(mean[0], HIDDEN[13:15].mean(0))
     both, _ = read_out(LatentConfig(kind="act_lang", n_act=2, text_rows=4), HIDDEN, LAYOUT)
     assert torch.equal(both, torch.cat([HIDDEN[18:20], HIDDEN[11:15]]))
 
@@ -55,7 +57,11 @@ def test_an_untrained_map_pool_averages() -> None:
         ({"kind": "cls"}, "kind"),
         ({"n_act": 0}, "n_act"),
         ({"text_rows": 0}, "text_rows"),
-        ({"layer": 3}, "layer"),
+        ({"layer": -1}, "layer"),
+        ({"layer": 3, "layers": (1, 3)}, "layers"),
+        ({"layers": (3, 1)}, "layers"),
+        ({"layers": (0, 1)}, "layers"),
+        ({"layers": (2, 2)}, "layers"),
         *(({"kind": kind, "vision": False}, "vision") for kind in NEEDS_VISION),
     ],
 )
@@ -66,8 +72,13 @@ def test_impossible_read_outs_are_refused(options, field: str) -> None:
 
 def test_a_layer_the_model_lacks_is_refused() -> None:
     with pytest.raises(BadLatent, match="1 to 3"):
-        LatentConfig(kind="act_mid", layer=9).layer_of(4)
-    assert LatentConfig(kind="act_mid").layer_of(4) == 2
+        LatentConfig(kind="act_mid", layer=9).layers_of(4)
+    with pytest.raises(BadLatent, match="1 to 4"):
+        LatentConfig(layers=(1, 5)).layers_of(4)
+    assert LatentConfig(kind="act_mid").layers_of(4) == (2,)
+    assert LatentConfig(kind="lang", layer=3).layers_of(4) == (3,)
+    assert LatentConfig(layers=(1, 4)).layers_of(4) == (1, 4)
+    assert LatentConfig().layers_of(4) == (4,)
 
 
 def test_names_tell_what_changes_the_meaning() -> None:
@@ -76,12 +87,17 @@ def test_names_tell_what_changes_the_meaning() -> None:
         LatentConfig(vision=False).name,
         LatentConfig(kind="act_mid").name,
         LatentConfig(kind="act_mid", layer=7).name,
+        LatentConfig(kind="act_mid", layers=(1, 7)).name,
+        LatentConfig(layer=7).name,
     }
-    assert len(names) == 4
+    assert len(names) == 6
 
 
-def test_head_round_trip(tmp_path) -> None:
-    head = LatentHead.fresh(LatentConfig(kind="pool_map", n_act=3), torch.randn(50, 12), seed=1)
+@pytest.mark.parametrize("layers", [(), (1, 3)])
+def test_head_round_trip(tmp_path, layers: tuple[int, ...]) -> None:
+    config = LatentConfig(kind="pool_map", n_act=3, layers=layers)
+    head = LatentHead.fresh(config, torch.randn(50, 12), seed=1)
+    assert head.projector.in_features == 12 * config.width
     head.save(tmp_path / "h.safetensors", base="x")
     again = LatentHead.load(tmp_path / "h.safetensors")
     assert again.config == head.config

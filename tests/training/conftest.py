@@ -30,6 +30,7 @@ def quick_start() -> Iterator[None]:
     """Two tasks are told apart in few steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("openhelix.benchmarks.training.start.FIT_STEPS", 120)
+        patch.setattr("openhelix.benchmarks.training.start.WHOLE_STEPS", 120)
         yield
 
 

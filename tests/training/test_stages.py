@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from openhelix.benchmarks.training.config import LATENT, NotDone
 from openhelix.benchmarks.training.stages import JointRun, prepare, run_joint, run_policy
+from openhelix.benchmarks.training.start import heard
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.checkpoint import load_policy
-from openhelix.system1.latent_adapter import ADAPTER
+from openhelix.system1.latent_adapter import ADAPTER, adapter_tokens
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system1.train import TrainConfig, Trainer
 from openhelix.system2.checkpoint import LatentHead
@@ -206,6 +207,7 @@ def test_an_untrained_policy_may_be_wanted(frames, llava, tmp_path) -> None:
         ("latent.kind=act_last", "latent.n_act=2"),
         ("latent.vision=false",),
         ("latent.kind=act_mid",),
+        ("latent.kind=lang_mean", "latent.layers=[1,3]"),
         ("latent.kind=act_lang", "latent.text_rows=4"),
         ("latent.kind=lang", "latent.text_rows=4"),
         ("latent.kind=hidden_all", "latent.text_rows=4"),
@@ -236,3 +238,52 @@ def test_the_alignment_loss_pulls_latents_to_the_table(
     run_joint(config, "stage1", 0)
     rows = json.loads((tmp_path / "stage1" / "train.json").read_text())["history"]
     assert rows[-1]["clip"] < rows[0]["clip"]
+
+
+def test_a_start_that_refuses_says_from_which_margin_on(
+    frames, llava, trained_policy, tmp_path
+) -> None:
+    config = settings(
+        frames, llava, tmp_path, f"policy.checkpoint={trained_policy}", "stage1.steps=2",
+        "latent.kind=lang_mean", "latent.refuse=16",
+    )  # fmt: skip
+    run_joint(config, "stage1", 0)
+    first = json.loads((tmp_path / "stage1" / "train.json").read_text())["history"][0]
+    head = LatentHead.load(tmp_path / "stage1" / LATENT)
+    assert head.note["refuse_below"] == first["start_refuse_below"]
+    assert first["start_held_out_refused"] <= 0.2
+    assert 0 <= first["start_held_out_nothing_refused"] <= 1
+    linear = settings(
+        frames, llava, tmp_path / "linear", f"policy.checkpoint={trained_policy}",
+        "latent.refuse=16", "latent.projector_width=0",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"latent\.refuse: needs a hidden layer"):
+        run_joint(linear, "stage1", 0)
+
+
+def test_a_start_like_another_latent_says_what_the_policy_heard_from_that(
+    frames, llava, trained_policy, tmp_path
+) -> None:
+    before = settings(
+        frames, llava, tmp_path / "before", f"policy.checkpoint={trained_policy}", "stage1.steps=2"
+    )
+    run_joint(before, "stage1", 0)
+    latent, out = tmp_path / "before" / "stage1" / LATENT, tmp_path / "after"
+    after = settings(
+        frames, llava, out, f"policy.checkpoint={tmp_path / 'before' / 'stage1'}",
+        "latent.kind=lang_mean", f"latent.like={latent}", "stage1.steps=1", "stage1.lr_head=1e-9",
+    )  # fmt: skip
+    run_joint(after, "stage1", 0)
+    policy = load_policy(out / "stage1")
+    run = JointRun(before, "stage1", begin=False)
+    rows = heard(run.joint, run.source, latent)[1:]
+    table = policy.encoder.condition.table.weight[1:]
+    head = LatentHead.load(out / "stage1" / LATENT)
+    learner = JointRun(after, "stage1", begin=False).learner
+    frames_of = [int(torch.nonzero(run.cache.task == task)[0]) for task in range(2)]
+    said = [run.cache.meta["instructions"][task] for task in range(2)]
+    z = learner(run.source.pictures(torch.tensor(frames_of)), said).z
+    assert torch.allclose(learner.head.projector.weight, head.projector.weight, atol=1e-6)
+    tokens = adapter_tokens(policy, z.detach()).mean(1)
+    assert (tokens - rows).norm(dim=1).mean() < (tokens - table).norm(dim=1).mean()
+    assert (torch.cdist(tokens, rows).argmin(1) == torch.arange(2)).all()

@@ -12,6 +12,7 @@ from openhelix.benchmarks.training.config import LatentSection
 from openhelix.benchmarks.training.feeds import (
     LiveFeed,
     PrefixFeed,
+    Sentences,
     Source,
     StateFeed,
     Store,
@@ -67,7 +68,7 @@ def test_a_prefix_read_back_gives_the_state_itself(llava, source, tmp_path, n_ac
 @pytest.mark.parametrize(
     "config",
     [{}, {"n_act": 2}, {"vision": False}, {"kind": "act_lang"}, {"kind": "hidden_all"},
-     {"kind": "act_mid"}, {"kind": "lang"}],
+     {"kind": "act_mid"}, {"kind": "lang"}, {"kind": "lang_mean", "layers": (1, 3)}],
 )  # fmt: skip
 def test_kept_states_are_those_of_the_model(llava, source, tmp_path, config) -> None:
     made = learner(llava, **config)
@@ -151,6 +152,28 @@ def test_what_does_not_fit_is_refused_before_it_begins(tmp_path) -> None:
 )
 def test_the_feed_that_a_stage_takes(section, stage, device, kind) -> None:
     assert feed_kind(LatentSection(**section), stage, device) == kind
+
+
+def test_many_wordings_and_held_out_words_for_held_out_frames(source, monkeypatch) -> None:
+    from openhelix.benchmarks.calvin.phrases import development
+    from openhelix.benchmarks.calvin.wordings import wordings
+
+    cache = source.cache
+    with pytest.raises(ConfigError, match="the grammar has no task 'open it'"):
+        Sentences(cache, 0, 5)
+    monkeypatch.setitem(cache.meta, "tasks", ["open_drawer", "close_drawer"])
+    held = torch.tensor([0, 3, 4])
+    said = Sentences(cache, 0, 5, held)
+    plain = Sentences(cache, 0)
+    assert said.digest != plain.digest
+    frames = torch.arange(len(cache))
+    for sentences in (said.of_frames(frames, 6), said.drawn(frames, torch.Generator())[:, None]):
+        for frame, row in enumerate(sentences.tolist()):
+            task = cache.meta["tasks"][int(cache.task[frame])]
+            known = set(development()[task])
+            if frame not in held:
+                known = {*wordings(5)[task], plain.texts[int(cache.task[frame])]}
+            assert {said.texts[index] for index in row} <= known
 
 
 def test_sentences_belong_to_their_task(source) -> None:

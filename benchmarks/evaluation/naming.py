@@ -1,0 +1,225 @@
+"""Does System 2 understand sentences? Each is named by the task whose row its latent comes nearest to.
+
+`openhelix probe --sentences FILE.json` takes `{task: [sentence, ...]}` and one picture a task, a
+state of the scene from which the task can be done (or the same picture for all), and reports the
+share of sentences that the policy would take for their own task.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from openhelix.benchmarks.calvin import phrases
+from openhelix.benchmarks.calvin.phrases import Phrases
+from openhelix.benchmarks.calvin.scene import get_scene
+from openhelix.benchmarks.calvin.tasks import TASK_NAMES
+from openhelix.benchmarks.evaluation.eval import load_config
+from openhelix.runtime.cli.arguments import Options, option, parse
+from openhelix.runtime.control.assembly import make
+from openhelix.runtime.core.config import ConfigError, RunConfig
+from openhelix.runtime.core.types import F32, U8
+from openhelix.system2 import probe
+
+BATCH = 8
+STARTS = 50  # draws for a state from which a task can be done
+LISTS = ("training", "validation", "development", "calvin-e", "seen", "unseen")
+
+
+class Encoder(Protocol):
+    """The part of an engine that is used here."""
+
+    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32: ...
+
+
+class NamingOptions(Options):
+    """Options of `probe --sentences`; all else is `RunConfig`."""
+
+    sentences: str = option(
+        ..., "a list of the project's, or {task: [sentence, ...]}", f"FILE|{'|'.join(LISTS)}"
+    )
+    scene: str = option("D", "whose pictures are shown (D)", "SCENE")
+    image: Path | None = option(None, "this picture for every sentence", "FILE")
+    blind: bool = option(False, "show black pictures")
+    seed: int = option(0, "of the states that are shown (0)", "N")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Name every sentence of a list by its task.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
+    options, overrides = parse("probe", NamingOptions, argv, __doc__ or "", RunConfig)
+    if options.blind:
+        overrides.append("system2.blind=true")
+    said = sentences(options.sentences)
+    config = settings(options, overrides)
+    shown = pictures(options, tuple(said))
+    policy = make(config.system1.policy)
+    engine = make(config.system2.engine)
+    try:
+        head = getattr(engine, "head", None)
+        below = None if head is None else head.note.get("refuse_below")
+        report = name_sentences(engine, policy, said, shown, below)
+    finally:
+        engine.close()
+    report |= {
+        "sentences": str(options.sentences),
+        "scene": None if options.image else options.scene,
+        "blind": config.system2.blind,
+        "spec_id": engine.spec.spec_id,
+    }
+    sys.stdout.write(json.dumps(report) + "\n" if options.as_json else page(report))
+    return 0
+
+
+def sentences(name: str) -> Phrases:
+    """Return a list that the project has, or a user's file.
+
+    Raises:
+        PhraseError: no such file, or it cannot be used.
+    """
+    if name in ("training", "validation", "development"):
+        found: Phrases = getattr(phrases, name)()
+        return found
+    if name in LISTS:
+        return phrases.calvin_e("all" if name == "calvin-e" else name)
+    return phrases.load(name)
+
+
+def settings(options: NamingOptions, overrides: Sequence[str]) -> RunConfig:
+    """Return the configuration as an evaluation has it: System 2 on transformers by default."""
+    return load_config(overrides, options.config, scene=get_scene(options.scene).name)
+
+
+def pictures(options: NamingOptions, tasks: Sequence[str]) -> Mapping[str, U8]:
+    """Return the picture (H, W, 3) that goes with each task's sentences.
+
+    Raises:
+        BadImage: the file cannot be read.
+        ConfigError: no state was found from which a task can be done.
+    """
+    if options.image is not None:
+        shown = np.asarray(probe.read_image(options.image))
+        return dict.fromkeys(tasks, shown)
+    from openhelix.benchmarks.calvin.env import PlayTableEnv
+    from openhelix.benchmarks.calvin.starts import StartError, begin
+
+    found: dict[str, U8] = {}
+    with PlayTableEnv(options.scene, cameras=("static",)) as env:
+        for task in tasks:
+            for attempt in range(STARTS):
+                rng = np.random.default_rng([options.seed, TASK_NAMES.index(task), attempt])
+                try:
+                    begin(env, task, rng)
+                except StartError:
+                    continue
+                found[task] = np.array(env.render())
+                break
+            else:
+                raise ConfigError(f"--scene: no start for {task} in {STARTS} draws")
+    return found
+
+
+def name_sentences(
+    engine: Encoder,
+    policy: Any,
+    said: Phrases,
+    shown: Mapping[str, U8],
+    refuse_below: float | None = None,
+) -> dict[str, Any]:
+    """Name every sentence.
+
+    Args:
+        engine: System 2.
+        policy: System 1, with a task table.
+        said: {task: sentences}.
+        shown: {task: picture}.
+        refuse_below: see `named`.
+
+    Returns:
+        `named` (share of sentences named by their own task), `refused` (share that System 2
+        says it does not understand), `n`, `per_task` {task: {`named`, `refused`, `n`}} and
+        `confusions` [{`task`, `as`, `count`, `example`}], the commonest first.
+
+    Raises:
+        ConfigError: the policy has no task table, so that a latent names nothing.
+    """
+    wanted = [(task, text) for task, texts in said.items() for text in texts]
+    guesses: list[str | None] = []
+    for start in range(0, len(wanted), BATCH):
+        part = wanted[start : start + BATCH]
+        latents = engine.encode([shown[task] for task, _ in part], [text for _, text in part])
+        guesses += named(policy, latents, refuse_below)
+    rows = [(task, guess, text) for (task, text), guess in zip(wanted, guesses, strict=True)]
+    wrong = Counter((task, guess) for task, guess, _ in rows if guess not in (task, None))
+    first = {(task, guess): text for task, guess, text in reversed(rows)}
+    return {
+        **_shares(rows),
+        "per_task": {task: _shares([r for r in rows if r[0] == task]) for task in said},
+        "confusions": [
+            {"task": task, "as": guess, "count": count, "example": first[task, guess]}
+            for (task, guess), count in sorted(
+                wrong.items(), key=lambda item: (-item[1], item[0][0], str(item[0][1]))
+            )
+        ],
+    }
+
+
+def named(policy: Any, latents: F32, refuse_below: float | None = None) -> list[str | None]:
+    """Return the task of each latent (B, n, dim); None for one that names none.
+
+    Args:
+        policy: whose table it is.
+        latents: of System 2.
+        refuse_below: a latent names no task where it is nearer to one than to the row for "no
+            task named" by less than this (see `openhelix.system1.latent_adapter.task_margin`); None: it always does.
+
+    Raises:
+        ConfigError: the policy has no task table.
+    """
+    import torch
+
+    from openhelix.system1.latent_adapter import nearest_task, task_margin
+
+    model: Any = getattr(policy, "model", None)
+    guess = None if model is None else nearest_task(model, torch.from_numpy(latents))
+    if guess is None:
+        raise ConfigError("system1.policy: has no task table, so that a latent names no task")
+    names: list[str | None] = [TASK_NAMES[index] for index in guess.tolist()]
+    if refuse_below is not None:
+        margin = task_margin(model, torch.from_numpy(latents))
+        assert margin is not None  # it has a table
+        names = [n if m >= refuse_below else None for n, m in zip(names, margin, strict=True)]
+    return names
+
+
+def _shares(rows: Sequence[tuple[str, str | None, str]]) -> dict[str, Any]:
+    n = len(rows)
+    return {
+        "named": round(sum(task == guess for task, guess, _ in rows) / n, 4),
+        "refused": round(sum(guess is None for _, guess, _ in rows) / n, 4),
+        "n": n,
+    }
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """Return the few lines that a person wants to see."""
+    lines = [
+        f"named {100 * report['named']:.1f} %, refused {100 * report['refused']:.1f} % of "
+        f"{report['n']} sentences"
+    ]
+    worst = sorted(report["per_task"].items(), key=lambda item: item[1]["named"])[:8]
+    lines += [f"  {task}: {100 * row['named']:.0f} % of {row['n']}" for task, row in worst]
+    lines += [
+        f"  {c['count']} x {c['task']} taken for {c['as']}, as {c['example']!r}"
+        for c in report["confusions"][:8]
+    ]
+    return "\n".join(lines) + "\n"
