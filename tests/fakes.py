@@ -1,17 +1,16 @@
-"""Small stand-ins for System 1 and System 2, honest about the same contracts."""
+"""A small stand-in for System 1, honest about the same contract."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, LatentSpec, PolicySpec
+from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, PolicySpec
 from openhelix.runtime.core.types import ActionChunk, LatentGoal, Observation
+from openhelix.runtime.robots.fake import LATENT
 
-LATENT = LatentSpec("act_last", n_tokens=1, dim=8)
 PERIOD_NS = round(1e9 / 30)
 
 
@@ -55,28 +54,3 @@ class ReachPolicy:
             latent_seq=latents[-1].seq,
             t_obs_ns=observation.t_ns,
         )
-
-
-class PointEngine:
-    """Reads the goal out of the instruction: "reach x y z".
-
-    A seed makes it another model, whose latents have the same shape.
-    """
-
-    def __init__(self, spec: LatentSpec = LATENT, seed: int | None = None) -> None:
-        self.spec = spec if seed is None else replace(spec, model_id=f"seed {seed}")
-        self.calls = 0
-
-    def warm_up(self) -> None: ...
-
-    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> np.ndarray:
-        self.calls += 1
-        z = np.zeros((len(instructions), self.spec.n_tokens, self.spec.dim), np.float32)
-        for row, text in zip(z, instructions, strict=True):
-            word, *numbers = text.split()
-            if word != "reach" or len(numbers) != 3:
-                raise ValueError(f"instruction: {text!r} is not 'reach x y z'")
-            row[0, :3] = [float(n) for n in numbers]
-        return z
-
-    def close(self) -> None: ...

@@ -41,7 +41,7 @@ WAYS: dict[str, tuple[type, ...]] = {
     "both": (LoopMetrics, TickPublisher),
 }
 SMALL = (
-    "system2.engine={target: 'tests.fakes:PointEngine', options: {}}",
+    "system2.engine={target: 'openhelix.runtime.robots.fake:PointEngine', options: {}}",
     "system1.policy={target: 'tests.fakes:ReachPolicy', "
     "options: {cameras: [[static, 200, 200], [gripper, 84, 84]], speed_m: 0.0005}}",
     *("ray=false", "output.metrics_port=0", "output.video=false", "output.record=true"),

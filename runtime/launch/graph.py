@@ -16,27 +16,31 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.util
 import os
 import shutil
 import stat
-import sys
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError, Placement, RunConfig, TransportConfig
+from openhelix.runtime.core.targets import check_part
 from openhelix.runtime.launch.node import NodeSpec
 from openhelix.runtime.observe.observer import ObserverProcess
 from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcRefused
-from openhelix.runtime.transport.sockets import check_bind, check_connect, is_local, served
+from openhelix.runtime.transport.sockets import (
+    check_bind,
+    check_connect,
+    check_keys,
+    is_local,
+    served,
+)
 
 PREFIX: Final = "openhelix-run-"
 OWNER: Final = ".owner"
@@ -322,31 +326,26 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
     ]
 
 
-def _require_modules(spec: NodeSpec) -> None:
-    """Raise ConfigError where a part names a module that this host does not have.
+def require_parts(config: RunConfig) -> None:
+    """Refuse parts that this host does not have, as far as that can be told without loading them.
 
-    Modules are looked for and not imported: that takes milliseconds, loading torch seconds.
+    Parts that another host may run are looked at there.
+
+    Raises:
+        ConfigError: in one line, the field and what is valid.
     """
-    named = [spec.options.get(key) for key in ("engine", "policy")]
-    for target in [spec.target, *(part["target"] for part in named if part)]:
-        module = target.partition(":")[0]
-        root = module.partition(".")[0]
-        why = f"no module named {module!r}"
-        try:
-            there = importlib.util.find_spec(module) is not None
-        except ImportError as error:
-            there, why = False, str(error)
-        # `python -m`, which starts the processes, finds what is in the working folder as well.
-        if not there and root not in sys.modules:
-            there = PathFinder.find_spec(root, [os.getcwd()]) is not None
-        if not there:
-            raise ConfigError(f"{spec.name}: {target!r}: {why}")
+    here = not (config.ray and config.ray_address) or config.control.clock == "lockstep"
+    if here or stays(config, "system1"):
+        check_part("system1.policy", config.system1.policy)
+    if config.system2.connect is None and (here or stays(config, "system2")):
+        check_part("system2.engine", config.system2.engine)
 
 
 class Graph:
     """The running processes of one run."""
 
     def __init__(self, config: RunConfig, job: dict[str, Any], folder: Path) -> None:
+        check_keys(config.transport.keys)
         self._keys = str(config.transport.keys) if config.transport.keys else None
         self._scratch = ScratchFolder()
         try:
@@ -373,9 +372,7 @@ class Graph:
             ConfigError: a part that is named does not exist, or the System 2 that others run
                 refuses this robot.
         """
-        for spec in self.specs:
-            if spec.here:
-                _require_modules(spec)
+        require_parts(self._config)
         if self._config.system2.connect is not None:
             self._require_system2(patient=True)
         if self._config.ray:

@@ -25,7 +25,7 @@ from types import FrameType
 from typing import Any, Final, Protocol
 
 from openhelix.runtime.control.realtime import enter, short_slice, step_back
-from openhelix.runtime.core.plugins import resolve
+from openhelix.runtime.core.plugins import FOLDER, resolve
 from openhelix.runtime.transport.rpc import RpcServer
 
 log = logging.getLogger(__name__)
@@ -138,10 +138,16 @@ class NodeSpec:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Thread counts, set before any library reads them, so that processes do not fight."""
+        """Thread counts, set before any library reads them, so that processes do not fight.
+
+        With them goes the folder in which the run was started: a user's own parts are there.
+        """
         count = str(self.threads)
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-        return {name: count for name in names} | {"TOKENIZERS_PARALLELISM": "false"}
+        return {name: count for name in names} | {
+            "TOKENIZERS_PARALLELISM": "false",
+            FOLDER: os.environ.get(FOLDER) or os.getcwd(),
+        }
 
 
 class NodeRunner:

@@ -29,9 +29,16 @@ from openhelix.runtime.control.assembly import (
 from openhelix.runtime.control.episode_runner import Assignment
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.planner import SyncPlanner
-from openhelix.runtime.control.report import LoopStatistics, live, percentiles, task_rows, versions
+from openhelix.runtime.control.report import (
+    LoopStatistics,
+    live,
+    parts_of,
+    percentiles,
+    task_rows,
+    versions,
+)
 from openhelix.runtime.core.config import CommandFailed, RunConfig
-from openhelix.runtime.core.interfaces import Policy
+from openhelix.runtime.core.interfaces import Policy, PolicySpec
 from openhelix.runtime.launch.graph import Graph, GraphError
 from openhelix.runtime.launch.node import interruptible
 from openhelix.runtime.observe.display import Display
@@ -72,6 +79,7 @@ def run_lockstep(
         engine = make(config.system2.engine)
         goals = lockstep_goals(config, engine, policy.spec.latent)
     untrained = say_untrained(display, system1=policy, system2=engine)
+    spec_id = engine.spec.spec_id if engine is not None else None
     robot.connect()
     planner = SyncPlanner(policy, replan_ns(config))
     stack = build_stack(config, robot, policy.spec, planner, goals, clock)
@@ -95,6 +103,7 @@ def run_lockstep(
         "ready_s": ready_s,
         "sinks": subscribers.close(),
         "untrained": untrained,
+        **parts_of(config, policy.spec, spec_id),
     }
 
 
@@ -208,7 +217,7 @@ def run_realtime(
             report = _watch(graph, config, display, interrupted)
             if graph.has("observer"):
                 report["sinks"] = _finish(graph, display)
-            system2 = graph.health("system2")
+            system2, system1 = graph.health("system2"), graph.health("system1")
             if not report["interrupted"]:
                 graph.ask("control", "await_scrape", timeout_s=15.0)
         except (GraphError, RpcError) as error:
@@ -217,7 +226,9 @@ def run_realtime(
             graph.close()
     # Both clocks are this host's: control runs beside the head.
     first_ns = report.pop("first_action_ns")
+    spec = system1.get("policy_spec")
     return report | {
+        **parts_of(config, PolicySpec.from_dict(spec) if spec else None, system2.get("spec_id")),
         "first_action_s": None if first_ns is None else first_ns * 1e-9 - started_s,
         "latents_published": system2["published"],
         "latents_skipped": system2["skipped"],

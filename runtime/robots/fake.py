@@ -1,28 +1,33 @@
-"""A scripted arm for tests and dry runs: deterministic, and it breaks on request.
+"""A scripted arm for tests and dry runs: deterministic, and it breaks on request; with a System 2.
 
 The arm follows its target as a first-order lag. Two cameras look straight down on a textured
 plane: `static` from above, `gripper` from the hand; their pixels, depths and matrices agree
 with each other and with the arm, so code that lifts pixels to points can be tested on them.
 Cameras can be frozen (by stamp or by pixels), delayed and slowed, and calls made to fail.
+
+`PointEngine` is a System 2 without a model, for trying out a policy of one's own.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import exp, hypot
+from typing import Any, Final
 
 import numpy as np
 
 from openhelix.runtime.core.clock import Clock, MonotonicClock
-from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, RobotSpec
+from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, LatentSpec, RobotSpec
 from openhelix.runtime.core.quaternion import Quat, Vec3, from_euler_xyz, normalise, slerp
-from openhelix.runtime.core.types import F64, U8, Action, CameraFrame, Observation
+from openhelix.runtime.core.types import F32, F64, U8, Action, CameraFrame, Observation
 from openhelix.runtime.robots.base import NotConnected, Robot, RobotError, check_action
 
 TABLE_Z_M = 0.44
 OPEN_WIDTH_M = 0.08
 HOME: tuple[Vec3, Quat] = ((0.0, -0.2, 0.55), (1.0, 0.0, 0.0, 0.0))  # hand pointing down
+LATENT: Final = LatentSpec("act_last", n_tokens=1, dim=8)
 _State = tuple[int, Vec3, Quat, float]  # time (ns), position, rotation, finger width (m)
 
 
@@ -244,6 +249,46 @@ class FakeRobot(Robot):
             frame = _render(camera, state)
         self._newest[camera.name] = frame
         return frame
+
+
+class PointEngine:
+    """A System 2 that reads the place out of the instruction: "reach x y z", in metres in W.
+
+    The place is the first three numbers of the latent; the others are zero. Implements
+    `openhelix.runtime.core.interfaces.Engine`.
+
+    Args:
+        spec: of the latents, at least three numbers wide.
+        seed: makes it another model, whose latents have the same shape.
+    """
+
+    def __init__(self, spec: LatentSpec = LATENT, seed: int | None = None) -> None:
+        self.spec = spec if seed is None else replace(spec, model_id=f"seed {seed}")
+        self.calls = 0
+
+    def warm_up(self) -> None:
+        """Nothing to warm up."""
+
+    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
+        """Return latents (B, n_tokens, dim); the images are not looked at.
+
+        Raises:
+            ValueError: an instruction is not "reach x y z".
+        """
+        self.calls += 1
+        z = np.zeros((len(instructions), self.spec.n_tokens, self.spec.dim), np.float32)
+        for row, text in zip(z, instructions, strict=True):
+            word, *numbers = text.split()
+            try:
+                row[0, :3] = [float(number) for number in numbers]
+            except ValueError:
+                word = ""
+            if word != "reach" or len(numbers) != 3:
+                raise ValueError(f"instruction: {text!r} is not 'reach x y z'")
+        return z
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
 
 def _distance(a: Sequence[float], b: Sequence[float]) -> float:

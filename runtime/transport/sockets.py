@@ -111,6 +111,14 @@ def check_connect(endpoint: str, keys: object | None) -> None:
         )
 
 
+def check_keys(folder: object | None) -> None:
+    """Raise `KeyFileError` unless `transport.keys` is a folder, or None."""
+    if folder is not None and not Path(str(folder)).expanduser().is_dir():
+        raise KeyFileError(
+            f"transport.keys: no folder {folder}; `openhelix keys {folder}` makes one"
+        )
+
+
 def is_listening(endpoint: str) -> bool:
     """Whether a process listens on an ipc endpoint; a dead one's socket file is removed.
 

@@ -50,8 +50,9 @@ class EngineBase:
         max_instruction_tokens: longer instructions are refused.
         seed: of untrained weights.
         blind: show the model black pictures instead of those that are given.
-        untrained: says that random `<ACT>` and projector are wanted where none are given; a run
-            refuses them otherwise (`openhelix.runtime.control.assembly.make`).
+        untrained: take random `<ACT>` and projector where no `latent_projector` is given, not the
+            shipped ones; a run refuses random ones that nobody asked for
+            (`openhelix.runtime.control.assembly.make`).
 
     Attributes:
         untrained: whether `<ACT>` and projector are random.
@@ -85,7 +86,7 @@ class EngineBase:
             vision=vision,
             layers=None if layers is None else tuple(layers),
         )
-        if latent_projector is None and model == "laptop" and config is None:
+        if latent_projector is None and not untrained and model == "laptop" and config is None:
             shipped = SHIPPED / "latent.safetensors"
             latent_projector = shipped if shipped.is_file() else None
         if latent_projector is not None and not isinstance(latent_projector, LatentHead):

@@ -16,7 +16,8 @@ from openhelix.benchmarks.evaluation.evaluation import Evaluation
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite
 from openhelix.runtime.core.config import RunConfig, load
-from tests.fakes import LATENT, PointEngine, ReachPolicy
+from openhelix.runtime.robots.fake import PointEngine
+from tests.fakes import LATENT, ReachPolicy
 
 BUTTON = (-0.12, -0.12, 0.46)  # in scene D; a tool that goes there presses the LED's button
 CAMERAS = "[[static, 200, 200], [gripper, 84, 84]]"

@@ -19,7 +19,7 @@ from openhelix.runtime.core.config import RunConfig, load
 from openhelix.runtime.launch.graph import Graph
 
 SMALL = (
-    "system2.engine={target: 'tests.fakes:PointEngine', options: {}}",
+    "system2.engine={target: 'openhelix.runtime.robots.fake:PointEngine', options: {}}",
     "system2.hz=5",
     "system1.policy={target: 'tests.fakes:ReachPolicy', "
     "options: {cameras: [[static, 200, 200], [gripper, 84, 84]], speed_m: 0.002}}",

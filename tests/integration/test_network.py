@@ -105,7 +105,7 @@ def test_a_system2_that_returns_with_other_weights_stops_the_robots(tmp_path: Pa
     address = f"ipc://{tmp_path}/s2"
     share = (f"system2.connect={address}", "tasks.steps_limit=100000", "robot.id=arm1")
     # Another seed: latents of the same shape, of which System 1 knows nothing.
-    engine = "system2.engine={{target: 'tests.fakes:PointEngine', options: {{seed: {}}}}}"
+    engine = "system2.engine={{target: 'openhelix.runtime.robots.fake:PointEngine', options: {{seed: {}}}}}"
     with served(address, engine.format(1)) as first, session(tmp_path / "one", *share) as arm:
         arm.begin()
         arm.until_served()

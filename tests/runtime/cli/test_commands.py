@@ -119,7 +119,7 @@ def test_a_system2_with_random_weights_is_refused_unless_asked_for() -> None:
 LOCKSTEP = ("control.clock=lockstep", "robot.name=fake", "tasks.steps_limit=6", "--json")
 PARTS = (
     "system1.policy={target: 'tests.fakes:ReachPolicy', options: {horizon: 9}}",
-    "system2.engine.target=tests.fakes:PointEngine",
+    "system2.engine.target=openhelix.runtime.robots.fake:PointEngine",
     "tasks.instruction=reach 0.3 0 0.5",
 )
 FILES = ("output.video=false", "output.metrics_port=null", "output.live=false")

@@ -11,7 +11,8 @@ import pytest
 from openhelix.runtime.control.goals import LockstepGoals, WireGoals
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
-from tests.fakes import LATENT, PERIOD_NS, PointEngine
+from openhelix.runtime.robots.fake import PointEngine
+from tests.fakes import LATENT, PERIOD_NS
 
 
 def observation(tick: int) -> Observation:

@@ -14,8 +14,8 @@ from openhelix.runtime.control.planner import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import RunConfig, load
 from openhelix.runtime.core.interfaces import CameraSpec, LatentSpec, PolicyFault, SpecMismatch
-from openhelix.runtime.robots.fake import FakeRobot
-from tests.fakes import LATENT, PointEngine, ReachPolicy
+from openhelix.runtime.robots.fake import FakeRobot, PointEngine
+from tests.fakes import LATENT, ReachPolicy
 
 GOAL = {"near": (0.15, -0.1, 0.6), "far": (0.1, 0.2, 0.8)}
 TASKS = [Assignment(name, f"reach {x} {y} {z}") for name, (x, y, z) in GOAL.items()]

@@ -12,7 +12,7 @@ from openhelix.runtime.core.plugins import resolve
 from openhelix.runtime.launch.graph import Graph
 
 JOB: dict[str, Any] = {"assignments": [], "initial": None}
-ENGINE = "system2.engine={target: 'tests.fakes:PointEngine'}"
+ENGINE = "system2.engine={target: 'openhelix.runtime.robots.fake:PointEngine'}"
 
 
 def graph(folder: Path, *words: str) -> Graph:
@@ -24,15 +24,15 @@ def graph(folder: Path, *words: str) -> Graph:
     [
         (
             "system1.policy={target: 'no_such_package.policy:Mine'}",
-            r"^system1: 'no_such_package\.policy:Mine': No module named 'no_such_package'$",
+            r"^system1\.policy\.target: 'no_such_package\.policy:Mine': No module named 'no_such_package'$",
         ),
         (
             "system1.policy={target: 'openhelix.system1.polcy:DiffusionPolicy.load'}",
-            r"^system1: .*: no module named 'openhelix\.system1\.polcy'$",
+            r"^system1\.policy\.target: .*: no module named 'openhelix\.system1\.polcy'$",
         ),
         (
             "system2.engine={target: 'tests.fakse:PointEngine'}",
-            r"^system2: .*: no module named 'tests\.fakse'$",
+            r"^system2\.engine\.target: .*: no module named 'tests\.fakse'$",
         ),
     ],
 )
