@@ -61,8 +61,10 @@ def versions() -> dict[str, str]:
 
 def parts_of(
     config: RunConfig, policy: PolicySpec | None = None, spec_id: str | None = None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
     """Return which System 1 and System 2 a run has: "policy" and "system2" of its report.
+
+    The latter is None for a policy that runs without System 2.
 
     Args:
         config: of the run.
@@ -85,7 +87,9 @@ def parts_of(
             "connect": config.system2.connect,
             "checkpoint": _weights(second, weights),
             "spec_id": spec_id,
-        },
+        }
+        if policy is None or wanted is not None
+        else None,
     }
 
 
