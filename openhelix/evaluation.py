@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -122,7 +123,10 @@ def evaluate(
         ValueError: in one line, the option or setting and what is valid.
     """
     made = validate(EvalOptions, {"suite": suite, "out": out, **_listed(options)})
-    plan = plan_of(made, settings)
+    try:
+        plan = plan_of(made, settings)
+    except ValueError as error:
+        raise ConfigError(_without_dashes(str(error))) from None
     objects = {"policy": None, "engine": None}
     if isinstance(policy, str | Path):
         if policy != "shipped":
@@ -191,6 +195,11 @@ def _listed(options: Mapping[str, Any]) -> dict[str, Any]:
         name: tuple(value) if name in many and not isinstance(value, str) else value
         for name, value in options.items()
     }
+
+
+def _without_dashes(text: str) -> str:
+    """Return a complaint about `--episodes-per-task` as one about `episodes_per_task`."""
+    return re.sub(r"--([a-z][a-z-]*)", lambda found: found[1].replace("-", "_"), text)
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -219,7 +219,9 @@ class ProbeOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Show what System 2 makes of an image and an instruction."""
-    options, overrides = parse("probe", ProbeOptions, argv, __doc__ or "", RunConfig)
+    options, overrides = parse(
+        "probe", ProbeOptions, argv, __doc__ or "", RunConfig, ("system2.engine",)
+    )
     if options.blind:
         overrides.append("system2.blind=true")
     part = load(options.config, overrides).system2.engine

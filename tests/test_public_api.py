@@ -147,7 +147,7 @@ def test_wrong_arguments_are_one_line_that_says_what_is_valid(tmp_path: Path) ->
         (lambda: openhelix.load_pair(tmp_path), r"name: no pair at .*'shipped'"),
         (lambda: openhelix.make_env("playtabel"), "did you mean 'playtable'"),
         (lambda: openhelix.make_env(actions="joint"), "neither 'relative' nor 'absolute'"),
-        (lambda: openhelix.evaluate(suite="task"), "--suite: 'task' is none of"),
+        (lambda: openhelix.evaluate(suite="task"), "^suite: 'task' is none of"),
         (lambda: openhelix.evaluate(episodes=3), "episodes: unknown key"),
         (lambda: openhelix.evaluate(settings=["system1.polcy=1"]), "did you mean 'policy'"),
     ):

@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: bad input, in one line.
     """
-    options, overrides = parse("probe", AskOptions, argv, __doc__ or "", RunConfig)
+    options, overrides = parse(
+        "probe", AskOptions, argv, __doc__ or "", RunConfig, ("system2.engine",)
+    )
     if (options.image is None) == (options.scene is None):
         raise ConfigError("ask: name one picture, --scene A..D or --image FILE")
     part = load(options.config, overrides).system2.engine

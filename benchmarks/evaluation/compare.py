@@ -37,10 +37,10 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     for name in MUST_AGREE:
         if a.get(name) != b.get(name):
             what = "suite" if name == "name" else name
-            raise ConfigError(f"compare: {what} is {a.get(name)!r} in A, {b.get(name)!r} in B")
+            raise ConfigError(f"{what} is {a.get(name)!r} in A, {b.get(name)!r} in B")
     pairs = paired(read_results(first), read_results(second))
     if not pairs:
-        raise ConfigError(f"compare: {first} and {second} have no episode in common")
+        raise ConfigError(f"{first} and {second} have no episode in common")
     found: dict[str, Any] = {
         "a": str(first),
         "b": str(second),

@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from openhelix.benchmarks.calvin.scene import scene_names, written
 from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, code_hash, evaluate
 from openhelix.benchmarks.evaluation.metrics import served
 from openhelix.benchmarks.evaluation.pools import open_pool
-from openhelix.benchmarks.evaluation.report import write_reports
+from openhelix.benchmarks.evaluation.report import counted, write_reports
 from openhelix.benchmarks.evaluation.results import REPORT, RUN, ResultsError, read_run
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES, Suite
@@ -30,6 +30,7 @@ from openhelix.runtime.core.config import (
     validate,
 )
 from openhelix.runtime.core.paths import CONFIGS
+from openhelix.runtime.launch.graph import require_parts
 from openhelix.system1.config import SHIPPED
 
 DEFAULT_CONFIG = CONFIGS / "run.yaml"
@@ -37,6 +38,13 @@ ENGINE = "openhelix.system2.engines.transformers:TransformersEngine"
 TEXT_ENGINE, TEXT_CODE = "openhelix.system2.engines.text:TextEngine", "text.safetensors"
 ENGINE_BASE = "openhelix.system2.engines.base:EngineBase"
 FOLDER = Path("outputs") / "eval"
+
+
+# The settings of a run that an evaluation takes; the others are options of its own.
+SETTINGS = (
+    *("system1", "system2", "world.cameras", "control", "lockstep.interval_steps", "safety"),
+    *("transport", "output.metrics_port", "output.metrics_host", "ray_address"),
+)
 
 
 class SuiteOptions(Options):
@@ -71,7 +79,7 @@ class EvalOptions(SuiteOptions):
 
 def read(argv: Sequence[str]) -> tuple[EvalOptions, list[str]]:
     """Return the options and overrides of a command line."""
-    return parse("eval", EvalOptions, argv, __doc__ or "", RunConfig)
+    return parse("eval", EvalOptions, argv, __doc__ or "", RunConfig, SETTINGS)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -84,9 +92,9 @@ def main(argv: Sequence[str]) -> int:
     plan = make_plan(options, overrides)
     folder = options.out or default_folder(plan, options.base)
     console = Console("eval")
-    console.say(f"results in {folder}")
     pool = open_pool(plan.config, options.workers, plan.threads)
     try:
+        console.say(f"results in {folder}")
         with served(plan.config, console.say) as metrics:
             report = evaluate(plan, pool, folder, metrics.watch(plan, console))
     finally:
@@ -102,12 +110,15 @@ def make_plan(options: EvalOptions, overrides: Sequence[str]) -> Evaluation:
     Raises:
         ConfigError: in one line, the option and what is valid.
     """
+    check_options(options, (options.suite,))
     suite = make_suite(options, options.suite)
     if options.clock not in ("lockstep", "realtime"):
         raise ConfigError(f"--clock: {options.clock!r} is none of lockstep, realtime")
+    refuse_ignored(overrides, options, options.clock)
     config = load_config(
         overrides, options.config, world=suite.world, scene=options.scene, clock=options.clock
     )
+    require_parts(config)
     interval = config.interval_steps if options.interval is None else options.interval
     if interval < 1 or options.latency < 0:
         raise ConfigError("--interval must be at least 1, --latency at least 0")
@@ -118,6 +129,66 @@ def make_plan(options: EvalOptions, overrides: Sequence[str]) -> Evaluation:
         )
     conditions = Conditions(options.steps, interval, options.latency, options.drift)
     return Evaluation(suite, conditions, config, options.threads, *_films(options.videos, suite))
+
+
+USED_BY: Mapping[str, tuple[str, ...]] = {
+    "sequences": CHAINS,
+    "episodes_per_task": tuple(name for name in SUITES if name not in CHAINS),
+    "tasks": tuple(name for name in SUITES if name not in CHAINS),
+    "patterns": ("calvin-d",),
+    "speeds": ("calvin-d",),
+    "phrases": ("calvin-e",),
+}
+
+
+def check_options(options: SuiteOptions, suites: Sequence[str]) -> None:
+    """Refuse options that were given and that none of the suites uses.
+
+    Raises:
+        ConfigError: in one line, the option and what it belongs to.
+    """
+    for name, users in USED_BY.items():
+        given = name in options.model_fields_set and getattr(options, name) is not None
+        if given and set(suites) <= set(SUITES) and not set(suites) & set(users):
+            flag, asked = f"--{name.replace('_', '-')}", " and ".join(suites)
+            instead = {"sequences": "--episodes-per-task", "episodes_per_task": "--sequences"}
+            if name in instead:
+                raise ConfigError(f"{flag}: {asked} takes {instead[name]}")
+            raise ConfigError(f"{flag}: {asked} does not use it; it is of {', '.join(users)}")
+
+
+def refuse_ignored(overrides: Sequence[str], options: SuiteOptions, clock: str) -> None:
+    """Refuse settings of a run that an evaluation does not take from there.
+
+    One that says the same as the option is let through. What a settings file holds is a run's,
+    and options say otherwise without complaint.
+
+    Raises:
+        ConfigError: in one line, the setting and the option to use instead.
+    """
+    robot = "calvin" if options.world == "calvin" else "sim"
+    instead: dict[str, tuple[str, Any]] = {
+        "seed": ("--seed", options.seed),
+        "tasks.steps_limit": ("--steps", options.steps),
+        "tasks.sequence": ("--sequences", None),
+        "tasks.instruction": ("--suite", None),
+        "tasks.stop_at_failure": ("--suite", None),
+        "world.name": ("--world", options.world),
+        "world.scene": ("--scene", options.scene),
+        "robot.name": ("--world", robot),
+        "control.clock": ("--clock", clock),
+    }
+    if isinstance(options, EvalOptions):
+        instead["lockstep.latency_steps"] = ("--latency", options.latency)
+    else:  # of a sweep
+        instead["lockstep.latency_steps"] = ("--latencies", None)
+        instead["lockstep.interval_steps"] = ("--intervals", None)
+    given = apply_overrides({}, overrides, RunConfig)
+    for field, (flag, value) in instead.items():
+        section, _, name = field.rpartition(".")
+        there = given.get(section) if section else given
+        if isinstance(there, dict) and name in there and there[name] != value:
+            raise ConfigError(f"{field}: an evaluation does not take it from there; say {flag}")
 
 
 def _films(words: Sequence[str], suite: Suite) -> tuple[int, tuple[str, ...]]:
@@ -139,12 +210,7 @@ def make_suite(options: SuiteOptions, name: str) -> Suite:
     Raises:
         ValueError: in one line, the option and what is valid.
     """
-    chain = name in CHAINS
-    count = options.sequences if chain else options.episodes_per_task
-    unused = options.episodes_per_task if chain else options.sequences
-    if name in SUITES and unused is not None and count is None:
-        have, want = ("--episodes-per-task", "--sequences")[:: 1 if chain else -1]
-        raise ConfigError(f"{have}: {name} takes {want}")
+    count = options.sequences if name in CHAINS else options.episodes_per_task
     return Suite(
         name=name,
         world=options.world,
@@ -178,7 +244,9 @@ def load_config(
     data = apply_overrides(data, overrides, RunConfig)
     if path is None and clock == "lockstep" and not any(map(_names_engine, overrides)):
         engine = data.get("system2", {}).get("engine", {})
-        taken = _engine_options()
+        # What a file says to vLLM is left out; what is said in words is not, to be refused.
+        words = apply_overrides({}, overrides, RunConfig).get("system2", {}).get("engine", {})
+        taken = _engine_options() | set(words.get("options", {}))
         kept = {k: v for k, v in engine.get("options", {}).items() if k in taken}
         data.setdefault("system2", {})["engine"] = {"target": ENGINE, "options": kept}
     if not any(map(_names_engine, overrides)):
@@ -241,10 +309,10 @@ def brief(report: dict[str, Any]) -> str:
         score = (
             f"average length {report['avg_len']:.2f} [{low:.2f}, {high:.2f}], in a row % {rates}"
         )
-        trials = f"{report['n_sequences']} sequences"
+        trials = counted(report["n_sequences"], "sequence")
     else:
         score = f"success {100 * report['success_rate']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-        trials = f"{report['n_episodes']} episodes"
+        trials = counted(report["n_episodes"], "episode")
     random = " and ".join(report["untrained"])
     untrained = f"untrained, as asked for: {random} (random weights)\n" if random else ""
     errors = f", {report['n_errors']} ended by an error" if report["n_errors"] else ""

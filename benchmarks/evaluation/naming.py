@@ -56,7 +56,9 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: bad input, in one line.
     """
-    options, overrides = parse("probe", NamingOptions, argv, __doc__ or "", RunConfig)
+    options, overrides = parse(
+        "probe", NamingOptions, argv, __doc__ or "", RunConfig, ("system1", "system2")
+    )
     if options.blind:
         overrides.append("system2.blind=true")
     said = sentences(options.sentences)

@@ -32,6 +32,11 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
+def counted(number: int, what: str) -> str:
+    """Return "1 episode" or "2 episodes"."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 def interval(limits: Sequence[float] | None, scale: float = 100.0, digits: int = 1) -> str:
     """Return an interval as text."""
     if limits is None:
@@ -44,12 +49,14 @@ def headline(report: Mapping[str, Any]) -> str:
     if "avg_len" in report:
         score = (
             f"Average length {report['avg_len']:.2f} "
-            f"(95 % interval {interval(report['ci95'], 1, 2)}) over {report['n_sequences']} sequences"
+            f"(95 % interval {interval(report['ci95'], 1, 2)}) "
+            f"over {counted(report['n_sequences'], 'sequence')}"
         )
     else:
         score = (
             f"Success {percent(report['success_rate'])} % "
-            f"(95 % interval {interval(report['ci95'])}) over {report['n_episodes']} episodes"
+            f"(95 % interval {interval(report['ci95'])}) "
+            f"over {counted(report['n_episodes'], 'episode')}"
         )
     cadence = (
         f"System 2 at {report['hz2']:g} Hz"

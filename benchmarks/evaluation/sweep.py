@@ -23,18 +23,33 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.evaluation import plots
-from openhelix.benchmarks.evaluation.eval import SuiteOptions, load_config, make_suite
+from openhelix.benchmarks.evaluation.eval import (
+    SETTINGS,
+    SuiteOptions,
+    check_options,
+    load_config,
+    make_suite,
+    refuse_ignored,
+)
 from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate
 from openhelix.benchmarks.evaluation.metrics import EvalMetrics, served
 from openhelix.benchmarks.evaluation.pool import Pool
 from openhelix.benchmarks.evaluation.pools import open_pool
-from openhelix.benchmarks.evaluation.report import html_table, image, interval, markdown_table, page
+from openhelix.benchmarks.evaluation.report import (
+    counted,
+    html_table,
+    image,
+    interval,
+    markdown_table,
+    page,
+)
 from openhelix.benchmarks.evaluation.results import read_results, replace_file
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
 from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES
 from openhelix.runtime.cli.arguments import Numbers, Words, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig
+from openhelix.runtime.launch.graph import require_parts
 
 # -- The report: tables, and for each suite a plot of success against the latent's age -
 
@@ -96,9 +111,9 @@ def suites_of(report: Mapping[str, Any]) -> dict[str, list[Cell]]:
 def note(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
     """Return what a table's scores depend on, in one sentence."""
     trials = cells[0].get("n_sequences") or cells[0].get("n_episodes")
-    kind = "sequences" if "avg_len" in cells[0] else "episodes"
+    kind = "sequence" if "avg_len" in cells[0] else "episode"
     return (
-        f"{trials} {kind} a cell, {cells[0]['clock']} clock, at most {report['steps_limit']} "
+        f"{counted(trials, kind)} a cell, {cells[0]['clock']} clock, at most {report['steps_limit']} "
         f"environment steps per task, {report['world']} scene {report['scene']}, seed "
         f"{report['seed']}; interval and latency in environment steps of 1/30 s."
     )
@@ -204,7 +219,7 @@ class SweepOptions(SuiteOptions):
 
 def read(argv: Sequence[str]) -> tuple[SweepOptions, list[str]]:
     """Return the options and overrides of a command line."""
-    return parse("sweep", SweepOptions, argv, __doc__ or "", RunConfig)
+    return parse("sweep", SweepOptions, argv, __doc__ or "", RunConfig, SETTINGS)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -272,11 +287,14 @@ def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Evaluati
             raise ConfigError(f"--suites: {name!r} is none of {', '.join(SUITES)}")
     if options.clock not in CLOCKS:
         raise ConfigError(f"--clock: {options.clock!r} is none of {', '.join(CLOCKS)}")
+    check_options(options, options.suites)
     plans: list[Evaluation] = []
     for clock in CLOCKS[:2] if options.clock == "both" else (options.clock,):
+        refuse_ignored(overrides, options, options.clock)
         config = load_config(
             overrides, options.config, world=options.world, scene=options.scene, clock=clock
         )
+        require_parts(config)
         for name in options.suites:
             # Chains are CALVIN's own: a choice of tasks is for the other suites swept.
             chosen = {"tasks": ()} if name in CHAINS and len(options.suites) > 1 else {}

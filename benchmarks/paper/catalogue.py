@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError, read_yaml, validate
 from openhelix.system2.latents import KINDS
 
@@ -229,7 +230,7 @@ class Catalogue:
             ConfigError: there is none of that name.
         """
         if name not in self.experiments:
-            raise ConfigError(f"experiment: {name!r} is none of {', '.join(self.experiments)}")
+            raise ConfigError(f"no experiment {name!r}; {plugins.nearest(name, self.experiments)}")
         return self.experiments[name]
 
     def scale(self, name: str) -> Scale:

@@ -12,7 +12,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -74,6 +74,7 @@ def parse(
     argv: Sequence[str],
     doc: str = "",
     settings: type[BaseModel] | None = None,
+    sections: Sequence[str] = (),
 ) -> tuple[O, list[str]]:
     """Return a command's options, and its overrides as `section.field=value`.
 
@@ -82,12 +83,15 @@ def parse(
         options: the model of what is written `--name VALUE`.
         argv: the words after the command's name.
         doc: what `--help` says of it.
-        settings: the model that overrides are for; None: the command takes none.
+        settings: the model that overrides are for; None: the command takes none, and no
+            `--config`.
+        sections: the parts of the settings that it uses, or their sections, which `--help` lists;
+            () for all.
 
     Raises:
         ConfigError: in one line, the word and what is valid.
     """
-    parser, spelled = _parser(command, options, doc, settings)
+    parser, spelled = _parser(command, options, doc, settings, sections)
     words, overrides = _separate(argv, spelled, settings)
     if overrides and settings is None:
         raise ConfigError(f"{overrides[0]}: {command} takes no settings")
@@ -105,17 +109,34 @@ def help_of_settings(settings: type[BaseModel], prefix: str = "") -> Iterator[st
         default = field.default
         if isinstance(default, BaseModel):
             yield from help_of_settings(type(default), f"{prefix}{name}.")
+        elif is_dataclass(default) and not isinstance(default, type):
+            for part in fields(default):
+                yield _setting(f"{prefix}{name}.{part.name}", getattr(default, part.name))
         else:
-            shown = str(default)
-            yield f"  {prefix}{name}={shown if len(shown) < 70 else shown[:66] + ' ...'}"
+            yield _setting(f"{prefix}{name}", default)
+
+
+def _setting(name: str, default: object) -> str:
+    # As it is typed: a list in YAML's brackets.
+    shown = str(list(default) if isinstance(default, tuple) else default)
+    return f"  {name}={shown if len(shown) < 70 else shown[:66] + ' ...'}"
 
 
 def _parser(
-    command: str, options: type[Options], doc: str, settings: type[BaseModel] | None
+    command: str,
+    options: type[Options],
+    doc: str,
+    settings: type[BaseModel] | None,
+    sections: Sequence[str],
 ) -> tuple[_Parser, dict[str, FieldInfo]]:
     epilog = ""
     if settings is not None:
-        rows = "\n".join(help_of_settings(settings))
+        listed = [
+            row
+            for row in help_of_settings(settings)
+            if not sections or any(re.match(rf"  {part}[.=]", row) for part in sections)
+        ]
+        rows = "\n".join(listed)
         epilog = f"settings, written section.field=value, and their defaults:\n{rows}"
     words = " [section.field=value ...]" if settings is not None else ""
     parser = _Parser(
@@ -130,6 +151,8 @@ def _parser(
     spelled: dict[str, FieldInfo] = {}
     for name, field in options.model_fields.items():
         key = field.alias or name
+        if name == "config" and settings is None:
+            continue
         positional = next((m for m in field.metadata if isinstance(m, Positional)), None)
         says = (field.description or "").replace("%", "%%")
         if positional is not None:

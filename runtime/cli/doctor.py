@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from openhelix.runtime.cli.arguments import Options, parse
@@ -68,7 +69,8 @@ def python() -> Check:
     """The interpreter; pybullet has no wheel above 3.11."""
     found = ".".join(map(str, sys.version_info[:3]))
     ok = sys.version_info[:2] == (3, 11)
-    remedy = "" if ok else "install Python 3.11 and run `make setup PYTHON=/path/to/python3.11`"
+    how = "run `make setup PYTHON=/path/to/python3.11`" if CHECKOUT else "make an environment of it"
+    remedy = "" if ok else f"install Python 3.11 and {how}"
     return Check("python", ok, f"{found} at {sys.executable}", remedy, required=True)
 
 
@@ -137,7 +139,8 @@ def disk() -> Check:
 def gpu() -> Check:
     """A CUDA device, as its driver names it."""
     tool = shutil.which("nvidia-smi")
-    remedy = "optional; with one, `make setup GPU=1` installs the CUDA environment"
+    cuda = "`make setup GPU=1`" if CHECKOUT else install("gpu")
+    remedy = f"optional; with one, {cuda} installs the CUDA environment"
     if tool is None:
         return Check("gpu", False, "no NVIDIA driver (nvidia-smi is not there)", remedy)
     query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
@@ -147,7 +150,7 @@ def gpu() -> Check:
         said = " ".join((done.stdout + done.stderr).split())[:160]
         return Check("gpu", False, f"nvidia-smi fails: {said}", "repair the NVIDIA driver")
     built_for_cpu = "+cpu" in installed("torch")
-    return Check("gpu", True, names, "run `make setup GPU=1`" if built_for_cpu else "")
+    return Check("gpu", True, names, f"run {cuda}" if built_for_cpu else "")
 
 
 def realtime() -> Check:
@@ -289,6 +292,8 @@ def main(argv: Sequence[str]) -> int:
     table = Table("", "what", "found", "what to do")
     for check in checks:
         mark = "[green]yes[/green]" if check.ok else "[yellow]no[/yellow]"
-        table.add_row(mark, check.name, check.detail, "" if check.ok else check.remedy)
+        # Escaped: to Rich `openhelix[viewer]` is a style, and is not shown.
+        remedy = "" if check.ok else escape(check.remedy)
+        table.add_row(mark, check.name, escape(check.detail), remedy)
     Console(highlight=False).print(table)
     return 0 if healthy(checks) else 1

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from openhelix.runtime.cli.arguments import Many, Options, Positional, option, parse
 from openhelix.runtime.core.config import ConfigError
-from openhelix.runtime.transport.sockets import SERVER, generate
+from openhelix.runtime.transport.sockets import SERVER, check_name, generate
 
 
 class KeysOptions(Options):
@@ -27,8 +27,12 @@ def main(argv: Sequence[str]) -> int:
     """Make the CURVE keys that other hosts need; existing ones are never overwritten."""
     options, _ = parse("keys", KeysOptions, argv, __doc__ or "")
     names = list(options.robot) or ["client"]
-    if not (options.folder / f"{SERVER}.secret").exists():
+    if not (options.folder.expanduser() / f"{SERVER}.secret").exists():
         names.insert(0, SERVER)
+    for name in names:
+        check_name(name)  # all of them, before anything is written
+        if (secret := options.folder.expanduser() / f"{name}.secret").exists():
+            raise ConfigError(f"{secret}: exists already; remove it to make a new key")
     try:
         made = [generate(options.folder, name).name for name in names]
     except OSError as error:

@@ -15,10 +15,17 @@ from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed
 from openhelix.runtime.core.paths import CHECKOUT
 
+# As a person meets them; the metadata of an installed package lists them by the alphabet.
+ORDER = (
+    *("run", "record", "replay", "status", "serve", "collect", "dagger", "train"),
+    *("eval", "sweep", "compare", "experiment", "probe", "keys", "doctor"),
+)
+
 
 def usage() -> str:
-    """Return the page that `openhelix --help` prints."""
-    commands = plugins.entries(plugins.COMMANDS)
+    """Return the page that `openhelix --help` prints: our commands, then other packages'."""
+    found = plugins.entries(plugins.COMMANDS)
+    commands = {name: found[name] for name in ORDER if name in found} | found
     width = max(map(len, commands), default=0) + 1
     rows = "\n".join(
         f"  {name:<{width}} {plugins.summary(path)}".rstrip() for name, path in commands.items()

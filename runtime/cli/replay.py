@@ -27,7 +27,9 @@ class ReplayOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run recorded observations through System 1 again, and compare its trajectories."""
-    options, overrides = parse("replay", ReplayOptions, argv, __doc__ or "", RunConfig)
+    options, overrides = parse(
+        "replay", ReplayOptions, argv, __doc__ or "", RunConfig, ("system1",)
+    )
     recorded = Reader(options.recording)  # a wrong path is told before a policy is loaded
     if options.config is None:
         config = recorded.config(overrides)

@@ -36,7 +36,14 @@ def main(argv: Sequence[str]) -> int:
 
     Prints its counters at the end.
     """
-    options, overrides = parse("serve", ServeOptions, argv, __doc__ or "", RunConfig)
+    options, overrides = parse(
+        "serve",
+        ServeOptions,
+        argv,
+        __doc__ or "",
+        RunConfig,
+        ("system2", "transport", "output.metrics_port", "output.metrics_host"),
+    )
     config = load(options.config, overrides)
     logging.basicConfig(level=logging.WARNING if options.as_json else logging.INFO)
     check_keys(config.transport.keys)

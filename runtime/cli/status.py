@@ -48,7 +48,9 @@ def main(argv: Sequence[str]) -> int:
 
     Exit code 1 when there is no run.
     """
-    options, overrides = parse("status", StatusOptions, argv, __doc__ or "", RunConfig)
+    options, overrides = parse(
+        "status", StatusOptions, argv, __doc__ or "", RunConfig, ("output.folder",)
+    )
     source = RunSource(load(options.config, overrides).output.folder, options.run)
     try:
         return _do(options, source)

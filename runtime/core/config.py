@@ -315,6 +315,9 @@ def explain(where: str, error: Any) -> str:
     value = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
     text = error["msg"].removeprefix("Value error, ")
     if text != error["msg"]:  # our own words say what was given
+        name = where.removeprefix("--").rpartition(".")[2]
+        for said in (name, name.removesuffix("s")) if name else ():
+            text = text.removeprefix(f"{said}: ")  # and may name the field themselves
         return f"{where}: {text}" if where else text
     return f"{where}: {text[0].lower()}{text[1:]}{value}"
 

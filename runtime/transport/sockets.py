@@ -184,14 +184,19 @@ class KeyPair:
         return f"KeyPair({self.name!r})"
 
 
+def check_name(name: str) -> None:
+    """Raise `KeyFileError` unless it is a plain name of a key pair."""
+    if not _NAME.fullmatch(name):
+        raise KeyFileError(f"name: {name!r} must be letters, digits, `-` and `_`, at most 64")
+
+
 def generate(folder: str | Path, name: str) -> KeyPair:
     """Make a key pair and write it to `folder`; an existing one is never overwritten.
 
     Raises:
         KeyFileError: the name is not a plain one, or has keys already.
     """
-    if not _NAME.fullmatch(name):
-        raise KeyFileError(f"name: {name!r} must be letters, digits, `-` and `_`, at most 64")
+    check_name(name)
     folder = Path(folder).expanduser()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     public, secret = zmq.curve_keypair()

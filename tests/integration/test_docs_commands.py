@@ -26,7 +26,7 @@ ROOT = DOCS.parent
 PAGES = ("../README.md", "../CONTRIBUTING.md", *sorted(page.name for page in DOCS.glob("*.md")))
 PLAIN = "system2.engine.target=openhelix.system2.engines.transformers:TransformersEngine"
 LOCKSTEP = f"{PLAIN} ray=false control.clock=lockstep tasks.steps_limit=1 output.video=false"
-SHORT = f"--sequences 1 --episodes-per-task 1 --steps 1 --workers 1 {PLAIN}"
+SHORT = f"--steps 1 --workers 1 {PLAIN}"
 
 
 class Rule(NamedTuple):
@@ -73,12 +73,17 @@ RULES = (
     Rule(r"openhelix doctor", ""),
     Rule(r"openhelix keys", ""),
     Rule(r"openhelix eval .*--world calvin", None, "needs calvin_env; tests/calvin/test_calvin.py"),
-    Rule(r"openhelix eval --suite tasks", f"{SHORT} --tasks open_drawer --scene D"),
+    Rule(
+        r"openhelix eval --suite tasks",
+        f"{SHORT} --episodes-per-task 1 --tasks open_drawer --scene D",
+    ),
     Rule(
         r"openhelix eval --suite calvin-d",
-        f"{SHORT} --tasks lift_red_block_table --patterns static --speeds paper",
+        f"{SHORT} --episodes-per-task 1 --tasks lift_red_block_table --patterns static "
+        "--speeds paper",
     ),
-    Rule(r"openhelix eval --suite", SHORT),
+    Rule(r"openhelix eval --suite calvin-r", f"{SHORT} --episodes-per-task 1"),
+    Rule(r"openhelix eval --suite", f"{SHORT} --sequences 1"),
     Rule(r"openhelix sweep", None, "hours; tests/evaluation/test_eval_command.py runs a small one"),
     Rule(
         r"openhelix compare",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,9 @@ from pydantic import BaseModel
 from openhelix.runtime.cli.arguments import Many, Options, Positional, Words, option, parse
 from openhelix.runtime.cli.main import main
 from openhelix.runtime.control.assembly import make
+from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError, EnginePart, RunConfig, load
+from openhelix.runtime.robots.fake import LATENT
 
 
 class Some(Options):
@@ -75,6 +78,41 @@ def test_a_command_without_settings_takes_none() -> None:
         read("it", "part.size=2", settings=None)
 
 
+def test_a_command_without_settings_takes_no_file_of_them(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="--config: unknown option"):
+        read("it", "--config", str(tmp_path), settings=None)
+    assert read("it", "--config", str(tmp_path))[0].config == tmp_path
+
+
+def help_of(*words: str, capsys) -> str:
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    return capsys.readouterr().out
+
+
+def test_help_lists_the_settings_that_a_command_uses_one_by_one(capsys) -> None:
+    said = help_of("run", capsys=capsys)
+    assert "  safety.box_min_m=[-0.6, -0.7, 0.26]" in said and "SafetyLimits(" not in said
+    said = help_of("status", capsys=capsys)
+    assert "  output.folder=outputs" in said and "tasks.sequence" not in said
+    assert "openhelix record" in help_of("record", capsys=capsys)
+
+
+def test_help_lists_the_commands_in_an_order_of_its_own(monkeypatch, capsys) -> None:
+    found = plugins.entries(plugins.COMMANDS)
+    by_name = dict(sorted((found | {"aaa": "nowhere:main"}).items()))  # as a wheel's metadata
+    monkeypatch.setattr(plugins, "entries", lambda _: by_name)
+    assert main(["--help"]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:2] == "  "]
+    assert rows == [*found, "aaa"]
+
+
+def test_a_wrong_name_of_a_robot_leaves_no_key(tmp_path, capsys) -> None:
+    folder = tmp_path / "k"
+    assert main(["keys", str(folder), "--robot", "arm", "a b"]) == 2
+    assert "'a b'" in capsys.readouterr().err and not folder.exists()
+
+
 def test_texts_and_paths_are_taken_as_they_stand() -> None:
     words = ["tasks.instruction=now: lift it", "output.folder=007", "system2.connect=null"]
     config = load(None, words)
@@ -125,11 +163,39 @@ PARTS = (
 FILES = ("output.video=false", "output.metrics_port=null", "output.live=false")
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("system1.policy.options.path=/nope", "system1.policy.options.path: there is nothing at"),
+        ("system2.engine.options.modle=laptop", "options.modle: .* did you mean 'model'"),
+        ("system2.engine.options.latent_projector=/nope", "latent_projector: there is nothing at"),
+        ("system1.policy.target=tests.fakes:Reach", "system1.policy.target: .* has no 'Reach'"),
+        ("system1.policy.target=tests.fakse:Reach", "no module named 'tests.fakse'"),
+        ("transport.keys=/nope", "transport.keys: no folder /nope"),
+    ],
+)
+def test_a_wrong_part_is_one_line_and_nothing_is_written(word, message, tmp_path, capsys) -> None:
+    folder = tmp_path / "out"
+    assert main(["run", "--no-ray", word, f"output.folder={folder}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+    assert not folder.exists()
+
+
+def test_a_summary_in_lockstep_has_no_figures_of_real_time(tmp_path, capsys) -> None:
+    words = ["run", *LOCKSTEP[:-1], *PARTS, *FILES, f"output.folder={tmp_path}"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "6 ticks" in said and "deadlines" not in said and "lateness" not in said
+
+
 def test_replay_uses_what_the_recording_carries(tmp_path, capsys) -> None:
     words = ["record", "--no-ray", *LOCKSTEP, *PARTS, *FILES, f"output.folder={tmp_path}"]
     assert main(words) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["untrained"] == []
+    assert report["untrained"] == [] and report["config"] is None
+    assert report["policy"]["target"] == "tests.fakes:ReachPolicy"
+    assert report["system2"]["spec_id"] == report["policy"]["spec_id"] == LATENT.spec_id
     assert main(["replay", str(tmp_path / "latest"), "--json"]) == 0
     replayed = json.loads(capsys.readouterr().out)
     assert replayed["policy"]["target"] == "tests.fakes:ReachPolicy"

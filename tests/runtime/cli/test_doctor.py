@@ -118,3 +118,15 @@ def test_missing_packages_and_programs(monkeypatch):
         assert check.remedy
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     assert "rsync" in doctor.programs().remedy
+
+
+def test_what_to_install_is_shown_whole_and_fits_a_wheel(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "CHECKOUT", None)
+    monkeypatch.setattr(doctor, "installed", lambda _: "")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor, "CHECKS", {"gpu": doctor.gpu, "viewer": doctor.viewer})
+    monkeypatch.setenv("COLUMNS", "200")
+    doctor.main([])
+    said = capsys.readouterr().out
+    assert "pip install 'openhelix[viewer]'" in said and "pip install 'openhelix[gpu]'" in said
+    assert "make setup" not in said
