@@ -7,6 +7,7 @@ to (`openhelix.system2.probe`). Each has its own `--help`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from openhelix.benchmarks.evaluation import asking, naming
@@ -14,12 +15,14 @@ from openhelix.system2 import probe
 
 
 def main(argv: Sequence[str]) -> int:
-    """What System 2 makes of an image and an instruction; also --ask QUESTION, --sentences FILE.
+    """What System 2 makes of an image and an instruction (--ask, --sentences).
 
     Raises:
         ValueError: bad input, in one line.
     """
     given = {word.partition("=")[0] for word in argv}
+    if given & {"-h", "--help"}:
+        sys.stdout.write(f"{__doc__}\n")  # the three ways, before the help of the one asked for
     if "--ask" in given:
         return asking.main(argv)
     if "--sentences" in given:

@@ -110,7 +110,7 @@ def suites_of(report: Mapping[str, Any]) -> dict[str, list[Cell]]:
 
 def note(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
     """Return what a table's scores depend on, in one sentence."""
-    trials = cells[0].get("n_sequences") or cells[0].get("n_episodes")
+    trials = int(cells[0].get("n_sequences") or cells[0].get("n_episodes") or 0)
     kind = "sequence" if "avg_len" in cells[0] else "episode"
     return (
         f"{counted(trials, kind)} a cell, {cells[0]['clock']} clock, at most {report['steps_limit']} "
