@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.engines import base
 from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.latents import KINDS, LatentConfig
 from openhelix.system2.model import CheckpointError
@@ -159,3 +160,13 @@ def test_a_middle_state_is_the_models_own(tiny_model: str, images) -> None:
         prompt.expanded(engine.checkpoint.image_token_id)[i] for i in range(*prompt.layout.words)
     ]
     assert said == text(" " + TEXTS[0])[0]
+
+
+def test_untrained_is_random_even_where_weights_are_shipped(
+    tiny_model: str, images, monkeypatch
+) -> None:
+    real = base.open_checkpoint
+    monkeypatch.setattr(base, "open_checkpoint", lambda _, n_act: real(tiny_model, n_act))
+    monkeypatch.setattr(base.LatentHead, "load", lambda path: pytest.fail(f"{path} was read"))
+    engine = TransformersEngine("laptop", untrained=True, device="cpu")
+    assert engine.untrained and engine.encode(images[:1], ["lift"]).any()

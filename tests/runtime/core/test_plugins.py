@@ -11,6 +11,7 @@ import pytest
 
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.paths import CHECKOUT
+from openhelix.runtime.launch.node import NodeSpec
 
 MODULE = '''
 def greet(argv):
@@ -55,6 +56,29 @@ def command(env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str
 def test_a_command_of_another_package_is_one_of_ours(other) -> None:
     assert command(other, "greet", "you").stdout == "hello you\n"
     assert "greet       Greet whoever is named." in command(other, "--help").stdout
+
+
+FIND = "from openhelix.runtime.core.plugins import resolve; print(resolve('my_parts:greet')([]))"
+
+
+def test_a_module_of_the_commands_folder_is_found(tmp_path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "my_parts.py").write_text(MODULE)
+    env = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    env.pop(plugins.FOLDER, None)
+    told = env | {plugins.FOLDER: str(tmp_path / "mine")}  # as a run tells its processes
+    for where, seen in ((tmp_path / "mine", env), (tmp_path, told)):
+        # -P: as of a console script, the current folder is not on the path.
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", FIND], cwd=where, env=seen, capture_output=True, text=True
+        )
+        assert done.stdout == "hello\n0\n", done.stderr
+
+
+def test_the_processes_of_a_run_are_told_the_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv(plugins.FOLDER, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert NodeSpec("a", "b:C", "ipc://d").environment[plugins.FOLDER] == str(tmp_path)
 
 
 def test_a_world_of_another_package_is_found_and_asked_whether_it_is_there(other, tmp_path) -> None:
