@@ -59,8 +59,10 @@ def test_every_configuration_that_is_shown_is_valid(page: str) -> None:
 @functools.cache
 def help_of(command: str) -> str:
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        main([command, "--help"])
+    ways = ([], ["--ask", "what?"], ["--sentences", "mine.json"]) if command == "probe" else ([],)
+    for way in ways:
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            main([command, *way, "--help"])
     return said.getvalue()
 
 
