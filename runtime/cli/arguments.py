@@ -103,12 +103,13 @@ def parse(
         raise ConfigError(_complaint(options, first)) from None
 
 
-def help_of_settings(settings: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield every setting with its default, one per line."""
-    for name, field in settings.model_fields.items():
-        default = field.default
+def help_of_settings(settings: type[BaseModel] | BaseModel, prefix: str = "") -> Iterator[str]:
+    """Yield every setting with its default, one per line; of a model, or of one with values."""
+    model = type(settings) if isinstance(settings, BaseModel) else settings
+    for name, field in model.model_fields.items():
+        default = getattr(settings, name) if isinstance(settings, BaseModel) else field.default
         if isinstance(default, BaseModel):
-            yield from help_of_settings(type(default), f"{prefix}{name}.")
+            yield from help_of_settings(default, f"{prefix}{name}.")
         elif is_dataclass(default) and not isinstance(default, type):
             for part in fields(default):
                 yield _setting(f"{prefix}{name}.{part.name}", getattr(default, part.name))

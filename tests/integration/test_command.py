@@ -31,7 +31,7 @@ MEASURED = (
         (["tasks.instruction="], "tasks.instruction: nothing follows"),
         (["world.scene=Q"], "'A', 'B', 'C' or 'D'"),
         (["--frobnicate"], "unknown option"),
-        (["robot.name=panda"], "no driver 'panda'; there are: "),
+        (["robot.name=panda"], "no robot 'panda'; valid: "),
         (["world.cameras=[static, front]"], "'static' or 'gripper'"),
         (["--config", "no/such.yaml"], "no file no/such.yaml"),
     ],

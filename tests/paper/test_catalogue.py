@@ -77,7 +77,7 @@ def test_a_wrong_entry_is_one_line(tmp_path, file, text, message):
 
 
 def test_unknown_names_are_told_with_the_valid_ones():
-    with pytest.raises(ConfigError, match="no experiment 'table10'; .* valid: table1, table2"):
+    with pytest.raises(ConfigError, match=r"no experiment 'table10'; .* valid: table1, table2"):
         catalogue().experiment("table10")
     with pytest.raises(ConfigError, match="'huge' is none of smoke, quick, laptop"):
         catalogue().scale("huge")

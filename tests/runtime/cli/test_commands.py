@@ -92,6 +92,7 @@ def help_of(*words: str, capsys) -> str:
 
 def test_help_lists_the_settings_that_a_command_uses_one_by_one(capsys) -> None:
     said = help_of("run", capsys=capsys)
+    assert "  system1.placement.nice=5" in said  # not the default of any placement
     assert "  safety.box_min_m=[-0.6, -0.7, 0.26]" in said and "SafetyLimits(" not in said
     said = help_of("status", capsys=capsys)
     assert "  output.folder=outputs" in said and "tasks.sequence" not in said
