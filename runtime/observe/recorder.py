@@ -440,7 +440,7 @@ class Reader:
         data = self.meta.get("config")
         if not isinstance(data, dict):
             raise RecordingError(f"{self.path}: carries no configuration")
-        return validate(RunConfig, apply_overrides(data, overrides))
+        return validate(RunConfig, apply_overrides(data, overrides, RunConfig))
 
     @property
     def complete(self) -> bool:
@@ -609,7 +609,9 @@ def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
         RecordingError: there is no recording.
     """
     reader, matcher = Reader(path), _Inputs(memory)
-    seed = int(reader.meta.get("seed", 0))  # each instruction draws from seed + its number
+    seed = reader.meta.get("seed", 0)  # each instruction draws from seed + its number
+    if not isinstance(seed, int) or seed < 0:
+        raise RecordingError(f"{reader.path}: seed: {seed!r} is no whole number from 0")
     chunks = unmatched = 0
     errors: list[np.ndarray[Any, Any]] = []
     latencies_s: list[float] = []
