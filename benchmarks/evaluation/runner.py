@@ -29,7 +29,13 @@ from openhelix.benchmarks.evaluation.measurement import (
 )
 from openhelix.benchmarks.evaluation.staging import stage, stage_calvin
 from openhelix.benchmarks.evaluation.suites import Episode
-from openhelix.runtime.control.assembly import ControlStack, build_stack, make, make_policy, replan_ns
+from openhelix.runtime.control.assembly import (
+    ControlStack,
+    build_stack,
+    make,
+    make_policy,
+    replan_ns,
+)
 from openhelix.runtime.control.episode_runner import Assignment, EpisodeRunner
 from openhelix.runtime.control.planner import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock

@@ -126,7 +126,7 @@ def test_bad_folders_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"missing head\.blocks\.2"):
         load_policy(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**data, "colour": 1}))
-    with pytest.raises(ConfigError, match="colour: no such field"):
+    with pytest.raises(CheckpointError, match=r"config\.json: colour: no such field"):
         load_policy(tmp_path)
 
 
