@@ -130,7 +130,8 @@ def test_replay_uses_what_the_recording_carries(tmp_path, capsys) -> None:
     assert main(words) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["untrained"] == []
-    assert main(["replay", str(tmp_path / "latest"), "--json"]) == 0
+    trusted = "system1.policy.target=tests.fakes:ReachPolicy"
+    assert main(["replay", str(tmp_path / "latest"), "--json", trusted]) == 0
     replayed = json.loads(capsys.readouterr().out)
     assert replayed["policy"]["target"] == "tests.fakes:ReachPolicy"
     assert replayed["policy"]["options"] == {"horizon": 9}
