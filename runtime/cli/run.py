@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -69,7 +70,12 @@ def _run(argv: Sequence[str], record: bool) -> int:
         from openhelix.runtime.launch.run import run_lockstep as run
     else:
         from openhelix.runtime.launch.run import run_realtime as run
-    report = run(config, assignments, initial, folder, display)
+    try:
+        report = run(config, assignments, initial, folder, display)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise _cannot_write(folder, error) from None
     try:
         write_report(report, folder)
         publish_latest(folder, config.output.folder)
