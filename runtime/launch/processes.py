@@ -25,7 +25,7 @@ from openhelix.runtime.launch.node import NodeRunner, NodeSpec, in_a_thread
 
 log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
-ALONE_S = 4.0  # how long a child whose parent died may take to stop the robot and end
+ALONE_S = 3.0  # how long a child whose parent died may take to stop the robot and end
 
 
 def reap(process: subprocess.Popen[Any], patience_s: float) -> None:
