@@ -290,7 +290,7 @@ def _drop_options(
         if last != "target" or not isinstance(node, dict) or "options" not in node:
             continue
         field = getattr(section, "model_fields", {}).get("target")
-        if value != node.get("target", field.default if field is not None else None):
+        if _from_yaml(value) != node.get("target", field.default if field is not None else None):
             del node["options"]
 
 
