@@ -99,6 +99,7 @@ class VlmSection(_Section):
         data: a folder with `train`, `held-out` and, for measuring alone, `scene-D`; a bare
             name means a folder in the cache's `vlm`. Where it does not exist it is made.
         pictures: to train on, of those there are (or, where none are, to make).
+        scenes: whose pictures are made; scene D is measured on and never trained on.
         model: "laptop", a LLaVA's folder, or a hub name.
         tower: of the laptop model.
         init: folder of another run whose weights this one begins with.
@@ -110,11 +111,14 @@ class VlmSection(_Section):
         measure_pictures: of each held-out set in the report at the end.
         save_every_s: seconds between checkpoints.
         max_gb: decoded pictures that are kept in memory.
+        checkpointing: compute the language model's activations again on the way back: much less
+            memory for a third more time; for large models.
         workers: threads that make batches ahead, for a GPU that would wait for them; 0 for none.
     """
 
     data: Path = Path("table")
     pictures: Count = 12000
+    scenes: tuple[str, ...] = ("A", "B", "C")
     model: str = "laptop"
     tower: Tower = Tower()
     init: Path | None = None
@@ -130,3 +134,4 @@ class VlmSection(_Section):
     save_every_s: Positive = 180.0
     max_gb: Positive = 4.0
     workers: Whole = 0
+    checkpointing: bool = False

@@ -57,7 +57,7 @@ from openhelix.system2.vlm import (
     adapt,
     folded_state,
 )
-from openhelix.system2.vlm_config import Tower, Tune, VlmSection, VlmStage
+from openhelix.system2.vlm_config import Tower, VlmSection, VlmStage
 from openhelix.system2.vlm_data import Question, Record, TalkError, read
 
 log = logging.getLogger(__name__)
@@ -250,6 +250,10 @@ class VlmRun:
         if self.bf16 and (config.tune.mode == "lora" or config.tune.steps == 0):
             model.model.language_model.to(torch.bfloat16)
             model.lm_head.to(torch.bfloat16)
+        if config.checkpointing:
+            language = model.model.language_model
+            language.gradient_checkpointing_enable({"use_reentrant": False})
+            language.train()  # it recomputes in this mode alone; nothing in it drops out
         sight = Sight(
             self.checkpoint.n_image,
             self.checkpoint.hidden,
@@ -755,21 +759,3 @@ class VlmRun:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
-
-
-def is_finished(run: VlmRun) -> bool:
-    """Whether every stage has had its steps."""
-    return run.stage == "tune" and run.step >= run.config.tune.steps
-
-
-__all__ = [
-    "STAGES",
-    "Labels",
-    "Pictures",
-    "Tune",
-    "VlmRun",
-    "base_folder",
-    "computes_bf16",
-    "is_finished",
-    "shape_of",
-]

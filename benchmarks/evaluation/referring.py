@@ -12,7 +12,7 @@ which does not look is right `blind_chance` of the time and no more.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from openhelix.benchmarks.calvin.expert_control import View
 from openhelix.benchmarks.calvin.scene import Scene
 from openhelix.benchmarks.calvin.table_talk import COLOURS, TableView
 from openhelix.benchmarks.calvin.tasks import TASKS
+from openhelix.runtime.core.types import F64, U8
 
 BUTTON_YZ_M, SWITCH_YZ_M = (-0.12, 0.48), (0.04, 0.53)
 DRAWER_SHUT_M, DRAWER_OPEN_M = 0.05, 0.16  # as the tasks need it
@@ -76,7 +77,7 @@ def whole_view(info: Mapping[str, Any], scene: Scene) -> TableView:
     )  # fmt: skip
 
 
-def _point(values: Iterable[float]) -> tuple[float, float, float]:
+def _point(values: F64) -> tuple[float, float, float]:
     x, y, z = (float(v) for v in values)
     return x, y, z
 
@@ -361,3 +362,29 @@ def begin(
         if reference.resolve(whole_view(info, env.scene)) == task:
             return info
     raise StartError(f"reference: no start in which {name} means {task} in {tries} tries")
+
+
+def pictures(episodes: Sequence[Referred]) -> Iterator[tuple[Referred, U8]]:
+    """Yield every episode with the static camera's picture of its start, (200, 200, 3).
+
+    For asking what System 2 makes of a sentence without letting a robot move. Episodes of a scene
+    share a world, so they come fastest when sorted by scene.
+
+    Raises:
+        StartError: an episode has no start.
+    """
+    from openhelix.benchmarks.calvin.env import PlayTableEnv
+
+    env: PlayTableEnv | None = None
+    try:
+        for episode in episodes:
+            if env is None or env.scene.name != episode.scene:
+                if env is not None:
+                    env.close()
+                env = PlayTableEnv(episode.scene, cameras=("static",))
+            rng = np.random.default_rng([*episode.draw, 0])
+            begin(env, episode.reference, episode.task, rng, tries=60)
+            yield episode, env.render_frames()["static"].rgb
+    finally:
+        if env is not None:
+            env.close()

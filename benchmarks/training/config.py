@@ -24,7 +24,7 @@ from openhelix.system2.latents import BadLatent, LatentConfig
 from openhelix.system2.train import Regime
 from openhelix.system2.vlm_config import VlmSection
 
-STAGES = ("vlm", "policy", "prepare", "stage1", "stage2", "export", "all")
+STAGES = ("policy", "prepare", "stage1", "stage2", "export", "all", "vlm")
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]

@@ -50,10 +50,14 @@ def find_or_make_pictures(section: VlmSection) -> Path:
         )
     from openhelix.benchmarks.training import collect_talk as talk
 
+    try:
+        plan = talk.plans(section.scenes)
+    except ValueError as error:
+        raise ConfigError(f"vlm.{error}") from None
     log.info("vlm.data: making %d pictures in %s", section.pictures, folder)
-    talk.make(folder / talk.HELD_OUT, talk.PLANS[talk.HELD_OUT], min(HELD_OUT, section.pictures))
-    talk.make(folder / talk.MEASURED, talk.PLANS[talk.MEASURED], min(MEASURED, section.pictures))
-    talk.make(folder / talk.TRAIN, talk.PLANS[talk.TRAIN], section.pictures)
+    talk.make(folder / talk.HELD_OUT, plan[talk.HELD_OUT], min(HELD_OUT, section.pictures))
+    talk.make(folder / talk.MEASURED, plan[talk.MEASURED], min(MEASURED, section.pictures))
+    talk.make(folder / talk.TRAIN, plan[talk.TRAIN], section.pictures)
     return folder
 
 

@@ -19,6 +19,7 @@ from openhelix.benchmarks.evaluation.referring import (
     begin,
     blind_chance,
     get_reference,
+    pictures,
     referred,
     resolved,
     whole_view,
@@ -122,3 +123,14 @@ def test_the_suite_is_the_balanced_list() -> None:
         assert not env.led
         stage(env, episodes[1])
         assert env.led
+
+
+def test_pictures_show_what_the_sentence_is_about() -> None:
+    episodes = referred(("A",), references=("toggle_led",))
+    shown = list(pictures(episodes))
+    assert [e for e, _ in shown] == episodes
+    green = [int(((p[..., 1] > 200) & (p[..., 0] < 90) & (p[..., 2] < 90)).sum()) for _, p in shown]
+    lit = {e.task: n for (e, _), n in zip(shown, green, strict=True)}
+    assert lit["turn_off_led"] > 10 > lit["turn_on_led"] == 0
+    again = [p for _, p in pictures(episodes)]
+    assert all((a == b).all() for (_, a), b in zip(shown, again, strict=True))

@@ -208,3 +208,27 @@ def test_draws_spread_the_timesteps():
     diffusion_loss(model, clean, ones, ones.bool(), row_alphas(config), "sample", 4, None)
     t = seen[0].view(3, 4)
     assert ((t // 25) == torch.arange(4)).all()
+
+
+def test_a_run_planned_by_time_ends_with_its_rate_down_and_is_then_left_alone(folder, tmp_path):
+    config = run_config(folder, tmp_path, steps=10_000, warmup=1, plan_s=1.5, eval_every=10_000)
+    run = Trainer(config)
+    history = run.run()
+    assert 1 <= run.step < 10_000
+    assert 1.5 <= history[-1]["seconds"] < 60
+    assert history[-1]["val_loss"] > 0
+    assert run.rate(run.step) == pytest.approx(config.lr * config.decay_to, rel=1e-3)
+    again = Trainer(config)
+    assert again.seconds >= 1.5
+    again.run()
+    assert again.step == run.step
+
+
+def test_a_plan_by_time_goes_on_where_it_stopped(folder, tmp_path):
+    config = run_config(folder, tmp_path, steps=10_000, warmup=1, plan_s=1000.0)
+    first = Trainer(replace(config, time_limit_s=0.5))
+    first.run()
+    spent = first.history[-1]["seconds"]
+    second = Trainer(config)
+    assert spent <= second.seconds < spent + 10
+    assert second.step == first.step

@@ -256,13 +256,19 @@ def test_a_few_megabytes_stand_for_the_whole(
         open_checkpoint(str(small))
 
 
-def test_batches_made_ahead_are_the_same(tiny_model: str, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "value"), [("workers", 3), ("checkpointing", True)])
+def test_batches_made_ahead_and_recomputing_change_nothing(
+    tiny_model: str, data: Path, tmp_path: Path, name: str, value: int
+) -> None:
     losses = []
-    for workers in (0, 3):
-        config = section(data, tiny_model, workers=workers, tune={"steps": 3})
-        run = VlmRun(config, tmp_path / str(workers), device="cpu")
+    for setting in (type(value)(0), value):
+        config = section(data, tiny_model, tune={"steps": 3}, **{name: setting})
+        run = VlmRun(config, tmp_path / str(setting), device="cpu")
+        assert run.learner.model.model.language_model.is_gradient_checkpointing == (
+            name == "checkpointing" and bool(setting)
+        )
         run.run()
-        rows = (tmp_path / str(workers) / "log.jsonl").read_text().splitlines()
+        rows = (tmp_path / str(setting) / "log.jsonl").read_text().splitlines()
         losses.append([row["loss"] for row in map(json.loads, rows) if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 

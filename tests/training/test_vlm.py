@@ -93,6 +93,11 @@ def test_a_small_copy_holds_the_same_questions(tmp_path: Path) -> None:
         (["vlm.model=/nowhere"], "vlm.model: no folder"),
         (["vlm.init=/nowhere"], "vlm.init: no state.safetensors"),
         (["vlm.colour=red"], "vlm.colour"),
+        (
+            ["vlm.scenes=[A,D]", "vlm.data=NEW"],
+            "vlm.scenes: name one or more to train on, without D",
+        ),
+        (["vlm.scenes=[Q]", "vlm.data=NEW"], "vlm.scene: 'Q'"),
     ],
 )
 def test_bad_words_are_one_line(
@@ -102,6 +107,7 @@ def test_bad_words_are_one_line(
     common = [f"vlm.data={tmp_path / 'talk'}", f"out={tmp_path / 'run'}", *QUICK]
     if not words[0].startswith(("vlm.model", "vlm.tower")):
         common.append(f"vlm.model={llava}")
+    words = [word.replace("NEW", str(tmp_path / "new")) for word in words]
     assert main(["train", "vlm", *common, *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.strip().splitlines()[-1].startswith("openhelix train: ")
