@@ -3,9 +3,9 @@
     openhelix probe --ask "where is the red block?" --scene D
     openhelix probe --ask "is the drawer open?" --image table.png --model FOLDER --engine transformers
 
-`--scene` draws a state of that scene by `--seed` and shows it to System 2; `--save` keeps the
-picture. The model is the configuration's, or `--model`: one that `openhelix train vlm` made
-answers best, for the plain laptop model never learned to.
+`--scene` draws a state of that scene from `--seed` and shows it to System 2; `--save` keeps the
+picture. The model is the configuration's, or `--model`. Use one trained with `openhelix train
+vlm`: the plain laptop model was never trained to answer questions.
 """
 
 from __future__ import annotations

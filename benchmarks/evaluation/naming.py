@@ -1,8 +1,8 @@
 """Does System 2 understand sentences? Each is named by the task whose row its latent comes nearest to.
 
-`openhelix probe --sentences FILE.json` takes `{task: [sentence, ...]}` and one picture a task, a
-state of the scene from which the task can be done (or the same picture for all), and reports the
-share of sentences that the policy would take for their own task.
+`openhelix probe --sentences FILE.json` takes `{task: [sentence, ...]}` and one picture per task, a
+state of the scene in which the task is feasible (or the same picture for all), and reports the
+share of sentences that the policy would assign to their own task.
 """
 
 from __future__ import annotations

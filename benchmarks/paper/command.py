@@ -1,9 +1,9 @@
-"""`openhelix experiment NAME...`: the paper's tables and figures, here.
+"""`openhelix experiment NAME...`: reproduce the paper's tables and figures.
 
-NAME is table1 to table9, figure4, figure5, or `all`. What is missing is trained and measured,
-what is there is used; killed at any moment, the same command goes on. Overrides are those of a
-run (`system1.replan_steps=4`) or, with `train.` before them, of `openhelix train`
-(`train.stage2.steps=500`).
+NAME is table1 to table9, figure4, figure5, or `all`. Existing trainings and results are
+reused, missing ones are made; the same command resumes after an interruption at any point.
+Overrides are those of a run (`system1.replan_steps=4`) or, prefixed with `train.`, of `openhelix
+train` (`train.stage2.steps=500`).
 """
 
 from __future__ import annotations
