@@ -34,7 +34,7 @@ class AskOptions(Options):
     ask: Annotated[tuple[str, ...], Many()] = option(..., "one or more", "QUESTION")
     scene: str | None = option(None, "show a state of this scene", "SCENE")
     image: Path | None = option(None, "show this picture", "FILE")
-    seed: int = option(0, "of the state that is shown (0)", "N")
+    seed: int = option(0, "of the state shown (0)", "N")
     save: Path | None = option(None, "write the picture that was shown", "PNG")
     blind: bool = option(False, "show a black picture")
     engine: str | None = option(None, f"{' or '.join(ANSWERERS)} (the settings')")

@@ -9,9 +9,9 @@ for a share `beta` of the stretches, the expert does, as DAgger mixes its rounds
 attempt of 60 steps gives about eight labels.
 
 The result is a collection like `openhelix collect`'s, in the same files and the same training
-frames: each attempt is one episode, its frames are the visited states. The same
-command resumes it, unit by unit. Overrides of a run's sections (`system1.policy...=`) choose the
-pair; `openhelix dagger --help` lists the settings.
+frames: each attempt is one episode, its frames are the visited states. The same command resumes
+it, unit by unit. Overrides of a run's sections (`system1.policy...=`) choose the pair; `openhelix
+dagger --help` lists the settings.
 """
 
 from __future__ import annotations
@@ -344,7 +344,7 @@ def parse(argv: Sequence[str]) -> tuple[DaggerConfig, RunConfig, bool]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `openhelix dagger`; returns the exit code.
+    """Have experts label the states that a trained pair visits.
 
     Raises:
         ConfigError: bad input, in one line; nothing was written.

@@ -194,9 +194,9 @@ PoolFor = Callable[[RunConfig], Pool]
 class SweepOptions(SuiteOptions):
     """Options of `sweep`; what is evaluated is `RunConfig`."""
 
-    suites: Words = option(SUITES_SWEPT, "what is asked of the policy", "SUITE,...")
+    suites: Words = option(SUITES_SWEPT, "suites to evaluate", "SUITE,...")
     intervals: Numbers = option(INTERVALS, "System 2 every N steps", "N,...")
-    latencies: Numbers = option(LATENCIES, "its delay in steps", "N,...")
+    latencies: Numbers = option(LATENCIES, "latency of its latents in steps", "N,...")
     clock: str = option("lockstep", "which clock (lockstep)", "|".join(CLOCKS))
     results: Path | None = option(None, "write the finished sweep here too, to keep", "DIR")
     drift_sequences: int = option(3, "chains to measure drift on (3)", "N")
