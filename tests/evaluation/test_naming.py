@@ -115,7 +115,7 @@ def test_pictures_of_the_scene_or_one_for_all(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--sentences", "nowhere.json"], "nowhere.json: cannot be read"),
-        (["--sentences", "validation", "--scene", "X"], "--scene: 'X' is none of A, B, C, D"),
+        (["--sentences", "validation", "--scene", "X"], "scene: 'X' is not one of A, B, C, D"),
         (["--sentences", "validation", "--picture"], "unknown option"),
     ],
 )

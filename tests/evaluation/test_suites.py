@@ -93,7 +93,7 @@ def test_episodes_to_film_are_spread_over_the_list():
     ("wrong", "message"),
     [
         ({"name": "calvn"}, "--suite: 'calvn' is none of tasks, calvin"),
-        ({"name": "tasks", "world": "mars"}, "--world: 'mars'"),
+        ({"name": "tasks", "world": "mars"}, "--world: no world 'mars'"),
         ({"name": "tasks", "tasks": ("fly",)}, "--tasks: 'fly'"),
         ({"name": "calvin", "tasks": ("open_drawer",)}, "CALVIN's chains"),
         ({"name": "calvin-d", "tasks": ("open_drawer",)}, "lift_red_block_table"),
