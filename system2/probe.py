@@ -1,9 +1,12 @@
-"""What a latent says in words: nearest vocabulary and similarity to a given list (paper Fig. 5).
+"""Describe a latent in words: nearest vocabulary and similarity to a given list (paper Fig. 5).
 
-The state at `<ACT>` lives in the space from which the language model would pick its next
-word, so it is compared with the rows of the output table. Over an episode the similarity to
-words such as left and right shows whether System 2 follows what it sees, or only repeats the
+The state at `<ACT>` lives in the space from which the language model predicts its next word, so
+it is compared with the rows of the output embedding table. Over an episode, the similarity to
+words such as left and right shows whether System 2 follows what it sees or only repeats the
 instruction, which is what the paper found.
+
+Two other modes have options of their own, among them `--scene`, which their own `--help` lists:
+`--ask QUESTION` answers in words; `--sentences LIST` names the task of every sentence in a list.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The real calvin_env behind PlayTable's interface, in a process of its own.
 
-calvin_env wants packages that the project does not, prints to standard output, and mixes up
+calvin_env needs packages that the project does not, prints to standard output, and mixes up
 its physics clients as soon as a second one exists; so every `CalvinEnv` starts one process
-(possibly under another interpreter) and talks to it over a socket. Whatever happens to that
-process becomes one clear error here, and nothing is left behind.
+(possibly under another interpreter) and talks to it over a socket. Any failure of that
+process is raised here as one clear error, and nothing is left behind.
 
 Two environment variables say where things are, `OPENHELIX_CALVIN_ENV` (a git checkout of
 calvin_env) and `OPENHELIX_CALVIN_PYTHON` (the interpreter); by default both are looked for

@@ -1,6 +1,6 @@
-"""The process in which the real calvin_env lives; run by path, never imported by the bench.
+"""The process in which the real calvin_env lives; run by path, never imported by the benchmarks.
 
-It may run under another interpreter than the project's (calvin_env wants gym and hydra,
+It may run under another interpreter than the project's (calvin_env needs gym and hydra,
 which the project does not), so it uses the standard library, NumPy and calvin_env only.
 calvin_env and Bullet print to standard output, hence a socket of its own for the replies: a
 length, a JSON header, then the arrays' raw bytes. Nothing on the wire can run code.

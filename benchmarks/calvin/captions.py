@@ -1,4 +1,4 @@
-"""Pictures of PlayTable with words: what System 2's small vision tower learns to see from.
+"""Pictures of PlayTable with captions: training data for System 2's small vision tower.
 
 Random states of a scene (`facts`) are drawn by the static camera and described three ways: a
 caption of constant form (every alternative is one word, so that word i is about the same

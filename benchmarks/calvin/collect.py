@@ -1,10 +1,10 @@
-"""`openhelix collect`: let the experts work, keep what succeeds.
+"""`openhelix collect`: run the scripted experts and keep the demonstrations that succeed.
 
-A collection is a folder of unit files. A unit file appears whole or not at all, so a killed
-collection is continued by the same command; a folder that was begun with other settings, or
-that holds something else, is refused before anything is written. `card.json` says what is in
-it: counts, failures, step numbers, settings, and a SHA-256 of every file. Then the moments
-that training reads are drawn (`openhelix.benchmarks.calvin.frames`), likewise file by file.
+A collection is a folder of unit files. Unit files are written atomically, so the same command
+resumes an interrupted collection; a folder begun with other settings, or with other contents, is
+refused before anything is written. `card.json` describes it: counts, failures, step numbers,
+settings, and a SHA-256 of every file. Then the frames that training reads are rendered
+(`openhelix.benchmarks.calvin.frames`), also file by file.
 """
 
 from __future__ import annotations

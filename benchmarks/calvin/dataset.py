@@ -1,9 +1,9 @@
-"""CALVIN's dataset layout: one `.npz` a frame, index files beside them.
+"""CALVIN's dataset layout: one `.npz` per frame, with index files beside them.
 
 A split's folder can be read by code written for CALVIN, and CALVIN's own folders by ours.
 Writing survives a kill at any moment: frames are written first, then one line is appended
 to `episodes.jsonl`, and that line is the commit. Whatever is not in a complete line does
-not exist; reopening the folder goes on behind it. CALVIN's index files are derived from
+not count; a reopened folder continues after the last one. CALVIN's index files are derived from
 those lines by `close`.
 
 `auto_lang_ann.npy` and `scene_info.npy` are dictionaries inside an object array, which

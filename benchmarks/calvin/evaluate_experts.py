@@ -1,7 +1,7 @@
 """How often the experts succeed: `python -m openhelix.benchmarks.calvin.evaluate_experts`.
 
-Every start has a seed of its own, so that one failure can be looked at alone and results do
-not depend on how starts are shared out over processes.
+Every start has its own seed, so that a single failure can be reproduced and results do not
+depend on how starts are distributed over processes.
 """
 
 from __future__ import annotations

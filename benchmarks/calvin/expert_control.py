@@ -1,4 +1,4 @@
-"""What every scripted expert is made of: what it sees, how it moves, how it varies.
+"""Building blocks of the scripted experts: what they see, how they move, how they vary.
 
 An expert is a generator that yields one `Goal` a control step and looks at the newest
 `View` when it is resumed. `Servo` turns goals into commanded poses within CALVIN's limits

@@ -1,6 +1,6 @@
 """The scripted experts: one class for each kind of thing that CALVIN's tasks move.
 
-`FixtureSkill` for what is built in (sliding door, drawer, bulb switch, LED button),
+`FixtureSkill` for the furniture (sliding door, drawer, bulb switch, LED button),
 `BlockSkill` for blocks on the table (rotate, push, lift, stack, unstack, push into the drawer),
 `StorageSkill` for blocks in the cabinet and in the drawer (take out, put in).
 """

@@ -1,8 +1,8 @@
 """CALVIN's worlds with gymnasium's API: `make_env("playtable")`, `make_env("calvin")`.
 
-An episode may be about one task: `reset(options={"task": "open_drawer"})` draws a start in
-which it can be done, rewards 1 in the step that does it, and ends there. Without a task the
-episode goes on and `info["completed"]` says what has been done since `reset`.
+For a single-task episode, `reset(options={"task": "open_drawer"})` draws a start in which the
+task is feasible; the step that completes it is rewarded with 1 and ends the episode. Without a
+task the episode continues, and `info["completed"]` lists the tasks completed since `reset`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Instructions in other words: CALVIN-E's enriched language and the phrases to train on.
+"""Instruction lists: CALVIN-E's paraphrases and the sentences used for training.
 
 Three lists of our own, each {task: [sentence]}, for all 34 tasks:
 
@@ -8,7 +8,7 @@ Three lists of our own, each {task: [sentence]}, for all 34 tasks:
 
 None of them is one of CALVIN's validation sentences, so all four can be compared. A fifth list,
 `development`, has words and structures that neither the training sentences nor the grammar of
-`wordings.py` has: what is to be chosen is chosen by it, so that CALVIN-E stays for measuring.
+`wordings.py` has: models are selected on it, so that CALVIN-E is used for measuring only.
 The paper's own list (GPT-4's) was never published; a user's file of the same form is read by
 `load`.
 """

@@ -1,6 +1,6 @@
-"""What can be asked of a picture of the table, and what is right: plain data in, words out.
+"""Questions about a picture of the table, and their correct answers: plain data in, words out.
 
-`TableView` says what one picture shows, in names and metres; `talk` asks about it in many
+`TableView` describes what one picture shows, in names and metres; `talk` asks about it in many
 wordings. Every kind of question has wordings for training and others that are kept for
 measuring alone. Answers are short and exact, so that a model's words can be compared letter by
 letter. Some questions have no answer in the picture ("cannot tell") and some ask for what is

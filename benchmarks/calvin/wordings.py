@@ -1,4 +1,4 @@
-"""Many ways to say each of the 34 tasks: a grammar to train System 2's ears on.
+"""Many ways to say each of the 34 tasks: a grammar of training sentences for System 2.
 
 A pattern is English with choices: `(lift|pick up)`, what may be left out: `[please]`, and names
 of other patterns: `<block>`. `say` draws sentences from it: imperatives, polite requests,

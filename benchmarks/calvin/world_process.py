@@ -2,7 +2,7 @@
 
 The world steps once for every action that arrives and stamps the new state with the time
 for which that action was meant, so that a state stamped t is what a robot would be in at t.
-Where no action comes for a while it holds its target and time goes on without the loop, as
+If no action arrives for a while, it holds its target and time continues without the loop, as
 on a real arm. The cameras run in a process of their own, at their own rate, from the newest
 state: a frame is stamped with the time of the state that it shows, however late it is drawn.
 """

@@ -3,9 +3,9 @@
     openhelix probe --ask "where is the red block?" --scene D
     openhelix probe --ask "is the drawer open?" --image table.png --model FOLDER --engine transformers
 
-`--scene` draws a state of that scene by `--seed` and shows it to System 2; `--save` keeps the
-picture. The model is the configuration's, or `--model`: one that `openhelix train vlm` made
-answers best, for the plain laptop model never learned to.
+`--scene` draws a state of that scene from `--seed` and shows it to System 2; `--save` keeps the
+picture. The model is the configuration's, or `--model`. Use one trained with `openhelix train
+vlm`: the plain laptop model was never trained to answer questions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AskOptions(Options):
     ask: Annotated[tuple[str, ...], Many()] = option(..., "one or more", "QUESTION")
     scene: str | None = option(None, "show a state of this scene", "SCENE")
     image: Path | None = option(None, "show this picture", "FILE")
-    seed: int = option(0, "of the state that is shown (0)", "N")
+    seed: int = option(0, "of the state shown (0)", "N")
     save: Path | None = option(None, "write the picture that was shown", "PNG")
     blind: bool = option(False, "show a black picture")
     engine: str | None = option(None, f"{' or '.join(ANSWERERS)} (the settings')")

@@ -1,8 +1,8 @@
 """`openhelix compare A B`: is B better than A, on the same episodes?
 
-Episodes are paired by their key, so both runs faced the same starts, words and noise; what
-differs between them otherwise is listed, because a difference has one cause only if one
-thing differs.
+Episodes are paired by their key, so both runs faced the same starts, instructions and noise. All
+other differences between the runs are listed, because a result can be attributed to a cause only
+if nothing else differs.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class CompareOptions(Options):
     """Options of `compare`."""
 
     a: Annotated[Path, Positional()] = option(..., "folder of an evaluation")
-    b: Annotated[Path, Positional()] = option(..., "folder of another one")
+    b: Annotated[Path, Positional()] = option(..., "folder of another evaluation")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,17 +1,17 @@
-"""`openhelix dagger`: a trained pair acts, experts label the states that it comes to.
+"""`openhelix dagger`: a trained pair acts, and experts label the states it visits.
 
-Imitation learns what to do where experts go; a policy goes elsewhere, and errors add up. So
-the pair is run in training scenes, on the very loop that evaluation uses, told by System 2
-in training sentences; every few steps an expert takes over in a copy of the world and does
-the rest of the task. Where it succeeds, that is the label of the state that was visited: the
-chunk of targets from there, the next keyposes, the steps that are left. The pair itself goes
-on from where it was (or, for a share `beta` of the stretches, the expert does, as DAgger
-mixes its rounds), so that an attempt of 60 steps gives about eight labels.
+Imitation covers only the states experts visit; a policy visits others, and its errors compound.
+So the pair is run in training scenes, on the same loop as in evaluation, conditioned on System
+2's latents of training sentences. Every few steps an expert takes over in a copy of the world
+and completes the task. If it succeeds, its actions label the visited state: the chunk of targets
+from there, the next keyposes, the steps left. The pair itself continues from where it was (or,
+for a share `beta` of the stretches, the expert does, as DAgger mixes its rounds), so that an
+attempt of 60 steps gives about eight labels.
 
 The result is a collection like `openhelix collect`'s, in the same files and the same training
-frames: each attempt is one episode, its frames are the visited states. It is continued by the
-same command, unit by unit. Words that name a section of a run (`system1.policy...=`) choose
-the pair; `openhelix dagger --help` lists the settings.
+frames: each attempt is one episode, its frames are the visited states. The same command resumes
+it, unit by unit. Overrides of a run's sections (`system1.policy...=`) choose the pair; `openhelix
+dagger --help` lists the settings.
 """
 
 from __future__ import annotations
@@ -344,7 +344,7 @@ def parse(argv: Sequence[str]) -> tuple[DaggerConfig, RunConfig, bool]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `openhelix dagger`; returns the exit code.
+    """Have experts label the states that a trained pair visits.
 
     Raises:
         ConfigError: bad input, in one line; nothing was written.

@@ -1,4 +1,4 @@
-"""An evaluation: what is missing is run, what is finished is kept, and all is summed up."""
+"""An evaluation: runs the missing episodes, keeps the finished ones, and summarises all."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What is measured while an episode runs, and what becomes of it however it ends.
+"""Measurements during an episode, and its outcome, however it ends.
 
 `DemandGoals` schedules System 2 and computes only what a plan is made from; `EngineMeter`,
-`Watch` and `Drift` measure System 2's work and the age and drift of its latents; `Attempt` puts
-together what is known of an episode, whenever it ends.
+`Watch` and `Drift` measure System 2's work and the age and drift of its latents; `Attempt`
+collects what is known of an episode, whenever it ends.
 """
 
 from __future__ import annotations

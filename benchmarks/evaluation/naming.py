@@ -1,8 +1,8 @@
-"""Does System 2 understand sentences? Each is named by the task whose row its latent comes nearest to.
+"""Does System 2 understand sentences? Each is named by the task whose row is nearest to its latent.
 
-`openhelix probe --sentences FILE.json` takes `{task: [sentence, ...]}` and one picture a task, a
-state of the scene from which the task can be done (or the same picture for all), and reports the
-share of sentences that the policy would take for their own task.
+`openhelix probe --sentences FILE.json` takes `{task: [sentence, ...]}` and one picture per task, a
+state of the scene in which the task is feasible (or the same picture for all), and reports the
+share of sentences that the policy would assign to their own task.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class NamingOptions(Options):
     """Options of `probe --sentences`; all else is `RunConfig`."""
 
     sentences: str = option(
-        ..., "a list of the project's, or {task: [sentence, ...]}", f"FILE|{'|'.join(LISTS)}"
+        ..., "a built-in list, or {task: [sentence, ...]}", f"FILE|{'|'.join(LISTS)}"
     )
-    scene: str = option("D", "whose pictures are shown (D)", "SCENE")
+    scene: str = option("D", "scene of the pictures (D)", "SCENE")
     image: Path | None = option(None, "this picture for every sentence", "FILE")
     blind: bool = option(False, "show black pictures")
-    seed: int = option(0, "of the states that are shown (0)", "N")
+    seed: int = option(0, "of the states shown (0)", "N")
 
 
 def main(argv: Sequence[str]) -> int:

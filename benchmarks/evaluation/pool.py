@@ -1,4 +1,4 @@
-"""Who runs the episodes: what every pool does, and the pool of this process alone.
+"""Pools that run episodes: their interface, and the pool that is this process alone.
 
 A pool takes jobs and gives outcomes back as they finish, in any order. Every episode stands
 for itself, so a pool's size changes how long an evaluation takes and nothing else. The others

@@ -1,8 +1,8 @@
-"""`openhelix probe`: what System 2 makes of a picture and an instruction.
+"""`openhelix probe`: inspect System 2's response to a picture and an instruction.
 
 With `--ask QUESTION` it answers in words (`asking`), with `--sentences FILE` it names every
-sentence of a list by its task (`naming`), otherwise it says which words its latent comes nearest
-to (`openhelix.system2.probe`). Each has its own `--help`.
+sentence of a list by its task (`naming`), otherwise it lists the words nearest to
+its latent (`openhelix.system2.probe`). Each has its own `--help`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from openhelix.system2 import probe
 
 
 def main(argv: Sequence[str]) -> int:
-    """What System 2 makes of an image and an instruction (--ask, --sentences).
+    """Inspect System 2 on an image and an instruction; also --ask QUESTION, --sentences FILE.
 
     Raises:
         ValueError: bad input, in one line.

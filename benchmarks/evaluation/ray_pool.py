@@ -5,8 +5,8 @@ would let a latent depend on what others happen to ask for. A worker that dies t
 episode with it; the episode is tried once more on a new worker and then counts as failed. A
 System 2 that dies is started again.
 
-Nothing here waits for ever: a process that neither answers nor dies (it swaps, its Ray has lost
-a message) is killed after its time and from then on is one that died.
+Nothing here waits for ever: a process that neither answers nor dies (it swaps, or Ray has lost a
+message) is killed after a timeout and then treated as dead.
 """
 
 from __future__ import annotations

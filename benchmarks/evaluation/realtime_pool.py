@@ -1,7 +1,7 @@
 """Episodes on the wall clock: the whole graph of processes, as `openhelix run` starts it.
 
-System 2 is truly asynchronous there and time does not wait, so episodes run one after the
-other and their results depend on the machine. Every episode gets fresh processes: what one
+System 2 is truly asynchronous there and time does not wait, so episodes run one at a time and
+their results depend on the machine. Every episode gets fresh processes: what one
 leaves behind cannot help or harm the next.
 """
 

@@ -1,12 +1,12 @@
-"""CALVIN-R: sentences that do not say by themselves which of the 34 tasks is meant.
+"""CALVIN-R: instructions whose task, one of the 34, only the picture resolves.
 
 "Push the leftmost block to the right", "toggle the lamp", "lift the block that lies on the
 table": which task that is depends on where things are when it is said. Every reference here is
 plain data, and `Reference.resolve` tells the task from the start state. A start in which a
 sentence has no clear referent (two blocks as far left, none in the drawer) is not used.
 
-A balanced list asks every reference for each of its tasks equally often, so that a system
-which does not look is right `blind_chance` of the time and no more.
+A balanced list asks every reference equally often for each of its tasks, so that a system that
+ignores the picture is right at most `blind_chance` of the time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An evaluation for people: Markdown, and one HTML page that needs nothing beside it."""
+"""Reports of an evaluation: Markdown, and one self-contained HTML page."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Results on disk, in a folder that a killed evaluation is continued in, and their summary.
+"""Results on disk, in a folder from which an interrupted evaluation resumes, and their summary.
 
-    run.json             what is evaluated; whoever continues must want the same
+    run.json             the evaluation's settings, which must match on resuming
     shards/0000.jsonl    32 episodes per file, one line each: a checksum and the result
     videos/<key>.mp4
     report.{json,md,html}

@@ -1,4 +1,4 @@
-"""Brings a world into the state in which an episode begins.
+"""Brings a world into an episode's start state.
 
 In PlayTable a drawn start is reached by simulation: an expert may have done another task
 before, and a block that is to be placed lies in the hand because an expert has grasped it. For

@@ -1,4 +1,4 @@
-"""What is asked of a policy: suites as lists of episodes.
+"""Evaluation suites as lists of episodes.
 
 An episode is plain data, made from the suite's settings and one seed alone, so any process
 can run any episode, in any order, and get the same result. Suites differ only in how the list
@@ -6,7 +6,7 @@ is made:
 
     tasks     single tasks from random starts in which they can be done
     calvin    CALVIN's five-task chains, from CALVIN's own layouts
-    calvin-e  the same chains in other words (CALVIN-E)
+    calvin-e  the same chains with paraphrased instructions (CALVIN-E)
     calvin-d  grasping blocks that move (CALVIN-D), every lift task and pattern
     calvin-r  sentences that need the image (CALVIN-R), every reference and what it can mean
 

@@ -1,14 +1,14 @@
-"""`openhelix sweep`: how old may the goal be? (paper Sec. 5.6)
+"""`openhelix sweep`: success against the age of the latent (paper Sec. 5.6).
 
 Every cell of the sweep is an evaluation of its own, on the same episodes: System 2 refreshes
 every `interval` environment steps and its latent arrives `latency` steps later. Beside the
-score stand the age of the latents that plans were made from, their drift (the cosine to the
-latent that System 2 would give at that moment, measured on the first episodes of a cell) and
-System 2's work for a task. Cells that are finished are not run again.
+score it reports the age of the latents behind the plans, their drift (cosine similarity to the
+latent System 2 would give at that moment, measured on the first episodes of a cell) and System
+2's cost per task. Finished cells are not run again.
 
-`--clock realtime` (or `both`) runs the same cadences on the wall clock, with System 2 in a
-process of its own: `control.hz / interval` hertz. Its latency is then what it is on this
-machine, and a cadence that it cannot keep shows in the latents that it gave per task.
+`--clock realtime` (or `both`) runs the same intervals on the wall clock, with System 2 in its own
+process at `control.hz / interval` hertz. The latency is then that of this machine, and a rate
+System 2 cannot sustain shows in the number of latents per task.
 """
 
 from __future__ import annotations
@@ -209,9 +209,9 @@ PoolFor = Callable[[RunConfig], Pool]
 class SweepOptions(SuiteOptions):
     """Options of `sweep`; what is evaluated is `RunConfig`."""
 
-    suites: Words = option(SUITES_SWEPT, "what is asked of the policy", "SUITE,...")
+    suites: Words = option(SUITES_SWEPT, "suites to evaluate", "SUITE,...")
     intervals: Numbers = option(INTERVALS, "System 2 every N steps", "N,...")
-    latencies: Numbers = option(LATENCIES, "its delay in steps", "N,...")
+    latencies: Numbers = option(LATENCIES, "latency of its latents in steps", "N,...")
     clock: str = option("lockstep", "which clock (lockstep)", "|".join(CLOCKS))
     results: Path | None = option(None, "write the finished sweep here too, to keep", "DIR")
     drift_sequences: int = option(3, "chains to measure drift on (3)", "N")

@@ -1,8 +1,8 @@
 """The experiments: YAML files in `experiments/`, one for each table and figure of the paper.
 
-What is trained, how it is measured and what the paper says stand side by side there, and a user
-can add an experiment without touching code. The models below check them; a wrong key or name is
-one line.
+Each lists what is trained, how it is measured and the paper's figures, so that an experiment can
+be added without touching code. The models below validate the files; an invalid key or name is
+reported in one line.
 """
 
 from __future__ import annotations

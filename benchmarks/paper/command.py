@@ -1,9 +1,9 @@
-"""`openhelix experiment NAME...`: the paper's tables and figures, here.
+"""`openhelix experiment NAME...`: reproduce the paper's tables and figures.
 
-NAME is table1 to table9, figure4, figure5, or `all`. What is missing is trained and measured,
-what is there is used; killed at any moment, the same command goes on. Overrides are those of a
-run (`system1.replan_steps=4`) or, with `train.` before them, of `openhelix train`
-(`train.stage2.steps=500`).
+NAME is table1 to table9, figure4, figure5, or `all`. Existing trainings and results are
+reused, missing ones are made; the same command resumes after an interruption at any point.
+Overrides are those of a run (`system1.replan_steps=4`) or, prefixed with `train.`, of `openhelix
+train` (`train.stage2.steps=500`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results"  # of a checkout
 
 
 def main(argv: Sequence[str]) -> int:
-    """Reproduce the paper's tables and figures here.
+    """Reproduce the paper's tables and figures.
 
     0 when all that was asked for is there, or the time given is over.
 
@@ -91,18 +91,20 @@ class ExperimentOptions(Options):
     names: Annotated[tuple[str, ...], Positional(many=True)] = option(
         (), "table1 ... table9, figure4, figure5, all", "NAME"
     )
-    list_: bool = Field(False, alias="list", description="say what there is")
+    list_: bool = Field(False, alias="list", description="list the experiments")
     scale: str = option("laptop", "how much is trained and measured", "smoke|quick|laptop|gpu|full")
     data: Path | None = option(None, "a collection (train's default)", "DIR")
     root: Path | None = option(None, "trainings and evaluations (in the cache)", "DIR")
     out: Path | None = option(None, "results (benchmarks/results)", "DIR")
     workers: Count = option(1, "processes of an evaluation (1)", "N")
     seed: Annotated[int, Field(ge=0)] = option(0, "of everything (0)", "N")
-    hours: Annotated[float, Field(gt=0)] | None = option(None, "begin nothing after this long", "H")
-    estimate: bool = option(False, "only say how long it will take")
-    report: bool = option(False, "only write what there is")
+    hours: Annotated[float, Field(gt=0)] | None = option(
+        None, "start nothing new after H hours", "H"
+    )
+    estimate: bool = option(False, "only estimate the duration")
+    report: bool = option(False, "only write the reports")
     no_training: bool = option(False, "measure what is trained, train nothing")
-    trainer: str | None = option(None, "another one than `openhelix train`", "MODULE:CLASS")
+    trainer: str | None = option(None, "used instead of `openhelix train`", "MODULE:CLASS")
 
 
 class Changes(RunConfig):

@@ -1,4 +1,4 @@
-"""How long experiments will take, told before anything starts, from measured times.
+"""Estimates how long experiments will take, from measured costs, before anything starts.
 
 An environment step costs its physics and its share of a plan; every latent that a plan is made
 from costs a call of System 2. These and what a sample costs in each kind of training are

@@ -1,4 +1,4 @@
-"""Figure 5: what does a latent say in words while the scene changes under it?
+"""Figure 5: the words nearest to a latent while the scene changes.
 
 A scripted expert lifts the blue block; at one step the block is put farther to the left. The
 same start is run again without that. System 2 reads images of both, and the state at `<ACT>`
@@ -6,8 +6,8 @@ is compared with its own vocabulary, as the paper does.
 
 The paper shows one episode. Here several starts are taken and the drift is given a scale: how
 far the latent moves when the block is moved (same arm, same words), when time passes, and when
-another sentence is said over the same image. A latent that is "static semantics" hears the
-sentence and hardly sees the block.
+another sentence is said over the same image. A latent that is "static semantics" depends on
+the sentence and hardly on the block.
 """
 
 from __future__ import annotations

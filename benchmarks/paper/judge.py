@@ -1,7 +1,7 @@
-"""Does a finding of the paper hold here? Two rows, the same episodes, a paired test.
+"""Tests whether a finding of the paper holds here: two rows, the same episodes, a paired test.
 
-"b is better" holds if b scores higher and the paired test says that this is no luck (p below
-0.05), and is contradicted if a does. "the same" holds if the whole 95 % interval of the
+"b is better" holds if b scores higher and the paired test is significant (p below 0.05), and is
+contradicted if a does. "the same" holds if the whole 95 % interval of the
 difference lies within the margin, and is contradicted if the interval lies outside of it; two
 rows that both score below the margin cannot show it. Everything else is undecided: too few
 episodes, not no effect.

@@ -1,6 +1,6 @@
-"""From a row of a table to an evaluation: which episodes, how they are run, on which weights.
+"""Turns a row of a table into an evaluation: its episodes, conditions and weights.
 
-An evaluation is known by a hash of its training, its episodes and its conditions, so rows of
+An evaluation is identified by a hash of its training, its episodes and its conditions, so rows of
 different tables that measure the same thing (and there are many) share one folder of results.
 All rows of a suite have the same seed, hence the same episodes, and can be compared in pairs.
 """

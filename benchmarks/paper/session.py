@@ -1,9 +1,9 @@
-"""Runs experiments: what is missing is trained and measured, what is there is used.
+"""Runs experiments: trains and measures what is missing, reuses what is finished.
 
-Everything is a folder that says of itself whether it is finished, so a session that is killed
-at any moment is continued by starting it again, and tables share what they have in common.
-Table by table its trainings come first, then its evaluations; after every evaluation the
-reports are written anew, so that a night cut short leaves what it got.
+Every folder records whether it is finished, so an experiment interrupted at any point resumes
+when it is started again, and tables share common trainings and evaluations. Each table runs its
+trainings first, then its evaluations; reports are rewritten after every evaluation, so that an
+interrupted run leaves complete reports of what it measured.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""An experiment for people: Markdown with the paper's figures beside ours, JSON, a plot.
+"""Reports of an experiment: Markdown with the paper's figures beside ours, JSON, a plot.
 
-What has not been run says so, what has been run in part says how much, and every score comes
-with its number of trials, clock, step limit and interval.
+Rows not run are marked, incomplete ones state how much was run, and every score comes with its
+number of trials, clock, step limit and interval.
 """
 
 from __future__ import annotations

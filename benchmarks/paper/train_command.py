@@ -1,8 +1,8 @@
-"""Trainings by `openhelix train`, each in a process of its own.
+"""Trainings by `openhelix train`, each in its own process.
 
-A process of its own, because a training's memory must be free again before an evaluation
-begins, and because a kill then ends a training and nothing else. What `openhelix train` says
-goes to `train.log` in the training's folder.
+Its own process, so that a training's memory is released before an evaluation begins, and so that
+a kill ends one training and nothing else. The output of `openhelix train` goes to `train.log` in
+the training's folder.
 
 All pairs share one folder of prepared states: it is named by content there, and frozen models
 prepare the same states whatever the policy is taught with them.

@@ -1,13 +1,12 @@
-"""What is trained for a variant, so named that no training is done twice.
+"""The trainings behind each variant, named so that none is done twice.
 
-A training is known by a hash of all that shapes it: its options, its data and the training it
-begins with. Variants of different tables that come out alike share it, and so do variants
-that begin with the same pretrained policy. A folder `<stage>-<hash>` holds it, and
-`trained.json` in it says that it is finished, how long it took and what a run is told to use
-it.
+A training is identified by a hash of everything that determines it: its options, its data and
+the training it builds on. Identical variants of different tables share it, as do variants that
+start from the same pretrained policy. It lives in a folder `<stage>-<hash>`, whose `trained.json`
+records that it is finished, how long it took and the settings with which a run uses it.
 
-Who trains is behind `Trainer`: `openhelix train` in a process of its own (`TrainCommand`), or
-a small stand-in where only the plumbing is of interest.
+`Trainer` does the training: `openhelix train` in its own process (`TrainCommand`), or a small
+stand-in where only the plumbing is of interest.
 """
 
 from __future__ import annotations

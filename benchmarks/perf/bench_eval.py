@@ -1,4 +1,4 @@
-"""Evaluation's figures: sequences per hour, what rendering costs, and what workers bring.
+"""Evaluation benchmark: sequences per hour, the cost of rendering, the speed-up of workers.
 
 Many CALVIN sequences with few steps per task are run by one and by two Ray workers, round by round,
 then a few with all steps by two; loading is left out. Then, with few steps per task, one process

@@ -1,7 +1,7 @@
-"""What the paper's experiments cost here: a step of evaluation, a sample of each kind of training.
+"""Cost of the paper's experiments: a step of evaluation, a sample of each kind of training.
 
-`openhelix experiment` tells from these figures how long it will take. All are processor times of
-one thread, so another program on the machine does not change them. Trainings begin with the
+`openhelix experiment` estimates its duration from these figures. All are CPU times of one thread,
+so other load on the machine does not affect them. Trainings begin with the
 shipped policy, at a small batch, for a few steps; the evaluation is of chains with the shipped
 pair, whose every plan has a fresh latent. What a second worker brings is `bench_eval`'s; what a
 second thread brings a training is measured here, on the wall clock: leave the machine alone.

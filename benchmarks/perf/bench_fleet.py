@@ -1,14 +1,14 @@
-"""How many robots one System 2 serves on this machine, and what looking on costs the loop.
+"""How many robots one System 2 can serve on this machine, and what observing costs the loop.
 
 Robots: the real engine behind `openhelix serve`, as a user runs it; the robots are light (the
 loop's own half of the conversation at 30 ticks per second with a 200x200 camera at 10 Hz, no
-simulator), so that the cores are System 2's. Their number rises until it breaks: the p99 of
-the age of the latent in use, looked at in every tick, exceeds 2 s, or a request is shed; then
-the gap is halved until the last number that works is known. A number that breaks is tried twice.
-It all takes six to eight minutes.
+simulator), so that the cores are System 2's. Their number rises until the limit: the p99 age
+of the latent in use, sampled at every tick, exceeds 2 s, or a request is shed. Bisection then
+finds the largest number that works; a number that fails is tried twice. The benchmark takes six
+to eight minutes.
 
 Overhead: a real loop (PlayTable's processes, small System 1 and System 2, SCHED_FIFO where it
-is granted) with metrics and recording switched on and off in turns of a second, so that all
+is granted) with metrics and recording switched on and off in one-second blocks, so that all
 ways share one run and are compared block by block, with an interval. A Prometheus-like client
 scrapes once in every turn that has metrics.
 

@@ -1,4 +1,4 @@
-"""The pacer's figures: how late ticks are, by way of waiting, side by side.
+"""Pacer benchmark: how late ticks are under different ways of waiting, side by side.
 
 Four ways at two rates, in turns of two seconds within one run, so that whatever else the
 machine does hits all of them alike. Nothing but pacing is measured here: no observation, no

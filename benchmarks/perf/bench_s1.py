@@ -1,4 +1,4 @@
-"""How fast System 1 is, what it costs, and how far each fast mode strays from the exact one.
+"""System 1 benchmark: speed, cost, and each fast mode's deviation from the exact one.
 
     python -m openhelix.benchmarks.perf.bench_s1 --threads 2
 

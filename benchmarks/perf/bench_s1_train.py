@@ -1,8 +1,8 @@
-"""How many samples a second a policy's training takes in, and whether it learns the same.
+"""Throughput of policy training in samples per second, and whether both precisions learn alike.
 
 Two trainings of one seed on the same frames, step by step in turn: float32, and bfloat16 as
-`bf16=true` trains. Says samples a second by the clock and by the processor (which others that
-are busy on the machine do not change), and draws both losses into one picture.
+`bf16=true` trains. Reports samples per second of wall time and of CPU time (which other load on
+the machine does not affect), and plots both losses.
 
     python -m openhelix.benchmarks.perf.bench_s1_train --data demonstrations_ABC --steps 40 --out FOLDER
 """

@@ -1,7 +1,7 @@
-"""System 2's figures: latency, many robots, prompt tuning, start-up and memory.
+"""System 2 benchmark: latency, many robots, prompt tuning, start-up and memory.
 
 Each section runs in a process of its own, so that one's memory and threads are not the
-next's; what is compared is measured in turns within one process. Nothing is fetched: the
+next's; what is compared is measured in turns within one process. Nothing is downloaded: the
 laptop model is assembled on the first run.
 
     python -m openhelix.benchmarks.perf.bench_s2 [--threads 2] [--only latency robots tuning start]

@@ -1,4 +1,4 @@
-"""The simulator's figures: steps per second, render, reset and restore times, memory.
+"""Simulator benchmark: steps per second, render, reset and restore times, memory.
 
 Each round runs the same moves in every variant, one after the other, so that ratios hold on
 a busy machine; reported are the best and the median round. `state` is `step` without

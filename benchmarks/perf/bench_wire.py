@@ -1,4 +1,4 @@
-"""The wire's figures: latency beside bare ZeroMQ, and that the newest is never lost.
+"""Transport benchmark: latency beside bare ZeroMQ, and a check that the newest is never lost.
 
 Two processes, publisher and reader, over ipc. Latency is one way: from just before `send`
 (encoding included) to the record in the reader's hands, decoded and checked. Beside it, in
@@ -19,7 +19,7 @@ has too little of the machine to keep up, its queue fills and `gaps` are counted
 
 Nobody polls shared memory for the other process: on two cores that takes the processor from
 the threads that carry the messages. Each measurement has a time limit, and a peer that died
-ends the bench with a message.
+ends the benchmark with a message.
 
     python -m openhelix.benchmarks.perf.bench_wire [--messages 200000] [--rounds 2000] [--out FILE]
 """

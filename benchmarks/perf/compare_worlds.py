@@ -3,7 +3,7 @@
 Five comparisons: TCP error over 60 free-space steps, the step response and gripper curve,
 eight scripted motions on the mechanisms, the 34 oracles on all ordered pairs of some thirty
 states, and what both cameras see; then steps per second, side by side in one run (calvin_env's
-measured inside its own process). Needs calvin_env; says how to get it otherwise.
+measured inside its own process). Needs calvin_env, and says how to install it if it is missing.
 
     python -m openhelix.benchmarks.perf.compare_worlds [--steps 200] [--images DIR] [--out FILE]
 """

@@ -1,4 +1,4 @@
-"""Where benchmarks find what they run and leave what they measured.
+"""Where benchmarks find their inputs and write their results.
 
 In a checkout figures go to `benchmarks/perf/results/`, where they are kept; an installed package
 is not written to, so there they go to `outputs/perf/` of the working directory.

@@ -1,4 +1,4 @@
-"""What is measured of System 1: one function per case, each for a process of its own.
+"""The benchmark cases of System 1: one function per case, each run in its own process.
 
 A case returns plain data. Runs that are compared are alternated within the case, so that
 their ratio does not depend on what else the machine was doing. Networks have their official or

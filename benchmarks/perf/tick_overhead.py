@@ -6,7 +6,7 @@ with nothing, with metrics, with the tick stream that recordings are made of, an
 follow one another in blocks of four, shuffled anew in each, so that all ways see the same
 machine. What a way costs is the difference to "nothing" of the same block, with the 95 %
 bootstrap interval over the blocks. Two times are kept of every tick: until the action is sent,
-which subscribers must not lengthen, and until the last subscriber has been told.
+which subscribers must not lengthen, and until the last subscriber has been notified.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 `train` and `held-out` are random states of the training scenes by different seeds; half of the
 questions of `held-out` are put in wordings that training never sees. `scene-D` is for
-measuring only. Everything follows from the seed and the shard's number, so a stopped run goes
-on, and asking for more pictures keeps those that are there.
+measuring only. Everything follows from the seed and the shard's number, so an interrupted run
+resumes, and asking for more pictures keeps the existing ones.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """`openhelix train STAGE`: from a collection to a pair of checkpoints.
 
-Stages: `vlm` (a base model that sees and answers, from pictures with questions; a model of its
-own, named by `latent.model` afterwards), `policy` (System 1 alone), `prepare` (what the frozen language model makes of the
-frames, kept on disk), `stage1` (<ACT> and projector learn, policy and language model frozen),
-`stage2` (the policy learns too), `export` (one folder to ship), `all` (what is missing of
-these, in order). The same command again goes on where it stopped; a finished stage is left
-as it is.
+Stages: `vlm` (a base model for System 2, trained on pictures and questions; name it with
+`latent.model` in later stages), `policy` (System 1 alone), `prepare` (caches the frozen language
+model's outputs on disk), `stage1` (trains <ACT> and projector; policy and language model are
+frozen), `stage2` (trains the policy too), `export` (writes one folder with the pair), `all` (every
+unfinished stage but `vlm`, in order). Repeating a command resumes an interrupted stage and skips a
+finished one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from openhelix.runtime.core.config import ConfigError, read_settings
 class TrainOptions(Options):
     """Options of `train`; all else is `TrainingConfig`."""
 
-    stage: Annotated[str, Positional()] = option(..., "what to do", "|".join(STAGES))
+    stage: Annotated[str, Positional()] = option(..., "what to train or export", "|".join(STAGES))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,7 +3,7 @@
 The stages are the paper's (Appendix A.4) with the policy's own pretraining before them:
 `policy`, `stage1`, `stage2`; `prepare` makes what both of the latter read and `export` what a
 robot reads. Each keeps its own folder under `out`, so that a stage can be repeated with other
-settings while the ones before it stand.
+settings while the earlier ones are kept.
 """
 
 from __future__ import annotations

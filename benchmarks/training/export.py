@@ -1,4 +1,4 @@
-"""The last stage: one folder that a robot can run from, with a card that says how it came to be.
+"""The last stage: one folder that a robot can run from, with a card on how it was trained.
 
     ship/system1-laptop/   the policy (half precision where that is exact enough), normaliser,
                            configuration, and the spec with System 2's latent

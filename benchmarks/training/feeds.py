@@ -1,9 +1,9 @@
-"""Where a step's latents come from: the living language model, cached prefixes, cached states.
+"""Where a step's latents come from: the live language model, cached prefixes, cached states.
 
 All three feeds give the same thing (a `Sample` of System 2 for some frames), and differ in what
 may learn: everything, `<ACT>` alone, or nothing of the language model. `Ages` says which
-observation a frame's latent comes from, `Pictures` and `Sentences` what System 2 sees and is told
-there, and a `Store` keeps what the frozen language model makes of it.
+observation a frame's latent comes from, `Pictures` and `Sentences` provide System 2's inputs
+there, and a `Store` caches the frozen language model's outputs.
 """
 
 from __future__ import annotations

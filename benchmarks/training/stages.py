@@ -1,4 +1,4 @@
-"""The stages, each in its folder, each going on where it stopped."""
+"""The training stages, each in its own folder and resumable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The projector's start: what the policy's task table says, found without gradients through it.
+"""The projector's initialisation from the policy's task table, without gradients through it.
 
 A policy pretrained alone understands the rows of its table and no latent. `task_anchors`
 names, for each task, a latent that its adapter turns into that row. The projector begins as what

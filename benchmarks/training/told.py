@@ -1,10 +1,9 @@
-"""The sentences that a policy is told its tasks by: read, encoded once, kept.
+"""The sentences a policy is conditioned on: read, encoded once, cached.
 
 A list is a JSON file {task: [sentence, ...]} that names every task of the data; without one it
-is the list that demonstrations are labelled with. What the language model makes of it is kept
-in the cache under a name that changes with every sentence, layer and model. The held-out
-frames are told a list of their own where one is named, else a fifth of the sentences that is
-then not trained on.
+is the list that demonstrations are labelled with. The language model's encoding is cached
+under a name that depends on every sentence, layer and model. Held-out frames use a separate list
+if one is named, otherwise a fifth of the sentences, which are then not trained on.
 """
 
 from __future__ import annotations

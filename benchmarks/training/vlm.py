@@ -1,4 +1,4 @@
-"""`openhelix train vlm`: a base model that sees and answers, before any robot's data.
+"""`openhelix train vlm`: a base model that answers questions about pictures, before robot data.
 
 The training itself is `openhelix.system2.vlm_train`; here its pictures are found or made.
 """

@@ -1,4 +1,4 @@
-"""Builds a control loop from a configuration; the one place where its parts meet.
+"""Builds a control loop from a configuration; the one place where its parts are put together.
 
 Both clocks use the same classes and differ only in four of them: the clock, the planner and
 the goals (other processes, or inside the tick), and the robot.

@@ -1,9 +1,9 @@
 """Joins System 1's trajectories by time: drop what has expired, blend what overlaps.
 
-A chunk comes back a good while after the observation it was computed from, so its first rows
-are already past, and the arm is in the middle of the chunk before it. Here time goes in and a
-target comes out; nothing is counted in rows that might have been executed (an estimate that
-warm-up or a slow call inflates, and the arm then jumps), only in what the loop really sampled.
+A chunk arrives well after the observation it was computed from, so its first rows are already in
+the past, and the arm is in the middle of the previous chunk. The buffer maps a time to a target.
+It never counts rows that might have been executed (an estimate that a warm-up or a slow call
+inflates, which makes the arm jump), only what the loop actually sampled.
 
     older plan   o----o----o----o----o----o
     new chunk         o----o----o----o----o----o----o

@@ -1,8 +1,8 @@
-"""Runs a list of instructions on a control loop, one after the other, judged by the world.
+"""Runs a list of instructions on a control loop in sequence; the world judges success.
 
 The step limit counts environment steps under the policy's control. Steps on which the robot
-held still because the first latent of an instruction had not arrived are counted apart
-(`hold_steps`), so that a score says both.
+held still because the first latent of an instruction had not arrived are counted separately
+(`hold_steps`), so that both can be reported.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The loop offers its newest image every tick and polls; it never waits. `recent` holds the
 last latents of the current instruction, newest last. Two kinds of latents are counted and
-never used: one for another instruction, which is no longer followed, and one of another model
-than the run began with, which means something else to System 1 whatever its shape.
+never used: those for another instruction, which is no longer followed, and those of a model other
+than the run began with, which System 1 would misinterpret even if their shape matches.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The control loop: observe, condition, act, apply, notify.
 
-One tick never waits: the robot's newest state is read, the newest latent and the newest
-chunk are taken if they are there, one target is sampled, limited and sent. System 1 and
-System 2 work beside it. Logging, recording and viewing are subscribers, never `if`s in here.
+A tick never waits: it reads the robot's newest state, takes the newest latent and chunk if they
+have arrived, and samples, limits and sends one target. System 1 and System 2 run beside it.
+Logging, recording and viewing are subscribers, never `if`s in here.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""How the loop asks System 1: another process (`RemotePlanner`) or the tick (`SyncPlanner`).
+"""How the loop queries System 1: in its own process (`RemotePlanner`) or within the tick
+(`SyncPlanner`).
 
 Both take the newest observation when a new chunk is due and hand finished chunks back
 without blocking, so the control loop is the same on both clocks. A chunk is due a fixed time
 after the observation of the last one, and at once when the instruction has changed.
 
-On the wall clock System 1 has a process of its own, because threads of one Python process
-share one interpreter: a policy's thread that holds it when the scheduler takes its core away
-stops a control thread of any priority.
+On the wall clock System 1 has its own process, because threads of one Python process share one
+interpreter lock: a policy thread that is preempted while holding it stops a control thread of any
+priority.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""What a control thread asks of the operating system, and of the interpreter.
+"""Real-time settings that a control thread requests from the operating system and the interpreter.
 
-`enter` never raises: whatever is refused is left out, and the status says so in a line that
-belongs in a metric. Scheduling and affinity are set for the calling thread alone, with
+`enter` never raises: whatever is refused is left out, and the status says so in a line meant for
+a metric. Scheduling and affinity are set for the calling thread alone, with
 RESET_ON_FORK, because threads inherit both: a thread pool that a real-time thread starts
 would otherwise run in real time too, and starve ZeroMQ's input and output thread of a core.
 (`inherit` is for a process that wants just that: all its threads at one low priority.)
 For the same reason a SCHED_FIFO thread may spin only briefly (`MonotonicClock.spin_ns`); the
 kernel stops real-time threads for 50 ms once they have used 95 % of a second.
 
-Where there is no SCHED_FIFO, `step_back` and `short_slice` say who goes first. Linux puts the
+Without SCHED_FIFO, `step_back` and `short_slice` set priorities. Linux puts the
 processes of each session into a group of their own and shares the cores between the groups
 (autogroup); niceness counts only inside one. So a process that leads a session of its own, as
-those of a run do (`openhelix.runtime.launch.processes`), says its niceness for its group too.
-A thread that computes keeps its core until its slice is over, milliseconds, unless the one
-that wakes has a shorter slice (Linux 6.12 and later), which anybody may ask for. What a system
-does not have is left out here too.
+those of a run do (`openhelix.runtime.launch.processes`), sets its niceness for its group too.
+A computing thread keeps its core until its slice of several milliseconds is over, unless the
+waking thread has a shorter slice (Linux 6.12 and later), which needs no privilege. Anything the
+system does not support is left out here too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run leaves behind as numbers: `report.json`, the final table and the live view.
+"""A run's figures: `report.json`, the final table and the live view.
 
 `LoopStatistics` gathers the loop's figures tick by tick, in memory allocated once. Every
 figure is measured on the run itself; one that could not be measured is null, never a default.

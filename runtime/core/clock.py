@@ -4,7 +4,7 @@ Deadlines are counted from the start (`t_start + (i + 1) * period`), so lateness
 accumulates. A tick that overran by whole periods makes the pacer skip those and count them:
 a burst of catch-up ticks would command a robot faster than anyone planned. Sleeping wakes
 late by tens of microseconds and now and then by milliseconds; sleeping short and spinning
-the rest mends the median, SCHED_FIFO (`openhelix.runtime.control.realtime`) the tail.
+for the rest fixes the median, SCHED_FIFO (`openhelix.runtime.control.realtime`) the tail.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The verbs of the parts that the loop joins; tiny on purpose.
+"""The interfaces of the parts that the loop connects; small on purpose.
 
-A class that has these methods fits; nothing needs to be inherited.
+Any class with these methods qualifies; nothing needs to be inherited.
 """
 
 from __future__ import annotations

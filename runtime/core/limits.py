@@ -1,4 +1,4 @@
-"""Limits on every target: workspace, speed, acceleration, and nothing that is not a number.
+"""Limits on every target: workspace, speed and acceleration; non-finite values are refused.
 
 `SafetyFilter` limits each tick's *step*, so it needs no model of the arm. Braking is planned
 for: a step is taken only if the arm could still stop before the wall of the box by braking

@@ -1,4 +1,4 @@
-"""Where the files are that come with the project, in a checkout and in an installed wheel.
+"""Locates the files shipped with the project, in a checkout and in an installed wheel.
 
 Both have the same folders side by side (`runtime/`, `configs/`, `checkpoints/`, …): at the top
 of a checkout, and inside the installed package `openhelix`. Whatever is written goes elsewhere:

@@ -1,8 +1,8 @@
-"""What plugs in, by name: entry points of any installed package, imported only when used.
+"""Plug-ins by name: entry points of any installed package, imported only when used.
 
-The runtime reaches the systems, worlds, robots and commands through this module alone, so
-that importing `openhelix.runtime` costs neither torch nor vLLM nor pybullet, and what another
-package brings is found in the same way as our own. The groups:
+The runtime reaches systems, worlds, robots and commands only through this module, so that
+importing `openhelix.runtime` loads neither torch nor vLLM nor pybullet, and plug-ins of other
+packages are found in the same way as our own. The groups:
 
     openhelix.commands   name -> function(argv) -> exit code; its docstring is its help text
     openhelix.worlds     name -> see `openhelix.runtime.robots.base.WorldPlugin`
@@ -10,7 +10,7 @@ package brings is found in the same way as our own. The groups:
     openhelix.nodes      name -> the class of a process that the run's graph starts
 
 In a checkout our own entry points are read from its pyproject.toml: the metadata of an
-editable install is as old as the install.
+editable install may be outdated.
 """
 
 from __future__ import annotations

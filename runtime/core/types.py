@@ -1,4 +1,4 @@
-"""What flows between the two systems, the loop and a robot: frozen records.
+"""The frozen records passed between the two systems, the loop and a robot.
 
 Every array has one shape, one dtype, one unit and one frame, written beside it here and
 nowhere else. `W` is the world frame (metres, z up). Poses are 7-vectors: position xyz in

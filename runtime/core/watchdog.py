@@ -1,4 +1,4 @@
-"""Knows how old everything is that control relies on, and turns that into run, hold or stop.
+"""Tracks the age of every source that control relies on, and decides between run, hold and stop.
 
 Both classes are pure (times and records in, verdicts out) and belong to the control loop's
 thread. Ages count from capture, never from arrival: a frozen source keeps arriving.

@@ -1,9 +1,9 @@
-"""The graph as Ray actors: Ray places them, watches them and starts them again.
+"""The graph as Ray actors: Ray places, monitors and restarts them.
 
 Nothing of a run travels through Ray: each actor hosts a `NodeRunner`, which speaks
 ZeroMQ. An actor that is killed is restarted by Ray with the same `NodeSpec`, binds the same
-endpoints, and its peers reconnect by themselves. On a cluster the same holds for a host: the
-actor waits until a host with its resources is there again.
+endpoints, and its peers reconnect automatically. On a cluster the same applies to a lost host:
+the actor waits until a host with its resources is available again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The control process: one robot's driver and the control loop, run in real time.
 
-Nothing else lives here: System 1, System 2 and the observer have processes of their own. `setup` connects; `run` waits to be told to start, then paces the loop and keeps the
-figures of the run. A robot is stopped on every way out: the end, Ctrl-C, an error.
+Nothing else runs here: System 1, System 2 and the observer have their own processes. `setup`
+connects; `run` waits for the command to start, then paces the loop and collects the run's figures.
+The robot is stopped on every exit path: normal end, Ctrl-C, error.
 """
 
 from __future__ import annotations

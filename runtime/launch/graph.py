@@ -1,4 +1,4 @@
-"""Which processes a run consists of, where they listen, and who starts them.
+"""The processes of a run, their endpoints, and how they are started.
 
     system2 <- requests -- control -- plans ---> system1
             -- latents --> control <-- chunks --
@@ -7,9 +7,9 @@
                            control <- frames ------------------------'
                            control -- ticks ---> observer
 
-`build` says which nodes there are, `Endpoints` where each of them listens, and `Graph` starts
-them through a host (Ray actors or plain processes), waits until all are ready and ends them in
-order. Nodes on one host talk over Unix sockets in a `ScratchFolder`, which goes with the run.
+`build` lists the nodes, `Endpoints` their addresses, and `Graph` starts them through a host (Ray
+actors or plain processes), waits until all are ready and ends them in order. Nodes on one host
+communicate over Unix sockets in a `ScratchFolder`, which is removed with the run.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""One process of the graph: builds its part, says when it is ready, answers questions.
+"""One process of the graph: builds its part, reports when it is ready, answers requests.
 
 `NodeRunner` is the same whether a Ray actor or a plain process hosts it; both reach it
 over the node's own ZeroMQ control endpoint, so Ray carries no message of the run at all.
 
-States: `starting` -> `ready` -> `done`, or `refused` (wrong input: starting it again would
-not help, so it stays and says why) or `failed` (a crash: the host lets it be restarted).
+States: `starting` -> `ready` -> `done`, or `refused` (invalid input: restarting would not
+help, so it stays up and reports why) or `failed` (a crash: the host lets it be restarted).
 The health record of a node has the same fields in every state.
 
 `interruptible` turns Ctrl-C, SIGTERM and a closed terminal into an event, so that a run ends

@@ -1,4 +1,4 @@
-"""The graph as plain processes (`--no-ray`): for debugging, and where Ray is not wanted.
+"""The graph as plain processes (`--no-ray`), for debugging or running without Ray.
 
 `python -m openhelix.runtime.launch.processes '<NodeSpec as JSON>' <parent's pid> first|again` is
 one process. The parent restarts a node that died; when the parent dies, the kernel tells the

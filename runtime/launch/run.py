@@ -1,9 +1,9 @@
 """One run, on either clock: start, watch, report, end.
 
-`run_realtime` starts a graph of processes, tells the loop to start once all are ready, follows
-it and fetches its report. `run_lockstep` joins the same loop, policy and System 2 in this
-process; only the clock moves when it is slept on, so that the same seed gives the same report
-on any machine (figures that measure this machine aside).
+`run_realtime` starts a graph of processes, starts the loop once all are ready, follows it and
+fetches its report. `run_lockstep` runs the same loop, policy and System 2 in this process, with a
+clock that advances only when slept on, so that the same seed gives the same report on any machine
+(except for figures that measure the machine).
 """
 
 from __future__ import annotations

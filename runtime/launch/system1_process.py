@@ -1,7 +1,7 @@
-"""System 1's process: the policy, asked over ZeroMQ, always with the newest request.
+"""System 1's process: serves the policy over ZeroMQ, always on the newest request.
 
-A policy that raises is answered for (`PlanReply.chunk` is None) and asked again at the next
-request: the loop runs out of actions and holds, it does not die.
+If the policy raises, the reply has no chunk (`PlanReply.chunk` is None) and the policy is called
+again at the next request: the loop runs out of actions and holds, but does not die.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A bounded queue and a thread: how recording, video and viewing stay off the control thread.
+"""A bounded queue and a thread that keep recording, video and viewing off the control thread.
 
 A full queue drops the new item and counts it, so that a slow disk or a stuck viewer degrades
 itself before it degrades control. On the lockstep clock nothing is late, so there a full

@@ -1,4 +1,4 @@
-"""Turns the state of the runtime's parts into metrics, when somebody scrapes.
+"""Turns the state of the runtime's parts into metrics on each scrape.
 
 Each class here is given living objects and has `collect()`; pass them to
 `openhelix.runtime.observe.metrics.serve`. What is read is read from another thread than the one that counts:

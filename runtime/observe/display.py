@@ -1,4 +1,4 @@
-"""What a person sees of a run: states while it starts, a live line while it runs, a table.
+"""A run in the terminal: states while it starts, a live line while it runs, a final table.
 
 Drawing happens in the head process, never in the control loop's. Without a terminal the live
 view becomes one plain line per task, so that a log stays readable.

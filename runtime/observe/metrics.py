@@ -1,16 +1,15 @@
 """Every Prometheus name of the project, and what is needed to fill them cheaply.
 
 Names, units, labels and help texts are data in this one file: dashboards, alerts and the
-documentation read `catalogue()`, and a collector that gives a name that is not here fails its
-first test. Base units throughout (seconds, metres, bytes); labels have few values (a task may
-be one, an episode never).
+documentation read `catalogue()`, and a collector with a name that is not listed here fails its
+first test. Base units throughout (seconds, metres, bytes); labels have few values (a task may be
+one, an episode never).
 
-Counters that the runtime keeps anyway are read when somebody scrapes, so they cost a tick
-nothing. Only distributions are fed as things happen, through `Histogram`, which is a bisect
-and two additions: prometheus_client's own takes a lock and several times as long.
+Counters that the runtime keeps anyway are read on scrape, so they cost a tick nothing. Only
+distributions are updated as events happen, through `Histogram`, which is a bisection and two
+additions: prometheus_client's own takes a lock and several times as long.
 
-The endpoint is on loopback unless an address is named, and read only: what is behind it cannot
-be changed by whoever reads it.
+The endpoint is read-only, and on loopback unless an address is configured.
 """
 
 from __future__ import annotations
@@ -96,34 +95,34 @@ def _histogram(name: str, text: str, buckets: tuple[float, ...] = SECONDS, *labe
 _LOOP = (
     _counter(
         "loop_ticks",
-        "Control ticks by what the robot was told: wait, run, hold, stop.",
+        "Control ticks by state: wait, run, hold, stop.",
         "state",
     ),
     _counter("loop_deadlines_missed", "Control periods skipped because a tick overran."),
     _histogram("loop_tick_lateness_seconds", "How late a tick woke after its deadline.", LATENESS),
-    _histogram("loop_tick_duration_seconds", "A tick's own work, without the wait.", LATENESS),
+    _histogram("loop_tick_duration_seconds", "A tick's own work, without waiting.", LATENESS),
     _gauge("loop_period_seconds", "Time between two deadlines."),
-    _gauge("loop_instruction_id", "Instructions begun since the start."),
+    _gauge("loop_instruction_id", "Instructions begun since the start of the run."),
     _gauge("realtime_granted", "1 if the system granted what was asked for, else 0.", "what"),
 )
 _CHUNKS = (
     _counter("chunks", "Trajectories accepted, or refused: void, late, stale, bad.", "outcome"),
-    _counter("chunks_used", "Accepted trajectories of which at least one target was executed."),
+    _counter("chunks_used", "Accepted trajectories with at least one target executed."),
     _counter("chunk_rows", "Rows of trajectories: consumed, expired, replaced or voided.", "fate"),
-    _counter("chunk_rows_blended", "Rows mixed with the trajectory before them."),
-    _counter("chunk_run_outs", "Times that the plan ran out before a new trajectory came."),
+    _counter("chunk_rows_blended", "Rows blended with the previous trajectory."),
+    _counter("chunk_run_outs", "Times the plan ran out before a new trajectory arrived."),
     _gauge("chunk_remaining_seconds", "Plan left to execute."),
 )
 _LATENTS = (
     _counter("latents_received", "Latents of the current instruction that arrived."),
     _counter("latents_void", "Latents of an earlier instruction that arrived and were dropped."),
     _counter("latents_missed", "Latents published that never arrived."),
-    _counter("latents_mismatched", "Latents of another model than the run began with, dropped."),
+    _counter("latents_mismatched", "Latents dropped because their model differs from the run's."),
     _counter(
         "latents_late",
-        "Latents that arrived more than a period of System 2 after their image.",
+        "Latents that arrived more than one System 2 period after their image.",
     ),
-    _gauge("latent_period_seconds", "Time between two latents, as the robot was configured."),
+    _gauge("latent_period_seconds", "Configured time between two latents."),
     _histogram(
         "latent_age_seconds",
         "Age of the image behind the latent in use, at every tick.",
@@ -137,18 +136,18 @@ _LATENTS = (
 )
 _SYSTEM1 = (
     _histogram("system1_latency_seconds", "One call of System 1, warm-up excluded."),
-    _counter("system1_failures", "Calls of System 1 that raised."),
+    _counter("system1_failures", "Calls of System 1 that raised an error."),
 )
 _SYSTEM2 = (
     _histogram("system2_latency_seconds", "One call of System 2's engine."),
-    _histogram("system2_wait_seconds", "How long a request waited for its turn."),
+    _histogram("system2_wait_seconds", "How long a request waited before its batch."),
     _counter("system2_published", "Latents published."),
     _counter("system2_batches", "Engine calls."),
     _counter("system2_skipped", "Deadlines that passed while the engine was busy."),
-    _counter("system2_refused", "Requests with unusable input."),
+    _counter("system2_refused", "Requests with invalid input."),
     _counter("system2_failed", "Requests on which the engine failed."),
     _counter("system2_shed", "Requests dropped to bound the load.", "reason"),
-    _gauge("system2_queue", "Robots whose request waits for its turn."),
+    _gauge("system2_queue", "Robots with a request waiting."),
     _gauge("system2_robots", "Robots that System 2 serves."),
     _gauge("system2_rate_hertz", "Latents per second promised to each robot."),
     _counter("system2_robot_latents", "Latents published for a robot.", "robot"),
@@ -157,30 +156,30 @@ _SYSTEM2 = (
 )
 _GPUS = (
     _gauge("gpu_memory_total_bytes", "Memory of the GPU.", "gpu"),
-    _gauge("gpu_memory_used_bytes", "Memory of the GPU in use, by whomever.", "gpu"),
+    _gauge("gpu_memory_used_bytes", "Memory of the GPU in use by all processes.", "gpu"),
     _gauge("gpu_memory_reserved_bytes", "Memory of the GPU that this process holds.", "gpu"),
 )
 _SAFETY = (
-    _gauge("safety_mode", "1 for what holds now: run, hold or stop.", "mode"),
+    _gauge("safety_mode", "1 for the current mode: run, hold or stop.", "mode"),
     _counter("safety_stops", "Safe stops by reason.", "reason"),
     _counter("safety_holds", "Holds by reason.", "reason"),
-    _counter("safety_limited", "Ticks in which a limit bent the target.", "limit"),
-    _gauge("source_age_seconds", "Age of the newest datum of a source.", "source"),
+    _counter("safety_limited", "Ticks in which a limit changed the target.", "limit"),
+    _gauge("source_age_seconds", "Age of a source's newest data.", "source"),
     _gauge("source_limit_seconds", "Age at which a source stops the robot.", "source"),
-    _counter("future_stamps", "Data refused because their stamp lies in the future."),
+    _counter("future_stamps", "Data refused because of a time stamp in the future."),
 )
 _TASKS = (
     _counter("tasks", "Instructions by outcome: success, failure, unjudged.", "task", "outcome"),
     _histogram("task_env_steps", "Environment steps of a successful attempt.", STEPS),
     _histogram(
         "chain_successes",
-        "Instructions in a row that succeeded, of each finished list.",
+        "Successes in a row, per finished list of instructions.",
         IN_A_ROW,
     ),
 )
 _CELL = ("suite", "clock", "interval", "latency")  # of an asynchrony sweep, in steps
 _EVALUATIONS = (
-    _gauge("eval_episodes_planned", "Episodes of the evaluation that is running.", "suite"),
+    _gauge("eval_episodes_planned", "Episodes planned in the running evaluation.", "suite"),
     _counter("eval_episodes", "Episodes by outcome: success, failure, error.", "suite", "outcome"),
     _counter(
         "eval_tasks",
@@ -191,7 +190,7 @@ _EVALUATIONS = (
     ),
     _counter(
         "eval_attempts",
-        "Instructions attempted, by steps from latent to latent and until it arrives.",
+        "Instructions attempted, by interval and latency of the latents in steps.",
         *_CELL,
         "outcome",
     ),
@@ -203,26 +202,26 @@ _EVALUATIONS = (
     ),
     _histogram(
         "eval_chain_successes",
-        "Instructions in a row that succeeded, of each chain.",
+        "Successes in a row, per chain.",
         IN_A_ROW,
         "suite",
     ),
 )
 _WIRE = (
     _counter("wire_received", "Messages taken from a channel's queue.", "channel"),
-    _counter("wire_delivered", "Messages handed on.", "channel"),
+    _counter("wire_delivered", "Messages delivered to the reader.", "channel"),
     _counter("wire_gaps", "Messages numbered by their sender that never arrived.", "channel"),
-    _counter("wire_restarts", "Times that another sender took over.", "channel"),
+    _counter("wire_restarts", "Times another sender took over.", "channel"),
     _counter("wire_dropped", "Messages refused, by reason.", "channel", "reason"),
     _counter("wire_sent", "Messages sent.", "channel"),
-    _counter("wire_send_dropped", "Messages that a reader's full queue refused.", "channel"),
+    _counter("wire_send_dropped", "Messages dropped at a reader's full queue.", "channel"),
     _counter(
         *("wire_refused", "Connections refused by reason: key, protocol, unfinished."),
         *("channel", "reason"),
     ),
     _counter(
         "wire_ended",
-        "Connections that ended: the peer left, or was cut off for a frame too large.",
+        "Connections ended: the peer left, or was disconnected for an oversized frame.",
         "channel",
     ),
 )
@@ -234,15 +233,15 @@ _SINKS = (
 _SECTIONS = (
     Section("The control loop", "control", _LOOP),
     Section("Trajectories", "control", _CHUNKS),
-    Section("Latents as the loop sees them", "control", _LATENTS),
-    Section("System 1 as the loop sees it", "control", _SYSTEM1),
+    Section("Latents, as received by the loop", "control", _LATENTS),
+    Section("System 1, as called by the loop", "control", _SYSTEM1),
     Section("System 2", "system2", _SYSTEM2),
     Section("GPUs", "system1, system2", _GPUS),
     Section("Safety", "control", _SAFETY),
     Section("Tasks", "control", _TASKS),
     Section("Evaluations", "eval", _EVALUATIONS),
-    Section("The wire", "control, system1, system2, observer", _WIRE),
-    Section("What is written beside the loop: recording, video, viewer", "observer", _SINKS),
+    Section("Transport", "control, system1, system2, observer", _WIRE),
+    Section("Recording, video and viewer", "observer", _SINKS),
 )
 _BY_NAME: Mapping[str, Entry] = {e.name: e for section in _SECTIONS for e in section.entries}
 

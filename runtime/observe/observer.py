@@ -1,15 +1,14 @@
-"""Who looks on at a run: the subscribers of its loop, and the process that they feed.
+"""Observers of a run: the subscribers of its loop, and the process they feed.
 
-The control process does one thing for its spectators: it sends each tick as it is, with the
-frames that are new (`TickPublisher`). Drawing and encoding happen elsewhere, so that no
-spectator ever holds the control thread's interpreter. Unlike the control path, where only the
-newest counts, here all messages do; those that were lost are counted (`EveryReader`).
+The control process does one thing for observers: it sends each tick unprocessed, with the new
+frames (`TickPublisher`). Rendering and encoding happen elsewhere, so that no observer ever holds
+the control thread's interpreter lock. Unlike on the control path, where only the newest message
+counts, here every message does; lost ones are counted (`EveryReader`).
 
 On the wall clock `ObserverProcess`, a process of its own, takes the ticks. It feeds the `Sinks`
-(video, recording, viewer), which drop, counted, rather than delay anybody, and the
-`StatusBoard`, which answers when a person asks how the robot is. The control process is never
-asked: whoever watches a robot, however many and however slowly, cannot cost its loop a
-microsecond. On the lockstep clock the sinks work inside the run's process and lose nothing.
+(video, recording, viewer), which drop items (and count them) rather than delay
+anything, and the `StatusBoard`, which answers status requests. The control process is never
+queried: any number of observers, however slow, cost its loop nothing. On the lockstep clock the sinks work inside the run's process and lose nothing.
 
 `Subscribers` gives a loop what its configuration asks for.
 """

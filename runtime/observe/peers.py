@@ -1,8 +1,8 @@
-"""Who came to a bound socket and was not let in, and who was cut off: counted and logged.
+"""Counts and logs the peers that a bound socket refused or disconnected.
 
-ZeroMQ refuses a wrong key, a stranger's protocol or a frame that is too large by dropping the
-connection without a word. Its monitor tells of it; `PeerWatch` reads the monitor from the
-owner's loop, without a thread of its own, so that a refusal is seen in a log and a metric.
+ZeroMQ refuses a wrong key, a foreign protocol or an oversized frame by silently dropping the
+connection. Its monitor reports this; `PeerWatch` reads the monitor from the owner's loop, without
+a thread of its own, so that every refusal shows in a log and a metric.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Keeps what a run saw and did in one MCAP file, off the control thread, and admits what it lost.
+"""Records a run's data in one MCAP file, off the control thread, and reports what it lost.
 
 A subscriber of the loop hands whole ticks to a thread, which writes each camera frame once
 (the loop sees one several times), then the rest of the tick. Whatever is dropped is counted,
 and a recording that lost anything says so instead of looking complete.
 
-Foxglove, Rerun and the `mcap` command open the file as it is. Topics, in the order of a tick:
+Foxglove, Rerun and the `mcap` command open the file directly. Topics, in the order of a tick:
 
-    /instruction                               what the robot is told, when that changes (JSON)
+    /instruction                               the instruction, whenever it changes (JSON)
     /camera/<name>/rgb, /camera/<name>/depth   foxglove.RawImage (protobuf)
     /camera/<name>                             capture time, intrinsics, pose (JSON)
     /observation, /latent, /chunk, /action     the records of `runtime/core/types.py` (JSON)

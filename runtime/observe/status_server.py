@@ -1,7 +1,7 @@
-"""The status page's server: a page of three static files, two questions and one command.
+"""The status page's server: three static files, two queries and one command.
 
-What it defends: a robot must not be stopped, and a camera not be seen, by a web page that the
-operator happens to have open elsewhere, nor by whoever shares the network.
+Threat model: neither a web page that the operator happens to have open elsewhere nor anyone on
+the same network may stop a robot or see a camera.
 
 - Stopping needs the run's token in an `Authorization` header of a POST. A browser sends such
   a header to another origin only after asking first, and is never allowed: no cookie, no form

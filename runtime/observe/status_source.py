@@ -1,9 +1,9 @@
-"""How a process that is no part of a run finds it, asks how it goes, and stops it.
+"""How a process outside a run finds it, queries its status, and stops it.
 
 A run on the wall clock leaves a record in its folder while it lives: where its observer and
 its control loop answer, and the token without which a page must not stop the robot. Only the
-run's own user can read it. Questions go to the observer, never to the control process; the
-one thing that is said to that is "stop".
+run's own user can read it. Queries go to the observer; the only message to
+the control process is "stop".
 """
 
 from __future__ import annotations

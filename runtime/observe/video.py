@@ -1,4 +1,4 @@
-"""A video of the run, with what an eye cannot see written under it.
+"""A video of the run, annotated with what the images do not show.
 
 Frames are drawn and encoded in a thread below control's priority; a frame that finds the
 queue full is dropped and counted. Each frame keeps its own time, so a camera that slowed down

@@ -1,4 +1,4 @@
-"""What a robot is to the runtime: LeRobot's verbs, plus a stop and a hold.
+"""The robot interface of the runtime: LeRobot's methods, plus stop and hold.
 
 `send_action` returns the action actually sent, `spec` and the feature lists can be read while
 disconnected, and `hold_action` has no default, because what keeps an arm still is for its

@@ -1,10 +1,10 @@
 """Any world with calvin_env's contract as a robot: each action sent is one environment step.
 
-Time stands still between two actions, so this is the driver of the lockstep clock, and of a
-wall clock that may wait for its world. The real-time simulator, whose physics and cameras run
+Time advances only with actions, so this is the driver for the lockstep clock, and for a wall
+clock that may wait for its world. The real-time simulator, whose physics and cameras run
 in processes of their own, is `openhelix.runtime.robots.sim`.
 
-Frames can be drawn on demand: a world that stands still between two actions has nothing to
+Frames can be rendered on demand: a world that does not move between two actions has nothing to
 miss, and a policy that plans every eighth step leaves seven in eight images unseen.
 """
 

@@ -1,4 +1,4 @@
-"""A scripted arm for tests and dry runs: deterministic, and it breaks on request; with a System 2.
+"""A scripted arm and System 2 for tests and dry runs: deterministic, with faults on request.
 
 The arm follows its target as a first-order lag. Two cameras look straight down on a textured
 plane: `static` from above, `gripper` from the hand; their pixels, depths and matrices agree

@@ -1,8 +1,8 @@
 """Any LeRobot robot as a robot of this runtime.
 
-LeRobot speaks in flat dictionaries whose keys, units and frames differ from arm to arm, so
-what is what is stated once, as a mapping in the configuration, and checked against the
-robot's own feature lists before anything moves. An arm that takes joint targets needs a
+LeRobot uses flat dictionaries whose keys, units and frames differ from arm to arm, so their
+meaning is stated once, as a mapping in the configuration, and checked against the robot's own
+feature lists before anything moves. An arm that takes joint targets needs a
 kinematics class besides. LeRobot does not stamp its data: state is stamped on return, frames
 too, less the camera's stated latency.
 

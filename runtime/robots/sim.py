@@ -1,8 +1,8 @@
-"""The `sim` driver: PlayTable in processes of its own, as a real robot would be.
+"""The `sim` driver: PlayTable in its own processes, like a physical robot.
 
 Actions go out and states and frames come in over ZeroMQ; nothing here steps a world, waits
-for one or knows its physics. Only the rare calls of a simulator (reset, begin a task) are
-questions with an answer.
+for one or knows its physics. Only the rare simulator calls (reset, begin a task) are
+requests with replies.
 """
 
 from __future__ import annotations

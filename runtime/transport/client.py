@@ -1,4 +1,4 @@
-"""A client of a running `openhelix serve`: one System 2, asked from any process.
+"""A client of a running `openhelix serve`: one System 2, available to any process.
 
 It needs neither torch nor the model. What it returns is what the engine in the server returns
 in process, so it stands in for one (`openhelix.runtime.core.interfaces.Engine`).

@@ -1,4 +1,4 @@
-"""Questions and answers at low rate: the control plane.
+"""Low-rate request and reply: the control plane.
 
 ROUTER and DEALER with numbered requests instead of REQ and REP, so that a lost answer, a
 late answer or a restarted server never leaves either side stuck. A request that timed out is

@@ -1,4 +1,4 @@
-"""Opens ZeroMQ sockets the one way this project uses them: checked, capped, never lingering.
+"""Opens all of the project's ZeroMQ sockets in one way: checked, capped, never lingering.
 
 `ipc://` and loopback are free to use; anything that another host can reach needs CURVE keys.
 
@@ -6,8 +6,8 @@ A folder of keys holds `NAME.public` and `NAME.secret` (Z85 text; the secret rea
 owner alone). The name `server` is the binding side's. On the binding side every other
 `.public` in the folder is a client that is let in, under its file's name; all others are
 refused and counted. A connecting side needs `server.public` and one secret of its own. Both
-sides prove who they are, and the traffic is encrypted. A `~` in a folder's name is the home of
-whoever reads it, so that one configuration serves hosts with different users.
+sides prove who they are, and the traffic is encrypted. A `~` in a folder's name is the home
+folder of the user who reads it, so that one configuration serves hosts with different users.
 """
 
 from __future__ import annotations

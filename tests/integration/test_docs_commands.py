@@ -43,6 +43,13 @@ RULES = (
     Rule(
         r"^make (data|train)\b", None, "hours; the commands in them are run small by tests/training"
     ),
+    Rule(r"openhelix train ", None, "hours; tests/training runs every stage small"),
+    Rule(r"openhelix dagger ", None, "a pair of the reader's own; tests/evaluation/test_dagger.py"),
+    Rule(
+        r"-m openhelix.benchmarks.training\.(collect_talk|gpu_vlm)",
+        None,
+        "minutes to hours; test_vlm.py of tests/training and tests/system2",
+    ),
     Rule(r"openhelix run .*GoThere", None, "tests/runtime/cli/test_docs.py runs it"),
     Rule(r"OPENHELIX_ROBOT=.* -m pytest", ""),
     Rule(r"openhelix run .*my_arm:TableArm", LOCKSTEP),
