@@ -18,7 +18,7 @@ from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.report import write_reports
 from openhelix.benchmarks.evaluation.results import read_results
 from openhelix.runtime.core.config import ConfigError, EnginePart, PolicyPart, validate
-from openhelix.runtime.core.interfaces import Engine, Policy
+from openhelix.runtime.core.interfaces import Engine, Policy, check_engine, check_policy
 
 if TYPE_CHECKING:
     import pandas
@@ -127,6 +127,10 @@ def evaluate(
         plan = plan_of(made, settings)
     except ValueError as error:
         raise ConfigError(_without_dashes(str(error))) from None
+    if not isinstance(policy, str | Path):
+        check_policy(policy)
+    if not isinstance(system2, str | Path | None):
+        check_engine(system2)
     objects = {"policy": None, "engine": None}
     if isinstance(policy, str | Path):
         if policy != "shipped":

@@ -13,11 +13,19 @@ from typing import Any
 import numpy as np
 
 from openhelix.runtime.control.chunks import ChunkBuffer
-from openhelix.runtime.core.interfaces import Engine, Policy, check_latent
+from openhelix.runtime.core.interfaces import (
+    Engine,
+    Policy,
+    check_engine,
+    check_latent,
+    check_policy,
+    encode_one,
+)
 from openhelix.runtime.core.paths import CHECKPOINTS
 from openhelix.runtime.core.types import F64, CameraFrame, LatentGoal, Observation
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system2.engines.base import EngineBase
+from openhelix.system2.model import SHIPPED, VISION, sha256_file
 
 SYSTEM1, SYSTEM2 = "system1-laptop", "system2-laptop"
 BLEND_S = 0.1  # as `system1.blend_s`
@@ -40,9 +48,14 @@ def load_pair(
 
     Raises:
         ValueError: no such pair, or its parts do not belong together; one line says why.
+
+    System 2 is built on the folder's `llava/`, or without one on the shipped tower: a
+    `vision.safetensors` beside System 2's latent is not read, and has to be the shipped one.
     """
     import torch
 
+    if not isinstance(name, str | Path):
+        raise ValueError(f"name: {name!r}; say 'shipped', or name the folder of a pair")
     folder = CHECKPOINTS if name == "shipped" else Path(name).expanduser()
     if not (folder / SYSTEM1).is_dir():
         raise ValueError(
@@ -55,6 +68,8 @@ def load_pair(
     llava = folder / SYSTEM2 / "llava"
     if llava.is_dir():
         options.setdefault("model", str(llava))
+    elif "model" not in options:
+        _check_tower(folder / SYSTEM2 / VISION)
     policy = DiffusionPolicy.load(folder / SYSTEM1, device)
     system2: EngineBase
     if engine == "transformers":
@@ -70,6 +85,16 @@ def load_pair(
     if policy.spec.latent is not None:
         check_latent(system2.spec, policy.spec.latent)
     return policy, system2
+
+
+def _check_tower(file: Path) -> None:
+    """Refuse a folder whose tower is another than the one that System 2 would be built on."""
+    shipped = SHIPPED / VISION
+    if file.is_file() and shipped.is_file() and sha256_file(file) != sha256_file(shipped):
+        raise ValueError(
+            f"name: {file} is not the shipped tower, and is not read; "
+            "name the LLaVA that it belongs to, as model=FOLDER"
+        )
 
 
 class Agent:
@@ -97,10 +122,12 @@ class Agent:
     ) -> None:
         if replan_steps < 1 or interval_steps < 1:
             raise ValueError("replan_steps, interval_steps: must be at least 1")
+        check_policy(policy)
         wanted = policy.spec.latent
         if wanted is not None:
             if system2 is None:
                 raise ValueError("system2: this policy needs latents")
+            check_engine(system2)
             check_latent(system2.spec, wanted)
         self.policy, self.system2 = policy, system2
         self._replan, self._interval, self._camera = replan_steps, interval_steps, camera
@@ -127,6 +154,8 @@ class Agent:
 
         Raises:
             RuntimeError: `reset` has not been called, or the policy gave no usable trajectory.
+            ValueError: System 2's latent is not finite, or not of its spec.
+            TypeError: the policy gave no `ActionChunk`.
         """
         if not self._instruction_id:
             raise RuntimeError("act: call reset(instruction) first")
@@ -144,7 +173,7 @@ class Agent:
 
     def _ask(self, obs: Mapping[str, Any], now_ns: int) -> LatentGoal:
         assert self.system2 is not None
-        z = self.system2.encode([obs[f"rgb_{self._camera}"]], [self._instruction])[0]
+        z = encode_one(self.system2, obs[f"rgb_{self._camera}"], self._instruction)
         spec_id = self.system2.spec.spec_id
         return LatentGoal(z, self._step, self._instruction_id, now_ns, now_ns, spec_id)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -117,17 +118,46 @@ def load_policy(folder: Path | str) -> Network:
     """Read a checkpoint folder into a network.
 
     Raises:
-        CheckpointError: a file is missing or does not fit.
+        CheckpointError: a file is missing, damaged or does not fit; the message names it.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS, NORMALIZER):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: no {name}; a checkpoint folder has {CONFIG}, ...")
-    config = PolicyConfig.from_json(json.loads((folder / CONFIG).read_text()))
-    scales = load_file(folder / NORMALIZER)
-    model = build_model(config, Normalizer(scales["offset"], scales["scale"]))
-    load_strict(model, load_file(folder / WEIGHTS), str(folder / WEIGHTS))
+    about = _read_object(folder / CONFIG)
+    if (folder / SPEC).exists():
+        _read_object(folder / SPEC)
+    scales, weights = _read_tensors(folder / NORMALIZER), _read_tensors(folder / WEIGHTS)
+    for name in ("offset", "scale"):
+        if name not in scales:
+            raise CheckpointError(f"{folder / NORMALIZER}: no {name}")
+    try:
+        config = PolicyConfig.from_json(about)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    try:
+        model = build_model(config, Normalizer(scales["offset"], scales["scale"]))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: {CONFIG} and {NORMALIZER}: {error}") from error
+    load_strict(model, weights, str(folder / WEIGHTS))
     return model
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds {type(data).__name__}, must be a JSON object")
+    return data
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
 def read_official(source: Path | str | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -146,7 +176,7 @@ def read_official(source: Path | str | Mapping[str, Any]) -> dict[str, Tensor]:
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file")
         if path.suffix == ".safetensors":
-            data = load_file(path)
+            data = _read_tensors(path)
         else:
             try:
                 data = torch.load(path, map_location="cpu", weights_only=True)

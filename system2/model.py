@@ -16,7 +16,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openhelix.runtime.core.paths import cache_folder, make_in_cache
 from openhelix.system2.prompt import TEMPLATES, PromptBuilder, Template
 
 if TYPE_CHECKING:
@@ -37,12 +37,6 @@ if TYPE_CHECKING:
 # nothing, and a half-written folder must never be mistaken for a whole one. So a folder is
 # built under a temporary name, renamed into place in one step, and a file lock keeps a second
 # process waiting instead of building it again.
-
-
-def cache_dir() -> Path:
-    """Return OPENHELIX_CACHE, or `~/.cache/openhelix`."""
-    named = os.environ.get("OPENHELIX_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "openhelix"
 
 
 def sha256_file(path: Path) -> str:
@@ -71,6 +65,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """
     if folder.is_dir():
         return folder
+    make_in_cache(folder.parent)
     with locked(folder.with_name(folder.name + ".lock")):
         if folder.is_dir():
             return folder
@@ -391,7 +386,7 @@ def build(
         "n_act": MAX_ACT,
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_dir() / "system2" / f"laptop-{key}"
+    folder = cache_folder() / "system2" / f"laptop-{key}"
     return build_once(
         folder, lambda out: _assemble(out, gguf, shape, vision_weights, seed, key, recipe)
     )
@@ -401,7 +396,7 @@ def _cached_digest(path: Path) -> str:
     """SHA-256 of a large installed file, remembered by its size and time of change."""
     stat = path.stat()
     name = hashlib.sha256(f"{path}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = cache_dir() / "system2" / f"digest-{name}"
+    folder = cache_folder() / "system2" / f"digest-{name}"
     made = build_once(folder, lambda out: _remember(out / "sha256", path))
     return (made / "sha256").read_text()
 
@@ -536,7 +531,7 @@ def _with_act_rows(path: str, n_act: int) -> Path:
         manifest |= {"template": _manifest(path).get("template", "llava_v1")}
         write_manifest(out, manifest)
 
-    return build_once(cache_dir() / "system2" / f"act-{key}", make)
+    return build_once(cache_folder() / "system2" / f"act-{key}", make)
 
 
 def pick_dtype(name: str) -> torch.dtype:
@@ -587,7 +582,7 @@ def base_from(folder: Path) -> Path:
     files = [sha256_file(folder / VISION), sha256_file(folder / LANGUAGE), whole.name]
     key = hashlib.sha256(json.dumps([_SMALL_FORMAT, *files]).encode()).hexdigest()[:16]
     return build_once(
-        cache_dir() / "system2" / f"vlm-{key}",
+        cache_folder() / "system2" / f"vlm-{key}",
         lambda out: _join_small(out, whole, folder / LANGUAGE, key),
     )
 

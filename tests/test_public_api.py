@@ -14,6 +14,7 @@ import pytest
 import openhelix
 from openhelix.runtime.transport.client import System2Client, System2Error
 from tests.evaluation.small import WordEngine
+from tests.fakes import LATENT, ReachPolicy
 from tests.runtime.docs_code import blocks
 
 BLOCKS = blocks("python.md", "python")
@@ -131,6 +132,10 @@ def test_a_client_gets_what_the_engine_gives_or_an_error(served) -> None:
             client.encode(images[:1], ["break"])
         with pytest.raises(ValueError, match="uint8"):
             client.encode([images[0] / 255], ["lift it"])
+        with pytest.raises(ValueError, match="H and W above 0"):
+            client.encode([images[0][:0]], ["lift it"])
+        with pytest.raises(ValueError, match="instructions: is one text"):
+            client.encode(images, "abc")
     with pytest.raises(System2Error, match="closed"):
         client.ask(images[0], "lift it")
 
@@ -138,6 +143,9 @@ def test_a_client_gets_what_the_engine_gives_or_an_error(served) -> None:
 def test_a_client_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(System2Error, match=r"nobody.*openhelix serve"):
         System2Client(f"ipc://{tmp_path}/nobody", timeout_s=0.3)
+    with pytest.raises(System2Error) as caught:
+        System2Client(f"ipc://{tmp_path}/nobody", timeout_s=0.3)
+    assert str(caught.value).count("nobody") == 1
     with pytest.raises(ValueError, match="keys"):
         System2Client("tcp://192.0.2.1:5800")
 
@@ -145,7 +153,15 @@ def test_a_client_says_what_is_wrong(tmp_path: Path) -> None:
 def test_wrong_arguments_are_one_line_that_says_what_is_valid(tmp_path: Path) -> None:
     for call, message in (
         (lambda: openhelix.load_pair(tmp_path), r"name: no pair at .*'shipped'"),
+        (lambda: openhelix.load_pair(None), "name: None; say 'shipped'"),
         (lambda: openhelix.make_env("playtabel"), "did you mean 'playtable'"),
+        (lambda: openhelix.make_env(None), "world: None is no name"),
+        (lambda: openhelix.System2Client(None), "address: None"),
+        (lambda: openhelix.System2Client(SERVED, "two words"), "robot: 'two words', must be"),
+        (lambda: openhelix.evaluate(object()), "policy: object is no policy: no warm_up"),
+        (lambda: openhelix.evaluate(ReachPolicy), "policy: ReachPolicy is a class"),
+        (lambda: openhelix.evaluate(ReachPolicy(), object()), "system2: object is no System 2"),
+        (lambda: openhelix.completed({}, {}), "start_info: has no robot_info"),
         (lambda: openhelix.make_env(actions="joint"), "neither 'relative' nor 'absolute'"),
         (lambda: openhelix.evaluate(suite="task"), "^suite: 'task' is none of"),
         (lambda: openhelix.evaluate(episodes=3), "episodes: unknown key"),
@@ -154,6 +170,54 @@ def test_wrong_arguments_are_one_line_that_says_what_is_valid(tmp_path: Path) ->
         with pytest.raises(ValueError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_a_tower_that_would_not_be_read_is_refused(tmp_path: Path) -> None:
+    for name in ("system1-laptop", "system2-laptop"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "system2-laptop" / "vision.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"vision\.safetensors is not the shipped tower"):
+        openhelix.load_pair(tmp_path)
+
+
+class Spoilt(WordEngine):
+    """Gives latents that are not finite."""
+
+    def encode(self, images, instructions):
+        return np.full((len(instructions), 1, LATENT.dim), np.nan, np.float32)
+
+
+class NoChunk(ReachPolicy):
+    """Returns nothing."""
+
+    def act(self, observation, latents):
+        return None
+
+
+def test_an_agent_passes_on_no_bad_latent_and_takes_no_bad_chunk() -> None:
+    with openhelix.make_env(cameras=("static",), actions="absolute") as env:
+        obs, _ = env.reset()
+        for policy, system2, error, message in (
+            (ReachPolicy(), Spoilt(), ValueError, "not finite"),
+            (NoChunk(), WordEngine(), TypeError, "NoneType, must be an ActionChunk"),
+        ):
+            agent = openhelix.Agent(policy, system2)
+            agent.reset("lift it")
+            with pytest.raises(error, match=message):
+                agent.act(obs)
+
+
+def test_a_closed_env_says_so() -> None:
+    env = openhelix.make_env(cameras=())
+    env.reset()
+    env.close()
+    env.close()
+    for call in (env.reset, lambda: env.step(np.zeros(7)), env.render):
+        with pytest.raises(RuntimeError, match="this environment is closed"):
+            call()
+    for call in (env.world.get_obs, env.world.reset, env.world.get_info, env.world.visual_state):
+        with pytest.raises(RuntimeError, match="this world is closed"):
+            call()
 
 
 def test_an_env_keeps_to_gymnasiums_contract() -> None:

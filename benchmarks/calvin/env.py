@@ -179,6 +179,7 @@ class PlayTableEnv:
             ObservationError: wrong length, NaN, or a light that is neither 0 nor 1; the
                 world keeps its state.
         """
+        self._check_open()
         joints, finger_m = parse_robot_obs(robot_obs)
         parsed = None if scene_obs is None else parse_scene_obs(scene_obs)
         if self.world.journal:  # else it was just built
@@ -208,6 +209,7 @@ class PlayTableEnv:
 
     def advance(self, action: Any) -> None:
         """`step` without gathering an observation: physics and mechanism logic alone."""
+        self._check_open()
         command = parse_action(action)
         self.robot.apply(command)
         for _ in range(SUBSTEPS):
@@ -215,7 +217,11 @@ class PlayTableEnv:
         self.mechanisms.step()
 
     def get_obs(self) -> dict[str, Any]:
-        """Return `rgb_obs`, `depth_obs`, `robot_obs` (15,) and `scene_obs` (24,)."""
+        """Return `rgb_obs`, `depth_obs`, `robot_obs` (15,) and `scene_obs` (24,).
+
+        Raises:
+            RuntimeError: the world is closed, as every verb does then.
+        """
         rgb_obs, depth_obs = self.get_camera_obs()
         return {"rgb_obs": rgb_obs, "depth_obs": depth_obs, **self.get_state_obs()}
 
@@ -246,6 +252,7 @@ class PlayTableEnv:
 
     def proprioception(self) -> tuple[F64, F64]:
         """Return `robot_obs` (15,) and the TCP's quaternion xyzw (4,), f64."""
+        self._check_open()
         tcp_pos, tcp_quat = self.robot.tcp()
         robot_obs = np.array(
             [
@@ -269,6 +276,7 @@ class PlayTableEnv:
 
     def get_info(self) -> dict[str, Any]:
         """Return calvin_env's info: `robot_info` and, if wanted, `scene_info`."""
+        self._check_open()
         tcp_pos, tcp_quat = self.robot.tcp()
         info: dict[str, Any] = {
             "robot_info": {
@@ -318,6 +326,10 @@ class PlayTableEnv:
         if world is not None:
             world.close()
 
+    def _check_open(self) -> None:
+        if self.world.client < 0:  # Bullet would answer for another client, or not at all
+            raise RuntimeError("PlayTableEnv: this world is closed; make another")
+
     def __enter__(self) -> PlayTableEnv:
         return self
 
@@ -352,6 +364,7 @@ class PlayTableEnv:
 
     def visual_state(self) -> F64:
         """Everything that can be seen, (36,) f64; see `openhelix.benchmarks.calvin.cameras`."""
+        self._check_open()
         w = self.world
         values = list(w.arm_joints())
         values += self.mechanisms.values()
@@ -398,6 +411,7 @@ class PlayTableEnv:
         Raises:
             ObservationError: the state is of another scene; the world keeps its state.
         """
+        self._check_open()
         if state.scene != self.scene.name:
             raise ObservationError(f"state.scene: {state.scene!r}, this is {self.scene.name!r}")
         self.world.replay(state.journal)

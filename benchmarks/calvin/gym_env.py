@@ -52,6 +52,8 @@ def make_env(
         ValueError: an unknown world, scene, camera or kind of action, or a world that is not
             installed; one line says what is valid.
     """
+    if not isinstance(world, str):
+        raise ValueError(f"world: {world!r} is no name of a world")
     plugin: WorldPlugin = plugins.find(plugins.WORLDS, world)
     return CalvinGymEnv(plugin, scene, cameras, actions=actions, max_steps=max_steps, seed=seed)
 
@@ -102,6 +104,7 @@ class CalvinGymEnv(gymnasium.Env[dict[str, Any], F64]):
         self._cameras = tuple(cameras)
         self._task = ""
         self._steps = 0
+        self._closed = False
         self._start: Mapping[str, Any] | None = None
         self.observation_space = _observations(self._cameras)
         self.action_space: Any = _action_space(actions)
@@ -119,7 +122,9 @@ class CalvinGymEnv(gymnasium.Env[dict[str, Any], F64]):
 
         Raises:
             ValueError: an unknown option or task, or a state that cannot be taken.
+            RuntimeError: the environment is closed.
         """
+        self._check_open("reset")
         if seed is None and self._np_random is None:
             seed = self._seed
         super().reset(seed=seed)
@@ -146,7 +151,9 @@ class CalvinGymEnv(gymnasium.Env[dict[str, Any], F64]):
         Raises:
             ValueError: an action of the wrong shape, or that is not finite.
             gymnasium.error.ResetNeeded: `reset` has not been called yet.
+            RuntimeError: the environment is closed.
         """
+        self._check_open("step")
         if self._start is None:
             raise gymnasium.error.ResetNeeded("step: call reset() first")
         self.world.advance(self._command(action))
@@ -157,11 +164,17 @@ class CalvinGymEnv(gymnasium.Env[dict[str, Any], F64]):
 
     def render(self) -> Any:
         """Return the static camera's picture (200, 200, 3) uint8."""
+        self._check_open("render")
         return self.world.render()
 
     def close(self) -> None:
         """Release the world; safe to call twice."""
+        self._closed = True
         self.world.close()
+
+    def _check_open(self, verb: str) -> None:
+        if self._closed:
+            raise RuntimeError(f"{verb}: this environment is closed; make_env() makes another")
 
     def _place(self, options: Mapping[str, Any]) -> None:
         """Bring the world into an episode's start."""

@@ -35,7 +35,7 @@ from openhelix.benchmarks.calvin.scene import (
     TABLE_LINKS,
     Scene,
 )
-from openhelix.runtime.core.paths import cache_folder
+from openhelix.runtime.core.paths import cache_folder, make_in_cache
 from openhelix.runtime.core.types import F32, F64, U8
 
 CREASE_COS = 0.75  # corners are shaded smooth across edges flatter than this
@@ -141,7 +141,7 @@ def _cached(key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
     folder = cache_folder() / "playtable" / "meshes"
     path = folder / f"{key}.npz"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_in_cache(folder)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **build())
         handle, name = tempfile.mkstemp(dir=folder)

@@ -323,7 +323,16 @@ def is_completed(name: str, start_info: Info, end_info: Info) -> bool:
 
 
 def completed(start_info: Info, end_info: Info) -> set[str]:
-    """The names of all tasks done between two infos (CALVIN's or PlayTable's)."""
+    """The names of all tasks done between two infos (CALVIN's or PlayTable's).
+
+    Raises:
+        ValueError: one of them is no such info.
+    """
+    for name, info in (("start_info", start_info), ("end_info", end_info)):
+        if not isinstance(info, Mapping) or not {"robot_info", "scene_info"} <= info.keys():
+            raise ValueError(
+                f"{name}: has no robot_info and scene_info; give what get_info() returned"
+            )
     return {
         task.name for task in TASKS.values() if ORACLES[task.family](task, start_info, end_info)
     }

@@ -23,7 +23,7 @@ from scipy.spatial import ConvexHull
 
 from openhelix.benchmarks.calvin import geometry
 from openhelix.benchmarks.calvin.scene import BLOCK_SIDE_M, Scene
-from openhelix.runtime.core.paths import cache_folder
+from openhelix.runtime.core.paths import cache_folder, make_in_cache
 from openhelix.runtime.core.types import F64
 
 # -- Generated URDF and OBJ files, in a cache named by their content -------------------
@@ -47,7 +47,7 @@ def content_folder(kind: str, files: Mapping[str, bytes]) -> Path:
     final = cache_folder() / "playtable" / kind / digest.hexdigest()[:20]
     if final.is_dir():
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_in_cache(final.parent)
     made = Path(tempfile.mkdtemp(prefix=".new-", dir=final.parent))
     try:
         for name, data in files.items():

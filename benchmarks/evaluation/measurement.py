@@ -76,11 +76,11 @@ class DemandGoals(LockstepGoals):
         return replace(latent, z=self._z[latent.seq])
 
     def _compute(self, observation: Observation) -> LatentGoal:
-        frames, text, engine = observation.frames, self.instruction, self._engine
+        frames, text = observation.frames, self.instruction
         if self._draw_now:
             frames = {self._camera: frames[self._camera]}
         seq = self._seq
-        self._ask[seq] = lambda: engine.encode([frames[self._camera].rgb], [text])[0]
+        self._ask[seq] = lambda: self._encode(frames[self._camera].rgb, text)
         self._forget()
         self._seq += 1
         return LatentGoal(
@@ -89,7 +89,7 @@ class DemandGoals(LockstepGoals):
             instruction_id=self.instruction_id,
             t_obs_ns=observation.t_ns,
             t_pub_ns=observation.t_ns,
-            spec_id=engine.spec.spec_id,
+            spec_id=self._engine.spec.spec_id,
             source="lockstep",
         )
 

@@ -29,17 +29,26 @@ from openhelix.benchmarks.evaluation.measurement import (
 )
 from openhelix.benchmarks.evaluation.staging import stage, stage_calvin
 from openhelix.benchmarks.evaluation.suites import Episode
-from openhelix.runtime.control.assembly import ControlStack, build_stack, make, replan_ns
+from openhelix.runtime.control.assembly import (
+    ControlStack,
+    build_stack,
+    make,
+    make_policy,
+    replan_ns,
+)
 from openhelix.runtime.control.episode_runner import Assignment, EpisodeRunner
 from openhelix.runtime.control.planner import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import ConfigError, RunConfig
 from openhelix.runtime.core.interfaces import (
     Engine,
+    PartFailed,
     Policy,
     PolicySpec,
     SpecMismatch,
+    check_engine,
     check_latent,
+    check_policy,
     check_robot,
 )
 from openhelix.runtime.core.types import ActionChunk, LatentGoal, Observation
@@ -120,13 +129,14 @@ class Runner:
         policy: Policy | None = None,
     ) -> None:
         self._config = config
-        self._policy: Policy = make(config.system1.policy) if policy is None else policy
+        self._policy: Policy = make_policy(config.system1.policy) if policy is None else policy
         self._owns_engine = engine is None
         self._untrained = ["system1"] if getattr(self._policy, "untrained", False) else []
         self._clock = EpisodeClock()
         self._robots: dict[str, EnvRobot] = {}
         self._engine: EngineMeter | None = None
         try:
+            check_policy(self._policy)
             self._load(engine)
         except BaseException:
             self.close()
@@ -145,6 +155,7 @@ class Runner:
             self._policy = TaskPolicy(self._policy)
         else:
             engine = engine or make(self._config.system2.engine)
+            check_engine(engine)
             if getattr(engine, "untrained", False):
                 self._untrained.append("system2")
             self._engine = EngineMeter(engine)
@@ -183,7 +194,9 @@ class Runner:
             self._discard(episode.scene)
             raise
         except Exception as error:
-            attempt.error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:REASON_CHARS]
+            said = " ".join(str(error).split())
+            named = isinstance(error, PartFailed)  # it says itself whose error it is
+            attempt.error = (said if named else f"{type(error).__name__}: {said}")[:REASON_CHARS]
             log.warning("%s: %s", episode.key, attempt.error)
             self._discard(episode.scene)
         return attempt.outcome(time.perf_counter() - started_s, time.process_time() - cpu_s)

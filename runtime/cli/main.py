@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"openhelix {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except CommandFailed as error:
+        if os.environ.get("OPENHELIX_DEBUG"):
+            raise
         print(f"openhelix {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -86,6 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe (head, less) went away: not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # The machine refuses: a full disk, a folder that may not be written, too many files.
+        if os.environ.get("OPENHELIX_DEBUG"):
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"openhelix {name}: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ say which. `--no-ray` starts plain processes instead of Ray actors.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from openhelix.runtime.cli.arguments import Options, option, parse
 from openhelix.runtime.control.episode_runner import Assignment
 from openhelix.runtime.control.report import told
 from openhelix.runtime.core import plugins
-from openhelix.runtime.core.config import ConfigError, RunConfig, load
+from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig, load
 from openhelix.runtime.launch.graph import require_parts
 from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.viewer import require
@@ -91,14 +93,23 @@ def _run(argv: Sequence[str], record: bool) -> int:
         from openhelix.runtime.launch.run import run_lockstep as run
     else:
         from openhelix.runtime.launch.run import run_realtime as run
-    report = run(config, assignments, initial, folder, display)
+    try:
+        report = run(config, assignments, initial, folder, display)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise _cannot_write(folder, error) from None
     report["config"] = str(options.config) if options.config is not None else None
-    write_report(report, folder)
-    publish_latest(folder, config.output.folder)
-    if options.as_json:
-        print(json.dumps(report))
-    else:
-        display.summary(report, folder)
+    try:
+        write_report(report, folder)
+        publish_latest(folder, config.output.folder)
+    finally:  # what was measured is worth more than the disk that has no room for it
+        if options.as_json:
+            print(json.dumps(report))
+        else:
+            display.summary(report, folder)
+    if report["error"]:
+        raise CommandFailed(report["error"])
     if report["interrupted"]:
         return EXIT_INTERRUPTED
     return EXIT_STOPPED if report["stopped"] else 0
@@ -133,18 +144,34 @@ def make_output_folder(base: Path) -> Path:
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Write `report.json` whole or not at all."""
+    """Write `report.json` whole or not at all.
+
+    Raises:
+        CommandFailed: the disk refuses; one line says why.
+    """
     part = folder / "report.json.part"
-    part.write_text(json.dumps(report, indent=2) + "\n")
-    part.rename(folder / "report.json")
+    try:
+        part.write_text(json.dumps(report, indent=2) + "\n")
+        part.rename(folder / "report.json")
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise _cannot_write(folder / "report.json", error) from None
 
 
 def publish_latest(folder: Path, base: Path) -> None:
     """Point `latest` at this run."""
     link = base / "latest"
     part = base / f".latest-{os.getpid()}"
-    part.symlink_to(folder.name)
+    try:
+        part.symlink_to(folder.name)
+    except OSError as error:
+        raise _cannot_write(link, error) from None
     if link.exists() and not link.is_symlink():
         part.unlink()
         raise ConfigError(f"{link}: is in the way; it should be a link that runs replace")
     part.rename(link)
+
+
+def _cannot_write(path: Path, error: OSError) -> CommandFailed:
+    return CommandFailed(f"output.folder: cannot write {path}: {error.strerror or error}")

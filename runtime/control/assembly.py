@@ -23,10 +23,12 @@ from openhelix.runtime.core.config import ConfigError, Part, RunConfig
 from openhelix.runtime.core.interfaces import (
     Engine,
     LatentSpec,
+    Policy,
     PolicySpec,
     RobotSpec,
     SpecMismatch,
     check_latent,
+    check_policy,
     check_robot,
 )
 from openhelix.runtime.core.limits import SafetyFilter, SafetyLimits
@@ -78,6 +80,19 @@ def make(part: Part) -> Any:
             "say system2.engine.options.untrained=true"
         )
     return made
+
+
+def make_policy(part: Part) -> Policy:
+    """Return the System 1 that a configuration names.
+
+    Raises:
+        SpecMismatch: what was made has not the verbs of a policy.
+        ConfigError, ResolveError: see `make`.
+    """
+    made = make(part)
+    check_policy(made, f"system1.policy.target: {part.target}")
+    policy: Policy = made
+    return policy
 
 
 def period_ns(config: RunConfig) -> int:

@@ -106,7 +106,12 @@ class ChunkBuffer:
         Args:
             chunk: rows due at `t_start_ns + i * dt_ns`; quaternions need not be unit.
             now_ns: the loop's time, on the clock that stamped the chunk.
+
+        Raises:
+            TypeError: it is no `ActionChunk`.
         """
+        if not isinstance(chunk, ActionChunk):
+            raise TypeError(f"chunk: {type(chunk).__name__}, must be an ActionChunk")
         count = self.counters
         if chunk.instruction_id != self._instruction_id:
             count.chunks_void += 1
@@ -244,7 +249,10 @@ class ChunkBuffer:
 
 def _rows(chunk: ActionChunk) -> list[_Row] | None:
     """Return the chunk as tuples of floats, rotations at unit length; None if it is unusable."""
-    poses, gripper = np.asarray(chunk.poses), np.asarray(chunk.gripper)
+    try:
+        poses, gripper = np.asarray(chunk.poses, float), np.asarray(chunk.gripper, float)
+    except (TypeError, ValueError):
+        return None
     if poses.ndim != 2 or poses.shape[1] != 7 or gripper.shape != poses.shape[:1]:
         return None
     if not len(poses) or chunk.dt_ns <= 0:

@@ -65,6 +65,7 @@ class EpisodeRunner:
         self.chains: list[int] = []  # successes in a row of each judged list that was finished
         self.current: Assignment | None = None
         self.steps = 0
+        self._holds, self._start_s = 0, 0.0  # of the current assignment
         self.succeeded = 0  # of the results, counted for those who look on at every tick
 
     def run(self, assignments: Sequence[Assignment], stop: Callable[[], bool]) -> list[TaskResult]:
@@ -83,13 +84,19 @@ class EpisodeRunner:
             self.chains.append(_in_a_row(self.results[begun:]))
         return self.results
 
+    def broken(self, reason: str) -> None:
+        """Note that an error ended the current assignment, so that a report says what ran."""
+        if self.current is not None:
+            self.results.append(self._result(self.current, False, reason))
+            self.current = None
+
     def _attempt(self, assignment: Assignment, stop: Callable[[], bool]) -> TaskResult:
-        self.current, self.steps = assignment, 0
-        start_s = time.monotonic()
+        self.current, self.steps, self._holds = assignment, 0, 0
+        self._start_s = time.monotonic()
         self._loop.begin(assignment.instruction)
         if self._world is not None and assignment.task:
             self._world.begin_task(assignment.task, assignment.instruction)
-        holds, success, reason = 0, False, ""
+        success, reason = False, ""
         while not reason:
             self._wait()
             try:
@@ -100,16 +107,19 @@ class EpisodeRunner:
             if tick.state == "run":
                 self.steps += 1
             else:
-                holds += 1
+                self._holds += 1
             success = self._judged(assignment)
-            reason = self._verdict(success, tick, holds, stop)
+            reason = self._verdict(success, tick, self._holds, stop)
+        return self._result(assignment, success, reason)
+
+    def _result(self, assignment: Assignment, success: bool, reason: str) -> TaskResult:
         return TaskResult(
             task=assignment.task,
             instruction=assignment.instruction,
             success=success,
             env_steps=self.steps,
-            hold_steps=holds,
-            duration_s=time.monotonic() - start_s,
+            hold_steps=self._holds,
+            duration_s=time.monotonic() - self._start_s,
             reason=reason,
         )
 

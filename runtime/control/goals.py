@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from openhelix.runtime.core.interfaces import Engine, LatentSpec
-from openhelix.runtime.core.types import GoalRequest, LatentGoal, Observation
+from openhelix.runtime.core.interfaces import Engine, LatentSpec, PartFailed, encode_one
+from openhelix.runtime.core.types import F32, U8, GoalRequest, LatentGoal, Observation
 from openhelix.runtime.transport.wire import ReaderStats
 
 
@@ -160,7 +160,8 @@ class LockstepGoals(_Recent):
     """System 2 on a schedule counted in environment steps (the paper's asynchrony interval).
 
     A latent is computed from the image of every `interval`-th tick after an instruction
-    began, and arrives `latency` ticks later.
+    began, and arrives `latency` ticks later. An engine that raises, or whose latent is not finite
+    or not of its spec, ends the run (`PartFailed`): no plan may be made from it.
     """
 
     missed = 0
@@ -203,7 +204,7 @@ class LockstepGoals(_Recent):
     def _compute(self, observation: Observation) -> LatentGoal:
         frame = observation.frames[self._camera]
         start = self._timer()
-        z = self._engine.encode([frame.rgb], [self.instruction])[0]
+        z = self._encode(frame.rgb, self.instruction)
         latent = LatentGoal(
             z=z,
             seq=self._seq,
@@ -216,6 +217,13 @@ class LockstepGoals(_Recent):
         )
         self._seq += 1
         return latent
+
+    def _encode(self, image: U8, instruction: str) -> F32:
+        """Return System 2's latent, checked; raises PartFailed where it gives none."""
+        try:
+            return encode_one(self._engine, image, instruction)
+        except Exception as error:
+            raise PartFailed("system2", error) from error
 
     def close(self) -> None:
         self._engine.close()

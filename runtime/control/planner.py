@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from openhelix.runtime.core.interfaces import Policy, PolicyFault
+from openhelix.runtime.core.interfaces import PartFailed, Policy, PolicyFault
 from openhelix.runtime.core.types import ActionChunk, LatentGoal, Observation
 from openhelix.runtime.transport.codec import register
 from openhelix.runtime.transport.wire import NewestReader, Publisher
@@ -71,6 +71,13 @@ class Planner(Protocol):
     def close(self) -> None: ...
 
 
+def checked_chunk(made: object) -> ActionChunk:
+    """Return what a policy's `act` gave; TypeError unless it is an `ActionChunk`."""
+    if not isinstance(made, ActionChunk):
+        raise TypeError(f"act returned {type(made).__name__}, not an ActionChunk")
+    return made
+
+
 class _Due:
     """Decides when the next chunk is to be planned."""
 
@@ -94,8 +101,8 @@ class SyncPlanner:
     """System 1 inside the tick: deterministic, for the lockstep clock.
 
     A `PolicyFault` is counted and the loop goes on without that chunk, as on the wall clock.
-    Whatever else a policy raises ends the run: a study must not score a defect as a failure
-    of the method.
+    Whatever else a policy raises ends the run as a `PartFailed`: a study must not score a
+    defect as a failure of the method.
     """
 
     def __init__(self, policy: Policy, replan_ns: int) -> None:
@@ -111,11 +118,15 @@ class SyncPlanner:
         self._due.mark(observation)
         start_s = time.perf_counter()
         try:
-            self._chunk = self._policy.act(observation, latents)
+            self._chunk = checked_chunk(self._policy.act(observation, latents))
         except PolicyFault as fault:
             self.failures += 1
             log.warning("System 1: %s; the loop goes on without this chunk", fault)
             return
+        except PartFailed:  # a latent that was computed only now, because the policy looks at it
+            raise
+        except Exception as error:
+            raise PartFailed("system1", error) from error
         self.latencies_s.append(time.perf_counter() - start_s)
 
     def poll(self) -> ActionChunk | None:
@@ -125,7 +136,10 @@ class SyncPlanner:
     def reset(self, seed: int) -> None:
         self._due.clear()
         self._chunk = None
-        self._policy.reset(seed)
+        try:
+            self._policy.reset(seed)
+        except Exception as error:
+            raise PartFailed("system1", error) from error
 
     def close(self) -> None:
         """Nothing to release."""

@@ -252,9 +252,11 @@ def apply_overrides(
     """Return a copy of `data` with each `a.b=value` set.
 
     Values are read as YAML; where `model` has a text or a path they are taken as they stand,
-    for an instruction may hold a colon and a folder's name may look like a number.
+    for an instruction may hold a colon and a folder's name may look like a number. Where a word
+    names another `target`, the options that `data` has for its own go: they are that class's.
     """
-    result = _copy(data)
+    result, overrides = _copy(data), list(overrides)
+    _drop_options(result, overrides, model)
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign or not key:
@@ -270,6 +272,26 @@ def apply_overrides(
             node = child
         node[last] = value if _is_text(model, [*parents, last], value) else _from_yaml(value)
     return result
+
+
+def _drop_options(
+    data: dict[str, Any], overrides: Sequence[str], model: type[BaseModel] | None
+) -> None:
+    """Take out the options of every part that a word gives another target."""
+    for text in overrides:
+        key, _, value = text.partition("=")
+        *parents, last = key.removeprefix("--").split(".")
+        node: Any = data
+        section: Any = model
+        for name in parents:
+            node = node.get(name) if isinstance(node, dict) else None
+            field = getattr(section, "model_fields", {}).get(name)
+            section = field.annotation if field is not None else None
+        if last != "target" or not isinstance(node, dict) or "options" not in node:
+            continue
+        field = getattr(section, "model_fields", {}).get("target")
+        if _from_yaml(value) != node.get("target", field.default if field is not None else None):
+            del node["options"]
 
 
 def _from_yaml(value: str) -> Any:

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
+from openhelix.runtime.core.config import CommandFailed
 from openhelix.runtime.core.types import F32, ActionChunk, CameraFrame, LatentGoal, Observation
 
 # ------------------------------------------------------------------------------------------------
@@ -164,6 +167,66 @@ class Policy(Protocol):
             PolicyFault: the output was not finite. On both clocks the fault is counted, the
                 loop holds when its plan runs out, and the policy is asked again.
         """
+
+
+class PartFailed(CommandFailed):
+    """A policy or an engine raised, or returned what it may not; one line says which and what.
+
+    Args:
+        part: "system1" or "system2".
+        error: what it raised, or what is wrong with its result.
+    """
+
+    def __init__(self, part: str, error: BaseException) -> None:
+        super().__init__(f"{part}: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+class BadLatent(ValueError):
+    """System 2 returned what is no latent of its own spec; one line says why."""
+
+
+def check_policy(policy: object, where: str = "policy") -> None:
+    """Raise `SpecMismatch` unless an object has the verbs and the spec of a `Policy`."""
+    if isinstance(policy, type):
+        raise SpecMismatch(f"{where}: {policy.__name__} is a class; give an object of it")
+    _check_verbs(policy, where, "policy", ("warm_up", "reset", "act"))
+    if not isinstance(getattr(policy, "spec", None), PolicySpec):
+        raise SpecMismatch(f"{where}: {type(policy).__name__}.spec is no PolicySpec")
+
+
+def check_engine(engine: object, where: str = "system2") -> None:
+    """Raise `SpecMismatch` unless an object has the verbs and the spec of an `Engine`."""
+    if isinstance(engine, type):
+        raise SpecMismatch(f"{where}: {engine.__name__} is a class; give an object of it")
+    _check_verbs(engine, where, "System 2 engine", ("encode",))
+    if not isinstance(getattr(engine, "spec", None), LatentSpec):
+        raise SpecMismatch(f"{where}: {type(engine).__name__}.spec is no LatentSpec")
+
+
+def _check_verbs(part: object, where: str, kind: str, verbs: Sequence[str]) -> None:
+    missing = [verb for verb in verbs if not callable(getattr(part, verb, None))]
+    if missing:
+        raise SpecMismatch(f"{where}: {type(part).__name__} is no {kind}: no {', '.join(missing)}")
+
+
+def encode_one(engine: Engine, image: Any, instruction: str) -> F32:
+    """Return one latent (n_tokens, d), checked as it would be on the wire.
+
+    Raises:
+        BadLatent: its shape or dtype is not the spec's, or it is not finite.
+    """
+    spec, encoded = engine.spec, engine.encode([image], [instruction])
+    if not isinstance(encoded, np.ndarray):
+        raise BadLatent(f"encode returned {type(encoded).__name__}, not an array")
+    want = (1, spec.n_tokens, spec.dim)
+    if encoded.shape != want or encoded.dtype != np.float32:
+        raise BadLatent(
+            f"the latent is {encoded.dtype}{encoded.shape}, the spec says float32{want}"
+        )
+    if not np.isfinite(encoded).all():
+        raise BadLatent("the latent is not finite")
+    latent: F32 = encoded[0]
+    return latent
 
 
 class Engine(Protocol):

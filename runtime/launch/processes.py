@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from openhelix.runtime.launch.node import NodeRunner, NodeSpec, in_a_thread
 
 log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
-ALONE_S = 5.0  # how long a child whose parent died may take to stop the robot and end
+ALONE_S = 3.0  # how long a child whose parent died may take to stop the robot and end
 
 
 def reap(process: subprocess.Popen[Any], patience_s: float) -> None:
@@ -102,10 +104,17 @@ class ProcessHost:
                 self._children[name] = self._spawn(self._specs[name], again=True)
 
 
-def end_alone() -> None:
-    """End without anybody's help, after the time that stopping in order may take."""
-    time.sleep(ALONE_S)
-    os._exit(1)
+def wait_for_end(pid: int) -> None:
+    """Block until our parent `pid` has ended; costs nothing meanwhile where the kernel tells it."""
+    with suppress(AttributeError, OSError):  # no pidfd on this system: look often
+        handle = os.pidfd_open(pid)
+        try:
+            if os.getppid() == pid:  # else it is over already, and the number may be another's
+                select.select([handle], [], [])
+        finally:
+            os.close(handle)
+    while os.getppid() == pid:
+        time.sleep(0.1)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -120,12 +129,19 @@ def main(argv: Sequence[str]) -> int:
         return 1  # the parent died before the kernel was told to tell us
     runner = NodeRunner(NodeSpec.from_json(argv[0]), again=argv[2] == "again")
 
+    def alone() -> None:
+        """Stop in order; then, as nobody else would, the kernel ends us for certain.
+
+        Neither needs the main thread, which a signal's handler waits for: that may be in a
+        library for minutes.
+        """
+        wait_for_end(parent)
+        signal.setitimer(signal.ITIMER_REAL, ALONE_S)
+        runner.stop()
+
     done: set[str] = set()  # the signal may come several times, one within the other
 
     def end(*_: object) -> None:
-        if "alone" not in done and os.getppid() != parent:  # nobody would end us for certain
-            done.add("alone")
-            in_a_thread(end_alone)
         if "told" in done:
             return
         done.add("told")
@@ -136,6 +152,8 @@ def main(argv: Sequence[str]) -> int:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever Python does
+    in_a_thread(alone)
     return 0 if runner.run() == "done" else 1
 
 

@@ -8,10 +8,11 @@ on any machine (figures that measure this machine aside).
 
 from __future__ import annotations
 
+import os
 import platform
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from openhelix.runtime.control.assembly import (
     lockstep_goals,
     make,
     make_clock,
+    make_policy,
     replan_ns,
 )
 from openhelix.runtime.control.episode_runner import Assignment
@@ -38,7 +40,7 @@ from openhelix.runtime.control.report import (
     versions,
 )
 from openhelix.runtime.core.config import CommandFailed, RunConfig
-from openhelix.runtime.core.interfaces import Policy, PolicySpec
+from openhelix.runtime.core.interfaces import PartFailed, Policy, PolicySpec, check_engine
 from openhelix.runtime.launch.graph import Graph, GraphError
 from openhelix.runtime.launch.node import interruptible
 from openhelix.runtime.observe.display import Display
@@ -66,17 +68,22 @@ def run_lockstep(
     folder: Path,
     display: Display,
 ) -> dict[str, Any]:
-    """Run in this process; return the report."""
+    """Run in this process; return the report.
+
+    A policy or an engine that raises ends the run; `error` in the report then says in one line
+    whose error it was, and the rest what ran until then.
+    """
     started_s = time.monotonic()
     display.say("loading System 1 and System 2")
     clock = make_clock(config)
     name, options = _embedded(config, clock)
     robot = make_robot(name, **options)  # first: its options are checked before models are loaded
-    policy: Policy = make(config.system1.policy)
+    policy: Policy = _made("system1", lambda: make_policy(config.system1.policy))
     check_parts(config, robot.spec, policy.spec)
     goals = engine = None
     if policy.spec.latent is not None:
-        engine = make(config.system2.engine)
+        engine = _made("system2", lambda: make(config.system2.engine))
+        check_engine(engine, f"system2.engine.target: {config.system2.engine.target}")
         goals = lockstep_goals(config, engine, policy.spec.latent)
     untrained = say_untrained(display, system1=policy, system2=engine)
     spec_id = engine.spec.spec_id if engine is not None else None
@@ -86,13 +93,20 @@ def run_lockstep(
     subscribers = Subscribers(config, folder, stack)
     statistics = subscribers.statistics
     stack.loop.subscribers.append(_Progress(stack, statistics, config, display))
+    failure = None
     try:
         with interruptible() as interrupted, display:
             if initial is not None and isinstance(robot, World):
                 robot.reset_world(initial["robot_obs"], initial["scene_obs"])
             ready_s = time.monotonic() - started_s
             stack.loop.arm()
-            stack.episode_runner.run(assignments, interrupted.is_set)
+            try:
+                stack.episode_runner.run(assignments, interrupted.is_set)
+            except PartFailed as error:
+                if os.environ.get("OPENHELIX_DEBUG"):
+                    raise
+                failure = str(error)
+                stack.episode_runner.broken(failure)
             display.progress(task_rows(stack.episode_runner.results), config.tasks.steps_limit)
     finally:
         robot.stop("the run has ended")
@@ -103,8 +117,21 @@ def run_lockstep(
         "ready_s": ready_s,
         "sinks": subscribers.close(),
         "untrained": untrained,
+        "error": failure,
         **parts_of(config, policy.spec, spec_id),
     }
+
+
+def _made(part: str, make_it: Callable[[], Any]) -> Any:
+    """Build a part; what its own code raises is told in one line that names the part."""
+    try:
+        return make_it()
+    except (ValueError, ModuleNotFoundError, CommandFailed):
+        raise  # these say in one line what is wrong
+    except Exception as error:
+        if os.environ.get("OPENHELIX_DEBUG"):
+            raise
+        raise PartFailed(part, error) from error
 
 
 def say_untrained(display: Display, **systems: Any) -> list[str]:
@@ -233,6 +260,7 @@ def run_realtime(
         "latents_published": system2["published"],
         "latents_skipped": system2["skipped"],
         "untrained": untrained,
+        "error": None,
         "ready_s": ready_s,
         "device": ", ".join(filter(None, (platform.machine(), system2["device"]))),
         "versions": versions(),
@@ -243,7 +271,7 @@ def run_realtime(
 def _finish(graph: Graph, display: Display) -> dict[str, Any] | None:
     """Let the observer finish its files; None where it is gone, which is no failure of a run."""
     if "observer" in graph.ended() or graph.health("observer", 5.0)["state"] != "ready":
-        display.say("observer: is gone; video and recording are incomplete")
+        display.warn("observer: is gone; video and recording are incomplete")
         return None
     return graph.ask("observer", "finish", timeout_s=70.0)
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from openhelix.runtime.control.assembly import make
-from openhelix.runtime.control.planner import PlanReply, PlanRequest
+from openhelix.runtime.control.assembly import make_policy
+from openhelix.runtime.control.planner import PlanReply, PlanRequest, checked_chunk
 from openhelix.runtime.core.config import Part
 from openhelix.runtime.core.interfaces import Policy
 from openhelix.runtime.core.types import ActionChunk
@@ -60,7 +60,7 @@ class System1Process:
         self._compute_s = 0.0
 
     def setup(self) -> None:
-        policy: Policy = make(self._part)
+        policy = make_policy(self._part)
         self._policy = policy  # known from here on: what it needs is compared while it warms up
         policy.warm_up()
         plans, chunks = self._endpoints
@@ -113,7 +113,7 @@ class System1Process:
             if self._reset_for != (observation.instruction_id, request.seed):
                 self._reset_for = (observation.instruction_id, request.seed)
                 self._policy.reset(request.seed)
-            chunk = self._policy.act(observation, request.latents)
+            chunk = checked_chunk(self._policy.act(observation, request.latents))
             self._planned += 1
         except Exception:
             self._failed += 1

@@ -94,12 +94,17 @@ class Background(Generic[T]):
             except Exception as error:
                 self._lost += 1
                 self.error = error
-                log.exception("%s failed; nothing more is written", self._thread.name)
+                self._log("failed; nothing more is written", error)
         try:
             self._finish()
         except Exception as error:
             self.error = self.error or error
-            log.exception("%s could not be finished", self._thread.name)
+            self._log("could not be finished", error)
+
+    def _log(self, what: str, error: Exception) -> None:
+        """A defect with its traceback; a disk that refuses in one line."""
+        defect = None if isinstance(error, OSError) else error
+        log.error("%s %s: %s", self._thread.name, what, error, exc_info=defect)
 
 
 class Counted:

@@ -47,6 +47,13 @@ class Display:
         if self._on:
             self._console.print(f"[dim]{time.monotonic() - self._start_s:6.1f} s[/dim]  {text}")
 
+    def warn(self, text: str) -> None:
+        """One line that must be read, also where only the report is wanted (`--json`)."""
+        if self._on:
+            self.say(text)
+        else:
+            self._console.print(text, markup=False, soft_wrap=True)
+
     def states(self, states: dict[str, str]) -> None:
         """The nodes' states while they start."""
         for name, state in states.items():
@@ -73,7 +80,8 @@ class Display:
         console.print(_figures(report))
         if report.get("stopped"):
             console.print(f"[red]stopped: {report['stopped']}[/red]")
-        console.print(f"{folder}/report.json")
+        if (folder / "report.json").exists():
+            console.print(f"{folder}/report.json")
         if (folder / "video.mp4").exists():
             console.print(f"{folder}/video.mp4")
 

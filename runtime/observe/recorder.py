@@ -45,8 +45,9 @@ from mcap.well_known import MessageEncoding, SchemaEncoding
 from mcap.writer import CompressionType, Writer
 from mcap_protobuf.schema import build_file_descriptor_set
 
+from openhelix.runtime.control.planner import checked_chunk
 from openhelix.runtime.core.config import RunConfig, apply_overrides, validate
-from openhelix.runtime.core.interfaces import Policy
+from openhelix.runtime.core.interfaces import PartFailed, Policy
 from openhelix.runtime.core.quaternion import angle_between, normalise
 from openhelix.runtime.core.types import (
     F32,
@@ -440,7 +441,7 @@ class Reader:
         data = self.meta.get("config")
         if not isinstance(data, dict):
             raise RecordingError(f"{self.path}: carries no configuration")
-        return validate(RunConfig, apply_overrides(data, overrides))
+        return validate(RunConfig, apply_overrides(data, overrides, RunConfig))
 
     @property
     def complete(self) -> bool:
@@ -606,10 +607,13 @@ def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
         (rad), openness; p50, p99 and max over all rows. Null without a chunk to compare.
 
     Raises:
-        RecordingError: there is no recording.
+        RecordingError: there is no recording, or its seed is none.
+        PartFailed: the policy raised.
     """
     reader, matcher = Reader(path), _Inputs(memory)
-    seed = int(reader.meta.get("seed", 0))  # each instruction draws from seed + its number
+    seed = reader.meta.get("seed", 0)  # each instruction draws from seed + its number
+    if not isinstance(seed, int) or seed < 0:
+        raise RecordingError(f"{reader.path}: seed: {seed!r} is no whole number from 0")
     chunks = unmatched = 0
     errors: list[np.ndarray[Any, Any]] = []
     latencies_s: list[float] = []
@@ -629,7 +633,10 @@ def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
                 instruction_id = message.instruction_id
                 policy.reset(seed + instruction_id)
             start_s = time.perf_counter()
-            again = policy.act(*given)
+            try:
+                again = checked_chunk(policy.act(*given))
+            except Exception as error:
+                raise PartFailed("system1", error) from error
             latencies_s.append(time.perf_counter() - start_s)
             errors.append(_distances(message, again))
     rows = np.concatenate(errors) if errors else np.empty((0, 3))

@@ -7,9 +7,10 @@ in process, so it stands in for one (`openhelix.runtime.core.interfaces.Engine`)
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from openhelix.runtime.transport.rpc import RpcClient, RpcError
 from openhelix.runtime.transport.sockets import Keys, check_connect, served
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 
+ROBOT: Final = re.compile(r"[\w-]{1,64}")  # as `robot.id` of a run
 RESEND_S = 0.5  # a request that left before the server had subscribed is lost, as is an answer
 
 
@@ -38,7 +40,7 @@ class System2Client:
 
     Raises:
         System2Error: no System 2 answers there, or it refuses the name.
-        ValueError: the address or keys cannot be used.
+        ValueError: the address, the name or the keys cannot be used.
     """
 
     def __init__(
@@ -49,10 +51,15 @@ class System2Client:
         keys: Keys | None = None,
         timeout_s: float = 10.0,
     ) -> None:
+        if not isinstance(address, str):
+            raise ValueError(f"address: {address!r}, must be text such as tcp://HOST:PORT")
+        if not isinstance(robot, str) or not ROBOT.fullmatch(robot):
+            raise ValueError(f"robot: {robot!r}, must be 1 to 64 letters, digits, - or _")
         ends = served(address)
         for endpoint in ends.values():
             check_connect(endpoint, keys)
         self.address, self.robot, self._timeout_s = address, robot, timeout_s
+        self._endpoint = ends["control"]
         self._control = RpcClient(ends["control"], keys=keys)
         self._sender: Publisher | None = None
         self._reader: NewestReader[LatentGoal] | None = None
@@ -84,8 +91,11 @@ class System2Client:
         Raises:
             System2Error: no answer within `timeout_s`.
             openhelix.runtime.core.interfaces.SpecMismatch: the server has other weights by now.
-            ValueError: an image is no (H, W, 3) uint8 array.
+            ValueError: an image is no (H, W, 3) uint8 array, or the instructions are not a list
+                with one text per image.
         """
+        if isinstance(instructions, str):
+            raise ValueError("instructions: is one text, must be a list with one per image")
         if len(images) != len(instructions):
             raise ValueError(f"instructions: {len(instructions)} for {len(images)} images")
         rows = [self.ask(i, text).z for i, text in zip(images, instructions, strict=True)]
@@ -98,8 +108,12 @@ class System2Client:
         if self._sender is None or self._reader is None:
             raise System2Error(f"{self.address}: the client is closed")
         rgb = np.ascontiguousarray(np.asarray(image))
-        if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
-            raise ValueError(f"images: {rgb.dtype}{rgb.shape}, must be uint8 (H, W, 3)")
+        if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or not rgb.size:
+            raise ValueError(
+                f"images: {rgb.dtype}{rgb.shape}, must be uint8 (H, W, 3) with H and W above 0"
+            )
+        if not isinstance(instruction, str):
+            raise ValueError(f"instructions: {instruction!r} is no text")
         self._asked += 1
         t_ns, deadline_s, next_s = time.monotonic_ns(), time.monotonic() + self._timeout_s, 0.0
         while (now_s := time.monotonic()) < deadline_s:
@@ -151,7 +165,8 @@ class System2Client:
         try:
             return self._control.call(method, arguments, self._timeout_s)
         except RpcError as error:
-            raise System2Error(f"{self.address}: {error}; `openhelix serve` runs one") from error
+            said = str(error).removeprefix(f"{self._endpoint}: ")
+            raise System2Error(f"{self.address}: {said}; `openhelix serve` runs one") from error
 
     def _read_spec(self) -> LatentSpec:
         deadline_s = time.monotonic() + self._timeout_s

@@ -11,7 +11,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from openhelix.system2.model import Checkpoint, build_once, cache_dir
+from openhelix.runtime.core.paths import cache_folder
+from openhelix.system2.model import Checkpoint, build_once
 
 _FORMAT = 1  # raise it when the same checkpoint would give another folder
 TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
@@ -36,7 +37,7 @@ def serving_folder(checkpoint: Checkpoint) -> str:
                 (out / file.name).symlink_to(file)
         _write_tokenizer(out, image_token, checkpoint.image_token_id)
 
-    return str(build_once(cache_dir() / "system2" / f"serving-{name}", make))
+    return str(build_once(cache_folder() / "system2" / f"serving-{name}", make))
 
 
 def _image_token(source: Path) -> str | None:

@@ -13,7 +13,7 @@ from openhelix.runtime.control.goals import LockstepGoals
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import SpecMismatch
 from openhelix.runtime.robots.env import PlayTableRobot
-from tests.evaluation.small import CAMERAS, small_config, untimed
+from tests.evaluation.small import CAMERAS, WordEngine, small_config, untimed
 
 LED = TASKS["turn_on_led"].sentence
 
@@ -127,7 +127,7 @@ def test_what_goes_wrong_in_an_episode_is_its_failure():
     )
     result = run(broken, chain("turn_on_led", "open_drawer", "turn_on_led")).result
     assert result["in_a_row"] == 1 and not result["success"]
-    assert result["error"] == "ValueError: instruction: broken as configured"
+    assert result["error"] == "system2: ValueError: instruction: broken as configured"
     assert [row["success"] for row in result["tasks"]] == [True, False]
     assert run(broken, chain("turn_on_led")).result["success"]
     broken.close()
@@ -199,7 +199,25 @@ class OtherEngine:
 
         self.spec = LatentSpec("act_last", 1, 512)
 
+    def encode(self, images, instructions): ...
+
     def close(self): ...
+
+
+class SpoiltEngine(WordEngine):
+    """Its latents of one sentence are not finite."""
+
+    def encode(self, images, instructions):
+        z = super().encode(images, instructions)
+        return z * np.float32("nan") if instructions[0] == TASKS["open_drawer"].sentence else z
+
+
+def test_a_latent_that_is_not_finite_is_an_error_and_reaches_no_policy():
+    spoilt = Runner(small_config("system2.engine.target=tests.evaluation.test_runner:SpoiltEngine"))
+    result = run(spoilt, chain("turn_on_led", "open_drawer")).result
+    assert result["error"] == "system2: BadLatent: the latent is not finite"
+    assert [row["success"] for row in result["tasks"]] == [True, False]
+    spoilt.close()
 
 
 def test_a_world_that_cannot_be_used_is_refused_before_anything_runs(monkeypatch, tmp_path, capsys):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -126,7 +128,7 @@ def test_bad_folders_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"missing head\.blocks\.2"):
         load_policy(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**data, "colour": 1}))
-    with pytest.raises(ConfigError, match="colour: no such field"):
+    with pytest.raises(CheckpointError, match=r"config\.json: colour: no such field"):
         load_policy(tmp_path)
 
 
@@ -168,3 +170,41 @@ def test_a_rebuilt_network_keeps_what_fits_and_names_the_rest():
     # What a smaller configuration lacks is named too.
     lost = set(rebuilt(made, replace(made.config, keyposes=0), seed=3)[1])
     assert lost == added
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A whole checkpoint folder."""
+    folder = tmp_path_factory.mktemp("saved")
+    config = tiny()
+    policy = DiffusionPolicy.build(config, 0)
+    save_policy(folder, config, policy.model.state_dict(), policy.model.normalizer)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, b"garbage" * 9) for name in ("model.safetensors", "normalizer.safetensors")),
+        *((name, b"") for name in ("model.safetensors", "config.json")),
+        *((name, b"{") for name in ("config.json", "spec.json")),
+        *((name, b"[1]") for name in ("config.json", "spec.json")),
+        ("config.json", b"\xff\xfe"),
+        ("config.json", b'{"cameras": [1]}'),
+        ("config.json", b'{"dim": "wide"}'),
+    ],
+)
+def test_a_damaged_file_is_named(saved, tmp_path, name, content):
+    folder = tmp_path / "broken"
+    shutil.copytree(saved, folder)
+    assert load_policy(folder) is not None
+    (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=re.escape(str(folder / name))):
+        load_policy(folder)
+
+
+def test_a_published_file_that_is_garbage_is_named(tmp_path):
+    path = tmp_path / "policy.safetensors"
+    path.write_bytes(b"garbage" * 9)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        load_official(path)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from openhelix.system2.model import build_once, cache_dir, sha256_file
+from openhelix.runtime.core.paths import cache_folder
+from openhelix.system2.model import build_once, sha256_file
 
 
 def _build_slowly(folder: str, log: str) -> None:
@@ -45,9 +46,9 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OPENHELIX_CACHE", str(tmp_path / "here"))
-    assert cache_dir() == tmp_path / "here"
+    assert cache_folder() == tmp_path / "here"
     monkeypatch.delenv("OPENHELIX_CACHE")
-    assert cache_dir() == Path.home() / ".cache" / "openhelix"
+    assert cache_folder() == Path.home() / ".cache" / "openhelix"
 
 
 def test_digest_is_sha256(tmp_path: Path) -> None:

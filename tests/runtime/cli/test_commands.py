@@ -197,7 +197,8 @@ def test_replay_uses_what_the_recording_carries(tmp_path, capsys) -> None:
     assert report["untrained"] == [] and report["config"] is None
     assert report["policy"]["target"] == "tests.fakes:ReachPolicy"
     assert report["system2"]["spec_id"] == report["policy"]["spec_id"] == LATENT.spec_id
-    assert main(["replay", str(tmp_path / "latest"), "--json"]) == 0
+    trusted = "system1.policy.target=tests.fakes:ReachPolicy"
+    assert main(["replay", str(tmp_path / "latest"), "--json", trusted]) == 0
     replayed = json.loads(capsys.readouterr().out)
     assert replayed["policy"]["target"] == "tests.fakes:ReachPolicy"
     assert replayed["policy"]["options"] == {"horizon": 9}

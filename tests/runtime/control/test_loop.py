@@ -13,7 +13,13 @@ from openhelix.runtime.control.episode_runner import Assignment
 from openhelix.runtime.control.planner import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import RunConfig, load
-from openhelix.runtime.core.interfaces import CameraSpec, LatentSpec, PolicyFault, SpecMismatch
+from openhelix.runtime.core.interfaces import (
+    CameraSpec,
+    LatentSpec,
+    PartFailed,
+    PolicyFault,
+    SpecMismatch,
+)
 from openhelix.runtime.robots.fake import FakeRobot, PointEngine
 from tests.fakes import LATENT, ReachPolicy
 
@@ -150,7 +156,7 @@ def test_a_policy_that_is_never_finite_moves_nothing_and_ends_at_the_limit() -> 
 
 
 def test_a_defect_of_the_policy_ends_a_study_instead_of_lowering_its_score() -> None:
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(PartFailed, match="system1: ZeroDivisionError"):
         run(make(policy=Faulty(range(3, 4), ZeroDivisionError)))
 
 

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from openhelix.runtime.core.config import ConfigError, RunConfig, load
+from openhelix.runtime.core.config import (
+    ConfigError,
+    RunConfig,
+    apply_overrides,
+    load,
+    validate,
+)
 from openhelix.runtime.core.paths import CONFIGS
 
 
@@ -72,3 +78,24 @@ def test_the_configuration_cannot_be_changed_afterwards() -> None:
     config = load(None)
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3  # type: ignore[misc]
+
+
+def test_another_target_leaves_the_options_of_the_first_behind() -> None:
+    data = {
+        "system1": {"policy": {"target": "ours:P", "options": {"path": "shipped"}}},
+        "system2": {"engine": {"options": {"model": "laptop"}}},
+    }
+
+    def read(*words: str) -> RunConfig:
+        return validate(RunConfig, apply_overrides(data, words, RunConfig))
+
+    assert read().system1.policy.options == {"path": "shipped"}
+    assert read("system1.policy.target=mine:P").system1.policy.options == {}
+    assert read("system1.policy.target=ours:P").system1.policy.options == {"path": "shipped"}
+    own = "system1.policy.options.speed=2"
+    for words in ((own, "system1.policy.target=mine:P"), ("system1.policy.target=mine:P", own)):
+        assert read(*words).system1.policy.options == {"speed": 2}
+    default = f"system2.engine.target={RunConfig().system2.engine.target}"
+    assert read(default).system2.engine.options == {"model": "laptop"}
+    assert read("system2.engine.target=mine:E").system2.engine.options == {}
+    assert data["system1"]["policy"]["options"] == {"path": "shipped"}  # the caller's own

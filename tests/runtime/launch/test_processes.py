@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from openhelix.runtime.launch.node import NodeSpec
@@ -125,3 +127,37 @@ def test_who_does_not_end_when_told_is_ended_for_certain() -> None:
         reap(process, 0.2 if code == -signal.SIGKILL else 60.0)
         process.stdout.close()
         assert process.returncode == code
+
+
+class Deaf(Idle):
+    """A node whose main thread hears no signal, as in a library that does not return."""
+
+    def setup(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        sys.stdout.write("in its setup\n")
+        sys.stdout.flush()
+        time.sleep(600.0)
+
+
+def test_a_child_whose_parent_was_killed_ends_though_its_main_thread_hears_nothing(
+    tmp_path: Path,
+) -> None:
+    node = spec(tmp_path, "deaf")
+    node = replace(node, target="tests.runtime.launch.test_processes:Deaf")
+    command = [sys.executable, "-m", "openhelix.runtime.launch.processes", node.to_json()]
+    starts = (
+        "import os, subprocess, sys, time\n"
+        f"subprocess.Popen({command!r} + [str(os.getpid()), 'first'])\n"
+        "time.sleep(600)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", starts], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"in its setup\n"
+    (child,) = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs([child], timeout=60)
+    parent.stdout.close()
+    assert not alive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from mcap.writer import CompressionType, Writer
 from mcap_protobuf.decoder import DecoderFactory
 
 from openhelix.runtime.core.config import ConfigError, RunConfig
+from openhelix.runtime.core.interfaces import PartFailed
 from openhelix.runtime.observe import recorder as module
 from openhelix.runtime.observe.recorder import Reader, Recorder, RecordingError, replay
 from tests.runtime.ticks import chunk_for, ticks
@@ -359,3 +361,21 @@ def test_replay_says_what_it_could_not_match(tmp_path):
     report = replay(tmp_path / "r.mcap", Policy())
     assert report["unmatched"] == report["chunks"] > 0
     assert report["position_error_m"] is None
+
+
+@pytest.mark.parametrize("seed", ["abc", -1, None, 1.5])
+def test_a_seed_that_is_none_is_named_with_its_file(tmp_path, seed):
+    path = tmp_path / "r.mcap"
+    record(path, ticks(2), meta={"seed": seed})
+    with pytest.raises(RecordingError, match=rf"^{re.escape(str(path))}: seed: {seed!r} is no"):
+        replay(path, Policy())
+
+
+def test_a_policy_that_fails_in_a_replay_is_named(tmp_path):
+    class Broken(Policy):
+        def act(self, observation, latents):
+            raise RuntimeError("no weights")
+
+    record(tmp_path / "r.mcap", ticks(20))
+    with pytest.raises(PartFailed, match=r"^system1: RuntimeError: no weights$"):
+        replay(tmp_path / "r.mcap", Broken())
