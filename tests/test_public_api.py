@@ -94,7 +94,7 @@ def test_every_block_of_the_page_runs(served, tmp_path, monkeypatch, capsys) -> 
             agent = openhelix.Agent(names["policy"], names["system2"])
             with pytest.raises(RuntimeError, match="reset"):
                 agent.act({})
-            with pytest.raises(ValueError, match=r"latent\.dim: System 2 gives 8"):
+            with pytest.raises(ValueError, match=r"latent\.kind: System 2 gives 'act_last'"):
                 openhelix.Agent(names["policy"], WordEngine())
         if number == 3:
             result = names["result"]

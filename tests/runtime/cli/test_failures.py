@@ -15,14 +15,15 @@ from openhelix.runtime.cli.main import main
 from openhelix.runtime.core.interfaces import BadLatent, encode_one
 from openhelix.runtime.launch import run as launch
 from openhelix.runtime.observe.display import Display
-from tests.fakes import LATENT, PointEngine, ReachPolicy
+from openhelix.runtime.robots.fake import PointEngine
+from tests.fakes import LATENT, ReachPolicy
 
 RUN = (
     *("control.clock=lockstep", "robot.name=fake", "tasks.steps_limit=20"),
     *("output.video=false", "output.metrics_port=null", "output.live=false"),
     "tasks.instruction=reach 0.3 0 0.5",
 )
-POLICY, ENGINE = "tests.fakes:ReachPolicy", "tests.fakes:PointEngine"
+POLICY, ENGINE = "tests.fakes:ReachPolicy", "openhelix.runtime.robots.fake:PointEngine"
 
 
 def marked(path: str) -> None:
