@@ -15,7 +15,7 @@ from openhelix.system2 import probe
 
 
 def main(argv: Sequence[str]) -> int:
-    """Inspect System 2 on an image and an instruction; also --ask QUESTION, --sentences FILE.
+    """Inspect System 2 on an image and an instruction (--ask, --sentences).
 
     Raises:
         ValueError: bad input, in one line.

@@ -11,7 +11,8 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -307,7 +308,8 @@ def _is_text(model: type[BaseModel] | None, path: Sequence[str], value: str) -> 
     for name in path:
         field = getattr(section, "model_fields", {}).get(name)
         section = field.annotation if field is not None else None
-    kinds = {kind for kind in get_args(section) or (section,) if kind is not type(None)}
+    choices = get_args(section) if get_origin(section) in (Union, UnionType) else (section,)
+    kinds = {kind for kind in choices if kind is not type(None)}
     return (
         bool(kinds)
         and kinds <= {str, Path}

@@ -19,7 +19,6 @@ from openhelix.benchmarks.calvin.collect import (
     demonstrations,
     draw,
     main,
-    parse,
 )
 from openhelix.benchmarks.calvin.dataset import Dataset
 from openhelix.benchmarks.calvin.demonstrations import Demonstration
@@ -256,15 +255,18 @@ def test_calvins_layout_can_be_read_back(tmp_path: Path) -> None:
 )
 def test_bad_words_get_one_line(words: list[str], field: str) -> None:
     with pytest.raises(ConfigError, match=field) as caught:
-        parse(words)
+        main(words)
     assert "\n" not in str(caught.value)
 
 
-def test_words_become_settings(tmp_path: Path) -> None:
+def test_words_become_settings(tmp_path: Path, monkeypatch) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("scenes: D\nper_task: 3\n")
-    settings, as_json = parse(["--config", str(file), "per_task=4", "--json", "frames.every=0"])
-    assert as_json and settings.scenes == "D" and settings.per_task == 4
+    given: list[CollectConfig] = []
+    monkeypatch.setattr(module, "collect", lambda config, report: given.append(config) or {})
+    main(["--config", str(file), "per_task=4", "--json", "frames.every=0"])
+    (settings,) = given
+    assert settings.scenes == "D" and settings.per_task == 4
     assert settings.frames.every == 0
     assert settings.folder == cache_folder() / "data" / "demonstrations_D"
 

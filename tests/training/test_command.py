@@ -113,7 +113,7 @@ def test_an_exported_language_model_speaks_as_the_trained_one(frames, llava, tmp
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["stage3"], "stage: 'stage3' is none of vlm, policy, prepare, stage1"),
+        (["stage3"], "stage: 'stage3' is none of policy, prepare, stage1"),
         (["policy", "data=/no/where"], "data: no folder /no/where; `openhelix collect` makes one"),
         (["policy", "data={empty}"], "has no frames; `openhelix collect"),
         (["stage1", "latent.kind=best"], "latent.kind: 'best', want one of"),
