@@ -98,14 +98,6 @@ RULES = (
     ),
     Rule(r"openhelix experiment --list", ""),
     Rule(r"openhelix experiment", None, "trains; tests/paper runs a session on stand-ins"),
-    Rule(
-        r"openhelix dagger ", None, "a policy of the reader's own; tests/evaluation/test_dagger.py"
-    ),
-    Rule(
-        r"openhelix train (policy|vlm) |benchmarks\.training\.",
-        None,
-        "hours; tests/training, small",
-    ),
     Rule(r"openhelix probe ", None, "a 7B checkpoint; tests/system2/test_probe.py has a tiny one"),
     Rule(r"openhelix collect format=calvin", "jobs=1 per_task=1"),
     Rule(

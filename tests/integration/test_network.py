@@ -162,7 +162,7 @@ def test_a_shared_system2_that_is_not_there_is_named(tmp_path: Path) -> None:
     [
         (["tcp://0.0.0.0:7000"], "openhelix keys"),
         (["smoke://signal"], "expected ipc://PATH"),
-        ([], "address"),
+        ([], "ADDRESS"),
         (["ipc:///tmp/x", "system2.hz=0"], "system2.hz"),
     ],
 )
