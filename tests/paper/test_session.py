@@ -140,7 +140,7 @@ def test_intervals_are_drawn_as_a_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["table10"], "'table10' is none of table1"),
+        (["table10"], "no experiment 'table10'"),
         ([], "NAME: say all, or one of"),
         (["table2", "--scale", "huge"], "--scale: 'huge'"),
         (["table2", "--workers", "0"], "--workers"),
