@@ -55,9 +55,9 @@ ALONE = tests/integration tests/faults
 
 test: setup ## Run the tests (under 15 minutes on 2 cores).
 	@mkdir -p build && rm -f build/skipped.txt
-	OPENHELIX_SKIPPED=build/skipped.txt \
+	OPENHELIX_SKIPPED=$(CURDIR)/build/skipped.txt \
 	  $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" tests $(foreach t,$(ALONE),--ignore $(t))
-	OPENHELIX_SKIPPED=build/skipped.txt $(PY) -m pytest -q -m "not slow and not gpu" $(ALONE)
+	OPENHELIX_SKIPPED=$(CURDIR)/build/skipped.txt $(PY) -m pytest -q -m "not slow and not gpu" $(ALONE)
 	@if [ -s build/skipped.txt ]; then echo "skipped, and what would enable it:"; \
 	  sort build/skipped.txt | uniq -c | sort -rn; else echo "skipped: nothing"; fi
 
