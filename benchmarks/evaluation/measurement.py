@@ -20,7 +20,14 @@ from openhelix.runtime.control.assembly import ControlStack
 from openhelix.runtime.control.episode_runner import TaskResult
 from openhelix.runtime.control.goals import LockstepGoals
 from openhelix.runtime.control.loop import Tick
-from openhelix.runtime.core.interfaces import Engine, LatentSpec, Policy, PolicySpec
+from openhelix.runtime.core.interfaces import (
+    Engine,
+    Judgement,
+    LatentSpec,
+    Policy,
+    PolicySpec,
+    judged,
+)
 from openhelix.runtime.core.types import F32, ActionChunk, LatentGoal, Observation
 from openhelix.runtime.robots.env import EnvRobot
 
@@ -91,6 +98,8 @@ class DemandGoals(LockstepGoals):
             t_pub_ns=observation.t_ns,
             spec_id=self._engine.spec.spec_id,
             source="lockstep",
+            understood=self._judgement.understood,
+            refused=self._judgement.refused,
         )
 
     def _forget(self) -> None:
@@ -161,6 +170,10 @@ class EngineMeter:
             self.seconds += time.perf_counter() - start_s
             self.cpu_s += time.process_time() - cpu_s
             self.calls += 1
+
+    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+        """Return what the engine understands; not counted among the calls."""
+        return judged(self.engine, instructions)
 
     def close(self) -> None:
         self.engine.close()
@@ -324,6 +337,8 @@ class Attempt:
             "env_steps": result.env_steps,
             "hold_steps": result.hold_steps,
             "reason": result.reason,
+            "understood": result.understood,
+            "refused": result.refused,
             **self._watch.row(number),
         }
 

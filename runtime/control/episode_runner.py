@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from openhelix.runtime.control.goals import refused
 from openhelix.runtime.control.loop import ControlLoop, Tick
 from openhelix.runtime.robots.base import RobotError, World
 
@@ -34,6 +35,8 @@ class TaskResult:
     hold_steps: int  # the robot held still
     duration_s: float
     reason: str  # why it ended
+    understood: float | None = None  # how probably System 2 thinks that it names a task
+    refused: bool = False  # too improbable: the robot held still
 
 
 class EpisodeRunner:
@@ -121,6 +124,8 @@ class EpisodeRunner:
             hold_steps=self._holds,
             duration_s=time.monotonic() - self._start_s,
             reason=reason,
+            understood=self._loop.understood,
+            refused=refused(self._loop.goals),
         )
 
     def _judged(self, assignment: Assignment) -> bool:

@@ -193,4 +193,5 @@ def live(statistics: LoopStatistics | None) -> dict[str, Any]:
         "loop_state": tick.state if tick else "wait",
         "loop_reason": tick.reason if tick else "",
         "latent_age_s": tick.latent_age_s if tick else None,
+        "understood": tick.understood if tick else None,
     }

@@ -74,6 +74,8 @@ class LatentGoal:
     spec_id: str  # of the model that made it, see `LatentSpec`; one of another model is void
     source: str = ""  # identity of the publishing process, new at every start
     compute_s: float = 0.0  # what the engine took for it
+    understood: float = 1.0  # how probably the instruction names a task; 1 where nobody judges
+    refused: bool = False  # too improbable to act on: no plan may be made of it
 
     def age_s(self, now_ns: int) -> float:
         """Seconds from the capture of the image to `now_ns`."""
