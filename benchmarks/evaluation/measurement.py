@@ -83,7 +83,7 @@ class DemandGoals(LockstepGoals):
         return replace(latent, z=self._z[latent.seq])
 
     def _compute(self, observation: Observation) -> LatentGoal:
-        frames, text = observation.frames, self.instruction
+        frames, text, judgement = observation.frames, self.instruction, self._judge()
         if self._draw_now:
             frames = {self._camera: frames[self._camera]}
         seq = self._seq
@@ -98,8 +98,8 @@ class DemandGoals(LockstepGoals):
             t_pub_ns=observation.t_ns,
             spec_id=self._engine.spec.spec_id,
             source="lockstep",
-            understood=self._judgement.understood,
-            refused=self._judgement.refused,
+            understood=judgement.understood,
+            refused=judgement.refused,
         )
 
     def _forget(self) -> None:

@@ -2,7 +2,9 @@
 
 `openhelix probe --sentences FILE.json` takes `{task: [sentence, ...]}` and one picture per task, a
 state of the scene in which the task is feasible (or the same picture for all), and reports the
-share of sentences that the policy would assign to their own task.
+share of sentences that the policy would assign to their own task. A sentence that System 2 says
+it does not understand is refused, and named by none. The list `refusals` has sentences that
+name no task, by kind: of those all should be refused.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from openhelix.benchmarks.calvin import phrases
+from openhelix.benchmarks.calvin import phrases, refusals
 from openhelix.benchmarks.calvin.phrases import Phrases
 from openhelix.benchmarks.calvin.scene import get_scene
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
@@ -24,12 +26,13 @@ from openhelix.benchmarks.evaluation.eval import load_config
 from openhelix.runtime.cli.arguments import Options, option, parse
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.config import ConfigError, RunConfig
+from openhelix.runtime.core.interfaces import judged
 from openhelix.runtime.core.types import F32, U8
 from openhelix.system2 import probe
 
 BATCH = 8
 STARTS = 50  # draws for a state from which a task can be done
-LISTS = ("training", "validation", "development", "calvin-e", "seen", "unseen")
+LISTS = ("training", "validation", "development", "calvin-e", "seen", "unseen", "refusals")
 
 
 class Encoder(Protocol):
@@ -67,9 +70,7 @@ def main(argv: Sequence[str]) -> int:
     policy = make(config.system1.policy)
     engine = make(config.system2.engine)
     try:
-        head = getattr(engine, "head", None)
-        below = None if head is None else head.note.get("refuse_below")
-        report = name_sentences(engine, policy, said, shown, below)
+        report = name_sentences(engine, policy, said, shown)
     finally:
         engine.close()
     report |= {
@@ -91,6 +92,8 @@ def sentences(name: str) -> Phrases:
     if name in ("training", "validation", "development"):
         found: Phrases = getattr(phrases, name)()
         return found
+    if name == "refusals":
+        return refusals.held_out()
     if name in LISTS:
         return phrases.calvin_e("all" if name == "calvin-e" else name)
     return phrases.load(name)
@@ -104,6 +107,8 @@ def settings(options: NamingOptions, overrides: Sequence[str]) -> RunConfig:
 def pictures(options: NamingOptions, tasks: Sequence[str]) -> Mapping[str, U8]:
     """Return the picture (H, W, 3) that goes with each task's sentences.
 
+    What is no task (a kind of sentence that names none) goes with the first task's.
+
     Raises:
         BadImage: the file cannot be read.
         ConfigError: no state was found from which a task can be done.
@@ -115,8 +120,9 @@ def pictures(options: NamingOptions, tasks: Sequence[str]) -> Mapping[str, U8]:
     from openhelix.benchmarks.calvin.starts import StartError, begin
 
     found: dict[str, U8] = {}
+    states = {key: key if key in TASK_NAMES else TASK_NAMES[0] for key in tasks}
     with PlayTableEnv(options.scene, cameras=("static",)) as env:
-        for task in tasks:
+        for task in dict.fromkeys(states.values()):
             for attempt in range(STARTS):
                 rng = np.random.default_rng([options.seed, TASK_NAMES.index(task), attempt])
                 try:
@@ -127,7 +133,7 @@ def pictures(options: NamingOptions, tasks: Sequence[str]) -> Mapping[str, U8]:
                 break
             else:
                 raise ConfigError(f"--scene: no start for {task} in {STARTS} draws")
-    return found
+    return {key: found[task] for key, task in states.items()}
 
 
 def name_sentences(
@@ -135,7 +141,6 @@ def name_sentences(
     policy: Any,
     said: Phrases,
     shown: Mapping[str, U8],
-    refuse_below: float | None = None,
 ) -> dict[str, Any]:
     """Name every sentence.
 
@@ -144,7 +149,6 @@ def name_sentences(
         policy: System 1, with a task table.
         said: {task: sentences}.
         shown: {task: picture}.
-        refuse_below: see `named`.
 
     Returns:
         `named` (share of sentences named by their own task), `refused` (share that System 2
@@ -158,8 +162,10 @@ def name_sentences(
     guesses: list[str | None] = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
-        latents = engine.encode([shown[task] for task, _ in part], [text for _, text in part])
-        guesses += named(policy, latents, refuse_below)
+        texts = [text for _, text in part]
+        latents = engine.encode([shown[task] for task, _ in part], texts)
+        for guess, judgement in zip(named(policy, latents), judged(engine, texts), strict=True):
+            guesses.append(None if judgement.refused else guess)
     rows = [(task, guess, text) for (task, text), guess in zip(wanted, guesses, strict=True)]
     wrong = Counter((task, guess) for task, guess, _ in rows if guess not in (task, None))
     first = {(task, guess): text for task, guess, text in reversed(rows)}
@@ -175,32 +181,21 @@ def name_sentences(
     }
 
 
-def named(policy: Any, latents: F32, refuse_below: float | None = None) -> list[str | None]:
-    """Return the task of each latent (B, n, dim); None for one that names none.
-
-    Args:
-        policy: whose table it is.
-        latents: of System 2.
-        refuse_below: a latent names no task where it is nearer to one than to the row for "no
-            task named" by less than this (see `openhelix.system1.latent_adapter.task_margin`); None: it always does.
+def named(policy: Any, latents: F32) -> list[str]:
+    """Return the task of each latent (B, n, dim): the one whose row of the policy's table is nearest.
 
     Raises:
         ConfigError: the policy has no task table.
     """
     import torch
 
-    from openhelix.system1.latent_adapter import nearest_task, task_margin
+    from openhelix.system1.latent_adapter import nearest_task
 
     model: Any = getattr(policy, "model", None)
     guess = None if model is None else nearest_task(model, torch.from_numpy(latents))
     if guess is None:
         raise ConfigError("system1.policy: has no task table, so that a latent names no task")
-    names: list[str | None] = [TASK_NAMES[index] for index in guess.tolist()]
-    if refuse_below is not None:
-        margin = task_margin(model, torch.from_numpy(latents))
-        assert margin is not None  # it has a table
-        names = [n if m >= refuse_below else None for n, m in zip(names, margin, strict=True)]
-    return names
+    return [TASK_NAMES[index] for index in guess.tolist()]
 
 
 def _shares(rows: Sequence[tuple[str, str | None, str]]) -> dict[str, Any]:

@@ -80,6 +80,7 @@ class RemoteEngine:
 
     def __init__(self, actor: Any, spec: LatentSpec, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self._actor, self.spec, self._timeout_s = actor, spec, timeout_s
+        self._judged: dict[str, Judgement] = {}
 
     def warm_up(self) -> None: ...
 
@@ -91,7 +92,10 @@ class RemoteEngine:
         return cast(F32, np.concatenate(rows))
 
     def judge(self, instructions: Sequence[str]) -> list[Judgement]:
-        return cast(list[Judgement], self._ask("judge", list(instructions)))
+        new = [text for text in instructions if text not in self._judged]
+        if new:
+            self._judged |= zip(new, self._ask("judge", new), strict=True)
+        return [self._judged[text] for text in instructions]
 
     def _ask(self, verb: str, *given: Any) -> Any:
         limit_s = self._timeout_s

@@ -207,13 +207,11 @@ class LockstepGoals(_Recent):
         self._tick = 0
         self._seq = 0
         self._on_the_way: deque[tuple[int, LatentGoal]] = deque()
-        self._judgement = Judgement()
 
     def begin(self, instruction_id: int, instruction: str) -> None:
         super().begin(instruction_id, instruction)
         self._tick = 0
         self._on_the_way.clear()
-        self._judgement = self._judge(instruction)
 
     def update(self, observation: Observation) -> LatentGoal | None:
         if self._tick % self._interval == 0:
@@ -228,7 +226,7 @@ class LockstepGoals(_Recent):
         return arrived
 
     def _compute(self, observation: Observation) -> LatentGoal:
-        frame = observation.frames[self._camera]
+        frame, judgement = observation.frames[self._camera], self._judge()
         start = self._timer()
         z = self._encode(frame.rgb, self.instruction)
         latent = LatentGoal(
@@ -240,16 +238,16 @@ class LockstepGoals(_Recent):
             spec_id=self._engine.spec.spec_id,  # as it is now: weights can be swapped
             source="lockstep",
             compute_s=self._timer() - start,
-            understood=self._judgement.understood,
-            refused=self._judgement.refused,
+            understood=judgement.understood,
+            refused=judgement.refused,
         )
         self._seq += 1
         return latent
 
-    def _judge(self, instruction: str) -> Judgement:
-        """Return what System 2 thinks of an instruction; raises PartFailed where it fails."""
+    def _judge(self) -> Judgement:
+        """Return what System 2 thinks of the instruction; raises PartFailed where it fails."""
         try:
-            return judged(self._engine, [instruction])[0]
+            return judged(self._engine, [self.instruction])[0]
         except Exception as error:
             raise PartFailed("system2", error) from error
 
