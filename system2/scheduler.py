@@ -27,8 +27,14 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from openhelix.runtime.core.clock import Clock
-from openhelix.runtime.core.interfaces import Engine, Judgement, judged
-from openhelix.runtime.core.types import F32, GoalRequest, LatentGoal
+from openhelix.runtime.core.interfaces import (
+    F32,
+    Engine,
+    GoalRequest,
+    Judgement,
+    LatentGoal,
+    judged,
+)
 from openhelix.runtime.transport.wire import TAKEOVER_NS
 
 log = logging.getLogger(__name__)

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 from openhelix.runtime.core.interfaces import (
+    ActionChunk,
     ActionSpec,
     CameraSpec,
     Judgement,
+    LatentGoal,
     LatentSpec,
+    Observation,
     PolicySpec,
 )
-from openhelix.runtime.core.types import ActionChunk, LatentGoal, Observation
 from openhelix.runtime.robots.fake import LATENT, PointEngine
 
 PERIOD_NS = round(1e9 / 30)

@@ -16,14 +16,18 @@ from collections.abc import Callable
 from typing import Protocol
 
 from openhelix.runtime.core.interfaces import (
+    F32,
+    U8,
     Engine,
+    GoalRequest,
     Judgement,
+    LatentGoal,
     LatentSpec,
+    Observation,
     PartFailed,
     encode_one,
     judged,
 )
-from openhelix.runtime.core.types import F32, U8, GoalRequest, LatentGoal, Observation
 from openhelix.runtime.transport.wire import ReaderStats
 
 
