@@ -35,6 +35,7 @@ class Evaluation:
         conditions: how they are run.
         config: what is evaluated.
         threads: of torch.
+        sees: what System 2 is shown, one of `oracle.SEES`; the configuration says it to the engine.
         videos: how many episodes are filmed, evenly spread over the list.
         filmed: keys of episodes that are filmed besides.
     """
@@ -43,6 +44,7 @@ class Evaluation:
     conditions: Conditions
     config: RunConfig
     threads: int = 1
+    sees: str = "image"
     videos: int = 0
     filmed: tuple[str, ...] = ()
 
@@ -153,6 +155,7 @@ def header(plan: Evaluation, about: Mapping[str, Any]) -> dict[str, Any]:
         "world": plan.suite.world,
         "scene": ",".join(plan.suite.scenes),
         "seed": plan.suite.seed,
+        "sees": plan.sees,
         "clock": plan.config.control.clock,
         "steps_limit": plan.conditions.steps_limit,
         "interval": None if wall else plan.conditions.interval,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from openhelix.benchmarks.evaluation.oracle import TARGET
 from openhelix.benchmarks.evaluation.pool import LocalPool, Pool, on_gpu
 from openhelix.benchmarks.evaluation.realtime_pool import RealtimePool
 from openhelix.runtime.core.config import Part, RunConfig
@@ -14,6 +15,8 @@ def shares_engine(config: RunConfig) -> bool:
     quicker beside its worker, where it has a core of its own.
     """
     engine = config.system2.engine
+    if engine.target == TARGET:
+        return False  # it looks into the world, which is the worker's
     return "vllm" in engine.target.lower() or on_gpu(engine) or _gpu_present(engine)
 
 

@@ -26,7 +26,7 @@ from openhelix.runtime.control.goals import refused
 from openhelix.runtime.control.loop import ControlLoop, Tick
 from openhelix.runtime.core.config import Part, PolicyPart, RunConfig
 from openhelix.runtime.core.interfaces import PolicySpec
-from openhelix.runtime.robots.base import RobotError, World
+from openhelix.runtime.robots.base import INSTEAD, RobotError, World
 
 # ------------------------------------------------------------------------------------------------
 # Instructions in sequence
@@ -127,8 +127,9 @@ class EpisodeRunner:
                 self.steps += 1
             else:
                 self._holds += 1
-            success = self._judged(assignment)
-            reason = self._verdict(success, tick, self._holds, stop)
+            done = self._world.completed() if self._world is not None else frozenset()
+            success = assignment.task in done
+            reason = self._verdict(success, tick, self._holds, stop) or _wrong(done)
         return self._result(assignment, success, reason)
 
     def _result(self, assignment: Assignment, success: bool, reason: str) -> TaskResult:
@@ -144,9 +145,6 @@ class EpisodeRunner:
             refused=refused(self._loop.goals),
         )
 
-    def _judged(self, assignment: Assignment) -> bool:
-        return self._world is not None and assignment.task in self._world.completed()
-
     def _verdict(self, success: bool, tick: Tick, holds: int, stop: Callable[[], bool]) -> str:
         if success:
             return "success"
@@ -159,6 +157,12 @@ class EpisodeRunner:
         if holds >= self._hold_limit:
             return f"held still too long: {tick.reason or 'no latent'}"
         return ""
+
+
+def _wrong(done: frozenset[str]) -> str:
+    """Return in words what has been done that must not be; "" where nothing has."""
+    wrong = min((name for name in done if name.startswith(INSTEAD)), default="")
+    return f"did {wrong.removeprefix(INSTEAD)} instead" if wrong else ""
 
 
 def _in_a_row(results: Sequence[TaskResult]) -> int:

@@ -18,6 +18,7 @@ from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import Action, Observation, RobotSpec
 
 Features = Mapping[str, type | tuple[int, ...]]
+INSTEAD = "instead: "  # before the name of a task that was done and must not be
 
 
 class RobotError(RuntimeError):
@@ -143,7 +144,10 @@ class World(Protocol):
         """Remember the state of the world as the one that `task` starts from."""
 
     def completed(self) -> frozenset[str]:
-        """Return the tasks that the world's change since `begin_task` amounts to."""
+        """Return the tasks that the world's change since `begin_task` amounts to.
+
+        A name behind `INSTEAD` is of a task that must not be done, and ends the attempt.
+        """
 
     def env_steps(self) -> int:
         """Return the environment steps made since `reset_world`."""
