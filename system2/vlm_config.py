@@ -82,6 +82,13 @@ class Tune(VlmStage):
     Attributes:
         mode: "lora" puts low-rank parts beside its linear layers, "full" trains it whole.
         rank: of "lora".
+        goals: instructions to a robot asked of each picture beside the questions, and answered by
+            the plain sentence that is meant.
+        goal_weight: of these instructions' latents being the plain sentence's, see `Goals`; the
+            head that makes them is written beside the model.
+        goal_layers: whose states the latent is read from.
+        goal_code: the `text.safetensors` of the policy that is to understand the latents; None
+            for a code of the plain sentences' own.
     """
 
     steps: Whole = 1500
@@ -90,6 +97,10 @@ class Tune(VlmStage):
     lr_language: NotNegative = 5e-4
     mode: Literal["lora", "full"] = "lora"
     rank: Count = 16
+    goals: Whole = 0
+    goal_weight: NotNegative = 1.0
+    goal_layers: tuple[Count, ...] = (4, 8, 12, 16, 20)
+    goal_code: Path | None = None
 
 
 class VlmSection(_Section):
