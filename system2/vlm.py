@@ -300,10 +300,12 @@ class Answers:
     Attributes:
         loss: mean over the answers' tokens.
         right: (B, questions) 1 where the whole answer is right, 0 where not, NaN for none.
+        states: (B, N, hidden) after each of the layers that were asked for.
     """
 
     loss: Tensor
     right: Tensor
+    states: tuple[Tensor, ...] = ()
 
 
 class Goals(nn.Module):
@@ -439,16 +441,13 @@ class Learner(nn.Module):
 
     def answers(
         self, tokens: Tensor | None, packed: Packed, layers: Sequence[int] = ()
-    ) -> tuple[Answers, list[Tensor]]:
+    ) -> Answers:
         """Ask.
 
         Args:
             tokens: (B, n_image, hidden), or None without vision.
             packed: the questions.
             layers: of the language model, whose states are wanted.
-
-        Returns:
-            what came of it, and the states (B, N, hidden) after each of `layers`.
         """
         embeddings = self.model.get_input_embeddings()(packed.ids)
         start, stop = packed.image
@@ -470,8 +469,8 @@ class Learner(nn.Module):
         wanted = packed.wanted[places]
         logits = self.model.lm_head(states[places]).float()
         loss = F.cross_entropy(logits, wanted)
-        answers = Answers(loss, _whole(logits.argmax(1) == wanted, packed, places))
-        return answers, [output.hidden_states[layer] for layer in layers]
+        right = _whole(logits.argmax(1) == wanted, packed, places)
+        return Answers(loss, right, tuple(output.hidden_states[layer] for layer in layers))
 
 
 def _whole(hit: Tensor, packed: Packed, places: Tensor) -> Tensor:

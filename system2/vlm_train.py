@@ -433,13 +433,13 @@ class VlmRun:
             packed = batch.packed.to(self.device)
             layers = self.goals.layers if self.goals is not None and batch.plain else ()
             with self._autocast():
-                answers, states = self.learner.answers(tokens, packed, layers)
+                answers = self.learner.answers(tokens, packed, layers)
             total = total + answers.loss
             row |= {"loss": answers.loss.item(), "right": answers.right.nanmean().item()}
             if self.goals is not None and batch.plain:
                 if not self.goals.calibrated:
                     self._calibrate()
-                read = self.goals.read(states, packed)
+                read = self.goals.read(answers.states, packed)
                 loss, hits = self.goals.loss(read, self.goals.index(batch.plain).to(read.device))
                 total = total + self.config.tune.goal_weight * loss
                 row |= {"goal": loss.item(), "goal_right": hits.mean().item()}
@@ -468,8 +468,8 @@ class VlmRun:
             packed = batch.packed.to(self.device)
             with self._autocast():
                 tokens = self.learner.image_tokens(batch.pixels.to(self.device))
-                _, states = self.learner.answers(tokens, packed, self.goals.layers)
-            reads.append(self.goals.read(states, packed))
+                answers = self.learner.answers(tokens, packed, self.goals.layers)
+            reads.append(self.goals.read(answers.states, packed))
         self.goals.calibrate(torch.cat(reads))
 
     def _next_batch(self) -> Batch:
@@ -620,9 +620,9 @@ class VlmRun:
                     half = len(pictures) // 2
                     seen = [(r + half) % len(pictures) for r in rows] if shown == "other" else rows
                     tokens = self.learner.image_tokens(pictures.pixels(seen).to(self.device))
-                answers, states = self.learner.answers(tokens, packed, self.goals.layers)
+                answers = self.learner.answers(tokens, packed, self.goals.layers)
             flat = [q for each in asked for q in each]
-            read = self.goals.read(states, packed)
+            read = self.goals.read(answers.states, packed)
             _, hits = self.goals.loss(read, self.goals.index([q.answer for q in flat]).to(read.device))
             words = answers.right.flatten()
             words = words[~words.isnan()]
@@ -677,7 +677,7 @@ class VlmRun:
                     half = len(pictures) // 2
                     seen = [(r + half) % len(pictures) for r in rows] if shown == "other" else rows
                     tokens = self.learner.image_tokens(pictures.pixels(seen).to(self.device))
-                answers, _ = self.learner.answers(tokens, packer(asked).to(self.device))
+                answers = self.learner.answers(tokens, packer(asked).to(self.device))
             for hits, questions_ in zip(answers.right.tolist(), asked, strict=True):
                 for hit, question in zip(hits, questions_, strict=False):
                     wording = "held-out wording" if question.held_out else "trained wording"

@@ -146,8 +146,9 @@ _BLOCKS: Mapping[str, tuple[Callable[[Labels], str | None], tuple[str, ...]]] = 
 _LIFT = ("take {} and lift it", "pick {} up", "lift {} up", "raise {}", "get hold of {} and raise it")
 _PUSH = ("push {} {}", "slide {} to the {}", "give {} a push to the {}", "push {} over to the {}")
 _TURN = ("rotate {} {}", "turn {} to the {}", "twist {} to the {}", "give {} a turn to the {}")
-_STATES: tuple[tuple[str, Mapping[str, str], tuple[str, ...]], ...] = (
+_STATES: tuple[tuple[str, str, Mapping[str, str], tuple[str, ...]], ...] = (
     (
+        "toggle_bulb",
         "bulb",
         {"on": "turn_off_lightbulb", "off": "turn_on_lightbulb"},
         (
@@ -159,6 +160,7 @@ _STATES: tuple[tuple[str, Mapping[str, str], tuple[str, ...]], ...] = (
         ),
     ),
     (
+        "toggle_led",
         "led",
         {"on": "turn_off_led", "off": "turn_on_led"},
         (
@@ -170,6 +172,7 @@ _STATES: tuple[tuple[str, Mapping[str, str], tuple[str, ...]], ...] = (
         ),
     ),
     (
+        "other_side",
         "door",
         {"left": "move_slider_right", "right": "move_slider_left"},
         (
@@ -180,6 +183,7 @@ _STATES: tuple[tuple[str, Mapping[str, str], tuple[str, ...]], ...] = (
         ),
     ),
     (
+        "drawer_other_way",
         "drawer",
         {"open": "close_drawer", "closed": "open_drawer"},
         (
@@ -233,15 +237,15 @@ def references(known: Labels) -> dict[str, tuple[str, tuple[str, ...]]]:
                 task = f"{family}_{colour}_block_{side}"
                 said = tuple(f.format(n, side) for n in names for f in forms)
                 found[f"{family}_{key}_{side}"] = (task, said)
-    for name, meaning, said in _STATES:
-        if known.get(name) in meaning:
-            found[name] = (meaning[known[name]], said)
+    for name, thing, meaning, said in _STATES:
+        if known.get(thing) in meaning:
+            found[name] = (meaning[known[thing]], said)
     return found
 
 
 def every_wording() -> set[str]:
     """Return every sentence that `references` can ever give."""
-    said = {text for _, _, texts in _STATES for text in texts}
+    said = {text for *_, texts in _STATES for text in texts}
     for _, names in _BLOCKS.values():
         for name in names:
             said |= {form.format(name) for form in _LIFT}

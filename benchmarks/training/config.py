@@ -120,6 +120,8 @@ class LatentSection(_Section):
             the development list.
         refuse: sentences that name no task ("sing", "do not open the drawer"), which the
             projector's start sends to the table's row for "no task named"; 0 for none.
+        init: a `latent.safetensors` to begin with (stage `vlm` writes one that says instructions
+            in the policy's own code); None for a fresh one.
         like: the `latent.safetensors` that the policy was trained with: the projector's start
             then says of each task what that one says, in place of the policy's table.
         max_gb: refuse to write more than this; feed "live" keeps no more in memory.
@@ -147,6 +149,7 @@ class LatentSection(_Section):
     phrasings: Count = 2
     wordings: Whole = 0
     refuse: Whole = 0
+    init: Path | None = None
     like: Path | None = None
     max_gb: Positive = 12.0
     encode_batch: Count = 8
