@@ -20,8 +20,8 @@ import numpy as np
 from openhelix.benchmarks.calvin import tasks
 from openhelix.benchmarks.calvin.cameras import SceneRenderer
 from openhelix.benchmarks.calvin.env import PlayTableEnv
+from openhelix.runtime.core.interfaces import Action
 from openhelix.runtime.core.plugins import resolve
-from openhelix.runtime.core.types import Action
 from openhelix.runtime.robots.sim import FrameSet, WorldState
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 

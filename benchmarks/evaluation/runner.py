@@ -36,12 +36,15 @@ from openhelix.runtime.control.assembly import (
     make_policy,
     replan_ns,
 )
-from openhelix.runtime.control.episode_runner import Assignment, EpisodeRunner
-from openhelix.runtime.control.planner import SyncPlanner
+from openhelix.runtime.control.episodes import Assignment, EpisodeRunner
+from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import ConfigError, RunConfig
 from openhelix.runtime.core.interfaces import (
+    ActionChunk,
     Engine,
+    LatentGoal,
+    Observation,
     PartFailed,
     Policy,
     PolicySpec,
@@ -51,7 +54,6 @@ from openhelix.runtime.core.interfaces import (
     check_policy,
     check_robot,
 )
-from openhelix.runtime.core.types import ActionChunk, LatentGoal, Observation
 from openhelix.runtime.observe.video import Caption, VideoRecorder
 from openhelix.runtime.robots.base import RobotError, make_robot
 from openhelix.runtime.robots.env import EnvRobot, PlayTableRobot, stepped

@@ -26,8 +26,8 @@ import numpy as np
 from openhelix.benchmarks.evaluation.stats import paired_bootstrap
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.core.config import load
-from openhelix.runtime.launch.control_process import ControlProcess
 from openhelix.runtime.launch.graph import Graph
+from openhelix.runtime.launch.parts import ControlProcess
 from openhelix.runtime.launch.processes import ProcessHost
 from openhelix.runtime.observe.collectors import LoopMetrics
 from openhelix.runtime.observe.observer import TickPublisher

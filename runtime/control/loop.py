@@ -12,13 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from openhelix.runtime.control.chunks import ChunkBuffer
 from openhelix.runtime.control.goals import Goals
-from openhelix.runtime.control.planner import Planner
+from openhelix.runtime.control.plans import ChunkBuffer, Planner
 from openhelix.runtime.core.clock import Clock
-from openhelix.runtime.core.limits import SafetyFilter
-from openhelix.runtime.core.types import Action, ActionChunk, LatentGoal, Observation
-from openhelix.runtime.core.watchdog import Mode, SafetyState, Watchdog
+from openhelix.runtime.core.interfaces import Action, ActionChunk, LatentGoal, Observation
+from openhelix.runtime.core.safety import Mode, SafetyFilter, SafetyState, Watchdog
 from openhelix.runtime.robots.base import Robot
 
 State = Literal["wait", "run", "hold", "stop"]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
@@ -17,7 +19,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from openhelix.runtime.core.limits import SafetyLimits
+from openhelix.runtime.core.quaternion import Vec3
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -149,6 +151,54 @@ class WorldConfig(_Section):
     # A world that the machine is too busy to step looks like a robot that does not answer.
     placement: Placement = Placement(cpus=0.3, fifo=5)
     camera_placement: Placement = Placement(cpus=0.3, nice=5)
+
+
+@dataclass(frozen=True, slots=True)
+class SafetyLimits:
+    """Limits in W, for a Panda at CALVIN's table unless said otherwise.
+
+    CALVIN's largest relative action is 0.02 m and 0.05 rad per axis and 1/30 s step, that is
+    0.6 m/s and 1.5 rad/s per axis; the speed limits are that along a diagonal, so that no legal
+    CALVIN action is cut. The accelerations are the Cartesian limits of Franka's control
+    interface (13 m/s², 25 rad/s²).
+    """
+
+    box_min_m: Vec3 = (-0.60, -0.70, 0.26)
+    box_max_m: Vec3 = (0.60, 0.40, 0.95)
+    max_linear_speed_m_s: float = 1.04
+    max_angular_speed_rad_s: float = 2.6
+    max_linear_acceleration_m_s2: float = 13.0
+    max_angular_acceleration_rad_s2: float = 25.0
+    max_tick_s: float = 0.1  # a longer tick (a stall) allows no longer step than this one
+    camera_max_age_s: float = 1.0
+    proprioception_max_age_s: float = 0.25
+    latent_max_age_s: float = 4.0  # older: System 2 counts as silent
+    latent_grace_s: float = 5.0  # how long to go on with the last latent after that
+    frozen_motion_m: float = 0.03  # an image unchanged over this much motion is frozen
+
+    def __post_init__(self) -> None:
+        for axis, low, high in zip("xyz", self.box_min_m, self.box_max_m, strict=True):
+            if not (isfinite(low) and isfinite(high) and low < high):
+                raise ValueError(f"safety.box: {axis} runs from {low} to {high} m, which is empty")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if not (isfinite(value) and value > 0.0):
+                raise ValueError(f"safety.{name}: {value} is not a positive number")
+        if not self.latent_grace_s >= 0.0:
+            raise ValueError(f"safety.latent_grace_s: {self.latent_grace_s} is negative")
+
+
+_POSITIVE = (
+    "max_linear_speed_m_s",
+    "max_angular_speed_rad_s",
+    "max_linear_acceleration_m_s2",
+    "max_angular_acceleration_rad_s2",
+    "max_tick_s",
+    "camera_max_age_s",
+    "proprioception_max_age_s",
+    "latent_max_age_s",
+    "frozen_motion_m",
+)
 
 
 class TasksConfig(_Section):

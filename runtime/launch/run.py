@@ -28,10 +28,8 @@ from openhelix.runtime.control.assembly import (
     make_policy,
     replan_ns,
 )
-from openhelix.runtime.control.episode_runner import Assignment
-from openhelix.runtime.control.loop import Tick
-from openhelix.runtime.control.planner import SyncPlanner
-from openhelix.runtime.control.report import (
+from openhelix.runtime.control.episodes import (
+    Assignment,
     LoopStatistics,
     live,
     parts_of,
@@ -39,6 +37,8 @@ from openhelix.runtime.control.report import (
     task_rows,
     versions,
 )
+from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.config import CommandFailed, RunConfig
 from openhelix.runtime.core.interfaces import PartFailed, Policy, PolicySpec, check_engine
 from openhelix.runtime.launch.graph import Graph, GraphError

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prometheus_client.core import Metric
 
 from openhelix.runtime.control.goals import WireGoals
-from openhelix.runtime.control.planner import RemotePlanner
+from openhelix.runtime.control.plans import RemotePlanner
 from openhelix.runtime.observe.metrics import Histogram, counter, gauge
 
 if TYPE_CHECKING:  # these are only looked at, never built
-    from openhelix.runtime.control.episode_runner import EpisodeRunner
+    from openhelix.runtime.control.episodes import EpisodeRunner
     from openhelix.runtime.control.loop import ControlLoop, Tick
     from openhelix.runtime.control.realtime import RealtimeStatus
     from openhelix.runtime.core.clock import Clock, Pacer

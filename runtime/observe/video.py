@@ -16,7 +16,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from openhelix.runtime.core.types import U8
+from openhelix.runtime.core.interfaces import U8
 from openhelix.runtime.observe.background import Background, Counted
 
 if TYPE_CHECKING:

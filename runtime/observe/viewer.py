@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from openhelix.runtime.core.types import CameraFrame, Observation
+from openhelix.runtime.core.interfaces import CameraFrame, Observation
 from openhelix.runtime.observe.background import Background, Counted
 
 if TYPE_CHECKING:

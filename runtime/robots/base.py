@@ -11,16 +11,11 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from typing import Any, Protocol, Self, runtime_checkable
-
-import numpy as np
 
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError
-from openhelix.runtime.core.interfaces import RobotSpec
-from openhelix.runtime.core.quaternion import QuaternionError, normalise
-from openhelix.runtime.core.types import Action, Observation
+from openhelix.runtime.core.interfaces import Action, Observation, RobotSpec
 
 Features = Mapping[str, type | tuple[int, ...]]
 
@@ -177,22 +172,6 @@ class WorldPlugin(Protocol):
 
     def require(self) -> str:
         """Return in words what was found; ValueError, in one line, where something is missing."""
-
-
-def check_action(action: Action) -> None:
-    """Raise a one-line ValueError unless `action` has the shapes and finite numbers it must."""
-    pose = np.asarray(action.pose)
-    if pose.shape != (7,):
-        raise ValueError(f"action.pose: shape {pose.shape}, expected (7,): xyz, quaternion xyzw")
-    values = pose.tolist()  # seven plain floats are looked at in a fraction of numpy's time
-    if not all(map(isfinite, values)):
-        raise ValueError(f"action.pose: {values} is not finite")
-    try:
-        normalise(values[3:])
-    except QuaternionError as error:
-        raise ValueError(f"action.pose: {error}") from None
-    if not 0.0 <= action.gripper <= 1.0:
-        raise ValueError(f"action.gripper: {action.gripper} is not between 0 (closed) and 1 (open)")
 
 
 def robot_class(name: str) -> Any:

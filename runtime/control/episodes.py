@@ -1,26 +1,168 @@
-"""A run's figures: `report.json`, the final table and the live view.
+"""Runs a list of instructions on a control loop in sequence, and collects a run's figures.
 
-`LoopStatistics` gathers the loop's figures tick by tick, in memory allocated once. Every
-figure is measured on the run itself; one that could not be measured is null, never a default.
-The key names are a contract that other tools read.
+The world judges success. The step limit counts environment steps under the policy's control. Steps
+on which the robot held still because the first latent of an instruction had not arrived are counted
+separately (`hold_steps`), so that both can be reported.
+
+The figures are those of `report.json`, the final table and the live view. `LoopStatistics` gathers
+the loop's, tick by tick, in memory allocated once. Every figure is measured on the run itself; one
+that could not be measured is null, never a default. The key names are a contract that other tools
+read.
 """
 
 from __future__ import annotations
 
 import platform
+import time
 from array import array
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
-from openhelix.runtime.control.assembly import ControlStack
-from openhelix.runtime.control.episode_runner import TaskResult
-from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.control.loop import ControlLoop, Tick
 from openhelix.runtime.core.config import Part, PolicyPart, RunConfig
 from openhelix.runtime.core.interfaces import PolicySpec
+from openhelix.runtime.robots.base import RobotError, World
+
+# ------------------------------------------------------------------------------------------------
+# Instructions in sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One thing to do."""
+
+    task: str  # name of the oracle that judges it; "" where nobody does
+    instruction: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """What became of it."""
+
+    task: str
+    instruction: str
+    success: bool
+    env_steps: int  # under the policy's control
+    hold_steps: int  # the robot held still
+    duration_s: float
+    reason: str  # why it ended
+
+
+class EpisodeRunner:
+    """Gives a loop its instructions, one after the other.
+
+    Args:
+        loop: the control loop, connected to its robot.
+        world: who judges success; None on a robot without an oracle.
+        steps_limit: environment steps per instruction.
+        stop_at_failure: CALVIN's protocol; False attempts every assignment.
+        wait: blocks until the next tick is due (the pacer; nothing in lockstep).
+        hold_limit: ticks that an instruction may spend holding still before it is given up.
+    """
+
+    def __init__(
+        self,
+        loop: ControlLoop,
+        world: World | None,
+        steps_limit: int,
+        stop_at_failure: bool,
+        wait: Callable[[], object],
+        hold_limit: int,
+    ) -> None:
+        self._loop, self._world = loop, world
+        self._steps_limit, self._hold_limit = steps_limit, hold_limit
+        self._stop_at_failure = stop_at_failure
+        self._wait = wait
+        self.results: list[TaskResult] = []
+        self.chains: list[int] = []  # successes in a row of each judged list that was finished
+        self.current: Assignment | None = None
+        self.steps = 0
+        self._holds, self._start_s = 0, 0.0  # of the current assignment
+        self.succeeded = 0  # of the results, counted for those who look on at every tick
+
+    def run(self, assignments: Sequence[Assignment], stop: Callable[[], bool]) -> list[TaskResult]:
+        """Work through the list; ends early when stopped, or at a safe stop."""
+        begun = len(self.results)
+        for assignment in assignments:
+            result = self._attempt(assignment, stop)
+            self.results.append(result)
+            self.succeeded += result.success
+            if stop() or self._loop.stopped:
+                break
+            if self._stop_at_failure and not result.success:
+                break
+        self.current = None
+        if not stop() and all(result.task for result in self.results[begun:]):
+            self.chains.append(_in_a_row(self.results[begun:]))
+        return self.results
+
+    def broken(self, reason: str) -> None:
+        """Note that an error ended the current assignment, so that a report says what ran."""
+        if self.current is not None:
+            self.results.append(self._result(self.current, False, reason))
+            self.current = None
+
+    def _attempt(self, assignment: Assignment, stop: Callable[[], bool]) -> TaskResult:
+        self.current, self.steps, self._holds = assignment, 0, 0
+        self._start_s = time.monotonic()
+        self._loop.begin(assignment.instruction)
+        if self._world is not None and assignment.task:
+            self._world.begin_task(assignment.task, assignment.instruction)
+        success, reason = False, ""
+        while not reason:
+            self._wait()
+            try:
+                tick = self._loop.tick()
+            except RobotError as error:
+                reason = f"safe stop: {self._loop.fail(str(error))}"
+                break
+            if tick.state == "run":
+                self.steps += 1
+            else:
+                self._holds += 1
+            success = self._judged(assignment)
+            reason = self._verdict(success, tick, self._holds, stop)
+        return self._result(assignment, success, reason)
+
+    def _result(self, assignment: Assignment, success: bool, reason: str) -> TaskResult:
+        return TaskResult(
+            task=assignment.task,
+            instruction=assignment.instruction,
+            success=success,
+            env_steps=self.steps,
+            hold_steps=self._holds,
+            duration_s=time.monotonic() - self._start_s,
+            reason=reason,
+        )
+
+    def _judged(self, assignment: Assignment) -> bool:
+        return self._world is not None and assignment.task in self._world.completed()
+
+    def _verdict(self, success: bool, tick: Tick, holds: int, stop: Callable[[], bool]) -> str:
+        if success:
+            return "success"
+        if self._loop.stopped:
+            return f"safe stop: {tick.reason}"
+        if stop():
+            return "interrupted"
+        if self.steps >= self._steps_limit:
+            return "step limit"
+        if holds >= self._hold_limit:
+            return f"held still too long: {tick.reason or 'no latent'}"
+        return ""
+
+
+def _in_a_row(results: Sequence[TaskResult]) -> int:
+    return next((i for i, result in enumerate(results) if not result.success), len(results))
+
+
+# ------------------------------------------------------------------------------------------------
+# Figures
+
 
 KEPT = 1 << 17  # ticks whose figures are kept: more than an hour at 30 Hz
 OURS = "openhelix.system2.engines."  # engines that take the shipped weights by default
@@ -125,8 +267,8 @@ def task_rows(results: Sequence[TaskResult]) -> dict[str, Any]:
 class LoopStatistics:
     """A subscriber that counts and keeps what `report.json` and the live view need."""
 
-    def __init__(self, stack: ControlStack) -> None:
-        self._stack = stack
+    def __init__(self, loop: ControlLoop) -> None:
+        self._loop = loop
         self._ages_s = array("d")
         self._durations_s = array("d")
         self._prefetches_s = array("d")
@@ -148,7 +290,7 @@ class LoopStatistics:
         self._states[tick.state] = self._states.get(tick.state, 0) + 1
         if len(self._durations_s) < KEPT:
             self._durations_s.append(tick.duration_s)
-            self._prefetches_s.append(self._stack.loop.prefetch_s)
+            self._prefetches_s.append(self._loop.prefetch_s)
             # Waiting for an instruction's first latent has no age to count.
             if tick.latent_age_s is not None and tick.state == "run":
                 self._ages_s.append(tick.latent_age_s)
@@ -178,9 +320,9 @@ class LoopStatistics:
             "tick_duration_s": percentiles(self._durations_s, ("p50", "p99", "max")),
             "prefetch_duration_s": percentiles(self._prefetches_s, ("p50", "p99", "max")),
             "latent_age_s": percentiles(self._ages_s, ("p50", "p99", "max")),
-            "chunks": asdict(self._stack.loop.chunks.counters),
-            "s1_failures": self._stack.loop.planner.failures,
-            "holds": dict(self._stack.loop.safety.holds),
+            "chunks": asdict(self._loop.chunks.counters),
+            "s1_failures": self._loop.planner.failures,
+            "holds": dict(self._loop.safety.holds),
         }
 
 
