@@ -43,6 +43,8 @@ class Packed:
         wanted: (B, N) the token that is to come next, or `IGNORED`.
         owner: (B, N) the question's number, -1 outside of questions.
         said: (B, N) bool, a robot's instruction without the question around it.
+        act: (B, N) which `<ACT>` stands there, -1 for none. It follows an instruction, before the
+            answer.
         image: (start, stop) of the image tokens; equal without vision.
     """
 
@@ -52,6 +54,7 @@ class Packed:
     wanted: Tensor
     owner: Tensor
     said: Tensor
+    act: Tensor
     image: tuple[int, int]
 
     def to(self, device: torch.device) -> Packed:
@@ -63,6 +66,7 @@ class Packed:
             self.wanted.to(device),
             self.owner.to(device),
             self.said.to(device),
+            self.act.to(device),
             self.image,
         )
 
@@ -87,14 +91,16 @@ class Packer:
         self._n_image = checkpoint.n_image if vision else 0
         self._body = self._template.body if vision else ""
         self._end = int(load_tokenizer(checkpoint.path).eos_token_id)
-        self._known: dict[tuple[str, str], tuple[list[int], int]] = {}
+        self._act = list(checkpoint.act_ids[:1])
+        self._known: dict[tuple[str, str, bool], tuple[list[int], int]] = {}
 
-    def tokens(self, question: str, answer: str) -> tuple[list[int], int]:
+    def tokens(self, question: Question) -> tuple[list[int], int]:
         """Return the ids of question and answer, and how many of them come before the answer."""
-        key = (question, answer)
+        key = (question.text, question.answer, question.kind in GOAL_KINDS)
         if key not in self._known:
-            asked = self._tokenize(self._body + question + self._template.tail)
-            self._known[key] = ([*asked, *self._tokenize(answer), self._end], len(asked))
+            asked = self._tokenize(self._body + question.text + self._template.tail)
+            asked = asked + self._act if question.kind in GOAL_KINDS else asked
+            self._known[key] = ([*asked, *self._tokenize(question.answer), self._end], len(asked))
         return self._known[key]
 
     def said(self, question: str) -> list[int]:
@@ -106,7 +112,7 @@ class Packer:
     def __call__(self, asked: Sequence[Sequence[Question]]) -> Packed:
         """Return one sequence a picture."""
         start = len(self._head) + self._n_image
-        rows = [[self.tokens(q.text, q.answer) for q in questions] for questions in asked]
+        rows = [[self.tokens(q) for q in questions] for questions in asked]
         longest = start + max(sum(len(ids) for ids, _ in row) for row in rows)
         longest = -(-longest // 8) * 8
         shape = (len(rows), longest)
@@ -115,6 +121,7 @@ class Packer:
         owner = torch.full(shape, -2)  # padding
         owner[:, :start] = -1
         said = torch.zeros(shape, dtype=torch.bool)
+        act = torch.full(shape, -1)
         positions = torch.zeros(shape, dtype=torch.long)
         positions[:, :start] = torch.arange(start)
         ids[:, : len(self._head)] = torch.tensor(self._head, dtype=torch.long)
@@ -128,11 +135,13 @@ class Packer:
                 wanted[b, at + before - 1 : stop - 1] = ids[b, at + before : stop]
                 if asked[b][number].kind in GOAL_KINDS:
                     said[b, [at + i for i in self.said(asked[b][number].text)]] = True
+                    first = at + before - len(self._act)
+                    act[b, first : at + before] = torch.arange(len(self._act))
                 at = stop
         same = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1)
         causal = torch.ones(longest, longest, dtype=torch.bool).tril()
         mask = (same & causal)[:, None]
-        return Packed(ids, mask, positions, wanted, owner, said, (len(self._head), start))
+        return Packed(ids, mask, positions, wanted, owner, said, act, (len(self._head), start))
 
 
 class Sight(nn.Module):
@@ -311,14 +320,14 @@ class Answers:
 class Goals(nn.Module):
     """System 2's latent of an instruction, taught to be the plain sentence's.
 
-    The read-out is `lang_mean`: the mean over the instruction's words after some layers, here
-    with the picture before them. A projector with a hidden layer turns it into what a frozen
+    The read-out is `act_words`: the states at `<ACT>` and the mean over the instruction's words
+    after some layers, with the picture before them. A projector with a hidden layer turns it into what a frozen
     reader makes of the plain sentence that is meant (as LCB aligns its latent with CLIP's text),
     so that a policy which was told by that reader understands it. No task is numbered anywhere.
 
     Args:
         layers: of the language model, ascending.
-        hidden: its width.
+        table: (V, hidden), its words' embeddings, among which `<ACT>` begins.
         sentences: every plain sentence.
         codes: (sentences, dim) what the reader makes of them.
     """
@@ -328,14 +337,20 @@ class Goals(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, layers: tuple[int, ...], hidden: int, sentences: Sequence[str], codes: Tensor
+        self,
+        layers: tuple[int, ...],
+        table: Tensor,
+        sentences: Sequence[str],
+        codes: Tensor,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.layers, self._index = layers, {text: i for i, text in enumerate(sentences)}
-        self.config = LatentConfig("lang_mean", layers=layers)
+        self.config = LatentConfig("act_words", layers=layers)
         dim = codes.shape[1]
-        self.head = LatentHead(self.config, hidden, dim, width=dim)
-        read = hidden * len(layers)
+        self.head = LatentHead.fresh(self.config, table, dim, seed, width=dim)
+        self.began = self.head.act.detach().clone()
+        read = table.shape[1] * self.config.width
         self.register_buffer("codes", codes.float(), persistent=False)
         self.register_buffer("shift", torch.zeros(read))
         self.register_buffer("scale", torch.ones(read))
@@ -362,12 +377,19 @@ class Goals(nn.Module):
         batch, most = packed.owner.shape[0], int(packed.owner.max()) + 1
         row = torch.arange(batch, device=wide.device)[:, None] * most + packed.owner
         places = packed.said
+        acts = wide[packed.act >= 0].view(-1, self.config.n_act * wide.shape[-1])
         sums = wide.new_zeros(batch * most, wide.shape[-1]).index_add(0, row[places], wide[places])
         counts = wide.new_zeros(batch * most).index_add(
             0, row[places], torch.ones_like(row[places], dtype=wide.dtype)
         )
         asked = counts > 0
-        return sums[asked] / counts[asked, None]
+        return torch.cat([acts, sums[asked] / counts[asked, None]], dim=1)
+
+    @property
+    def moved(self) -> float:
+        """The cosine between `<ACT>` and where it began."""
+        now = self.head.act.detach().flatten()
+        return float(F.cosine_similarity(now, self.began.flatten().to(now), dim=0))
 
     def latent(self, read: Tensor) -> Tensor:
         """Return (n, dim) of read-outs (n, read)."""
@@ -440,7 +462,11 @@ class Learner(nn.Module):
         return torch.stack(list(output.pooler_output))
 
     def answers(
-        self, tokens: Tensor | None, packed: Packed, layers: Sequence[int] = ()
+        self,
+        tokens: Tensor | None,
+        packed: Packed,
+        layers: Sequence[int] = (),
+        act: Tensor | None = None,
     ) -> Answers:
         """Ask.
 
@@ -448,8 +474,12 @@ class Learner(nn.Module):
             tokens: (B, n_image, hidden), or None without vision.
             packed: the questions.
             layers: of the language model, whose states are wanted.
+            act: (n, hidden), `<ACT>`; None takes the model's own rows for it.
         """
         embeddings = self.model.get_input_embeddings()(packed.ids)
+        if act is not None:
+            rows, places = act[packed.act.clamp_min(0)], (packed.act >= 0).unsqueeze(-1)
+            embeddings = torch.where(places, rows.to(embeddings.dtype), embeddings)
         start, stop = packed.image
         if tokens is not None:
             head, rest = embeddings[:, :start], embeddings[:, stop:]

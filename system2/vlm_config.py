@@ -99,7 +99,7 @@ class Tune(VlmStage):
     rank: Count = 16
     goals: Whole = 0
     goal_weight: NotNegative = 1.0
-    goal_layers: tuple[Count, ...] = (4, 8, 12, 16, 20)
+    goal_layers: tuple[Count, ...] = (4, 8, 16, 24)
     goal_code: Path | None = None
 
 

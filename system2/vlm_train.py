@@ -50,6 +50,7 @@ from openhelix.system2.vlm import (
     IGNORED,
     LORA_SCALE,
     Adapted,
+    Answers,
     Goals,
     Learner,
     Packed,
@@ -212,7 +213,7 @@ def computes_bf16(wanted: bool | Literal["auto"], device: torch.device) -> bool:
     return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
 
 
-def goals_of(config: VlmSection, records: Sequence[Record], hidden: int) -> Goals:
+def goals_of(config: VlmSection, records: Sequence[Record], table: Tensor, seed: int) -> Goals:
     """Return what instructions' latents are to become.
 
     Raises:
@@ -229,7 +230,7 @@ def goals_of(config: VlmSection, records: Sequence[Record], hidden: int) -> Goal
     reader = TextReader(config.model, (1, 8) if code is None else code.layers)
     code = code or fitted_code(reader, plain)
     codes = reader.encode(code, plain)[:, 0]
-    return Goals(tune.goal_layers, hidden, plain, codes)
+    return Goals(tune.goal_layers, table, plain, codes, seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +293,8 @@ class VlmRun:
             model.lm_head.to(torch.bfloat16)
         self.goals: Goals | None = None
         if config.tune.goals:
-            self.goals = goals_of(config, train, self.checkpoint.hidden)
+            words = model.get_input_embeddings().weight[: self.checkpoint.act_ids[0]]
+            self.goals = goals_of(config, train, words, seed)
             self.goals.to(self.device)
         if config.checkpointing:
             language = model.model.language_model
@@ -431,9 +433,8 @@ class VlmRun:
                 row["speech"] = said.item()
         if batch.packed is not None:
             packed = batch.packed.to(self.device)
-            layers = self.goals.layers if self.goals is not None and batch.plain else ()
             with self._autocast():
-                answers = self.learner.answers(tokens, packed, layers)
+                answers = self._answers(tokens, packed)
             total = total + answers.loss
             row |= {"loss": answers.loss.item(), "right": answers.right.nanmean().item()}
             if self.goals is not None and batch.plain:
@@ -443,6 +444,7 @@ class VlmRun:
                 loss, hits = self.goals.loss(read, self.goals.index(batch.plain).to(read.device))
                 total = total + self.config.tune.goal_weight * loss
                 row |= {"goal": loss.item(), "goal_right": hits.mean().item()}
+                row["act_cosine"] = self.goals.moved
             self.samples += batch.asked
         self.optimizer.zero_grad(set_to_none=True)
         if total.requires_grad:
@@ -457,6 +459,11 @@ class VlmRun:
         self.step += 1
         return row
 
+    def _answers(self, tokens: Tensor | None, packed: Packed) -> Answers:
+        if self.goals is None:
+            return self.learner.answers(tokens, packed)
+        return self.learner.answers(tokens, packed, self.goals.layers, self.goals.head.act)
+
     @torch.no_grad()
     def _calibrate(self) -> None:
         """Measure the read-out's channels on some pictures."""
@@ -468,7 +475,7 @@ class VlmRun:
             packed = batch.packed.to(self.device)
             with self._autocast():
                 tokens = self.learner.image_tokens(batch.pixels.to(self.device))
-                answers = self.learner.answers(tokens, packed, self.goals.layers)
+                answers = self._answers(tokens, packed)
             reads.append(self.goals.read(answers.states, packed))
         self.goals.calibrate(torch.cat(reads))
 
@@ -620,7 +627,7 @@ class VlmRun:
                     half = len(pictures) // 2
                     seen = [(r + half) % len(pictures) for r in rows] if shown == "other" else rows
                     tokens = self.learner.image_tokens(pictures.pixels(seen).to(self.device))
-                answers = self.learner.answers(tokens, packed, self.goals.layers)
+                answers = self._answers(tokens, packed)
             flat = [q for each in asked for q in each]
             read = self.goals.read(answers.states, packed)
             _, hits = self.goals.loss(read, self.goals.index([q.answer for q in flat]).to(read.device))
@@ -677,7 +684,7 @@ class VlmRun:
                     half = len(pictures) // 2
                     seen = [(r + half) % len(pictures) for r in rows] if shown == "other" else rows
                     tokens = self.learner.image_tokens(pictures.pixels(seen).to(self.device))
-                answers = self.learner.answers(tokens, packer(asked).to(self.device))
+                answers = self._answers(tokens, packer(asked).to(self.device))
             for hits, questions_ in zip(answers.right.tolist(), asked, strict=True):
                 for hit, question in zip(hits, questions_, strict=False):
                     wording = "held-out wording" if question.held_out else "trained wording"
@@ -808,7 +815,14 @@ class VlmRun:
             stage = json.loads(stream.metadata()["vlm"])["stage"]
         if stage == "tune":
             self._language()
-        self._load_weights(load_file(file))
+        state = load_file(file)
+        if self.goals is not None and any(
+            (was := state.get(f"weights.goals.{name}")) is not None and was.shape != now.shape
+            for name, now in self.goals.state_dict().items()
+        ):
+            log.info("vlm.init: instructions were read out in another way there; that part is fresh")
+            state = {k: v for k, v in state.items() if not k.startswith("weights.goals.")}
+        self._load_weights(state)
 
     def _load_weights(self, state: dict[str, Tensor]) -> None:
         inner = self.learner.model.model

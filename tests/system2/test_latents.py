@@ -40,6 +40,8 @@ def test_values_come_from_the_right_places() -> None:
     assert torch.equal(pooled[0], torch.cat([HIDDEN[2:10], HIDDEN[11:16]]).amax(0))
     mean, _ = read_out(LatentConfig(kind="lang_mean"), HIDDEN, LAYOUT)
     assert torch.equal(mean[0], HIDDEN[13:15].mean(0))
+    side, _ = read_out(LatentConfig(kind="act_words", n_act=2), HIDDEN, LAYOUT)
+    assert torch.equal(side[0], torch.cat([HIDDEN[18], HIDDEN[19], HIDDEN[13:15].mean(0)]))
     both, _ = read_out(LatentConfig(kind="act_lang", n_act=2, text_rows=4), HIDDEN, LAYOUT)
     assert torch.equal(both, torch.cat([HIDDEN[18:20], HIDDEN[11:15]]))
 

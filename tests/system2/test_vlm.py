@@ -15,6 +15,7 @@ from openhelix.system2.answering import TransformersAnswerer
 from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.model import CheckpointError, open_checkpoint
 from openhelix.system2.prompt import asked_of_robot
+from openhelix.system2.text import TextReader, fitted_code
 from openhelix.system2.vlm import IGNORED, Learner, Packer, Sight, adapt, folded_state
 from openhelix.system2.vlm_config import VlmSection
 from openhelix.system2.vlm_data import (
@@ -308,13 +309,17 @@ def test_instructions_become_latents_that_both_read_alike(
     """What training reads from a packed sequence, an engine reads from the robot's prompt."""
     write_shard(tmp_path / "data" / "train", 0, with_goals(24))
     write_shard(tmp_path / "data" / "held-out", 0, with_goals(12, 9))
-    tune = {"steps": 30, "goals": 2, "goal_layers": (1, 2)}
+    tune = {"steps": 30, "goals": 2, "goal_layers": (1, 2), "goal_code": tmp_path / "text.safetensors"}
+    fitted_code(TextReader(tiny_model, (1, 2)), ["turn left", "turn right", "lift", "drop it"]).save(
+        tmp_path / "text.safetensors"
+    )
     config = section(tmp_path / "data", tiny_model, see={"steps": 0}, align={"steps": 0}, tune=tune)
     run = VlmRun(config, tmp_path / "out", device="cpu")
     assert run.run()
     rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     losses = [row["goal"] for row in rows if "goal" in row]
     assert losses[-1] < losses[0]
+    assert run.goals is not None and run.goals.moved < 0.9999  # <ACT> learns too
     report = run.report()
     assert set(report["held-out"]["goals"]["image"]) == {
         "goal look", "goal look words", "goal told", "goal told words",
@@ -325,7 +330,7 @@ def test_instructions_become_latents_that_both_read_alike(
     packed = run.packer([[q for q in record.questions if q.kind == "goal look"]])
     with torch.no_grad():
         tokens = run.learner.image_tokens(run.train.pixels([0]))
-        states = run.learner.answers(tokens, packed, run.goals.layers).states
+        states = run.learner.answers(tokens, packed, (1, 2), run.goals.head.act).states
         wanted = run.goals.latent(run.goals.read(states, packed))
     engine = TransformersEngine(
         str(tmp_path / "out" / "llava"), latent_projector=tmp_path / "out" / "latent.safetensors", dtype="float32"
