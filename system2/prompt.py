@@ -56,7 +56,6 @@ TEMPLATES = {
 QUESTIONS = ("Can you {x}?", "Can you control the robot to {x}?")
 
 
-
 def asked_of_robot(instruction: str) -> str:
     """Return an instruction in the question that the robot's System 2 is asked."""
     return QUESTIONS[0].format(x=clean_instruction(instruction))

@@ -46,6 +46,7 @@ from openhelix.system2.model import (
     write_manifest,
 )
 from openhelix.system2.pretrain import augment
+from openhelix.system2.text import TextCode, TextReader, fitted_code
 from openhelix.system2.vlm import (
     IGNORED,
     LORA_SCALE,
@@ -60,7 +61,6 @@ from openhelix.system2.vlm import (
     folded_state,
 )
 from openhelix.system2.vlm_config import Tower, VlmSection, VlmStage
-from openhelix.system2.text import TextCode, TextReader, fitted_code
 from openhelix.system2.vlm_data import GOAL_KINDS, Question, Record, TalkError, read
 
 log = logging.getLogger(__name__)
@@ -630,7 +630,9 @@ class VlmRun:
                 answers = self._answers(tokens, packed)
             flat = [q for each in asked for q in each]
             read = self.goals.read(answers.states, packed)
-            _, hits = self.goals.loss(read, self.goals.index([q.answer for q in flat]).to(read.device))
+            _, hits = self.goals.loss(
+                read, self.goals.index([q.answer for q in flat]).to(read.device)
+            )
             words = answers.right.flatten()
             words = words[~words.isnan()]
             for question, hit, word in zip(flat, hits.tolist(), words.tolist(), strict=True):
@@ -820,7 +822,9 @@ class VlmRun:
             (was := state.get(f"weights.goals.{name}")) is not None and was.shape != now.shape
             for name, now in self.goals.state_dict().items()
         ):
-            log.info("vlm.init: instructions were read out in another way there; that part is fresh")
+            log.info(
+                "vlm.init: instructions were read out in another way there; that part is fresh"
+            )
             state = {k: v for k, v in state.items() if not k.startswith("weights.goals.")}
         self._load_weights(state)
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from openhelix.benchmarks.calvin.phrases import normalised
 from openhelix.benchmarks.calvin.table_talk import COLOURS, TableView, labels
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS
-from openhelix.benchmarks.calvin.phrases import normalised
 from openhelix.benchmarks.calvin.wordings import drawn, reserved, say_nothing
 
 Labels = Mapping[str, str]  # as `table_talk.labels` returns them
@@ -143,7 +143,13 @@ _BLOCKS: Mapping[str, tuple[Callable[[Labels], str | None], tuple[str, ...]]] = 
         ),
     ),
 }
-_LIFT = ("take {} and lift it", "pick {} up", "lift {} up", "raise {}", "get hold of {} and raise it")
+_LIFT = (
+    "take {} and lift it",
+    "pick {} up",
+    "lift {} up",
+    "raise {}",
+    "get hold of {} and raise it",
+)
 _PUSH = ("push {} {}", "slide {} to the {}", "give {} a push to the {}", "push {} over to the {}")
 _TURN = ("rotate {} {}", "turn {} to the {}", "twist {} to the {}", "give {} a turn to the {}")
 _STATES: tuple[tuple[str, str, Mapping[str, str], tuple[str, ...]], ...] = (
@@ -264,7 +270,7 @@ def goals(known: Labels, rng: np.random.Generator, looking: int = 6, told: int =
             one more means no task at all.
     """
     possible = references(known)
-    made = []
+    made: list[Goal] = []
     # Families first: else five in six would be about blocks.
     families: dict[str, list[str]] = {}
     for name in possible:
@@ -294,4 +300,3 @@ def goals(known: Labels, rng: np.random.Generator, looking: int = 6, told: int =
 def goals_of(view: TableView, rng: np.random.Generator) -> list[Goal]:
     """Return `goals` of a view."""
     return goals(labels(view), rng)
-

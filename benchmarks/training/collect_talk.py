@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from openhelix.benchmarks.calvin import goals
 from openhelix.benchmarks.calvin.appearance import Appearance
 from openhelix.benchmarks.calvin.cameras import SceneRenderer
-from openhelix.benchmarks.calvin import goals
 from openhelix.benchmarks.calvin.captions import StateMaker, facts_of
 from openhelix.benchmarks.calvin.scene import Scene, get_scene
 from openhelix.benchmarks.calvin.table_talk import COLOURS, KINDS, TableView, labels, talk
@@ -140,9 +140,7 @@ def view_of(truth: dict[str, Any], seen: dict[str, int], scene: Scene) -> TableV
     )
 
 
-def instructions(
-    known: goals.Labels, seed: int, index: int, row: int
-) -> tuple[Question, ...]:
+def instructions(known: goals.Labels, seed: int, index: int, row: int) -> tuple[Question, ...]:
     """Return what a robot may be told in front of a picture, as questions.
 
     They are answered by the plain sentence that is meant. Picture `row` of shard `index` has its

@@ -200,9 +200,12 @@ class JointRun:
                 self.folder, self.pair, self.joint.ema, self.joint.optimizers, self.pair.kept
             )
             log.info("%s: going on at step %d", stage, self.step)
-        elif begin and self.before is None and self.section.start == "table":
-            if config.latent.init is None:
-                self._start()
+        elif begin and self.before is None and self._starts_from_table:
+            self._start()
+
+    @property
+    def _starts_from_table(self) -> bool:
+        return self.section.start == "table" and self.config.latent.init is None
 
     @property
     def pair(self) -> Any:

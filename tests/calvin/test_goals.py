@@ -68,5 +68,10 @@ def test_every_task_has_a_plain_sentence_of_its_own() -> None:
 def test_a_lift_that_does_not_say_from_where_is_from_where_the_block_is() -> None:
     rng = np.random.default_rng(5)
     known = labels(view(rng)) | {"red place": "drawer"}
-    lifts = [g.task for _ in range(200) for g in goals(known, rng) if (g.task or "").startswith("lift_red")]
+    lifts = [
+        g.task
+        for _ in range(200)
+        for g in goals(known, rng)
+        if (g.task or "").startswith("lift_red")
+    ]
     assert lifts and set(lifts) == {"lift_red_block_drawer"}

@@ -303,16 +303,19 @@ def with_goals(n: int, seed: int = 0) -> list[Record]:
     return made
 
 
-def test_instructions_become_latents_that_both_read_alike(
-    tiny_model: str, tmp_path: Path
-) -> None:
+def test_instructions_become_latents_that_both_read_alike(tiny_model: str, tmp_path: Path) -> None:
     """What training reads from a packed sequence, an engine reads from the robot's prompt."""
     write_shard(tmp_path / "data" / "train", 0, with_goals(24))
     write_shard(tmp_path / "data" / "held-out", 0, with_goals(12, 9))
-    tune = {"steps": 30, "goals": 2, "goal_layers": (1, 2), "goal_code": tmp_path / "text.safetensors"}
-    fitted_code(TextReader(tiny_model, (1, 2)), ["turn left", "turn right", "lift", "drop it"]).save(
-        tmp_path / "text.safetensors"
-    )
+    tune = {
+        "steps": 30,
+        "goals": 2,
+        "goal_layers": (1, 2),
+        "goal_code": tmp_path / "text.safetensors",
+    }
+    fitted_code(
+        TextReader(tiny_model, (1, 2)), ["turn left", "turn right", "lift", "drop it"]
+    ).save(tmp_path / "text.safetensors")
     config = section(tmp_path / "data", tiny_model, see={"steps": 0}, align={"steps": 0}, tune=tune)
     run = VlmRun(config, tmp_path / "out", device="cpu")
     assert run.run()
@@ -333,7 +336,9 @@ def test_instructions_become_latents_that_both_read_alike(
         states = run.learner.answers(tokens, packed, (1, 2), run.goals.head.act).states
         wanted = run.goals.latent(run.goals.read(states, packed))
     engine = TransformersEngine(
-        str(tmp_path / "out" / "llava"), latent_projector=tmp_path / "out" / "latent.safetensors", dtype="float32"
+        str(tmp_path / "out" / "llava"),
+        latent_projector=tmp_path / "out" / "latent.safetensors",
+        dtype="float32",
     )
     found = torch.from_numpy(engine.encode([record.image()], ["toggle the lamp"]))[0]
     # The folder is written in half precision.
@@ -342,6 +347,8 @@ def test_instructions_become_latents_that_both_read_alike(
     assert again.goals is not None and again.goals.calibrated
 
 
-def test_a_base_model_without_instructions_cannot_learn_goals(data: Path, tiny_model: str, tmp_path: Path) -> None:
+def test_a_base_model_without_instructions_cannot_learn_goals(
+    data: Path, tiny_model: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"vlm\.tune\.goals"):
         VlmRun(section(data, tiny_model, tune={"goals": 1}), tmp_path / "out", device="cpu")
