@@ -18,7 +18,7 @@ class _Section(BaseModel):
 
 
 class Tower(_Section):
-    """The laptop model's vision tower; not read for any other model.
+    """The vision tower of "smollm2"; not read for any other model.
 
     Attributes:
         image_size, patch_size: pixels; (image_size / patch_size) squared image tokens.
@@ -111,8 +111,8 @@ class VlmSection(_Section):
             name means a folder in the cache's `vlm`. Where it does not exist it is made.
         pictures: to train on, of those there are (or, where none are, to make).
         scenes: whose pictures are made; scene D is measured on and never trained on.
-        model: "laptop", a LLaVA's folder, or a hub name.
-        tower: of the laptop model.
+        model: "laptop", "smollm2", a LLaVA's folder, or a hub name.
+        tower: of "smollm2".
         init: folder of another run whose weights this one begins with.
         see, align, tune: the stages.
         bf16: compute in bfloat16; "auto" where the machine does so natively.
@@ -130,7 +130,7 @@ class VlmSection(_Section):
     data: Path = Path("table")
     pictures: Count = 12000
     scenes: tuple[str, ...] = ("A", "B", "C")
-    model: str = "laptop"
+    model: str = "smollm2"
     tower: Tower = Tower()
     init: Path | None = None
     see: See = See()

@@ -32,12 +32,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openhelix.system2.model import (
+    BUILTIN,
     LANGUAGE,
     MANIFEST,
     VISION,
     Checkpoint,
     VisionShape,
     build,
+    builtin,
     load_tokenizer,
     open_checkpoint,
     rename_tower,
@@ -179,8 +181,8 @@ def saying_of(words: dict[str, tuple[str, ...]], table: Tensor, checkpoint: Chec
 
 def base_folder(config: VlmSection, seed: int) -> str:
     """Return the LLaVA that a run begins with."""
-    if config.model != "laptop":
-        return config.model
+    if config.model != "smollm2":
+        return str(builtin(config.model)) if config.model in BUILTIN else config.model
     tower = config.tower
     if tower.shipped:
         return str(build())
@@ -875,7 +877,7 @@ class VlmRun:
         write_manifest(part, about)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-        if self.config.model == "laptop":
+        if self.config.model == "smollm2":
             self.write_small()
         if self.goals is not None:
             head, note = self.goals.folded(), {"stage": "vlm", "step": self.step}

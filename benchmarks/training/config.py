@@ -74,7 +74,7 @@ class PolicyStage(_Section):
     sentence_noise: Annotated[float, Field(ge=0)] = 0.5
     door_penalty: Positive = 3.0
     freeze: tuple[str, ...] = ()
-    text_model: str = "laptop"
+    text_model: str = "smollm2"
     text_layers: tuple[Whole, ...] = (1, 8)
     text_words: Whole = 0
     checkpoint: Path | None = None
@@ -99,7 +99,7 @@ class LatentSection(_Section):
     """System 2: which model, which read-out, what of it learns, and where its states come from.
 
     Attributes:
-        model: "laptop", a LLaVA's folder, or a hub name.
+        model: "laptop", "smollm2", a LLaVA's folder, or a hub name.
         kind, n_act, layer, layers, text_rows, vision: the read-out; see `openhelix.system2.latents`.
         regime: what of the language model learns.
         lora_rank: of regime "lora".
