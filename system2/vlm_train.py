@@ -73,6 +73,7 @@ LATENT = "latent.safetensors"
 NEVER_SCORED = ("caption",)  # long; trained on, but not asked in examinations
 Shown = Literal["image", "none", "other"]
 CALIBRATED_ON = 8  # batches
+ACT_RATE = 1e-2  # of <ACT>, one row that stands against millions of weights
 GOAL_RATE = 1e-3  # of the head that makes latents of instructions
 
 
@@ -376,7 +377,9 @@ class VlmRun:
         if stage == "tune":
             groups.append((section.lr_language, self._language()))
             if self.goals is not None:
-                groups.append((GOAL_RATE, list(self.goals.head.parameters())))
+                head = self.goals.head
+                groups.append((GOAL_RATE, [p for p in head.parameters() if p is not head.act]))
+                groups.append((ACT_RATE, [head.act]))
         made = []
         for rate, parameters in groups:
             if rate == 0:
