@@ -25,7 +25,7 @@ HIDDEN = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
 def test_rows_as_promised(kind: str) -> None:
     config = LatentConfig(kind=kind, n_act=2, text_rows=9)
     latent, filled = read_out(config, HIDDEN, LAYOUT, MapPool(12))
-    assert latent.shape == (config.n_tokens(8), 12)
+    assert latent.shape == (config.n_tokens(8), 12 * config.width)
     assert filled.shape == (config.n_tokens(8),)
     assert bool((latent[~filled] == 0).all())
 
