@@ -93,6 +93,7 @@ class TickRecord:
     reason: str
     latent_age_s: float | None
     duration_s: float
+    understood: float | None = None  # None where nobody judges, or nobody has yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +373,8 @@ class Recorder(Counted):
                 put(topic, tick.t_ns, message)
         put("/action", tick.t_ns, tick.sent)
         came_to = TickRecord(
-            tick.index, tick.state, tick.reason, tick.latent_age_s, tick.duration_s
+            *(tick.index, tick.state, tick.reason, tick.latent_age_s, tick.duration_s),
+            tick.understood,
         )
         put("/tick", tick.t_ns, came_to)
         self._writer.flush()
@@ -673,7 +675,10 @@ class _Inputs:
 
     def conditioned(self, latent: LatentGoal) -> None:
         """A latent follows its tick's observation, and the plan of that tick already has it."""
-        self._recent.append(latent)
+        if latent.refused:  # what came before is no longer acted on
+            self._recent.clear()
+        else:
+            self._recent.append(latent)
         if self._seen:
             observation, _ = self._seen.pop()
             self.observed(observation)
