@@ -19,7 +19,7 @@ from torch import Tensor
 
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.data import Augment
-from openhelix.system1.scene import Inputs
+from openhelix.system1.geometry import Inputs
 
 OLDEST_S = 1.5  # a sentence does not age, but whoever acts says how long ago it was encoded
 

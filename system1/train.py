@@ -28,11 +28,11 @@ from openhelix.system1.cache import CacheError
 from openhelix.system1.checkpoint import Network, load_policy, rebuilt, save_policy, seeded_model
 from openhelix.system1.config import PRESETS, CameraConfig, ConfigError, PolicyConfig
 from openhelix.system1.data import Augment, Batch, Cache
+from openhelix.system1.diffusion import Normalizer
 from openhelix.system1.latent_adapter import adapt_to_latent, nearest_task, start_door
 from openhelix.system1.losses import trajectory_errors
 from openhelix.system1.memory import keep_freed_memory
 from openhelix.system1.model import gaussian
-from openhelix.system1.normalizer import Normalizer
 from openhelix.system1.sentences import Sentences, told
 from openhelix.system1.train_loop import (
     STATE,

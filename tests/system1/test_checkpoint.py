@@ -24,7 +24,7 @@ from openhelix.system1.checkpoint import (
     seeded_model,
 )
 from openhelix.system1.config import ConfigError, PolicyConfig, official_calvin, small
-from openhelix.system1.normalizer import Normalizer
+from openhelix.system1.diffusion import Normalizer
 from openhelix.system1.policy import DiffusionPolicy
 from tests.system1.test_policy import goal, observe, tiny
 
