@@ -31,7 +31,6 @@ from openhelix.system1.data import Augment, Batch, Cache
 from openhelix.system1.diffusion import Normalizer
 from openhelix.system1.latent_adapter import adapt_to_latent, nearest_task, start_door
 from openhelix.system1.losses import trajectory_errors
-from openhelix.system1.memory import keep_freed_memory
 from openhelix.system1.model import gaussian
 from openhelix.system1.sentences import Sentences, told
 from openhelix.system1.train_loop import (
@@ -42,6 +41,7 @@ from openhelix.system1.train_loop import (
     Pace,
     cosine_rate,
     deadline_after,
+    keep_freed_memory,
     load_state,
     plot_history,
     run_loop,

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from openhelix.runtime.core.interfaces import LatentSpec
-from openhelix.system2.checkpoint import LATENT_DIM
-from openhelix.system2.latents import digest
+from openhelix.system2.latents import LATENT_DIM, digest
 from openhelix.system2.model import Checkpoint, load_tokenizer, open_checkpoint
 from openhelix.system2.prompt import BadInstruction, clean_instruction
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from openhelix.runtime.core.interfaces import F32, LatentSpec
-from openhelix.system2.checkpoint import LatentHead, check_fit, head_for, with_act
+from openhelix.system2.latents import LatentHead, check_fit, head_for, with_act
 from openhelix.system2.model import SHIPPED, CheckpointError, open_checkpoint, pick_dtype
 from openhelix.system2.prompt import BadInstruction, Prompt, as_batch
 

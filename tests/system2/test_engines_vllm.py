@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from openhelix.runtime.observe.metrics import Library
-from openhelix.system2.checkpoint import LatentHead
 from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.engines.vllm import VllmEngine
 from openhelix.system2.engines.vllm_plugin import real_hasattr, real_vars
-from openhelix.system2.latents import BadLatent
+from openhelix.system2.latents import BadLatent, LatentHead
 from openhelix.system2.prompt import BadImage, BadInstruction
 from tests.system2 import tiny
 from tests.system2.conftest import TEXTS

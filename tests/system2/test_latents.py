@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openhelix.system2.checkpoint import LatentHead
 from openhelix.system2.latents import (
     KINDS,
     NEEDS_VISION,
     BadLatent,
     LatentConfig,
+    LatentHead,
     MapPool,
     read_out,
 )
