@@ -180,8 +180,3 @@ class DiffuserActor(DiffusionNetwork):
             draws,
             generator,
         )
-
-    def set_normalizer(self, normalizer: Normalizer) -> None:
-        """Take over a normaliser, (1, 9)."""
-        self.offset.copy_(normalizer.offset)
-        self.scale.copy_(normalizer.scale)

@@ -57,6 +57,11 @@ class DiffusionNetwork(nn.Module):
         """The normaliser, on the model's device."""
         return Normalizer(self.offset, self.scale)
 
+    def set_normalizer(self, normalizer: Normalizer) -> None:
+        """Take over a normaliser fitted to data."""
+        self.offset.copy_(normalizer.offset.expand_as(self.offset))
+        self.scale.copy_(normalizer.scale.expand_as(self.scale))
+
     def use_sampler(self, sampler: str | None = None, steps: int | None = None) -> None:
         """Choose another sampler or number of steps for `sample`."""
         self._sampler = make_table(self.config, sampler, steps)  # type: ignore[arg-type]
@@ -100,9 +105,8 @@ class VisuomotorPolicy(DiffusionNetwork):
         self.set_normalizer(normalizer)
 
     def set_normalizer(self, normalizer: Normalizer) -> None:
-        """Take over a normaliser fitted to data."""
-        self.offset.copy_(normalizer.offset.expand_as(self.offset))
-        self.scale.copy_(normalizer.scale.expand_as(self.scale))
+        """Take over a normaliser fitted to data, and tell the head where its rows are."""
+        super().set_normalizer(normalizer)
         if isinstance(self.head, TrajectoryHead):
             self.head.metres.copy_(self.scale[:, :3])
 

@@ -106,7 +106,7 @@ def told(
 
     With `augment`, a share of them is told the task's number instead, the sentence is of any
     age, and Gaussian noise of `noise` times the latents' own spread is added to it: with few
-    sentences a task that is what keeps the door from learning them by heart.
+    sentences a task that is what keeps the adapter from learning them by heart.
     """
     device = inputs.proprio.device
     latent = sentences.latent[sentences.draw(task, generator)].unsqueeze(1)

@@ -56,7 +56,7 @@ KINDS = (
 NEEDS_VISION = ("hidden_all", "pool_max", "pool_map")
 
 
-class BadLatent(ValueError):
+class BadReadOut(ValueError):
     """A read-out that does not exist or that this engine cannot give."""
 
 
@@ -84,19 +84,19 @@ class LatentConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))  # a file's list
         if self.kind not in KINDS:
-            raise BadLatent(f"latent.kind: {self.kind!r}, want one of {', '.join(KINDS)}")
+            raise BadReadOut(f"latent.kind: {self.kind!r}, want one of {', '.join(KINDS)}")
         if self.n_act < 1:
-            raise BadLatent(f"latent.n_act: {self.n_act}, want 1 or more")
+            raise BadReadOut(f"latent.n_act: {self.n_act}, want 1 or more")
         if self.text_rows < 1:
-            raise BadLatent(f"latent.text_rows: {self.text_rows}, want 1 or more")
+            raise BadReadOut(f"latent.text_rows: {self.text_rows}, want 1 or more")
         if self.layer < 0:
-            raise BadLatent(f"latent.layer: {self.layer}, want 0 or a layer's number")
+            raise BadReadOut(f"latent.layer: {self.layer}, want 0 or a layer's number")
         if self.layer and self.layers:
-            raise BadLatent("latent.layers: say latent.layer or latent.layers, not both")
+            raise BadReadOut("latent.layers: say latent.layer or latent.layers, not both")
         if list(self.layers) != sorted({n for n in self.layers if n > 0}):
-            raise BadLatent(f"latent.layers: {list(self.layers)}, want ascending numbers above 0")
+            raise BadReadOut(f"latent.layers: {list(self.layers)}, want ascending numbers above 0")
         if not self.vision and self.kind in NEEDS_VISION:
-            raise BadLatent(f"latent.vision: {self.kind!r} reads the image's hidden states")
+            raise BadReadOut(f"latent.vision: {self.kind!r} reads the image's hidden states")
 
     @property
     def last_token_only(self) -> bool:
@@ -126,11 +126,11 @@ class LatentConfig:
         """Return after how many layers states are read, ascending; `n_layers` is the final state.
 
         Raises:
-            BadLatent: the model has no such layer.
+            BadReadOut: the model has no such layer.
         """
         if self.layers:
             if self.layers[-1] > n_layers:
-                raise BadLatent(
+                raise BadReadOut(
                     f"latent.layers: {self.layers[-1]}, this model has layers 1 to {n_layers}"
                 )
             return self.layers
@@ -138,7 +138,7 @@ class LatentConfig:
             return (n_layers,)
         layer = self.layer or n_layers // 2
         if not 1 <= layer < n_layers:
-            raise BadLatent(
+            raise BadReadOut(
                 f"latent.layer: {layer}, this model has middle layers 1 to {n_layers - 1}"
             )
         return (layer,)
@@ -220,7 +220,7 @@ def read_out(
     if config.kind == "pool_max":
         return both.amax(dim=0, keepdim=True), one
     if pool is None:
-        raise BadLatent("latent.kind: 'pool_map' needs its learned pooling in the latent weights")
+        raise BadReadOut("latent.kind: 'pool_map' needs its learned pooling in the latent weights")
     return pool(both), one
 
 
@@ -460,7 +460,7 @@ def head_for(
         seed: of the untrained one.
 
     Raises:
-        BadLatent: the file was trained for another read-out than the one asked for.
+        BadReadOut: the file was trained for another read-out than the one asked for.
         CheckpointError: it does not fit the checkpoint.
     """
     if source is None:
@@ -468,7 +468,7 @@ def head_for(
     else:
         head = source if isinstance(source, LatentHead) else LatentHead.load(source)
         if config is not None and config != head.config:
-            raise BadLatent(f"latent: asked for {config}, the weights are for {head.config}")
+            raise BadReadOut(f"latent: asked for {config}, the weights are for {head.config}")
     check_fit(head, checkpoint)
     return head.eval().requires_grad_(False)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from openhelix.system1.config import ConfigError
+from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.data import Augment, Cache
 from openhelix.system1.diffusion import row_alphas
 from openhelix.system1.latent_adapter import ADAPTER
