@@ -21,6 +21,7 @@ that is killed loses no more than that; the file then has no summary and is inco
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -165,14 +166,22 @@ _DECODERS: Final = {
 
 def _check(message: Any) -> None:
     """Raise `WireError` for what could not travel or would not come back as it was."""
-    if type(message) in (Observation, LatentGoal, ActionChunk, Action, CameraFrame):
+    cls = type(message)
+    if cls in (Observation, LatentGoal, ActionChunk, Action, CameraFrame):
         encode(message)
-    if dataclasses.is_dataclass(message):
-        for field in dataclasses.fields(message):
-            value = getattr(message, field.name)
-            for one in value.values() if isinstance(value, Mapping) else (value,):
-                if isinstance(one, float) and not math.isfinite(one):  # JSON has no such number
-                    raise WireError("nonfinite", field.name)
+    for name in _numbers(cls):
+        value = getattr(message, name)
+        for one in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(one, float) and not math.isfinite(one):  # JSON has no such number
+                raise WireError("nonfinite", name)
+
+
+@functools.cache  # a tick is several records, and their annotations are strings
+def _numbers(cls: type[Any]) -> tuple[str, ...]:
+    """Return the fields of a record that are numbers, or map names to numbers."""
+    hints = typing.get_type_hints(cls)
+    kinds = (float, float | None, Mapping[str, float])
+    return tuple(f.name for f in dataclasses.fields(cls) if hints[f.name] in kinds)
 
 
 # Writing ---------------------------------------------------------------------------------------
