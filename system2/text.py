@@ -126,6 +126,27 @@ class TextCode:
         return TextCode(tuple(about["layers"]), about["words"], about["model"], **tensors)
 
 
+def sentence_ids(
+    tokenizer: Any, sentence: str, special: Sequence[str], most: int = MOST_TOKENS
+) -> list[int]:
+    """Return the tokens of a bare sentence.
+
+    Args:
+        tokenizer: of the language model.
+        sentence: an instruction.
+        special: words that it must not hold, see `prompt.clean_instruction`.
+        most: tokens that are allowed.
+
+    Raises:
+        BadInstruction: see `prompt.clean_instruction`; or too long.
+    """
+    clean = clean_instruction(sentence, special)
+    found: list[int] = tokenizer(clean, add_special_tokens=False)["input_ids"]
+    if len(found) > most:
+        raise BadInstruction(f"instruction: {len(found)} tokens, at most {most} are allowed")
+    return found
+
+
 class TextReader:
     """The language model up to the last layer that is read, in float32.
 
@@ -174,13 +195,7 @@ class TextReader:
         Raises:
             BadInstruction: see `prompt.clean_instruction`; or too long.
         """
-        clean = clean_instruction(sentence, self._special)
-        found: list[int] = self._tokenizer(clean, add_special_tokens=False)["input_ids"]
-        if len(found) > MOST_TOKENS:
-            raise BadInstruction(
-                f"instruction: {len(found)} tokens, at most {MOST_TOKENS} are allowed"
-            )
-        return found
+        return sentence_ids(self._tokenizer, sentence, self._special)
 
     @torch.inference_mode()
     def states(self, sentences: Sequence[str]) -> list[Tensor]:
