@@ -20,7 +20,7 @@ from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system1.checkpoint import CONFIG
 from openhelix.system1.train_loop import OptimizerName
-from openhelix.system2.latents import BadLatent, LatentConfig
+from openhelix.system2.latents import BadReadOut, LatentConfig
 from openhelix.system2.train import Regime
 from openhelix.system2.vlm_config import VlmSection
 
@@ -170,7 +170,7 @@ class LatentSection(_Section):
             return LatentConfig(
                 self.kind, self.n_act, self.layer, self.text_rows, self.vision, self.layers
             )
-        except BadLatent as error:
+        except BadReadOut as error:
             raise ConfigError(str(error)) from None
 
 

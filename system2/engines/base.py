@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from openhelix.runtime.core.interfaces import F32, Judgement, LatentSpec
-from openhelix.system2.checkpoint import LatentHead, check_fit, head_for, with_act
-from openhelix.system2.latents import LatentConfig
+from openhelix.system2.latents import LatentConfig, LatentHead, check_fit, head_for, with_act
 from openhelix.system2.model import (
     SHIPPED,
     CheckpointError,
