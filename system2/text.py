@@ -4,7 +4,7 @@
 System 2's own language model takes that place: the sentence alone, no image, no chat, no
 `<ACT>`; the mean of its tokens after some of the middle layers, and, where `words` asks for
 them, the tokens themselves. A policy trained on it can be told in words with no System 2
-running, and its door is where System 2's latent comes in later: same width, same tokens.
+running, and the adapter that reads it is where System 2's latent comes in later: same width, same tokens.
 
 A language model's states have a few huge channels, so each is brought to its own mean and
 spread over some sentences first, and turned to the `dim` directions in which these differ
@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from openhelix.runtime.core.interfaces import LatentSpec
-from openhelix.system2.checkpoint import LATENT_DIM
-from openhelix.system2.latents import digest
+from openhelix.system2.latents import LATENT_DIM, digest
 from openhelix.system2.model import Checkpoint, load_tokenizer, open_checkpoint
 from openhelix.system2.prompt import BadInstruction, clean_instruction
 
@@ -152,7 +151,7 @@ class TextReader:
     """The language model up to the last layer that is read, in float32.
 
     Args:
-        model: "laptop", a LLaVA's folder, or a hub name.
+        model: "laptop", "smollm2", a LLaVA's folder, or a hub name.
         layers: after which to read; 0 is the word's embedding.
         device: any torch device.
 

@@ -94,7 +94,7 @@ def heard(joint: Joint, source: Source, like: Path) -> Tensor:
     """Return what a policy hears of another System 2's latents (n_tasks + 1, width).
 
     A policy that was trained with a latent understands what that one says of a task better
-    than its table's row. Their mean behind the door takes the row's place; the first row, "no
+    than its table's row. Their mean behind the adapter takes the row's place; the first row, "no
     task named", stays.
 
     Args:
@@ -258,7 +258,7 @@ def whole(
         joint: whose projector's shape it has.
         policy: whose table it is to speak for.
         x, label: the samples; `NO_TASK` where a sentence names none.
-        rows: (n_tasks + 1, width), what latents are to become behind the policy's door; the
+        rows: (n_tasks + 1, width), what latents are to become behind the policy's adapter; the
             first for "no task named".
     """
     projector, generator = joint.learner.head.projector, joint.generator(0, 1)

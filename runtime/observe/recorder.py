@@ -166,14 +166,31 @@ _DECODERS: Final = {
 
 def _check(message: Any) -> None:
     """Raise `WireError` for what could not travel or would not come back as it was."""
-    if type(message) in (Observation, LatentGoal, ActionChunk, Action, CameraFrame):
+    cls = type(message)
+    if cls in (Observation, LatentGoal, ActionChunk, Action, CameraFrame):
         encode(message)
-    if dataclasses.is_dataclass(message):
-        for field in dataclasses.fields(message):
-            value = getattr(message, field.name)
-            for one in value.values() if isinstance(value, Mapping) else (value,):
-                if isinstance(one, float) and not math.isfinite(one):  # JSON has no such number
-                    raise WireError("nonfinite", field.name)
+    for name in _NUMBERS[cls]:
+        value = getattr(message, name)
+        for one in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(one, float) and not math.isfinite(one):  # JSON has no such number
+                raise WireError("nonfinite", name)
+
+
+def _numbers(cls: type[Any]) -> tuple[str, ...]:
+    """Return the fields of a record that are numbers, or map names to numbers."""
+    hints = typing.get_type_hints(cls)
+    kinds = (float, float | None, Mapping[str, float])
+    return tuple(f.name for f in dataclasses.fields(cls) if hints[f.name] in kinds)
+
+
+# Found once: a tick is several records, and their annotations are strings.
+_NUMBERS: Final = {
+    cls: _numbers(cls)
+    for cls in (
+        *(InstructionRecord, Observation, CameraFrame),
+        *(LatentGoal, ActionChunk, Action, TickRecord),
+    )
+}
 
 
 # Writing ---------------------------------------------------------------------------------------

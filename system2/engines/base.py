@@ -18,8 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from openhelix.runtime.core.interfaces import F32, U8, Judgement, LatentSpec
-from openhelix.system2.checkpoint import LatentHead, check_fit, head_for, with_act
-from openhelix.system2.latents import NEEDS_VISION, BadLatent, LatentConfig
+from openhelix.system2.latents import (
+    NEEDS_VISION,
+    BadLatent,
+    LatentConfig,
+    LatentHead,
+    check_fit,
+    head_for,
+    with_act,
+)
 from openhelix.system2.model import (
     SHIPPED,
     CheckpointError,
@@ -50,7 +57,7 @@ class EngineBase:
     """An engine without its model; see `openhelix.runtime.core.interfaces.Engine`.
 
     Args:
-        model: "laptop", a LLaVA folder, or a hub name.
+        model: "laptop", "smollm2", a LLaVA folder, or a hub name.
         kind, n_act, layer, text_rows, vision, layers: the read-out, see `latents.LatentConfig`;
             what is None comes from `latent_projector`, or is the default.
         latent_projector: file with `<ACT>` and projector; None takes the shipped one for the

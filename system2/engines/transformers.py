@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openhelix.system2.depth import stop_after
 from openhelix.system2.engines.base import EngineBase
-from openhelix.system2.latents import LatentConfig
+from openhelix.system2.latents import LatentConfig, stop_after
 from openhelix.system2.prompt import Prompt
 
 

@@ -3,7 +3,7 @@
 vLLM runs in this process (no engine-core process beside it): System 2 has an actor of its
 own already, and `<ACT>` can then be swapped in place. Requests of several robots go in one
 call and vLLM batches them. For a read-out after middle layers the model inside vLLM is made to
-stop there (`openhelix.system2.depth`); it is then run as it is, without compilation.
+stop there (`openhelix.system2.latents`); it is then run as it is, without compilation.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 from openhelix.system2.answering import MAX_WORDS, AnswerPrompts
-from openhelix.system2.depth import stop_vllm_after
 from openhelix.system2.engines.base import EncodeError, EngineBase
 from openhelix.system2.engines.serving import serving_folder
 from openhelix.system2.engines.vllm_plugin import register
-from openhelix.system2.latents import LatentConfig
+from openhelix.system2.latents import LatentConfig, stop_vllm_after
 from openhelix.system2.model import CheckpointError, pick_dtype
 from openhelix.system2.prompt import Prompt, as_batch
 from openhelix.system2.understanding import OFF

@@ -17,7 +17,7 @@ from openhelix.system1.checkpoint import load_policy
 from openhelix.system1.latent_adapter import ADAPTER, adapter_tokens
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system1.train import TrainConfig, Trainer
-from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.latents import LatentHead
 from tests.training.conftest import settings
 
 
