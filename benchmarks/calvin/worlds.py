@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from openhelix.runtime.core import plugins
+from openhelix.runtime.robots.base import Scenery
 
 
 class _CalvinTasks:
@@ -41,6 +42,7 @@ class PlayTable(_CalvinTasks):
         "world": "openhelix.benchmarks.calvin.world_process:WorldProcess",
         "camera": "openhelix.benchmarks.calvin.world_process:CameraProcess",
     }
+    drawable = True
 
     @staticmethod
     def make_env(scene: str, cameras: Sequence[str], seed: int = 0) -> Any:
@@ -48,6 +50,14 @@ class PlayTable(_CalvinTasks):
         return plugins.resolve("openhelix.benchmarks.calvin.env:PlayTableEnv")(
             scene=scene, cameras=tuple(cameras), seed=seed
         )
+
+    @staticmethod
+    def scenery(scene: str) -> Scenery:
+        """Return a `PlayTableScenery`."""
+        made: Scenery = plugins.resolve("openhelix.benchmarks.calvin.scenery:PlayTableScenery")(
+            scene
+        )
+        return made
 
     @staticmethod
     def require() -> str:
@@ -64,6 +74,7 @@ class Calvin(_CalvinTasks):
     """The real calvin_env, in a process of its own; it steps and has no real-time processes."""
 
     processes: ClassVar[Mapping[str, str]] = {}
+    drawable = False
 
     @staticmethod
     def make_env(scene: str, cameras: Sequence[str], seed: int = 0) -> Any:
@@ -71,6 +82,10 @@ class Calvin(_CalvinTasks):
         return plugins.resolve("openhelix.benchmarks.calvin.calvin_env:CalvinEnv")(
             scene=scene, cameras=tuple(cameras)
         )
+
+    @staticmethod
+    def scenery(scene: str) -> None:
+        """Return None: its state cannot be drawn without its simulator."""
 
     @staticmethod
     def require() -> str:

@@ -24,12 +24,14 @@ from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig, load
 from openhelix.runtime.launch.graph import require_parts
 from openhelix.runtime.observe.display import Display
+from openhelix.runtime.observe.observer import drawn_later
 from openhelix.runtime.observe.viewer import require
 from openhelix.runtime.robots.base import WorldPlugin, robot_class
 from openhelix.runtime.transport.sockets import check_keys
 
 EXIT_INTERRUPTED = 130  # by Ctrl-C; the robot was stopped and the report written
 EXIT_STOPPED = 3  # the robot was stopped for safety before the run was complete
+FILM_LIMIT_S = 180.0  # of film; drawing takes about as long as the run, on one core
 
 
 RECORD = """`openhelix record`: run the whole system, and keep all that it saw and did.
@@ -105,14 +107,34 @@ def _run(argv: Sequence[str], record: bool) -> int:
         publish_latest(folder, config.output.folder)
     finally:  # what was measured is worth more than the disk that has no room for it
         if options.as_json:
-            print(json.dumps(report))
-        else:
+            print(json.dumps(report), flush=True)
+        _film(config, report, folder, display)
+        if not options.as_json:
             display.summary(report, folder)
     if report["error"]:
         raise CommandFailed(report["error"])
     if report["interrupted"]:
         return EXIT_INTERRUPTED
     return EXIT_STOPPED if report["stopped"] else 0
+
+
+def _film(config: RunConfig, report: dict[str, Any], folder: Path, display: Display) -> None:
+    """Make the film of a world that can be drawn anew; one that fails costs the run nothing."""
+    if not config.output.video or not drawn_later(config) or not report["ticks"]:
+        return
+    later = f"`openhelix film {folder}` makes it"
+    if report["ticks"] / config.control.hz > FILM_LIMIT_S:
+        display.say(f"no film of more than {FILM_LIMIT_S / 60:.0f} minutes by itself; {later}")
+        return
+    # What reads recordings and encodes films takes a while to import.
+    from openhelix.runtime.cli.film import film
+
+    try:
+        film(folder, folder / "video.mp4", display)
+    except KeyboardInterrupt:
+        display.warn(f"the film was left out; {later}")
+    except (ValueError, OSError) as error:
+        display.warn(f"no film: {error}")
 
 
 def plan(config: RunConfig) -> tuple[list[Assignment], dict[str, Any] | None]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from openhelix.runtime.control.journal import Journal
 from openhelix.runtime.control.loop import ControlLoop, Tick
 from openhelix.runtime.robots.base import RobotError, World
 
@@ -61,6 +62,7 @@ class EpisodeRunner:
         self._steps_limit, self._hold_limit = steps_limit, hold_limit
         self._stop_at_failure = stop_at_failure
         self._wait = wait
+        self.journal = Journal()
         self.results: list[TaskResult] = []
         self.chains: list[int] = []  # successes in a row of each judged list that was finished
         self.current: Assignment | None = None
@@ -93,7 +95,14 @@ class EpisodeRunner:
     def _attempt(self, assignment: Assignment, stop: Callable[[], bool]) -> TaskResult:
         self.current, self.steps, self._holds = assignment, 0, 0
         self._start_s = time.monotonic()
-        self._loop.begin(assignment.instruction)
+        number = self._loop.begin(assignment.instruction)
+        self.journal.add(
+            self._loop.clock.now_ns(),
+            "begun",
+            assignment.instruction,
+            task=assignment.task,
+            instruction_id=number,
+        )
         if self._world is not None and assignment.task:
             self._world.begin_task(assignment.task, assignment.instruction)
         success, reason = False, ""
@@ -110,6 +119,15 @@ class EpisodeRunner:
                 self._holds += 1
             success = self._judged(assignment)
             reason = self._verdict(success, tick, self._holds, stop)
+        self.journal.add(
+            self._loop.clock.now_ns(),
+            "ended",
+            reason,
+            task=assignment.task,
+            steps=self.steps,
+            instruction_id=number,
+            success=success if assignment.task else None,
+        )
         return self._result(assignment, success, reason)
 
     def _result(self, assignment: Assignment, success: bool, reason: str) -> TaskResult:

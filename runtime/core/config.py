@@ -165,8 +165,10 @@ class OutputConfig(_Section):
 
     folder: Path = Path("outputs")
     video: bool = True
-    record: bool = False
+    track: bool = True  # what the robot did, without images: 1 MB a minute, for film and viewer
+    record: bool = False  # the same with every image: 400 MB a minute
     viewer: bool = False
+    urdf: Path | None = None  # of the arm, for the viewer; its root is the world frame
     # The first of the ports at which the parts serve their metrics (METRICS_PARTS); 0: free
     # ones, null: no metrics.
     metrics_port: Annotated[int, Field(ge=0, le=65000)] | None = 9108

@@ -24,6 +24,7 @@ from openhelix.runtime.control.assembly import (
 )
 from openhelix.runtime.control.episode_runner import Assignment
 from openhelix.runtime.control.goals import WireGoals
+from openhelix.runtime.control.journal import told_lines
 from openhelix.runtime.control.realtime import RealtimeStatus, enter, leave
 from openhelix.runtime.control.report import live, percentiles, task_rows
 from openhelix.runtime.core.config import RunConfig, validate
@@ -115,6 +116,8 @@ class ControlProcess:
         finally:
             self._robot.stop("the run has ended")
             log.info("the robot is stopped")
+            if self._subscribers is not None:
+                self._subscribers.finish()
             leave(self._realtime)
             self._report = self._make_report()
             self._finished.set()
@@ -130,6 +133,7 @@ class ControlProcess:
             "steps": runner.steps if runner else 0,
             **task_rows(runner.results if runner else []),
             **live(self._subscribers.statistics if self._subscribers else None),
+            "entries": told_lines(runner.journal) if runner else [],
             "latents_received": goals.received if goals else 0,
             "latents_mismatched": goals.mismatched if goals else 0,
             "metrics_url": self._subscribers.metrics_url if self._subscribers else None,

@@ -29,6 +29,7 @@ from openhelix.runtime.control.assembly import (
     replan_ns,
 )
 from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.control.journal import told_lines
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.planner import SyncPlanner
 from openhelix.runtime.control.report import (
@@ -107,9 +108,11 @@ def run_lockstep(
                     raise
                 failure = str(error)
                 stack.episode_runner.broken(failure)
-            display.progress(task_rows(stack.episode_runner.results), config.tasks.steps_limit)
+            last = {"entries": told_lines(stack.episode_runner.journal)}
+            display.progress(last, config.tasks.steps_limit)
     finally:
         robot.stop("the run has ended")
+        subscribers.finish()
         subscribers.close()
         stack.close()
         robot.disconnect()
@@ -169,6 +172,7 @@ class _Progress:
         runner = self._stack.episode_runner
         current = runner.current
         health = task_rows(runner.results) | live(self._statistics)
+        health["entries"] = told_lines(runner.journal)
         health["instruction"] = current.instruction if current else ""
         self._display.progress(health | {"steps": runner.steps}, self._limit)
 

@@ -24,6 +24,7 @@ from openhelix.runtime.transport.rpc import RpcClient, RpcError
 RECORD = "status.json"
 ASK_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 3.0
+VIEW_TIMEOUT_S = 30.0  # Rerun takes seconds to import
 
 
 class NoRun(CommandFailed):
@@ -149,6 +150,14 @@ class RunSource:
         """
         return self._ask("frame", camera=camera)
 
+    def view(self) -> dict[str, Any]:
+        """Let the run show itself in Rerun; return {"url": ...}.
+
+        Raises:
+            NoRun: there is no run, or it cannot.
+        """
+        return self._ask("view", timeout_s=VIEW_TIMEOUT_S)
+
     def stop(self, who: str) -> None:
         """Stop the robot for good.
 
@@ -169,7 +178,9 @@ class RunSource:
         with self._lock:
             self._forget()
 
-    def _ask(self, question: str, **arguments: Any) -> dict[str, Any]:
+    def _ask(
+        self, question: str, timeout_s: float = ASK_TIMEOUT_S, **arguments: Any
+    ) -> dict[str, Any]:
         with self._lock:
             record = self._find()
             if record.observer is None:
@@ -179,9 +190,7 @@ class RunSource:
             if self._observer is None:
                 self._observer = RpcClient(record.observer, keys=record.keys)
             try:
-                return self._observer.call(
-                    "ask", {"question": question, **arguments}, ASK_TIMEOUT_S
-                )
+                return self._observer.call("ask", {"question": question, **arguments}, timeout_s)
             except RpcError as error:
                 self._forget()
                 raise NoRun(f"{record.robot}: does not answer ({error})") from None

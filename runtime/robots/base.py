@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -20,7 +21,7 @@ from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import RobotSpec
 from openhelix.runtime.core.quaternion import QuaternionError, normalise
-from openhelix.runtime.core.types import Action, Observation
+from openhelix.runtime.core.types import F32, F64, U8, Action, CameraFrame, Observation
 
 Features = Mapping[str, type | tuple[int, ...]]
 
@@ -81,6 +82,13 @@ class Robot(ABC):
 
         What arrives later is still read by `get_observation`. Never raises.
         """
+
+    def visual_state(self) -> F64 | None:
+        """Return what a simulated world looked like at the last observation; see `Scenery`.
+
+        None for a physical arm, of which only its cameras know what it looks like.
+        """
+        return None
 
     @abstractmethod
     def send_action(self, action: Action) -> Action:
@@ -154,15 +162,49 @@ class World(Protocol):
         """Return the environment steps made since `reset_world`."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScenePart:
+    """One rigid part of a simulated world, as a viewer draws it."""
+
+    name: str
+    link: int  # row of `Scenery.transforms`
+    triangles: F32  # (n, 3, 3) corners in the link's frame, m
+    colours: U8  # (n, 3), of each triangle
+
+
+class Scenery(Protocol):
+    """What a simulated world looks like, from the plain vector that `Robot.visual_state` gives.
+
+    A film or a viewer that has it can draw any instant at any size, also after the run.
+    """
+
+    def parts(self) -> Sequence[ScenePart]:
+        """Return everything that a viewer draws."""
+
+    def transforms(self, visual: F64) -> F64:
+        """Return where every link is, (L, 4, 4) link to W."""
+
+    def picture(self, visual: F64, view: str, width: int, height: int) -> CameraFrame:
+        """Draw without jagged edges, for people to look at; without depth, stamped 0.
+
+        Args:
+            visual: of the instant.
+            view: "room" (from where the static camera stands) or a camera's name.
+            width, height: pixels.
+        """
+
+
 class WorldPlugin(Protocol):
     """An entry of the group `openhelix.worlds`: a world by its name.
 
     Attributes:
         processes: the classes of the processes "world" and "camera" that run it in real time;
             empty for a world that only steps.
+        drawable: whether it has a scenery.
     """
 
     processes: Mapping[str, str]
+    drawable: bool
 
     def make_env(self, scene: str, cameras: Sequence[str], seed: int = 0) -> Any:
         """Return an env with calvin_env's verbs and `camera_frames`; see `env.EnvRobot`."""
@@ -174,6 +216,9 @@ class WorldPlugin(Protocol):
         self, number: int, scene: str
     ) -> tuple[list[tuple[str, str]], dict[str, list[float]]]:
         """Return a run's tasks with their sentences, and the `reset_world` state to start from."""
+
+    def scenery(self, scene: str) -> Scenery | None:
+        """Return what a scene looks like; None where only a camera can tell."""
 
     def require(self) -> str:
         """Return in words what was found; ValueError, in one line, where something is missing."""

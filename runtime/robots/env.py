@@ -20,7 +20,7 @@ from openhelix.runtime.core import plugins
 from openhelix.runtime.core.clock import Clock, MonotonicClock
 from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, RobotSpec
 from openhelix.runtime.core.quaternion import from_euler_xyz, normalise
-from openhelix.runtime.core.types import Action, CameraFrame, Observation
+from openhelix.runtime.core.types import F64, Action, CameraFrame, Observation
 from openhelix.runtime.robots.base import (
     NotConnected,
     Robot,
@@ -314,10 +314,14 @@ class PlayTableRobot(WorldRobot):
         seed: int = 0,
     ) -> None:
         super().__init__("playtable", scene, cameras, clock, frames_on_demand=True, seed=seed)
+        self._visual: F64 | None = None
+
+    def visual_state(self) -> F64 | None:
+        return self._visual
 
     def _drawing(self, t_ns: int) -> Callable[[], Mapping[str, CameraFrame]]:
         env = self._connected()
-        state = env.visual_state()
+        state = self._visual = env.visual_state()
 
         def draw() -> Mapping[str, CameraFrame]:
             self.renders += 1
