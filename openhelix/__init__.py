@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from openhelix.evaluation import EvalResult, evaluate
     from openhelix.pair import Agent, load_pair
     from openhelix.runtime.core.interfaces import (
+        ActionChunk,
         ActionSpec,
         CameraSpec,
         Engine,
+        LatentGoal,
         LatentSpec,
+        Observation,
         Policy,
         PolicySpec,
     )
-    from openhelix.runtime.core.types import ActionChunk, LatentGoal, Observation
     from openhelix.runtime.transport.client import System2Client
     from openhelix.system1.checkpoint import load_official
 
@@ -36,9 +38,9 @@ _HOMES = {
     "openhelix.evaluation": ("EvalResult", "evaluate"),
     "openhelix.pair": ("Agent", "load_pair"),
     "openhelix.runtime.core.interfaces": (
-        *("ActionSpec", "CameraSpec", "Engine", "LatentSpec", "Policy", "PolicySpec"),
+        *("ActionChunk", "ActionSpec", "CameraSpec", "Engine", "LatentGoal", "LatentSpec"),
+        *("Observation", "Policy", "PolicySpec"),
     ),
-    "openhelix.runtime.core.types": ("ActionChunk", "LatentGoal", "Observation"),
     "openhelix.runtime.transport.client": ("System2Client",),
     "openhelix.system1.checkpoint": ("load_official",),
 }

@@ -12,9 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from openhelix.runtime.control.chunks import ChunkBuffer
+from openhelix.runtime.control.plans import ChunkBuffer
 from openhelix.runtime.core.interfaces import (
+    F64,
+    CameraFrame,
     Engine,
+    LatentGoal,
+    Observation,
     Policy,
     check_engine,
     check_latent,
@@ -22,7 +26,6 @@ from openhelix.runtime.core.interfaces import (
     encode_one,
 )
 from openhelix.runtime.core.paths import CHECKPOINTS
-from openhelix.runtime.core.types import F64, CameraFrame, LatentGoal, Observation
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system2.engines.base import EngineBase
 from openhelix.system2.model import SHIPPED, VISION, sha256_file

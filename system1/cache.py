@@ -48,8 +48,7 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import save_file
 
-from openhelix.runtime.core.interfaces import LatentSpec
-from openhelix.runtime.core.types import CameraFrame
+from openhelix.runtime.core.interfaces import CameraFrame, LatentSpec
 from openhelix.system1.config import KEYPOSES, CameraConfig, PolicyConfig
 from openhelix.system1.points import shrink
 

@@ -17,8 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openhelix.runtime.core.interfaces import PolicyFault, PolicySpec, SpecMismatch, check_frame
-from openhelix.runtime.core.types import ActionChunk, CameraFrame, LatentGoal, Observation
+from openhelix.runtime.core.interfaces import (
+    ActionChunk,
+    CameraFrame,
+    LatentGoal,
+    Observation,
+    PolicyFault,
+    PolicySpec,
+    SpecMismatch,
+    check_frame,
+)
 from openhelix.system1.checkpoint import CheckpointError, Network, load_policy, seeded_model
 from openhelix.system1.config import SHIPPED, CameraConfig, PolicyConfig, small
 from openhelix.system1.fast_modes import GraphedSampler, to_bf16

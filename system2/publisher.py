@@ -21,8 +21,7 @@ import zmq
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.clock import Clock, MonotonicClock
 from openhelix.runtime.core.config import Part
-from openhelix.runtime.core.interfaces import Engine
-from openhelix.runtime.core.types import GoalRequest, LatentGoal
+from openhelix.runtime.core.interfaces import Engine, GoalRequest, LatentGoal
 from openhelix.runtime.observe.collectors import System2Metrics, WireMetrics
 from openhelix.runtime.observe.metrics import LOOPBACK, Endpoint, GpuMetrics, Library, serve
 from openhelix.runtime.observe.peers import PeerMetrics, PeerWatch

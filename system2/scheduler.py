@@ -27,8 +27,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from openhelix.runtime.core.clock import Clock
-from openhelix.runtime.core.interfaces import Engine
-from openhelix.runtime.core.types import F32, GoalRequest, LatentGoal
+from openhelix.runtime.core.interfaces import F32, Engine, GoalRequest, LatentGoal
 from openhelix.runtime.transport.wire import TAKEOVER_NS
 
 log = logging.getLogger(__name__)

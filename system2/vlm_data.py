@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from openhelix.runtime.core.types import U8
+from openhelix.runtime.core.interfaces import U8
 
 ABOUT = "about.json"
 

@@ -7,8 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, PolicySpec
-from openhelix.runtime.core.types import ActionChunk, LatentGoal, Observation
+from openhelix.runtime.core.interfaces import (
+    ActionChunk,
+    ActionSpec,
+    CameraSpec,
+    LatentGoal,
+    Observation,
+    PolicySpec,
+)
 from openhelix.runtime.robots.fake import LATENT
 
 PERIOD_NS = round(1e9 / 30)

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from openhelix.benchmarks.calvin.scene import Scene, get_scene
-from openhelix.runtime.core.types import F64, U8
+from openhelix.runtime.core.interfaces import F64, U8
 
 Colour = tuple[float, float, float]
 

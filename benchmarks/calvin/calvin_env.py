@@ -30,8 +30,8 @@ from openhelix.benchmarks.calvin import calvin_env_child
 from openhelix.benchmarks.calvin.scene import SceneError, get_scene
 from openhelix.benchmarks.calvin.spaces import parse_action
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.interfaces import F64, CameraFrame
 from openhelix.runtime.core.paths import cache_folder
-from openhelix.runtime.core.types import F64, CameraFrame
 
 CAMERAS = ("static", "gripper")
 NEEDS = (

@@ -31,7 +31,7 @@ from openhelix.benchmarks.calvin.meshes import (
     scene_visuals,
 )
 from openhelix.benchmarks.calvin.scene import Scene, get_scene
-from openhelix.runtime.core.types import F32, F64, U8, CameraFrame
+from openhelix.runtime.core.interfaces import F32, F64, U8, CameraFrame
 
 I32 = npt.NDArray[np.int32]
 

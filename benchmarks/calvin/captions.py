@@ -38,7 +38,7 @@ from openhelix.benchmarks.calvin.scene import (
     SWITCH_TRAVEL_M,
     Scene,
 )
-from openhelix.runtime.core.types import F64, U8
+from openhelix.runtime.core.interfaces import F64, U8
 
 # -- Facts: states drawn at random, and what is true of them as far as it can be seen --
 #

@@ -44,8 +44,8 @@ from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 from openhelix.benchmarks.calvin.units import collect_unit, read_unit, unit_bytes
 from openhelix.runtime.cli.arguments import Options, parse
 from openhelix.runtime.core.config import ConfigError, read_settings
+from openhelix.runtime.core.interfaces import F64
 from openhelix.runtime.core.paths import cache_folder
-from openhelix.runtime.core.types import F64
 from openhelix.system1.cache import frames_digest
 
 # -- What a collection is: one frozen record, from YAML, overrides or the command line -

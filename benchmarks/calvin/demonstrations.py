@@ -12,7 +12,7 @@ from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.expert_control import Variation
 from openhelix.benchmarks.calvin.experts import MAX_STEPS, Disturbance, Expert, Move
 from openhelix.benchmarks.calvin.tasks import is_completed
-from openhelix.runtime.core.types import F32, F64
+from openhelix.runtime.core.interfaces import F32, F64
 
 TAIL_STEPS = 3  # by default; what follows a success gives the last targets a future
 

@@ -32,7 +32,7 @@ from openhelix.benchmarks.calvin.spaces import (
     parse_robot_obs,
     parse_scene_obs,
 )
-from openhelix.runtime.core.types import F32, F64, U8, CameraFrame
+from openhelix.runtime.core.interfaces import F32, F64, U8, CameraFrame
 
 if TYPE_CHECKING:
     from openhelix.benchmarks.calvin.cameras import RenderedFrame, SceneRenderer

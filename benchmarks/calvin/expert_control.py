@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from openhelix.benchmarks.calvin.scene import SLOPE_OUT, TABLE_TOP_Z_M, Scene
+from openhelix.runtime.core.interfaces import F64
 from openhelix.runtime.core.quaternion import (
     Quat,
     from_euler_xyz,
@@ -26,7 +27,6 @@ from openhelix.runtime.core.quaternion import (
     normalise,
     rotation_vector,
 )
-from openhelix.runtime.core.types import F64
 
 # -- What an expert sees: calvin_env's info, unpacked once per step --------------------
 

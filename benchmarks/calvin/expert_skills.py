@@ -31,8 +31,8 @@ from openhelix.benchmarks.calvin.expert_control import (
 )
 from openhelix.benchmarks.calvin.geometry import CABINET_HALF_X, DOOR_SIZE_X
 from openhelix.benchmarks.calvin.scene import DRAWER_TRAVEL_M, SLOPE_UP
+from openhelix.runtime.core.interfaces import F64
 from openhelix.runtime.core.quaternion import Quat, from_rotation_vector, matrix, multiply
-from openhelix.runtime.core.types import F64
 
 # -- Fixtures: sliding door, drawer, bulb switch, LED button ---------------------------
 

@@ -29,8 +29,8 @@ from openhelix.benchmarks.calvin.expert_control import (
 from openhelix.benchmarks.calvin.expert_skills import FixtureSkill, StorageSkill
 from openhelix.benchmarks.calvin.scene import Scene, get_scene
 from openhelix.benchmarks.calvin.tasks import get_task
+from openhelix.runtime.core.interfaces import F64
 from openhelix.runtime.core.quaternion import Quat, from_rotation_vector, multiply, to_euler_xyz
-from openhelix.runtime.core.types import F64
 
 MAX_STEPS = 64  # CALVIN's labelled windows are no longer
 

@@ -24,7 +24,7 @@ from openhelix.benchmarks.calvin.scene import (
     TABLE_TOP_Z_M,
     Scene,
 )
-from openhelix.runtime.core.types import F64
+from openhelix.runtime.core.interfaces import F64
 
 HALF_X, HALF_Y = 0.44, 0.18  # table outline
 SLOPE_Y, SLOPE_TOP_Y, BACK_Z = 0.02, 0.14, 0.6478  # foot and top of the leaning panel

@@ -19,8 +19,8 @@ from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
 from openhelix.benchmarks.calvin.starts import begin, carry_over
 from openhelix.benchmarks.calvin.tasks import get_task
 from openhelix.runtime.core import plugins
+from openhelix.runtime.core.interfaces import F64
 from openhelix.runtime.core.quaternion import from_euler_xyz, normalise
-from openhelix.runtime.core.types import F64
 from openhelix.runtime.robots.base import WorldPlugin
 from openhelix.runtime.robots.env import CAMERA_SIZES
 

@@ -35,8 +35,8 @@ from openhelix.benchmarks.calvin.scene import (
     TABLE_LINKS,
     Scene,
 )
+from openhelix.runtime.core.interfaces import F32, F64, U8
 from openhelix.runtime.core.paths import cache_folder, make_in_cache
-from openhelix.runtime.core.types import F32, F64, U8
 
 CREASE_COS = 0.75  # corners are shaded smooth across edges flatter than this
 

@@ -38,7 +38,7 @@ from openhelix.benchmarks.calvin.scene import (
     Variant,
 )
 from openhelix.benchmarks.calvin.spaces import Command
-from openhelix.runtime.core.types import F64
+from openhelix.runtime.core.interfaces import F64
 
 # -- pybullet, imported without the line that it prints --------------------------------
 #

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit  # type: ignore[import-untyped]
 
-from openhelix.runtime.core.types import F32, F64, U8
+from openhelix.runtime.core.interfaces import F32, F64, U8
 
 
 @njit(cache=True, nogil=True, fastmath=False, error_model="numpy")  # type: ignore[untyped-decorator]

@@ -15,7 +15,7 @@ from math import cos, pi, sin
 
 import numpy as np
 
-from openhelix.runtime.core.types import F64
+from openhelix.runtime.core.interfaces import F64
 
 TABLE_TOP_Z_M = 0.44
 BLOCK_SIDE_M = 0.04  # y and z extent of every block; x is its length

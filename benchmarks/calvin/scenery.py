@@ -18,7 +18,7 @@ from openhelix.benchmarks.calvin.appearance import LIGHT_DIRECTION
 from openhelix.benchmarks.calvin.cameras import CAMERAS, CameraError, SceneRenderer
 from openhelix.benchmarks.calvin.meshes import MOVING, link_transforms, scene_visuals
 from openhelix.benchmarks.calvin.scene import TABLE_TOP_Z_M, Scene, get_scene
-from openhelix.runtime.core.types import F32, F64, U8, CameraFrame
+from openhelix.runtime.core.interfaces import F32, F64, U8, CameraFrame
 from openhelix.runtime.robots.base import ScenePart
 
 FINE_CELL_M = 0.003  # of the arm's meshes, about a pixel at 720 rows

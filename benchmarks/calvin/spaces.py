@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from openhelix.benchmarks.calvin.scene import ROBOT_Q0_RAD
-from openhelix.runtime.core.types import F64
+from openhelix.runtime.core.interfaces import F64
 
 # -- Actions ---------------------------------------------------------------------------
 

@@ -25,8 +25,8 @@ from openhelix.benchmarks.calvin.scene import (
 )
 from openhelix.benchmarks.calvin.sequences import ROBOT_OBS, SWITCH_ON_M, get_layout
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
+from openhelix.runtime.core.interfaces import F64
 from openhelix.runtime.core.quaternion import from_euler_xyz
-from openhelix.runtime.core.types import F64
 
 # -- Layouts: where blocks, doors and lights are, drawn at random for a task -----------
 #

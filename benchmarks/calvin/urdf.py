@@ -23,8 +23,8 @@ from scipy.spatial import ConvexHull
 
 from openhelix.benchmarks.calvin import geometry
 from openhelix.benchmarks.calvin.scene import BLOCK_SIDE_M, Scene
+from openhelix.runtime.core.interfaces import F64
 from openhelix.runtime.core.paths import cache_folder, make_in_cache
-from openhelix.runtime.core.types import F64
 
 # -- Generated URDF and OBJ files, in a cache named by their content -------------------
 #

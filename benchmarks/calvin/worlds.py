@@ -7,6 +7,7 @@ Nothing is imported before it is asked for: naming a world must not need a simul
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from openhelix.runtime.core import plugins
@@ -35,6 +36,12 @@ class _CalvinTasks:
         return [(name, TASKS[name].sentence) for name in names], start
 
 
+@lru_cache(maxsize=4)
+def _scenery(scene: str) -> Scenery:
+    made: Scenery = plugins.resolve("openhelix.benchmarks.calvin.scenery:PlayTableScenery")(scene)
+    return made
+
+
 class PlayTable(_CalvinTasks):
     """The embedded world; it also runs in real time, in two processes."""
 
@@ -53,11 +60,8 @@ class PlayTable(_CalvinTasks):
 
     @staticmethod
     def scenery(scene: str) -> Scenery:
-        """Return a `PlayTableScenery`."""
-        made: Scenery = plugins.resolve("openhelix.benchmarks.calvin.scenery:PlayTableScenery")(
-            scene
-        )
-        return made
+        """Return a `PlayTableScenery`; one for each scene and process."""
+        return _scenery(scene)
 
     @staticmethod
     def require() -> str:

@@ -62,9 +62,14 @@ from openhelix.runtime.core.config import (
     System2Config,
     read_settings,
 )
-from openhelix.runtime.core.interfaces import Policy, PolicySpec
+from openhelix.runtime.core.interfaces import (
+    ActionChunk,
+    LatentGoal,
+    Observation,
+    Policy,
+    PolicySpec,
+)
 from openhelix.runtime.core.paths import cache_folder
-from openhelix.runtime.core.types import ActionChunk, LatentGoal, Observation
 from openhelix.runtime.robots.env import EnvRobot
 
 EXPERT_STEPS = 96  # of an expert that takes over; some states are far from any good one

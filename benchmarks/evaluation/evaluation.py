@@ -16,7 +16,7 @@ from openhelix.benchmarks.evaluation.pool import Job, Pool
 from openhelix.benchmarks.evaluation.results import ResultsError, Store, replace_file, summarise
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite, spread
-from openhelix.runtime.control.report import versions
+from openhelix.runtime.control.episodes import versions
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError, Part, PolicyPart, RunConfig
 from openhelix.runtime.core.paths import ROOT

@@ -17,11 +17,19 @@ import numpy as np
 
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.control.assembly import ControlStack
-from openhelix.runtime.control.episode_runner import TaskResult
+from openhelix.runtime.control.episodes import TaskResult
 from openhelix.runtime.control.goals import LockstepGoals
 from openhelix.runtime.control.loop import Tick
-from openhelix.runtime.core.interfaces import Engine, LatentSpec, Policy, PolicySpec
-from openhelix.runtime.core.types import F32, ActionChunk, LatentGoal, Observation
+from openhelix.runtime.core.interfaces import (
+    F32,
+    ActionChunk,
+    Engine,
+    LatentGoal,
+    LatentSpec,
+    Observation,
+    Policy,
+    PolicySpec,
+)
 from openhelix.runtime.robots.env import EnvRobot
 
 # -- System 2 on a schedule, computed on demand ----------------------------------------

@@ -24,7 +24,7 @@ from openhelix.benchmarks.evaluation.eval import load_config
 from openhelix.runtime.cli.arguments import Options, option, parse
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.config import ConfigError, RunConfig
-from openhelix.runtime.core.types import F32, U8
+from openhelix.runtime.core.interfaces import F32, U8
 from openhelix.system2 import probe
 
 BATCH = 8

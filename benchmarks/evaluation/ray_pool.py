@@ -26,8 +26,7 @@ from openhelix.benchmarks.evaluation.pool import Job, on_gpu
 from openhelix.benchmarks.evaluation.runner import Runner
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig
-from openhelix.runtime.core.interfaces import Engine, LatentSpec
-from openhelix.runtime.core.types import F32
+from openhelix.runtime.core.interfaces import F32, Engine, LatentSpec
 
 log = logging.getLogger(__name__)
 TRIES = 2

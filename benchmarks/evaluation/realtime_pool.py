@@ -16,7 +16,7 @@ from openhelix.benchmarks.evaluation.measurement import Outcome, Watch
 from openhelix.benchmarks.evaluation.pool import Job
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.control.assembly import make
-from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.control.episodes import Assignment
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig
 from openhelix.runtime.core.interfaces import PolicySpec
 from openhelix.runtime.launch.graph import ScratchFolder

@@ -22,7 +22,7 @@ from openhelix.benchmarks.calvin.expert_control import View
 from openhelix.benchmarks.calvin.scene import Scene
 from openhelix.benchmarks.calvin.table_talk import COLOURS, TableView
 from openhelix.benchmarks.calvin.tasks import TASKS
-from openhelix.runtime.core.types import F64, U8
+from openhelix.runtime.core.interfaces import F64, U8
 
 BUTTON_YZ_M, SWITCH_YZ_M = (-0.12, 0.48), (0.04, 0.53)
 DRAWER_SHUT_M, DRAWER_OPEN_M = 0.05, 0.16  # as the tasks need it

@@ -20,7 +20,7 @@ from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
 from openhelix.benchmarks.calvin.starts import StartError, begin, carry_over
 from openhelix.benchmarks.evaluation.referring import begin as begin_referring
 from openhelix.benchmarks.evaluation.suites import Episode
-from openhelix.runtime.core.types import F64
+from openhelix.runtime.core.interfaces import F64
 
 DRAWS = 5  # of a start, each with another seed, before an episode is given up
 

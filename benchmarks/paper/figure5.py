@@ -30,7 +30,7 @@ from openhelix.benchmarks.evaluation.plots import BAR, COLOURS, INK, PALE, png
 from openhelix.benchmarks.evaluation.stats import mean_interval, paired_permutation
 from openhelix.benchmarks.paper.judge import ALPHA, HOLDS, NOT, OPEN
 from openhelix.runtime.core.config import ConfigError
-from openhelix.runtime.core.types import F32, U8
+from openhelix.runtime.core.interfaces import F32, U8
 from openhelix.system2.engines.base import EngineBase
 from openhelix.system2.probe import SPATIAL_WORDS, WordSpace
 

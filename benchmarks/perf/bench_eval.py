@@ -34,7 +34,7 @@ from openhelix.benchmarks.perf.places import results_file
 from openhelix.runtime.control.assembly import ControlStack
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.core.config import RunConfig
-from openhelix.runtime.core.types import CameraFrame
+from openhelix.runtime.core.interfaces import CameraFrame
 from openhelix.runtime.robots.env import EnvRobot
 
 OUT = results_file("eval.json")

@@ -39,8 +39,7 @@ from openhelix.benchmarks.perf.tick_overhead import overhead
 from openhelix.runtime.control.assembly import IMAGES_A_LATENT, request_interval_ns
 from openhelix.runtime.control.goals import WireGoals
 from openhelix.runtime.core.config import ConfigError, load
-from openhelix.runtime.core.interfaces import LatentSpec
-from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
+from openhelix.runtime.core.interfaces import CameraFrame, LatentGoal, LatentSpec, Observation
 from openhelix.runtime.launch.processes import reap
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
 from openhelix.runtime.transport.sockets import served

@@ -83,7 +83,7 @@ def latency(options: argparse.Namespace) -> dict[str, Any]:
 
 def robots(options: argparse.Namespace) -> dict[str, Any]:
     """Eight robots at 1 Hz from one engine, through the real node and sockets."""
-    from openhelix.runtime.core.types import GoalRequest, LatentGoal
+    from openhelix.runtime.core.interfaces import GoalRequest, LatentGoal
     from openhelix.runtime.transport.wire import NewestReader, Publisher
     from openhelix.system2.publisher import System2Process
 

@@ -31,8 +31,8 @@ from openhelix.benchmarks.calvin.appearance import Appearance
 from openhelix.benchmarks.calvin.cameras import SceneRenderer
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.perf.places import results_file
+from openhelix.runtime.core.interfaces import F64
 from openhelix.runtime.core.plugins import ResolveError, resolve
-from openhelix.runtime.core.types import F64
 
 CALVIN = "openhelix.benchmarks.calvin.calvin_env:CalvinEnv"
 MEMORY_ENVS = 4

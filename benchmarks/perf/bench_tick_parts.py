@@ -25,15 +25,15 @@ from typing import Any
 import numpy as np
 
 from openhelix.benchmarks.perf.places import results_file
-from openhelix.runtime.control.chunks import ChunkBuffer
 from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.control.plans import ChunkBuffer
 from openhelix.runtime.control.realtime import enter, leave
 from openhelix.runtime.core.clock import FakeClock, Pacer
-from openhelix.runtime.core.limits import SafetyFilter, SafetyLimits
-from openhelix.runtime.core.types import Action, ActionChunk, CameraFrame, Observation
-from openhelix.runtime.core.watchdog import SafetyState, Watchdog
+from openhelix.runtime.core.config import SafetyLimits
+from openhelix.runtime.core.interfaces import Action, ActionChunk, CameraFrame, Observation
+from openhelix.runtime.core.safety import SafetyFilter, SafetyState, Watchdog
 from openhelix.runtime.observe.collectors import LoopMetrics
-from openhelix.runtime.observe.observer import TickMessage, TickPublisher
+from openhelix.runtime.observe.ticks import TickMessage, TickPublisher
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 
 PERIOD_NS = 33_333_333

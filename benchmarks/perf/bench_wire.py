@@ -46,7 +46,7 @@ import numpy as np
 import zmq
 
 from openhelix.benchmarks.perf.places import results_file
-from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
+from openhelix.runtime.core.interfaces import CameraFrame, LatentGoal, Observation
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 
 BLOCK = 50  # messages of one kind before the other has its turn

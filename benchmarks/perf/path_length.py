@@ -2,9 +2,10 @@
 
 A run is started as usual, without video, recording, metrics and status page. In each of its
 processes every call of a function of the project is noted, once the process is in its stride:
-in the control process from one `ControlLoop.tick` to a later one (not the first ones, which warm up), in System 1's from one `act`
-to a later one, in System 2's from one `encode` to a later one, all threads included. Counted are
-the files that the noted functions are in, and the lines of these files. The simulator's
+in the control process from one `ControlLoop.tick` to a later one (not the first ones, which warm
+up), in System 1's from one `act` to a later one, in System 2's from one `encode` to a later one,
+all threads included. Counted are the files that the noted functions are in, and the lines of these
+files; an environment within the checkout is not of the project. The simulator's
 processes are left out, and its files.
 
 - `observation_to_action`: the control process and System 1's.
@@ -49,6 +50,7 @@ HOOK = """
 import json, os, sys, threading
 
 ROOT, OUT, MARKS = os.environ["PATH_ROOT"], os.environ["PATH_OUT"], json.loads(os.environ["PATH_MARKS"])
+ELSEWHERE = tuple(os.path.realpath(folder) + "/" for folder in (sys.prefix, sys.base_prefix))
 rounds, noted = {}, {}
 names = {name: process for process, (name, _, _) in MARKS.items()}
 known = {}
@@ -60,7 +62,9 @@ def noted_call(frame, event, argument):
     if where is None:
         path = code.co_filename
         path = os.path.realpath(path) if path.startswith("/") else ""  # "<string>", "<frozen abc>"
-        inside = path.startswith(ROOT + "/") and code.co_flags & 1
+        # An environment (`.venv`) may lie within the checkout; what it holds is not of the project.
+        ours = path.startswith(ROOT + "/") and not path.startswith(ELSEWHERE)
+        inside = ours and "/site-packages/" not in path and code.co_flags & 1
         where = known[code] = path[len(ROOT) + 1:] if inside else ""
     if not where:
         return

@@ -26,11 +26,11 @@ import numpy as np
 from openhelix.benchmarks.evaluation.stats import paired_bootstrap
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.core.config import load
-from openhelix.runtime.launch.control_process import ControlProcess
 from openhelix.runtime.launch.graph import Graph
+from openhelix.runtime.launch.parts import ControlProcess
 from openhelix.runtime.launch.processes import ProcessHost
 from openhelix.runtime.observe.collectors import LoopMetrics
-from openhelix.runtime.observe.observer import TickPublisher
+from openhelix.runtime.observe.ticks import TickPublisher
 from openhelix.runtime.transport.rpc import RpcClient
 
 TURN_TICKS = 30

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.runtime.cli.arguments import Options, option, parse
-from openhelix.runtime.control.episode_runner import Assignment
-from openhelix.runtime.control.report import told
+from openhelix.runtime.control.episodes import Assignment, told
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig, load
 from openhelix.runtime.launch.graph import require_parts

@@ -7,21 +7,18 @@ the goals (other processes, or inside the tick), and the robot.
 from __future__ import annotations
 
 import inspect
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from openhelix.runtime.control.chunks import ChunkBuffer
-from openhelix.runtime.control.episode_runner import EpisodeRunner
+from openhelix.runtime.control.episodes import EpisodeRunner
 from openhelix.runtime.control.goals import Goals, LockstepGoals, WireGoals
 from openhelix.runtime.control.loop import ControlLoop
-from openhelix.runtime.control.planner import Planner, PlanReply, RemotePlanner
-from openhelix.runtime.control.realtime import SlackCollector
-from openhelix.runtime.core.clock import Clock, FakeClock, MonotonicClock, Pacer
-from openhelix.runtime.core.config import ConfigError, Part, RunConfig
+from openhelix.runtime.control.plans import ChunkBuffer, Planner, PlanReply, RemotePlanner
+from openhelix.runtime.core.clock import Clock, FakeClock, MonotonicClock, Pacer, using_the_slack
+from openhelix.runtime.core.config import ConfigError, Part, RunConfig, SafetyLimits
 from openhelix.runtime.core.interfaces import (
     Engine,
+    LatentGoal,
     LatentSpec,
     Policy,
     PolicySpec,
@@ -31,17 +28,14 @@ from openhelix.runtime.core.interfaces import (
     check_policy,
     check_robot,
 )
-from openhelix.runtime.core.limits import SafetyFilter, SafetyLimits
 from openhelix.runtime.core.plugins import resolve
-from openhelix.runtime.core.types import LatentGoal
-from openhelix.runtime.core.watchdog import SafetyState, Watchdog
+from openhelix.runtime.core.safety import SafetyFilter, SafetyState, Watchdog
 from openhelix.runtime.robots.base import Robot, World
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 
 # System 2 takes the newest image when its deadline comes. How old that already is adds to the
 # age of every latent, so more are offered than are used (bench_fleet measures what it brings).
 IMAGES_A_LATENT = 5
-PREFETCH_NS = 1_000_000  # before a deadline: what a prefetch takes on cold caches, twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +155,7 @@ def build_stack(
         world=robot if isinstance(robot, World) else None,
         steps_limit=config.tasks.steps_limit,
         stop_at_failure=config.tasks.stop_at_failure,
-        wait=pacer.wait if isinstance(clock, FakeClock) else _waiter(pacer, loop),
+        wait=pacer.wait if isinstance(clock, FakeClock) else using_the_slack(pacer, loop.prefetch),
         hold_limit=round(config.control.hold_limit_s * config.control.hz),
     )
     return ControlStack(loop, pacer, episode_runner)
@@ -213,26 +207,3 @@ def make_clock(config: RunConfig) -> Clock:
     if config.control.clock == "lockstep":
         return FakeClock()
     return MonotonicClock(spin_ns=round(config.control.spin_us * 1000))
-
-
-def _waiter(pacer: Pacer, loop: ControlLoop) -> Callable[[], object]:
-    """Wait for the next tick, and use the time until then.
-
-    Garbage is collected first: on the control thread the automatic collector is off
-    (`openhelix.runtime.control.realtime.enter`), because it would run whenever an allocation
-    happens to trip it.
-    Then, just before the deadline, the robot's newest state is taken in. After 30 ms of other
-    processes' work on this core everything is out of its caches, and decoding a state takes
-    twenty times as long as right after another: better before the deadline than after.
-    """
-    collector = SlackCollector()
-
-    def wait() -> object:
-        collector.collect(pacer.slack_ns() - PREFETCH_NS)
-        spare_ns = pacer.slack_ns() - PREFETCH_NS
-        if spare_ns > 0:
-            time.sleep(spare_ns * 1e-9)
-            loop.prefetch()
-        return pacer.wait()
-
-    return wait

@@ -13,8 +13,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from openhelix.runtime.core.interfaces import Engine, LatentSpec, PartFailed, encode_one
-from openhelix.runtime.core.types import F32, U8, GoalRequest, LatentGoal, Observation
+from openhelix.runtime.core.interfaces import (
+    F32,
+    U8,
+    Engine,
+    GoalRequest,
+    LatentGoal,
+    LatentSpec,
+    Observation,
+    PartFailed,
+    encode_one,
+)
 from openhelix.runtime.transport.wire import ReaderStats
 
 

@@ -240,42 +240,6 @@ def leave(status: RealtimeStatus) -> None:
         gc.enable()
 
 
-class SlackCollector:
-    """Collects garbage in the time a loop has left, since automatic collections are off.
-
-    Each generation is run only when its longest run so far fits the slack twice. Generation 0
-    is due every time; generation 1 every 10th and generation 2 every 100th time, as CPython
-    would have it.
-    """
-
-    def __init__(self) -> None:
-        self._cost_ns = [200_000, 1_000_000, 5_000_000]  # guesses until measured
-        self._due = [0, 0, 0]
-        self.runs = [0, 0, 0]
-        self.longest_ns = 0
-
-    def collect(self, slack_ns: int) -> int | None:
-        """Collect what is due and fits; return the generation, or None when nothing did."""
-        self._due = [count + 1 for count in self._due]
-        for generation, every in ((2, 100), (1, 10), (0, 1)):
-            fits = 2 * self._cost_ns[generation] <= slack_ns
-            if self._due[generation] >= every and fits:
-                self._run(generation)
-                return generation
-        return None
-
-    def _run(self, generation: int) -> None:
-        begin = time.perf_counter_ns()
-        gc.collect(generation)
-        took = time.perf_counter_ns() - begin
-        self.longest_ns = max(self.longest_ns, took)
-        # The longest run counts, forgotten slowly, so that one outlier is not for ever.
-        self._cost_ns[generation] = max(took, self._cost_ns[generation] * 7 // 8)
-        for lower in range(generation + 1):
-            self._due[lower] = 0
-        self.runs[generation] += 1
-
-
 def _enter_fifo(
     priority: int | None, inherit: bool, refusals: list[str]
 ) -> tuple[int | None, int, bool]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
@@ -17,7 +20,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from openhelix.runtime.core.limits import SafetyLimits
+from openhelix.runtime.core.quaternion import Vec3
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -36,6 +39,36 @@ class ConfigError(ValueError):
 
 class CommandFailed(RuntimeError):
     """A command could not do its work, through no mistake in what was asked. Exit code 1."""
+
+
+SENTENCE_CHARS = 500  # of an instruction; what people say is a tenth of that
+# Characters that turn the direction of a text around: a terminal would show another sentence.
+TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def checked_sentence(text: object, name: str) -> str:
+    """Return an instruction as it is used: trimmed, with single spaces.
+
+    Args:
+        text: what was given.
+        name: of the field or command, for the message.
+
+    Raises:
+        ConfigError: it is no text, empty, too long, or has control characters.
+    """
+    if not isinstance(text, str):
+        raise ConfigError(f"{name}: {type(text).__name__}, expected a sentence")
+    plain = " ".join(text.split())
+    if not plain:
+        raise ConfigError(f"{name}: is empty; write what the robot is to do")
+    if len(plain) > SENTENCE_CHARS:
+        raise ConfigError(f"{name}: {len(plain)} characters; at most {SENTENCE_CHARS} are taken")
+    for place, character in enumerate(plain):
+        if unicodedata.category(character) in ("Cc", "Cs", "Cn") or character in TURNING:
+            raise ConfigError(
+                f"{name}: has a control character (U+{ord(character):04X}) at position {place + 1}"
+            )
+    return plain
 
 
 class _Section(BaseModel):
@@ -151,13 +184,80 @@ class WorldConfig(_Section):
     camera_placement: Placement = Placement(cpus=0.3, nice=5)
 
 
+@dataclass(frozen=True, slots=True)
+class SafetyLimits:
+    """Limits in W, for a Panda at CALVIN's table unless said otherwise.
+
+    CALVIN's largest relative action is 0.02 m and 0.05 rad per axis and 1/30 s step, that is
+    0.6 m/s and 1.5 rad/s per axis; the speed limits are that along a diagonal, so that no legal
+    CALVIN action is cut. The accelerations are the Cartesian limits of Franka's control
+    interface (13 m/s², 25 rad/s²).
+    """
+
+    box_min_m: Vec3 = (-0.60, -0.70, 0.26)
+    box_max_m: Vec3 = (0.60, 0.40, 0.95)
+    max_linear_speed_m_s: float = 1.04
+    max_angular_speed_rad_s: float = 2.6
+    max_linear_acceleration_m_s2: float = 13.0
+    max_angular_acceleration_rad_s2: float = 25.0
+    max_tick_s: float = 0.1  # a longer tick (a stall) allows no longer step than this one
+    camera_max_age_s: float = 1.0
+    proprioception_max_age_s: float = 0.25
+    latent_max_age_s: float = 4.0  # older: System 2 counts as silent
+    latent_grace_s: float = 5.0  # how long to go on with the last latent after that
+    frozen_motion_m: float = 0.03  # an image unchanged over this much motion is frozen
+
+    def __post_init__(self) -> None:
+        for axis, low, high in zip("xyz", self.box_min_m, self.box_max_m, strict=True):
+            if not (isfinite(low) and isfinite(high) and low < high):
+                raise ValueError(f"safety.box: {axis} runs from {low} to {high} m, which is empty")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if not (isfinite(value) and value > 0.0):
+                raise ValueError(f"safety.{name}: {value} is not a positive number")
+        if not self.latent_grace_s >= 0.0:
+            raise ValueError(f"safety.latent_grace_s: {self.latent_grace_s} is negative")
+
+
+_POSITIVE = (
+    "max_linear_speed_m_s",
+    "max_angular_speed_rad_s",
+    "max_linear_acceleration_m_s2",
+    "max_angular_acceleration_rad_s2",
+    "max_tick_s",
+    "camera_max_age_s",
+    "proprioception_max_age_s",
+    "latent_max_age_s",
+    "frozen_motion_m",
+)
+
+
 class TasksConfig(_Section):
     """What the robot is told to do."""
 
     sequence: Annotated[int, Field(ge=0, le=999)] = 0  # index into the CALVIN sequences
     steps_limit: Count = 360  # environment steps per instruction
     stop_at_failure: bool = False  # CALVIN's protocol; False attempts all tasks
-    instruction: str | None = None  # free text instead of a sequence
+    instruction: str | None = None  # a sentence of one's own, instead of a sequence
+    instructions: tuple[str, ...] = ()  # several, one after the other
+    task: str | None = None  # one of the world's tasks, from a state in which it can be done
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        given = [name for name in ("instruction", "instructions", "task") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: beside {given[0]}; give one of the two")
+        if self.instruction is not None:
+            checked_sentence(self.instruction, "instruction")
+        for number, text in enumerate(self.instructions, 1):
+            checked_sentence(text, f"instructions[{number}]")
+        return self
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The sentences of one's own, as they are used; () for a sequence or a task."""
+        own = self.instructions if self.instruction is None else (self.instruction,)
+        return tuple(checked_sentence(text, "tasks.instructions") for text in own)
 
 
 class OutputConfig(_Section):

@@ -274,13 +274,13 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
     parts: list[tuple[str, str, Placement, dict[str, Any]]] = [
         (
             "system1",
-            "openhelix.runtime.launch.system1_process:System1Process",
+            "openhelix.runtime.launch.parts:System1Process",
             system1.placement,
             own("system1", policy=policy, **metrics("system1")),
         ),
         (
             "control",
-            "openhelix.runtime.launch.control_process:ControlProcess",
+            "openhelix.runtime.launch.parts:ControlProcess",
             config.control.placement,
             {"config": data, "channels": reach} | job,
         ),

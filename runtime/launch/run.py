@@ -28,11 +28,8 @@ from openhelix.runtime.control.assembly import (
     make_policy,
     replan_ns,
 )
-from openhelix.runtime.control.episode_runner import Assignment
-from openhelix.runtime.control.journal import told_lines
-from openhelix.runtime.control.loop import Tick
-from openhelix.runtime.control.planner import SyncPlanner
-from openhelix.runtime.control.report import (
+from openhelix.runtime.control.episodes import (
+    Assignment,
     LoopStatistics,
     live,
     parts_of,
@@ -40,6 +37,8 @@ from openhelix.runtime.control.report import (
     task_rows,
     versions,
 )
+from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.config import CommandFailed, RunConfig
 from openhelix.runtime.core.interfaces import PartFailed, Policy, PolicySpec, check_engine
 from openhelix.runtime.launch.graph import Graph, GraphError
@@ -108,7 +107,7 @@ def run_lockstep(
                     raise
                 failure = str(error)
                 stack.episode_runner.broken(failure)
-            last = {"entries": told_lines(stack.episode_runner.journal)}
+            last = {"entries": stack.episode_runner.journal.rows(30)}
             display.progress(last, config.tasks.steps_limit)
     finally:
         robot.stop("the run has ended")
@@ -172,7 +171,7 @@ class _Progress:
         runner = self._stack.episode_runner
         current = runner.current
         health = task_rows(runner.results) | live(self._statistics)
-        health["entries"] = told_lines(runner.journal)
+        health["entries"] = runner.journal.rows(30)
         health["instruction"] = current.instruction if current else ""
         self._display.progress(health | {"steps": runner.steps}, self._limit)
 
@@ -187,6 +186,7 @@ def _report(config: RunConfig, stack: ControlStack, statistics: LoopStatistics) 
         "interval_steps": config.interval_steps,
         "latency_steps": config.lockstep.latency_steps,
         "steps_limit": config.tasks.steps_limit,
+        "journal": stack.episode_runner.journal.rows(),
         **task_rows(stack.episode_runner.results),
         **statistics.report(),
         "deadline_missed": lateness.missed,

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prometheus_client.core import Metric
 
 from openhelix.runtime.control.goals import WireGoals
-from openhelix.runtime.control.planner import RemotePlanner
+from openhelix.runtime.control.plans import RemotePlanner
 from openhelix.runtime.observe.metrics import Histogram, counter, gauge
 
 if TYPE_CHECKING:  # these are only looked at, never built
-    from openhelix.runtime.control.episode_runner import EpisodeRunner
+    from openhelix.runtime.control.episodes import EpisodeRunner
     from openhelix.runtime.control.loop import ControlLoop, Tick
     from openhelix.runtime.control.realtime import RealtimeStatus
     from openhelix.runtime.core.clock import Clock, Pacer
@@ -35,7 +35,10 @@ STOP_REASONS = (
     *("camera_stale", "camera_frozen", "proprioception_stale", "latent_silent"),
     *("latent_mismatch", "robot_error", "operator"),
 )
-HOLD_REASONS = ("chunk_ran_out", "first_plan_due")
+HOLD_REASONS = (
+    *("chunk_ran_out", "first_plan_due"),
+    *("told_to_wait", "told_to_stop", "nothing_to_do"),
+)
 SHED_REASONS = ("too_many_robots", "name_taken", "bad_name", "too_old", "out_of_order")
 OUTCOMES = ("success", "failure")
 UNJUDGED = ("free", "unjudged")  # task and outcome of an instruction without an oracle
@@ -174,7 +177,7 @@ class LoopMetrics:
         results = list(self._episode_runner.results)
         for result in results[self._judged :]:
             judged = "success" if result.success else "failure"
-            key = (result.task, judged) if result.task else UNJUDGED
+            key = UNJUDGED if result.success is None else (result.task, judged)
             self._tasks[key] = self._tasks.get(key, 0) + 1
             if result.success:
                 self._steps.observe(result.env_steps)

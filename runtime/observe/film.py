@@ -19,8 +19,8 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from openhelix.runtime.control.journal import Entry
-from openhelix.runtime.core.types import F64, U8, ActionChunk, CameraFrame
+from openhelix.runtime.control.talk import Entry
+from openhelix.runtime.core.interfaces import F64, U8, ActionChunk, CameraFrame
 from openhelix.runtime.observe.background import Background, Counted
 from openhelix.runtime.observe.overlay import (
     BAD,
@@ -104,9 +104,15 @@ class Mp4:
 
 
 class Story:
-    """What a film remembers from tick to tick."""
+    """What a film remembers from tick to tick.
 
-    def __init__(self) -> None:
+    Args:
+        images: whether it shows what the cameras saw; where not, none of their frames is looked at,
+            which might draw it.
+    """
+
+    def __init__(self, images: bool = True) -> None:
+        self._images = images
         self.plan: ActionChunk | None = None
         self.trail: deque[F64] = deque(maxlen=TRAIL_TICKS)
         self.frames: Mapping[str, CameraFrame] = {}
@@ -122,7 +128,8 @@ class Story:
             self.plan = None
         self.plan = tick.new_chunk or self.plan
         self.trail.append(tick.observation.tcp_pose[:3])
-        self.frames = {**self.frames, **tick.observation.frames}
+        if self._images:
+            self.frames = {**self.frames, **tick.observation.frames}
         self._marked = False
         for entry in message.entries:
             if entry.kind in ("ended", "seen") and entry.text != "replaced":
@@ -337,7 +344,8 @@ def frames_of(
     if about.lines:
         card = sheet.title()
         yield from (card for _ in range(round(TITLE_S * fps)))
-    story, number, first_ns, frame = Story(), 0, None, None
+    story, number = Story(images=about.scenery is None), 0
+    first_ns, frame = None, None
     step_ns = 1e9 * speed / fps
     for message in messages:
         t_ns = message.tick.t_ns

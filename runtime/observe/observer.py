@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 
 from openhelix.runtime.control.assembly import ControlStack
+from openhelix.runtime.control.episodes import LoopStatistics
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.realtime import RealtimeStatus
-from openhelix.runtime.control.report import LoopStatistics
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import RunConfig, validate
-from openhelix.runtime.core.types import U8, CameraFrame
+from openhelix.runtime.core.interfaces import U8, CameraFrame
 from openhelix.runtime.observe.collectors import LoopMetrics, SinkMetrics, WireMetrics, loop_wire
 from openhelix.runtime.observe.film import FILE_NAME as FILM_NAME
 from openhelix.runtime.observe.film import LiveFilm
@@ -389,7 +389,7 @@ class Subscribers:
         tasks: Sequence[str] = (),
     ) -> None:
         self._stack = stack
-        self.statistics = LoopStatistics(stack)
+        self.statistics = LoopStatistics(stack.loop)
         stack.loop.subscribers.append(self.statistics)
         self._sinks: Sinks | None = None
         self._publisher: Publisher | None = None

@@ -18,10 +18,10 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from openhelix.runtime.control.assembly import freshness
-from openhelix.runtime.control.report import told
+from openhelix.runtime.control.episodes import told
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import RunConfig
-from openhelix.runtime.core.types import F64, U8, ActionChunk, CameraFrame
+from openhelix.runtime.core.interfaces import F64, U8, ActionChunk, CameraFrame
 from openhelix.runtime.robots.base import Scenery
 
 Colour = tuple[int, int, int]

@@ -10,7 +10,7 @@ Foxglove, Rerun and the `mcap` command open the file directly. Topics, in the or
     /entry                                     what happened, in words (JSON); see `journal.py`
     /camera/<name>/rgb, /camera/<name>/depth   foxglove.RawImage (protobuf)
     /camera/<name>                             capture time, intrinsics, pose (JSON)
-    /observation, /latent, /chunk, /action     the records of `runtime/core/types.py` (JSON)
+    /observation, /latent, /chunk, /action     the records of `runtime/core/interfaces.py` (JSON)
     /visual                                    what a simulated world looks like (JSON)
     /tick                                      state, reason, ages of the tick (JSON)
 
@@ -50,13 +50,11 @@ from mcap.well_known import MessageEncoding, SchemaEncoding
 from mcap.writer import CompressionType, Writer
 from mcap_protobuf.schema import build_file_descriptor_set
 
-from openhelix.runtime.control.journal import Entry
 from openhelix.runtime.control.loop import Tick
-from openhelix.runtime.control.planner import checked_chunk
+from openhelix.runtime.control.plans import checked_chunk
+from openhelix.runtime.control.talk import Entry
 from openhelix.runtime.core.config import RunConfig, apply_overrides, validate
-from openhelix.runtime.core.interfaces import PartFailed, Policy
-from openhelix.runtime.core.quaternion import angle_between, normalise
-from openhelix.runtime.core.types import (
+from openhelix.runtime.core.interfaces import (
     F32,
     F64,
     U8,
@@ -65,7 +63,10 @@ from openhelix.runtime.core.types import (
     CameraFrame,
     LatentGoal,
     Observation,
+    PartFailed,
+    Policy,
 )
+from openhelix.runtime.core.quaternion import angle_between, normalise
 from openhelix.runtime.observe.background import Background, Counted
 from openhelix.runtime.observe.ticks import TickMessage
 from openhelix.runtime.transport.codec import WireError, encode

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from openhelix.runtime.control.episode_runner import EpisodeRunner
-from openhelix.runtime.control.journal import Entry
+from openhelix.runtime.control.episodes import EpisodeRunner
 from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.control.talk import Entry
 from openhelix.runtime.core.clock import MonotonicClock
-from openhelix.runtime.core.types import F64, CameraFrame
+from openhelix.runtime.core.interfaces import F64, CameraFrame
 from openhelix.runtime.robots.base import Robot
 from openhelix.runtime.transport.codec import WireError, decode, kind_of, register
 from openhelix.runtime.transport.wire import Inlet, Publisher, Track, topic_bytes

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from openhelix.runtime.core.types import F64, ActionChunk, CameraFrame, LatentGoal
+from openhelix.runtime.core.interfaces import F64, ActionChunk, CameraFrame, LatentGoal
 from openhelix.runtime.observe.background import Background, Counted
 from openhelix.runtime.observe.overlay import TRAIL, About, encode_jpeg, halves, strokes
 from openhelix.runtime.observe.ticks import TickMessage

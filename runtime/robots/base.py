@@ -12,16 +12,19 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, Protocol, Self, runtime_checkable
-
-import numpy as np
 
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError
-from openhelix.runtime.core.interfaces import RobotSpec
-from openhelix.runtime.core.quaternion import QuaternionError, normalise
-from openhelix.runtime.core.types import F32, F64, U8, Action, CameraFrame, Observation
+from openhelix.runtime.core.interfaces import (
+    F32,
+    F64,
+    U8,
+    Action,
+    CameraFrame,
+    Observation,
+    RobotSpec,
+)
 
 Features = Mapping[str, type | tuple[int, ...]]
 
@@ -153,7 +156,10 @@ class World(Protocol):
         """Put arm and scene into a state (CALVIN's 15 and 24 numbers); None: the default."""
 
     def begin_task(self, task: str, instruction: str) -> None:
-        """Remember the state of the world as the one that `task` starts from."""
+        """Remember the state of the world as the one that `task` starts from.
+
+        With "" for the task, `completed` tells of whichever is done.
+        """
 
     def completed(self) -> frozenset[str]:
         """Return the tasks that the world's change since `begin_task` amounts to."""
@@ -222,22 +228,6 @@ class WorldPlugin(Protocol):
 
     def require(self) -> str:
         """Return in words what was found; ValueError, in one line, where something is missing."""
-
-
-def check_action(action: Action) -> None:
-    """Raise a one-line ValueError unless `action` has the shapes and finite numbers it must."""
-    pose = np.asarray(action.pose)
-    if pose.shape != (7,):
-        raise ValueError(f"action.pose: shape {pose.shape}, expected (7,): xyz, quaternion xyzw")
-    values = pose.tolist()  # seven plain floats are looked at in a fraction of numpy's time
-    if not all(map(isfinite, values)):
-        raise ValueError(f"action.pose: {values} is not finite")
-    try:
-        normalise(values[3:])
-    except QuaternionError as error:
-        raise ValueError(f"action.pose: {error}") from None
-    if not 0.0 <= action.gripper <= 1.0:
-        raise ValueError(f"action.gripper: {action.gripper} is not between 0 (closed) and 1 (open)")
 
 
 def robot_class(name: str) -> Any:

@@ -18,16 +18,18 @@ import numpy as np
 
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.clock import Clock, MonotonicClock
-from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, RobotSpec
-from openhelix.runtime.core.quaternion import from_euler_xyz, normalise
-from openhelix.runtime.core.types import F64, Action, CameraFrame, Observation
-from openhelix.runtime.robots.base import (
-    NotConnected,
-    Robot,
-    RobotError,
-    WorldPlugin,
+from openhelix.runtime.core.interfaces import (
+    F64,
+    Action,
+    ActionSpec,
+    CameraFrame,
+    CameraSpec,
+    Observation,
+    RobotSpec,
     check_action,
 )
+from openhelix.runtime.core.quaternion import from_euler_xyz, normalise
+from openhelix.runtime.robots.base import NotConnected, Robot, RobotError, WorldPlugin
 
 log = logging.getLogger(__name__)
 

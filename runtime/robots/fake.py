@@ -19,10 +19,21 @@ from typing import Any, Final
 import numpy as np
 
 from openhelix.runtime.core.clock import Clock, MonotonicClock
-from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, LatentSpec, RobotSpec
+from openhelix.runtime.core.interfaces import (
+    F32,
+    F64,
+    U8,
+    Action,
+    ActionSpec,
+    CameraFrame,
+    CameraSpec,
+    LatentSpec,
+    Observation,
+    RobotSpec,
+    check_action,
+)
 from openhelix.runtime.core.quaternion import Quat, Vec3, from_euler_xyz, normalise, slerp
-from openhelix.runtime.core.types import F32, F64, U8, Action, CameraFrame, Observation
-from openhelix.runtime.robots.base import NotConnected, Robot, RobotError, check_action
+from openhelix.runtime.robots.base import NotConnected, Robot, RobotError
 
 TABLE_Z_M = 0.44
 OPEN_WIDTH_M = 0.08

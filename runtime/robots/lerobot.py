@@ -32,7 +32,16 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from openhelix.runtime.core.clock import Clock, MonotonicClock
-from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, RobotSpec
+from openhelix.runtime.core.interfaces import (
+    F64,
+    Action,
+    ActionSpec,
+    CameraFrame,
+    CameraSpec,
+    Observation,
+    RobotSpec,
+    check_action,
+)
 from openhelix.runtime.core.plugins import ResolveError, resolve
 from openhelix.runtime.core.quaternion import (
     IDENTITY,
@@ -44,8 +53,7 @@ from openhelix.runtime.core.quaternion import (
     normalise,
     rotation_vector,
 )
-from openhelix.runtime.core.types import F64, Action, CameraFrame, Observation
-from openhelix.runtime.robots.base import NotConnected, Robot, RobotError, check_action
+from openhelix.runtime.robots.base import NotConnected, Robot, RobotError
 
 log = logging.getLogger(__name__)
 Matrix3 = Annotated[list[list[float]], Field(min_length=3, max_length=3)]

@@ -14,10 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, RobotSpec
+from openhelix.runtime.core.interfaces import (
+    F64,
+    Action,
+    ActionSpec,
+    CameraFrame,
+    CameraSpec,
+    Observation,
+    RobotSpec,
+    check_action,
+)
 from openhelix.runtime.core.quaternion import from_euler_xyz
-from openhelix.runtime.core.types import F64, Action, CameraFrame, Observation
-from openhelix.runtime.robots.base import NotConnected, Robot, RobotError, check_action
+from openhelix.runtime.robots.base import NotConnected, Robot, RobotError
 from openhelix.runtime.transport.codec import encode, register
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
 from openhelix.runtime.transport.wire import NewestReader, Publisher

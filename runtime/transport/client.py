@@ -14,8 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from openhelix.runtime.core.interfaces import LatentSpec, SpecMismatch
-from openhelix.runtime.core.types import F32, GoalRequest, LatentGoal
+from openhelix.runtime.core.interfaces import F32, GoalRequest, LatentGoal, LatentSpec, SpecMismatch
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
 from openhelix.runtime.transport.sockets import Keys, check_connect, served
 from openhelix.runtime.transport.wire import NewestReader, Publisher

@@ -29,7 +29,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from openhelix.runtime.core.types import (
+from openhelix.runtime.core.interfaces import (
     Action,
     ActionChunk,
     CameraFrame,

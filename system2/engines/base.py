@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openhelix.runtime.core.interfaces import LatentSpec
-from openhelix.runtime.core.types import F32
+from openhelix.runtime.core.interfaces import F32, LatentSpec
 from openhelix.system2.checkpoint import LatentHead, check_fit, head_for, with_act
 from openhelix.system2.model import SHIPPED, CheckpointError, open_checkpoint, pick_dtype
 from openhelix.system2.prompt import BadInstruction, Prompt, as_batch

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from openhelix.runtime.core.interfaces import LatentSpec
-from openhelix.runtime.core.types import F32
+from openhelix.runtime.core.interfaces import F32, LatentSpec
 from openhelix.system2.prompt import BadInstruction, as_batch
 from openhelix.system2.text import FILE, TextCode, TextReader
 

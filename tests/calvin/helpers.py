@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from openhelix.benchmarks.calvin.captions import COLOURS
-from openhelix.runtime.core.types import F64
+from openhelix.runtime.core.interfaces import F64
 
 _TCP = (0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963)
 _Q = (-1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928)

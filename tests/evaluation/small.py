@@ -77,7 +77,7 @@ class TaskReach(ReachPolicy):
         self._task = task
 
     def act(self, observation, latents):
-        from openhelix.runtime.core.types import LatentGoal
+        from openhelix.runtime.core.interfaces import LatentGoal
 
         assert not latents
         goal = BUTTON if list(TASKS)[self._task] == "turn_on_led" else (0.1, -0.2, 0.55)

@@ -22,7 +22,7 @@ from openhelix.benchmarks.calvin.units import read_unit
 from openhelix.benchmarks.evaluation import dagger as module
 from openhelix.benchmarks.evaluation.dagger import DaggerConfig, chunk_of, dagger, main, parse
 from openhelix.runtime.core.config import ConfigError
-from openhelix.runtime.core.types import ActionChunk
+from openhelix.runtime.core.interfaces import ActionChunk
 from openhelix.system1.data import Cache
 from tests.evaluation.small import small_config
 

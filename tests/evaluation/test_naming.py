@@ -18,7 +18,7 @@ from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.evaluation import naming
 from openhelix.runtime.cli.main import main
 from openhelix.runtime.core.config import ConfigError, RunConfig, System2Config
-from openhelix.runtime.core.types import F32
+from openhelix.runtime.core.interfaces import F32
 from openhelix.system1.latent_adapter import task_anchors, task_margin
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system2.prompt import BadImage

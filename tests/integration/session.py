@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.control.episodes import Assignment
 from openhelix.runtime.core.config import RunConfig, load
 from openhelix.runtime.launch.graph import Graph
 

@@ -22,9 +22,9 @@ import pytest
 import zmq
 from prometheus_client.parser import text_string_to_metric_families
 
-from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.control.episodes import Assignment
 from openhelix.runtime.core.config import ConfigError
-from openhelix.runtime.core.types import GoalRequest, LatentGoal
+from openhelix.runtime.core.interfaces import GoalRequest, LatentGoal
 from openhelix.runtime.transport.codec import MAX_FRAME_BYTES
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
 from openhelix.runtime.transport.sockets import CurveClient, generate

@@ -16,7 +16,7 @@ from openhelix.benchmarks.evaluation.evaluation import evaluate
 from openhelix.benchmarks.evaluation.metrics import served
 from openhelix.benchmarks.evaluation.pool import LocalPool
 from openhelix.benchmarks.evaluation.suites import Suite
-from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.control.episodes import Assignment
 from openhelix.runtime.core.config import METRICS_PARTS
 from openhelix.runtime.observe.metrics import GpuMetrics, serve
 from tests.deploy.dashboards import PanelQuery, queries

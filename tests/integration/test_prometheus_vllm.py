@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openhelix.runtime.core.types import GoalRequest
+from openhelix.runtime.core.interfaces import GoalRequest
 from openhelix.runtime.launch.processes import reap
 from openhelix.runtime.transport.sockets import served
 from openhelix.runtime.transport.wire import Publisher

@@ -10,7 +10,7 @@ import av
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.control.episodes import Assignment
 from openhelix.runtime.core.config import ConfigError
 from tests.integration.session import FAR, session
 

@@ -10,7 +10,7 @@ import hypothesis.extra.numpy as hnp
 import numpy as np
 from hypothesis import strategies as st
 
-from openhelix.runtime.core.types import (
+from openhelix.runtime.core.interfaces import (
     F32,
     Action,
     ActionChunk,

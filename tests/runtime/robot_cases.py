@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from openhelix.runtime.core.clock import FakeClock
+from openhelix.runtime.core.interfaces import CameraFrame
 from openhelix.runtime.core.plugins import resolve
 from openhelix.runtime.core.quaternion import IDENTITY, from_rotation_vector, rotation_vector
-from openhelix.runtime.core.types import CameraFrame
 from openhelix.runtime.robots.base import Robot, make_robot
 from openhelix.runtime.robots.env import CalvinRobot, EnvRobot, PlayTableRobot
 from openhelix.runtime.robots.fake import FakeRobot

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from openhelix.runtime.control.loop import Tick
-from openhelix.runtime.core.types import Action, ActionChunk, CameraFrame, LatentGoal, Observation
+from openhelix.runtime.core.interfaces import (
+    Action,
+    ActionChunk,
+    CameraFrame,
+    LatentGoal,
+    Observation,
+)
 
 PERIOD_NS = 33_333_333
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import zmq
 
-from openhelix.runtime.core.types import GoalRequest, LatentGoal
+from openhelix.runtime.core.interfaces import GoalRequest, LatentGoal
 from openhelix.runtime.transport.codec import encode
 from openhelix.runtime.transport.wire import ENVELOPE, NewestReader
 

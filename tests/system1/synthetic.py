@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from openhelix.runtime.core.interfaces import LatentSpec
-from openhelix.runtime.core.types import CameraFrame
+from openhelix.runtime.core.interfaces import CameraFrame, LatentSpec
 from openhelix.system1.cache import CacheWriter, chunk_targets, shrunk, write_latents
 from openhelix.system1.config import KEYPOSES, PolicyConfig
 

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from openhelix.runtime.control.planner import PlanRequest, SyncPlanner
-from openhelix.runtime.core.interfaces import PolicyFault, SpecMismatch
-from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
-from openhelix.runtime.launch.system1_process import System1Process
+from openhelix.runtime.control.plans import PlanRequest, SyncPlanner
+from openhelix.runtime.core.interfaces import (
+    CameraFrame,
+    LatentGoal,
+    Observation,
+    PolicyFault,
+    SpecMismatch,
+)
+from openhelix.runtime.launch.parts import System1Process
 from openhelix.system1.config import CameraConfig, PolicyConfig, small
 from openhelix.system1.policy import DiffusionPolicy, to_absolute
 from openhelix.system1.rotations import matrix_to_6d, quat_to_matrix, xyzw_to_wxyz

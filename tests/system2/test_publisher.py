@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import zmq
 
-from openhelix.runtime.core.interfaces import LatentSpec
-from openhelix.runtime.core.types import GoalRequest, LatentGoal
+from openhelix.runtime.core.interfaces import GoalRequest, LatentGoal, LatentSpec
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 from openhelix.system2.prompt import clean_instruction
 from openhelix.system2.publisher import LatentOutlet, System2Process

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openhelix.runtime.core.clock import FakeClock
-from openhelix.runtime.core.interfaces import LatentSpec
-from openhelix.runtime.core.types import GoalRequest, LatentGoal
+from openhelix.runtime.core.interfaces import GoalRequest, LatentGoal, LatentSpec
 from openhelix.runtime.transport.codec import WireError
 from openhelix.system2.prompt import BadInstruction
 from openhelix.system2.scheduler import EngineBroken, GoalScheduler, Limits

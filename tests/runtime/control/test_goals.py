@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from openhelix.runtime.control.goals import LockstepGoals, WireGoals
-from openhelix.runtime.core.interfaces import LatentSpec
-from openhelix.runtime.core.types import CameraFrame, LatentGoal, Observation
+from openhelix.runtime.core.interfaces import CameraFrame, LatentGoal, LatentSpec, Observation
 from openhelix.runtime.robots.fake import PointEngine
 from tests.fakes import LATENT, PERIOD_NS
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from openhelix.runtime.control.assembly import ControlStack, build_stack, lockstep_goals, replan_ns
-from openhelix.runtime.control.episode_runner import Assignment
-from openhelix.runtime.control.planner import SyncPlanner
+from openhelix.runtime.control.episodes import Assignment
+from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import RunConfig, load
 from openhelix.runtime.core.interfaces import (

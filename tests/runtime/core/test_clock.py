@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openhelix.runtime.core.clock import FakeClock, LatenessStats, MonotonicClock, Pacer
+from openhelix.runtime.core.clock import (
+    FakeClock,
+    LatenessStats,
+    MonotonicClock,
+    Pacer,
+    SlackCollector,
+    using_the_slack,
+)
 
 MS = 1_000_000
 
@@ -127,3 +134,34 @@ def test_the_fake_clock_only_moves_forward() -> None:
 def test_wrong_values_are_named(make: object) -> None:
     with pytest.raises(ValueError, match=r"ns: |capacity: "):
         make()  # type: ignore[operator]
+
+
+def test_garbage_is_collected_only_when_it_fits() -> None:
+    collector = SlackCollector()
+    assert collector.collect(0) is None
+    assert collector.collect(100_000) is None
+    assert collector.runs == [0, 0, 0]
+    generations = [collector.collect(10**12) for _ in range(250)]
+    assert set(generations) == {0, 1, 2}
+    assert generations.count(2) == 2
+    assert generations.count(1) > 15
+    assert collector.longest_ns > 0
+
+
+def test_the_newest_state_is_fetched_before_the_deadline() -> None:
+    clock = FakeClock()
+    pacer = Pacer(clock, 10 * MS)
+    deadline = pacer.start() + 10 * MS
+    fetched: list[int] = []
+    using_the_slack(pacer, lambda: fetched.append(clock.now_ns()))()
+    assert len(fetched) == 1 and fetched[0] < deadline <= clock.now_ns()
+
+
+def test_without_slack_nothing_is_fetched() -> None:
+    clock = FakeClock()
+    pacer = Pacer(clock, 10 * MS)
+    pacer.start()
+    clock.advance(25 * MS)
+    fetched: list[int] = []
+    using_the_slack(pacer, lambda: fetched.append(1))()
+    assert not fetched and pacer.stats.missed == 1

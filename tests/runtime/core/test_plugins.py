@@ -103,6 +103,6 @@ def test_unknown_names_say_what_was_meant() -> None:
     with pytest.raises(plugins.ResolveError, match="no world 'calvn'; did you mean 'calvin'"):
         plugins.find(plugins.WORLDS, "calvn")
     with pytest.raises(plugins.ResolveError, match="has no 'Nothing'"):
-        plugins.resolve("openhelix.runtime.core.types:Nothing")
+        plugins.resolve("openhelix.runtime.core.interfaces:Nothing")
     assert plugins.missing(ModuleNotFoundError(name="ray.util")) is not None
     assert plugins.missing(ModuleNotFoundError(name="nobody")) is None

@@ -16,12 +16,11 @@ import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from openhelix.runtime.control.chunks import ChunkBuffer
+from openhelix.runtime.control.plans import ChunkBuffer
 from openhelix.runtime.core.clock import FakeClock, Pacer
-from openhelix.runtime.core.config import METRICS_PARTS
-from openhelix.runtime.core.limits import SafetyLimits
-from openhelix.runtime.core.types import Action, ActionChunk, LatentGoal
-from openhelix.runtime.core.watchdog import SafetyState, Watchdog
+from openhelix.runtime.core.config import METRICS_PARTS, SafetyLimits
+from openhelix.runtime.core.interfaces import Action, ActionChunk, LatentGoal
+from openhelix.runtime.core.safety import SafetyState, Watchdog
 from openhelix.runtime.observe.collectors import (
     DROP_REASONS,
     LoopMetrics,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zmq
 
-from openhelix.runtime.core.types import GoalRequest
+from openhelix.runtime.core.interfaces import GoalRequest
 from openhelix.runtime.observe.peers import PeerMetrics, PeerWatch
 from openhelix.runtime.transport.codec import MAX_FRAME_BYTES
 from openhelix.runtime.transport.sockets import generate

@@ -13,7 +13,13 @@ import pytest
 
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.core.config import load
-from openhelix.runtime.core.types import Action, ActionChunk, CameraFrame, LatentGoal, Observation
+from openhelix.runtime.core.interfaces import (
+    Action,
+    ActionChunk,
+    CameraFrame,
+    LatentGoal,
+    Observation,
+)
 from openhelix.runtime.observe.observer import MAX_SIDE_PX, StatusBoard, TickMessage
 from openhelix.runtime.observe.status_source import (
     RECORD,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from openhelix.runtime.core.interfaces import check_frame
-from openhelix.runtime.core.types import Action
+from openhelix.runtime.core.interfaces import Action, check_frame
 from openhelix.runtime.robots.base import NotConnected, Robot, World
 from tests.runtime.robot_cases import CASES
 

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from openhelix.runtime.control.assembly import build_stack
-from openhelix.runtime.control.planner import SyncPlanner
+from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import ConfigError, RunConfig
-from openhelix.runtime.core.interfaces import PolicySpec
-from openhelix.runtime.core.types import Action, ActionChunk
+from openhelix.runtime.core.interfaces import Action, ActionChunk, PolicySpec
 from openhelix.runtime.robots.base import RobotError, make_robot, world_options
 from openhelix.runtime.robots.env import EnvRobot
 from tests.runtime.robot_cases import TinyEnv

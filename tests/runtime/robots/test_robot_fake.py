@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from openhelix.runtime.core.clock import FakeClock
+from openhelix.runtime.core.interfaces import Action
 from openhelix.runtime.core.plugins import ROBOTS, ResolveError, entries
-from openhelix.runtime.core.types import Action
 from openhelix.runtime.robots.base import (
     NotConnected,
     Robot,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from openhelix.runtime.core.clock import FakeClock
+from openhelix.runtime.core.interfaces import Action
 from openhelix.runtime.core.quaternion import from_rotation_vector
-from openhelix.runtime.core.types import Action
 from openhelix.runtime.robots.base import RobotError, make_robot
 from openhelix.runtime.robots.lerobot import LeRobotAdapter, rigid
 from tests.runtime.robot_cases import (

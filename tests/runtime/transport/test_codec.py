@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from openhelix.runtime.core.types import Action, ActionChunk, GoalRequest, LatentGoal
+from openhelix.runtime.core.interfaces import Action, ActionChunk, GoalRequest, LatentGoal
 from openhelix.runtime.transport import codec
 from openhelix.runtime.transport.codec import INLINE_BYTES, WireError, decode, encode, register
 from tests.runtime.codec_records import MESSAGES, latent, on_the_wire, same

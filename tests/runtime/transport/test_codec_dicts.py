@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.msgpack import Ext
 
-from openhelix.runtime.core.types import F64, LatentGoal
+from openhelix.runtime.core.interfaces import F64, LatentGoal
 from openhelix.runtime.transport import codec
 from openhelix.runtime.transport.codec import WireError, decode, decode_dict, encode_dict
 from tests.runtime.codec_records import attempt, latent, on_the_wire

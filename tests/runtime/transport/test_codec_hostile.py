@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openhelix.runtime.core.types import Action, LatentGoal, Observation
+from openhelix.runtime.core.interfaces import Action, LatentGoal, Observation
 from openhelix.runtime.transport import codec
 from openhelix.runtime.transport.codec import WireError, decode, register
 from tests.runtime.codec_records import FLOATS, INTS, MESSAGES, Everything, attempt, on_the_wire

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import zmq
 
-from openhelix.runtime.core.types import LatentGoal
+from openhelix.runtime.core.interfaces import LatentGoal
 from openhelix.runtime.transport.rpc import RpcClient, RpcRefused, RpcServer, RpcTimeout
 from openhelix.runtime.transport.sockets import (
     CurveClient,

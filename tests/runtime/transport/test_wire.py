@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openhelix.runtime.core.clock import FakeClock
-from openhelix.runtime.core.types import Action, LatentGoal
+from openhelix.runtime.core.interfaces import Action, LatentGoal
 from openhelix.runtime.transport.codec import HEAD, MAGIC, MAX_FRAMES, VERSION, encode
 from openhelix.runtime.transport.wire import ENVELOPE, NewestReader, Publisher
 from tests.runtime.wire_ports import Raw, join, latent, settle, until

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from openhelix.runtime.core.clock import FakeClock
-from openhelix.runtime.core.types import GoalRequest
+from openhelix.runtime.core.interfaces import GoalRequest
 from openhelix.runtime.transport.wire import TAKEOVER_NS, NewestPerTopic, Publisher
 from tests.runtime.wire_ports import request, until
 

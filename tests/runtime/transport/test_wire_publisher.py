@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from openhelix.runtime.core.clock import MonotonicClock
-from openhelix.runtime.core.types import LatentGoal
+from openhelix.runtime.core.interfaces import LatentGoal
 from openhelix.runtime.transport.codec import WireError
 from openhelix.runtime.transport.sockets import BindRefused
 from openhelix.runtime.transport.wire import NewestReader, Publisher

@@ -1,8 +1,13 @@
-"""The control process: one robot's driver and the control loop, run in real time.
+"""The two processes on a robot's side: the control loop's and System 1's.
 
-Nothing else runs here: System 1, System 2 and the observer have their own processes. `setup`
-connects; `run` waits for the command to start, then paces the loop and collects the run's figures.
-The robot is stopped on every exit path: normal end, Ctrl-C, error.
+`ControlProcess` has one robot's driver and the control loop, run in real time, and nothing else:
+System 1, System 2 and the observer have their own processes. `setup` connects; `run` waits for the
+command to start, then paces the loop and collects the run's figures. The robot is stopped on every
+exit path: normal end, Ctrl-C, error.
+
+`System1Process` serves the policy over ZeroMQ, always on the newest request. If the policy raises,
+the reply has no chunk (`PlanReply.chunk` is None) and the policy is called again at the next
+request: the loop runs out of actions and holds, but does not die.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +25,34 @@ from openhelix.runtime.control.assembly import (
     build_stack,
     check_parts,
     make_clock,
+    make_policy,
     remote_planner,
     wire_goals,
 )
-from openhelix.runtime.control.episode_runner import Assignment
+from openhelix.runtime.control.episodes import Assignment, live, percentiles, task_rows
 from openhelix.runtime.control.goals import WireGoals
-from openhelix.runtime.control.journal import told_lines
+from openhelix.runtime.control.plans import PlanReply, PlanRequest, checked_chunk
 from openhelix.runtime.control.realtime import RealtimeStatus, enter, leave
-from openhelix.runtime.control.report import live, percentiles, task_rows
-from openhelix.runtime.core.config import RunConfig, validate
-from openhelix.runtime.core.interfaces import LatentSpec, PolicySpec, check_latent
+from openhelix.runtime.core.config import Part, RunConfig, validate
+from openhelix.runtime.core.interfaces import (
+    ActionChunk,
+    LatentSpec,
+    Policy,
+    PolicySpec,
+    check_latent,
+)
+from openhelix.runtime.observe.collectors import WireMetrics
+from openhelix.runtime.observe.metrics import LOOPBACK, Endpoint, GpuMetrics, serve
 from openhelix.runtime.observe.observer import ObserverProcess, Subscribers
 from openhelix.runtime.robots.base import Robot, RobotError, World, make_robot, world_options
 from openhelix.runtime.robots.sim import SimRobot
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
 from openhelix.runtime.transport.sockets import is_local
+from openhelix.runtime.transport.wire import NewestReader, Publisher
+
+# ------------------------------------------------------------------------------------------------
+# The control process
+
 
 log = logging.getLogger(__name__)
 SYSTEM1_TIMEOUT_S = 240.0
@@ -49,15 +68,18 @@ class ControlProcess:
         assignments: [{"task": ..., "instruction": ...}, ...].
         initial: {"robot_obs": [...], "scene_obs": [...]} for a world that can be reset, or
             {"stage": {"target": "module:function", "options": {...}}}; see `SimRobot.stage`.
+        stay: when nothing is left to do, hold still and wait for words, until told not to.
     """
 
     def __init__(
         self,
         config: dict[str, Any],
         channels: dict[str, str],
-        assignments: Sequence[dict[str, str]],
+        assignments: Sequence[dict[str, Any]],
         initial: dict[str, Any] | None = None,
+        stay: bool = False,
     ) -> None:
+        self._stay = stay
         self._config = validate(RunConfig, config)
         self._channels = channels
         self._assignments = [Assignment(**row) for row in assignments]
@@ -72,6 +94,7 @@ class ControlProcess:
         self._stack: ControlStack | None = None
         self._realtime: RealtimeStatus | None = None
         self._subscribers: Subscribers | None = None
+        self._metrics_url: str | None = None
 
     @property
     def stack(self) -> ControlStack | None:
@@ -94,6 +117,7 @@ class ControlProcess:
         ticks = channels["ticks"] if ObserverProcess.wanted(config) else None
         tasks = [assignment.task for assignment in self._assignments]
         self._subscribers = Subscribers(config, Path(), stack, ticks, lambda: self._realtime, tasks)
+        self._metrics_url = self._subscribers.metrics_url
 
     def run(self, stop: threading.Event) -> None:
         assert self._stack is not None and self._robot is not None
@@ -111,11 +135,12 @@ class ControlProcess:
             self._stack.loop.arm()
             self._stack.pacer.start()
             self._stack.episode_runner.run(
-                self._assignments, lambda: self._halt.is_set() or stop.is_set()
+                self._assignments, lambda: self._halt.is_set() or stop.is_set(), self._stay
             )
         finally:
             self._robot.stop("the run has ended")
             log.info("the robot is stopped")
+            self._stack.episode_runner.talk.end()
             if self._subscribers is not None:
                 self._subscribers.finish()
             leave(self._realtime)
@@ -133,10 +158,10 @@ class ControlProcess:
             "steps": runner.steps if runner else 0,
             **task_rows(runner.results if runner else []),
             **live(self._subscribers.statistics if self._subscribers else None),
-            "entries": told_lines(runner.journal) if runner else [],
+            "entries": runner.journal.rows(30) if runner else [],
             "latents_received": goals.received if goals else 0,
             "latents_mismatched": goals.mismatched if goals else 0,
-            "metrics_url": self._subscribers.metrics_url if self._subscribers else None,
+            "metrics_url": self._metrics_url,
         }
 
     def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
@@ -144,6 +169,8 @@ class ControlProcess:
             "start": self._on_start,
             "halt": self._on_halt,
             "safe_stop": self._on_safe_stop,
+            "say": self._on_say,
+            "leave": self._on_leave,
             "report": lambda _: self._report,
             "await_scrape": self._on_await_scrape,
         }
@@ -236,6 +263,18 @@ class ControlProcess:
         self._stack.loop.watchdog.order_stop(who)
         return {}
 
+    def _on_say(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Take what a person says; see `Talk.say`."""
+        if self._stack is None:
+            raise ValueError("control: the robot is not connected yet")
+        return self._stack.episode_runner.talk.say(arguments["text"], str(arguments["who"]))
+
+    def _on_leave(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Whom the robot waited for has left: it finishes what it does, and the run ends."""
+        if self._stack is not None:
+            self._stack.episode_runner.talk.close()
+        return {}
+
     def _on_halt(self, _: dict[str, Any]) -> dict[str, Any]:
         """Stop the robot at the end of this tick and finish the report."""
         self._halt.set()
@@ -251,6 +290,7 @@ class ControlProcess:
             "clock": "realtime",
             "hz2": self._config.system2.hz,
             "steps_limit": self._config.tasks.steps_limit,
+            "journal": stack.episode_runner.journal.rows(),
             **task_rows(stack.episode_runner.results),
             **self._subscribers.statistics.report(),
             "first_action_ns": self._subscribers.statistics.first_action_ns,
@@ -293,3 +333,106 @@ def clock_offset_s(call: Callable[..., dict[str, Any]]) -> dict[str, float]:
         found.append((away_ns / 2, (received_ns + sent_ns - asked_ns - heard_ns) / 2))
     uncertainty_ns, offset_ns = min(found)
     return {"offset": offset_ns * 1e-9, "uncertainty": uncertainty_ns * 1e-9}
+
+
+# ------------------------------------------------------------------------------------------------
+# System 1's process
+
+
+class System1Process:
+    """The node "system1" of a run's graph; see `openhelix.runtime.launch.node.Node`.
+
+    Args:
+        policy: {"target": "module:Class", "options": {...}}.
+        plans: endpoint on which requests arrive (bound here).
+        chunks: endpoint on which replies go out (bound here).
+        keys: folder of CURVE keys, off loopback.
+        metrics_port: where Prometheus finds this process's metrics; 0 for a free port, None
+            for no endpoint.
+        metrics_host: the address that it binds.
+    """
+
+    def __init__(
+        self,
+        policy: dict[str, Any],
+        plans: str,
+        chunks: str,
+        keys: str | None = None,
+        metrics_port: int | None = None,
+        metrics_host: str = LOOPBACK,
+    ) -> None:
+        self._metrics_at = (metrics_port, metrics_host)
+        self._metrics: Endpoint | None = None
+        self._part = Part(**policy)
+        self._endpoints, self._keys = (plans, chunks), keys
+        self._policy: Policy | None = None
+        self._reader: NewestReader[PlanRequest] | None = None
+        self._replies: Publisher | None = None
+        self._reset_for: tuple[int, int] | None = None  # instruction and seed
+        self._planned = 0
+        self._failed = 0
+        self._compute_s = 0.0
+
+    def setup(self) -> None:
+        policy = make_policy(self._part)
+        self._policy = policy  # known from here on: what it needs is compared while it warms up
+        policy.warm_up()
+        plans, chunks = self._endpoints
+        self._reader = NewestReader(plans, "plans", PlanRequest, bind=True, keys=self._keys)
+        self._replies = Publisher(chunks, "chunks", keys=self._keys)
+        port, host = self._metrics_at
+        if port is not None:
+            wire = WireMetrics({"plans": self._reader.stats}, {"chunks": self._replies})
+            self._metrics = serve(port, wire, GpuMetrics(), host=host)
+
+    def run(self, stop: threading.Event) -> None:
+        assert self._reader is not None
+        while not stop.is_set():
+            self._reader.wait(0.05)
+            request = self._reader.poll()
+            if request is not None:
+                self._answer(request)
+
+    def health(self) -> dict[str, Any]:
+        policy, reader = self._policy, self._reader
+        return {
+            "planned": self._planned,
+            "failed": self._failed,
+            "compute_s": self._compute_s,
+            "policy_spec": asdict(policy.spec) if policy else None,
+            "device": str(getattr(policy, "device", "cpu")) if policy else None,
+            "untrained": bool(getattr(policy, "untrained", False)),
+            "dropped": dict(reader.stats.dropped) if reader else {},
+            "metrics_url": self._metrics.url if self._metrics else None,
+        }
+
+    def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+        return {}
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        for part in (self._reader, self._replies):
+            if part is not None:
+                part.close()
+
+    def _answer(self, request: PlanRequest) -> None:
+        assert self._policy is not None and self._replies is not None
+        observation = request.observation
+        start_s = time.perf_counter()
+        chunk: ActionChunk | None = None
+        try:
+            # A restarted control process counts instructions from 1 again, with another seed.
+            if self._reset_for != (observation.instruction_id, request.seed):
+                self._reset_for = (observation.instruction_id, request.seed)
+                self._policy.reset(request.seed)
+            chunk = checked_chunk(self._policy.act(observation, request.latents))
+            self._planned += 1
+        except Exception:
+            self._failed += 1
+            log.exception("System 1 failed; the loop goes on without this chunk")
+        self._compute_s = time.perf_counter() - start_s
+        self._replies.send(
+            PlanReply(observation.instruction_id, observation.t_ns, chunk, self._compute_s)
+        )

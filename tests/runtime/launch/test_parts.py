@@ -1,4 +1,4 @@
-"""openhelix.runtime.launch.control_process: another host's clock, read over RPC."""
+"""openhelix.runtime.launch.parts: another host's clock, read over RPC."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openhelix.runtime.launch import control_process
-from openhelix.runtime.launch.control_process import OFFSET_ROUNDS, clock_offset_s
+from openhelix.runtime.launch import parts
+from openhelix.runtime.launch.parts import OFFSET_ROUNDS, clock_offset_s
 
 S = 10**9
 
@@ -34,7 +34,7 @@ def test_the_truth_is_within_the_uncertainty(offset_ns, ways):
         return answer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(control_process.time, "monotonic_ns", lambda: now_ns)
+        patch.setattr(parts.time, "monotonic_ns", lambda: now_ns)
         found = clock_offset_s(call)
     assert not left
     assert abs(found["offset"] - offset_ns * 1e-9) <= found["uncertainty"] + 1e-6

@@ -5,6 +5,7 @@ import pytest
 
 from openhelix.runtime.core.interfaces import (
     ActionSpec,
+    CameraFrame,
     CameraSpec,
     LatentSpec,
     PolicySpec,
@@ -15,7 +16,6 @@ from openhelix.runtime.core.interfaces import (
     check_robot,
 )
 from openhelix.runtime.core.plugins import ResolveError, resolve
-from openhelix.runtime.core.types import CameraFrame
 
 STATIC = CameraSpec("static", 200, 200)
 POLICY = PolicySpec((STATIC,), LatentSpec("act_last", 1, 512), ActionSpec(), horizon=16)
