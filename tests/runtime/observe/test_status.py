@@ -20,7 +20,7 @@ from openhelix.runtime.core.interfaces import (
     LatentGoal,
     Observation,
 )
-from openhelix.runtime.observe.observer import MAX_SIDE_PX, StatusBoard, TickMessage
+from openhelix.runtime.observe.observer import MAX_SIDE_PX, StatusBoard
 from openhelix.runtime.observe.status_source import (
     RECORD,
     NoRun,
@@ -28,6 +28,7 @@ from openhelix.runtime.observe.status_source import (
     StatusRecord,
     newest_run,
 )
+from openhelix.runtime.observe.ticks import TickMessage
 from openhelix.runtime.transport.rpc import RpcServer
 
 S = 1_000_000_000
