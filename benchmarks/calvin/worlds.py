@@ -35,6 +35,20 @@ class _CalvinTasks:
         start = {"robot_obs": robot_obs.tolist(), "scene_obs": scene_obs.tolist()}
         return [(name, TASKS[name].sentence) for name in names], start
 
+    @staticmethod
+    def task(name: str, scene: str, seed: int) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+        """Return one of CALVIN's tasks with its sentence, and how to begin it.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        from openhelix.benchmarks.calvin.tasks import get_task
+
+        sentence = get_task(name).sentence
+        options = {"task": name, "seed": seed}
+        stage = {"target": "openhelix.benchmarks.calvin.starts:put_up", "options": options}
+        return [(name, sentence)], {"stage": stage}
+
 
 @lru_cache(maxsize=4)
 def _scenery(scene: str) -> Scenery:

@@ -177,6 +177,7 @@ class WorldConfig(_Section):
 
     name: str = "playtable"  # an entry of the group `openhelix.worlds`
     scene: Annotated[str, AfterValidator(_known_scene)] = "D"
+    seed: Annotated[int, Field(ge=0)] = 0  # of what is drawn at random in its first state
     cameras: tuple[Literal["static", "gripper"], ...] = ("static", "gripper")
     camera_hz: Positive = 10.0
     # A world that the machine is too busy to step looks like a robot that does not answer.

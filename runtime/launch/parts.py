@@ -44,8 +44,13 @@ from openhelix.runtime.core.interfaces import (
 from openhelix.runtime.observe.collectors import WireMetrics
 from openhelix.runtime.observe.metrics import LOOPBACK, Endpoint, GpuMetrics, serve
 from openhelix.runtime.observe.observer import ObserverProcess, Subscribers
-from openhelix.runtime.robots.base import Robot, RobotError, World, make_robot, world_options
-from openhelix.runtime.robots.sim import SimRobot
+from openhelix.runtime.robots.base import (
+    Robot,
+    RobotError,
+    make_robot,
+    set_world,
+    world_options,
+)
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
 from openhelix.runtime.transport.sockets import is_local
 from openhelix.runtime.transport.wire import NewestReader, Publisher
@@ -66,8 +71,7 @@ class ControlProcess:
         config: `RunConfig` as JSON data.
         channels: endpoints by channel name; see `openhelix.runtime.launch.graph`.
         assignments: [{"task": ..., "instruction": ...}, ...].
-        initial: {"robot_obs": [...], "scene_obs": [...]} for a world that can be reset, or
-            {"stage": {"target": "module:function", "options": {...}}}; see `SimRobot.stage`.
+        initial: first state of the robot's world; see `set_world`.
         stay: when nothing is left to do, hold still and wait for words, until told not to.
     """
 
@@ -108,7 +112,7 @@ class ControlProcess:
         spec = self._policy_spec()
         check_parts(config, robot.spec, spec)
         robot.connect()
-        self._set_world()
+        set_world(robot, self._initial)
         if spec.latent is not None:
             self._goals = wire_goals(config, channels["requests"], channels["latents"])
         planner = remote_planner(config, channels["plans"], channels["chunks"])
@@ -182,17 +186,6 @@ class ControlProcess:
             self._subscribers.close()
         if self._robot is not None:
             self._robot.disconnect()
-
-    def _set_world(self) -> None:
-        initial, robot = self._initial, self._robot
-        if initial is None:
-            return
-        if "stage" in initial:
-            if not isinstance(robot, SimRobot):
-                raise ValueError(f"robot.name: {self._config.robot.name!r} cannot be staged")
-            robot.stage(**initial["stage"])
-        elif isinstance(robot, World):
-            robot.reset_world(initial["robot_obs"], initial["scene_obs"])
 
     def _policy_spec(self) -> PolicySpec:
         """Ask System 1 what it needs, once it is ready."""

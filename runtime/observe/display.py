@@ -20,6 +20,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from openhelix.runtime.observe.prompt import Prompt
+
 WIDTH = 78  # columns that a line may have
 WAITS_FOR = {  # what a node does before it is ready, as a person would say it
     "system1": "System 1 (loads the policy)",
@@ -45,6 +47,7 @@ class Display:
         self._live: Live | None = None
         self._told: dict[str, str] = {}
         self._entries_told = 0
+        self._prompt: Prompt | None = None
         self._start_s = time.monotonic()
 
     def __enter__(self) -> Display:
@@ -57,6 +60,13 @@ class Display:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def above(self, prompt: Prompt) -> None:
+        """From now on the live view is above a prompt, which redraws it."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._prompt = prompt
 
     def say(self, text: str, style: str = "") -> None:
         """One line of news, with the time since the start."""
@@ -97,8 +107,15 @@ class Display:
             self._entries_told = entry["number"]
             if entry["kind"] in TOLD:
                 self.say(entry["line"], STYLES.get(_mood(entry), ""))
-        if self._live is not None and health.get("loop_state"):
+        if not health.get("loop_state"):
+            return
+        if self._live is not None:
             self._live.update(_live_table(health, steps_limit))
+        elif self._prompt is not None:
+            drawing = Console(width=WIDTH + 2, force_terminal=True, highlight=False)
+            with drawing.capture() as drawn:
+                drawing.print(_live_table(health, steps_limit))
+            self._prompt.view(tuple(drawn.get().rstrip("\n").split("\n")))
 
     @contextmanager
     def working(self, what: str, total: int | None) -> Iterator[Callable[[int], None]]:

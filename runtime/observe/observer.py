@@ -29,20 +29,22 @@ from openhelix.runtime.control.assembly import ControlStack
 from openhelix.runtime.control.episodes import LoopStatistics
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.realtime import RealtimeStatus
+from openhelix.runtime.control.talk import KEPT, Entry, row
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import RunConfig, validate
-from openhelix.runtime.core.interfaces import U8, CameraFrame
+from openhelix.runtime.core.interfaces import U8, ActionChunk, CameraFrame
 from openhelix.runtime.observe.collectors import LoopMetrics, SinkMetrics, WireMetrics, loop_wire
 from openhelix.runtime.observe.film import FILE_NAME as FILM_NAME
 from openhelix.runtime.observe.film import LiveFilm
 from openhelix.runtime.observe.metrics import Endpoint, serve
-from openhelix.runtime.observe.overlay import About, world_of
+from openhelix.runtime.observe.overlay import About, strokes, world_of
 from openhelix.runtime.observe.ticks import TOPIC, EveryReader, Teller, TickMessage, TickPublisher
 from openhelix.runtime.transport.wire import Publisher
 
 WINDOW_S = 10.0  # over which rates are counted
 MAX_SIDE_PX = 640  # of an image that is handed out; larger ones are thinned
 KEPT_STOPS = 20
+SHOWN_ENTRIES = 40  # of the journal, in a snapshot
 QUIET_S = 0.3  # after this long without a tick, a run that has ended has been seen whole
 
 
@@ -68,6 +70,8 @@ class StatusBoard:
             name: deque(maxlen=4096) for name in ("loop", "system1", "system2")
         }
         self._stops: deque[tuple[int, str]] = deque(maxlen=KEPT_STOPS)
+        self._entries: tuple[Entry, ...] = ()
+        self._plan: ActionChunk | None = None
         self.finished = False
 
     def take(self, message: TickMessage, frames: Mapping[str, CameraFrame]) -> None:
@@ -83,6 +87,11 @@ class StatusBoard:
             self._marks["system2"].append(now_ns)
         if tick.new_chunk is not None:
             self._marks["system1"].append(now_ns)
+        if message.entries:
+            self._entries = (*self._entries, *message.entries)[-KEPT:]
+        plan = tick.new_chunk or self._plan
+        here = tick.observation.instruction_id
+        self._plan = plan if plan is not None and plan.instruction_id == here else None
         before = self._newest.tick if self._newest is not None else None
         if tick.state == "stop" and (before is None or before.state != "stop"):
             self._stops.append((now_ns, tick.reason))
@@ -106,6 +115,10 @@ class StatusBoard:
             ],
         }
         return status | (self._tick(message, now_ns) if message is not None else _NOTHING)
+
+    def journal(self, since: int) -> dict[str, Any]:
+        """Return {"entries": what happened after the entry of that number}; see `talk.row`."""
+        return {"entries": [row(entry) for entry in self._entries if entry.number > since]}
 
     def frame(self, camera: str) -> dict[str, Any]:
         """Return {"t_ns": capture time, "rgb": (h, w, 3) u8}; an empty dict without a frame."""
@@ -136,10 +149,23 @@ class StatusBoard:
                     "t_ns": frame.t_ns,
                     # Both times are the control host's clock.
                     "age_s": max(0.0, (tick.t_ns - frame.t_ns) * 1e-9) + silent_s,
+                    "plan": self._drawn(frame),
                 }
                 for name, frame in self._frames.items()
             },
+            "entries": [row(entry) for entry in self._entries[-SHOWN_ENTRIES:]],
         }
+
+    def _drawn(self, frame: CameraFrame) -> list[list[list[float]]]:
+        """The plan in an image: its committed part, then the rest, each [[u, v], ...] from 0 to 1."""
+        if self._plan is None:
+            return []
+        height, width = frame.rgb.shape[:2]
+        committed = self._config.system1.replan_steps
+        return [
+            (points / (width, height)).round(4).tolist()
+            for points, _ in strokes(frame, self._plan, committed)
+        ]
 
     def _rate_hz(self, marks: deque[int], now_ns: int) -> float:
         """Count over the window; a rate that has stopped falls to 0 within it."""
@@ -165,6 +191,7 @@ _NOTHING: dict[str, Any] = {
     "silent_s": 0.0,
     "latent_age_s": None,
     "cameras": {},
+    "entries": [],
 }
 
 
@@ -314,6 +341,7 @@ class ObserverProcess:
         return {
             "finish": self._on_finish,
             "status": lambda _: self._board.snapshot(),
+            "journal": lambda arguments: self._board.journal(int(arguments["since"])),
             "view": self._on_view,
             "frame": lambda arguments: self._board.frame(str(arguments["camera"])),
         }

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from openhelix.runtime.core.config import CommandFailed, RunConfig
-from openhelix.runtime.transport.rpc import RpcClient, RpcError
+from openhelix.runtime.core.config import CommandFailed, RunConfig, checked_sentence
+from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcTimeout
 
 RECORD = "status.json"
 ASK_TIMEOUT_S = 1.0
@@ -150,6 +150,14 @@ class RunSource:
         """
         return self._ask("frame", camera=camera)
 
+    def journal(self, since: int = 0) -> list[dict[str, Any]]:
+        """Return what happened after the entry of that number; see `talk.row`.
+
+        Raises:
+            NoRun: there is no run, or it does not answer.
+        """
+        return list(self._ask("journal", since=since)["entries"])
+
     def view(self) -> dict[str, Any]:
         """Let the run show itself in Rerun; return {"url": ...}.
 
@@ -158,6 +166,22 @@ class RunSource:
         """
         return self._ask("view", timeout_s=VIEW_TIMEOUT_S)
 
+    def say(self, text: str, who: str) -> dict[str, Any]:
+        """Tell the robot something; see `openhelix.runtime.control.talk.Talk.say`.
+
+        Raises:
+            ConfigError: the text is no sentence.
+            NoRun: there is no run, or it does not answer: it may have been heard.
+        """
+        sentence = checked_sentence(text, "say")  # here already: no need to bother the robot
+        record = self.record()
+        try:
+            return self._order(record, "say", text=sentence, who=who)
+        except RpcTimeout as error:
+            raise NoRun(f"{record.robot}: does not answer ({error})") from None
+        except RpcError as error:
+            raise NoRun(f"{record.robot}: {error}") from None
+
     def stop(self, who: str) -> None:
         """Stop the robot for good.
 
@@ -165,11 +189,17 @@ class RunSource:
             NoRun: there is no run, or it does not answer: the robot may still move.
         """
         record = self.record()
-        client = RpcClient(record.control, keys=record.keys)
         try:
-            client.call("ask", {"question": "safe_stop", "who": who}, STOP_TIMEOUT_S)
+            self._order(record, "safe_stop", who=who)
         except RpcError as error:
             raise NoRun(f"{record.robot}: NOT stopped: {error}") from None
+
+    @staticmethod
+    def _order(record: StatusRecord, question: str, **arguments: Any) -> dict[str, Any]:
+        """Tell the control process, which answers at once or not at all."""
+        client = RpcClient(record.control, keys=record.keys)
+        try:
+            return client.call("ask", {"question": question, **arguments}, STOP_TIMEOUT_S)
         finally:
             client.close()
 

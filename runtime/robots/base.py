@@ -223,6 +223,15 @@ class WorldPlugin(Protocol):
     ) -> tuple[list[tuple[str, str]], dict[str, list[float]]]:
         """Return a run's tasks with their sentences, and the `reset_world` state to start from."""
 
+    def task(
+        self, name: str, scene: str, seed: int
+    ) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+        """Return a task with its sentence, and a start from which it can be done; see `set_world`.
+
+        Raises:
+            ValueError: there is no such task; the line names the nearest.
+        """
+
     def scenery(self, scene: str) -> Scenery | None:
         """Return what a scene looks like; None where only a camera can tell."""
 
@@ -260,6 +269,31 @@ def world_options(
                 f"say world.{field} alone"
             )
     return {**options, **of_run}
+
+
+def set_world(robot: Robot, initial: Mapping[str, Any] | None) -> None:
+    """Put the world that a robot is in into its first state; None leaves it as it is.
+
+    Args:
+        robot: connected.
+        initial: {"robot_obs": [...], "scene_obs": [...]}, or what puts it up: {"stage":
+            {"target": "module:function", "options": {...}}}, called with the world's env.
+
+    Raises:
+        ConfigError: this robot's world cannot be put up so.
+        RobotError: the world does not answer.
+    """
+    if initial is None:
+        return
+    if "stage" in initial:
+        stage = getattr(robot, "stage", None)
+        if stage is None:
+            raise ConfigError(
+                f"robot.name: a {type(robot).__name__} is in no world that can be set"
+            )
+        stage(**initial["stage"])
+    elif isinstance(robot, World):
+        robot.reset_world(initial["robot_obs"], initial["scene_obs"])
 
 
 def make_robot(name: str, **options: Any) -> Robot:

@@ -221,6 +221,11 @@ class EnvRobot(Robot):
         self._ask(lambda: prepare(env))
         self._begin()
 
+    def stage(self, target: str, options: Mapping[str, Any]) -> None:
+        """Let `target(env, **options)` put the world into a state, and take that as the start."""
+        put = plugins.resolve(target)
+        self.prepare_world(lambda env: put(env, **options))
+
     def begin_task(self, task: str, instruction: str) -> None:
         self._connected()
         self._start_info = self._info
