@@ -47,7 +47,7 @@ from openhelix.runtime.launch.node import interruptible
 from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.observer import Subscribers
 from openhelix.runtime.observe.prompt import Prompt, Say
-from openhelix.runtime.observe.status_source import RECORD, StatusRecord
+from openhelix.runtime.observe.status_source import StatusRecord
 from openhelix.runtime.robots.base import make_robot, set_world, world_options
 from openhelix.runtime.robots.env import stepped
 from openhelix.runtime.transport.rpc import RpcError
@@ -242,8 +242,8 @@ def run_realtime(
         try:
             if graph.has("observer"):
                 display.say(
-                    f"`openhelix status --web` shows this run; {folder}/{RECORD} has the "
-                    "token of its stop button"
+                    "from another terminal: openhelix say TEXT, openhelix status --web, "
+                    "openhelix view"
                 )
             display.say("starting the processes" + (" as Ray actors" if config.ray else ""))
             graph.start()

@@ -20,7 +20,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from openhelix.runtime.observe.prompt import Prompt
+from openhelix.runtime.observe.prompt import Prompt, myself
 
 WIDTH = 78  # columns that a line may have
 WAITS_FOR = {  # what a node does before it is ready, as a person would say it
@@ -84,9 +84,11 @@ class Display:
     def states(self, states: Mapping[str, str]) -> None:
         """The nodes' states while they start."""
         for name, state in states.items():
-            if state != self._told.get(name) and state not in ("unreachable", "starting"):
-                self.say(f"{name}: {state}")
-        self._told = dict(states)
+            # On a busy machine a node that is ready may not answer in time: no news.
+            if state in ("unreachable", "starting") or state == self._told.get(name):
+                continue
+            self._told[name] = state
+            self.say(f"{name}: {state}")
         waiting = [name for name, state in states.items() if state not in ("ready", "done")]
         if waiting:
             # System 1 and System 2 take seconds, everything else waits for them in turn.
@@ -105,7 +107,8 @@ class Display:
             if entry["number"] <= self._entries_told:
                 continue
             self._entries_told = entry["number"]
-            if entry["kind"] in TOLD:
+            own = self._prompt is not None and entry["who"] == myself()  # what is typed is there
+            if entry["kind"] in TOLD and not own:
                 self.say(entry["line"], STYLES.get(_mood(entry), ""))
         if not health.get("loop_state"):
             return

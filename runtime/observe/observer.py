@@ -153,7 +153,11 @@ class StatusBoard:
                 }
                 for name, frame in self._frames.items()
             },
-            "entries": [row(entry) for entry in self._entries[-SHOWN_ENTRIES:]],
+            "entries": [
+                # Both times are the control host's clock.
+                row(entry) | {"ago_s": max(0.0, (tick.t_ns - entry.t_ns) * 1e-9) + silent_s}
+                for entry in self._entries[-SHOWN_ENTRIES:]
+            ],
         }
 
     def _drawn(self, frame: CameraFrame) -> list[list[list[float]]]:

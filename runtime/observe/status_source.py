@@ -20,6 +20,7 @@ from typing import Any
 
 from openhelix.runtime.core.config import CommandFailed, RunConfig, checked_sentence
 from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcTimeout
+from openhelix.runtime.transport.sockets import check_connect, served
 
 RECORD = "status.json"
 ASK_TIMEOUT_S = 1.0
@@ -108,10 +109,23 @@ class RunSource:
     Args:
         base: folder of all runs, searched again whenever the one that was shown has ended.
         folder: of one run, to show that and no other.
+        system2: address of an `openhelix serve`, whose robots `fleet` lists too.
+        keys: folder of CURVE keys for it, off this host.
     """
 
-    def __init__(self, base: Path, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        base: Path,
+        folder: Path | None = None,
+        system2: str | None = None,
+        keys: Path | None = None,
+    ) -> None:
         self._base, self._folder = base, folder
+        self._shared: RpcClient | None = None
+        if system2 is not None:
+            endpoint = served(system2)["control"]
+            check_connect(endpoint, keys)
+            self._shared = RpcClient(endpoint, keys=str(keys) if keys else None)
         self._lock = threading.Lock()
         self._shown: Path | None = None
         self._record: StatusRecord | None = None
@@ -157,6 +171,39 @@ class RunSource:
             NoRun: there is no run, or it does not answer.
         """
         return list(self._ask("journal", since=since)["entries"])
+
+    def fleet(self) -> dict[str, Any]:
+        """Return the runs on this host, and the robots of a shared System 2 if there is one.
+
+        Returns:
+            "runs": of each its folder, robot, instruction, state and latent age; "system2": its
+            address' health, None without one; "error" where it does not answer.
+        """
+        runs = []
+        for path in sorted(self._base.glob(f"run-*/{RECORD}")):
+            source = RunSource(self._base, path.parent)
+            try:
+                seen = source.snapshot()
+                kept = (
+                    "run",
+                    "robot",
+                    "instruction",
+                    "state",
+                    "reason",
+                    "latent_age_s",
+                    "finished",
+                )
+                runs.append({name: seen[name] for name in kept})
+            except NoRun as error:
+                runs.append({"run": path.parent.name, "error": str(error)})
+            finally:
+                source.close()
+        if self._shared is None:
+            return {"runs": runs, "system2": None}
+        try:
+            return {"runs": runs, "system2": self._shared.call("health", {}, ASK_TIMEOUT_S)}
+        except RpcError as error:
+            return {"runs": runs, "system2": {"error": str(error), "robots": {}}}
 
     def view(self) -> dict[str, Any]:
         """Let the run show itself in Rerun; return {"url": ...}.
@@ -207,6 +254,8 @@ class RunSource:
         """Release the connection; safe to call twice."""
         with self._lock:
             self._forget()
+        if self._shared is not None:
+            self._shared.close()
 
     def _ask(
         self, question: str, timeout_s: float = ASK_TIMEOUT_S, **arguments: Any
