@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openhelix.runtime.core.paths import cache_folder, make_in_cache
-from openhelix.system2.prompt import TEMPLATES, PromptBuilder, Template
+from openhelix.system2.prompt import TEMPLATES, PromptBuilder, Template, with_offsets
 
 if TYPE_CHECKING:
     import torch
@@ -315,13 +315,8 @@ class Checkpoint:
         if not 1 <= n_act <= len(self.act_ids):
             raise CheckpointError(f"n_act: {n_act}, this checkpoint has 1 to {len(self.act_ids)}")
         tokenizer = load_tokenizer(self.path)
-
-        def tokenize(text: str) -> tuple[list[int], list[tuple[int, int]]]:
-            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            return encoded["input_ids"], encoded["offset_mapping"]
-
         return PromptBuilder(
-            tokenize=tokenize,
+            tokenize=with_offsets(tokenizer),
             template=self.template,
             image_token_id=self.image_token_id,
             n_image=self.n_image,
@@ -430,18 +425,30 @@ def _assemble(
     write_llava(out, language, tokenizer, shape, weights, seed, key, "chatml", recipe)
 
 
+def builtin(model: str) -> Path:
+    """Return the folder of "laptop" or "smollm2", assembling it the first time.
+
+    "smollm2" has the language model as its package delivers it and an untrained tower: base
+    models are trained from it, and sentences that no picture belongs to are read by it.
+    """
+    if model == "smollm2":
+        return build(vision=VisionShape())
+    return base_from(SHIPPED) if (SHIPPED / LANGUAGE).is_file() else build()
+
+
 def open_checkpoint(model: str = "laptop", n_act: int = 1) -> Checkpoint:
     """Return what the engines need to know about a model.
 
     Args:
-        model: "laptop", a local folder (a whole LLaVA, or the few megabytes of a trained base
-            model, see `base_from`), or a hub name such as "llava-hf/llava-1.5-7b-hf".
+        model: "laptop" (the shipped base model), "smollm2" (what its training began with), a
+            local folder (a whole LLaVA, or the few megabytes of a trained base model, see
+            `base_from`), or a hub name such as "llava-hf/llava-1.5-7b-hf".
         n_act: how many `<ACT>` rows are wanted.
 
     Raises:
         CheckpointError: not a LLaVA, or not found.
     """
-    path = str(build()) if model == "laptop" else model
+    path = str(builtin(model)) if model in BUILTIN else model
     if _looks_local(path) and not Path(path).is_dir():
         raise CheckpointError(f"model: no folder {path!r}")
     if Path(path).is_dir() and is_small(Path(path)):
@@ -560,6 +567,7 @@ def pick_dtype(name: str) -> torch.dtype:
 # parts), as `openhelix.system2.vlm_train` writes them, stands for a whole LLaVA: `base_from` joins
 # it with the language model's package, once, in the cache.
 
+BUILTIN = ("laptop", "smollm2")
 VISION, LANGUAGE, ABOUT = "vision.safetensors", "language.safetensors", "tower"
 _SMALL_FORMAT = 1  # raise it when the same files would give another folder
 

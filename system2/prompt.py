@@ -29,6 +29,16 @@ class BadImage(ValueError):
     """An image that cannot be encoded; the message says which and why."""
 
 
+def with_offsets(tokenizer: Any) -> Tokenize:
+    """Return what `PromptBuilder` asks of a fast tokenizer of transformers."""
+
+    def tokenize(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    return tokenize
+
+
 @dataclass(frozen=True, slots=True)
 class Template:
     """The words around the image, the instruction and `<ACT>`."""
@@ -54,6 +64,18 @@ TEMPLATES = {
 }
 # The two questions of the public training recipe; the first is the one asked at run time.
 QUESTIONS = ("Can you {x}?", "Can you control the robot to {x}?")
+
+
+def asked_of_robot(instruction: str) -> str:
+    """Return an instruction in the question that the robot's System 2 is asked."""
+    return QUESTIONS[0].format(x=clean_instruction(instruction))
+
+
+def words_of_robot(text: str) -> tuple[int, int]:
+    """Return the range of characters of `asked_of_robot` that are the instruction."""
+    before, after = QUESTIONS[0].split("{x}")
+    return len(before), len(text) - len(after)
+
 
 _RESERVED = ("<act", "<image", "<pad>", "<s>", "</s>", "<unk>", "<|")
 

@@ -52,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
                 print(line, flush=True)
             if options.follow and not told.replaced:
                 _followed(robot, told, True)
+    if told.refused:
+        raise CommandFailed("the robot holds still: System 2 does not understand the sentence")
     acted = told.word or told.replaced or told.first_action_s is not None
     if not acted and options.timeout > 0:
         raise CommandFailed(

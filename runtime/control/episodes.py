@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from openhelix.runtime.control.goals import refused
 from openhelix.runtime.control.loop import ControlLoop, Tick
 from openhelix.runtime.control.talk import Journal, Kind, Said, Talk, answer_of
 from openhelix.runtime.core.clock import FakeClock
@@ -65,6 +66,8 @@ class TaskResult:
     duration_s: float
     reason: str  # why it ended
     seen: tuple[Seen, ...] = ()  # in the order in which it happened; of sentences of one's own
+    understood: float | None = None  # how probably System 2 thinks that it names a task
+    refused: bool = False  # too improbable: the robot held still
 
 
 class EpisodeRunner:
@@ -222,7 +225,7 @@ class EpisodeRunner:
         if tick.new_latent is not None:
             said = answer_of(tick.new_latent)
             if said and said != self._answer:
-                self._tell("answer", said)
+                self._tell("answer", said, success=not tick.new_latent.refused)
             self._answer = said
 
     def _judged(self, assignment: Assignment) -> bool:
@@ -260,6 +263,8 @@ class EpisodeRunner:
             duration_s=time.monotonic() - self._start_s,
             reason=reason,
             seen=tuple(self._seen),
+            understood=self._loop.understood,
+            refused=refused(self._loop.goals),
         )
 
     # -- words ----------------------------------------------------------------------------
@@ -501,4 +506,5 @@ def live(statistics: LoopStatistics | None) -> dict[str, Any]:
         "loop_state": tick.state if tick else "wait",
         "loop_reason": tick.reason if tick else "",
         "latent_age_s": tick.latent_age_s if tick else None,
+        "understood": tick.understood if tick else None,
     }

@@ -54,7 +54,7 @@ class Entry:
     task: str = ""  # the oracle's name, where there is one
     steps: int = 0  # environment steps of the instruction so far
     said: int = 0  # the saying (`Said.number`) that it belongs to; 0 for none
-    success: bool | None = None  # of "ended"; None where nobody judges
+    success: bool | None = None  # of "ended", None where nobody judged; of "answer", understood
     seconds: float | None = None  # of "acting": since the instruction was given
 
     def line(self) -> str:
@@ -106,11 +106,11 @@ def row(entry: Entry) -> dict[str, Any]:
 
 
 def answer_of(latent: LatentGoal) -> str:
-    """Return what System 2 says of the instruction that a latent is for; "" for nothing.
-
-    A System 2 that can tell what it understood, or that it did not, sends it with the latent.
-    """
-    return str(getattr(latent, "answer", ""))
+    """Return what System 2 says of the instruction that a latent is for; "" where nobody judges."""
+    sure = f"{100 * latent.understood:.0f} %"
+    if latent.refused:
+        return f"does not understand it ({sure}); say it in other words"
+    return f"understood ({sure})" if latent.understood < 1.0 else ""
 
 
 # ------------------------------------------------------------------------------------------------

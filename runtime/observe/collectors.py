@@ -36,7 +36,7 @@ STOP_REASONS = (
     *("latent_mismatch", "robot_error", "operator"),
 )
 HOLD_REASONS = (
-    *("chunk_ran_out", "first_plan_due"),
+    *("chunk_ran_out", "first_plan_due", "not_understood"),
     *("told_to_wait", "told_to_stop", "nothing_to_do"),
 )
 SHED_REASONS = ("too_many_robots", "name_taken", "bad_name", "too_old", "out_of_order")
@@ -152,6 +152,9 @@ class LoopMetrics:
         yield counter("latents_void", goals.void)
         yield counter("latents_missed", goals.missed)
         yield counter("latents_mismatched", goals.mismatched)
+        yield counter("latents_refused", goals.refusals)
+        if self._loop.understood is not None:
+            yield gauge("instruction_understood", self._loop.understood)
         if self._latent_period_s is not None:
             yield counter("latents_late", self._late)
             yield gauge("latent_period_seconds", self._latent_period_s)

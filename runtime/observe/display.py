@@ -180,6 +180,8 @@ def _live_table(health: Mapping[str, Any], steps_limit: int) -> Table:
     table.add_row("step", f"{health['steps']} of {steps_limit}, {state}")
     age = _number(health["latent_age_s"], ".2f")
     rate = f"control {_number(health['control_hz'], '.1f')} Hz, latent {age} s old"
+    if health["understood"] is not None:
+        rate += f", {health['understood']:.0%} understood"
     table.add_row("now", rate)
     judged = [row for row in health["tasks"] if row["task"]]
     if judged:

@@ -15,7 +15,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -74,6 +73,9 @@ class Mp4:
     ) -> None:
         if width % 2 or height % 2:
             raise ValueError(f"video: {width}x{height} pixels; H.264 needs even numbers")
+        import av  # a tenth of a second, which only those who write a video are to wait for
+
+        self._frame = av.VideoFrame.from_ndarray
         self._container = av.open(str(path), "w", options={"movflags": "faststart"})
         rate = Fraction(fps).limit_denominator(1000)
         self._stream = self._container.add_stream("libx264", rate=rate)
@@ -89,7 +91,7 @@ class Mp4:
         """Append a frame shown from `t_ns` on; times may only advance."""
         self._first_ns = t_ns if self._first_ns is None else self._first_ns
         ms = max(self._last_ms + 1, round((t_ns - self._first_ns) / 1_000_000))
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        frame = self._frame(np.ascontiguousarray(image), format="rgb24")
         frame.pts, frame.time_base = ms, _MS
         self._container.mux(self._stream.encode(frame))
         self._last_ms = ms

@@ -100,6 +100,7 @@ class TickRecord:
     reason: str
     latent_age_s: float | None
     duration_s: float
+    understood: float | None = None  # None where nobody judges, or nobody has yet
     number: int = 1  # of the instruction; see `TickMessage`
     steps: int = 0
     succeeded: int = 0
@@ -184,14 +185,31 @@ _DECODERS: Final = {
 
 def _check(message: Any) -> None:
     """Raise `WireError` for what could not travel or would not come back as it was."""
-    if type(message) in (Observation, LatentGoal, ActionChunk, Action, CameraFrame):
+    cls = type(message)
+    if cls in (Observation, LatentGoal, ActionChunk, Action, CameraFrame):
         encode(message)
-    if dataclasses.is_dataclass(message):
-        for field in dataclasses.fields(message):
-            value = getattr(message, field.name)
-            for one in value.values() if isinstance(value, Mapping) else (value,):
-                if isinstance(one, float) and not math.isfinite(one):  # JSON has no such number
-                    raise WireError("nonfinite", field.name)
+    for name in _NUMBERS[cls]:
+        value = getattr(message, name)
+        for one in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(one, float) and not math.isfinite(one):  # JSON has no such number
+                raise WireError("nonfinite", name)
+
+
+def _numbers(cls: type[Any]) -> tuple[str, ...]:
+    """Return the fields of a record that are numbers, or map names to numbers."""
+    hints = typing.get_type_hints(cls)
+    kinds = (float, float | None, Mapping[str, float])
+    return tuple(f.name for f in dataclasses.fields(cls) if hints[f.name] in kinds)
+
+
+# Found once: a tick is several records, and their annotations are strings.
+_NUMBERS: Final = {
+    cls: _numbers(cls)
+    for cls in (
+        *(InstructionRecord, Observation, CameraFrame),
+        *(LatentGoal, ActionChunk, Action, TickRecord, Entry, VisualRecord),
+    )
+}
 
 
 # Writing ---------------------------------------------------------------------------------------
@@ -398,14 +416,9 @@ class Recorder(Counted):
         if message.visual is not None:
             put("/visual", tick.t_ns, VisualRecord(message.visual))
         came_to = TickRecord(
-            tick.index,
-            tick.state,
-            tick.reason,
-            tick.latent_age_s,
-            tick.duration_s,
-            message.number,
-            message.steps,
-            message.succeeded,
+            *(tick.index, tick.state, tick.reason, tick.latent_age_s, tick.duration_s),
+            tick.understood,
+            *(message.number, message.steps, message.succeeded),
         )
         put("/tick", tick.t_ns, came_to)
         self._writer.flush()
@@ -652,6 +665,7 @@ def playback(path: Path) -> Iterator[TickMessage]:
                 new_chunk=seen.get("/chunk"),
                 latent_age_s=message.latent_age_s,
                 duration_s=message.duration_s,
+                understood=message.understood,
             )
             yield TickMessage(
                 tick,
@@ -756,7 +770,10 @@ class _Inputs:
 
     def conditioned(self, latent: LatentGoal) -> None:
         """A latent follows its tick's observation, and the plan of that tick already has it."""
-        self._recent.append(latent)
+        if latent.refused:  # what came before is no longer acted on
+            self._recent.clear()
+        else:
+            self._recent.append(latent)
         if self._seen:
             observation, _ = self._seen.pop()
             self.observed(observation)

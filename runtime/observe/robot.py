@@ -35,7 +35,8 @@ class Told:
         word: "stop", "wait" or "go on" if it is one of the runtime's words; "" for an instruction.
         replaces: the instruction that was in force; "" for none.
         replaces_who: who had said that; "" where it was there from the start.
-        answer: what System 2 understood, where it can tell; "" otherwise.
+        answer: what System 2 says of the instruction, where it can tell; "" otherwise.
+        refused: whether it does not understand it: the robot holds still.
         first_action_s: from saying it to the first action of the new instruction; None if there was
             none in time.
         replaced: what somebody else said before that, as "who: text"; "" for nothing.
@@ -48,6 +49,7 @@ class Told:
     replaces: str
     replaces_who: str
     answer: str
+    refused: bool
     first_action_s: float | None
     replaced: str
     came_of_it: str
@@ -91,13 +93,17 @@ class Robot:
         seen = self._last()
         begun_s = time.monotonic()
         taken = self._source.say(text, self._who)
-        found: dict[str, Any] = {"answer": "", "first": None, "replaced": "", "came": ""}
+        found: dict[str, Any] = {
+            **{"answer": "", "refused": False, "first": None},
+            **{"replaced": "", "came": ""},
+        }
         while time.monotonic() - begun_s < timeout_s:
             entries = self._source.journal(seen)
             for entry in entries:
                 seen = entry["number"]
                 self._note(entry, taken, found, time.monotonic() - begun_s)
-            if found["came"] or found["replaced"] or found["first"] is not None:
+            ended = found["came"] or found["replaced"] or found["refused"]
+            if ended or found["first"] is not None:
                 break
             time.sleep(POLL_S)
         return Told(
@@ -106,6 +112,7 @@ class Robot:
             replaces=taken.get("replaces", ""),
             replaces_who=taken.get("replaces_who", ""),
             answer=found["answer"],
+            refused=found["refused"],
             first_action_s=found["first"],
             replaced=found["replaced"],
             came_of_it=found["came"],
@@ -181,7 +188,7 @@ class Robot:
         if own and entry["kind"] == "acting":
             found["first"] = entry["seconds"]
         elif own and entry["kind"] == "answer":
-            found["answer"] = entry["text"]
+            found["answer"], found["refused"] = entry["text"], entry["success"] is False
         elif own and entry["kind"] == "held":
             found["came"] = entry["text"]
         elif entry["kind"] == "said" and entry["said"] > taken["said"] and not taken["word"]:

@@ -213,7 +213,7 @@ class RunSource:
         """
         return self._ask("view", timeout_s=VIEW_TIMEOUT_S)
 
-    def say(self, text: str, who: str) -> dict[str, Any]:
+    def say(self, text: object, who: str) -> dict[str, Any]:
         """Tell the robot something; see `openhelix.runtime.control.talk.Talk.say`.
 
         Raises:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openhelix.system2.checkpoint import LatentHead
 from openhelix.system2.latents import (
     KINDS,
     NEEDS_VISION,
-    BadLatent,
+    BadReadOut,
     LatentConfig,
+    LatentHead,
     MapPool,
     read_out,
 )
@@ -25,7 +25,7 @@ HIDDEN = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
 def test_rows_as_promised(kind: str) -> None:
     config = LatentConfig(kind=kind, n_act=2, text_rows=9)
     latent, filled = read_out(config, HIDDEN, LAYOUT, MapPool(12))
-    assert latent.shape == (config.n_tokens(8), 12)
+    assert latent.shape == (config.n_tokens(8), 12 * config.width)
     assert filled.shape == (config.n_tokens(8),)
     assert bool((latent[~filled] == 0).all())
 
@@ -40,6 +40,8 @@ def test_values_come_from_the_right_places() -> None:
     assert torch.equal(pooled[0], torch.cat([HIDDEN[2:10], HIDDEN[11:16]]).amax(0))
     mean, _ = read_out(LatentConfig(kind="lang_mean"), HIDDEN, LAYOUT)
     assert torch.equal(mean[0], HIDDEN[13:15].mean(0))
+    side, _ = read_out(LatentConfig(kind="act_words", n_act=2), HIDDEN, LAYOUT)
+    assert torch.equal(side[0], torch.cat([HIDDEN[18], HIDDEN[19], HIDDEN[13:15].mean(0)]))
     both, _ = read_out(LatentConfig(kind="act_lang", n_act=2, text_rows=4), HIDDEN, LAYOUT)
     assert torch.equal(both, torch.cat([HIDDEN[18:20], HIDDEN[11:15]]))
 
@@ -66,14 +68,14 @@ def test_an_untrained_map_pool_averages() -> None:
     ],
 )
 def test_impossible_read_outs_are_refused(options, field: str) -> None:
-    with pytest.raises(BadLatent, match=f"latent.{field}"):
+    with pytest.raises(BadReadOut, match=f"latent.{field}"):
         LatentConfig(**options)
 
 
 def test_a_layer_the_model_lacks_is_refused() -> None:
-    with pytest.raises(BadLatent, match="1 to 3"):
+    with pytest.raises(BadReadOut, match="1 to 3"):
         LatentConfig(kind="act_mid", layer=9).layers_of(4)
-    with pytest.raises(BadLatent, match="1 to 4"):
+    with pytest.raises(BadReadOut, match="1 to 4"):
         LatentConfig(layers=(1, 5)).layers_of(4)
     assert LatentConfig(kind="act_mid").layers_of(4) == (2,)
     assert LatentConfig(kind="lang", layer=3).layers_of(4) == (3,)

@@ -65,6 +65,8 @@ function show(status) {
   put("instruction", status.instruction || "\u2013");
   put("reason", status.reason);
   byId("reason").classList.toggle("bad", status.state === "stop");
+  put("understood", status.understood === null ? "\u2013" : Math.round(100 * status.understood).toString(),
+    status.reason === "not understood");
   const limit = status.latent_max_age_s;
   put("age", number(status.latent_age_s, 2), status.latent_age_s !== null && status.latent_age_s > limit);
   put("age-limit", limit.toFixed(1));
