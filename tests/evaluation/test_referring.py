@@ -72,7 +72,7 @@ def test_references_are_about_tasks_that_exist() -> None:
         assert len(reference.tasks) >= 2 and set(reference.tasks) <= set(TASK_NAMES)
         for sentence in reference.sentences:
             assert not any(colour in sentence.split() for colour in ("red", "blue", "pink"))
-    with pytest.raises(NoSuchReference, match="push_leftmost_right"):
+    with pytest.raises(NoSuchReference, match="did you mean 'push_"):
         get_reference("push_uppermost")
 
 
