@@ -23,6 +23,7 @@ from openhelix.benchmarks.calvin.scene import Scene
 from openhelix.benchmarks.calvin.table_talk import COLOURS, TableView
 from openhelix.benchmarks.calvin.tasks import TASKS
 from openhelix.runtime.core.interfaces import F64, U8
+from openhelix.runtime.core.plugins import none_of
 
 BUTTON_YZ_M, SWITCH_YZ_M = (-0.12, 0.48), (0.04, 0.53)
 DRAWER_SHUT_M, DRAWER_OPEN_M = 0.05, 0.16  # as the tasks need it
@@ -260,7 +261,7 @@ def get_reference(name: str) -> Reference:
         NoSuchReference: there is none.
     """
     if name not in REFERENCES:
-        raise NoSuchReference(f"reference: {name!r} is none of {', '.join(REFERENCES)}")
+        raise NoSuchReference(f"reference: {none_of(name, REFERENCES)}")
     return REFERENCES[name]
 
 
