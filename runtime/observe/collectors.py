@@ -16,6 +16,7 @@ from prometheus_client.core import Metric
 from openhelix.runtime.control.goals import WireGoals
 from openhelix.runtime.control.plans import RemotePlanner
 from openhelix.runtime.observe.metrics import Histogram, counter, gauge
+from openhelix.runtime.transport.wire import REFUSALS_EXPLAINED, PeerWatch
 
 if TYPE_CHECKING:  # these are only looked at, never built
     from openhelix.runtime.control.episodes import EpisodeRunner
@@ -325,3 +326,24 @@ class SinkMetrics:
         yield counter("sink_written", {n: s.written for n, s in self._sinks.items()})
         yield counter("sink_dropped", {n: s.dropped for n, s in self._sinks.items()})
         yield gauge("sink_queue", {n: s.queued for n, s in self._sinks.items()})
+
+
+class PeerMetrics:
+    """What Prometheus is told of watched sockets.
+
+    Args:
+        watches: by channel name.
+    """
+
+    def __init__(self, watches: Mapping[str, PeerWatch]) -> None:
+        self._watches = dict(watches)
+
+    def collect(self) -> Iterable[Metric]:
+        """Return both families."""
+        refused: dict[tuple[str, ...], float] = {
+            (name, reason): watch.refused[reason]
+            for name, watch in self._watches.items()
+            for reason in REFUSALS_EXPLAINED
+        }
+        yield counter("wire_refused", refused)
+        yield counter("wire_ended", {name: watch.ended for name, watch in self._watches.items()})

@@ -13,6 +13,8 @@ message are of the sender's clock.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import struct
 from collections import Counter, deque
@@ -21,9 +23,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from openhelix.runtime.core.clock import Clock, MonotonicClock
 from openhelix.runtime.transport.codec import (
+    MAX_FRAME_BYTES,
     MAX_FRAMES,
     Buffer,
     WireError,
@@ -42,6 +46,7 @@ _CANDIDATES: Final = 8  # of one drain; the others are older than what is worth 
 _MAX_JUMP: Final = 1 << 32  # more messages than a publisher sends in years were not lost
 TAKEOVER_NS: Final = 2_000_000_000  # silence after which an earlier publisher may return
 MAX_TOPIC_BYTES: Final = 128
+log = logging.getLogger(__name__)
 
 
 class Envelope(NamedTuple):
@@ -518,3 +523,95 @@ class NewestPerTopic(Generic[T]):
     def close(self) -> None:
         """Close the socket."""
         self._inlet.port.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# Peers that a bound socket refused or disconnected.
+#
+# ZeroMQ refuses a wrong key, a foreign protocol or an oversized frame by silently dropping the
+# connection. Its monitor reports this; `PeerWatch` reads the monitor from the owner's loop, without
+# a thread of its own, so that every refusal shows in a log and a metric.
+
+
+MAX_EVENTS: Final = 4096
+_REFUSALS: Final = {
+    int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "key",
+    int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): "protocol",
+    int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): "unfinished",
+}
+REFUSALS_EXPLAINED: Final = {
+    "key": "its CURVE key is not on the list",
+    "protocol": "it speaks another protocol, or comes without the key that is asked for",
+    "unfinished": "it left, sent rubbish or has no key, and has not said who it is",
+}
+_EVENTS: Final = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+)
+_numbers = itertools.count()
+
+
+class PeerWatch:
+    """Counts a socket's peers.
+
+    Args:
+        channel: the socket's name in logs.
+        port: the socket; close the watch before it.
+    """
+
+    def __init__(self, channel: str, port: Port) -> None:
+        self._channel, self._socket = channel, port.socket
+        self.admitted = 0  # connections that were let in
+        self.ended = 0  # connections that ended: the peer left, or was cut off
+        self.refused: Counter[str] = Counter()  # by reason: key, protocol, unfinished
+        address = f"inproc://peers-{channel}-{next(_numbers)}"
+        self._socket.monitor(address, int(_EVENTS))
+        self._events: zmq.Socket[bytes] = self._socket.context.socket(zmq.PAIR)
+        # Without a limit: a full queue would hold up the thread that carries all messages.
+        self._events.set(zmq.RCVHWM, 0)
+        self._events.linger = 0
+        self._events.connect(address)
+
+    def poll(self) -> None:
+        """Take in what has happened; never blocks."""
+        for _ in range(MAX_EVENTS):
+            try:
+                frames = self._events.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._note(int(parse_monitor_message(frames)["event"]))
+
+    def _note(self, event: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.admitted += 1
+        elif event == zmq.EVENT_DISCONNECTED:
+            self.ended += 1
+            if _worth_telling(self.ended):
+                log.info(
+                    "%s: a connection ended (its peer left, or sent a frame beyond %d MiB and was "
+                    "cut off); %d so far",
+                    *(self._channel, MAX_FRAME_BYTES >> 20, self.ended),
+                )
+        elif event in _REFUSALS:
+            reason = _REFUSALS[event]
+            self.refused[reason] += 1
+            told = self.refused[reason]
+            if _worth_telling(told):
+                log.warning(
+                    "%s: refused a connection (%s); %d so far",
+                    *(self._channel, REFUSALS_EXPLAINED[reason], told),
+                )
+
+    def close(self) -> None:
+        """Stop watching; safe to call twice."""
+        if not self._events.closed:
+            self._socket.disable_monitor()
+            self._events.close(linger=0)
+
+
+def _worth_telling(count: int) -> bool:
+    """Whether to log it: whoever is refused tries again and again."""
+    return count & (count - 1) == 0
