@@ -20,7 +20,7 @@ from torch import Tensor
 from openhelix.runtime.core.interfaces import F32, U8, Judgement, LatentSpec
 from openhelix.system2.latents import (
     NEEDS_VISION,
-    BadLatent,
+    BadReadOut,
     LatentConfig,
     LatentHead,
     check_fit,
@@ -295,7 +295,7 @@ class EngineBase:
         config = head.config
         self._looks = config.vision and not self._leaves_out
         if self._leaves_out and config.kind in NEEDS_VISION:
-            raise BadLatent(f"shown: {config.kind!r} reads the image's states; it needs one")
+            raise BadReadOut(f"shown: {config.kind!r} reads the image's states; it needs one")
         self._prompts = self.checkpoint.prompts(
             config.n_act, self._looks, self._max_instruction_tokens
         )
