@@ -2,7 +2,7 @@
 
 `--sees image` shows System 2 what the camera sees; `black` a black picture, `none` none at all,
 `shuffled` one of other states: then the sentence alone decides. `oracle` is the upper bound:
-`Teller` tells a policy the task that is right, read from the world itself, as a latent: the one
+`OracleEngine` tells a policy the task that is right, read from the world itself, as a latent: the one
 that the policy's door turns into that task's row of its table. It is asked when System 2 would
 be, so it knows no more of what has changed since than a System 2 at that interval that is
 never wrong.
@@ -23,7 +23,7 @@ from openhelix.runtime.core.interfaces import F32, Engine, LatentGoal, LatentSpe
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system2.model import build_once
 
-TARGET = f"{__name__}:Teller"
+TARGET = f"{__name__}:OracleEngine"
 FILE = "pictures.npy"
 SEES = ("image", "black", "none", "shuffled", "oracle")
 OTHERS, OTHERS_FORMAT = 24, 1  # pictures a scene; raise the other when they come out different
@@ -50,7 +50,7 @@ def _draw(out: Path, scenes: Sequence[str]) -> None:
     np.save(out / FILE, np.stack(found))
 
 
-class Teller:
+class OracleEngine:
     """An engine whose latents name a task; see `openhelix.runtime.core.interfaces.Engine`.
 
     Attributes:
@@ -102,7 +102,7 @@ class Teller:
 
 
 class ToldGoals(DemandGoals):
-    """`DemandGoals` of a `Teller`: what is right is read when the latent is scheduled.
+    """`DemandGoals` of a `OracleEngine`: what is right is read when the latent is scheduled.
 
     Args:
         teller: the oracle.
@@ -111,7 +111,7 @@ class ToldGoals(DemandGoals):
 
     def __init__(
         self,
-        teller: Teller,
+        teller: OracleEngine,
         engine: Engine,
         camera: str,
         interval: int,

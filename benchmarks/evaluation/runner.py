@@ -12,7 +12,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from openhelix.benchmarks.evaluation.measurement import (
     EngineMeter,
     Outcome,
 )
-from openhelix.benchmarks.evaluation.oracle import Teller, ToldGoals
+from openhelix.benchmarks.evaluation.oracle import OracleEngine, ToldGoals
 from openhelix.benchmarks.evaluation.staging import Starts, stage, stage_calvin
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.control.assembly import (
@@ -38,6 +38,7 @@ from openhelix.runtime.control.assembly import (
     replan_ns,
 )
 from openhelix.runtime.control.episodes import Assignment
+from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import ConfigError, RunConfig
@@ -55,12 +56,15 @@ from openhelix.runtime.core.interfaces import (
     check_policy,
     check_robot,
 )
-from openhelix.runtime.observe.video import Caption, VideoRecorder
+from openhelix.runtime.observe.film import LiveFilm, make_film
+from openhelix.runtime.observe.overlay import About
+from openhelix.runtime.observe.ticks import Teller, TickMessage
 from openhelix.runtime.robots.base import RobotError, make_robot
 from openhelix.runtime.robots.env import EnvRobot, PlayTableRobot, stepped
 
 log = logging.getLogger(__name__)
 REASON_CHARS = 300
+FILM_SIZE = (640, 360)  # of an episode: a page shows many of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +173,7 @@ class Runner:
             self._policy = TaskPolicy(self._policy)
         else:
             engine = engine or make(self._config.system2.engine)
-            if isinstance(engine, Teller):
+            if isinstance(engine, OracleEngine):
                 engine.bind(self._policy)
             check_engine(engine)
             if getattr(engine, "untrained", False):
@@ -245,7 +249,7 @@ class Runner:
         if conditions.drift and self._engine is not None:
             attempt.drift = Drift(stack, self._engine.engine, self._config.system2.camera)
             stack.loop.subscribers.append(attempt.drift)
-        recorder = _recorder(film, stack, robot) if film is not None else None
+        recorder = _Camera(film, stack, robot, self._config) if film is not None else None
         try:
             stack.loop.arm()
             stack.episode_runner.run(
@@ -276,12 +280,13 @@ class Runner:
                 ),
             }
         )
-        policy, spec, goals = self._policy, self._policy.spec, None
+        policy, spec = self._policy, self._policy.spec
+        goals: DemandGoals | ToldGoals | None = None
         if self._engine is not None:
             camera, memory = config.system2.camera, config.system1.latent_memory
             when = (conditions.interval, conditions.latency, memory)
             teller = self._engine.engine
-            if isinstance(teller, Teller):
+            if isinstance(teller, OracleEngine):
                 goals = ToldGoals(teller, self._engine, camera, *when)
             else:
                 draw_now = not isinstance(robot, PlayTableRobot)
@@ -299,7 +304,7 @@ class Runner:
 
         if isinstance(policy, TaskPolicy):
             policy.task = right
-        elif self._engine is not None and isinstance(self._engine.engine, Teller):
+        elif self._engine is not None and isinstance(self._engine.engine, OracleEngine):
             self._engine.engine.task = right
         return stack
 
@@ -352,15 +357,39 @@ class Runner:
                 log.warning("scene %s: the world did not close", scene, exc_info=True)
 
 
-def _recorder(path: Path, stack: ControlStack, robot: EnvRobot) -> VideoRecorder:
-    def caption() -> Caption:
-        current = stack.episode_runner.current
-        if current is None:
-            return Caption()
-        note = f"task {len(stack.episode_runner.results) + 1}, step {stack.episode_runner.steps}"
-        return Caption(current.task, current.instruction, note)
+class _Camera:
+    """A subscriber that films an episode.
 
-    cameras = [camera.name for camera in robot.spec.cameras]
-    recorder = VideoRecorder(path, cameras, caption, lossless=True)
-    stack.loop.subscribers.append(recorder)
-    return recorder
+    An episode that can be drawn anew is drawn when it is over; of another one the film is what its
+    cameras see.
+    """
+
+    def __init__(self, path: Path, stack: ControlStack, robot: EnvRobot, config: RunConfig) -> None:
+        cameras = [camera.name for camera in robot.spec.cameras]
+        self._path = path
+        self._about = replace(About.of(config, cameras), lines=())
+        self._teller = Teller(stack.episode_runner, robot)
+        self._messages: list[TickMessage] = []
+        self._live: LiveFilm | None = None
+        if self._about.scenery is None:
+            self._live = LiveFilm(path, self._about, lossless=True)
+        stack.loop.subscribers.append(self)
+
+    def __call__(self, tick: Tick) -> None:
+        self._tell(self._teller(tick))
+
+    def close(self) -> None:
+        """Finish the film."""
+        self._tell(self._teller.rest())
+        if self._live is not None:
+            self._live.close()
+        elif self._messages:
+            make_film(self._messages, self._path, self._about, FILM_SIZE)
+
+    def _tell(self, message: TickMessage | None) -> None:
+        if message is None:
+            return
+        if self._live is not None:
+            self._live(message)
+        else:
+            self._messages.append(message)

@@ -32,6 +32,7 @@ from openhelix.benchmarks.calvin.sequences import N_SEQUENCES, get_sequences
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS, get_task
 from openhelix.benchmarks.evaluation.referring import referred
 from openhelix.runtime.core import plugins
+from openhelix.runtime.core.plugins import none_of
 
 SUITES = ("tasks", "calvin", "calvin-e", "calvin-d", "calvin-r")
 CHAINS = ("calvin", "calvin-e")  # scored by tasks in a row, not by success
@@ -126,7 +127,7 @@ class Suite:
 
     def __post_init__(self) -> None:
         if self.name not in SUITES:
-            raise SuiteError(f"--suite: {self.name!r} is none of {', '.join(SUITES)}")
+            raise SuiteError(f"--suite: {none_of(self.name, SUITES)}")
         worlds = plugins.entries(plugins.WORLDS)
         if self.world not in worlds:
             raise SuiteError(
@@ -157,10 +158,10 @@ class Suite:
             if self.is_chain:
                 raise SuiteError(f"--tasks: {self.name} is made of CALVIN's chains; leave it out")
             if task not in valid:
-                raise SuiteError(f"--tasks: {task!r} is none of {', '.join(valid)}")
+                raise SuiteError(f"--tasks: {none_of(task, valid)}")
         for pattern in self.patterns:
             if pattern not in PATTERNS:
-                raise SuiteError(f"--patterns: {pattern!r} is none of {', '.join(PATTERNS)}")
+                raise SuiteError(f"--patterns: {none_of(pattern, PATTERNS)}")
         for speed in self.speeds:
             _speed("left", speed)
         if self.name == "calvin-e":

@@ -49,6 +49,7 @@ from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootst
 from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES
 from openhelix.runtime.cli.arguments import Numbers, Words, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig
+from openhelix.runtime.core.plugins import none_of
 from openhelix.runtime.launch.graph import require_parts
 
 # -- The report: tables, and for each suite a plot of success against the latent's age -
@@ -289,9 +290,9 @@ def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Evaluati
         raise ConfigError("--intervals must be at least 1, --latencies at least 0")
     for name in options.suites:
         if name not in SUITES:
-            raise ConfigError(f"--suites: {name!r} is none of {', '.join(SUITES)}")
+            raise ConfigError(f"--suites: {none_of(name, SUITES)}")
     if options.clock not in CLOCKS:
-        raise ConfigError(f"--clock: {options.clock!r} is none of {', '.join(CLOCKS)}")
+        raise ConfigError(f"--clock: {none_of(options.clock, CLOCKS)}")
     check_options(options, options.suites)
     clocks = CLOCKS[:2] if options.clock == "both" else (options.clock,)
     refuse_ignored(overrides, options, options.clock)

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from openhelix.benchmarks.training.config import STAGES, TrainingConfig
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import ConfigError, read_settings
+from openhelix.runtime.core.plugins import none_of
 
 
 class TrainOptions(Options):
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     """
     options, overrides = parse("train", TrainOptions, argv, __doc__ or "", TrainingConfig)
     if options.stage not in STAGES:
-        raise ConfigError(f"stage: {options.stage!r} is none of {', '.join(STAGES)}")
+        raise ConfigError(f"stage: {none_of(options.stage, STAGES)}")
     config = read_settings(TrainingConfig, options.config, overrides)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     for name in ("httpx", "urllib3", "matplotlib", "transformers"):

@@ -20,6 +20,7 @@ from openhelix.runtime.core.safety import Mode, SafetyFilter, SafetyState, Watch
 from openhelix.runtime.robots.base import Robot
 
 State = Literal["wait", "run", "hold", "stop"]
+Order = Literal["", "told_to_wait", "told_to_stop", "nothing_to_do"]
 _STATES: dict[Mode, State] = {Mode.RUN: "run", Mode.HOLD: "hold", Mode.STOP: "stop"}
 
 
@@ -84,6 +85,8 @@ class ControlLoop:
         self.prefetch_s = 0.0  # what the last prefetch took
         self._last: Action | None = None
         self._planned = False  # this instruction has had a plan
+        self.order: Order = ""  # keeps the robot still, whatever is planned
+        self._resting = False  # it follows no instruction
         self._standing = False  # the robot was told to stop
 
     @property
@@ -106,13 +109,20 @@ class ControlLoop:
     def begin(self, instruction: str) -> int:
         """Follow a new instruction: what belonged to the old one is void. Returns its number."""
         self.instruction_id += 1
-        self._planned = False
+        self._planned, self._resting, self.order = False, False, ""
         self.watchdog.expect_latent(self.clock.now_ns())
         if self.goals is not None:
             self.goals.begin(self.instruction_id, instruction)
         self.planner.reset(self.seed + self.instruction_id)
         self.chunks.void(self.instruction_id)
         return self.instruction_id
+
+    def rest(self) -> None:
+        """Follow nothing: the robot holds still and neither system is asked."""
+        self.instruction_id += 1
+        self._planned, self._resting = False, True
+        self.order = self.order if self.order == "told_to_stop" else "nothing_to_do"
+        self.chunks.void(self.instruction_id)
 
     def tick(self) -> Tick:
         """Do one control period's work and tell the subscribers."""
@@ -189,6 +199,9 @@ class ControlLoop:
         """
         if self.goals is None:
             return None
+        if self._resting:
+            self.watchdog.expect_latent(now_ns)  # none is due
+            return None
         acted = not refused(self.goals)
         latent = self.goals.update(observation)
         if acted and refused(self.goals):
@@ -202,6 +215,8 @@ class ControlLoop:
 
     def plan(self, observation: Observation, now_ns: int) -> ActionChunk | None:
         """Offer System 1 its input once there is a latent; join a finished chunk."""
+        if self._resting:
+            return None
         if self.goals is None or self.goals.recent:
             self.planner.offer(observation, tuple(self.goals.recent) if self.goals else ())
         chunk = self.planner.poll()
@@ -219,7 +234,9 @@ class ControlLoop:
             hold = "not_understood"
         elif target is None:
             hold = "chunk_ran_out" if self._planned else "first_plan_due"
-        mode = self.safety.update(self.watchdog.check(now_ns), hold)
+        mode = self.safety.update(self.watchdog.check(now_ns), self.order or hold)
+        if mode is Mode.HOLD and self.order == "told_to_stop":
+            return "stop", None
         if mode is Mode.HOLD and not self._planned and not unclear:
             return "wait", None
         return _STATES[mode], target if mode is Mode.RUN else None
@@ -252,6 +269,6 @@ class ControlLoop:
         return Action(observation.tcp_pose, float(observation.gripper_open), self.instruction_id)
 
     def _latent_age_s(self, now_ns: int) -> float | None:
-        if self.goals is None or not self.goals.recent:
+        if self.goals is None or self._resting or not self.goals.recent:
             return None
         return self.goals.recent[-1].age_s(now_ns)

@@ -54,9 +54,13 @@ class Interrupts(threading.Event):
         self._heard = False
 
     def listen(self) -> None:
-        """Take the signals, also back from a library that took them meanwhile (Ray does)."""
+        """Take the signals, also back from a library that took them meanwhile (Ray does).
+
+        A closed terminal that was to be ignored (`nohup`) stays ignored.
+        """
         for number in NUMBERS:
-            signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def is_set(self) -> bool:
         """Whether a signal has come."""

@@ -35,7 +35,10 @@ STOP_REASONS = (
     *("camera_stale", "camera_frozen", "proprioception_stale", "latent_silent"),
     *("latent_mismatch", "robot_error", "operator"),
 )
-HOLD_REASONS = ("chunk_ran_out", "first_plan_due", "not_understood")
+HOLD_REASONS = (
+    *("chunk_ran_out", "first_plan_due", "not_understood"),
+    *("told_to_wait", "told_to_stop", "nothing_to_do"),
+)
 SHED_REASONS = ("too_many_robots", "name_taken", "bad_name", "too_old", "out_of_order")
 OUTCOMES = ("success", "failure")
 UNJUDGED = ("free", "unjudged")  # task and outcome of an instruction without an oracle
@@ -177,7 +180,7 @@ class LoopMetrics:
         results = list(self._episode_runner.results)
         for result in results[self._judged :]:
             judged = "success" if result.success else "failure"
-            key = (result.task, judged) if result.task else UNJUDGED
+            key = UNJUDGED if result.success is None else (result.task, judged)
             self._tasks[key] = self._tasks.get(key, 0) + 1
             if result.success:
                 self._steps.observe(result.env_steps)

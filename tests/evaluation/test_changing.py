@@ -12,7 +12,7 @@ from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.evaluation import changing
 from openhelix.benchmarks.evaluation.eval import load_config
-from openhelix.benchmarks.evaluation.oracle import Teller, ToldGoals, other_pictures
+from openhelix.benchmarks.evaluation.oracle import OracleEngine, ToldGoals, other_pictures
 from openhelix.benchmarks.evaluation.referring import get_reference, whole_view
 from openhelix.benchmarks.evaluation.runner import Conditions, Runner, TaskPolicy
 from openhelix.benchmarks.evaluation.staging import Starts, stage
@@ -159,7 +159,7 @@ def test_a_policy_without_system_2_is_told_what_is_right_at_each_plan() -> None:
 
 
 def test_the_oracle_knows_no_more_than_when_it_was_asked() -> None:
-    policy, teller = DiffusionPolicy.build(tiny(latent_dim=128), 0), Teller()
+    policy, teller = DiffusionPolicy.build(tiny(latent_dim=128), 0), OracleEngine()
     with pytest.raises(ConfigError, match="lockstep"):
         _ = teller.spec
     teller.bind(policy)
@@ -182,7 +182,7 @@ def test_the_oracle_knows_no_more_than_when_it_was_asked() -> None:
         *((t, "turn_off_led") for t in range(12, 15)),
     ]
     with pytest.raises(ConfigError, match="no table"):
-        Teller().bind(TaskReach())
+        OracleEngine().bind(TaskReach())
 
 
 def test_what_system_2_is_shown(tmp_path) -> None:
@@ -193,7 +193,7 @@ def test_what_system_2_is_shown(tmp_path) -> None:
     pictures = np.load(others)
     assert others == str(other_pictures(("D",))) and pictures.shape[1:] == (200, 200, 3)
     assert len({p.tobytes() for p in pictures}) == len(pictures) > 10
-    assert load_config((), sees="oracle").system2.engine.target.endswith(":Teller")
+    assert load_config((), sees="oracle").system2.engine.target.endswith(":OracleEngine")
 
 
 @pytest.mark.parametrize(
