@@ -80,7 +80,7 @@ class PlanReply:
 
 
 register("plan_request", PlanRequest)
-register("plan_reply", PlanReply)
+register("plan_reply", PlanReply, finite=("compute_s",))
 
 
 class Planner(Protocol):
@@ -97,6 +97,9 @@ class Planner(Protocol):
 
     def reset(self, seed: int) -> None:
         """A new instruction: the next offer is due at once."""
+
+    def forget(self, now_ns: int) -> None:
+        """The robot was stopped: what was seen until now is planned on no more."""
 
     def close(self) -> None: ...
 
@@ -171,6 +174,10 @@ class SyncPlanner:
         except Exception as error:
             raise PartFailed("system1", error) from error
 
+    def forget(self, now_ns: int) -> None:
+        self._due.clear()
+        self._chunk = None
+
     def close(self) -> None:
         """Nothing to release."""
 
@@ -186,6 +193,7 @@ class RemotePlanner:
         self.sender, self.reader = sender, reader
         self._due = _Due(replan_ns)
         self._out: tuple[int, int] | None = None  # the request's instruction and time
+        self._stopped_ns: int | None = None  # when the robot was last stopped
         self._seed = 0
         self.latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.failures = 0
@@ -209,12 +217,19 @@ class RemotePlanner:
             self.failures += 1
         else:
             self.latencies_s.append(reply.compute_s)
+        if self._stopped_ns is not None and reply.t_obs_ns <= self._stopped_ns:
+            return None
         return reply.chunk
 
     def reset(self, seed: int) -> None:
         self._due.clear()
         self._out = None
         self._seed = seed
+
+    def forget(self, now_ns: int) -> None:
+        self._due.clear()
+        self._out = None
+        self._stopped_ns = now_ns
 
     def close(self) -> None:
         """Close both channels."""

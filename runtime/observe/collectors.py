@@ -40,7 +40,7 @@ SHED_REASONS = ("too_many_robots", "name_taken", "bad_name", "too_old", "out_of_
 OUTCOMES = ("success", "failure")
 UNJUDGED = ("free", "unjudged")  # task and outcome of an instruction without an oracle
 DROP_REASONS = (  # of openhelix.runtime.transport.wire, then openhelix.runtime.transport.codec
-    *("stale", "stale_source", "topics", "taken"),
+    *("stale", "jump", "stale_source", "topics", "taken"),
     *("truncated", "oversize", "version", "header", "kind", "field", "dtype", "shape"),
     "nonfinite",
 )
