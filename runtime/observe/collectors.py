@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client.core import Metric
 
-from openhelix.runtime.control.goals import WireGoals
+from openhelix.runtime.control.goals import REFUSALS, WireGoals
 from openhelix.runtime.control.plans import RemotePlanner
 from openhelix.runtime.observe.metrics import Histogram, counter, gauge
 
@@ -149,6 +149,7 @@ class LoopMetrics:
         yield counter("latents_void", goals.void)
         yield counter("latents_missed", goals.missed)
         yield counter("latents_mismatched", goals.mismatched)
+        yield counter("latents_refused", dict.fromkeys(REFUSALS, 0) | goals.refused)
         if self._latent_period_s is not None:
             yield counter("latents_late", self._late)
             yield gauge("latent_period_seconds", self._latent_period_s)

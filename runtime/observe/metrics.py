@@ -119,6 +119,11 @@ _LATENTS = (
     _counter("latents_missed", "Latents published that never arrived."),
     _counter("latents_mismatched", "Latents dropped because their model differs from the run's."),
     _counter(
+        "latents_refused",
+        "Latents dropped for the time of their image: future, old, or before_stop.",
+        "reason",
+    ),
+    _counter(
         "latents_late",
         "Latents that arrived more than one System 2 period after their image.",
     ),

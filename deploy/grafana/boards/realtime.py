@@ -128,12 +128,14 @@ def _latents() -> list[Any]:
         lines(
             "Latents of no use, a second",
             "Late: more than a period after their image. Void: of an earlier instruction. "
-            "Missed: never arrived. Mismatched: of another model; the robot stops.",
+            "Missed: never arrived. Mismatched: of another model; the robot stops. "
+            "Future, old, before_stop: refused for the time of their image.",
             HZ,
             (rate("latents_late_total"), f"late {NAME}"),
             (rate("latents_void_total"), f"void {NAME}"),
             (rate("latents_missed_total"), f"missed {NAME}"),
             (rate("latents_mismatched_total"), f"mismatched {NAME}"),
+            (rate("latents_refused_total"), f"{{{{reason}}}} {NAME}"),
         ),
     ]
 
