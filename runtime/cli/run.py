@@ -15,14 +15,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from openhelix.runtime.cli.arguments import Options, option, parse
 from openhelix.runtime.control.episodes import Assignment, told
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig, load
 from openhelix.runtime.launch.graph import require_parts
-from openhelix.runtime.observe.display import Display
+from openhelix.runtime.launch.node import interruptible
+from openhelix.runtime.observe.display import Display, Outlet
 from openhelix.runtime.observe.viewer import require
 from openhelix.runtime.robots.base import WorldPlugin, robot_class
 from openhelix.runtime.transport.sockets import check_keys
@@ -92,21 +93,22 @@ def _run(argv: Sequence[str], record: bool) -> int:
         from openhelix.runtime.launch.run import run_lockstep as run
     else:
         from openhelix.runtime.launch.run import run_realtime as run
-    try:
-        report = run(config, assignments, initial, folder, display)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        raise _cannot_write(folder, error) from None
-    report["config"] = str(options.config) if options.config is not None else None
-    try:
-        write_report(report, folder)
-        publish_latest(folder, config.output.folder)
-    finally:  # what was measured is worth more than the disk that has no room for it
-        if options.as_json:
-            print(json.dumps(report))
-        else:
-            display.summary(report, folder)
+    with interruptible():  # what a signal ends in order, a second one does not end otherwise
+        try:
+            report = run(config, assignments, initial, folder, display)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            raise _cannot_write(folder, error) from None
+        report["config"] = str(options.config) if options.config is not None else None
+        try:
+            write_report(report, folder)
+            publish_latest(folder, config.output.folder)
+        finally:  # what was measured is worth more than the disk that has no room for it
+            if options.as_json:
+                print(json.dumps(report), file=cast(IO[str], Outlet("stdout")))
+            else:
+                display.summary(report, folder)
     if report["error"]:
         raise CommandFailed(report["error"])
     if report["interrupted"]:

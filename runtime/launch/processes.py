@@ -1,4 +1,4 @@
-"""The graph as plain processes (`--no-ray`), for debugging or running without Ray.
+"""Nodes as plain processes: all of them with `--no-ray`, else those that stay beside the command.
 
 `python -m openhelix.runtime.launch.processes '<NodeSpec as JSON>' <parent's pid> first|again` is
 one process. The parent restarts a node that died; when the parent dies, the kernel tells the
@@ -8,10 +8,12 @@ children, which stop the robot and end.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +28,7 @@ from openhelix.runtime.launch.node import NodeRunner, NodeSpec, in_a_thread
 log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
 ALONE_S = 3.0  # how long a child whose parent died may take to stop the robot and end
+STUCK_S = 1.0  # for Python to hear a signal; a library that connects or loads may never let it
 
 
 def reap(process: subprocess.Popen[Any], patience_s: float) -> None:
@@ -140,6 +143,16 @@ def main(argv: Sequence[str]) -> int:
         runner.stop()
 
     done: set[str] = set()  # the signal may come several times, one within the other
+    heard, hear = socket.socketpair()
+    hear.setblocking(False)
+
+    def stuck() -> None:
+        """End what is told to end but is in a library that does not return to Python."""
+        while heard.recv(1)[0] != signal.SIGTERM:
+            pass
+        time.sleep(STUCK_S)
+        if "told" not in done and runner.state == "starting":
+            os._exit(0)
 
     def end(*_: object) -> None:
         if "told" in done:
@@ -153,8 +166,12 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever Python does
+    signal.set_wakeup_fd(hear.fileno(), warn_on_full_buffer=False)
+    in_a_thread(stuck)
     in_a_thread(alone)
-    return 0 if runner.run() == "done" else 1
+    state = runner.run()
+    gc.freeze()  # what is left is not worth a last search, which takes seconds on a busy machine
+    return 0 if state == "done" else 1
 
 
 if __name__ == "__main__":

@@ -6,14 +6,73 @@ view becomes one plain line per task, so that a log stays readable.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import select
+import stat
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.live import Live
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
+
+
+def hung_up() -> bool:
+    """Whether the terminal or the reader of a pipe that we write to is gone."""
+    poll = select.poll()
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISFIFO(os.fstat(number).st_mode) or os.isatty(number):
+                poll.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+class Outlet:
+    """A standard stream that may go away: what cannot be written then is not written.
+
+    News (standard error) is never worth an error; results (standard output) are, unless it is
+    their reader who has gone.
+
+    Args:
+        name: "stdout" or "stderr"; whichever stream that is at the time.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def write(self, text: str) -> int:
+        with self._leniently():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._leniently():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _leniently(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._name == "stdout" and error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+
+    @property
+    def _stream(self) -> Any:
+        stream = getattr(sys, self._name)
+        return getattr(stream, "rich_proxied_file", stream)  # beneath what a live view puts there
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "rich_proxied_file":
+            raise AttributeError(name)
+        return getattr(self._stream, name)
 
 
 class Display:
@@ -24,7 +83,7 @@ class Display:
     """
 
     def __init__(self, live: bool = True) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(file=cast(IO[str], Outlet("stderr")), highlight=False)
         self._on = live
         self._live: Live | None = None
         self._told: dict[str, str] = {}
@@ -41,6 +100,21 @@ class Display:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody can see this any more: the terminal was closed, a pipe's reader ended."""
+        return hung_up()
+
+    def waiting(self, text: str) -> None:
+        """What is waited for, and for how long; a line of news where it is not live."""
+        if self._live is not None:
+            self._live.update(Spinner("dots", text))
+            return
+        what = text.rpartition(",")[0]
+        if self._told.get("waiting") != what:
+            self._told["waiting"] = what
+            self.say(text)
 
     def say(self, text: str) -> None:
         """One line of news, with the time since the start."""
@@ -75,7 +149,7 @@ class Display:
 
     def summary(self, report: dict[str, Any], folder: Path) -> None:
         """The final table, on standard output."""
-        console = Console(highlight=False)
+        console = Console(file=cast(IO[str], Outlet("stdout")), highlight=False)
         console.print(_result_table(report))
         console.print(_figures(report))
         if report.get("stopped"):

@@ -62,7 +62,9 @@ from openhelix.runtime.core.quaternion import (
 from openhelix.runtime.robots.base import NotConnected, Robot, RobotError
 
 log = logging.getLogger(__name__)
-REPEAT_NS = 500_000_000  # a picture that returns for longer is a new one of a scene that stands still
+REPEAT_NS = (
+    500_000_000  # a picture that returns for longer is a new one of a scene that stands still
+)
 Matrix3 = Annotated[list[list[float]], Field(min_length=3, max_length=3)]
 Matrix4 = Annotated[list[list[float]], Field(min_length=4, max_length=4)]
 

@@ -82,9 +82,7 @@ def served():
 def make_loop(clock):
     return SimpleNamespace(
         planner=SimpleNamespace(latencies_s=deque(maxlen=8), failures=2),
-        goals=SimpleNamespace(
-            received=5, void=1, missed=3, mismatched=4, refused=Counter(old=6)
-        ),
+        goals=SimpleNamespace(received=5, void=1, missed=3, mismatched=4, refused=Counter(old=6)),
         chunks=ChunkBuffer(),
         safety=SafetyState(),
         watchdog=Watchdog(SafetyLimits(), cameras=("static",)),
