@@ -21,7 +21,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import psutil
 import ray
+from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import AuthenticationError, RayActorError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 RELEASE_S = 10.0  # how long a run that has just ended may take to give back its resources
 # Until Ray's processes give up a GCS that is gone. Its agents outlive their Ray by as much.
 RECONNECT_S = 2
+DAEMONS = ("raylet", "gcs_server")  # without one of them nothing of Ray goes on
 CLOSE_S = 2.0  # for actors to end in order; what hangs is killed
 
 
@@ -88,6 +91,7 @@ class RayNode:
         self._actors: dict[str, Any] = {}
         self._watches: dict[str, Any] = {}  # of the nodes that are not started again
         self._ended: dict[str, str] = {}
+        self._daemons: dict[str, psutil.Process] = {}  # of a cluster made here
 
     def setup(self) -> None:
         """Connect and place the nodes.
@@ -100,6 +104,9 @@ class RayNode:
         self._connect()
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has taken it
         self._connected = True
+        if self._address is None:
+            children = psutil.Process().children()
+            self._daemons = {p.name(): p for p in children if p.name() in DAEMONS}
         here = ray.get_runtime_context().get_node_id()
         everywhere = [*self._specs, *self._beside]
         if self._address is not None:
@@ -111,7 +118,13 @@ class RayNode:
             self._place(spec, here)
 
     def run(self, stop: threading.Event) -> None:
-        while not stop.wait(0.2):
+        while not stop.wait(0.1):
+            gone = [name for name, process in self._daemons.items() if not _lives(process)]
+            if gone:
+                # Its workers die with it and are not started again, which Ray's driver does not
+                # notice for long; and to be shut down takes it as long.
+                log.error("Ray's %s has ended, and what it hosted with it", " and ".join(gone))
+                os._exit(1)
             self._ended = self._find_ended()
 
     def health(self) -> dict[str, Any]:
@@ -147,6 +160,9 @@ class RayNode:
             options["address"] = self._address
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
+            if self._address is not None:
+                # `init` would ask again for half a minute before it says that a token is wrong.
+                ray._raylet.GcsClient(address=canonicalize_bootstrap_address_or_die(self._address))
             ray.init(**options)
         except AuthenticationError as error:
             text = " ".join(str(error).split(".")[0].split())
@@ -183,6 +199,14 @@ class RayNode:
                 except RayActorError:
                     found[name] = "died"
         return found
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it works; one that has ended is there until its parent, Ray, asks for it."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def reserve(spec: NodeSpec, here: str) -> None:

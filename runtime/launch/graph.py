@@ -422,6 +422,7 @@ class Graph:
         self._run = uuid.uuid4().hex
         self._config, self._log_folder = config, folder / "logs"
         self._host: ProcessHost | None = None
+        self._connected = False  # Ray is there
 
     def start(self) -> None:
         """Start every node; returns before they are ready.
@@ -495,6 +496,7 @@ class Graph:
                 if health["state"] == "failed":
                     raise GraphError(_told(name, " failed: ", health["error"]))
             ray = states.get(RAY, {})
+            self._connected = self._connected or bool(ray.get("connected"))
             for name, how in (self.ended() | (ray.get("ended") or {})).items():
                 raise GraphError(f"{name} {how} while it started; its log is in logs/")
             if self._address is not None and ray.get("connected") is False:
@@ -585,7 +587,10 @@ class Graph:
             with contextlib.suppress(RpcError):
                 if "control" not in self.ended():
                     self._client("control").call("stop", {}, 2.0)
-            self._host.close(RAY_CLOSE_S if self._config.ray else CLOSE_S)
+            patience_s = RAY_CLOSE_S if self._connected else CLOSE_S
+            if self._config.ray and not self._connected:
+                patience_s = 1.0  # it may be deaf for a minute, and nothing is placed yet
+            self._host.close(patience_s)
             self._host = None
         for client in self._clients.values():
             client.close()

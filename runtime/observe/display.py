@@ -119,7 +119,8 @@ class Display:
     def say(self, text: str) -> None:
         """One line of news, with the time since the start."""
         if self._on:
-            self._console.print(f"[dim]{time.monotonic() - self._start_s:6.1f} s[/dim]  {text}")
+            since = f"[dim]{time.monotonic() - self._start_s:6.1f} s[/dim]"
+            self._console.print(f"{since}  {text}", soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """One line that must be read, also where only the report is wanted (`--json`)."""
