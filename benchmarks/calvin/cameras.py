@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import pi, radians, tan
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from openhelix.benchmarks.calvin import raster
 from openhelix.benchmarks.calvin.appearance import TILE_M, Appearance, floor_texture, wood_texture
 from openhelix.benchmarks.calvin.meshes import (
+    ARM_CELL_M,
     VISUAL_STATE_SIZE,
     Visuals,
     link_transforms,
@@ -60,6 +62,12 @@ class CameraSpec:
         """Intrinsics (3, 3), pixel centres at +0.5."""
         f = self.size / 2 / tan(radians(self.fov_deg) / 2)
         return np.array([[f, 0, self.size / 2], [0, f, self.size / 2], [0, 0, 1.0]])
+
+    @property
+    def pinhole(self) -> F64:
+        """fx, fy, cx, cy (pixels), near, far (m), as `raster.draw` takes them."""
+        K = self.K
+        return np.array([K[0, 0], K[1, 1], K[0, 2], K[1, 2], self.near, self.far])
 
 
 STATIC_EYE = (2.871459009488717, -2.166602199425597, 2.555159848480571)
@@ -149,6 +157,7 @@ class SceneRenderer:
         scene: "A" to "D" or a `Scene`.
         cameras: which of "static" and "gripper".
         appearance: None for the scene's own look.
+        arm_cell_m: how coarse the arm is; see `scene_visuals`.
 
     Raises:
         CameraError: unknown camera.
@@ -159,6 +168,7 @@ class SceneRenderer:
         scene: str | Scene,
         cameras: Sequence[str] = ("static", "gripper"),
         appearance: Appearance | None = None,
+        arm_cell_m: float = ARM_CELL_M,
     ) -> None:
         wrong = cameras if isinstance(cameras, str) else [c for c in cameras if c not in CAMERAS]
         if wrong:
@@ -166,7 +176,7 @@ class SceneRenderer:
         self.scene = get_scene(scene)
         self.cameras = tuple(camera_of(self.scene, name) for name in cameras)
         self._static_pose = static_pose(self.scene)
-        self._visuals: Visuals = scene_visuals(self.scene)
+        self._visuals: Visuals = scene_visuals(self.scene, arm_cell_m)
         self.set_appearance(appearance or Appearance.of(self.scene))
 
     def set_appearance(self, appearance: Appearance) -> None:
@@ -253,7 +263,12 @@ class SceneRenderer:
             if self._background is None:
                 self._background = _blank(camera)
                 self._draw(
-                    0, v.n_fixed, camera, T_world_cam, transforms, colours, *self._background
+                    (0, v.n_fixed),
+                    camera.pinhole,
+                    T_world_cam,
+                    transforms,
+                    colours,
+                    *self._background,
                 )
             rgb, depth, mask = (
                 self._background[0].copy(),
@@ -263,27 +278,25 @@ class SceneRenderer:
         else:
             rgb, depth, mask = _blank(camera)
             start, end = 0, end - v.n_mount
-        self._draw(start, end, camera, T_world_cam, transforms, colours, rgb, depth, mask)
+        parts = (start, end)
+        self._draw(parts, camera.pinhole, T_world_cam, transforms, colours, rgb, depth, mask)
         rgb, depth = self._noise(rgb, depth, state)
         return RenderedFrame(rgb, depth, mask, camera.K, T_world_cam)
 
     def _draw(
         self,
-        first: int,
-        last: int,
-        camera: CameraSpec,
+        parts: tuple[int, int],
+        pinhole: F64,
         T_world_cam: F64,
         transforms: F64,
         colours: F32,
         rgb: U8,
         depth: F32,
-        mask: I32,
+        mask: npt.NDArray[Any],
     ) -> None:
-        v, K = self._visuals, camera.K
-        pinhole = np.array([K[0, 0], K[1, 1], K[0, 2], K[1, 2], camera.near, camera.far])
+        v = self._visuals
         raster.draw(
-            first,
-            last,
+            *parts,
             v.position,
             v.normal,
             v.uv,

@@ -394,3 +394,28 @@ def carry_over(model: PlayTableEnv, env: Any) -> None:
         rotation = from_euler_xyz(robot["tcp_orn"])
         for _ in range(CLOSE_STEPS):
             env.advance((robot["tcp_pos"], rotation, -1))
+
+
+DRAWS = 5  # of a start, each with another seed, before it is given up
+
+
+def put_up(env: Any, task: str, seed: int) -> None:
+    """Bring PlayTable or calvin_env into a random state in which `task` can be done.
+
+    Raises:
+        StartError: none was found.
+    """
+    if not isinstance(env, PlayTableEnv):
+        with PlayTableEnv(env.scene, cameras=()) as model:
+            put_up(model, task, seed)
+            carry_over(model, env)
+        return
+    failed = StartError(f"task: no draw for {task}")
+    for draw in range(DRAWS):
+        try:
+            begin(env, task, np.random.default_rng([seed, draw]))
+        except StartError as error:
+            failed = error
+        else:
+            return
+    raise failed

@@ -7,9 +7,11 @@ Nothing is imported before it is asked for: naming a world must not need a simul
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from openhelix.runtime.core import plugins
+from openhelix.runtime.robots.base import Scenery
 
 
 class _CalvinTasks:
@@ -33,6 +35,26 @@ class _CalvinTasks:
         start = {"robot_obs": robot_obs.tolist(), "scene_obs": scene_obs.tolist()}
         return [(name, TASKS[name].sentence) for name in names], start
 
+    @staticmethod
+    def task(name: str, scene: str, seed: int) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+        """Return one of CALVIN's tasks with its sentence, and how to begin it.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        from openhelix.benchmarks.calvin.tasks import get_task
+
+        sentence = get_task(name).sentence
+        options = {"task": name, "seed": seed}
+        stage = {"target": "openhelix.benchmarks.calvin.starts:put_up", "options": options}
+        return [(name, sentence)], {"stage": stage}
+
+
+@lru_cache(maxsize=4)
+def _scenery(scene: str) -> Scenery:
+    made: Scenery = plugins.resolve("openhelix.benchmarks.calvin.scenery:PlayTableScenery")(scene)
+    return made
+
 
 class PlayTable(_CalvinTasks):
     """The embedded world; it also runs in real time, in two processes."""
@@ -41,6 +63,7 @@ class PlayTable(_CalvinTasks):
         "world": "openhelix.benchmarks.calvin.world_process:WorldProcess",
         "camera": "openhelix.benchmarks.calvin.world_process:CameraProcess",
     }
+    drawable = True
 
     @staticmethod
     def make_env(scene: str, cameras: Sequence[str], seed: int = 0) -> Any:
@@ -48,6 +71,11 @@ class PlayTable(_CalvinTasks):
         return plugins.resolve("openhelix.benchmarks.calvin.env:PlayTableEnv")(
             scene=scene, cameras=tuple(cameras), seed=seed
         )
+
+    @staticmethod
+    def scenery(scene: str) -> Scenery:
+        """Return a `PlayTableScenery`; one for each scene and process."""
+        return _scenery(scene)
 
     @staticmethod
     def require() -> str:
@@ -64,6 +92,7 @@ class Calvin(_CalvinTasks):
     """The real calvin_env, in a process of its own; it steps and has no real-time processes."""
 
     processes: ClassVar[Mapping[str, str]] = {}
+    drawable = False
 
     @staticmethod
     def make_env(scene: str, cameras: Sequence[str], seed: int = 0) -> Any:
@@ -71,6 +100,10 @@ class Calvin(_CalvinTasks):
         return plugins.resolve("openhelix.benchmarks.calvin.calvin_env:CalvinEnv")(
             scene=scene, cameras=tuple(cameras)
         )
+
+    @staticmethod
+    def scenery(scene: str) -> None:
+        """Return None: its state cannot be drawn without its simulator."""
 
     @staticmethod
     def require() -> str:

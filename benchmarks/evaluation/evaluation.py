@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from openhelix.benchmarks.evaluation.pool import Job, Pool
+from openhelix.benchmarks.evaluation.oracle import TARGET as TELLER
+from openhelix.benchmarks.evaluation.pool import Job, LocalPool, Pool, on_gpu
+from openhelix.benchmarks.evaluation.realtime_pool import RealtimePool
 from openhelix.benchmarks.evaluation.results import ResultsError, Store, replace_file, summarise
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite, spread
@@ -35,6 +37,7 @@ class Evaluation:
         conditions: how they are run.
         config: what is evaluated.
         threads: of torch.
+        sees: what System 2 is shown, one of `oracle.SEES`; the configuration says it to the engine.
         videos: how many episodes are filmed, evenly spread over the list.
         filmed: keys of episodes that are filmed besides.
     """
@@ -43,6 +46,7 @@ class Evaluation:
     conditions: Conditions
     config: RunConfig
     threads: int = 1
+    sees: str = "image"
     videos: int = 0
     filmed: tuple[str, ...] = ()
 
@@ -118,6 +122,56 @@ def evaluate(
         store.close()
 
 
+# ------------------------------------------------------------------------------------------------
+# Which pool runs it: this process, Ray workers, or the processes of a real-time run
+
+
+def shares_engine(config: RunConfig) -> bool:
+    """Whether workers are to share one System 2 instead of loading one each.
+
+    vLLM takes half a minute to start, and a big model fits a GPU once; a small one on CPU is
+    quicker beside its worker, where it has a core of its own.
+    """
+    engine = config.system2.engine
+    if engine.target == TELLER:
+        return False  # it looks into the world, which is the worker's
+    return "vllm" in engine.target.lower() or on_gpu(engine) or _gpu_present(engine)
+
+
+def _gpu_present(engine: Part) -> bool:
+    import torch
+
+    return str(engine.options.get("device", "auto")) == "auto" and torch.cuda.is_available()
+
+
+def open_pool(
+    config: RunConfig, workers: int, threads: int = 1, shared: bool | None = None
+) -> Pool:
+    """Return a pool that has not started yet.
+
+    Args:
+        config: of the run.
+        workers: 1 runs in this process; more are Ray actors.
+        threads: of torch, for each worker.
+        shared: one System 2 for all workers; None decides by `shares_engine`.
+
+    Raises:
+        ConfigError: the wall clock has one robot and cannot be shared out.
+    """
+    if config.control.clock == "realtime":
+        return RealtimePool(config, workers)
+    if workers == 1:
+        return LocalPool(config, threads)
+    # Ray takes a second to import and may be left out.
+    from openhelix.benchmarks.evaluation.ray_pool import RayPool
+
+    return RayPool(config, workers, threads, shares_engine(config) if shared is None else shared)
+
+
+# ------------------------------------------------------------------------------------------------
+# What it is of
+
+
 def _about(folder: Path, about: dict[str, Any] | None, resumed: bool) -> dict[str, Any]:
     """Keep what a pool said of itself; a finished evaluation need not load anything again.
 
@@ -153,6 +207,7 @@ def header(plan: Evaluation, about: Mapping[str, Any]) -> dict[str, Any]:
         "world": plan.suite.world,
         "scene": ",".join(plan.suite.scenes),
         "seed": plan.suite.seed,
+        "sees": plan.sees,
         "clock": plan.config.control.clock,
         "steps_limit": plan.conditions.steps_limit,
         "interval": None if wall else plan.conditions.interval,

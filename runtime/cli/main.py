@@ -19,7 +19,8 @@ from openhelix.runtime.core.paths import CHECKOUT
 
 # As a person meets them; the metadata of an installed package lists them by the alphabet.
 ORDER = (
-    *("run", "record", "replay", "status", "serve", "collect", "dagger", "train"),
+    *("run", "say", "status", "view", "film", "record", "replay", "serve"),
+    *("collect", "dagger", "train"),
     *("eval", "sweep", "compare", "experiment", "probe", "keys", "doctor"),
 )
 

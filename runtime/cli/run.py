@@ -22,14 +22,18 @@ from openhelix.runtime.control.episodes import Assignment, told
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig, load
 from openhelix.runtime.launch.graph import require_parts
-from openhelix.runtime.launch.node import interruptible
+from openhelix.runtime.launch.node import Interrupts, interruptible
 from openhelix.runtime.observe.display import Display, Outlet
+from openhelix.runtime.observe.observer import drawn_later
+from openhelix.runtime.observe.overlay import world_of
+from openhelix.runtime.observe.prompt import Prompt
 from openhelix.runtime.observe.viewer import require
 from openhelix.runtime.robots.base import WorldPlugin, robot_class
 from openhelix.runtime.transport.sockets import check_keys
 
 EXIT_INTERRUPTED = 130  # by Ctrl-C; the robot was stopped and the report written
 EXIT_STOPPED = 3  # the robot was stopped for safety before the run was complete
+FILM_LIMIT_S = 180.0  # of film; drawing takes about as long as the run, on one core
 
 
 RECORD = """`openhelix record`: run the whole system, and keep all that it saw and did.
@@ -42,8 +46,11 @@ and actions, which `openhelix replay` puts to a policy again and Foxglove shows.
 class RunOptions(Options):
     """Options of `run` and `record`; all else is `RunConfig`."""
 
+    interactive: bool = option(False, "type what the robot is to do while it runs")
+    task: str | None = option(None, "one task by its name, from a state to begin it in", "NAME")
+    scene: str | None = option(None, "the same as world.scene=SCENE", "SCENE")
     no_ray: bool = option(False, "plain processes instead of Ray actors")
-    viewer: bool = option(False, "log to Rerun")
+    viewer: bool = option(False, "write run.rrd for Rerun")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,6 +75,9 @@ def _run(argv: Sequence[str], record: bool) -> int:
         overrides.append("ray=false")
     if options.viewer:
         overrides.append("output.viewer=true")
+    for name, value in (("world.scene", options.scene), ("tasks.task", options.task)):
+        if value is not None:
+            overrides.append(f"{name}={value}")
     if record:
         overrides.append("output.record=true")
     config = load(options.config, overrides)
@@ -83,7 +93,7 @@ def _run(argv: Sequence[str], record: bool) -> int:
     robot_class(config.robot.name)
     check_keys(config.transport.keys)
     require_parts(config)
-    assignments, initial = plan(config)
+    assignments, initial = plan(config, options.interactive)
     folder = make_output_folder(config.output.folder)
     display = Display(live=config.output.live and not options.as_json)
     display.say(f"settings: {options.config or 'the defaults'}")
@@ -93,9 +103,11 @@ def _run(argv: Sequence[str], record: bool) -> int:
         from openhelix.runtime.launch.run import run_lockstep as run
     else:
         from openhelix.runtime.launch.run import run_realtime as run
-    with interruptible():  # what a signal ends in order, a second one does not end otherwise
+    prompt = Prompt(display.say) if options.interactive else None
+    # What a signal ends in order, a second one does not end otherwise.
+    with interruptible() as interrupted:
         try:
-            report = run(config, assignments, initial, folder, display)
+            report = run(config, assignments, initial, folder, display, prompt)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 raise
@@ -106,8 +118,9 @@ def _run(argv: Sequence[str], record: bool) -> int:
             publish_latest(folder, config.output.folder)
         finally:  # what was measured is worth more than the disk that has no room for it
             if options.as_json:
-                print(json.dumps(report), file=cast(IO[str], Outlet("stdout")))
-            else:
+                print(json.dumps(report), file=cast(IO[str], Outlet("stdout")), flush=True)
+            _film(config, report, folder, display, interrupted)
+            if not options.as_json:
                 display.summary(report, folder)
     if report["error"]:
         raise CommandFailed(report["error"])
@@ -116,16 +129,53 @@ def _run(argv: Sequence[str], record: bool) -> int:
     return EXIT_STOPPED if report["stopped"] else 0
 
 
-def plan(config: RunConfig) -> tuple[list[Assignment], dict[str, Any] | None]:
-    """Return what to do and the initial state of a world that can be set."""
-    if config.tasks.instruction is not None:
-        text = config.tasks.instruction.strip()
-        if not text:
-            raise ConfigError("tasks.instruction: is empty; write what the robot is to do")
-        return [Assignment("", text)], None
-    world: WorldPlugin = plugins.find(plugins.WORLDS, config.world.name)
-    tasks, initial = world.sequence(config.tasks.sequence, config.world.scene)
-    return [Assignment(*task) for task in tasks], dict(initial)
+def _film(
+    config: RunConfig,
+    report: dict[str, Any],
+    folder: Path,
+    display: Display,
+    interrupted: Interrupts,
+) -> None:
+    """Make the film of a world that can be drawn anew; one that fails costs the run nothing."""
+    if not config.output.video or not drawn_later(config) or not report["ticks"]:
+        return
+    later = f"`openhelix film {folder}` makes it"
+    if report["ticks"] / config.control.hz > FILM_LIMIT_S:
+        display.say(f"no film of more than {FILM_LIMIT_S / 60:.0f} minutes by itself; {later}")
+        return
+    # What reads recordings and encodes films takes a while to import.
+    from openhelix.runtime.cli.film import film
+
+    try:
+        with interrupted.patience(interrupted.heard):
+            film(folder, folder / "video.mp4", display)
+    except KeyboardInterrupt:
+        display.warn(f"the film was left out; {later}")
+    except (ValueError, OSError) as error:
+        display.warn(f"no film: {error}")
+
+
+def plan(
+    config: RunConfig, interactive: bool = False
+) -> tuple[list[Assignment], dict[str, Any] | None]:
+    """Return what to do, and the first state of a world that can be set; see `set_world`.
+
+    A run in which a person will talk begins with nothing to do, in the state that the sequence
+    begins with, unless the configuration says more.
+    """
+    tasks = config.tasks
+    own = [Assignment("", sentence) for sentence in tasks.sentences]
+    name = world_of(config)
+    if name is None and (own or interactive):
+        return own, None
+    world: WorldPlugin = plugins.find(plugins.WORLDS, name or config.world.name)
+    if tasks.task is not None:
+        found, start = world.task(tasks.task, config.world.scene, config.world.seed)
+        return [Assignment(*task) for task in found], start
+    if own:
+        return own, None
+    listed, state = world.sequence(tasks.sequence, config.world.scene)
+    return [] if interactive else [Assignment(*task) for task in listed], dict(state)
 
 
 def make_output_folder(base: Path) -> Path:

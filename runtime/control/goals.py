@@ -4,7 +4,9 @@ The loop offers its newest image every tick and polls; it never waits. `recent` 
 last latents of the current instruction, newest last. What is not what was agreed is counted and
 never used: a latent for another instruction, which is no longer followed; one of a model other
 than the run began with, which System 1 would misinterpret even if its shape matches; one whose
-image is from the future, from too long ago, or from before the robot was last stopped.
+image is from the future, from too long ago, or from before the robot was last stopped. A latent
+whose instruction System 2 does not understand (`LatentGoal.refused`) is counted and empties
+`recent`: while it is the newest there is nothing to plan from, and the robot holds.
 """
 
 from __future__ import annotations
@@ -20,16 +22,18 @@ from openhelix.runtime.core.interfaces import (
     U8,
     Engine,
     GoalRequest,
+    Judgement,
     LatentGoal,
     LatentSpec,
     Observation,
     PartFailed,
     encode_one,
+    judged,
 )
 from openhelix.runtime.core.safety import Watchdog
 from openhelix.runtime.transport.wire import ReaderStats
 
-REFUSALS: Final = ("future", "old", "before_stop")
+MISTIMED: Final = ("future", "old", "before_stop")
 
 
 class Goals(Protocol):
@@ -39,8 +43,10 @@ class Goals(Protocol):
     received: int
     void: int  # for another instruction
     mismatched: int  # of another model
-    refused: Counter[str]  # for the time of their image, by reason; see `REFUSALS`
+    mistimed: Counter[str]  # dropped for the time of their image, by reason; see `MISTIMED`
     mismatch: str  # what the first of those was; "" while there was none
+    refusals: int  # of this run's latents, those whose instruction was not understood
+    newest: LatentGoal | None  # of the current instruction, refused or not
     latencies_s: deque[float]  # the engine's time for each latent received
 
     @property
@@ -59,6 +65,11 @@ class Goals(Protocol):
     def close(self) -> None: ...
 
 
+def refused(goals: Goals | None) -> bool:
+    """Whether the current instruction is one that System 2 does not understand."""
+    return goals is not None and goals.newest is not None and goals.newest.refused
+
+
 class _Recent:
     """The newest latents of the current instruction and of the expected model.
 
@@ -70,13 +81,15 @@ class _Recent:
     def __init__(self, memory: int, max_age_s: float) -> None:
         self._max_age_ns = max_age_s * 1e9
         self._stopped_ns: int | None = None  # when the robot was last stopped
-        self.refused: Counter[str] = Counter()
+        self.mistimed: Counter[str] = Counter()
         self.recent: deque[LatentGoal] = deque(maxlen=memory)
         self.latencies_s: deque[float] = deque(maxlen=4096)
         self.received = 0
         self.void = 0
         self.mismatched = 0
         self.mismatch = ""
+        self.refusals = 0
+        self.newest: LatentGoal | None = None
         self.instruction_id = 0
         self.instruction = ""
         self._spec_id = ""  # no latent carries that one
@@ -88,10 +101,12 @@ class _Recent:
     def begin(self, instruction_id: int, instruction: str) -> None:
         self.instruction_id, self.instruction = instruction_id, instruction
         self.recent.clear()
+        self.newest = None
 
     def forget(self, now_ns: int) -> None:
         self._stopped_ns = now_ns
         self.recent.clear()
+        self.newest = None
 
     def accept(self, latent: LatentGoal, now_ns: int) -> bool:
         if latent.spec_id != self._spec_id:
@@ -104,16 +119,21 @@ class _Recent:
         if latent.instruction_id != self.instruction_id:
             self.void += 1
             return False
-        refusal = self._refusal(latent.t_obs_ns, now_ns)
-        if refusal:
-            self.refused[refusal] += 1
+        wrong = self._wrong_time(latent.t_obs_ns, now_ns)
+        if wrong:
+            self.mistimed[wrong] += 1
             return False
         self.received += 1
-        self.recent.append(latent)
+        self.newest = latent
+        if latent.refused:
+            self.refusals += 1
+            self.recent.clear()
+        else:
+            self.recent.append(latent)
         self.latencies_s.append(latent.compute_s)
         return True
 
-    def _refusal(self, t_obs_ns: int, now_ns: int) -> str:
+    def _wrong_time(self, t_obs_ns: int, now_ns: int) -> str:
         # The robot's own stamp, which System 2 gave back: no other host's clock is in it.
         if t_obs_ns - now_ns > Watchdog.FUTURE_S * 1e9:
             return "future"
@@ -246,7 +266,7 @@ class LockstepGoals(_Recent):
         return arrived
 
     def _compute(self, observation: Observation) -> LatentGoal:
-        frame = observation.frames[self._camera]
+        frame, judgement = observation.frames[self._camera], self._judge()
         start = self._timer()
         z = self._encode(frame.rgb, self.instruction)
         latent = LatentGoal(
@@ -258,9 +278,18 @@ class LockstepGoals(_Recent):
             spec_id=self._engine.spec.spec_id,  # as it is now: weights can be swapped
             source="lockstep",
             compute_s=self._timer() - start,
+            understood=judgement.understood,
+            refused=judgement.refused,
         )
         self._seq += 1
         return latent
+
+    def _judge(self) -> Judgement:
+        """Return what System 2 thinks of the instruction; raises PartFailed where it fails."""
+        try:
+            return judged(self._engine, [self.instruction])[0]
+        except Exception as error:
+            raise PartFailed("system2", error) from error
 
     def _encode(self, image: U8, instruction: str) -> F32:
         """Return System 2's latent, checked; raises PartFailed where it gives none."""

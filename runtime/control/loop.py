@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from openhelix.runtime.control.goals import Goals
+from openhelix.runtime.control.goals import Goals, refused
 from openhelix.runtime.control.plans import ChunkBuffer, Planner
 from openhelix.runtime.core.clock import Clock
 from openhelix.runtime.core.interfaces import Action, ActionChunk, LatentGoal, Observation
@@ -20,6 +20,7 @@ from openhelix.runtime.core.safety import Mode, SafetyFilter, SafetyState, Watch
 from openhelix.runtime.robots.base import Robot
 
 State = Literal["wait", "run", "hold", "stop"]
+Order = Literal["", "told_to_wait", "told_to_stop", "nothing_to_do"]
 _STATES: dict[Mode, State] = {Mode.RUN: "run", Mode.HOLD: "hold", Mode.STOP: "stop"}
 
 
@@ -37,6 +38,7 @@ class Tick:
     new_chunk: ActionChunk | None
     latent_age_s: float | None  # of the newest latent of this instruction
     duration_s: float  # the tick's own work
+    understood: float | None = None  # how probably the instruction names a task; None: unknown yet
 
 
 Subscriber = Callable[[Tick], None]
@@ -83,12 +85,20 @@ class ControlLoop:
         self.prefetch_s = 0.0  # what the last prefetch took
         self._last: Action | None = None
         self._planned = False  # this instruction has had a plan
+        self.order: Order = ""  # keeps the robot still, whatever is planned
+        self._resting = False  # it follows no instruction
         self._standing = False  # the robot was told to stop
 
     @property
     def stopped(self) -> bool:
         """Whether the robot stands stopped for good."""
         return self.safety.stop is not None and self.safety.stop.latched
+
+    @property
+    def understood(self) -> float | None:
+        """How probably the current instruction names a task; None until a latent says so."""
+        newest = None if self.goals is None else self.goals.newest
+        return None if newest is None else newest.understood
 
     def arm(self) -> None:
         """Call once before the first tick: every source counts as seen now."""
@@ -99,13 +109,20 @@ class ControlLoop:
     def begin(self, instruction: str) -> int:
         """Follow a new instruction: what belonged to the old one is void. Returns its number."""
         self.instruction_id += 1
-        self._planned = False
+        self._planned, self._resting, self.order = False, False, ""
         self.watchdog.expect_latent(self.clock.now_ns())
         if self.goals is not None:
             self.goals.begin(self.instruction_id, instruction)
         self.planner.reset(self.seed + self.instruction_id)
         self.chunks.void(self.instruction_id)
         return self.instruction_id
+
+    def rest(self) -> None:
+        """Follow nothing: the robot holds still and neither system is asked."""
+        self.instruction_id += 1
+        self._planned, self._resting = False, True
+        self.order = self.order if self.order == "told_to_stop" else "nothing_to_do"
+        self.chunks.void(self.instruction_id)
 
     def tick(self) -> Tick:
         """Do one control period's work and tell the subscribers."""
@@ -128,6 +145,7 @@ class ControlLoop:
             new_chunk=chunk,
             latent_age_s=self._latent_age_s(now_ns),
             duration_s=time.perf_counter() - start_s,
+            understood=self.understood,
         )
         for subscriber in self.subscribers:
             subscriber(tick)
@@ -174,10 +192,21 @@ class ControlLoop:
         return observation
 
     def condition(self, observation: Observation, now_ns: int) -> LatentGoal | None:
-        """Offer the newest image to System 2; return a latent that has just arrived."""
+        """Offer the newest image to System 2; return a latent that has just arrived.
+
+        When it says that the instruction is not understood, the plan is void, and so is what
+        System 1 is still making of an earlier latent.
+        """
         if self.goals is None:
             return None
+        if self._resting:
+            self.watchdog.expect_latent(now_ns)  # none is due
+            return None
+        acted = not refused(self.goals)
         latent = self.goals.update(observation, now_ns)
+        if acted and refused(self.goals):
+            self.chunks.void(self.instruction_id, from_ns=now_ns)
+            self.planner.reset(self.seed + self.instruction_id)
         if self.goals.mismatch:
             self.watchdog.saw_mismatch(self.goals.mismatch)
         if latent is not None:
@@ -186,6 +215,8 @@ class ControlLoop:
 
     def plan(self, observation: Observation, now_ns: int) -> ActionChunk | None:
         """Offer System 1 its input once there is a latent; join a finished chunk."""
+        if self._resting:
+            return None
         if self.goals is None or self.goals.recent:
             self.planner.offer(observation, tuple(self.goals.recent) if self.goals else ())
         chunk = self.planner.poll()
@@ -198,10 +229,15 @@ class ControlLoop:
         """Return what to do, and the planned target for the end of this period."""
         target = self.chunks.sample(now_ns + self.period_ns)
         hold = ""
-        if target is None:
+        unclear = refused(self.goals)
+        if unclear:
+            hold = "not_understood"
+        elif target is None:
             hold = "chunk_ran_out" if self._planned else "first_plan_due"
-        mode = self.safety.update(self.watchdog.check(now_ns), hold)
-        if mode is Mode.HOLD and not self._planned:
+        mode = self.safety.update(self.watchdog.check(now_ns), self.order or hold)
+        if mode is Mode.HOLD and self.order == "told_to_stop":
+            return "stop", None
+        if mode is Mode.HOLD and not self._planned and not unclear:
             return "wait", None
         return _STATES[mode], target if mode is Mode.RUN else None
 
@@ -233,14 +269,14 @@ class ControlLoop:
             self.robot.stop(self.safety.reason)
             self.limits.rest()
             self._standing, self._last = True, None
-            self.chunks.void(self.instruction_id)
-            self.planner.forget(now_ns)
+            self.chunks.void(self.instruction_id, from_ns=now_ns)
+            self.planner.reset(self.seed + self.instruction_id)
             if self.goals is not None:
                 self.goals.forget(now_ns)
             self._planned = False
         return Action(observation.tcp_pose, float(observation.gripper_open), self.instruction_id)
 
     def _latent_age_s(self, now_ns: int) -> float | None:
-        if self.goals is None or not self.goals.recent:
+        if self.goals is None or self._resting or not self.goals.recent:
             return None
         return self.goals.recent[-1].age_s(now_ns)

@@ -31,7 +31,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -98,17 +98,20 @@ class Planner(Protocol):
     def reset(self, seed: int) -> None:
         """A new instruction: the next offer is due at once."""
 
-    def forget(self, now_ns: int) -> None:
-        """The robot was stopped: what was seen until now is planned on no more."""
-
     def close(self) -> None: ...
 
 
-def checked_chunk(made: object) -> ActionChunk:
-    """Return what a policy's `act` gave; TypeError unless it is an `ActionChunk`."""
+def checked_chunk(made: object, observation: Observation) -> ActionChunk:
+    """Return what a policy's `act` gave, stamped; TypeError unless it is an `ActionChunk`.
+
+    A policy may leave the stamp of its observation out; what is planned before a stop or a refusal
+    is told from what is planned afterwards by it.
+    """
     if not isinstance(made, ActionChunk):
         raise TypeError(f"act returned {type(made).__name__}, not an ActionChunk")
-    return made
+    if made.t_obs_ns == observation.t_ns:
+        return made
+    return replace(made, t_obs_ns=observation.t_ns)
 
 
 class _Due:
@@ -151,7 +154,7 @@ class SyncPlanner:
         self._due.mark(observation)
         start_s = time.perf_counter()
         try:
-            self._chunk = checked_chunk(self._policy.act(observation, latents))
+            self._chunk = checked_chunk(self._policy.act(observation, latents), observation)
         except PolicyFault as fault:
             self.failures += 1
             log.warning("System 1: %s; the loop goes on without this chunk", fault)
@@ -174,10 +177,6 @@ class SyncPlanner:
         except Exception as error:
             raise PartFailed("system1", error) from error
 
-    def forget(self, now_ns: int) -> None:
-        self._due.clear()
-        self._chunk = None
-
     def close(self) -> None:
         """Nothing to release."""
 
@@ -193,7 +192,6 @@ class RemotePlanner:
         self.sender, self.reader = sender, reader
         self._due = _Due(replan_ns)
         self._out: tuple[int, int] | None = None  # the request's instruction and time
-        self._stopped_ns: int | None = None  # when the robot was last stopped
         self._seed = 0
         self.latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.failures = 0
@@ -217,19 +215,12 @@ class RemotePlanner:
             self.failures += 1
         else:
             self.latencies_s.append(reply.compute_s)
-        if self._stopped_ns is not None and reply.t_obs_ns <= self._stopped_ns:
-            return None
         return reply.chunk
 
     def reset(self, seed: int) -> None:
         self._due.clear()
         self._out = None
         self._seed = seed
-
-    def forget(self, now_ns: int) -> None:
-        self._due.clear()
-        self._out = None
-        self._stopped_ns = now_ns
 
     def close(self) -> None:
         """Close both channels."""
@@ -260,7 +251,7 @@ class ChunkCounters:
     rows_blended: int = 0  # rows mixed with what was being executed
     chunks_accepted: int = 0
     chunks_used: int = 0  # of the accepted: at least one action was sampled from it
-    chunks_void: int = 0  # refused: for another instruction
+    chunks_void: int = 0  # refused: for another instruction, or of before the plan was voided
     chunks_late: int = 0  # refused: every row had expired
     chunks_stale: int = 0  # refused: older observation than the plan's
     chunks_bad: int = 0  # refused: wrong shape, not finite, no rotation, no time step
@@ -292,6 +283,7 @@ class ChunkBuffer:
         self._fresh = False  # the newest chunk has not been sampled yet
         self._fresh_from_ns = 0
         self._t_obs_ns: int | None = None
+        self._from_ns = 0  # chunks of older observations are void
         self._latent_seq = -1
         self._ran_out = False
 
@@ -305,11 +297,16 @@ class ChunkBuffer:
         """The latent that the newest accepted chunk was conditioned on; -1 for none."""
         return self._latent_seq
 
-    def void(self, instruction_id: int) -> None:
-        """Drop the whole plan; from now on accept chunks of `instruction_id` only."""
+    def void(self, instruction_id: int, from_ns: int = 0) -> None:
+        """Drop the whole plan; from now on accept chunks of `instruction_id` only.
+
+        Args:
+            instruction_id: may be the present one.
+            from_ns: and of those only ones whose observation is of then or later.
+        """
         self.counters.rows_voided += sum(self._mine)
         self._clear()
-        self._instruction_id = instruction_id
+        self._instruction_id, self._from_ns = instruction_id, from_ns
         self._t_obs_ns = None
         self._latent_seq = -1
         self._ran_out = False
@@ -330,7 +327,7 @@ class ChunkBuffer:
         if not isinstance(chunk, ActionChunk):
             raise TypeError(f"chunk: {type(chunk).__name__}, must be an ActionChunk")
         count = self.counters
-        if chunk.instruction_id != self._instruction_id:
+        if chunk.instruction_id != self._instruction_id or chunk.t_obs_ns < self._from_ns:
             count.chunks_void += 1
             return False
         rows = _rows(chunk)

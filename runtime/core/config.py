@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -38,6 +39,36 @@ class ConfigError(ValueError):
 
 class CommandFailed(RuntimeError):
     """A command could not do its work, through no mistake in what was asked. Exit code 1."""
+
+
+SENTENCE_CHARS = 500  # of an instruction; what people say is a tenth of that
+# Characters that turn the direction of a text around: a terminal would show another sentence.
+TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def checked_sentence(text: object, name: str) -> str:
+    """Return an instruction as it is used: trimmed, with single spaces.
+
+    Args:
+        text: what was given.
+        name: of the field or command, for the message.
+
+    Raises:
+        ConfigError: it is no text, empty, too long, or has control characters.
+    """
+    if not isinstance(text, str):
+        raise ConfigError(f"{name}: {type(text).__name__}, expected a sentence")
+    plain = " ".join(text.split())
+    if not plain:
+        raise ConfigError(f"{name}: is empty; write what the robot is to do")
+    if len(plain) > SENTENCE_CHARS:
+        raise ConfigError(f"{name}: {len(plain)} characters; at most {SENTENCE_CHARS} are taken")
+    for place, character in enumerate(plain):
+        if unicodedata.category(character) in ("Cc", "Cs", "Cn") or character in TURNING:
+            raise ConfigError(
+                f"{name}: has a control character (U+{ord(character):04X}) at position {place + 1}"
+            )
+    return plain
 
 
 class _Section(BaseModel):
@@ -147,6 +178,7 @@ class WorldConfig(_Section):
 
     name: str = "playtable"  # an entry of the group `openhelix.worlds`
     scene: Annotated[str, AfterValidator(_known_scene)] = "D"
+    seed: Annotated[int, Field(ge=0)] = 0  # of what is drawn at random in its first state
     cameras: tuple[Literal["static", "gripper"], ...] = ("static", "gripper")
     camera_hz: Positive = 10.0
     # A world that the machine is too busy to step looks like a robot that does not answer.
@@ -208,7 +240,26 @@ class TasksConfig(_Section):
     sequence: Annotated[int, Field(ge=0, le=999)] = 0  # index into the CALVIN sequences
     steps_limit: Count = 360  # environment steps per instruction
     stop_at_failure: bool = False  # CALVIN's protocol; False attempts all tasks
-    instruction: str | None = None  # free text instead of a sequence
+    instruction: str | None = None  # a sentence of one's own, instead of a sequence
+    instructions: tuple[str, ...] = ()  # several, one after the other
+    task: str | None = None  # one of the world's tasks, from a state in which it can be done
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        given = [name for name in ("instruction", "instructions", "task") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: beside {given[0]}; give one of the two")
+        if self.instruction is not None:
+            checked_sentence(self.instruction, "instruction")
+        for number, text in enumerate(self.instructions, 1):
+            checked_sentence(text, f"instructions[{number}]")
+        return self
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The sentences of one's own, as they are used; () for a sequence or a task."""
+        own = self.instructions if self.instruction is None else (self.instruction,)
+        return tuple(checked_sentence(text, "tasks.instructions") for text in own)
 
 
 class OutputConfig(_Section):
@@ -216,8 +267,10 @@ class OutputConfig(_Section):
 
     folder: Path = Path("outputs")
     video: bool = True
-    record: bool = False
+    track: bool = True  # what the robot did, without images: 1 MB a minute, for film and viewer
+    record: bool = False  # the same with every image: 400 MB a minute
     viewer: bool = False
+    urdf: Path | None = None  # of the arm, for the viewer; its root is the world frame
     # The first of the ports at which the parts serve their metrics (METRICS_PARTS); 0: free
     # ones, null: no metrics.
     metrics_port: Annotated[int, Field(ge=0, le=65000)] | None = 9108

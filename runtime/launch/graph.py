@@ -511,11 +511,17 @@ class Graph:
                 raise GraphError(f"not ready after {timeout_s:.0f} s: {', '.join(late)}")
             time.sleep(0.1)
 
-    def await_system2(self, tell: Callable[[str], None], give_up: threading.Event) -> None:
+    def await_system2(
+        self,
+        tell: Callable[[str], None],
+        say: Callable[[str], None],
+        give_up: threading.Event,
+    ) -> None:
         """Block until the System 2 that others run answers, or `give_up` is set.
 
         Args:
             tell: hears, again and again, what is waited for.
+            say: hears it once, where there is something to wait for.
             give_up: ends the wait.
 
         Raises:
@@ -524,6 +530,7 @@ class Graph:
         """
         address, patience_s = self._config.system2.connect, self._config.system2.connect_timeout_s
         deadline_s = time.monotonic() + patience_s
+        said = False
         while not give_up.is_set():
             health = self.health("system2", min(1.0, patience_s))
             state, left_s = health["state"], deadline_s - time.monotonic()
@@ -538,7 +545,13 @@ class Graph:
                     f"system2 at {address} is {state} after system2.connect_timeout_s="
                     f"{patience_s:g}; `openhelix serve` runs one"
                 )
-            tell(f"waiting for System 2 at {address}: {state}, {left_s:.0f} s left")
+            if not said:
+                say(
+                    f"waiting for System 2 at {address}, which is {state}; "
+                    f"system2.connect_timeout_s={patience_s:g}"
+                )
+            said = True
+            tell(f"System 2 at {address} ({state}, {left_s:.0f} s left)")
             give_up.wait(0.2)
 
     def latent_spec(self, patience_s: float = 60.0) -> dict[str, Any]:

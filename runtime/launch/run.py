@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,8 +45,9 @@ from openhelix.runtime.launch.graph import RAY, Graph, GraphError
 from openhelix.runtime.launch.node import Interrupts, interruptible
 from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.observer import Subscribers
-from openhelix.runtime.observe.status_source import RECORD, StatusRecord
-from openhelix.runtime.robots.base import World, make_robot, world_options
+from openhelix.runtime.observe.prompt import Prompt, Say
+from openhelix.runtime.observe.status_source import StatusRecord
+from openhelix.runtime.robots.base import make_robot, set_world, world_options
 from openhelix.runtime.robots.env import stepped
 from openhelix.runtime.transport.rpc import RpcError
 
@@ -68,8 +69,11 @@ def run_lockstep(
     initial: dict[str, Any] | None,
     folder: Path,
     display: Display,
+    prompt: Prompt | None = None,
 ) -> dict[str, Any]:
     """Run in this process; return the report.
+
+    With a `prompt` the robot waits for words when it has nothing to do.
 
     A policy or an engine that raises ends the run; `error` in the report then says in one line
     whose error it was, and the rest what ran until then.
@@ -98,12 +102,13 @@ def run_lockstep(
         with interruptible() as interrupted, display, interrupted.patience(1):
             progress = _Progress(stack, statistics, config, display, interrupted)
             stack.loop.subscribers.append(progress)
-            if initial is not None and isinstance(robot, World):
-                robot.reset_world(initial["robot_obs"], initial["scene_obs"])
+            set_world(robot, initial)
             ready_s = time.monotonic() - started_s
             stack.loop.arm()
+            talk = stack.episode_runner.talk
             try:
-                stack.episode_runner.run(assignments, interrupted.is_set)
+                with _talking(prompt, display, talk.say, talk.close, interrupted.set):
+                    stack.episode_runner.run(assignments, interrupted.is_set, prompt is not None)
             except PartFailed as error:
                 if os.environ.get("OPENHELIX_DEBUG"):
                     raise
@@ -111,9 +116,11 @@ def run_lockstep(
                 stack.episode_runner.broken(failure)
             except KeyboardInterrupt:  # the second: a part does not come to an end
                 stack.episode_runner.broken("interrupted")
-            display.progress(task_rows(stack.episode_runner.results), config.tasks.steps_limit)
+            last = {"entries": stack.episode_runner.journal.rows(30)}
+            display.progress(last, config.tasks.steps_limit)
     finally:
         robot.stop("the run has ended")
+        subscribers.finish()
         subscribers.close()
         stack.close()
         robot.disconnect()
@@ -181,6 +188,7 @@ class _Progress:
         runner = self._stack.episode_runner
         current = runner.current
         health = task_rows(runner.results) | live(self._statistics)
+        health["entries"] = runner.journal.rows(30)
         health["instruction"] = current.instruction if current else ""
         self._display.progress(health | {"steps": runner.steps}, self._limit)
 
@@ -195,6 +203,7 @@ def _report(config: RunConfig, stack: ControlStack, statistics: LoopStatistics) 
         "interval_steps": config.interval_steps,
         "latency_steps": config.lockstep.latency_steps,
         "steps_limit": config.tasks.steps_limit,
+        "journal": stack.episode_runner.journal.rows(),
         **task_rows(stack.episode_runner.results),
         **statistics.report(),
         "deadline_missed": lateness.missed,
@@ -202,6 +211,7 @@ def _report(config: RunConfig, stack: ControlStack, statistics: LoopStatistics) 
         "latents_published": published,
         "latents_missed": goals.missed if goals else 0,
         "latents_mismatched": goals.mismatched if goals else 0,
+        "latents_refused": goals.refusals if goals else 0,
         "s1_latency_s": percentiles(stack.loop.planner.latencies_s, ("p50", "p99")),
         "s2_latency_s": percentiles(goals.latencies_s if goals else (), ("p50", "p99")),
         "stopped": str(stack.loop.safety.stop) if stack.loop.stopped else None,
@@ -222,21 +232,28 @@ def run_realtime(
     initial: dict[str, Any] | None,
     folder: Path,
     display: Display,
+    prompt: Prompt | None = None,
 ) -> dict[str, Any]:
     """Run on real processes; return the report.
+
+    With a `prompt` the robot waits for words when it has nothing to do.
 
     Raises:
         ConfigError: a part refused its configuration.
         RunFailed: a part failed and the run could not go on.
     """
-    job = {"assignments": [asdict(a) for a in assignments], "initial": initial}
+    job = {
+        "assignments": [asdict(a) for a in assignments],
+        "initial": initial,
+        "stay": prompt is not None,
+    }
     started_s = time.monotonic()
     graph = Graph(config, job, folder)
     record = StatusRecord.of(graph.endpoints.control, graph.has("observer"), config)
     with interruptible() as interrupted, display, record.kept(folder):
         try:
             with interrupted.patience(0):  # nothing moves yet
-                _start(graph, config, folder, display, interrupted)
+                _start(graph, config, display, interrupted)
                 untrained = say_untrained(
                     display,
                     system1=SimpleNamespace(**graph.health("system1")),
@@ -245,7 +262,16 @@ def run_realtime(
                 spec = graph.latent_spec()
             graph.ask("control", "start", timeout_s=30.0, latent_spec=spec)
             ready_s = time.monotonic() - started_s
-            report, error = _watch(graph, config, display, interrupted)
+
+            def say(text: str, who: str) -> dict[str, Any]:
+                return graph.ask("control", "say", text=text, who=who)
+
+            def leave() -> None:
+                with suppress(RpcError):  # it has ended already
+                    graph.ask("control", "leave")
+
+            with _talking(prompt, display, say, leave, interrupted.set):
+                report, error = _watch(graph, config, display, interrupted)
             parts = {name: graph.health(name) for name in ("system1", "system2")}
             if graph.has("observer"):
                 report["sinks"] = _finish(graph, display, interrupted)
@@ -276,17 +302,31 @@ def run_realtime(
     }
 
 
-def _start(
-    graph: Graph, config: RunConfig, folder: Path, display: Display, interrupted: Interrupts
-) -> None:
+@contextmanager
+def _talking(
+    prompt: Prompt | None,
+    display: Display,
+    say: Say,
+    leave: Callable[[], None],
+    interrupt: Callable[[], None],
+) -> Iterator[None]:
+    """Let a person talk to the robot while the block runs, if there is one."""
+    if prompt is None:
+        yield
+        return
+    display.above(prompt)
+    with prompt.listening(say, leave, interrupt):
+        yield
+
+
+def _start(graph: Graph, config: RunConfig, display: Display, interrupted: Interrupts) -> None:
     """Start the processes and wait until all are ready."""
     if graph.has("observer"):
         display.say(
-            f"`openhelix status --web` shows this run; {folder}/{RECORD} has the "
-            "token of its stop button"
+            "from another terminal: openhelix say TEXT, openhelix status --web, openhelix view"
         )
     if config.system2.connect is not None:
-        graph.await_system2(display.waiting, interrupted)
+        graph.await_system2(display.waiting, display.say, interrupted)
     display.say("starting the processes" + (" as Ray actors" if config.ray else ""))
     graph.start()
     graph.wait_ready(READY_TIMEOUT_S, display.states, interrupted)

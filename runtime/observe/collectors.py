@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client.core import Metric
 
-from openhelix.runtime.control.goals import REFUSALS, WireGoals
+from openhelix.runtime.control.goals import MISTIMED, WireGoals
 from openhelix.runtime.control.plans import RemotePlanner
 from openhelix.runtime.observe.metrics import Histogram, counter, gauge
 
@@ -35,7 +35,10 @@ STOP_REASONS = (
     *("camera_stale", "camera_frozen", "proprioception_stale", "latent_silent"),
     *("latent_mismatch", "robot_error", "operator"),
 )
-HOLD_REASONS = ("chunk_ran_out", "first_plan_due")
+HOLD_REASONS = (
+    *("chunk_ran_out", "first_plan_due", "not_understood"),
+    *("told_to_wait", "told_to_stop", "nothing_to_do"),
+)
 SHED_REASONS = ("too_many_robots", "name_taken", "bad_name", "too_old", "out_of_order")
 OUTCOMES = ("success", "failure")
 UNJUDGED = ("free", "unjudged")  # task and outcome of an instruction without an oracle
@@ -149,7 +152,10 @@ class LoopMetrics:
         yield counter("latents_void", goals.void)
         yield counter("latents_missed", goals.missed)
         yield counter("latents_mismatched", goals.mismatched)
-        yield counter("latents_refused", dict.fromkeys(REFUSALS, 0) | goals.refused)
+        yield counter("latents_mistimed", dict.fromkeys(MISTIMED, 0) | goals.mistimed)
+        yield counter("latents_refused", goals.refusals)
+        if self._loop.understood is not None:
+            yield gauge("instruction_understood", self._loop.understood)
         if self._latent_period_s is not None:
             yield counter("latents_late", self._late)
             yield gauge("latent_period_seconds", self._latent_period_s)
@@ -175,7 +181,7 @@ class LoopMetrics:
         results = list(self._episode_runner.results)
         for result in results[self._judged :]:
             judged = "success" if result.success else "failure"
-            key = (result.task, judged) if result.task else UNJUDGED
+            key = UNJUDGED if result.success is None else (result.task, judged)
             self._tasks[key] = self._tasks.get(key, 0) + 1
             if result.success:
                 self._steps.observe(result.env_steps)

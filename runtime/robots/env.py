@@ -19,6 +19,7 @@ import numpy as np
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.clock import Clock, MonotonicClock
 from openhelix.runtime.core.interfaces import (
+    F64,
     Action,
     ActionSpec,
     CameraFrame,
@@ -220,16 +221,30 @@ class EnvRobot(Robot):
         self._ask(lambda: prepare(env))
         self._begin()
 
+    def stage(self, target: str, options: Mapping[str, Any]) -> None:
+        """Let `target(env, **options)` put the world into a state, and take that as the start."""
+        put = plugins.resolve(target)
+        self.prepare_world(lambda env: put(env, **options))
+
     def begin_task(self, task: str, instruction: str) -> None:
         self._connected()
         self._start_info = self._info
+        if self.referee is not None:
+            self.referee.begin(self._info)
 
     def completed(self) -> frozenset[str]:
         self._connected()
+        if self.referee is not None:
+            return frozenset(self.referee.completed(self._info))
         return frozenset(self._oracle(self._start_info, self._info))
 
     def env_steps(self) -> int:
         return self._steps
+
+    @property
+    def referee(self) -> Any:
+        """Who judges in the oracle's place, in a world where what is right changes; else None."""
+        return getattr(self._env, "referee", None)
 
     # -- inside ---------------------------------------------------------------------------
 
@@ -315,10 +330,14 @@ class PlayTableRobot(WorldRobot):
         seed: int = 0,
     ) -> None:
         super().__init__("playtable", scene, cameras, clock, frames_on_demand=True, seed=seed)
+        self._visual: F64 | None = None
+
+    def visual_state(self) -> F64 | None:
+        return self._visual
 
     def _drawing(self, t_ns: int) -> Callable[[], Mapping[str, CameraFrame]]:
         env = self._connected()
-        state = env.visual_state()
+        state = self._visual = env.visual_state()
 
         def draw() -> Mapping[str, CameraFrame]:
             self.renders += 1

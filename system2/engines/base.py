@@ -7,6 +7,7 @@ and after (read-out, projector) is here, so that two engines cannot drift apart.
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openhelix.runtime.core.interfaces import F32, LatentSpec
-from openhelix.system2.checkpoint import LatentHead, check_fit, head_for, with_act
-from openhelix.system2.model import SHIPPED, CheckpointError, open_checkpoint, pick_dtype
+from openhelix.runtime.core.interfaces import F32, U8, Judgement, LatentSpec
+from openhelix.system2.latents import (
+    NEEDS_VISION,
+    BadReadOut,
+    LatentConfig,
+    LatentHead,
+    check_fit,
+    head_for,
+    with_act,
+)
+from openhelix.system2.model import (
+    SHIPPED,
+    CheckpointError,
+    load_tokenizer,
+    open_checkpoint,
+    pick_dtype,
+)
 from openhelix.system2.prompt import BadInstruction, Prompt, as_batch
+from openhelix.system2.text import sentence_ids
+from openhelix.system2.understanding import KEPT, beside
+
+JUDGED_TOGETHER = 32  # sentences, at most
 
 
 class EncodeError(RuntimeError):
@@ -48,7 +67,12 @@ class EngineBase:
         threads: CPU threads; 0 leaves torch's own number.
         max_instruction_tokens: longer instructions are refused.
         seed: of untrained weights.
+        shown: "given", or "none" to leave the image out of the prompt of a read-out that was
+            trained with it, or a `.npy` file of other pictures (N, H, W, 3) uint8, one of which is
+            shown in the place of each that is given: what System 2 does without seeing.
         blind: show the model black pictures instead of those that are given.
+        understanding: file of the head that judges which instructions are understood; None takes
+            the one beside the latent's weights, where there is one, and "off" judges none.
         untrained: take random `<ACT>` and projector where no `latent_projector` is given, not the
             shipped ones; a run refuses random ones that nobody asked for
             (`openhelix.runtime.control.assembly.make`).
@@ -75,6 +99,8 @@ class EngineBase:
         untrained: bool = False,
         layers: Sequence[int] | None = None,
         blind: bool = False,
+        understanding: Path | str | None = None,
+        shown: str = "given",
     ) -> None:
         config = with_act(
             None,
@@ -88,11 +114,16 @@ class EngineBase:
         if latent_projector is None and not untrained and model == "laptop" and config is None:
             shipped = SHIPPED / "latent.safetensors"
             latent_projector = shipped if shipped.is_file() else None
+        weights = None if isinstance(latent_projector, LatentHead) else latent_projector
+        self._understanding = beside(weights, understanding)
+        self._judged: dict[str, Judgement] = {}
         if latent_projector is not None and not isinstance(latent_projector, LatentHead):
             latent_projector = LatentHead.load(latent_projector)
         self.untrained = latent_projector is None and not raw
         self._dtype = pick_dtype(dtype)
         self._raw, self._blind = raw, blind
+        self._others = _pictures(shown)
+        self._leaves_out = shown == "none"
         wanted = latent_projector.config if latent_projector is not None else config
         self.checkpoint = open_checkpoint(model, wanted.n_act if wanted is not None else 1)
         if threads:
@@ -101,6 +132,9 @@ class EngineBase:
         self._closed = False
         if wanted is not None:
             wanted.layers_of(self.checkpoint.layers)  # before a model is loaded for nothing
+        self._layers = (wanted or LatentConfig()).layers_of(self.checkpoint.layers)
+        if self._understanding is not None:
+            self._check_understanding(wanted or LatentConfig())
         self._load(wanted, max_instruction_tokens)
         self._max_instruction_tokens = max_instruction_tokens
         # Without the padding that an engine may add, so that every engine starts alike.
@@ -124,6 +158,10 @@ class EngineBase:
     def _hidden(self, images: list[Image.Image], prompts: list[Prompt]) -> list[Tensor]:
         """Return each sequence's states (T, hidden), or only the last (1, hidden) if that is read."""
         raise TypeError("an engine says how hidden states are computed")
+
+    def _sentence_states(self, rows: list[list[int]]) -> list[Tensor]:
+        """Return each bare sentence's states (T, width) at all of its tokens."""
+        raise TypeError("an engine says how a sentence's states are computed")
 
     # What users call.
 
@@ -176,6 +214,41 @@ class EngineBase:
         """
         return self._run(images, instructions, self._raw)
 
+    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+        """Return whether instructions name something that can be done; no image is looked at.
+
+        Raises:
+            ValueError: an instruction is unusable; the message names which.
+            EncodeError: the engine is closed.
+        """
+        if self._understanding is None:
+            return [Judgement()] * len(instructions)
+        if self._closed:
+            raise EncodeError("the engine is closed")
+        new = list(dict.fromkeys(text for text in instructions if text not in self._judged))
+        if new:
+            if len(self._judged) + len(new) > KEPT:
+                self._judged = {text: self._judged[text] for text in set(instructions) - set(new)}
+            self._judged |= zip(new, self._judge(new), strict=True)
+        return [self._judged[text] for text in instructions]
+
+    def _judge(self, texts: list[str]) -> list[Judgement]:
+        assert self._understanding is not None
+        prompts, rows = self._prompts, []
+        for index, text in enumerate(texts):
+            try:
+                most = self._max_instruction_tokens
+                rows.append(sentence_ids(self._tokenizer, text, prompts.special, most))
+            except BadInstruction as error:
+                raise BadInstruction(f"instructions[{index}]: {error}") from error
+        found: list[Judgement] = []
+        with self._lock, torch.inference_mode():
+            for start in range(0, len(rows), JUDGED_TOGETHER):
+                states = self._sentence_states(rows[start : start + JUDGED_TOGETHER])
+                states = [s.to("cpu", torch.float32) for s in states]
+                found += self._understanding.judge(states, self._layers)
+        return found
+
     def states(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
         """Return the read-out before the projector (B, n_tokens, hidden); as `encode` else."""
         return self._run(images, instructions, raw=True)
@@ -184,8 +257,7 @@ class EngineBase:
         if self._closed:
             raise EncodeError("the engine is closed")
         checked, texts = as_batch(images, instructions)
-        if self._blind:
-            checked = [Image.new("RGB", image.size) for image in checked]
+        checked = [self._seen(image) for image in checked]
         with self._lock, torch.inference_mode():
             prompts = []
             for index, text in enumerate(texts):
@@ -200,15 +272,32 @@ class EngineBase:
             raise NotFinite("the latent is not finite")
         return latents
 
+    def _seen(self, image: Image.Image) -> Image.Image:
+        """Return what is shown in the place of an image."""
+        if self._blind:
+            return Image.new("RGB", image.size)
+        if self._others is not None:
+            return Image.fromarray(self._others[zlib.crc32(image.tobytes()) % len(self._others)])
+        return image
+
     def close(self) -> None:
         """Let go of the model; later calls of `encode` fail."""
         self._closed = True
 
+    def _check_understanding(self, config: LatentConfig) -> None:
+        """Raise CheckpointError unless the head can be given the states that it reads."""
+        assert self._understanding is not None
+        self._understanding.check(self.checkpoint, self._layers)
+        self._tokenizer = load_tokenizer(self.checkpoint.path)
+
     def _adopt(self, head: LatentHead) -> None:
         self._head = head
         config = head.config
+        self._looks = config.vision and not self._leaves_out
+        if self._leaves_out and config.kind in NEEDS_VISION:
+            raise BadReadOut(f"shown: {config.kind!r} reads the image's states; it needs one")
         self._prompts = self.checkpoint.prompts(
-            config.n_act, config.vision, self._max_instruction_tokens
+            config.n_act, self._looks, self._max_instruction_tokens
         )
         self._write_act(self.checkpoint.act_ids[: config.n_act], head.act.detach())
         self._spec = head.spec(self.checkpoint, self._raw)
@@ -219,3 +308,25 @@ class EngineBase:
         if head.config.last_token_only and states.shape[0] == 1:
             return states if raw else head.project(states, torch.ones(1, dtype=torch.bool))
         return head(states, layout, raw=raw)
+
+
+def _pictures(shown: str) -> U8 | None:
+    """Return the pictures of a file that `shown` names; None for its two words.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
+    if shown in ("given", "none"):
+        return None
+    try:
+        found = np.load(Path(shown).expanduser(), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"shown: {shown!r} is neither given, none, nor a .npy file: {error}"
+        ) from None
+    if found.dtype != np.uint8 or found.ndim != 4 or found.shape[3] != 3 or not len(found):
+        raise ValueError(
+            f"shown: {shown!r} holds {found.dtype}{found.shape}, want uint8 (N, H, W, 3)"
+        )
+    pictures: U8 = found
+    return pictures

@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openhelix.system2.depth import stop_after
 from openhelix.system2.engines.base import EngineBase
-from openhelix.system2.latents import LatentConfig
+from openhelix.system2.latents import LatentConfig, stop_after
 from openhelix.system2.prompt import Prompt
 
 
@@ -55,7 +54,6 @@ class TransformersEngine(EngineBase):
             table[list(rows)] = act.to(table)
 
     def _hidden(self, images: list[Image.Image], prompts: list[Prompt]) -> list[Tensor]:
-        config = self._head.config
         longest = max(prompt.layout.length for prompt in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         for row, prompt in enumerate(prompts):
@@ -63,13 +61,22 @@ class TransformersEngine(EngineBase):
                 prompt.expanded(self.checkpoint.image_token_id)
             )
         embeddings = self._model.get_input_embeddings()(ids.to(self._device))
-        if config.vision:
+        if self._looks:
             features = self.image_features(images)
             start, stop = prompts[0].layout.image
             embeddings[:, start:stop] = features
         output = self._model.language_model(inputs_embeds=embeddings, use_cache=False)
         states = output.last_hidden_state
         return [states[row, : prompt.layout.length] for row, prompt in enumerate(prompts)]
+
+    def _sentence_states(self, rows: list[list[int]]) -> list[Tensor]:
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        for row, tokens in zip(ids, rows, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        embeddings = self._model.get_input_embeddings()(ids.to(self._device))
+        output = self._model.language_model(inputs_embeds=embeddings, use_cache=False)
+        states = output.last_hidden_state
+        return [states[row, : len(tokens)] for row, tokens in enumerate(rows)]
 
     def image_features(self, images: list[Image.Image]) -> Tensor:
         """Return the projected image tokens (B, n_image, hidden)."""

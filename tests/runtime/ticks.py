@@ -12,6 +12,7 @@ from openhelix.runtime.core.interfaces import (
     LatentGoal,
     Observation,
 )
+from openhelix.runtime.observe.ticks import TickMessage
 
 PERIOD_NS = 33_333_333
 
@@ -80,3 +81,20 @@ def ticks(count, camera_every=3, latent_every=5, chunk_every=4, delay=2, instruc
             )
         )
     return made
+
+
+def told(run, task="", instruction="open the drawer", visual=None, entries=None):
+    """The ticks of a run as observers are told of them; `entries` by the number of their tick."""
+    return [
+        TickMessage(
+            tick,
+            task,
+            instruction,
+            number=1,
+            steps=tick.index,
+            succeeded=0,
+            visual=visual,
+            entries=tuple((entries or {}).get(tick.index, ())),
+        )
+        for tick in run
+    ]

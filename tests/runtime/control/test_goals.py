@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from openhelix.runtime.control.goals import LockstepGoals, WireGoals
+from openhelix.runtime.control.goals import LockstepGoals, WireGoals, refused
 from openhelix.runtime.core.interfaces import CameraFrame, LatentGoal, LatentSpec, Observation
 from openhelix.runtime.robots.fake import PointEngine
 from tests.fakes import LATENT, PERIOD_NS
@@ -69,6 +70,27 @@ def test_images_go_out_at_most_as_often_as_wanted_and_at_once_for_a_new_instruct
     assert (last.instruction, last.instruction_id, last.robot, last.seq) == ("second", 2, "arm1", 3)
 
 
+def test_a_refused_latent_leaves_nothing_to_plan_from_until_another_is_understood() -> None:
+    channel = Channel()
+    goals = wire_goals(channel, memory=2)
+    goals.begin(1, "sing")
+    assert goals.newest is None and not refused(goals)
+    channel.waiting.extend(
+        [latent(1), replace(latent(1, seq=1), understood=0.1, refused=True), latent(1, seq=2)]
+    )
+    tick_of(goals, 0)
+    assert [g.seq for g in goals.recent] == [0] and not refused(goals)
+    tick_of(goals, 1)
+    assert not goals.recent and refused(goals) and goals.newest is not None
+    assert (goals.newest.understood, goals.refusals, goals.received) == (0.1, 1, 2)
+    tick_of(goals, 2)
+    assert [g.seq for g in goals.recent] == [2] and not refused(goals)
+    channel.waiting.append(replace(latent(1, seq=3), refused=True))
+    tick_of(goals, 3)
+    goals.begin(2, "lift it")
+    assert not refused(goals)  # that was another instruction
+
+
 def test_latents_for_another_instruction_are_void() -> None:
     channel = Channel()
     goals = wire_goals(channel, memory=2)
@@ -118,7 +140,7 @@ def test_a_latent_of_another_time_is_refused_and_counted(t_obs_s: float, refusal
     channel.waiting.append(latent(1, t_obs_ns=t_obs_ns))
     arrived = goals.update(observation(300), 10 * 10**9)
     assert (arrived is None) == bool(refusal) and len(goals.recent) == (not refusal)
-    assert dict(goals.refused) == ({refusal: 1} if refusal else {})
+    assert dict(goals.mistimed) == ({refusal: 1} if refusal else {})
 
 
 def test_after_a_stop_only_what_was_seen_later_is_a_goal() -> None:
@@ -133,7 +155,7 @@ def test_after_a_stop_only_what_was_seen_later_is_a_goal() -> None:
     channel.waiting.append(latent(1, 2, t_obs_ns=2 * PERIOD_NS + 1))
     assert tick_of(goals, 3) is None and not goals.recent
     assert tick_of(goals, 4) is not None and [g.seq for g in goals.recent] == [2]
-    assert dict(goals.refused) == {"before_stop": 1}
+    assert dict(goals.mistimed) == {"before_stop": 1}
 
 
 def test_nothing_is_accepted_before_a_model_has_been_agreed_on() -> None:
