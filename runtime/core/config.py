@@ -8,6 +8,8 @@ ignored is the costliest kind of default. `ConfigError` always carries exactly o
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -308,6 +310,12 @@ class RunConfig(_Section):
     output: OutputConfig = OutputConfig()
     ray: bool = True
     ray_address: str | None = None  # a running cluster; None starts one here
+
+    @property
+    def sha256(self) -> str:
+        """Twelve hexadecimal digits of all settings, for a report to say which they were."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def interval_steps(self) -> int:

@@ -76,7 +76,7 @@ class About:
 def _systems(config: RunConfig) -> Iterator[str]:
     """Yield which systems they are, without their classes."""
     for line in told(config):
-        yield line.partition(" (")[0]
+        yield line.partition(" (")[0].partition(", ")[0]
     if config.control.clock == "lockstep":
         yield f"a latent every {config.interval_steps} steps"
     else:
