@@ -57,7 +57,15 @@ S = TypeVar("S", bound="SuiteOptions")
 
 # The settings of a run that an evaluation takes; the others are options of its own.
 SETTINGS = (
-    *("system1", "system2", "world.cameras", "lockstep.interval_steps", "safety", "transport"),
+    *(
+        "system1",
+        "system2",
+        "world.cameras",
+        "world.static_camera",
+        "lockstep.interval_steps",
+        "safety",
+        "transport",
+    ),
     *("control.hz", "control.fifo_priority", "control.spin_us", "control.cpu"),
     *("control.hold_limit_s", "control.placement", "ray_address"),
     *("output.metrics_port", "output.metrics_host"),

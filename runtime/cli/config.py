@@ -21,7 +21,7 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from dataclasses import fields as dataclass_fields
-from functools import lru_cache
+from functools import cache
 from typing import Annotated, Any
 
 from annotated_types import BaseMetadata, Ge, Gt, Le, Lt
@@ -101,7 +101,7 @@ def _plain(shown: dict[str, Any], setting: Setting) -> dict[str, Any]:
 
 def settings(model: type[Any], values: Any, prefix: str = "") -> Iterator[Setting]:
     """Yield every field of a model or dataclass, its sections opened, with what its source says."""
-    told = comments(model)
+    told = comments(model)  # type: ignore[arg-type]
     hints = inspect.get_annotations(model, eval_str=False)
     if is_dataclass(model):
         rows = [(f.name, f.default, ()) for f in dataclass_fields(model)]
@@ -122,8 +122,8 @@ def settings(model: type[Any], values: Any, prefix: str = "") -> Iterator[Settin
         yield Setting(whole, value, default, unit, bounds, told.get(name, ""))
 
 
-@lru_cache(maxsize=64)
-def comments(model: type[Any]) -> dict[str, str]:
+@cache
+def comments(model: Any) -> dict[str, str]:
     """Return what the source of a class says of each field, in the remarks beside or above it."""
     try:
         source = textwrap.dedent(inspect.getsource(model))
@@ -143,7 +143,7 @@ def comments(model: type[Any]) -> dict[str, str]:
     for node in body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
-        above = []
+        above: list[str] = []
         row = node.lineno - 1
         while row in alone:
             above.insert(0, remarks[row])

@@ -170,15 +170,23 @@ def plan(
     """
     tasks = config.tasks
     own = [Assignment("", sentence) for sentence in tasks.sentences]
-    name = world_of(config)
+    name, scene, seed = world_of(config), config.world.scene, config.world.seed
     if name is None and (own or interactive):
         return own, None
     world: WorldPlugin = plugins.find(plugins.WORLDS, name or config.world.name)
+    laid = None
+    if config.world.layout is not None:
+        laid = world.layout(config.world.layout, scene, seed)
     if tasks.task is not None:
-        found, start = world.task(tasks.task, config.world.scene, config.world.seed)
-        return [Assignment(*task) for task in found], start
-    if own:
-        return own, None
+        found, start = world.task(tasks.task, scene, seed)
+        return [Assignment(*task) for task in found], laid or start
+    if own or (interactive and laid):
+        return own, laid
+    if laid is not None:
+        raise ConfigError(
+            "world.layout: a sequence has a start of its own; say --interactive, --task NAME or "
+            "tasks.instruction=SENTENCE"
+        )
     listed, state = world.sequence(tasks.sequence, config.world.scene)
     return [] if interactive else [Assignment(*task) for task in listed], dict(state)
 

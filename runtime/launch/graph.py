@@ -306,10 +306,12 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
             ("observer", "openhelix.runtime.observe.observer:ObserverProcess", OBSERVER, look)
         )
     if config.robot.name == "sim":
-        scene = own("world", scene=world.scene)
+        scene = own("world", scene=world.scene, seed=world.seed)
+        stands = world.static_camera.model_dump() if world.static_camera is not None else None
         view = own(
             "camera",
             scene=world.scene,
+            static_camera=stands,
             cameras=world.cameras,
             hz=world.camera_hz,
             states=channels["states"],

@@ -228,7 +228,7 @@ class ControlProcess:
 
     def _make_robot(self) -> Robot:
         robot, world = self._config.robot, self._config.world
-        options = world_options(robot.name, robot.options, world.scene, world.cameras)
+        options = world_options(robot.name, robot.options, world)
         if robot.name == "sim":
             names = ("actions", "states", "frames", "world_control")
             options |= {name: self._channels[name] for name in names}

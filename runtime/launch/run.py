@@ -160,7 +160,7 @@ def _embedded(config: RunConfig, clock: object) -> tuple[str, dict[str, Any]]:
     if name == "sim":
         name, more = stepped(config.world.name)
         options |= more
-    return name, world_options(name, options, config.world.scene, config.world.cameras)
+    return name, world_options(name, options, config.world)
 
 
 class _Progress:

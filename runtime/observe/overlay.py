@@ -59,7 +59,10 @@ class About:
         """Return what a configuration says; loads the scenery of a world that has one."""
         scenery, world = None, world_of(config)
         if world is not None:
-            scenery = plugins.find(plugins.WORLDS, world).scenery(config.world.scene)
+            stands = config.world.static_camera
+            scenery = plugins.find(plugins.WORLDS, world).scenery(
+                config.world.scene, None if stands is None else stands.model_dump()
+            )
         where = config.robot.name if world is None else f"{world}, scene {config.world.scene}"
         clock = "wall clock" if config.control.clock == "realtime" else "lockstep clock"
         return cls(
