@@ -162,6 +162,9 @@ class PlayTableEnv:
         self.robot = Arm(self.world)
         self.seed(seed)
         self.mechanisms = Mechanisms(self.world)
+        # Who judges in the oracles' place where what is right changes; see
+        # `openhelix.benchmarks.evaluation.changing`.
+        self.referee: Any = None
         self.reset()
 
     # -- calvin_env's interface --------------------------------------------------------

@@ -29,6 +29,8 @@ from openhelix.benchmarks.evaluation.evaluation import (
     open_pool,
 )
 from openhelix.benchmarks.evaluation.metrics import served
+from openhelix.benchmarks.evaluation.oracle import SEES, other_pictures
+from openhelix.benchmarks.evaluation.oracle import TARGET as TELLER
 from openhelix.benchmarks.evaluation.report import counted, write_reports
 from openhelix.benchmarks.evaluation.results import REPORT, RUN, ResultsError, read_run
 from openhelix.benchmarks.evaluation.runner import Conditions
@@ -85,6 +87,7 @@ class SuiteOptions(Options):
     patterns: Words = option(PATTERNS, "of calvin-d", "PATTERN,...")
     speeds: Words = option(("paper",), "of calvin-d: paper, x2, m/s", "SPEED,...")
     phrases: str = option("unseen", "of calvin-e", "seen|unseen|all|FILE")
+    changing: bool = option(False, "of calvin-r: what is meant changes on the way")
     workers: Count = option(1, "processes (1: this one)", "N")
     threads: Count = option(1, "torch threads of each (1)", "N")
     out: Path | None = option(None, "results; an unfinished evaluation is continued", "DIR")
@@ -94,6 +97,7 @@ class EvalOptions(SuiteOptions):
     """Options of `eval`; what is evaluated is `RunConfig`."""
 
     suite: str = option(..., "what is asked of the policy", "|".join(SUITES))
+    sees: str = option("image", "what System 2 is shown (image)", "|".join(SEES))
     clock: str = option("lockstep", "lockstep or realtime (lockstep)", "lockstep|realtime")
     interval: int | None = option(None, "System 2 every N steps (30)", "N")
     latency: int = option(0, "its delay in steps (0)", "N")
@@ -162,7 +166,12 @@ def make_plan(options: EvalOptions, overrides: Sequence[str]) -> Evaluation:
         raise ConfigError(f"--clock: {options.clock!r} is none of lockstep, realtime")
     refuse_ignored(overrides, options, options.clock)
     config = load_config(
-        overrides, options.config, world=suite.world, scene=options.scene, clock=options.clock
+        overrides,
+        options.config,
+        world=suite.world,
+        scene=options.scene,
+        clock=options.clock,
+        sees=options.sees,
     )
     require_parts(config)
     interval = config.interval_steps if options.interval is None else options.interval
@@ -174,7 +183,8 @@ def make_plan(options: EvalOptions, overrides: Sequence[str]) -> Evaluation:
             "on the wall clock say system2.hz=HZ"
         )
     conditions = Conditions(options.steps, interval, options.latency, options.drift)
-    return Evaluation(suite, conditions, config, options.threads, *_films(options.videos, suite))
+    films = _films(options.videos, suite)
+    return Evaluation(suite, conditions, config, options.threads, options.sees, *films)
 
 
 USED_BY: Mapping[str, tuple[str, ...]] = {
@@ -184,6 +194,7 @@ USED_BY: Mapping[str, tuple[str, ...]] = {
     "patterns": ("calvin-d",),
     "speeds": ("calvin-d",),
     "phrases": ("calvin-e",),
+    "changing": ("calvin-r",),
 }
 
 
@@ -266,6 +277,7 @@ def make_suite(options: SuiteOptions, name: str) -> Suite:
         patterns=options.patterns,
         speeds=options.speeds,
         phrases=options.phrases,
+        changing=options.changing and name == "calvin-r",
     )
 
 
@@ -276,6 +288,7 @@ def load_config(
     world: str = "playtable",
     scene: str = "D",
     clock: str = "lockstep",
+    sees: str = "image",
 ) -> RunConfig:
     """Return the configuration of the run, with System 2 on transformers unless it is named.
 
@@ -296,9 +309,34 @@ def load_config(
         data.setdefault("system2", {})["engine"] = {"target": ENGINE, "options": kept}
     if not any(map(_names_engine, overrides)):
         data = told_in_words(data)
+    data = shown(data, sees, scene_names(scene), clock)
     fixed = [f"control.clock={clock}", f"world.scene={scene_names(scene)[0]}"]
     fixed += [f"world.name={world}", f"robot.name={'calvin' if world == 'calvin' else 'sim'}"]
     return validate(RunConfig, apply_overrides(data, fixed, RunConfig))
+
+
+def shown(data: dict[str, Any], sees: str, scenes: Sequence[str], clock: str) -> dict[str, Any]:
+    """Return the configuration with a System 2 that is shown something else than the image.
+
+    Raises:
+        ConfigError: not one of `SEES`, or not on this clock.
+    """
+    if sees not in SEES:
+        raise ConfigError(f"--sees: {sees!r} is none of {', '.join(SEES)}")
+    if sees == "image":
+        return data
+    system2 = dict(data.get("system2", {}))
+    engine = dict(system2.get("engine", {}))
+    options = dict(engine.get("options", {}))
+    if sees == "oracle":
+        if clock != "lockstep":
+            raise ConfigError("--sees: oracle looks into the world, on the lockstep clock alone")
+        return data | {"system2": system2 | {"engine": {"target": TELLER, "options": {}}}}
+    if sees == "black":
+        options["blind"] = True
+    else:
+        options["shown"] = "none" if sees == "none" else str(other_pictures(scenes))
+    return data | {"system2": system2 | {"engine": engine | {"options": options}}}
 
 
 def told_in_words(data: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from openhelix.benchmarks.evaluation.measurement import (
     EngineMeter,
     Outcome,
 )
+from openhelix.benchmarks.evaluation.oracle import OracleEngine, ToldGoals
 from openhelix.benchmarks.evaluation.staging import stage, stage_calvin
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.control.assembly import (
@@ -36,7 +37,7 @@ from openhelix.runtime.control.assembly import (
     make_policy,
     replan_ns,
 )
-from openhelix.runtime.control.episodes import Assignment, EpisodeRunner
+from openhelix.runtime.control.episodes import Assignment
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
@@ -114,11 +115,13 @@ class AroundPolicy:
 class TaskPolicy(AroundPolicy):
     """A policy without System 2 is told the task's number instead of an instruction."""
 
-    episode_runner: EpisodeRunner | None = None
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self.task: Callable[[], str] = lambda: ""
 
     def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
-        current = self.episode_runner.current if self.episode_runner else None
-        self.inner.set_task(TASK_NAMES.index(current.task) if current else -1)
+        task = self.task()
+        self.inner.set_task(TASK_NAMES.index(task) if task else -1)
         return super().act(observation, latents)
 
 
@@ -169,6 +172,8 @@ class Runner:
             self._policy = TaskPolicy(self._policy)
         else:
             engine = engine or make(self._config.system2.engine)
+            if isinstance(engine, OracleEngine):
+                engine.bind(self._policy)
             check_engine(engine)
             if getattr(engine, "untrained", False):
                 self._untrained.append("system2")
@@ -274,21 +279,32 @@ class Runner:
                 ),
             }
         )
-        policy, spec, goals = self._policy, self._policy.spec, None
+        policy, spec = self._policy, self._policy.spec
+        goals: DemandGoals | ToldGoals | None = None
         if self._engine is not None:
-            goals = DemandGoals(
-                self._engine,
-                config.system2.camera,
-                conditions.interval,
-                conditions.latency,
-                config.system1.latent_memory,
-                draw_now=not isinstance(robot, PlayTableRobot),
-            )
+            camera, memory = config.system2.camera, config.system1.latent_memory
+            when = (conditions.interval, conditions.latency, memory)
+            teller = self._engine.engine
+            if isinstance(teller, OracleEngine):
+                goals = ToldGoals(teller, self._engine, camera, *when)
+            else:
+                draw_now = not isinstance(robot, PlayTableRobot)
+                goals = DemandGoals(self._engine, camera, *when, draw_now=draw_now)
             policy = DemandPolicy(policy, goals)
         planner = SyncPlanner(policy, replan_ns(config))
         stack = build_stack(config, robot, spec, planner, goals, self._clock)
+        runner = stack.episode_runner
+
+        def right() -> str:
+            """The task that is to be done as things are."""
+            if robot.referee is not None:
+                return str(robot.referee.right)
+            return runner.current.task if runner.current else ""
+
         if isinstance(policy, TaskPolicy):
-            policy.episode_runner = stack.episode_runner
+            policy.task = right
+        elif self._engine is not None and isinstance(self._engine.engine, OracleEngine):
+            self._engine.engine.task = right
         return stack
 
     def _robot(self, scene: str) -> EnvRobot:

@@ -18,6 +18,7 @@ from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.motions import MovingBlock
 from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
 from openhelix.benchmarks.calvin.starts import StartError, begin, carry_over
+from openhelix.benchmarks.evaluation.changing import Change, begin_changing
 from openhelix.benchmarks.evaluation.referring import begin as begin_referring
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.core.interfaces import F64
@@ -32,8 +33,8 @@ def sequence_start(episode: Episode) -> tuple[F64, F64]:
     return initial_state(state, episode.scene)
 
 
-def draw_start(env: Any, episode: Episode) -> None:
-    """Bring a PlayTable into a drawn start.
+def draw_start(env: Any, episode: Episode) -> Change | None:
+    """Bring a PlayTable into a drawn start; returns the change that is to come, if one is.
 
     Raises:
         StartError: none was found.
@@ -42,6 +43,8 @@ def draw_start(env: Any, episode: Episode) -> None:
     for attempt in range(DRAWS):
         rng = np.random.default_rng([*episode.draw, attempt])
         try:
+            if episode.changing:
+                return begin_changing(env, episode.groups["reference"], episode.tasks[0], rng)
             if "reference" in episode.groups:
                 begin_referring(env, episode.groups["reference"], episode.tasks[0], rng)
             else:
@@ -49,23 +52,24 @@ def draw_start(env: Any, episode: Episode) -> None:
         except StartError as error:
             failed = error
         else:
-            return
+            return None
     raise failed
 
 
-def stage(env: Any, episode: Episode) -> MovingBlock | None:
+def stage(env: Any, episode: Episode) -> MovingBlock | Change | None:
     """Bring a PlayTable into an episode's start; returns what moves in it, if anything does."""
+    env.referee = None
     if episode.sequence is not None:
         env.reset(*sequence_start(episode))
-    else:
-        draw_start(env, episode)
+    elif (change := draw_start(env, episode)) is not None:
+        return change
     motion = episode.motion
     if motion is None:
         return None
     return MovingBlock(env, motion.block, motion.pattern, motion.speed_m_s)
 
 
-def stage_json(env: Any, episode: Mapping[str, Any]) -> MovingBlock | None:
+def stage_json(env: Any, episode: Mapping[str, Any]) -> MovingBlock | Change | None:
     """`stage` for an episode that came as plain data from another process."""
     return stage(env, Episode.from_json(episode))
 

@@ -31,7 +31,7 @@ from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import Part, PolicyPart, RunConfig
 from openhelix.runtime.core.interfaces import PolicySpec
 from openhelix.runtime.core.targets import SHIPPED, fingerprint
-from openhelix.runtime.robots.base import RobotError, World
+from openhelix.runtime.robots.base import INSTEAD, RobotError, World
 
 # ------------------------------------------------------------------------------------------------
 # Instructions in sequence
@@ -172,6 +172,7 @@ class EpisodeRunner:
         if self._world is not None and assignment.task:
             self._world.begin_task(assignment.task, assignment.instruction)
         success, reason, looked = False, "", bool(assignment.task)
+        done: frozenset[str] = frozenset()
         while not reason:
             if not self._due():
                 reason = self._ended_by_words() or ("interrupted" if stop() else "")
@@ -183,12 +184,12 @@ class EpisodeRunner:
                     self._world.begin_task("", assignment.instruction)
                     looked = True
                 else:
-                    success = self._judged(assignment)
+                    success, done = self._judged(assignment)
             except RobotError as error:
                 reason = f"safe stop: {self._loop.fail(str(error))}"
                 break
             self._count(tick, begun_ns)
-            reason = self._verdict(success, tick, stop)
+            reason = self._verdict(success, tick, stop) or _wrong(done)
         self.talk.follows("")
         judged = success if assignment.task and not self._ended_by_words() else None
         self._tell("ended", reason, success=judged)
@@ -230,17 +231,17 @@ class EpisodeRunner:
                 self._tell("answer", said, success=not tick.new_latent.refused)
             self._answer = said
 
-    def _judged(self, assignment: Assignment) -> bool:
-        """Whether the task is done; of a sentence of one's own, note what the world saw."""
+    def _judged(self, assignment: Assignment) -> tuple[bool, frozenset[str]]:
+        """Return whether the task is done, and all that is; note what the world saw of others."""
         if self._world is None:
-            return False
+            return False, frozenset()
         done = self._world.completed()
         if assignment.task:
-            return assignment.task in done
+            return assignment.task in done, done
         for task in sorted(done.difference(seen.task for seen in self._seen)):
             self._seen.append(Seen(task, self.steps))
             self._tell("seen", task, task=task)
-        return False
+        return False, frozenset()
 
     def _verdict(self, success: bool, tick: Tick, stop: Callable[[], bool]) -> str:
         if success:
@@ -327,6 +328,12 @@ class EpisodeRunner:
         assert current is not None
         about = {"task": current.task, "steps": self.steps, "said": current.said}
         self.journal.add(self._loop.clock.now_ns(), kind, text, **(about | more))
+
+
+def _wrong(done: frozenset[str]) -> str:
+    """Return in words what has been done that must not be; "" where nothing has."""
+    wrong = min((name for name in done if name.startswith(INSTEAD)), default="")
+    return f"did {wrong.removeprefix(INSTEAD)} instead" if wrong else ""
 
 
 def _in_a_row(results: Sequence[TaskResult]) -> int:

@@ -27,6 +27,7 @@ from openhelix.runtime.core.interfaces import (
 )
 
 Features = Mapping[str, type | tuple[int, ...]]
+INSTEAD = "instead: "  # before the name of a task that was done and must not be
 
 
 class RobotError(RuntimeError):
@@ -162,7 +163,10 @@ class World(Protocol):
         """
 
     def completed(self) -> frozenset[str]:
-        """Return the tasks that the world's change since `begin_task` amounts to."""
+        """Return the tasks that the world's change since `begin_task` amounts to.
+
+        A name behind `INSTEAD` is of a task that must not be done, and ends the attempt.
+        """
 
     def env_steps(self) -> int:
         """Return the environment steps made since `reset_world`."""

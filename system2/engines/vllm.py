@@ -132,7 +132,7 @@ class VllmEngine(EngineBase):
         requests: list[dict[str, Any]] = []
         for image, prompt in zip(images, prompts, strict=True):
             request: dict[str, Any] = {"prompt_token_ids": list(prompt.ids)}
-            if self._head.config.vision:
+            if self._looks:
                 request["multi_modal_data"] = {"image": image}
             requests.append(request)
         return self._encoded(requests)

@@ -140,6 +140,7 @@ def test_middle_layers_equal_transformers(tiny_model: str, images) -> None:
         {"kind": "act_last", "layer": 1},
         {"kind": "act_lang", "layers": [1, 2, 3]},
         {"kind": "pool_map", "layer": 2},
+        {"kind": "act_words", "layers": [1, 3]},
         {"kind": "lang_mean"},
     ],
 )
@@ -151,7 +152,7 @@ def test_every_layer_equals_transformers(read_out, tiny_model: str, images) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["act_lang", "hidden_all", "pool_max", "pool_map", "lang", "lang_mean"]
+    "kind", ["act_lang", "act_words", "hidden_all", "pool_max", "pool_map", "lang", "lang_mean"]
 )
 def test_every_token_kind_equals_transformers(kind: str, tiny_model: str, images) -> None:
     options = {"kind": kind, "n_act": 2, "dtype": "float32"}
