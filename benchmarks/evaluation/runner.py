@@ -332,6 +332,8 @@ class Runner:
         if name == "sim":
             name, more = stepped(config.world.name)
             options |= more
+        if config.world.static_camera is not None:
+            options["static_camera"] = config.world.static_camera.model_dump()
         robot = make_robot(name, **options)
         if not isinstance(robot, EnvRobot):
             raise ValueError(f"robot.name: {config.robot.name!r} is no world that can be evaluated")

@@ -21,7 +21,8 @@ from openhelix.runtime.core.paths import CHECKOUT
 ORDER = (
     *("run", "say", "status", "view", "film", "record", "replay", "serve"),
     *("collect", "dagger", "train"),
-    *("eval", "sweep", "compare", "experiment", "probe", "keys", "doctor"),
+    *("eval", "sweep", "compare", "experiment", "probe"),
+    *("keys", "config", "completion", "doctor"),
 )
 
 

@@ -17,6 +17,7 @@ the run.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -31,15 +32,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from openhelix.runtime.control.assembly import check_parts
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import (
+    METRICS_PARTS,
     CommandFailed,
     ConfigError,
     Placement,
     RunConfig,
     TransportConfig,
 )
-from openhelix.runtime.core.targets import check_part
+from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, RobotSpec
+from openhelix.runtime.core.targets import check_part, written_spec
 from openhelix.runtime.launch.node import NodeSpec
 from openhelix.runtime.launch.processes import ProcessHost
 from openhelix.runtime.observe.observer import ObserverProcess
@@ -303,10 +307,12 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
             ("observer", "openhelix.runtime.observe.observer:ObserverProcess", OBSERVER, look)
         )
     if config.robot.name == "sim":
-        scene = own("world", scene=world.scene)
+        scene = own("world", scene=world.scene, seed=world.seed)
+        stands = world.static_camera.model_dump() if world.static_camera is not None else None
         view = own(
             "camera",
             scene=world.scene,
+            static_camera=stands,
             cameras=world.cameras,
             hz=world.camera_hz,
             states=channels["states"],
@@ -344,8 +350,61 @@ def require_parts(config: RunConfig) -> None:
     here = not (config.ray and config.ray_address) or config.control.clock == "lockstep"
     if here or stays(config, "system1"):
         check_part("system1.policy", config.system1.policy)
+        spec = written_spec(config.system1.policy)
+        if spec is not None and config.robot.name == "sim":
+            sizes = plugins.resolve("openhelix.runtime.robots.sim:CAMERA_SIZES")
+            cameras = tuple(CameraSpec(name, *sizes[name]) for name in config.world.cameras)
+            check_parts(config, RobotSpec(cameras, ActionSpec(hz=config.control.hz)), spec)
     if config.system2.connect is None and (here or stays(config, "system2")):
         check_part("system2.engine", config.system2.engine)
+
+
+def with_free_ports(config: RunConfig) -> tuple[RunConfig, str]:
+    """Return the configuration with ports that nobody has, and what to say of it ("" for nothing).
+
+    Another run on this host has the default ports of the metrics: the next free ones are taken. Ports
+    that were asked for are not exchanged for others.
+
+    Raises:
+        ConfigError: a port that was asked for is taken; the line names a free one.
+    """
+    transport, output = config.transport, config.output
+    for node in NODES:
+        host = transport.hosts.get(node, transport.host)
+        if host == "ipc" or not is_local(f"tcp://{host}:1"):
+            continue
+        first, count = transport.base_port, len(CHANNELS) + len(NODES)
+        if _taken(host, first, count):
+            free = next(p for p in range(first + 100, 65_000, 100) if not _taken(host, p, count))
+            raise ConfigError(f"transport.base_port: {first} at {host} is in use; {free} is free")
+        break
+    port, host = output.metrics_port, output.metrics_host
+    count = len(METRICS_PARTS)
+    if not port or not _taken(host, port, count):
+        return config, ""
+    free = next(p for p in range(port + 10, 65_000, 10) if not _taken(host, p, count))
+    if "metrics_port" in output.model_fields_set:
+        raise ConfigError(f"output.metrics_port: {port} at {host} is in use; {free} is free")
+    ported = output.model_copy(update={"metrics_port": free})
+    told = (
+        f"metrics are at port {free} and those after it: {port} is in use, by another run perhaps"
+    )
+    return config.model_copy(update={"output": ported}), told
+
+
+def _taken(host: str, first: int, count: int) -> bool:
+    """Whether any of so many TCP ports in a row is in use."""
+    for port in range(first, first + count):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As the servers do: a port whose last connection is only just closed is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return True  # what else is wrong with an address, its server says
+    return False
 
 
 # ------------------------------------------------------------------------------------------------

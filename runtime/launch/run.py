@@ -41,6 +41,7 @@ from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.config import CommandFailed, RunConfig
 from openhelix.runtime.core.interfaces import PartFailed, Policy, PolicySpec, check_engine
+from openhelix.runtime.core.targets import written_spec
 from openhelix.runtime.launch.graph import RAY, Graph, GraphError
 from openhelix.runtime.launch.node import Interrupts, interruptible
 from openhelix.runtime.observe.display import Display
@@ -83,6 +84,9 @@ def run_lockstep(
     clock = make_clock(config)
     name, options = _embedded(config, clock)
     robot = make_robot(name, **options)  # first: its options are checked before models are loaded
+    written = written_spec(config.system1.policy)
+    if written is not None:
+        check_parts(config, robot.spec, written)
     policy: Policy = _made("system1", lambda: make_policy(config.system1.policy))
     check_parts(config, robot.spec, policy.spec)
     goals = engine = None
@@ -159,7 +163,7 @@ def _embedded(config: RunConfig, clock: object) -> tuple[str, dict[str, Any]]:
     if name == "sim":
         name, more = stepped(config.world.name)
         options |= more
-    return name, world_options(name, options, config.world.scene, config.world.cameras)
+    return name, world_options(name, options, config.world)
 
 
 class _Progress:

@@ -212,6 +212,8 @@ class Display:
     def summary(self, report: Mapping[str, Any], folder: Path) -> None:
         """What became of the run, on standard output."""
         console = Console(file=cast(IO[str], Outlet("stdout")), highlight=False)
+        limit = f"at most {report['steps_limit']} steps an instruction"
+        console.print(f"[bold]{report['clock']} clock, {limit}[/bold]")
         console.print(_result_table(report))
         rows = figures(report)
         for name, file in FILES.items():
@@ -261,8 +263,7 @@ def _live_table(health: Mapping[str, Any], steps_limit: int) -> Table:
 
 def _result_table(report: Mapping[str, Any]) -> Table:
     wall = report["clock"] == "realtime"
-    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title_style="bold")
-    table.title = f"{report['clock']} clock, at most {report['steps_limit']} steps an instruction"
+    table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("task or sentence", no_wrap=True, overflow="ellipsis", max_width=34)
     table.add_column("result", no_wrap=True, overflow="ellipsis", max_width=24)
     for name in ("steps", "held", *(["seconds"] if wall else [])):
