@@ -136,12 +136,21 @@ def _latents() -> list[Any]:
         lines(
             "Unused latents per second",
             "Late: more than one period after their image. Void: for an earlier instruction. "
-            "Missed: never arrived. Mismatched: from another model; the robot stops.",
+            "Missed: never arrived. Mismatched: from another model; the robot stops. "
+            "Refused: the instruction is not understood; the robot holds.",
             HZ,
             (rate("latents_late_total"), f"late {NAME}"),
             (rate("latents_void_total"), f"void {NAME}"),
             (rate("latents_missed_total"), f"missed {NAME}"),
             (rate("latents_mismatched_total"), f"mismatched {NAME}"),
+            (rate("latents_refused_total"), f"refused {NAME}"),
+        ),
+        lines(
+            "Instruction understood",
+            "Calibrated probability that the instruction names a task.",
+            "percentunit",
+            (f"openhelix_instruction_understood{HERE}", NAME),
+            top=1,
         ),
     ]
 
