@@ -13,7 +13,7 @@ quaternion xyzw.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import pi, radians, tan
 from typing import Any
@@ -91,16 +91,29 @@ def look(eye: npt.ArrayLike, forward: npt.ArrayLike, up: npt.ArrayLike) -> F64:
     return T_world_cam
 
 
-def camera_of(scene: Scene, name: str) -> CameraSpec:
+Stand = Mapping[str, Any]  # where the static camera stands: "eye", "target", "up", "fov" or None
+
+
+def camera_of(scene: Scene, name: str, stand: Stand | None = None) -> CameraSpec:
     """A camera as it is in a scene."""
     spec, own = CAMERAS[name], scene.variant
+    if name == "static" and stand is not None and stand.get("fov") is not None:
+        return replace(spec, fov_deg=float(stand["fov"]))
     if own is None:
         return spec
     return replace(spec, fov_deg=spec.fov_deg * own.fov[0 if name == "static" else 1])
 
 
-def static_pose(scene: Scene) -> F64:
-    """Pose (4, 4) of the static camera in a scene, OpenCV axes."""
+def static_pose(scene: Scene, stand: Stand | None = None) -> F64:
+    """Pose (4, 4) of the static camera in a scene, OpenCV axes.
+
+    Args:
+        scene: whose own camera it is.
+        stand: what differs from that: "eye" and "target", m in W, and "up".
+
+    Raises:
+        CameraError: it would look along its own up.
+    """
     eye, target, up = np.array(STATIC_EYE), np.array(STATIC_TARGET), np.array(STATIC_UP)
     own = scene.variant
     if own is not None:
@@ -114,6 +127,13 @@ def static_pose(scene: Scene) -> F64:
         target = target + own.target_m
         eye = target + np.array([*flat, np.sin(height)]) * size * own.distance
         up = turn @ up
+    given = stand or {}
+    eye, target, up = (
+        own if given.get(name) is None else np.array(given[name], float)
+        for name, own in (("eye", eye), ("target", target), ("up", up))
+    )
+    if np.linalg.norm(np.cross(target - eye, up)) < 1e-6:
+        raise CameraError("world.static_camera.up: it would look along it; name another direction")
     return look(eye, target - eye, up)
 
 
@@ -158,6 +178,7 @@ class SceneRenderer:
         cameras: which of "static" and "gripper".
         appearance: None for the scene's own look.
         arm_cell_m: how coarse the arm is; see `scene_visuals`.
+        static_camera: where the static camera stands instead of the scene's own; see `static_pose`.
 
     Raises:
         CameraError: unknown camera.
@@ -169,13 +190,14 @@ class SceneRenderer:
         cameras: Sequence[str] = ("static", "gripper"),
         appearance: Appearance | None = None,
         arm_cell_m: float = ARM_CELL_M,
+        static_camera: Stand | None = None,
     ) -> None:
         wrong = cameras if isinstance(cameras, str) else [c for c in cameras if c not in CAMERAS]
         if wrong:
             raise CameraError(f"cameras: {wrong!r}; give a list out of {', '.join(CAMERAS)}")
         self.scene = get_scene(scene)
-        self.cameras = tuple(camera_of(self.scene, name) for name in cameras)
-        self._static_pose = static_pose(self.scene)
+        self.cameras = tuple(camera_of(self.scene, name, static_camera) for name in cameras)
+        self._static_pose = static_pose(self.scene, static_camera)
         self._visuals: Visuals = scene_visuals(self.scene, arm_cell_m)
         self.set_appearance(appearance or Appearance.of(self.scene))
 

@@ -1,5 +1,8 @@
 """`openhelix collect`: run the scripted experts and keep the demonstrations that succeed.
 
+    openhelix collect scenes=ABC per_task=20 out=demonstrations
+    openhelix collect format=calvin scenes=D per_task=2
+
 A collection is a folder of unit files. Unit files are written atomically, so the same command
 resumes an interrupted collection; a folder begun with other settings, or with other contents, is
 refused before anything is written. `card.json` describes it: counts, failures, step numbers,

@@ -15,7 +15,13 @@ import numpy as np
 from numba import njit  # type: ignore[import-untyped]
 
 from openhelix.benchmarks.calvin.appearance import LIGHT_DIRECTION
-from openhelix.benchmarks.calvin.cameras import CAMERAS, CameraError, SceneRenderer
+from openhelix.benchmarks.calvin.cameras import (
+    CAMERAS,
+    CameraError,
+    SceneRenderer,
+    Stand,
+    camera_of,
+)
 from openhelix.benchmarks.calvin.meshes import MOVING, link_transforms, scene_visuals
 from openhelix.benchmarks.calvin.scene import TABLE_TOP_Z_M, Scene, get_scene
 from openhelix.runtime.core.interfaces import F32, F64, U8, CameraFrame
@@ -23,7 +29,7 @@ from openhelix.runtime.robots.base import ScenePart
 
 FINE_CELL_M = 0.003  # of the arm's meshes, about a pixel at 720 rows
 TIMES = 2  # pixels drawn per pixel shown, each way
-ROOM_FOV_DEG = 12.0  # vertical; a little more than the static camera's, for the whole arm
+ROOM_FOV = 1.2  # a little more than the static camera's, vertically, for the whole arm
 NEAR_M, FAR_M = 0.01, 10.0
 SHADE = 0.62  # the part of a surface's brightness that a shadow leaves
 SHADOW_M = 0.004  # a surface this near to the flattened shadow, along the view, is in it
@@ -47,13 +53,14 @@ class PlayTableScenery:
 
     Args:
         scene: "A" to "D", a generated one's name, or a `Scene`.
+        static_camera: where the static camera stands instead of the scene's own.
 
     Raises:
         SceneError: there is no such scene.
     """
 
-    def __init__(self, scene: str | Scene) -> None:
-        self._fine = _Fine(get_scene(scene))
+    def __init__(self, scene: str | Scene, static_camera: Stand | None = None) -> None:
+        self._fine = _Fine(get_scene(scene), static_camera)
 
     def parts(self) -> list[ScenePart]:
         """Return table, blocks and arm, each with its plain colours; no floor."""
@@ -94,8 +101,12 @@ class PlayTableScenery:
 class _Fine(SceneRenderer):
     """The renderer with a finer arm, any size of picture, and shadows."""
 
-    def __init__(self, scene: Scene) -> None:
-        super().__init__(scene, ("static", "gripper"), arm_cell_m=FINE_CELL_M)
+    def __init__(self, scene: Scene, static_camera: Stand | None) -> None:
+        super().__init__(
+            scene, ("static", "gripper"), arm_cell_m=FINE_CELL_M, static_camera=static_camera
+        )
+        static = camera_of(scene, "static", static_camera).fov_deg
+        self._room_fov_deg = static * ROOM_FOV
         self._views: dict[tuple[str, int, int], _View] = {}
 
     def places(self, visual: F64) -> F64:
@@ -136,7 +147,7 @@ class _Fine(SceneRenderer):
         if key in self._views:
             return self._views[key]
         room = name == "room"
-        fov = radians(ROOM_FOV_DEG if room else CAMERAS[name].fov_deg)
+        fov = radians(self._room_fov_deg if room else CAMERAS[name].fov_deg)
         f, w, h = height / 2 / tan(fov / 2), width / 2, height / 2
         K = np.array([[f, 0, w], [0, f, h], [0, 0, 1.0]])
         pinhole = np.array([TIMES * f, TIMES * f, TIMES * w, TIMES * h, NEAR_M, FAR_M])

@@ -36,13 +36,16 @@ class WorldProcess:
 
     Args:
         scene: "A" to "D".
+        seed: of the placement of blocks where no state is set.
         actions: endpoint on which actions arrive (bound here).
         states: endpoint on which `WorldState` goes out (bound here).
         keys: folder of CURVE keys, off loopback.
     """
 
-    def __init__(self, scene: str, actions: str, states: str, keys: str | None = None) -> None:
-        self._scene, self._keys = scene, keys
+    def __init__(
+        self, scene: str, actions: str, states: str, keys: str | None = None, seed: int = 0
+    ) -> None:
+        self._scene, self._keys, self._seed = scene, keys, seed
         self._endpoints = (actions, states)
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._task: str | None = None  # that is watched for; "" for whichever is done
@@ -53,7 +56,7 @@ class WorldProcess:
         self._held: Action | None = None  # the target that the arm keeps
 
     def setup(self) -> None:
-        self._env = PlayTableEnv(scene=self._scene, cameras=())
+        self._env = PlayTableEnv(scene=self._scene, cameras=(), seed=self._seed)
         self._env.reset()
         self._start_info = self._env.get_info()
         actions, states = self._endpoints
@@ -204,6 +207,7 @@ class CameraProcess:
         states: endpoint of the world.
         frames: endpoint on which the frames go out (bound here).
         keys: folder of CURVE keys, off loopback.
+        static_camera: where the static camera stands instead of the scene's own.
     """
 
     def __init__(
@@ -214,8 +218,10 @@ class CameraProcess:
         states: str,
         frames: str,
         keys: str | None = None,
+        static_camera: Mapping[str, Any] | None = None,
     ) -> None:
         self._scene, self._cameras, self._keys = scene, tuple(cameras), keys
+        self._stand = static_camera
         self._period_s = 1.0 / hz
         self._endpoints = (states, frames)
         self._drawn = 0
@@ -223,7 +229,7 @@ class CameraProcess:
 
     def setup(self) -> None:
         states, frames = self._endpoints
-        self._renderer = SceneRenderer(self._scene, self._cameras)
+        self._renderer = SceneRenderer(self._scene, self._cameras, static_camera=self._stand)
         self._states = NewestReader(states, "states", WorldState, keys=self._keys)
         self._publisher = Publisher(frames, "frames", keys=self._keys)
 

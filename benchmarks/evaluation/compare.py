@@ -1,5 +1,7 @@
 """`openhelix compare A B`: is B better than A, on the same episodes?
 
+    openhelix compare outputs/eval/tasks-D-0001 outputs/eval/tasks-D-0002
+
 Episodes are paired by their key, so both runs faced the same starts, instructions and noise. All
 other differences between the runs are listed, because a result can be attributed to a cause only
 if nothing else differs.

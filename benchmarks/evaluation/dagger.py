@@ -1,5 +1,7 @@
 """`openhelix dagger`: a trained pair acts, and experts label the states it visits.
 
+    openhelix dagger scenes=ABC per_task=5 system1.policy.options.path=checkpoints/mine
+
 Imitation covers only the states experts visit; a policy visits others, and its errors compound.
 So the pair is run in training scenes, on the same loop as in evaluation, conditioned on System
 2's latents of training sentences. Every few steps an expert takes over in a copy of the world

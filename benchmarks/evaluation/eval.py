@@ -1,4 +1,13 @@
-"""`openhelix eval`: how often a policy does what it is told."""
+"""`openhelix eval`: how often a policy does what it is told.
+
+    openhelix eval --suite tasks --episodes-per-task 3 --steps 60 --workers 2
+    openhelix eval --suite tasks --tasks open_drawer,turn_on_led --videos 4
+    openhelix eval --suite calvin --sequences 50
+    openhelix eval --suite calvin-e --clock realtime system2.hz=2
+
+Results, films and report.html go to a new folder below outputs/eval; an unfinished evaluation is
+continued where it ended. `openhelix compare A B` compares two of them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +17,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from openhelix.benchmarks.calvin.motions import PATTERNS
 from openhelix.benchmarks.calvin.scene import scene_names, written
@@ -45,11 +54,20 @@ ENGINE = "openhelix.system2.engines.transformers:TransformersEngine"
 TEXT_ENGINE, TEXT_CODE = "openhelix.system2.engines.text:TextEngine", "text.safetensors"
 ENGINE_BASE = "openhelix.system2.engines.base:EngineBase"
 FOLDER = Path("outputs") / "eval"
+S = TypeVar("S", bound="SuiteOptions")
 
 
 # The settings of a run that an evaluation takes; the others are options of its own.
 SETTINGS = (
-    *("system1", "system2", "world.cameras", "lockstep.interval_steps", "safety", "transport"),
+    *(
+        "system1",
+        "system2",
+        "world.cameras",
+        "world.static_camera",
+        "lockstep.interval_steps",
+        "safety",
+        "transport",
+    ),
     *("control.hz", "control.fifo_priority", "control.spin_us", "control.cpu"),
     *("control.hold_limit_s", "control.placement", "ray_address"),
     *("output.metrics_port", "output.metrics_host"),
@@ -90,7 +108,28 @@ class EvalOptions(SuiteOptions):
 
 def read(argv: Sequence[str]) -> tuple[EvalOptions, list[str]]:
     """Return the options and overrides of a command line."""
-    return parse("eval", EvalOptions, argv, __doc__ or "", RunConfig, SETTINGS)
+    options, overrides = parse("eval", EvalOptions, argv, __doc__ or "", RunConfig, SETTINGS)
+    return alike(options, overrides)
+
+
+def alike(options: S, overrides: Sequence[str]) -> tuple[S, list[str]]:
+    """Let `world.scene=D` be `--scene D`, as in every other command.
+
+    Raises:
+        ConfigError: both are given, and they differ.
+    """
+    kept, given = [], None
+    for word in overrides:
+        name, _, value = word.removeprefix("--").partition("=")
+        if name == "world.scene":
+            given = value
+        else:
+            kept.append(word)
+    if given is None:
+        return options, kept
+    if "scene" in options.model_fields_set and options.scene != given:
+        raise ConfigError(f"world.scene: {given}, and --scene {options.scene}; say it once")
+    return options.model_copy(update={"scene": given}), kept
 
 
 def main(argv: Sequence[str]) -> int:
@@ -192,7 +231,6 @@ def refuse_ignored(overrides: Sequence[str], options: SuiteOptions, clock: str) 
         "tasks.instruction": ("--suite", None),
         "tasks.stop_at_failure": ("--suite", None),
         "world.name": ("--world", options.world),
-        "world.scene": ("--scene", options.scene),
         "robot.name": ("--world", robot),
         "control.clock": ("--clock", clock),
     }

@@ -1,5 +1,8 @@
 """`openhelix sweep`: success against the age of the latent (paper Sec. 5.6).
 
+    openhelix sweep --intervals 2,10,30,60 --latencies 0,10 --sequences 20 --workers 2
+    openhelix sweep --clock realtime --intervals 10,30 --sequences 4
+
 Every cell of the sweep is an evaluation of its own, on the same episodes: System 2 refreshes
 every `interval` environment steps and its latent arrives `latency` steps later. Beside the
 score it reports the age of the latents behind the plans, their drift (cosine similarity to the
@@ -26,6 +29,7 @@ from openhelix.benchmarks.evaluation import plots
 from openhelix.benchmarks.evaluation.eval import (
     SETTINGS,
     SuiteOptions,
+    alike,
     check_options,
     load_config,
     make_suite,
@@ -225,7 +229,7 @@ class SweepOptions(SuiteOptions):
 
 def read(argv: Sequence[str]) -> tuple[SweepOptions, list[str]]:
     """Return the options and overrides of a command line."""
-    return parse("sweep", SweepOptions, argv, __doc__ or "", RunConfig, SETTINGS)
+    return alike(*parse("sweep", SweepOptions, argv, __doc__ or "", RunConfig, SETTINGS))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,5 +1,9 @@
 """`openhelix experiment NAME...`: reproduce the paper's tables and figures.
 
+    openhelix experiment --list
+    openhelix experiment table2 --scale quick --estimate
+    openhelix experiment figure4 figure5 --workers 2
+
 NAME is table1 to table9, figure4, figure5, or `all`. Existing trainings and results are
 reused, missing ones are made; the same command resumes after an interruption at any point.
 Overrides are those of a run (`system1.replan_steps=4`) or, prefixed with `train.`, of `openhelix

@@ -1,5 +1,9 @@
 """`openhelix train STAGE`: from a collection to a pair of checkpoints.
 
+    openhelix train all data=demonstrations
+    openhelix train stage2 data=demonstrations stage2.steps=500 out=mine
+    openhelix train export out=mine
+
 Stages: `vlm` (a base model for System 2, trained on pictures and questions; name it with
 `latent.model` in later stages), `policy` (System 1 alone), `prepare` (caches the frozen language
 model's outputs on disk), `stage1` (trains <ACT> and projector; policy and language model are

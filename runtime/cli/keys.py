@@ -1,5 +1,7 @@
 """`openhelix keys FOLDER [--robot NAME ...]`: CURVE keys for hosts that are not this one.
 
+    openhelix keys keys --robot left right
+
 Makes `server.secret` and `server.public`, and a pair for each robot. A host gets its own
 `.secret` and the `.public` files of those it talks to, over a channel you trust (scp).
 """

@@ -1,8 +1,15 @@
 """`openhelix run`: the whole system, on the wall clock or in lockstep.
 
+    openhelix run                                             CALVIN's first chain, on the wall clock
+    openhelix run --task open_drawer --scene D                one task, judged by the world
+    openhelix run --interactive --no-ray                      type what the robot is to do
+    openhelix run tasks.instruction="open the drawer" system2.hz=2
+    openhelix run control.clock=lockstep tasks.steps_limit=60 tasks.sequence=7
+
 The pair that comes with the project is what acts unless `--config FILE` or
 `system1.policy...=` and `system2.engine...=` name another one; the first lines and report.json
-say which. `--no-ray` starts plain processes instead of Ray actors.
+say which. `--no-ray` starts plain processes instead of Ray actors. `openhelix config` explains every
+setting.
 """
 
 from __future__ import annotations
@@ -15,14 +22,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from openhelix.runtime.cli.arguments import Options, option, parse
 from openhelix.runtime.control.episodes import Assignment, told
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig, load
-from openhelix.runtime.launch.graph import require_parts
-from openhelix.runtime.observe.display import Display
+from openhelix.runtime.launch.graph import require_parts, with_free_ports
+from openhelix.runtime.launch.node import Interrupts, interruptible
+from openhelix.runtime.observe.display import Display, Outlet
 from openhelix.runtime.observe.observer import drawn_later
 from openhelix.runtime.observe.overlay import world_of
 from openhelix.runtime.observe.prompt import Prompt
@@ -36,6 +44,9 @@ FILM_LIMIT_S = 180.0  # of film; drawing takes about as long as the run, on one 
 
 
 RECORD = """`openhelix record`: run the whole system, and keep all that it saw and did.
+
+    openhelix record --task open_drawer
+    openhelix record --config configs/run.yaml tasks.sequence=7
 
 As `openhelix run`, with `recording.mcap` in the run's folder: observations, latents, trajectories
 and actions, which `openhelix replay` puts to a policy again and Foxglove shows.
@@ -80,8 +91,9 @@ def _run(argv: Sequence[str], record: bool) -> int:
     if record:
         overrides.append("output.record=true")
     config = load(options.config, overrides)
+    lockstep = config.control.clock == "lockstep"
     logging.basicConfig(level=logging.WARNING)
-    if config.ray and config.control.clock == "realtime" and find_spec("ray") is None:
+    if config.ray and not lockstep and find_spec("ray") is None:
         raise ConfigError(
             "ray: not installed: pip install 'openhelix[cluster]', or say --no-ray for plain "
             "processes on this host"
@@ -92,33 +104,39 @@ def _run(argv: Sequence[str], record: bool) -> int:
     robot_class(config.robot.name)
     check_keys(config.transport.keys)
     require_parts(config)
+    config, ported = (config, "") if lockstep else with_free_ports(config)
     assignments, initial = plan(config, options.interactive)
     folder = make_output_folder(config.output.folder)
     display = Display(live=config.output.live and not options.as_json)
-    display.say(f"settings: {options.config or 'the defaults'}")
+    display.say(f"settings: {options.config or 'the defaults'}, {config.sha256}")
     for line in told(config):
         display.say(line)
-    if config.control.clock == "lockstep":
+    if ported:
+        display.warn(ported)
+    if lockstep:
         from openhelix.runtime.launch.run import run_lockstep as run
     else:
         from openhelix.runtime.launch.run import run_realtime as run
     prompt = Prompt(display.say) if options.interactive else None
-    try:
-        report = run(config, assignments, initial, folder, display, prompt)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        raise _cannot_write(folder, error) from None
-    report["config"] = str(options.config) if options.config is not None else None
-    try:
-        write_report(report, folder)
-        publish_latest(folder, config.output.folder)
-    finally:  # what was measured is worth more than the disk that has no room for it
-        if options.as_json:
-            print(json.dumps(report), flush=True)
-        _film(config, report, folder, display)
-        if not options.as_json:
-            display.summary(report, folder)
+    # What a signal ends in order, a second one does not end otherwise.
+    with interruptible() as interrupted:
+        try:
+            report = run(config, assignments, initial, folder, display, prompt)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            raise _cannot_write(folder, error) from None
+        report["config"] = str(options.config) if options.config is not None else None
+        report["config_sha256"] = config.sha256
+        try:
+            write_report(report, folder)
+            publish_latest(folder, config.output.folder)
+        finally:  # what was measured is worth more than the disk that has no room for it
+            if options.as_json:
+                print(json.dumps(report), file=cast(IO[str], Outlet("stdout")), flush=True)
+            _film(config, report, folder, display, interrupted)
+            if not options.as_json:
+                display.summary(report, folder)
     if report["error"]:
         raise CommandFailed(report["error"])
     if report["interrupted"]:
@@ -126,7 +144,13 @@ def _run(argv: Sequence[str], record: bool) -> int:
     return EXIT_STOPPED if report["stopped"] else 0
 
 
-def _film(config: RunConfig, report: dict[str, Any], folder: Path, display: Display) -> None:
+def _film(
+    config: RunConfig,
+    report: dict[str, Any],
+    folder: Path,
+    display: Display,
+    interrupted: Interrupts,
+) -> None:
     """Make the film of a world that can be drawn anew; one that fails costs the run nothing."""
     if not config.output.video or not drawn_later(config) or not report["ticks"]:
         return
@@ -138,7 +162,8 @@ def _film(config: RunConfig, report: dict[str, Any], folder: Path, display: Disp
     from openhelix.runtime.cli.film import film
 
     try:
-        film(folder, folder / "video.mp4", display)
+        with interrupted.patience(interrupted.heard):
+            film(folder, folder / "video.mp4", display)
     except KeyboardInterrupt:
         display.warn(f"the film was left out; {later}")
     except (ValueError, OSError) as error:
@@ -155,15 +180,23 @@ def plan(
     """
     tasks = config.tasks
     own = [Assignment("", sentence) for sentence in tasks.sentences]
-    name = world_of(config)
+    name, scene, seed = world_of(config), config.world.scene, config.world.seed
     if name is None and (own or interactive):
         return own, None
     world: WorldPlugin = plugins.find(plugins.WORLDS, name or config.world.name)
+    laid = None
+    if config.world.layout is not None:
+        laid = world.layout(config.world.layout, scene, seed)
     if tasks.task is not None:
-        found, start = world.task(tasks.task, config.world.scene, config.world.seed)
-        return [Assignment(*task) for task in found], start
-    if own:
-        return own, None
+        found, start = world.task(tasks.task, scene, seed)
+        return [Assignment(*task) for task in found], laid or start
+    if own or (interactive and laid):
+        return own, laid
+    if laid is not None:
+        raise ConfigError(
+            "world.layout: a sequence has a start of its own; say --interactive, --task NAME or "
+            "tasks.instruction=SENTENCE"
+        )
     listed, state = world.sequence(tasks.sequence, config.world.scene)
     return [] if interactive else [Assignment(*task) for task in listed], dict(state)
 

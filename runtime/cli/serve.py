@@ -1,5 +1,9 @@
 """`openhelix serve ADDRESS`: one System 2 for many robots, until told to stop.
 
+    openhelix serve ipc:///tmp/system2                        for the robots on this host
+    openhelix serve tcp://0.0.0.0:5800 transport.keys=keys    for others, with CURVE keys
+    openhelix run system2.connect=ipc:///tmp/system2 robot.id=left
+
 The same node as in a run's graph, alone in this process. Robots on this host or others run
 with `system2.connect=ADDRESS` and a `robot.id` of their own, each with its own topic and
 instructions.

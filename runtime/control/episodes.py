@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from openhelix.runtime.control.talk import Journal, Kind, Said, Talk, answer_of
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import Part, PolicyPart, RunConfig
 from openhelix.runtime.core.interfaces import PolicySpec
+from openhelix.runtime.core.targets import SHIPPED, fingerprint
 from openhelix.runtime.robots.base import INSTEAD, RobotError, World
 
 # ------------------------------------------------------------------------------------------------
@@ -399,13 +401,13 @@ def parts_of(
     return {
         "policy": {
             **first.model_dump(mode="json"),
-            "checkpoint": _weights(first, "shipped" if first.target == PolicyPart().target else ""),
+            **_weights(first, "shipped" if first.target == PolicyPart().target else "", "system1"),
             "spec_id": wanted.spec_id if wanted is not None else None,
         },
         "system2": {
             **second.model_dump(mode="json"),
             "connect": config.system2.connect,
-            "checkpoint": _weights(second, weights),
+            **_weights(second, weights, "system2"),
             "spec_id": spec_id,
         }
         if policy is None or wanted is not None
@@ -413,18 +415,24 @@ def parts_of(
     }
 
 
-def _weights(part: Part, default: object) -> str | None:
+def _weights(part: Part, default: object, system: str) -> dict[str, str | None]:
+    """Return the name of a part's weights, and the hash of what is there under that name."""
     if part.options.get("untrained"):
-        return "random weights"
+        return {"checkpoint": "random weights", "sha256": None}
     found = part.options.get("path", default) or default
-    return str(found) if found else None
+    if not found:
+        return {"checkpoint": None, "sha256": None}
+    folder = SHIPPED[system] if found == "shipped" else Path(str(found)).expanduser()
+    return {"checkpoint": str(found), "sha256": fingerprint(folder)}
 
 
 def told(config: RunConfig) -> list[str]:
     """Return a line for each system that says which one it is, for a person."""
     parts = parts_of(config)
     lines = [
-        f"System {number}: {part['checkpoint'] or 'no checkpoint'} ({part['target']})"
+        f"System {number}: {part['checkpoint'] or 'no checkpoint'}"
+        + (f", {part['sha256']}" if part["sha256"] else "")
+        + f" ({part['target']})"
         for number, part in enumerate(parts.values(), 1)
     ]
     if config.system2.connect is not None:

@@ -8,6 +8,8 @@ ignored is the costliest kind of default. `ConfigError` always carries exactly o
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -112,6 +114,7 @@ class System2Config(_Section):
     hz: Positive = 1.0
     camera: str = "static"
     connect: str | None = None  # a System 2 that `openhelix serve` runs; None starts one
+    connect_timeout_s: Positive = 60.0  # how long to wait for it to be up
     placement: Placement = Placement(cpus=0.5, threads=1, nice=10)
     blind: bool = False  # System 2 is shown black pictures: what it does without seeing
 
@@ -172,12 +175,34 @@ def _known_scene(value: str) -> str:
     return value
 
 
+Point = tuple[float, float, float]
+
+
+class StaticCamera(_Section):
+    """Where the simulated world's static camera stands; what is left out is the scene's own."""
+
+    eye: Point | None = None  # m, in W
+    target: Point | None = None  # m, in W: what it looks at
+    up: Point | None = None  # which way is up in its image, in W
+    fov: Annotated[float, Field(gt=1, lt=120)] | None = None  # degrees, vertical
+
+    @model_validator(mode="after")
+    def _looks_somewhere(self) -> Self:
+        if self.eye is not None and self.eye == self.target:
+            raise ValueError("eye: is where the target is; a camera has to look somewhere")
+        if self.up == (0.0, 0.0, 0.0):
+            raise ValueError("up: [0, 0, 0] is no direction")
+        return self
+
+
 class WorldConfig(_Section):
     """The simulated world behind the `sim` driver."""
 
     name: str = "playtable"  # an entry of the group `openhelix.worlds`
     scene: Annotated[str, AfterValidator(_known_scene)] = "D"
     seed: Annotated[int, Field(ge=0)] = 0  # of what is drawn at random in its first state
+    static_camera: StaticCamera | None = None  # {eye, target, up, fov}; null: the scene's own
+    layout: dict[str, Any] | None = None  # its first state, in words: {drawer: open, ...}
     cameras: tuple[Literal["static", "gripper"], ...] = ("static", "gripper")
     camera_hz: Positive = 10.0
     # A world that the machine is too busy to step looks like a robot that does not answer.
@@ -308,6 +333,12 @@ class RunConfig(_Section):
     output: OutputConfig = OutputConfig()
     ray: bool = True
     ray_address: str | None = None  # a running cluster; None starts one here
+
+    @property
+    def sha256(self) -> str:
+        """Twelve hexadecimal digits of all settings, for a report to say which they were."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def interval_steps(self) -> int:
@@ -454,6 +485,9 @@ def _suggestion(model: type[BaseModel], loc: Sequence[Any]) -> str:
     for name in loc[:-1]:
         field = getattr(section, "model_fields", {}).get(name)
         section = field.annotation if field is not None else None
+        if get_origin(section) in (Union, UnionType):  # a section that may be null
+            kinds = [kind for kind in get_args(section) if hasattr(kind, "model_fields")]
+            section = kinds[0] if kinds else None
     names = list(getattr(section, "model_fields", getattr(section, "__dataclass_fields__", {})))
     near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
     if near:

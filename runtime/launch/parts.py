@@ -41,6 +41,7 @@ from openhelix.runtime.core.interfaces import (
     PolicySpec,
     check_latent,
 )
+from openhelix.runtime.core.targets import written_spec
 from openhelix.runtime.observe.collectors import WireMetrics
 from openhelix.runtime.observe.metrics import LOOPBACK, Endpoint, GpuMetrics, serve
 from openhelix.runtime.observe.observer import ObserverProcess, Subscribers
@@ -109,6 +110,9 @@ class ControlProcess:
         config, channels = self._config, self._channels
         # Wrong options of the driver are told before anybody waits for System 1.
         self._robot = robot = self._make_robot()
+        written = written_spec(config.system1.policy)
+        if written is not None:  # and a camera that is missing, before anything has been loaded
+            check_parts(config, robot.spec, written)
         spec = self._policy_spec()
         check_parts(config, robot.spec, spec)
         robot.connect()
@@ -224,7 +228,7 @@ class ControlProcess:
 
     def _make_robot(self) -> Robot:
         robot, world = self._config.robot, self._config.world
-        options = world_options(robot.name, robot.options, world.scene, world.cameras)
+        options = world_options(robot.name, robot.options, world)
         if robot.name == "sim":
             names = ("actions", "states", "frames", "world_control")
             options |= {name: self._channels[name] for name in names}
@@ -292,6 +296,7 @@ class ControlProcess:
             "latents_received": goals.received if goals else 0,
             "latents_void": goals.void if goals else 0,
             "latents_mismatched": goals.mismatched if goals else 0,
+            "latents_mistimed": dict(goals.mistimed) if goals else {},
             "latents_refused": goals.refusals if goals else 0,
             "latents_missed": goals.missed if goals else 0,
             "s1_latency_s": percentiles(stack.loop.planner.latencies_s, ("p50", "p99")),
@@ -421,7 +426,7 @@ class System1Process:
             if self._reset_for != (observation.instruction_id, request.seed):
                 self._reset_for = (observation.instruction_id, request.seed)
                 self._policy.reset(request.seed)
-            chunk = checked_chunk(self._policy.act(observation, request.latents))
+            chunk = checked_chunk(self._policy.act(observation, request.latents), observation)
             self._planned += 1
         except Exception:
             self._failed += 1

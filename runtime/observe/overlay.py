@@ -59,7 +59,10 @@ class About:
         """Return what a configuration says; loads the scenery of a world that has one."""
         scenery, world = None, world_of(config)
         if world is not None:
-            scenery = plugins.find(plugins.WORLDS, world).scenery(config.world.scene)
+            stands = config.world.static_camera
+            scenery = plugins.find(plugins.WORLDS, world).scenery(
+                config.world.scene, None if stands is None else stands.model_dump()
+            )
         where = config.robot.name if world is None else f"{world}, scene {config.world.scene}"
         clock = "wall clock" if config.control.clock == "realtime" else "lockstep clock"
         return cls(
@@ -76,7 +79,7 @@ class About:
 def _systems(config: RunConfig) -> Iterator[str]:
     """Yield which systems they are, without their classes."""
     for line in told(config):
-        yield line.partition(" (")[0]
+        yield line.partition(" (")[0].partition(", ")[0]
     if config.control.clock == "lockstep":
         yield f"a latent every {config.interval_steps} steps"
     else:

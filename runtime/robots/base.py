@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
 from openhelix.runtime.core import plugins
-from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.config import ConfigError, WorldConfig
 from openhelix.runtime.core.interfaces import (
     F32,
     F64,
@@ -216,8 +216,18 @@ class WorldPlugin(Protocol):
     processes: Mapping[str, str]
     drawable: bool
 
-    def make_env(self, scene: str, cameras: Sequence[str], seed: int = 0) -> Any:
-        """Return an env with calvin_env's verbs and `camera_frames`; see `env.EnvRobot`."""
+    def make_env(
+        self,
+        scene: str,
+        cameras: Sequence[str],
+        seed: int = 0,
+        static_camera: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return an env with calvin_env's verbs and `camera_frames`; see `env.EnvRobot`.
+
+        Raises:
+            ValueError: its static camera cannot be put elsewhere.
+        """
 
     def completed(self, start_info: Mapping[str, Any], end_info: Mapping[str, Any]) -> set[str]:
         """Return the names of the tasks done between two infos."""
@@ -236,7 +246,14 @@ class WorldPlugin(Protocol):
             ValueError: there is no such task; the line names the nearest.
         """
 
-    def scenery(self, scene: str) -> Scenery | None:
+    def layout(self, layout: Mapping[str, Any], scene: str, seed: int) -> dict[str, Any]:
+        """Return the start that `world.layout` describes; see `set_world`.
+
+        Raises:
+            ValueError: in one line, what is wrong with it and what is valid.
+        """
+
+    def scenery(self, scene: str, static_camera: Mapping[str, Any] | None = None) -> Scenery | None:
         """Return what a scene looks like; None where only a camera can tell."""
 
     def require(self) -> str:
@@ -253,19 +270,24 @@ def robot_class(name: str) -> Any:
     return plugins.find(plugins.ROBOTS, name)
 
 
-def world_options(
-    name: str, options: Mapping[str, Any], scene: str, cameras: Sequence[str]
-) -> dict[str, Any]:
-    """Return a driver's options with the run's scene and cameras, if it drives a world.
+def world_options(name: str, options: Mapping[str, Any], world: WorldConfig) -> dict[str, Any]:
+    """Return a driver's options with what the run says of its world, if it drives one.
 
     A driver that takes a `scene` is one.
 
     Raises:
         ConfigError: the options name another scene or other cameras than the run.
     """
-    if "scene" not in inspect.signature(robot_class(name)).parameters:
+    takes = inspect.signature(robot_class(name)).parameters
+    if "scene" not in takes:
         return dict(options)
-    of_run: dict[str, Any] = {"scene": scene, "cameras": tuple(cameras)}
+    of_run: dict[str, Any] = {"scene": world.scene, "cameras": tuple(world.cameras)}
+    if "seed" in takes and "seed" not in options:
+        options = {**options, "seed": world.seed}
+    if world.static_camera is not None:
+        if "static_camera" not in takes:
+            raise ConfigError(f"world.static_camera: {name!r} has its own and takes no other")
+        of_run["static_camera"] = world.static_camera.model_dump()
     for field, value in of_run.items():
         if field in options and options[field] not in (value, list(value)):
             raise ConfigError(

@@ -289,6 +289,7 @@ class WorldRobot(EnvRobot):
         cameras: names, of "static" and "gripper".
         clock, frames_on_demand: see `EnvRobot`.
         seed: of the placement of blocks in a default reset, where the world has one.
+        static_camera: where it stands instead of the scene's own: {"eye", "target", "up", "fov"}.
 
     Raises:
         openhelix.runtime.core.plugins.ResolveError: no such world.
@@ -302,11 +303,13 @@ class WorldRobot(EnvRobot):
         clock: Clock | None = None,
         frames_on_demand: bool = False,
         seed: int = 0,
+        static_camera: Mapping[str, Any] | None = None,
     ) -> None:
         plugin: WorldPlugin = plugins.find(plugins.WORLDS, world)
 
         def make_env() -> Any:
-            return plugin.make_env(scene, tuple(cameras), seed)
+            more = {} if static_camera is None else {"static_camera": static_camera}
+            return plugin.make_env(scene, tuple(cameras), seed, **more)
 
         super().__init__(make_env, cameras, clock, frames_on_demand, oracle=plugin.completed)
 
@@ -319,7 +322,7 @@ class PlayTableRobot(WorldRobot):
 
     Args:
         scene: "A" to "D".
-        cameras, clock, seed: see `WorldRobot`.
+        cameras, clock, seed, static_camera: see `WorldRobot`.
     """
 
     def __init__(
@@ -328,8 +331,9 @@ class PlayTableRobot(WorldRobot):
         cameras: Sequence[str] = ("static", "gripper"),
         clock: Clock | None = None,
         seed: int = 0,
+        static_camera: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__("playtable", scene, cameras, clock, frames_on_demand=True, seed=seed)
+        super().__init__("playtable", scene, cameras, clock, True, seed, static_camera)
         self._visual: F64 | None = None
 
     def visual_state(self) -> F64 | None:

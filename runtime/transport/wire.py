@@ -43,8 +43,8 @@ NOBLOCK: Final = int(zmq.NOBLOCK)
 _MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 _POLLIN: Final = int(zmq.POLLIN)
 _CANDIDATES: Final = 8  # of one drain; the others are older than what is worth decoding
-_MAX_JUMP: Final = 1 << 32  # more messages than a publisher sends in years were not lost
-TAKEOVER_NS: Final = 2_000_000_000  # silence after which an earlier publisher may return
+_MAX_JUMP: Final = 4096  # more are not lost between two messages without a silence
+TAKEOVER_NS: Final = 2_000_000_000  # silence after which another number or publisher is believed
 MAX_TOPIC_BYTES: Final = 128
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class ReaderStats:
     received: int = 0  # messages taken from the queue
     delivered: int = 0  # messages that `poll` returned
     gaps: int = 0  # messages that a publisher numbered and that never arrived
-    restarts: int = 0  # changes of publisher
+    restarts: int = 0  # changes of publisher, or of its numbering
     backlogs: int = 0  # polls that left messages in the queue
     dropped: Counter[str] = field(default_factory=Counter)  # by reason, see `NewestReader`
 
@@ -237,10 +237,15 @@ class Track(Generic[T]):
 
     def _refusal(self, stamp: tuple[int, int, int]) -> str | None:
         source, seq, _ = stamp
+        ahead = seq - self._seq
         if source == self._source:
-            if not 0 < seq - self._seq <= _MAX_JUMP:
-                return "stale"
-        elif source in self._retired and self._clock.now_ns() - self.heard_ns < TAKEOVER_NS:
+            if 0 < ahead <= _MAX_JUMP:
+                return None
+            # One wrong number must not silence a source for good, nor a replay be believed.
+            if ahead and self._clock.now_ns() - self.heard_ns >= TAKEOVER_NS:
+                return None
+            return "stale" if ahead <= 0 else "jump"
+        if source in self._retired and self._clock.now_ns() - self.heard_ns < TAKEOVER_NS:
             return "stale_source"
         return None
 
@@ -249,13 +254,14 @@ class Track(Generic[T]):
         self.envelope = Envelope._make(stamp)
         source, seq, _ = stamp
         numbers = {n for (s, n, _), *_ in self.new if s == source and n <= seq}
-        if source == self._source:
+        if source == self._source and seq > self._seq:
             before = self._seq
             numbers = {n for n in numbers if n > before}
         else:
             before = min(numbers) - 1  # what it sent before we first heard it is not a loss
             if self._source is not None:
-                self._retired.append(self._source)
+                if source != self._source:
+                    self._retired.append(self._source)
                 self._stats.restarts += 1
         self._stats.gaps += seq - before - len(numbers)
         self._source, self._seq = source, seq
@@ -350,9 +356,10 @@ class NewestReader(Generic[T]):
 
     Within one publisher an earlier number never follows a later one. Another publisher (a
     restart) takes over at once; the one it replaced is not heard again until the new one has
-    been silent for `TAKEOVER_NS`. Everything that is not delivered is counted in
-    `stats.dropped` by reason: those of `WireError`, "stale" (the same or an earlier number),
-    "stale_source" (a replaced publisher).
+    been silent for `TAKEOVER_NS`. A number far ahead is not believed either until then: one
+    wrong message would make all later genuine ones look late. Everything that is not delivered
+    is counted in `stats.dropped` by reason: those of `WireError`, "stale" (the same or an
+    earlier number), "jump" (far ahead), "stale_source" (a replaced publisher).
 
     Args:
         endpoint: one, or a list of which each may have a publisher.

@@ -82,7 +82,9 @@ def served():
 def make_loop(clock):
     return SimpleNamespace(
         planner=SimpleNamespace(latencies_s=deque(maxlen=8), failures=2),
-        goals=SimpleNamespace(received=5, void=1, missed=3, mismatched=4, refusals=6),
+        goals=SimpleNamespace(
+            received=5, void=1, missed=3, mismatched=4, mistimed=Counter(old=6), refusals=6
+        ),
         chunks=ChunkBuffer(),
         safety=SafetyState(),
         watchdog=Watchdog(SafetyLimits(), cameras=("static",)),
@@ -187,6 +189,8 @@ def test_the_loop_on_a_scrape(served):
     assert value("latents_mismatched_total") == 4
     assert value("latents_refused_total") == 6
     assert value("instruction_understood") == 0.75
+    assert value("latents_mistimed_total", reason="old") == 6
+    assert value("latents_mistimed_total", reason="future") == 0
     assert value("safety_stops_total", reason="latent_mismatch") == 0  # from the start
     assert value("chunks_total", outcome="accepted") == value("chunks_used_total") == 1
     assert value("chunk_rows_total", fate="consumed") == 1
