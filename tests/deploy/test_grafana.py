@@ -77,7 +77,6 @@ def test_what_no_dashboard_and_no_alert_uses_is_named() -> None:
     # Looked at one by one when something is wrong; the page of metrics says "by hand" of them.
     assert {name for name, seen in seen_where().items() if not seen} == {
         "openhelix_loop_instruction_id",
-        "openhelix_instruction_understood",
         "openhelix_chunks_used_total",
         "openhelix_chunk_rows_blended_total",
         "openhelix_chunk_run_outs_total",

@@ -134,7 +134,7 @@ def ray_session():
     import ray
 
     options = {"include_dashboard": False, "log_to_driver": False}
-    ray.init(num_cpus=4, **options)
+    ray.init("local", num_cpus=4, **options)
     yield
     ray.shutdown()
 
