@@ -55,9 +55,11 @@ class Change:
     Attributes:
         done: whether the change has come.
         right: the task that is meant now.
+        about: the arguments, for another one alike.
     """
 
     def __init__(self, env: Any, what: str, before: str, after: str, after_steps: int) -> None:
+        self.about = (what, before, after, after_steps)
         self.what, self.before, self.after = what, before, after
         self.right, self.done = before, False
         self._env, self._left, self._settling = env, after_steps * SUBSTEPS, 0

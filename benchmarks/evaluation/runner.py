@@ -28,7 +28,7 @@ from openhelix.benchmarks.evaluation.measurement import (
     Outcome,
 )
 from openhelix.benchmarks.evaluation.oracle import OracleEngine, ToldGoals
-from openhelix.benchmarks.evaluation.staging import stage, stage_calvin
+from openhelix.benchmarks.evaluation.staging import Starts, stage, stage_calvin
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.control.assembly import (
     ControlStack,
@@ -152,6 +152,7 @@ class Runner:
         self._untrained = ["system1"] if getattr(self._policy, "untrained", False) else []
         self._clock = EpisodeClock()
         self._robots: dict[str, EnvRobot] = {}
+        self._starts = Starts()
         self._engine: EngineMeter | None = None
         try:
             check_policy(self._policy)
@@ -245,7 +246,7 @@ class Runner:
         def prepare(env: Any) -> None:
             nonlocal moving
             if isinstance(robot, PlayTableRobot):
-                moving = stage(env, episode)
+                moving = stage(env, episode, self._starts)
             else:
                 stage_calvin(env, episode)
 

@@ -22,14 +22,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from openhelix.runtime.cli.arguments import Options, option, parse
 from openhelix.runtime.control.episodes import Assignment, told
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig, load
 from openhelix.runtime.launch.graph import require_parts, with_free_ports
-from openhelix.runtime.observe.display import Display
+from openhelix.runtime.launch.node import Interrupts, interruptible
+from openhelix.runtime.observe.display import Display, Outlet
 from openhelix.runtime.observe.observer import drawn_later
 from openhelix.runtime.observe.overlay import world_of
 from openhelix.runtime.observe.prompt import Prompt
@@ -117,23 +118,25 @@ def _run(argv: Sequence[str], record: bool) -> int:
     else:
         from openhelix.runtime.launch.run import run_realtime as run
     prompt = Prompt(display.say) if options.interactive else None
-    try:
-        report = run(config, assignments, initial, folder, display, prompt)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        raise _cannot_write(folder, error) from None
-    report["config"] = str(options.config) if options.config is not None else None
-    report["config_sha256"] = config.sha256
-    try:
-        write_report(report, folder)
-        publish_latest(folder, config.output.folder)
-    finally:  # what was measured is worth more than the disk that has no room for it
-        if options.as_json:
-            print(json.dumps(report), flush=True)
-        _film(config, report, folder, display)
-        if not options.as_json:
-            display.summary(report, folder)
+    # What a signal ends in order, a second one does not end otherwise.
+    with interruptible() as interrupted:
+        try:
+            report = run(config, assignments, initial, folder, display, prompt)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            raise _cannot_write(folder, error) from None
+        report["config"] = str(options.config) if options.config is not None else None
+        report["config_sha256"] = config.sha256
+        try:
+            write_report(report, folder)
+            publish_latest(folder, config.output.folder)
+        finally:  # what was measured is worth more than the disk that has no room for it
+            if options.as_json:
+                print(json.dumps(report), file=cast(IO[str], Outlet("stdout")), flush=True)
+            _film(config, report, folder, display, interrupted)
+            if not options.as_json:
+                display.summary(report, folder)
     if report["error"]:
         raise CommandFailed(report["error"])
     if report["interrupted"]:
@@ -141,7 +144,13 @@ def _run(argv: Sequence[str], record: bool) -> int:
     return EXIT_STOPPED if report["stopped"] else 0
 
 
-def _film(config: RunConfig, report: dict[str, Any], folder: Path, display: Display) -> None:
+def _film(
+    config: RunConfig,
+    report: dict[str, Any],
+    folder: Path,
+    display: Display,
+    interrupted: Interrupts,
+) -> None:
     """Make the film of a world that can be drawn anew; one that fails costs the run nothing."""
     if not config.output.video or not drawn_later(config) or not report["ticks"]:
         return
@@ -153,7 +162,8 @@ def _film(config: RunConfig, report: dict[str, Any], folder: Path, display: Disp
     from openhelix.runtime.cli.film import film
 
     try:
-        film(folder, folder / "video.mp4", display)
+        with interrupted.patience(interrupted.heard):
+            film(folder, folder / "video.mp4", display)
     except KeyboardInterrupt:
         display.warn(f"the film was left out; {later}")
     except (ValueError, OSError) as error:

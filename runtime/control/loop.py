@@ -203,7 +203,7 @@ class ControlLoop:
             self.watchdog.expect_latent(now_ns)  # none is due
             return None
         acted = not refused(self.goals)
-        latent = self.goals.update(observation)
+        latent = self.goals.update(observation, now_ns)
         if acted and refused(self.goals):
             self.chunks.void(self.instruction_id, from_ns=now_ns)
             self.planner.reset(self.seed + self.instruction_id)
@@ -246,7 +246,7 @@ class ControlLoop:
     ) -> Action:
         """Limit and send the target, or hold; a stopped robot is left to its own standstill."""
         if state == "stop":
-            return self._stand(observation)
+            return self._stand(observation, now_ns)
         self._standing = False
         if target is None:
             target = self.robot.hold_action(self._last)
@@ -260,12 +260,20 @@ class ControlLoop:
         self._last = self.robot.send_action(safe)
         return self._last
 
-    def _stand(self, observation: Observation) -> Action:
-        """Stop the robot, once; if work resumes, it does so from where the arm then is."""
+    def _stand(self, observation: Observation, now_ns: int) -> Action:
+        """Stop the robot, once; if work resumes, it does so from where the arm then is.
+
+        What was seen before the stop counts no more: work resumes with a latent of later.
+        """
         if not self._standing:
             self.robot.stop(self.safety.reason)
             self.limits.rest()
             self._standing, self._last = True, None
+            self.chunks.void(self.instruction_id, from_ns=now_ns)
+            self.planner.reset(self.seed + self.instruction_id)
+            if self.goals is not None:
+                self.goals.forget(now_ns)
+            self._planned = False
         return Action(observation.tcp_pose, float(observation.gripper_open), self.instruction_id)
 
     def _latent_age_s(self, now_ns: int) -> float | None:

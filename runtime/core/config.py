@@ -114,6 +114,7 @@ class System2Config(_Section):
     hz: Positive = 1.0
     camera: str = "static"
     connect: str | None = None  # a System 2 that `openhelix serve` runs; None starts one
+    connect_timeout_s: Positive = 60.0  # how long to wait for it to be up
     placement: Placement = Placement(cpus=0.5, threads=1, nice=10)
     blind: bool = False  # System 2 is shown black pictures: what it does without seeing
 

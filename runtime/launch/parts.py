@@ -296,6 +296,7 @@ class ControlProcess:
             "latents_received": goals.received if goals else 0,
             "latents_void": goals.void if goals else 0,
             "latents_mismatched": goals.mismatched if goals else 0,
+            "latents_mistimed": dict(goals.mistimed) if goals else {},
             "latents_refused": goals.refusals if goals else 0,
             "latents_missed": goals.missed if goals else 0,
             "s1_latency_s": percentiles(stack.loop.planner.latencies_s, ("p50", "p99")),
@@ -425,7 +426,7 @@ class System1Process:
             if self._reset_for != (observation.instruction_id, request.seed):
                 self._reset_for = (observation.instruction_id, request.seed)
                 self._policy.reset(request.seed)
-            chunk = checked_chunk(self._policy.act(observation, request.latents))
+            chunk = checked_chunk(self._policy.act(observation, request.latents), observation)
             self._planned += 1
         except Exception:
             self._failed += 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import platform
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -43,8 +42,8 @@ from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.config import CommandFailed, RunConfig
 from openhelix.runtime.core.interfaces import PartFailed, Policy, PolicySpec, check_engine
 from openhelix.runtime.core.targets import written_spec
-from openhelix.runtime.launch.graph import Graph, GraphError
-from openhelix.runtime.launch.node import interruptible
+from openhelix.runtime.launch.graph import RAY, Graph, GraphError
+from openhelix.runtime.launch.node import Interrupts, interruptible
 from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.observer import Subscribers
 from openhelix.runtime.observe.prompt import Prompt, Say
@@ -54,6 +53,7 @@ from openhelix.runtime.robots.env import stepped
 from openhelix.runtime.transport.rpc import RpcError
 
 READY_TIMEOUT_S = 300.0  # the first start builds the laptop model; later ones take seconds
+WATCH_S = 0.1  # how often the control process is asked how it is
 
 
 class RunFailed(CommandFailed):
@@ -101,10 +101,11 @@ def run_lockstep(
     stack = build_stack(config, robot, policy.spec, planner, goals, clock)
     subscribers = Subscribers(config, folder, stack)
     statistics = subscribers.statistics
-    stack.loop.subscribers.append(_Progress(stack, statistics, config, display))
     failure = None
     try:
-        with interruptible() as interrupted, display:
+        with interruptible() as interrupted, display, interrupted.patience(1):
+            progress = _Progress(stack, statistics, config, display, interrupted)
+            stack.loop.subscribers.append(progress)
             set_world(robot, initial)
             ready_s = time.monotonic() - started_s
             stack.loop.arm()
@@ -117,6 +118,8 @@ def run_lockstep(
                     raise
                 failure = str(error)
                 stack.episode_runner.broken(failure)
+            except KeyboardInterrupt:  # the second: a part does not come to an end
+                stack.episode_runner.broken("interrupted")
             last = {"entries": stack.episode_runner.journal.rows(30)}
             display.progress(last, config.tasks.steps_limit)
     finally:
@@ -167,10 +170,16 @@ class _Progress:
     """A subscriber that tells the display, at most a few times a second."""
 
     def __init__(
-        self, stack: ControlStack, statistics: LoopStatistics, config: RunConfig, display: Display
+        self,
+        stack: ControlStack,
+        statistics: LoopStatistics,
+        config: RunConfig,
+        display: Display,
+        interrupted: Interrupts,
     ) -> None:
         self._stack, self._statistics = stack, statistics
         self._limit, self._display = config.tasks.steps_limit, display
+        self._interrupted = interrupted
         self._next_s = 0.0
 
     def __call__(self, tick: Tick) -> None:
@@ -178,6 +187,8 @@ class _Progress:
         if now_s < self._next_s:
             return
         self._next_s = now_s + 0.2
+        if self._display.gone:
+            self._interrupted.set()
         runner = self._stack.episode_runner
         current = runner.current
         health = task_rows(runner.results) | live(self._statistics)
@@ -245,23 +256,15 @@ def run_realtime(
     record = StatusRecord.of(graph.endpoints.control, graph.has("observer"), config)
     with interruptible() as interrupted, display, record.kept(folder):
         try:
-            if graph.has("observer"):
-                display.say(
-                    "from another terminal: openhelix say TEXT, openhelix status --web, "
-                    "openhelix view"
+            with interrupted.patience(0):  # nothing moves yet
+                _start(graph, config, display, interrupted)
+                untrained = say_untrained(
+                    display,
+                    system1=SimpleNamespace(**graph.health("system1")),
+                    system2=SimpleNamespace(**graph.health("system2")),
                 )
-            display.say("starting the processes" + (" as Ray actors" if config.ray else ""))
-            graph.start()
-            interrupted.listen()
-            graph.wait_ready(READY_TIMEOUT_S, display.states, interrupted)
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-            untrained = say_untrained(
-                display,
-                system1=SimpleNamespace(**graph.health("system1")),
-                system2=SimpleNamespace(**graph.health("system2")),
-            )
-            graph.ask("control", "start", timeout_s=30.0, latent_spec=graph.latent_spec())
+                spec = graph.latent_spec()
+            graph.ask("control", "start", timeout_s=30.0, latent_spec=spec)
             ready_s = time.monotonic() - started_s
 
             def say(text: str, who: str) -> dict[str, Any]:
@@ -272,28 +275,32 @@ def run_realtime(
                     graph.ask("control", "leave")
 
             with _talking(prompt, display, say, leave, interrupted.set):
-                report = _watch(graph, config, display, interrupted)
+                report, error = _watch(graph, config, display, interrupted)
+            parts = {name: graph.health(name) for name in ("system1", "system2")}
             if graph.has("observer"):
-                report["sinks"] = _finish(graph, display)
-            system2, system1 = graph.health("system2"), graph.health("system1")
+                report["sinks"] = _finish(graph, display, interrupted)
             if not report["interrupted"]:
-                graph.ask("control", "await_scrape", timeout_s=15.0)
+                with suppress(KeyboardInterrupt), interrupted.patience(interrupted.heard):
+                    graph.ask("control", "await_scrape", timeout_s=15.0)
         except (GraphError, RpcError) as error:
             raise RunFailed(str(error)) from error
         finally:
             graph.close()
     # Both clocks are this host's: control runs beside the head.
     first_ns = report.pop("first_action_ns")
-    spec = system1.get("policy_spec")
+    system1, system2 = parts["system1"], parts["system2"]
+    policy = system1.get("policy_spec")
     return report | {
-        **parts_of(config, PolicySpec.from_dict(spec) if spec else None, system2.get("spec_id")),
+        **parts_of(
+            config, PolicySpec.from_dict(policy) if policy else None, system2.get("spec_id")
+        ),
         "first_action_s": None if first_ns is None else first_ns * 1e-9 - started_s,
-        "latents_published": system2["published"],
-        "latents_skipped": system2["skipped"],
+        "latents_published": system2.get("published"),
+        "latents_skipped": system2.get("skipped"),
         "untrained": untrained,
-        "error": None,
+        "error": error,
         "ready_s": ready_s,
-        "device": ", ".join(filter(None, (platform.machine(), system2["device"]))),
+        "device": ", ".join(filter(None, (platform.machine(), system2.get("device")))),
         "versions": versions(),
         "seed": config.seed,
     }
@@ -316,19 +323,38 @@ def _talking(
         yield
 
 
-def _finish(graph: Graph, display: Display) -> dict[str, Any] | None:
+def _start(graph: Graph, config: RunConfig, display: Display, interrupted: Interrupts) -> None:
+    """Start the processes and wait until all are ready."""
+    if graph.has("observer"):
+        display.say(
+            "from another terminal: openhelix say TEXT, openhelix status --web, openhelix view"
+        )
+    if config.system2.connect is not None:
+        graph.await_system2(display.waiting, display.say, interrupted)
+    display.say("starting the processes" + (" as Ray actors" if config.ray else ""))
+    graph.start()
+    graph.wait_ready(READY_TIMEOUT_S, display.states, interrupted)
+
+
+def _finish(graph: Graph, display: Display, interrupted: Interrupts) -> dict[str, Any] | None:
     """Let the observer finish its files; None where it is gone, which is no failure of a run."""
     if "observer" in graph.ended() or graph.health("observer", 5.0)["state"] != "ready":
         display.warn("observer: is gone; video and recording are incomplete")
         return None
-    return graph.ask("observer", "finish", timeout_s=70.0)
+    try:
+        with interrupted.patience(interrupted.heard):  # once more, and it is not waited for
+            return graph.ask("observer", "finish", timeout_s=70.0)
+    except (KeyboardInterrupt, RpcError):
+        display.warn("observer: was not waited for; video and recording may be incomplete")
+        return None
 
 
 def _watch(
-    graph: Graph, config: RunConfig, display: Display, interrupted: threading.Event
-) -> dict[str, Any]:
-    """Follow the control process until it has finished; return its report."""
+    graph: Graph, config: RunConfig, display: Display, interrupted: Interrupts
+) -> tuple[dict[str, Any], str | None]:
+    """Follow the control process until it has finished; return its report, and what failed."""
     silent_since_s: float | None = None
+    halted, failure = False, None
     while True:
         health = graph.health("control")
         if health["state"] == "unreachable":
@@ -344,9 +370,16 @@ def _watch(
             silent_since_s = None
             display.progress(health, config.tasks.steps_limit)
             if health["finished"]:
-                return graph.ask("control", "report", timeout_s=10.0)
-        if interrupted.is_set():
+                return graph.ask("control", "report", timeout_s=10.0), failure
+        if not halted:
+            ray = graph.ended().get(RAY)
+            if ray is not None:
+                failure = f"Ray {ray}, and the parts that it hosted with it; its log is in logs/"
             # The loop ends its tick, holds, stops the robot and reports what it did.
-            graph.ask("control", "halt")
-            interrupted.clear()
-        time.sleep(0.15)
+            if ray is not None or interrupted.is_set() or display.gone:
+                graph.ask("control", "halt")
+                halted = True
+        if halted:
+            time.sleep(WATCH_S)
+        else:
+            interrupted.wait(WATCH_S)

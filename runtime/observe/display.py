@@ -6,11 +6,18 @@ a terminal the live view becomes one plain line per event, so that a log stays r
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import select
+import signal
+import stat
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -24,6 +31,7 @@ from openhelix.runtime.observe.prompt import Prompt, myself
 
 WIDTH = 78  # columns that a line may have
 WAITS_FOR = {  # what a node does before it is ready, as a person would say it
+    "ray": "Ray",
     "system1": "System 1 (loads the policy)",
     "system2": "System 2 (loads the model)",
     "world": "the world",
@@ -31,6 +39,61 @@ WAITS_FOR = {  # what a node does before it is ready, as a person would say it
     "control": "the robot",
     "observer": "the observer",
 }
+
+
+def hung_up() -> bool:
+    """Whether the terminal or the reader of a pipe that we write to is gone.
+
+    A closed terminal that was to be ignored (`nohup`) is.
+    """
+    poll = select.poll()
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            terminal = os.isatty(number) and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+            if stat.S_ISFIFO(os.fstat(number).st_mode) or terminal:
+                poll.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+class Outlet:
+    """A standard stream that may go away: what cannot be written then is not written.
+
+    News (standard error) is never worth an error; results (standard output) are, unless it is
+    their reader who has gone.
+
+    Args:
+        name: "stdout" or "stderr"; whichever stream that is at the time.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def write(self, text: str) -> int:
+        with self._leniently():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._leniently():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _leniently(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._name == "stdout" and error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+
+    @property
+    def _stream(self) -> Any:
+        stream = getattr(sys, self._name)
+        return getattr(stream, "rich_proxied_file", stream)  # beneath what a live view puts there
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "rich_proxied_file":
+            raise AttributeError(name)
+        return getattr(self._stream, name)
 
 
 class Display:
@@ -42,7 +105,7 @@ class Display:
     """
 
     def __init__(self, live: bool = True, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or Console(file=cast(IO[str], Outlet("stderr")), highlight=False)
         self._on = live
         self._live: Live | None = None
         self._told: dict[str, str] = {}
@@ -60,6 +123,11 @@ class Display:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody can see this any more: the terminal was closed, a pipe's reader ended."""
+        return hung_up()
 
     def above(self, prompt: Prompt) -> None:
         """From now on the live view is above a prompt, which redraws it."""
@@ -93,6 +161,8 @@ class Display:
         if waiting:
             # System 1 and System 2 take seconds, everything else waits for them in turn.
             longest = [n for n in ("system2", "system1") if n in waiting] or waiting
+            if "ray" in waiting:
+                longest = ["ray"]
             self.waiting(" and ".join(WAITS_FOR.get(name, name) for name in longest))
 
     def waiting(self, what: str) -> None:
@@ -141,7 +211,7 @@ class Display:
 
     def summary(self, report: Mapping[str, Any], folder: Path) -> None:
         """What became of the run, on standard output."""
-        console = Console(highlight=False)
+        console = Console(file=cast(IO[str], Outlet("stdout")), highlight=False)
         limit = f"at most {report['steps_limit']} steps an instruction"
         console.print(f"[bold]{report['clock']} clock, {limit}[/bold]")
         console.print(_result_table(report))

@@ -732,7 +732,7 @@ def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
                 policy.reset(seed + instruction_id)
             start_s = time.perf_counter()
             try:
-                again = checked_chunk(policy.act(*given))
+                again = checked_chunk(policy.act(*given), given[0])
             except Exception as error:
                 raise PartFailed("system1", error) from error
             latencies_s.append(time.perf_counter() - start_s)

@@ -14,6 +14,7 @@ from openhelix.runtime.cli import run as run_command
 from openhelix.runtime.cli.main import main
 from openhelix.runtime.core.interfaces import BadLatent, encode_one
 from openhelix.runtime.launch import run as launch
+from openhelix.runtime.launch.node import Interrupts
 from openhelix.runtime.observe.display import Display
 from openhelix.runtime.robots.fake import PointEngine
 from tests.fakes import LATENT, ReachPolicy
@@ -206,7 +207,7 @@ class Gone:
 
 @pytest.mark.parametrize("live", [True, False])
 def test_an_observer_that_died_is_told_with_and_without_a_display(live, capsys) -> None:
-    assert launch._finish(Gone(), Display(live=live)) is None
+    assert launch._finish(Gone(), Display(live=live), Interrupts()) is None
     captured = capsys.readouterr()
     assert "observer: is gone; video and recording are incomplete" in captured.err
     assert captured.out == ""
