@@ -45,6 +45,7 @@ class ResultsError(ConfigError):
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, also when the machine stops."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as stream:
         stream.write(data)
