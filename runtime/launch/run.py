@@ -13,6 +13,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,12 +111,13 @@ def run_lockstep(
             display.progress(task_rows(stack.episode_runner.results), config.tasks.steps_limit)
     finally:
         robot.stop("the run has ended")
-        subscribers.close()
+        sinks = subscribers.close()
         stack.close()
         robot.disconnect()
+    say_losses(display, sinks)
     return _report(config, stack, statistics) | {
         "ready_s": ready_s,
-        "sinks": subscribers.close(),
+        "sinks": sinks,
         "untrained": untrained,
         "error": failure,
         **parts_of(config, policy.spec, spec_id),
@@ -243,10 +245,11 @@ def run_realtime(
             ready_s = time.monotonic() - started_s
             report = _watch(graph, config, display, interrupted)
             if graph.has("observer"):
-                report["sinks"] = _finish(graph, display)
+                report["sinks"] = _finish(graph, display, report["ticks"])
             system2, system1 = graph.health("system2"), graph.health("system1")
             if not report["interrupted"]:
-                graph.ask("control", "await_scrape", timeout_s=15.0)
+                with suppress(RpcError):  # the report is here: nothing may take it away
+                    graph.ask("control", "await_scrape", timeout_s=15.0)
         except (GraphError, RpcError) as error:
             raise RunFailed(str(error)) from error
         finally:
@@ -268,12 +271,30 @@ def run_realtime(
     }
 
 
-def _finish(graph: Graph, display: Display) -> dict[str, Any] | None:
-    """Let the observer finish its files; None where it is gone, which is no failure of a run."""
-    if "observer" in graph.ended() or graph.health("observer", 5.0)["state"] != "ready":
-        display.warn("observer: is gone; video and recording are incomplete")
+def _finish(graph: Graph, display: Display, ticks: int) -> dict[str, Any] | None:
+    """Let the observer finish its files; None where it is gone, which is no failure of a run.
+
+    Args:
+        graph: of the run.
+        display: told what went wrong with the files.
+        ticks: how many there were.
+    """
+    try:
+        if "observer" in graph.ended() or graph.health("observer", 5.0)["state"] != "ready":
+            raise RpcError("is gone")
+        sinks = graph.ask("observer", "finish", timeout_s=70.0, ticks=ticks)
+    except RpcError as error:
+        display.warn(f"observer: {error}; video and recording are incomplete")
         return None
-    return graph.ask("observer", "finish", timeout_s=70.0)
+    say_losses(display, sinks)
+    return sinks
+
+
+def say_losses(display: Display, sinks: dict[str, Any]) -> None:
+    """Tell which files are incomplete, and why."""
+    for name, sink in sinks.items():
+        if isinstance(sink, dict) and sink["error"]:
+            display.warn(f"{name}: is incomplete ({sink['dropped']} lost): {sink['error']}")
 
 
 def _watch(

@@ -42,7 +42,8 @@ TOPIC = "ticks"
 WINDOW_S = 10.0  # over which rates are counted
 MAX_SIDE_PX = 640  # of an image that is handed out; larger ones are thinned
 KEPT_STOPS = 20
-QUIET_S = 0.3  # after this long without a tick, a run that has ended has been seen whole
+QUIET_S = 0.3  # after this long without a tick, a run that was broken off has been seen whole
+LATE_S = 5.0  # how long the last ticks of a run may be on their way
 T = TypeVar("T")
 
 
@@ -130,8 +131,9 @@ class EveryReader(Generic[T]):
             except WireError as error:
                 self.stats.dropped[error.reason] += 1
                 continue
-            if self._last is not None and self._last[0] == source:
-                self.stats.gaps += max(0, seq - self._last[1] - 1)
+            # A publisher counts from 0: what it sent before we heard it is lost as well.
+            before = self._last[1] if self._last is not None and self._last[0] == source else -1
+            self.stats.gaps += max(0, seq - before - 1)
             self._last = (source, seq)
         self._track.new.clear()
         self.stats.delivered += len(messages)
@@ -324,13 +326,20 @@ class Sinks:
         """Whether there is any."""
         return config.output.video or config.output.record or config.output.viewer
 
-    def close(self) -> dict[str, Any]:
-        """Finish; return what each sink wrote and dropped. Twice is fine."""
+    def close(self, ticks: int | None = None) -> dict[str, Any]:
+        """Finish; return what each sink wrote and dropped, and what ended it. Twice is fine.
+
+        Args:
+            ticks: how many there were, where that is known.
+        """
         if self._summary is None:
-            for part in self.parts.values():
-                part.close()
+            for name, part in self.parts.items():
+                if name == "recording":
+                    part.close(ticks=ticks)
+                else:
+                    part.close()
             self._summary = {
-                name: {"written": part.written, "dropped": part.dropped}
+                name: {"written": part.written, "dropped": part.dropped, "error": part.error}
                 for name, part in self.parts.items()
             }
         return self._summary
@@ -366,8 +375,10 @@ class ObserverProcess:
         self._caption = Caption()
         self._frames: dict[str, CameraFrame] = {}
         self._last_s = 0.0
+        self._newest = 0  # number of the newest tick, from 1
         self._finish = threading.Event()
         self._finished = threading.Event()
+        self._expected: int | None = None  # ticks of the whole run
         self._summary: dict[str, Any] = {}
         self._metrics: Endpoint | None = None
         self._sinks: Sinks | None = None
@@ -395,11 +406,10 @@ class ObserverProcess:
         while not stop.is_set() and not self._finish.is_set():
             self._reader.wait(0.1)
             self._take()
-        while time.monotonic() - self._last_s < QUIET_S:
+        while self._awaits_more():
             self._reader.wait(0.05)
             self._take()
-        lost = {"ticks_lost": self._reader.stats.gaps}
-        self._summary = self._sinks.close() | lost
+        self._summary = self._sinks.close(self._expected) | {"ticks_lost": self._lost()}
         self._finished.set()
         stop.wait()
 
@@ -426,11 +436,24 @@ class ObserverProcess:
             if part is not None:
                 part.close()
 
+    def _awaits_more(self) -> bool:
+        """Whether ticks of the run are still on their way."""
+        if self._expected is not None and self._newest >= self._expected:
+            return False
+        patience_s = QUIET_S if self._expected is None else LATE_S
+        return time.monotonic() - self._last_s < patience_s
+
+    def _lost(self) -> int:
+        """Ticks that never came: holes, what went before the first, what should have followed."""
+        assert self._reader is not None
+        return self._reader.stats.gaps + max(0, (self._expected or 0) - self._newest)
+
     def _take(self) -> None:
         assert self._reader is not None and self._sinks is not None
         for message in self._reader.poll():
             self._last_s = time.monotonic()
             tick = message.tick
+            self._newest = tick.index
             # Whoever looks at a tick sees the newest frame of every camera, as the loop did.
             self._frames = {**self._frames, **tick.observation.frames}
             self._board.take(message, self._frames)
@@ -440,8 +463,10 @@ class ObserverProcess:
             for sink in self._sinks.parts.values():
                 sink(replace(tick, observation=seen))
 
-    def _on_finish(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Write out everything; the answer comes when the files are whole."""
+    def _on_finish(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Write out everything, of `ticks` in all; the answer comes when the files are whole."""
+        self._expected = int(arguments["ticks"])
+        self._last_s = time.monotonic()
         self._finish.set()
         self._board.finished = True
         if not self._finished.wait(60.0):
@@ -484,7 +509,7 @@ class Subscribers:
         self._endpoint: Endpoint | None = None
         if ticks is not None:
             keys = str(config.transport.keys) if config.transport.keys else None
-            self._publisher = Publisher(ticks, TOPIC, bind=False, keys=keys)
+            self._publisher = Publisher(ticks, TOPIC, bind=False, keys=keys, awaited=True)
             stack.loop.subscribers.append(TickPublisher(self._publisher, stack.episode_runner))
         else:
             cameras = [camera.name for camera in stack.loop.robot.spec.cameras]
@@ -511,6 +536,10 @@ class Subscribers:
         """Wait for Prometheus to fetch the last figures; see `Endpoint.await_scrape`."""
         return self._endpoint is not None and self._endpoint.await_scrape()
 
+    def heard(self, timeout_s: float) -> bool:
+        """Wait until whoever looks on hears the ticks, so that it sees the first ones too."""
+        return self._publisher is None or self._publisher.await_reader(timeout_s)
+
     def close(self) -> dict[str, Any]:
         """End them; return what each sink inside this process wrote. Twice is fine."""
         if self._endpoint is not None:
@@ -519,7 +548,7 @@ class Subscribers:
         if self._publisher is not None:
             self._publisher.close()
             self._publisher = None
-        return self._sinks.close() if self._sinks else {}
+        return self._sinks.close(self._stack.loop.ticks) if self._sinks else {}
 
     def _caption(self) -> Caption:
         episode_runner = self._stack.episode_runner

@@ -2,7 +2,8 @@
 
 Frames are drawn and encoded in a thread below control's priority; a frame that finds the
 queue full is dropped and counted. Each frame keeps its own time, so a camera that slowed down
-or froze is seen to do so instead of making the video run fast.
+or froze is seen to do so instead of making the video run fast. A film grows by fragments of a
+second: when the disk is full, or the process is killed, what was filmed until then can be seen.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import av
+import av.error
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from openhelix.runtime.core.files import CalmFile
 from openhelix.runtime.core.interfaces import U8
 from openhelix.runtime.observe.background import Background, Counted
 
@@ -35,12 +38,22 @@ class Mp4:
         path: of the file; its folder must exist.
         width, height: pixels, even.
         fps: about how many frames per second will come; the file's times are exact.
+
+    Raises:
+        OSError: the file cannot be made.
     """
 
     def __init__(self, path: Path, width: int, height: int, fps: float = 30.0) -> None:
         if width % 2 or height % 2:
             raise ValueError(f"video: {width}x{height} pixels; H.264 needs even numbers")
-        self._container = av.open(str(path), "w", options={"movflags": "faststart"})
+        # ffmpeg crashes when it closes a film that it could not write: it is told of no error.
+        self._file = CalmFile(path)
+        self._container = av.open(
+            self._file,
+            "w",
+            format="mp4",
+            options={"movflags": "hybrid_fragmented+delay_moov", "frag_duration": "1000000"},  # us
+        )
         rate = Fraction(fps).limit_denominator(1000)
         self._stream = self._container.add_stream("libx264", rate=rate)
         self._stream.width, self._stream.height = width, height
@@ -53,21 +66,48 @@ class Mp4:
         self.frames = 0
 
     def write(self, image: U8, t_ns: int) -> None:
-        """Append a frame shown from `t_ns` on; times may only advance."""
+        """Append a frame shown from `t_ns` on; times may only advance.
+
+        Raises:
+            OSError: the disk refuses; the film is over.
+        """
         self._first_ns = t_ns if self._first_ns is None else self._first_ns
         ms = max(self._last_ms + 1, (t_ns - self._first_ns) // 1_000_000)
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         frame.pts, frame.time_base = ms, _MS
         self._container.mux(self._stream.encode(frame))
         self._last_ms = ms
+        if self._file.error is not None:
+            raise self._file.error
         self.frames += 1
 
     def close(self) -> None:
-        """Finish the file; safe to call twice."""
-        if self._container is not None:
-            self._container.mux(self._stream.encode(None))
-            self._container.close()
-            self._container = None
+        """Finish the file; safe to call twice.
+
+        Raises:
+            OSError: the disk refuses; the film ends where it began to.
+        """
+        if self._container is None:
+            return
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        self._container = None
+        self._file.close()
+        if self._file.error is not None:
+            self.frames = _frames_in(self._file.path)
+            raise self._file.error
+
+
+def _frames_in(path: Path) -> int:
+    """Return how many frames a film holds that may be cut."""
+    found = 0
+    try:
+        with av.open(str(path)) as container:
+            for packet in container.demux(video=0):
+                found += bool(packet.size)
+    except (av.error.FFmpegError, OSError, IndexError):
+        pass  # the cut
+    return found
 
 
 class Caption(NamedTuple):
@@ -137,6 +177,10 @@ class VideoRecorder(Counted):
     def close(self, timeout_s: float = 60.0) -> bool:
         """Finish the file; False if that took too long or failed. Twice is fine."""
         return self._work.close(timeout_s) and self._work.error is None
+
+    @property
+    def _unkept(self) -> int:
+        return self._work.written - self._mp4.frames
 
     def _write(self, shot: _Shot) -> None:
         self._mp4.write(self._draw(shot), shot.t_ns)

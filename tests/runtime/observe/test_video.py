@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import av
 import numpy as np
 import pytest
@@ -65,6 +68,52 @@ def test_times_that_repeat_still_make_a_valid_file(tmp_path):
     mp4.close()
     mp4.close()
     assert len(decoded(tmp_path / "v.mp4")) == 3
+
+
+def moving(count):
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        yield rng.integers(0, 255, (64, 64, 3), np.uint8), i * 33_000_000
+
+
+def test_a_film_that_is_not_finished_can_be_seen_up_to_its_last_second(tmp_path):
+    mp4 = Mp4(tmp_path / "v.mp4", 64, 64)
+    for image, t_ns in moving(120):
+        mp4.write(image, t_ns)
+    (tmp_path / "killed.mp4").write_bytes((tmp_path / "v.mp4").read_bytes())
+    mp4.close()
+    assert len(decoded(tmp_path / "v.mp4")) == 120
+    # Besides the fragment that is being filled, x264 looks ahead by some frames.
+    assert len(decoded(tmp_path / "killed.mp4")) >= 120 - 2 * 31
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from openhelix.runtime.observe.video import VideoRecorder
+from tests.runtime.ticks import ticks
+limit = int(sys.argv[2])
+video = VideoRecorder(Path(sys.argv[1]), lossless=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+for tick in ticks(120, camera_every=1, noise=True):
+    video(tick)
+assert not video.close()
+assert not video.close()
+print(video.written, video.dropped, video.error)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 100, 100_000, 1_000_000])
+def test_a_full_disk_ends_the_film_and_not_the_process(tmp_path, limit):
+    path = tmp_path / "v.mp4"
+    words = [sys.executable, "-c", FULL, str(path), str(limit)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    written, dropped, error = done.stdout.split(maxsplit=2)
+    assert int(written) + int(dropped) == 120
+    assert (int(written) > 0) == (limit > 100)
+    assert error.startswith(f"{path}: ")
+    assert path.stat().st_size <= limit
 
 
 def test_bad_sizes_and_no_camera(tmp_path):
