@@ -64,7 +64,7 @@ class TransformersAnswerer:
     """On transformers' own `generate`, greedy.
 
     Args:
-        model: "laptop", a LLaVA folder, or a hub name.
+        model: "laptop", "smollm2", a LLaVA folder, or a hub name.
         device: "auto" (CUDA when there is one) or any torch device.
         dtype: as in `openhelix.system2.engines.base`.
         vision: False leaves the image out.

@@ -9,6 +9,7 @@
 | `pool_max` | 1 | HiRT: maximum over image and text |
 | `pool_map` | 1 | HiRT: attention pooling with one learned query |
 | `lang` | text | DexVLA: the instruction alone |
+| `act_words` | 1 | every `<ACT>` and the mean over the instruction's own words, side by side |
 | `lang_mean` | 1 | the mean over the instruction's own words, without the question around them |
 
 Each can also be had without vision (paper's Table 6): the image is then left out of the
@@ -35,6 +36,7 @@ KINDS = (
     "pool_max",
     "pool_map",
     "lang",
+    "act_words",
     "lang_mean",
 )
 NEEDS_VISION = ("hidden_all", "pool_max", "pool_map")
@@ -90,7 +92,7 @@ class LatentConfig:
     @property
     def width(self) -> int:
         """How many states stand side by side in a row of the read-out."""
-        return max(1, len(self.layers))
+        return max(1, len(self.layers)) * (1 + self.n_act if self.kind == "act_words" else 1)
 
     def n_tokens(self, n_image: int) -> int:
         """Rows of the latent for a model with `n_image` image tokens."""
@@ -102,6 +104,7 @@ class LatentConfig:
             "pool_max": 1,
             "pool_map": 1,
             "lang": self.text_rows,
+            "act_words": 1,
             "lang_mean": 1,
         }[self.kind]
 
@@ -192,6 +195,9 @@ def read_out(
         return _padded(text, config.text_rows), filled
     if config.kind == "lang_mean":
         return hidden[slice(*layout.words)].mean(dim=0, keepdim=True), one
+    if config.kind == "act_words":
+        mean = hidden[slice(*layout.words)].mean(dim=0)
+        return torch.cat([act.flatten(), mean]).unsqueeze(0), one
     if config.kind == "hidden_all":
         some = torch.ones(image.shape[0], dtype=torch.bool, device=hidden.device)
         rows = torch.cat([image, _padded(text, config.text_rows), act])

@@ -430,18 +430,30 @@ def _assemble(
     write_llava(out, language, tokenizer, shape, weights, seed, key, "chatml", recipe)
 
 
+def builtin(model: str) -> Path:
+    """Return the folder of "laptop" or "smollm2", assembling it the first time.
+
+    "smollm2" has the language model as its package delivers it and an untrained tower: base
+    models are trained from it, and sentences that no picture belongs to are read by it.
+    """
+    if model == "smollm2":
+        return build(vision=VisionShape())
+    return base_from(SHIPPED) if (SHIPPED / LANGUAGE).is_file() else build()
+
+
 def open_checkpoint(model: str = "laptop", n_act: int = 1) -> Checkpoint:
     """Return what the engines need to know about a model.
 
     Args:
-        model: "laptop", a local folder (a whole LLaVA, or the few megabytes of a trained base
-            model, see `base_from`), or a hub name such as "llava-hf/llava-1.5-7b-hf".
+        model: "laptop" (the shipped base model), "smollm2" (what its training began with), a
+            local folder (a whole LLaVA, or the few megabytes of a trained base model, see
+            `base_from`), or a hub name such as "llava-hf/llava-1.5-7b-hf".
         n_act: how many `<ACT>` rows are wanted.
 
     Raises:
         CheckpointError: not a LLaVA, or not found.
     """
-    path = str(build()) if model == "laptop" else model
+    path = str(builtin(model)) if model in BUILTIN else model
     if _looks_local(path) and not Path(path).is_dir():
         raise CheckpointError(f"model: no folder {path!r}")
     if Path(path).is_dir() and is_small(Path(path)):
@@ -560,6 +572,7 @@ def pick_dtype(name: str) -> torch.dtype:
 # parts), as `openhelix.system2.vlm_train` writes them, stands for a whole LLaVA: `base_from` joins
 # it with the language model's package, once, in the cache.
 
+BUILTIN = ("laptop", "smollm2")
 VISION, LANGUAGE, ABOUT = "vision.safetensors", "language.safetensors", "tower"
 _SMALL_FORMAT = 1  # raise it when the same files would give another folder
 

@@ -55,6 +55,18 @@ TEMPLATES = {
 # The two questions of the public training recipe; the first is the one asked at run time.
 QUESTIONS = ("Can you {x}?", "Can you control the robot to {x}?")
 
+
+def asked_of_robot(instruction: str) -> str:
+    """Return an instruction in the question that the robot's System 2 is asked."""
+    return QUESTIONS[0].format(x=clean_instruction(instruction))
+
+
+def words_of_robot(text: str) -> tuple[int, int]:
+    """Return the range of characters of `asked_of_robot` that are the instruction."""
+    before, after = QUESTIONS[0].split("{x}")
+    return len(before), len(text) - len(after)
+
+
 _RESERVED = ("<act", "<image", "<pad>", "<s>", "</s>", "<unk>", "<|")
 
 

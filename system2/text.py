@@ -131,7 +131,7 @@ class TextReader:
     """The language model up to the last layer that is read, in float32.
 
     Args:
-        model: "laptop", a LLaVA's folder, or a hub name.
+        model: "laptop", "smollm2", a LLaVA's folder, or a hub name.
         layers: after which to read; 0 is the word's embedding.
         device: any torch device.
 

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.latents import LatentConfig
 from openhelix.system2.model import Checkpoint
-from openhelix.system2.vlm_data import Question
+from openhelix.system2.prompt import words_of_robot
+from openhelix.system2.vlm_data import GOAL_KINDS, Question
 
 CELLS = 64  # a read-out without language sees at most so many image tokens, pooled
 IGNORED = -100
@@ -39,6 +42,9 @@ class Packed:
         positions: (B, N): each question follows the picture directly.
         wanted: (B, N) the token that is to come next, or `IGNORED`.
         owner: (B, N) the question's number, -1 outside of questions.
+        said: (B, N) bool, a robot's instruction without the question around it.
+        act: (B, N) which `<ACT>` stands there, -1 for none. It follows an instruction, before the
+            answer.
         image: (start, stop) of the image tokens; equal without vision.
     """
 
@@ -47,6 +53,8 @@ class Packed:
     positions: Tensor
     wanted: Tensor
     owner: Tensor
+    said: Tensor
+    act: Tensor
     image: tuple[int, int]
 
     def to(self, device: torch.device) -> Packed:
@@ -57,6 +65,8 @@ class Packed:
             self.positions.to(device),
             self.wanted.to(device),
             self.owner.to(device),
+            self.said.to(device),
+            self.act.to(device),
             self.image,
         )
 
@@ -73,6 +83,7 @@ class Packer:
         from openhelix.system2.model import load_tokenizer
 
         builder = checkpoint.prompts(1)
+        self._spans = builder.tokenize
         self._tokenize: Callable[[str], list[int]] = lambda text: builder.tokenize(text)[0]
         self._template = builder.template
         head = [] if builder.bos is None else [builder.bos]
@@ -80,20 +91,28 @@ class Packer:
         self._n_image = checkpoint.n_image if vision else 0
         self._body = self._template.body if vision else ""
         self._end = int(load_tokenizer(checkpoint.path).eos_token_id)
-        self._known: dict[tuple[str, str], tuple[list[int], int]] = {}
+        self._act = list(checkpoint.act_ids[:1])
+        self._known: dict[tuple[str, str, bool], tuple[list[int], int]] = {}
 
-    def tokens(self, question: str, answer: str) -> tuple[list[int], int]:
+    def tokens(self, question: Question) -> tuple[list[int], int]:
         """Return the ids of question and answer, and how many of them come before the answer."""
-        key = (question, answer)
+        key = (question.text, question.answer, question.kind in GOAL_KINDS)
         if key not in self._known:
-            asked = self._tokenize(self._body + question + self._template.tail)
-            self._known[key] = ([*asked, *self._tokenize(answer), self._end], len(asked))
+            asked = self._tokenize(self._body + question.text + self._template.tail)
+            asked = asked + self._act if question.kind in GOAL_KINDS else asked
+            self._known[key] = ([*asked, *self._tokenize(question.answer), self._end], len(asked))
         return self._known[key]
+
+    def said(self, question: str) -> list[int]:
+        """Return which tokens of `tokens` are the instruction's own words."""
+        first, last = (len(self._body) + at for at in words_of_robot(question))
+        _, spans = self._spans(self._body + question + self._template.tail)
+        return [i for i, (a, b) in enumerate(spans) if b > first and a < last]
 
     def __call__(self, asked: Sequence[Sequence[Question]]) -> Packed:
         """Return one sequence a picture."""
         start = len(self._head) + self._n_image
-        rows = [[self.tokens(q.text, q.answer) for q in questions] for questions in asked]
+        rows = [[self.tokens(q) for q in questions] for questions in asked]
         longest = start + max(sum(len(ids) for ids, _ in row) for row in rows)
         longest = -(-longest // 8) * 8
         shape = (len(rows), longest)
@@ -101,6 +120,8 @@ class Packer:
         wanted = torch.full(shape, IGNORED)
         owner = torch.full(shape, -2)  # padding
         owner[:, :start] = -1
+        said = torch.zeros(shape, dtype=torch.bool)
+        act = torch.full(shape, -1)
         positions = torch.zeros(shape, dtype=torch.long)
         positions[:, :start] = torch.arange(start)
         ids[:, : len(self._head)] = torch.tensor(self._head, dtype=torch.long)
@@ -112,11 +133,15 @@ class Packer:
                 owner[b, at:stop] = number
                 positions[b, at:stop] = torch.arange(start, start + len(tokens))
                 wanted[b, at + before - 1 : stop - 1] = ids[b, at + before : stop]
+                if asked[b][number].kind in GOAL_KINDS:
+                    said[b, [at + i for i in self.said(asked[b][number].text)]] = True
+                    first = at + before - len(self._act)
+                    act[b, first : at + before] = torch.arange(len(self._act))
                 at = stop
         same = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1)
         causal = torch.ones(longest, longest, dtype=torch.bool).tril()
         mask = (same & causal)[:, None]
-        return Packed(ids, mask, positions, wanted, owner, (len(self._head), start))
+        return Packed(ids, mask, positions, wanted, owner, said, act, (len(self._head), start))
 
 
 class Sight(nn.Module):
@@ -284,10 +309,121 @@ class Answers:
     Attributes:
         loss: mean over the answers' tokens.
         right: (B, questions) 1 where the whole answer is right, 0 where not, NaN for none.
+        states: (B, N, hidden) after each of the layers that were asked for.
     """
 
     loss: Tensor
     right: Tensor
+    states: tuple[Tensor, ...] = ()
+
+
+class Goals(nn.Module):
+    """System 2's latent of an instruction, taught to be the plain sentence's.
+
+    The read-out is `act_words`: the states at `<ACT>` and the mean over the instruction's words
+    after some layers, with the picture before them. A projector with a hidden layer turns it into what a frozen
+    reader makes of the plain sentence that is meant (as LCB aligns its latent with CLIP's text),
+    so that a policy which was told by that reader understands it. No task is numbered anywhere.
+
+    Args:
+        layers: of the language model, ascending.
+        table: (V, hidden), its words' embeddings, among which `<ACT>` begins.
+        sentences: every plain sentence.
+        codes: (sentences, dim) what the reader makes of them.
+    """
+
+    codes: Tensor
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        layers: tuple[int, ...],
+        table: Tensor,
+        sentences: Sequence[str],
+        codes: Tensor,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.layers, self._index = layers, {text: i for i, text in enumerate(sentences)}
+        self.config = LatentConfig("act_words", layers=layers)
+        dim = codes.shape[1]
+        self.head = LatentHead.fresh(self.config, table, dim, seed, width=dim)
+        self.began = self.head.act.detach().clone()
+        read = table.shape[1] * self.config.width
+        self.register_buffer("codes", codes.float(), persistent=False)
+        self.register_buffer("shift", torch.zeros(read))
+        self.register_buffer("scale", torch.ones(read))
+        apart = torch.cdist(codes.float(), codes.float()) + torch.eye(len(codes)) * 1e9
+        self._unit = float(apart.amin(1).square().mean())
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `calibrate` was called."""
+        return bool((self.scale != 1).any())
+
+    def index(self, answers: Sequence[str]) -> Tensor:
+        """Return which plain sentences these are."""
+        return torch.tensor([self._index[answer] for answer in answers])
+
+    def read(self, states: Sequence[Tensor], packed: Packed) -> Tensor:
+        """Return every instruction's read-out (n, read), in the order of pictures and questions.
+
+        Args:
+            states: (B, N, hidden) after each of `layers`.
+            packed: the questions.
+        """
+        wide = torch.cat([s.float() for s in states], dim=-1)
+        batch, most = packed.owner.shape[0], int(packed.owner.max()) + 1
+        row = torch.arange(batch, device=wide.device)[:, None] * most + packed.owner
+        places = packed.said
+        acts = wide[packed.act >= 0].view(-1, self.config.n_act * wide.shape[-1])
+        sums = wide.new_zeros(batch * most, wide.shape[-1]).index_add(0, row[places], wide[places])
+        counts = wide.new_zeros(batch * most).index_add(
+            0, row[places], torch.ones_like(row[places], dtype=wide.dtype)
+        )
+        asked = counts > 0
+        return torch.cat([acts, sums[asked] / counts[asked, None]], dim=1)
+
+    @property
+    def moved(self) -> float:
+        """The cosine between `<ACT>` and where it began."""
+        now = self.head.act.detach().flatten()
+        return float(F.cosine_similarity(now, self.began.flatten().to(now), dim=0))
+
+    def latent(self, read: Tensor) -> Tensor:
+        """Return (n, dim) of read-outs (n, read)."""
+        scaled = (read - self.shift) / self.scale
+        return self.head.project(scaled, torch.ones_like(scaled[..., 0], dtype=torch.bool))
+
+    def calibrate(self, read: Tensor) -> None:
+        """Take mean and spread of the read-out's channels, of which a few are huge."""
+        self.shift.copy_(read.mean(0))
+        self.scale.copy_(read.std(0).clamp_min(1e-3))
+
+    def loss(self, read: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how far latents are from their sentences and how near to others; which are right.
+
+        Args:
+            read: (n, read).
+            wanted: (n,) index of the plain sentence.
+        """
+        latent = self.latent(read)
+        squared = torch.cdist(latent, self.codes).square() / self._unit
+        far = squared.gather(1, wanted[:, None]).mean()
+        loss = F.cross_entropy(-2.0 * squared, wanted) + 0.5 * far
+        return loss, (squared.argmin(1) == wanted).float()
+
+    def folded(self) -> LatentHead:
+        """Return the head with `shift` and `scale` in its first layer."""
+        dim = self.codes.shape[1]
+        whole = LatentHead(self.config, self.head.hidden, dim, width=dim)
+        state = {k: v.detach().clone() for k, v in self.head.state_dict().items()}
+        weight = state["neck.weight"] / self.scale
+        state["neck.bias"] = state["neck.bias"] - weight @ self.shift
+        state["neck.weight"] = weight
+        whole.load_state_dict(state)
+        return whole
 
 
 class Learner(nn.Module):
@@ -325,9 +461,25 @@ class Learner(nn.Module):
         )
         return torch.stack(list(output.pooler_output))
 
-    def answers(self, tokens: Tensor | None, packed: Packed) -> Answers:
-        """Ask; `tokens` (B, n_image, hidden), or None without vision."""
+    def answers(
+        self,
+        tokens: Tensor | None,
+        packed: Packed,
+        layers: Sequence[int] = (),
+        act: Tensor | None = None,
+    ) -> Answers:
+        """Ask.
+
+        Args:
+            tokens: (B, n_image, hidden), or None without vision.
+            packed: the questions.
+            layers: of the language model, whose states are wanted.
+            act: (n, hidden), `<ACT>`; None takes the model's own rows for it.
+        """
         embeddings = self.model.get_input_embeddings()(packed.ids)
+        if act is not None:
+            rows, places = act[packed.act.clamp_min(0)], (packed.act >= 0).unsqueeze(-1)
+            embeddings = torch.where(places, rows.to(embeddings.dtype), embeddings)
         start, stop = packed.image
         if tokens is not None:
             head, rest = embeddings[:, :start], embeddings[:, stop:]
@@ -335,17 +487,20 @@ class Learner(nn.Module):
         # Added to the scores: the one form that every attention of transformers takes.
         hidden = torch.zeros(packed.mask.shape, dtype=embeddings.dtype, device=embeddings.device)
         hidden.masked_fill_(~packed.mask, torch.finfo(embeddings.dtype).min)
-        states = self.model.model.language_model(
+        output = self.model.model.language_model(
             inputs_embeds=embeddings,
             attention_mask=hidden,
             position_ids=packed.positions,
             use_cache=False,
-        ).last_hidden_state
+            output_hidden_states=bool(layers),
+        )
+        states = output.last_hidden_state
         places = packed.wanted != IGNORED
         wanted = packed.wanted[places]
         logits = self.model.lm_head(states[places]).float()
         loss = F.cross_entropy(logits, wanted)
-        return Answers(loss, _whole(logits.argmax(1) == wanted, packed, places))
+        right = _whole(logits.argmax(1) == wanted, packed, places)
+        return Answers(loss, right, tuple(output.hidden_states[layer] for layer in layers))
 
 
 def _whole(hit: Tensor, packed: Packed, places: Tensor) -> Tensor:

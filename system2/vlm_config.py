@@ -18,7 +18,7 @@ class _Section(BaseModel):
 
 
 class Tower(_Section):
-    """The laptop model's vision tower; not read for any other model.
+    """The vision tower of "smollm2"; not read for any other model.
 
     Attributes:
         image_size, patch_size: pixels; (image_size / patch_size) squared image tokens.
@@ -82,6 +82,13 @@ class Tune(VlmStage):
     Attributes:
         mode: "lora" puts low-rank parts beside its linear layers, "full" trains it whole.
         rank: of "lora".
+        goals: instructions to a robot asked of each picture beside the questions, and answered by
+            the plain sentence that is meant.
+        goal_weight: of these instructions' latents being the plain sentence's, see `Goals`; the
+            head that makes them is written beside the model.
+        goal_layers: whose states the latent is read from.
+        goal_code: the `text.safetensors` of the policy that is to understand the latents; None
+            for a code of the plain sentences' own.
     """
 
     steps: Whole = 1500
@@ -90,6 +97,10 @@ class Tune(VlmStage):
     lr_language: NotNegative = 5e-4
     mode: Literal["lora", "full"] = "lora"
     rank: Count = 16
+    goals: Whole = 0
+    goal_weight: NotNegative = 1.0
+    goal_layers: tuple[Count, ...] = (4, 8, 16, 24)
+    goal_code: Path | None = None
 
 
 class VlmSection(_Section):
@@ -100,8 +111,8 @@ class VlmSection(_Section):
             name means a folder in the cache's `vlm`. Where it does not exist it is made.
         pictures: to train on, of those there are (or, where none are, to make).
         scenes: whose pictures are made; scene D is measured on and never trained on.
-        model: "laptop", a LLaVA's folder, or a hub name.
-        tower: of the laptop model.
+        model: "laptop", "smollm2", a LLaVA's folder, or a hub name.
+        tower: of "smollm2".
         init: folder of another run whose weights this one begins with.
         see, align, tune: the stages.
         bf16: compute in bfloat16; "auto" where the machine does so natively.
@@ -119,7 +130,7 @@ class VlmSection(_Section):
     data: Path = Path("table")
     pictures: Count = 12000
     scenes: tuple[str, ...] = ("A", "B", "C")
-    model: str = "laptop"
+    model: str = "smollm2"
     tower: Tower = Tower()
     init: Path | None = None
     see: See = See()

@@ -29,6 +29,9 @@ from PIL import Image
 from openhelix.runtime.core.interfaces import U8
 
 ABOUT = "about.json"
+# Instructions to a robot, answered by the plain sentence that is meant: only the picture tells
+# which, or the words do.
+GOAL_KINDS = ("goal look", "goal told")
 
 
 class TalkError(ValueError):

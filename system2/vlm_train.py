@@ -32,12 +32,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openhelix.system2.model import (
+    BUILTIN,
     LANGUAGE,
     MANIFEST,
     VISION,
     Checkpoint,
     VisionShape,
     build,
+    builtin,
     load_tokenizer,
     open_checkpoint,
     rename_tower,
@@ -46,10 +48,13 @@ from openhelix.system2.model import (
     write_manifest,
 )
 from openhelix.system2.pretrain import augment
+from openhelix.system2.text import TextCode, TextReader, fitted_code
 from openhelix.system2.vlm import (
     IGNORED,
     LORA_SCALE,
     Adapted,
+    Answers,
+    Goals,
     Learner,
     Packed,
     Packer,
@@ -58,14 +63,18 @@ from openhelix.system2.vlm import (
     folded_state,
 )
 from openhelix.system2.vlm_config import Tower, VlmSection, VlmStage
-from openhelix.system2.vlm_data import Question, Record, TalkError, read
+from openhelix.system2.vlm_data import GOAL_KINDS, Question, Record, TalkError, read
 
 log = logging.getLogger(__name__)
 StageName = Literal["see", "align", "tune"]
 STAGES: tuple[StageName, ...] = ("see", "align", "tune")
 STATE, LOG, REPORT, LLAVA = "state.safetensors", "log.jsonl", "report.json", "llava"
+LATENT = "latent.safetensors"
 NEVER_SCORED = ("caption",)  # long; trained on, but not asked in examinations
 Shown = Literal["image", "none", "other"]
+CALIBRATED_ON = 8  # batches
+ACT_RATE = 1e-2  # of <ACT>, one row that stands against millions of weights
+GOAL_RATE = 1e-3  # of the head that makes latents of instructions
 
 
 class Pictures:
@@ -112,6 +121,12 @@ class Pictures:
                 self._there[row] = True
             found.append(self._kept[row])
         return torch.stack(found).float() / 255
+
+
+def parted(questions: Sequence[Question]) -> tuple[list[Question], list[Question]]:
+    """Return instructions to a robot, and all other questions."""
+    told = [q for q in questions if q.kind in GOAL_KINDS]
+    return told, [q for q in questions if q.kind not in GOAL_KINDS]
 
 
 class Labels:
@@ -167,8 +182,8 @@ def saying_of(words: dict[str, tuple[str, ...]], table: Tensor, checkpoint: Chec
 
 def base_folder(config: VlmSection, seed: int) -> str:
     """Return the LLaVA that a run begins with."""
-    if config.model != "laptop":
-        return config.model
+    if config.model != "smollm2":
+        return str(builtin(config.model)) if config.model in BUILTIN else config.model
     tower = config.tower
     if tower.shipped:
         return str(build())
@@ -201,14 +216,43 @@ def computes_bf16(wanted: bool | Literal["auto"], device: torch.device) -> bool:
     return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
 
 
+def goals_of(config: VlmSection, records: Sequence[Record], table: Tensor, seed: int) -> Goals:
+    """Return what instructions' latents are to become.
+
+    Raises:
+        ValueError: no record has an instruction.
+        TextError: the policy's code does not fit the model.
+    """
+    plain = sorted({q.answer for r in records for q in r.questions if q.kind in GOAL_KINDS})
+    if len(plain) < 2:
+        raise ValueError(
+            f"vlm.tune.goals: no instructions to a robot in {config.data}; make it anew, or 0"
+        )
+    tune = config.tune
+    code = None if tune.goal_code is None else TextCode.load(tune.goal_code.expanduser())
+    reader = TextReader(config.model, (1, 8) if code is None else code.layers)
+    code = code or fitted_code(reader, plain)
+    codes = reader.encode(code, plain)[:, 0]
+    return Goals(tune.goal_layers, table, plain, codes, seed)
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step learns from: rows of the training pictures, pixels (B, 3, S, S), questions."""
+    """What one step learns from.
+
+    Attributes:
+        rows: of the training pictures.
+        pixels: (B, 3, S, S).
+        packed: the questions.
+        asked: how many.
+        plain: the plain sentence of each instruction among them.
+    """
 
     rows: list[int]
     pixels: Tensor
     packed: Packed | None
     asked: int
+    plain: list[str]
 
 
 class VlmRun:
@@ -250,6 +294,11 @@ class VlmRun:
         if self.bf16 and (config.tune.mode == "lora" or config.tune.steps == 0):
             model.model.language_model.to(torch.bfloat16)
             model.lm_head.to(torch.bfloat16)
+        self.goals: Goals | None = None
+        if config.tune.goals:
+            words = model.get_input_embeddings().weight[: self.checkpoint.act_ids[0]]
+            self.goals = goals_of(config, train, words, seed)
+            self.goals.to(self.device)
         if config.checkpointing:
             language = model.model.language_model
             language.gradient_checkpointing_enable({"use_reentrant": False})
@@ -327,6 +376,10 @@ class VlmRun:
         ]
         if stage == "tune":
             groups.append((section.lr_language, self._language()))
+            if self.goals is not None:
+                head = self.goals.head
+                groups.append((GOAL_RATE, [p for p in head.parameters() if p is not head.act]))
+                groups.append((ACT_RATE, [head.act]))
         made = []
         for rate, parameters in groups:
             if rate == 0:
@@ -386,9 +439,17 @@ class VlmRun:
         if batch.packed is not None:
             packed = batch.packed.to(self.device)
             with self._autocast():
-                answers = self.learner.answers(tokens, packed)
+                answers = self._answers(tokens, packed)
             total = total + answers.loss
             row |= {"loss": answers.loss.item(), "right": answers.right.nanmean().item()}
+            if self.goals is not None and batch.plain:
+                if not self.goals.calibrated:
+                    self._calibrate()
+                read = self.goals.read(answers.states, packed)
+                loss, hits = self.goals.loss(read, self.goals.index(batch.plain).to(read.device))
+                total = total + self.config.tune.goal_weight * loss
+                row |= {"goal": loss.item(), "goal_right": hits.mean().item()}
+                row["act_cosine"] = self.goals.moved
             self.samples += batch.asked
         self.optimizer.zero_grad(set_to_none=True)
         if total.requires_grad:
@@ -402,6 +463,26 @@ class VlmRun:
         self.pictures_seen += section.batch
         self.step += 1
         return row
+
+    def _answers(self, tokens: Tensor | None, packed: Packed) -> Answers:
+        if self.goals is None:
+            return self.learner.answers(tokens, packed)
+        return self.learner.answers(tokens, packed, self.goals.layers, self.goals.head.act)
+
+    @torch.no_grad()
+    def _calibrate(self) -> None:
+        """Measure the read-out's channels on some pictures."""
+        assert self.goals is not None
+        reads = []
+        for step in range(CALIBRATED_ON):
+            batch = self._make_batch("tune", self.config.tune, step)
+            assert batch.packed is not None
+            packed = batch.packed.to(self.device)
+            with self._autocast():
+                tokens = self.learner.image_tokens(batch.pixels.to(self.device))
+                answers = self._answers(tokens, packed)
+            reads.append(self.goals.read(answers.states, packed))
+        self.goals.calibrate(torch.cat(reads))
 
     def _next_batch(self) -> Batch:
         """Return the step's batch; with workers, the ones after it are made meanwhile."""
@@ -427,11 +508,16 @@ class VlmRun:
         rows = torch.randint(len(self.train), (section.batch,), generator=draws).tolist()
         pixels = augment(self.train.pixels(rows), self.config.jitter, draws)
         if stage == "see":
-            return Batch(rows, pixels, None, 0)
-        asked = [
-            self._draw(self.train.records[r].questions, section.questions, draws) for r in rows
-        ]
-        return Batch(rows, pixels, self.packer(asked), sum(map(len, asked)))
+            return Batch(rows, pixels, None, 0, [])
+        goals = self.config.tune.goals if stage == "tune" else 0
+        asked = []
+        for r in rows:
+            told, other = parted(self.train.records[r].questions)
+            asked.append(
+                self._draw(other, section.questions, draws) + self._draw(told, goals, draws)
+            )
+        plain = [q.answer for each in asked for q in each if q.kind in GOAL_KINDS]
+        return Batch(rows, pixels, self.packer(asked), sum(map(len, asked)), plain)
 
     @staticmethod
     def _draw(questions: Sequence[Question], n: int, generator: torch.Generator) -> list[Question]:
@@ -517,8 +603,47 @@ class VlmRun:
             found = self.accuracy(self.held_out, n, self.config.eval_questions, shown)
             row[f"accuracy_{shown}"] = found["all"]["accuracy"]
             row[f"kinds_{shown}"] = found
+            if self.goals is not None:
+                row[f"goals_{shown}"] = self.understood(self.held_out, n, shown)
         row["asked"] = row["kinds_image"]["all"]["asked"]
         return row
+
+    @torch.no_grad()
+    def understood(
+        self, pictures: Pictures, n: int, shown: Shown = "image", batch: int = 8
+    ) -> dict[str, float]:
+        """Return how often instructions are understood: by latents, and in words.
+
+        Keys are the kinds of instruction, with " words" for answers that are right in every
+        token and without it for latents that are nearest to the right plain sentence.
+        """
+        assert self.goals is not None
+        packer = self.packer if shown != "none" else Packer(self.checkpoint, vision=False)
+        found: dict[str, list[float]] = defaultdict(list)
+        for start in range(0, n, batch):
+            rows = list(range(start, min(n, start + batch)))
+            asked = [parted(pictures.records[row].questions)[0] for row in rows]
+            if not any(asked):
+                continue
+            tokens = None
+            packed = packer(asked).to(self.device)
+            with self._autocast():
+                if shown != "none":
+                    half = len(pictures) // 2
+                    seen = [(r + half) % len(pictures) for r in rows] if shown == "other" else rows
+                    tokens = self.learner.image_tokens(pictures.pixels(seen).to(self.device))
+                answers = self._answers(tokens, packed)
+            flat = [q for each in asked for q in each]
+            read = self.goals.read(answers.states, packed)
+            _, hits = self.goals.loss(
+                read, self.goals.index([q.answer for q in flat]).to(read.device)
+            )
+            words = answers.right.flatten()
+            words = words[~words.isnan()]
+            for question, hit, word in zip(flat, hits.tolist(), words.tolist(), strict=True):
+                found[question.kind].append(hit)
+                found[f"{question.kind} words"].append(word)
+        return {kind: round(float(np.mean(hits)), 4) for kind, hits in sorted(found.items())}
 
     @torch.no_grad()
     def sight_accuracy(self, pictures: Pictures, n: int) -> float:
@@ -551,13 +676,14 @@ class VlmRun:
         The kinds "all", "trained wording" and "held-out wording" sum up.
         """
         packer = self.packer if shown != "none" else Packer(self.checkpoint, vision=False)
+        unscored = (*NEVER_SCORED, *GOAL_KINDS)
         right: dict[str, list[int]] = defaultdict(list)
         for start in range(0, n, batch):
             rows = list(range(start, min(n, start + batch)))
             draws = torch.Generator().manual_seed(start)
             asked = []
             for row in rows:
-                every = [q for q in pictures.records[row].questions if q.kind not in NEVER_SCORED]
+                every = [q for q in pictures.records[row].questions if q.kind not in unscored]
                 asked.append(self._draw(every, questions or len(every), draws))
             tokens = None
             with self._autocast():
@@ -565,7 +691,7 @@ class VlmRun:
                     half = len(pictures) // 2
                     seen = [(r + half) % len(pictures) for r in rows] if shown == "other" else rows
                     tokens = self.learner.image_tokens(pictures.pixels(seen).to(self.device))
-                answers = self.learner.answers(tokens, packer(asked).to(self.device))
+                answers = self._answers(tokens, packer(asked).to(self.device))
             for hits, questions_ in zip(answers.right.tolist(), asked, strict=True):
                 for hit, question in zip(hits, questions_, strict=False):
                     wording = "held-out wording" if question.held_out else "trained wording"
@@ -588,7 +714,8 @@ class VlmRun:
         for start in range(0, n, batch):
             draws = torch.Generator().manual_seed(start)
             for row in range(start, min(n, start + batch)):
-                every = [q for q in pictures.records[row].questions if q.kind not in NEVER_SCORED]
+                unscored = (*NEVER_SCORED, *GOAL_KINDS)
+                every = [q for q in pictures.records[row].questions if q.kind not in unscored]
                 for q in self._draw(every, questions or len(every), draws):
                     guess = best.get(q.text, best.get(f"kind {q.kind}"))
                     hits.append(guess == q.answer)
@@ -616,6 +743,11 @@ class VlmRun:
             }
             made[name]["commonest answer"] = self.prior(pictures, n, each)
             made[name]["sight"] = self.sight_accuracy(pictures, n)
+            if self.goals is not None:
+                made[name]["goals"] = {
+                    shown: self.understood(pictures, n, shown)
+                    for shown in ("image", "none", "other")
+                }
         (self.out / REPORT).write_text(json.dumps(made, indent=1) + "\n")
         return made
 
@@ -630,6 +762,8 @@ class VlmRun:
             state |= {f"language.{k}": v for k, v in inner.language_model.state_dict().items()}
         elif self.stage == "tune":
             state |= self._parts()
+        if self.goals is not None:
+            state |= {f"goals.{k}": v for k, v in self.goals.state_dict().items()}
         return state
 
     def _parts(self) -> dict[str, Tensor]:
@@ -688,7 +822,16 @@ class VlmRun:
             stage = json.loads(stream.metadata()["vlm"])["stage"]
         if stage == "tune":
             self._language()
-        self._load_weights(load_file(file))
+        state = load_file(file)
+        if self.goals is not None and any(
+            (was := state.get(f"weights.goals.{name}")) is not None and was.shape != now.shape
+            for name, now in self.goals.state_dict().items()
+        ):
+            log.info(
+                "vlm.init: instructions were read out in another way there; that part is fresh"
+            )
+            state = {k: v for k, v in state.items() if not k.startswith("weights.goals.")}
+        self._load_weights(state)
 
     def _load_weights(self, state: dict[str, Tensor]) -> None:
         inner = self.learner.model.model
@@ -698,6 +841,8 @@ class VlmRun:
             "sight": self.learner.sight,
             "language": inner.language_model,
         }
+        if self.goals is not None:
+            homes["goals"] = self.goals
         for name, home in homes.items():
             prefix = f"weights.{name}."
             mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -735,8 +880,11 @@ class VlmRun:
         write_manifest(part, about)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-        if self.config.model == "laptop":
+        if self.config.model == "smollm2":
             self.write_small()
+        if self.goals is not None:
+            head, note = self.goals.folded(), {"stage": "vlm", "step": self.step}
+            head.save(self.out / LATENT, base=about["model_id"], note=note)
         return folder
 
     def write_small(self) -> None:

@@ -2,7 +2,8 @@
 
 `openhelix probe --sentences FILE.json` takes `{task: [sentence, ...]}` and one picture per task, a
 state of the scene in which the task is feasible (or the same picture for all), and reports the
-share of sentences that the policy would assign to their own task.
+share of sentences that the policy would assign to their own task. `--sentences calvin-r` takes
+CALVIN-R's instructions, which name their task only together with the picture of their start.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from openhelix.benchmarks.calvin.phrases import Phrases
 from openhelix.benchmarks.calvin.scene import get_scene
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.evaluation.eval import load_config
+from openhelix.benchmarks.evaluation.referring import Referred, blind_chance, referred
+from openhelix.benchmarks.evaluation.referring import pictures as referring_pictures
 from openhelix.runtime.cli.arguments import Options, option, parse
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.config import ConfigError, RunConfig
@@ -30,6 +33,7 @@ from openhelix.system2 import probe
 BATCH = 8
 STARTS = 50  # draws for a state from which a task can be done
 LISTS = ("training", "validation", "development", "calvin-e", "seen", "unseen")
+REFERRING = "calvin-r"
 
 
 class Encoder(Protocol):
@@ -42,11 +46,15 @@ class NamingOptions(Options):
     """Options of `probe --sentences`; all else is `RunConfig`."""
 
     sentences: str = option(
-        ..., "a built-in list, or {task: [sentence, ...]}", f"FILE|{'|'.join(LISTS)}"
+        ...,
+        "a built-in list, or {task: [sentence, ...]}",
+        f"FILE|{'|'.join((*LISTS, REFERRING))}",
     )
     scene: str = option("D", "scene of the pictures (D)", "SCENE")
     image: Path | None = option(None, "this picture for every sentence", "FILE")
     blind: bool = option(False, "show black pictures")
+    shuffled: bool = option(False, "show every sentence the picture of another one")
+    starts: int = option(1, "of calvin-r: pictures for each reference and task (1)", "N")
     seed: int = option(0, "of the states shown (0)", "N")
 
 
@@ -61,15 +69,25 @@ def main(argv: Sequence[str]) -> int:
     )
     if options.blind:
         overrides.append("system2.blind=true")
-    said = sentences(options.sentences)
+    referring = options.sentences == REFERRING
+    if referring and options.image is not None:
+        raise ConfigError("--image: calvin-r's instructions each have a picture of their own")
+    if options.shuffled and not referring:
+        raise ConfigError("--shuffled: only calvin-r's instructions depend on their picture")
+    said = {} if referring else sentences(options.sentences)
     config = settings(options, overrides)
-    shown = pictures(options, tuple(said))
+    asked = seen_references(options) if referring else []
+    shown = {} if referring else pictures(options, tuple(said))
     policy = make(config.system1.policy)
     engine = make(config.system2.engine)
     try:
         head = getattr(engine, "head", None)
         below = None if head is None else head.note.get("refuse_below")
-        report = name_sentences(engine, policy, said, shown, below)
+        if referring:
+            report = name_references(engine, policy, asked, below)
+            report["shuffled"] = options.shuffled
+        else:
+            report = name_sentences(engine, policy, said, shown, below)
     finally:
         engine.close()
     report |= {
@@ -130,6 +148,44 @@ def pictures(options: NamingOptions, tasks: Sequence[str]) -> Mapping[str, U8]:
     return found
 
 
+def seen_references(options: NamingOptions) -> list[tuple[Referred, U8]]:
+    """Return CALVIN-R's balanced list with each start's picture, or another's where shuffled."""
+    scene = get_scene(options.scene).name
+    made = list(referring_pictures(referred((scene,), options.starts, options.seed)))
+    if options.shuffled:
+        half = len(made) // 2
+        turned = made[half:] + made[:half]
+        made = [(episode, other) for (episode, _), (_, other) in zip(made, turned, strict=True)]
+    return made
+
+
+def name_references(
+    engine: Encoder,
+    policy: Any,
+    asked: Sequence[tuple[Referred, U8]],
+    refuse_below: float | None = None,
+) -> dict[str, Any]:
+    """Name every instruction of CALVIN-R; see `name_sentences`.
+
+    Returns:
+        its keys, with `per_reference` beside `per_task`, and `blind_chance`: the share that the
+        sentences alone allow to name.
+    """
+    report = named_rows(
+        engine, policy, [(e.task, e.sentence, shown) for e, shown in asked], refuse_below
+    )
+    rows = report.pop("rows")
+    kinds = [episode.reference for episode, _ in asked]
+    return {
+        **report,
+        "blind_chance": round(blind_chance([episode for episode, _ in asked]), 4),
+        "per_reference": {
+            kind: _shares([row for row, of in zip(rows, kinds, strict=True) if of == kind])
+            for kind in dict.fromkeys(kinds)
+        },
+    }
+
+
 def name_sentences(
     engine: Encoder,
     policy: Any,
@@ -154,18 +210,34 @@ def name_sentences(
     Raises:
         ConfigError: the policy has no task table, so that a latent names nothing.
     """
-    wanted = [(task, text) for task, texts in said.items() for text in texts]
+    wanted = [(task, text, shown[task]) for task, texts in said.items() for text in texts]
+    report = named_rows(engine, policy, wanted, refuse_below)
+    report.pop("rows")
+    return report
+
+
+def named_rows(
+    engine: Encoder,
+    policy: Any,
+    wanted: Sequence[tuple[str, str, U8]],
+    refuse_below: float | None = None,
+) -> dict[str, Any]:
+    """Return the report of `name_sentences` for (task, sentence, picture), and its `rows`."""
     guesses: list[str | None] = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
-        latents = engine.encode([shown[task] for task, _ in part], [text for _, text in part])
+        latents = engine.encode([shown for *_, shown in part], [text for _, text, _ in part])
         guesses += named(policy, latents, refuse_below)
-    rows = [(task, guess, text) for (task, text), guess in zip(wanted, guesses, strict=True)]
+    rows = [(task, guess, text) for (task, text, _), guess in zip(wanted, guesses, strict=True)]
     wrong = Counter((task, guess) for task, guess, _ in rows if guess not in (task, None))
     first = {(task, guess): text for task, guess, text in reversed(rows)}
     return {
         **_shares(rows),
-        "per_task": {task: _shares([r for r in rows if r[0] == task]) for task in said},
+        "rows": rows,
+        "per_task": {
+            task: _shares([r for r in rows if r[0] == task])
+            for task in dict.fromkeys(task for task, _, _ in wanted)
+        },
         "confusions": [
             {"task": task, "as": guess, "count": count, "example": first[task, guess]}
             for (task, guess), count in sorted(
@@ -219,6 +291,8 @@ def page(report: Mapping[str, Any]) -> str:
         f"{report['n']} sentences"
     ]
     worst = sorted(report["per_task"].items(), key=lambda item: item[1]["named"])[:8]
+    if "blind_chance" in report:
+        lines.append(f"  the sentences alone allow {100 * report['blind_chance']:.1f} %")
     lines += [f"  {task}: {100 * row['named']:.0f} % of {row['n']}" for task, row in worst]
     lines += [
         f"  {c['count']} x {c['task']} taken for {c['as']}, as {c['example']!r}"

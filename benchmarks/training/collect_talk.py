@@ -22,12 +22,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from openhelix.benchmarks.calvin import goals
 from openhelix.benchmarks.calvin.appearance import Appearance
 from openhelix.benchmarks.calvin.cameras import SceneRenderer
 from openhelix.benchmarks.calvin.captions import StateMaker, facts_of
 from openhelix.benchmarks.calvin.scene import Scene, get_scene
 from openhelix.benchmarks.calvin.table_talk import COLOURS, KINDS, TableView, labels, talk
+from openhelix.system2.prompt import asked_of_robot
 from openhelix.system2.vlm_data import (
+    GOAL_KINDS,
     Question,
     Record,
     encoded,
@@ -39,7 +42,7 @@ from openhelix.system2.vlm_data import (
 )
 
 log = logging.getLogger(__name__)
-FORMAT = 1  # raise it when the same seed would give other pictures or questions
+FORMAT = 2  # raise it when the same seed would give other pictures or questions
 SHARD, STATES_PER_LOOK = 200, 20
 BUTTON_YZ_M, SWITCH_YZ_M = (-0.12, 0.48), (0.04, 0.53)
 SHUT_IN = 0.06  # share of the states with a block in the closed drawer
@@ -70,7 +73,7 @@ class TalkPlan:
             "seed": self.seed,
             "random_looks": self.random_looks,
             "held_out": self.held_out,
-            "kinds": list(KINDS),
+            "kinds": [*KINDS, *GOAL_KINDS],
         }
 
 
@@ -137,6 +140,19 @@ def view_of(truth: dict[str, Any], seen: dict[str, int], scene: Scene) -> TableV
     )
 
 
+def instructions(known: goals.Labels, seed: int, index: int, row: int) -> tuple[Question, ...]:
+    """Return what a robot may be told in front of a picture, as questions.
+
+    They are answered by the plain sentence that is meant. Picture `row` of shard `index` has its
+    own draws, so that none of the other questions depend on them.
+    """
+    rng = np.random.default_rng([seed, index, row, 1])
+    return tuple(
+        Question(GOAL_KINDS[0 if g.looks else 1], asked_of_robot(g.said), g.plain)
+        for g in goals.goals(known, rng)
+    )
+
+
 def make_shard(folder: Path, plan: TalkPlan, index: int, size: int = SHARD) -> None:
     """Draw one shard of `size` pictures."""
     scene = get_scene(plan.scenes[index % len(plan.scenes)])
@@ -159,7 +175,7 @@ def make_shard(folder: Path, plan: TalkPlan, index: int, size: int = SHARD) -> N
         asked = tuple(
             Question(q.kind, q.question, q.answer, q.held_out)
             for q in talk(view, rng, plan.held_out)
-        )
+        ) + instructions(labels(view), plan.seed, index, row)
         numbers = facts_of(truth, seen).numbers
         # Where a block is that cannot be seen is nothing to learn.
         known = [view.place[c] != "hidden" for c in COLOURS for _ in range(3)]

@@ -74,7 +74,7 @@ class PolicyStage(_Section):
     sentence_noise: Annotated[float, Field(ge=0)] = 0.5
     door_penalty: Positive = 3.0
     freeze: tuple[str, ...] = ()
-    text_model: str = "laptop"
+    text_model: str = "smollm2"
     text_layers: tuple[Whole, ...] = (1, 8)
     text_words: Whole = 0
     checkpoint: Path | None = None
@@ -99,7 +99,7 @@ class LatentSection(_Section):
     """System 2: which model, which read-out, what of it learns, and where its states come from.
 
     Attributes:
-        model: "laptop", a LLaVA's folder, or a hub name.
+        model: "laptop", "smollm2", a LLaVA's folder, or a hub name.
         kind, n_act, layer, layers, text_rows, vision: the read-out; see `openhelix.system2.latents`.
         regime: what of the language model learns.
         lora_rank: of regime "lora".
@@ -120,6 +120,8 @@ class LatentSection(_Section):
             the development list.
         refuse: sentences that name no task ("sing", "do not open the drawer"), which the
             projector's start sends to the table's row for "no task named"; 0 for none.
+        init: a `latent.safetensors` to begin with (stage `vlm` writes one that says instructions
+            in the policy's own code); None for a fresh one.
         like: the `latent.safetensors` that the policy was trained with: the projector's start
             then says of each task what that one says, in place of the policy's table.
         max_gb: refuse to write more than this; feed "live" keeps no more in memory.
@@ -147,6 +149,7 @@ class LatentSection(_Section):
     phrasings: Count = 2
     wordings: Whole = 0
     refuse: Whole = 0
+    init: Path | None = None
     like: Path | None = None
     max_gb: Positive = 12.0
     encode_batch: Count = 8

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data", type=Path, required=True)
     add("--out", type=Path, default=Path("vlm-out"))
     add("--minutes", type=float, default=8.0, help="of training, the examinations in between too")
-    add("--model", default="laptop", help="laptop, a LLaVA folder, or a hub name")
+    add("--model", default="smollm2", help="smollm2, laptop, a LLaVA folder, or a hub name")
     add("--shipped-tower", action="store_true", help="begin with the shipped eyes (64 tokens)")
     add("--image-size", type=int, default=160)
     add("--patch-size", type=int, default=32)

@@ -200,8 +200,12 @@ class JointRun:
                 self.folder, self.pair, self.joint.ema, self.joint.optimizers, self.pair.kept
             )
             log.info("%s: going on at step %d", stage, self.step)
-        elif begin and self.before is None and self.section.start == "table":
+        elif begin and self.before is None and self._starts_from_table:
             self._start()
+
+    @property
+    def _starts_from_table(self) -> bool:
+        return self.section.start == "table" and self.config.latent.init is None
 
     @property
     def pair(self) -> Any:
@@ -340,7 +344,11 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
     whole = LlavaForConditionalGeneration.from_pretrained(checkpoint.path, dtype=dtype)
     model = whole.model.eval()
     table = model.get_input_embeddings().weight[: checkpoint.act_ids[0]]
-    if before is None:
+    if before is None and section.init is not None:
+        head = LatentHead.load(section.init.expanduser())
+        if head.config != read_out:
+            raise ConfigError(f"latent.init: was made for {head.config}, not {read_out}")
+    elif before is None:
         head = LatentHead.fresh(read_out, table, seed=config.seed, width=section.projector_width)
     else:
         head = LatentHead.load(before / LATENT)

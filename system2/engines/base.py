@@ -38,7 +38,7 @@ class EngineBase:
     """An engine without its model; see `openhelix.runtime.core.interfaces.Engine`.
 
     Args:
-        model: "laptop", a LLaVA folder, or a hub name.
+        model: "laptop", "smollm2", a LLaVA folder, or a hub name.
         kind, n_act, layer, text_rows, vision, layers: the read-out, see `latents.LatentConfig`;
             what is None comes from `latent_projector`, or is the default.
         latent_projector: file with `<ACT>` and projector; None takes the shipped one for the

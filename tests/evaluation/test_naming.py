@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from PIL import Image
 from openhelix.benchmarks.calvin.phrases import PhraseError
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.evaluation import naming
+from openhelix.benchmarks.evaluation.referring import Referred, referred
 from openhelix.runtime.cli.main import main
 from openhelix.runtime.core.config import ConfigError, RunConfig, System2Config
 from openhelix.runtime.core.interfaces import F32
@@ -136,3 +137,41 @@ def test_blind_reaches_the_engine() -> None:
     assert "blind" not in RunConfig().system2.engine.options
     with pytest.raises(ValueError, match=r"beside system2\.connect"):
         System2Config(blind=True, connect="tcp://10.0.0.1:5555")
+
+
+def test_calvin_r_is_named_with_each_start_s_own_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A System 2 that looks names all of it; one that is shown another picture does not."""
+    episodes = referred(("A",), references=("toggle_led",))
+    shades = {"turn_on_led": 10, "turn_off_led": 200}
+
+    def drawn(asked: Sequence[Referred]) -> Iterator[tuple[Referred, np.ndarray]]:
+        for episode in asked:
+            yield episode, np.full((8, 8, 3), shades[episode.task], np.uint8)
+
+    monkeypatch.setattr(naming, "referring_pictures", drawn)
+    monkeypatch.setattr(naming, "referred", lambda *_: episodes)
+    names = list(TASK_NAMES)
+
+    class Looks:
+        def encode(self, images: Sequence[np.ndarray], instructions: Sequence[str]) -> np.ndarray:
+            lit = [image[0, 0, 0] > 100 for image in images]
+            tasks = ["turn_off_led" if on else "turn_on_led" for on in lit]
+            return np.array([[[names.index(task)]] for task in tasks], np.float32)
+
+    def by_number(policy: object, latents: np.ndarray, below: float | None) -> list[str | None]:
+        return [names[int(z[0, 0])] for z in latents]
+
+    monkeypatch.setattr(naming, "named", by_number)
+    options = naming.NamingOptions(sentences="calvin-r", scene="A")
+    right = naming.name_references(Looks(), None, naming.seen_references(options))
+    assert right["named"] == 1.0 and right["blind_chance"] == 0.5
+    assert right["per_reference"] == {"toggle_led": {"named": 1.0, "refused": 0.0, "n": 2}}
+    other = naming.NamingOptions(sentences="calvin-r", scene="A", shuffled=True)
+    assert naming.name_references(Looks(), None, naming.seen_references(other))["named"] == 0.0
+
+
+def test_what_calvin_r_and_other_lists_cannot_be_asked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--image"):
+        naming.main(["--sentences", "calvin-r", "--image", str(tmp_path / "x.png")])
+    with pytest.raises(ConfigError, match=r"--shuffled"):
+        naming.main(["--sentences", "seen", "--shuffled"])

@@ -25,7 +25,7 @@ HIDDEN = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
 def test_rows_as_promised(kind: str) -> None:
     config = LatentConfig(kind=kind, n_act=2, text_rows=9)
     latent, filled = read_out(config, HIDDEN, LAYOUT, MapPool(12))
-    assert latent.shape == (config.n_tokens(8), 12)
+    assert latent.shape == (config.n_tokens(8), 12 * config.width)
     assert filled.shape == (config.n_tokens(8),)
     assert bool((latent[~filled] == 0).all())
 
@@ -40,6 +40,8 @@ def test_values_come_from_the_right_places() -> None:
     assert torch.equal(pooled[0], torch.cat([HIDDEN[2:10], HIDDEN[11:16]]).amax(0))
     mean, _ = read_out(LatentConfig(kind="lang_mean"), HIDDEN, LAYOUT)
     assert torch.equal(mean[0], HIDDEN[13:15].mean(0))
+    side, _ = read_out(LatentConfig(kind="act_words", n_act=2), HIDDEN, LAYOUT)
+    assert torch.equal(side[0], torch.cat([HIDDEN[18], HIDDEN[19], HIDDEN[13:15].mean(0)]))
     both, _ = read_out(LatentConfig(kind="act_lang", n_act=2, text_rows=4), HIDDEN, LAYOUT)
     assert torch.equal(both, torch.cat([HIDDEN[18:20], HIDDEN[11:15]]))
 

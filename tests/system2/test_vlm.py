@@ -12,7 +12,10 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from openhelix.system2.answering import TransformersAnswerer
+from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.model import CheckpointError, open_checkpoint
+from openhelix.system2.prompt import asked_of_robot
+from openhelix.system2.text import TextReader, fitted_code
 from openhelix.system2.vlm import IGNORED, Learner, Packer, Sight, adapt, folded_state
 from openhelix.system2.vlm_config import VlmSection
 from openhelix.system2.vlm_data import (
@@ -284,3 +287,68 @@ def test_the_clock_ends_the_stages(tiny_model: str, data: Path, tmp_path: Path) 
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["samples"] > 0 and report["held-out"]["image"]["all"]["asked"] == 32
     assert (tmp_path / "language.safetensors").is_file()
+
+
+def with_goals(n: int, seed: int = 0) -> list[Record]:
+    """Pictures in which an instruction means one thing or the other."""
+    made = []
+    for record in records(n, seed):
+        bright = record.labels["light"] == "on"
+        meant = "switch off the lamp" if bright else "switch on the lamp"
+        told = (
+            Question("goal look", asked_of_robot("toggle the lamp"), meant),
+            Question("goal told", asked_of_robot("put the lamp out"), "switch off the lamp"),
+        )
+        made.append(Record(record.picture, "A", record.questions + told, record.labels))
+    return made
+
+
+def test_instructions_become_latents_that_both_read_alike(tiny_model: str, tmp_path: Path) -> None:
+    """What training reads from a packed sequence, an engine reads from the robot's prompt."""
+    write_shard(tmp_path / "data" / "train", 0, with_goals(24))
+    write_shard(tmp_path / "data" / "held-out", 0, with_goals(12, 9))
+    tune = {
+        "steps": 30,
+        "goals": 2,
+        "goal_layers": (1, 2),
+        "goal_code": tmp_path / "text.safetensors",
+    }
+    fitted_code(
+        TextReader(tiny_model, (1, 2)), ["turn left", "turn right", "lift", "drop it"]
+    ).save(tmp_path / "text.safetensors")
+    config = section(tmp_path / "data", tiny_model, see={"steps": 0}, align={"steps": 0}, tune=tune)
+    run = VlmRun(config, tmp_path / "out", device="cpu")
+    assert run.run()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    losses = [row["goal"] for row in rows if "goal" in row]
+    assert losses[-1] < losses[0]
+    assert run.goals is not None and run.goals.moved < 0.9999  # <ACT> learns too
+    report = run.report()
+    assert set(report["held-out"]["goals"]["image"]) == {
+        "goal look", "goal look words", "goal told", "goal told words",
+    }  # fmt: skip
+    run.export()
+    assert run.goals is not None
+    record = run.train.records[0]
+    packed = run.packer([[q for q in record.questions if q.kind == "goal look"]])
+    with torch.no_grad():
+        tokens = run.learner.image_tokens(run.train.pixels([0]))
+        states = run.learner.answers(tokens, packed, (1, 2), run.goals.head.act).states
+        wanted = run.goals.latent(run.goals.read(states, packed))
+    engine = TransformersEngine(
+        str(tmp_path / "out" / "llava"),
+        latent_projector=tmp_path / "out" / "latent.safetensors",
+        dtype="float32",
+    )
+    found = torch.from_numpy(engine.encode([record.image()], ["toggle the lamp"]))[0]
+    # The folder is written in half precision.
+    assert torch.cosine_similarity(found, wanted, dim=1).item() > 0.999
+    again = VlmRun(config, tmp_path / "out", device="cpu")
+    assert again.goals is not None and again.goals.calibrated
+
+
+def test_a_base_model_without_instructions_cannot_learn_goals(
+    data: Path, tiny_model: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"vlm\.tune\.goals"):
+        VlmRun(section(data, tiny_model, tune={"goals": 1}), tmp_path / "out", device="cpu")

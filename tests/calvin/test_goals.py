@@ -1,0 +1,77 @@
+"""What an instruction means in front of a picture, and that CALVIN-R's words stay unseen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from openhelix.benchmarks.calvin.goals import NOTHING, every_wording, goals, plain, references
+from openhelix.benchmarks.calvin.phrases import normalised
+from openhelix.benchmarks.calvin.table_talk import COLOURS, TableView, labels
+from openhelix.benchmarks.calvin.tasks import TASK_NAMES
+from openhelix.benchmarks.calvin.wordings import reserved
+from openhelix.benchmarks.evaluation.referring import REFERENCES
+
+
+def view(rng: np.random.Generator) -> TableView:
+    """A table in any state."""
+    places = ("table", "cabinet", "drawer", "hidden")
+    place = {c: str(rng.choice(places)) for c in COLOURS}
+    x, y = rng.uniform(-0.3, 0.4, 3), rng.uniform(-0.15, 0.1, 3)
+    return TableView(
+        place=place,
+        under={},
+        xyz={c: (float(x[i]), float(y[i]), 0.46) for i, c in enumerate(COLOURS)},
+        drawer=str(rng.choice(("open", "closed"))),
+        door=str(rng.choice(("left", "right"))),
+        bulb=str(rng.choice(("on", "off"))),
+        led=str(rng.choice(("on", "off"))),
+        holds="",
+        tcp=(0.0, 0.0, 0.6),
+        spots={"button": (-0.1, -0.12, 0.48), "switch": (0.3, 0.04, 0.53)},
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_instructions_mean_what_calvin_r_says_they_mean(seed: int) -> None:
+    seen = view(np.random.default_rng(seed))
+    found = references(labels(seen))
+    meant = {name: r.resolve(seen) for name, r in REFERENCES.items()}
+    assert found  # a lamp is always on or off
+    for name, (task, _) in found.items():
+        assert task == meant[name], name
+    # What the labels leave out is a close call; nothing else is left out.
+    assert {n for n, task in meant.items() if task} - set(found) <= {
+        n for n in meant if "middle" in n or "near" in n
+    }
+
+
+def test_calvin_r_is_said_in_words_that_no_training_sees() -> None:
+    suite = {normalised(s) for r in REFERENCES.values() for s in r.sentences}
+    trained = {normalised(s) for s in every_wording()}
+    assert len(trained) > 500
+    assert not suite & trained
+
+
+def test_no_instruction_is_one_that_is_measured_with() -> None:
+    rng = np.random.default_rng(3)
+    said = [g for _ in range(60) for g in goals(labels(view(rng)), rng)]
+    assert not {normalised(g.said) for g in said} & reserved()
+    assert {g.looks for g in said} == {True, False}
+    assert NOTHING in {g.plain for g in said}
+
+
+def test_every_task_has_a_plain_sentence_of_its_own() -> None:
+    assert len({plain(task) for task in (*TASK_NAMES, None)}) == len(TASK_NAMES) + 1
+
+
+def test_a_lift_that_does_not_say_from_where_is_from_where_the_block_is() -> None:
+    rng = np.random.default_rng(5)
+    known = labels(view(rng)) | {"red place": "drawer"}
+    lifts = [
+        g.task
+        for _ in range(200)
+        for g in goals(known, rng)
+        if (g.task or "").startswith("lift_red")
+    ]
+    assert lifts and set(lifts) == {"lift_red_block_drawer"}
