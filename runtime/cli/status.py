@@ -37,6 +37,7 @@ class StatusOptions(Options):
     listen: str = option(
         f"127.0.0.1:{PORT}", "off loopback, reading needs the token too", "HOST:PORT"
     )
+    plain_http: bool = option(False, "off loopback without TLS, behind a proxy that adds it")
     tls_cert: Path | None = option(None, "serve https", "FILE")
     tls_key: Path | None = option(None, "key of the certificate", "FILE")
     token: bool = option(False, "print the run's token")
@@ -82,12 +83,18 @@ def _do(options: StatusOptions, source: RunSource) -> int:
 
 async def _serve(options: StatusOptions, source: RunSource) -> None:
     host, port = _address(options.listen)
-    server = StatusServer(source, host, port, _tls(options))
+    tls = _tls(options)
+    if tls is None and not is_loopback(host) and not options.plain_http:
+        raise ConfigError(
+            f"--listen: {options.listen} would show images and take the token unencrypted; give "
+            "--tls-cert and --tls-key, or say --plain-http behind a proxy that adds TLS"
+        )
+    server = StatusServer(source, host, port, tls)
     url = await server.start()
     if options.as_json:
         print(json.dumps({"url": url}), flush=True)
     else:
-        guard = "" if is_loopback(host) else " (asks for the run's token: openhelix status --token)"
+        guard = "" if server.open else " (asks for the run's token: openhelix status --token)"
         print(f"{url}{guard}", flush=True)
     ended = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -100,7 +107,7 @@ def _address(text: str) -> tuple[str, int]:
     host, sign, port = text.rpartition(":")
     if not sign or not host or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"--listen: {text!r}, expected HOST:PORT, for example 127.0.0.1:{PORT}")
-    return host.strip("[]"), int(port)
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _tls(options: StatusOptions) -> ssl.SSLContext | None:

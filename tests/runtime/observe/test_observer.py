@@ -140,7 +140,5 @@ class Heard:
 def test_an_observer_that_dies_while_it_finishes_costs_its_files_and_not_the_report() -> None:
     display = Heard()
     assert launch._finish(Asked(), display, 9) is None  # type: ignore[arg-type]
-    assert display.lines == [
-        "observer: no answer to 'finish'; video and recording are incomplete"
-    ]
+    assert display.lines == ["observer: no answer to 'finish'; video and recording are incomplete"]
     assert issubclass(RpcTimeout, RpcError)
