@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from openhelix.benchmarks.evaluation.eval import FOLDER, EvalOptions, brief, default_folder
 from openhelix.benchmarks.evaluation.eval import make_plan as plan_of
-from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation
+from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, open_pool
 from openhelix.benchmarks.evaluation.evaluation import evaluate as run_plan
 from openhelix.benchmarks.evaluation.pool import LocalPool
-from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.report import write_reports
 from openhelix.benchmarks.evaluation.results import read_results
 from openhelix.runtime.core.config import ConfigError, EnginePart, PolicyPart, validate

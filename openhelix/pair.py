@@ -24,6 +24,7 @@ from openhelix.runtime.core.interfaces import (
     check_latent,
     check_policy,
     encode_one,
+    judged,
 )
 from openhelix.runtime.core.paths import CHECKPOINTS
 from openhelix.system1.policy import DiffusionPolicy
@@ -148,8 +149,15 @@ class Agent:
         self._chunks.void(self._instruction_id)
         self.policy.reset(seed)
 
+    @property
+    def refused(self) -> bool:
+        """Whether System 2 has said that the instruction names nothing that can be done."""
+        return bool(self._latents) and self._latents[-1].refused
+
     def act(self, obs: Mapping[str, Any]) -> F64:
         """Return the action for an observation of `make_env(actions="absolute")`.
+
+        While System 2 does not understand the instruction (`refused`), the arm stays where it is.
 
         Returns:
             (8,) float64: the target's position (m) and quaternion xyzw in the world frame, and
@@ -165,6 +173,10 @@ class Agent:
         now_ns = (self._step + 1) * self._period_ns
         if self._step % self._interval == 0 and self.policy.spec.latent is not None:
             self._latents = [self._ask(obs, now_ns)]
+        if self.refused:
+            self._chunks.void(self._instruction_id)
+            self._step += 1
+            return np.array([*obs["tcp_pose"], float(obs["robot_obs"][14] > 0)])
         if self._step % self._replan == 0:
             observation = as_observation(obs, now_ns, self._instruction_id)
             self._chunks.put(self.policy.act(observation, self._latents), now_ns)
@@ -178,7 +190,17 @@ class Agent:
         assert self.system2 is not None
         z = encode_one(self.system2, obs[f"rgb_{self._camera}"], self._instruction)
         spec_id = self.system2.spec.spec_id
-        return LatentGoal(z, self._step, self._instruction_id, now_ns, now_ns, spec_id)
+        judgement = judged(self.system2, [self._instruction])[0]
+        return LatentGoal(
+            z,
+            self._step,
+            self._instruction_id,
+            now_ns,
+            now_ns,
+            spec_id,
+            understood=judgement.understood,
+            refused=judgement.refused,
+        )
 
 
 def as_observation(obs: Mapping[str, Any], t_ns: int, instruction_id: int = 0) -> Observation:

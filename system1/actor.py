@@ -14,14 +14,12 @@ from torch.nn.functional import interpolate
 
 from openhelix.system1.config import PolicyConfig, official_calvin
 from openhelix.system1.denoiser import DiffuserActorHead
+from openhelix.system1.diffusion import Noise, Normalizer, draw_noise, run_table
 from openhelix.system1.encoder import OfficialEncoder, OfficialScene
-from openhelix.system1.keypose_head import KeyposeTargets
+from openhelix.system1.encoder_light import KeyposeTargets
+from openhelix.system1.geometry import Inputs, clean_points
 from openhelix.system1.losses import LossParts, diffusion_loss
 from openhelix.system1.model import DiffusionNetwork, gaussian, rows_to_poses
-from openhelix.system1.normalizer import Normalizer
-from openhelix.system1.points import clean_points
-from openhelix.system1.sampler import Noise, draw_noise, run_table
-from openhelix.system1.scene import Inputs
 
 FULL = 200  # pixels of a CALVIN image before the crop
 CROP = slice(20, 180)
@@ -66,7 +64,7 @@ class DiffuserActor(DiffusionNetwork):
     def denoise(
         self, scene: OfficialScene, first: Tensor, drawn: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Run the sampler from the state `first`; see `openhelix.system1.sampler.run_table`."""
+        """Run the sampler from the state `first`; see `openhelix.system1.diffusion.run_table`."""
         table = self.sampler
         return run_table(table, self.prediction_head.prepare(scene, table.times), first, drawn)
 
@@ -95,7 +93,7 @@ class DiffuserActor(DiffusionNetwork):
             gripper: (B, nhist, 7 or 8): xyz, quaternion wxyz, openness; newest last. Only
                 the positions are read, as in the published code.
             latent: (B, n, 512).
-            noise: source of every Gaussian draw; see `openhelix.system1.sampler.draw_noise`.
+            noise: source of every Gaussian draw; see `openhelix.system1.diffusion.draw_noise`.
 
         Returns:
             (B, T, 8): xyz in metres and quaternion wxyz, relative to the newest gripper
@@ -182,8 +180,3 @@ class DiffuserActor(DiffusionNetwork):
             draws,
             generator,
         )
-
-    def set_normalizer(self, normalizer: Normalizer) -> None:
-        """Take over a normaliser, (1, 9)."""
-        self.offset.copy_(normalizer.offset)
-        self.scale.copy_(normalizer.scale)

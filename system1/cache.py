@@ -50,7 +50,7 @@ from safetensors.numpy import save_file
 
 from openhelix.runtime.core.interfaces import CameraFrame, LatentSpec
 from openhelix.system1.config import KEYPOSES, CameraConfig, PolicyConfig
-from openhelix.system1.points import shrink
+from openhelix.system1.geometry import shrink
 
 FORMAT = 2
 SHARD_BYTES = 56 * 2**20  # an upper bound of what is gathered before a shard is written

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from openhelix.system1.actor import DiffuserActor
 from openhelix.system1.config import PolicyConfig, official_calvin
+from openhelix.system1.diffusion import Normalizer
 from openhelix.system1.model import VisuomotorPolicy
-from openhelix.system1.normalizer import Normalizer
 
 CONFIG, WEIGHTS, NORMALIZER, SPEC = (
     "config.json",

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, LatentSpec, PolicySpec
 
 # The policy that comes with the project, where one does; `DiffusionPolicy.load("shipped")`.
@@ -28,10 +29,6 @@ OFFICIAL_BOUNDS_M = (
     (-0.30205888509750366, -0.25688798189163208, -0.21557966828346252),
     (0.36127854347229004, 0.3377084231376648, 0.18373555898666382),
 )
-
-
-class ConfigError(ValueError):
-    """A configuration that no policy can be built from; the message names the field."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.cache import DEPTH_UNIT_M, FORMAT, CacheError
-from openhelix.system1.keypose_head import KeyposeTargets
-from openhelix.system1.points import deproject
-from openhelix.system1.rotations import (
+from openhelix.system1.encoder_light import KeyposeTargets
+from openhelix.system1.geometry import (
+    Inputs,
+    deproject,
     intrinsic_xyz_to_matrix,
     matrix_to_6d,
     matrix_to_euler,
     quat_to_matrix,
     xyzw_to_wxyz,
 )
-from openhelix.system1.scene import Inputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
-from openhelix.system1.attention import official_frequencies, rotary_code
+from openhelix.system1.attention import Pack, official_frequencies, rotary_code
+from openhelix.system1.geometry import farthest_point_sample
 from openhelix.system1.layers import CrossStack, LanguageStack, words_of
-from openhelix.system1.packed import Pack
-from openhelix.system1.points import farthest_point_sample
 
 # ------------------------------------------------------------------------------------------------
 # CLIP's ResNet-50 and the feature pyramid above it, under the checkpoints' parameter names.

@@ -1,27 +1,209 @@
-"""The light encoder of our own policies: RGB and points in, a few hundred 3D tokens out.
+"""The light encoder of our own policies: RGB, points and a latent in, a few hundred 3D tokens out.
 
 Each camera has a small convolution stack on seven geometric channels (colour, point relative
 to the gripper, validity) and a few sine waves of the point, which let the first layer see
 millimetres; the condition modulates its residual blocks (FiLM), so that the features are
-about the object that matters. One token a cell of 8 x 8 pixels, placed at the mean of its
-valid points. A cell without a valid point is masked out.
+about the object that matters. One token per cell of 8 x 8 pixels, placed at the mean of its
+valid points. A cell without a valid point is masked out. At the end the tokens vote for the
+next keyposes, and what they say joins them.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import binary_cross_entropy_with_logits, layer_norm, silu
 
-from openhelix.system1.attention import Block, blocks_of, metric_frequencies, rotary_code
-from openhelix.system1.condition import Condition
+from openhelix.system1.attention import Block, blocks_of, metric_frequencies, rotary_code, sinusoid
 from openhelix.system1.config import PolicyConfig
-from openhelix.system1.keypose_head import KeyposeHead
-from openhelix.system1.points import farthest_point_sample, masked_pool
-from openhelix.system1.rotations import matrix_to_6d, quat_to_matrix, xyzw_to_wxyz
-from openhelix.system1.scene import PROPRIO_FEATURES, Inputs, Scene, merge_masks
+from openhelix.system1.geometry import (
+    IDENTITY_6D,
+    PROPRIO_FEATURES,
+    Inputs,
+    KeyposeVote,
+    Scene,
+    farthest_point_sample,
+    masked_pool,
+    matrix_to_6d,
+    merge_masks,
+    quat_to_matrix,
+    xyzw_to_wxyz,
+)
+
+# ------------------------------------------------------------------------------------------------
+# The condition: the one way in which System 2's latent enters a policy.
+#
+# A latent of one token, of several, or a short memory of recent ones with their ages: all
+# become tokens of the policy's width. Beside them stands one token from a learned table, its
+# row 0 for "no task named" and one row per task, which is all that a policy without System 2
+# has. A latent stands in the place of that table's row, not beside it: a policy pretrained on
+# the table alone then meets one token where it learned to expect one, and System 2 can be
+# taught to speak for the table before the policy is touched (the paper's first stage). The age
+# of a latent goes in as a sinusoid code, so that the policy can learn how far to trust an old
+# one (paper Sec. 3, asynchronous operation).
+
+
+AGE_UNIT_S = 0.01  # the sinusoid code's unit; its longest wave is then minutes
+
+
+class Condition(nn.Module):
+    """Latents and task to condition tokens and one pooled vector."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.latent_tokens, self.latent_dim = config.latent_tokens, config.latent_dim
+        self.project = nn.Linear(config.latent_dim, dim)
+        self.slot = nn.Parameter(torch.zeros(config.latent_tokens, dim))
+        self.age = nn.Linear(dim, dim)
+        self.table = nn.Embedding(config.n_tasks + 1, dim)
+        self.pool = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        nn.init.zeros_(self.age.weight)
+        nn.init.normal_(self.table.weight, std=0.5)
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens (B, M, dim), their mask (B, M) and the pooled vector (B, dim)."""
+        named = self.table(inputs.task + 1).unsqueeze(1)
+        joined = named
+        mask = torch.ones(inputs.batch, 1, dtype=torch.bool, device=named.device)
+        if inputs.latent is not None:
+            latent, seen = self.embed(inputs.latent, inputs.latent_age_s, inputs.latent_mask)
+            spoken = (inputs.task >= 0).unsqueeze(1) | ~seen.any(1, keepdim=True)
+            joined, mask = torch.cat((named, latent), 1), torch.cat((spoken, seen), 1)
+        weight = mask.unsqueeze(-1).to(joined.dtype)
+        pooled = self.pool((joined * weight).sum(1) / weight.sum(1))
+        return joined, mask, pooled
+
+    def embed(
+        self, latent: Tensor, age_s: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the latents' tokens (B, memory * n, dim) and mask.
+
+        Raises:
+            ValueError: the latent has another number of tokens or width.
+        """
+        batch, memory, count, width = latent.shape
+        if (count, width) != (self.latent_tokens, self.latent_dim):
+            raise ValueError(
+                f"latent: {count} tokens of width {width}, the policy was trained on "
+                f"{self.latent_tokens} of width {self.latent_dim}"
+            )
+        # A language model's final states have a few huge channels: without the norm they
+        # would drown the rest.
+        tokens = self.project(layer_norm(latent.to(self.slot.dtype), (width,))) + self.slot
+        if age_s is not None:
+            code = sinusoid(age_s.flatten() / AGE_UNIT_S, self.slot.shape[-1])
+            tokens = tokens + self.age(code.to(tokens.dtype)).view(batch, memory, 1, -1)
+        if mask is None:
+            mask = torch.ones(batch, memory, dtype=torch.bool, device=latent.device)
+        tokens = torch.where(mask[..., None, None], tokens, 0.0)
+        return tokens.flatten(1, 2), mask.repeat_interleave(count, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Keyposes: where the hand goes next, by a vote of the scene's tokens.
+#
+# A chunk lasts half a second, far less than a reach, and says only in which direction to go;
+# what decides it, the next keypose (3D Diffuser Actor's keyposes: the gripper changes, the
+# motion turns, the demonstration ends), is a place among the things seen. So every scene token
+# votes for it, from where it is, and is weighed against the others, as in point-cloud keypose
+# predictors. The vote is supervised directly and its result stands among the scene's tokens,
+# placed where the hand should go. On two CPU cores the trajectory itself teaches the encoder
+# to find things many times more slowly.
+
+
+VOTE_UNIT_M = 0.1  # of the offsets that tokens learn, and of the loss
+KEYPOSE_WAVES_M = (0.8, 0.2, 0.05)  # wavelengths in which the voted place is told
+KEYPOSE_FEATURES = 3 + 6 * len(KEYPOSE_WAVES_M) + 7
+POSITION_WEIGHT, SPREAD_WEIGHT, ROTATION_WEIGHT, GRIPPER_WEIGHT = 4.0, 2.0, 2.0, 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class KeyposeTargets:
+    """The keyposes that the expert went to."""
+
+    rows: Tensor  # (B, K, 9) relative to the gripper: metres and 6D
+    openness: Tensor  # (B, K), 0 closed to 1 open, from there on
+
+
+class KeyposeHead(nn.Module):
+    """Scene tokens to keyposes, and keyposes to tokens for the denoiser."""
+
+    identity: Tensor
+    waves: Tensor
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.dim, self.count = dim, count
+        self.vote = nn.Linear(dim, 4 * count)  # a weight and an offset
+        self.turn = nn.ModuleList(nn.Linear(dim, 7) for _ in range(count))
+        self.tell = nn.Sequential(nn.Linear(KEYPOSE_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.slot = nn.Parameter(0.02 * torch.randn(count, dim))
+        self.register_buffer("identity", torch.tensor(IDENTITY_6D), persistent=False)
+        waves = 2 * torch.pi / torch.tensor(KEYPOSE_WAVES_M)
+        self.register_buffer("waves", waves, persistent=False)
+
+    def forward(
+        self, tokens: Tensor, xyz: Tensor, mask: Tensor | None
+    ) -> tuple[KeyposeVote, Tensor, Tensor]:
+        """Vote.
+
+        Args:
+            tokens: (B, N, dim).
+            xyz: (B, N, 3) metres, relative to the gripper.
+            mask: (B, N) bool, or None when every token is valid.
+
+        Returns:
+            The vote; tokens (B, K, dim) that tell of it; a vector (B, dim) for the signal.
+        """
+        normed = layer_norm(tokens, (self.dim,))
+        raw = self.vote(normed).float().unflatten(-1, (self.count, 4))
+        score = raw[..., 0]
+        if mask is not None:
+            score = score.masked_fill(~mask.unsqueeze(-1), -torch.inf)
+        weight = score.softmax(1)  # over tokens
+        votes = xyz.float().unsqueeze(2) + VOTE_UNIT_M * raw[..., 1:]
+        position = (weight.unsqueeze(-1) * votes).sum(1)
+        seen = weight.transpose(1, 2).to(normed.dtype) @ normed  # (B, K, dim)
+        turned = torch.stack([f(seen[:, i]) for i, f in enumerate(self.turn)], 1).float()
+        rotation, opened = turned[..., :6] + self.identity, turned[..., 6]
+        vote = KeyposeVote(position, rotation, opened, weight, votes)
+        told = self.tell(self.features(vote).to(tokens.dtype))
+        return vote, seen + told + self.slot, told.mean(1)
+
+    def features(self, vote: KeyposeVote) -> Tensor:
+        """Return what is told of a vote, (B, K, KEYPOSE_FEATURES)."""
+        phase = (vote.position.unsqueeze(-1) * self.waves).flatten(-2)
+        turn = torch.cat((vote.rotation - self.identity, vote.opened.sigmoid().unsqueeze(-1)), -1)
+        near = (vote.position / (3 * VOTE_UNIT_M)).clamp(-4, 4)
+        return torch.cat((near, phase.sin(), phase.cos(), turn), -1)
+
+
+def keypose_loss(vote: KeyposeVote, targets: KeyposeTargets) -> Tensor:
+    """Return how far a vote is from the keyposes, a weighted scalar.
+
+    The weighted mean of the votes counts, and the votes that make it count by their weights:
+    two wrong votes on either side of the truth are no good vote.
+    """
+    wanted = targets.rows[..., :3].float()
+    gap = (vote.position - wanted).abs().mean() / VOTE_UNIT_M
+    each = (vote.votes - wanted.unsqueeze(1)).abs().mean(-1)
+    spread = (vote.weight * each).sum(1).mean() / VOTE_UNIT_M
+    turn = (vote.rotation - targets.rows[..., 3:].float()).abs().mean()
+    opened = binary_cross_entropy_with_logits(vote.opened, targets.openness.float())
+    return (
+        POSITION_WEIGHT * gap
+        + SPREAD_WEIGHT * spread
+        + ROTATION_WEIGHT * turn
+        + GRIPPER_WEIGHT * opened
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# The encoder
+
 
 POINT_UNIT_M = 0.3  # points relative to the gripper are divided by this
 WAVES_M = (0.4, 0.1)  # wavelengths of the sine channels

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from openhelix.system1.actor import DiffuserActor
 from openhelix.system1.checkpoint import Network
+from openhelix.system1.diffusion import Noise, draw_noise
+from openhelix.system1.geometry import Inputs
 from openhelix.system1.model import gaussian, rows_to_poses
-from openhelix.system1.sampler import Noise, draw_noise
-from openhelix.system1.scene import Inputs
 
 log = logging.getLogger(__name__)
 

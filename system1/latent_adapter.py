@@ -99,8 +99,8 @@ def task_anchors(model: Network) -> Tensor | None:
 
 
 @torch.no_grad()
-def start_door(model: Network, latent: Tensor, task: Tensor, penalty: float) -> bool:
-    """Make the door turn latents into their tasks' rows of the table; return whether it has one.
+def start_adapter(model: Network, latent: Tensor, task: Tensor, penalty: float) -> bool:
+    """Make the adapter turn latents into their tasks' rows of the table; False for a policy without.
 
     The penalised linear map, in closed form: a policy that was pretrained on its table
     understands sentences from then on, before it has seen a frame with one. A penalty draws
@@ -109,7 +109,7 @@ def start_door(model: Network, latent: Tensor, task: Tensor, penalty: float) -> 
     their own row, 64 % without.
 
     Args:
-        model: with its door open for these latents.
+        model: whose adapter has the shape of these latents; see `adapt_to_latent`.
         latent: (S, n, dim).
         task: (S,).
         penalty: in units of the mean variance of the latents' entries; high ones carry on to

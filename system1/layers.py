@@ -15,8 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from openhelix.system1.attention import AdaLN, Attention, modulate
-from openhelix.system1.packed import Linear
+from openhelix.system1.attention import AdaLN, Attention, Linear, modulate
 
 Table = tuple[Tensor, Tensor]
 KeyValue = tuple[Tensor, Tensor]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from openhelix.system1.config import Prediction
-from openhelix.system1.rotations import matrix_from_6d, quat_to_matrix
-from openhelix.system1.sampler import POSITION, add_noise, target_of
+from openhelix.system1.diffusion import POSITION, add_noise, target_of
+from openhelix.system1.geometry import matrix_from_6d, quat_to_matrix
 
 POSITION_WEIGHT, ROTATION_WEIGHT, GRIPPER_WEIGHT = 30.0, 10.0, 1.0
 
@@ -26,7 +26,7 @@ class LossParts:
     position: Tensor
     rotation: Tensor
     gripper: Tensor
-    keypose: Tensor | float = 0.0  # weighted already; see `keypose_head.keypose_loss`
+    keypose: Tensor | float = 0.0  # weighted already; see `encoder_light.keypose_loss`
 
     @property
     def total(self) -> Tensor:

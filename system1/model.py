@@ -14,24 +14,21 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from openhelix.system1.config import PolicyConfig
-from openhelix.system1.encoder_light import LightEncoder
-from openhelix.system1.heads.base import DirectHead
-from openhelix.system1.heads.registry import build_head
-from openhelix.system1.heads.trajectory import TrajectoryHead
-from openhelix.system1.keypose_head import KeyposeTargets, keypose_loss
-from openhelix.system1.losses import LossParts, diffusion_loss, trajectory_loss
-from openhelix.system1.normalizer import Normalizer
-from openhelix.system1.points import clean_points
-from openhelix.system1.rotations import matrix_from_6d, matrix_to_quat
-from openhelix.system1.sampler import (
+from openhelix.system1.diffusion import (
     Noise,
+    Normalizer,
     SamplerTable,
     draw_noise,
     make_table,
     row_alphas,
     run_table,
 )
-from openhelix.system1.scene import Inputs, Scene
+from openhelix.system1.encoder_light import KeyposeTargets, LightEncoder, keypose_loss
+from openhelix.system1.geometry import Inputs, Scene, clean_points, matrix_from_6d, matrix_to_quat
+from openhelix.system1.heads.base import DirectHead
+from openhelix.system1.heads.registry import build_head
+from openhelix.system1.heads.trajectory import TrajectoryHead
+from openhelix.system1.losses import LossParts, diffusion_loss, trajectory_loss
 
 # ------------------------------------------------------------------------------------------------
 # What our network and the published one have in common: schedule, normaliser, sampler in use.
@@ -59,6 +56,11 @@ class DiffusionNetwork(nn.Module):
     def normalizer(self) -> Normalizer:
         """The normaliser, on the model's device."""
         return Normalizer(self.offset, self.scale)
+
+    def set_normalizer(self, normalizer: Normalizer) -> None:
+        """Take over a normaliser fitted to data."""
+        self.offset.copy_(normalizer.offset.expand_as(self.offset))
+        self.scale.copy_(normalizer.scale.expand_as(self.scale))
 
     def use_sampler(self, sampler: str | None = None, steps: int | None = None) -> None:
         """Choose another sampler or number of steps for `sample`."""
@@ -103,9 +105,8 @@ class VisuomotorPolicy(DiffusionNetwork):
         self.set_normalizer(normalizer)
 
     def set_normalizer(self, normalizer: Normalizer) -> None:
-        """Take over a normaliser fitted to data."""
-        self.offset.copy_(normalizer.offset.expand_as(self.offset))
-        self.scale.copy_(normalizer.scale.expand_as(self.scale))
+        """Take over a normaliser fitted to data, and tell the head where its rows are."""
+        super().set_normalizer(normalizer)
         if isinstance(self.head, TrajectoryHead):
             self.head.metres.copy_(self.scale[:, :3])
 
@@ -200,7 +201,7 @@ class VisuomotorPolicy(DiffusionNetwork):
             pcd: world points in metres, of the same shapes; NaN marks an invalid point.
             gripper: (B, nhist, 7 or 8): xyz, quaternion wxyz, openness; newest last.
             latent: (B, n, d), or None for the null latent.
-            noise: source of every Gaussian draw; see `openhelix.system1.sampler.draw_noise`.
+            noise: source of every Gaussian draw; see `openhelix.system1.diffusion.draw_noise`.
             task: (B,) rows of the task table, -1 for none.
 
         Returns:

@@ -30,18 +30,19 @@ from openhelix.runtime.core.interfaces import (
 from openhelix.system1.checkpoint import CheckpointError, Network, load_policy, seeded_model
 from openhelix.system1.config import SHIPPED, CameraConfig, PolicyConfig, small
 from openhelix.system1.fast_modes import GraphedSampler, to_bf16
-from openhelix.system1.model import gaussian
-from openhelix.system1.points import deproject, shrink
-from openhelix.system1.rotations import (
+from openhelix.system1.geometry import (
+    Inputs,
+    deproject,
     euler_to_matrix,
     matrix_to_euler,
     matrix_to_intrinsic_xyz,
     matrix_to_quat,
     quat_to_matrix,
+    shrink,
     wxyz_to_xyzw,
     xyzw_to_wxyz,
 )
-from openhelix.system1.scene import Inputs
+from openhelix.system1.model import gaussian
 
 
 @dataclass(slots=True)

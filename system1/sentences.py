@@ -19,7 +19,7 @@ from torch import Tensor
 
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.data import Augment
-from openhelix.system1.scene import Inputs
+from openhelix.system1.geometry import Inputs
 
 OLDEST_S = 1.5  # a sentence does not age, but whoever acts says how long ago it was encoded
 
@@ -106,7 +106,7 @@ def told(
 
     With `augment`, a share of them is told the task's number instead, the sentence is of any
     age, and Gaussian noise of `noise` times the latents' own spread is added to it: with few
-    sentences a task that is what keeps the door from learning them by heart.
+    sentences a task that is what keeps the adapter from learning them by heart.
     """
     device = inputs.proprio.device
     latent = sentences.latent[sentences.draw(task, generator)].unsqueeze(1)

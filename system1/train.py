@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.cache import CacheError
 from openhelix.system1.checkpoint import Network, load_policy, rebuilt, save_policy, seeded_model
-from openhelix.system1.config import PRESETS, CameraConfig, ConfigError, PolicyConfig
+from openhelix.system1.config import PRESETS, CameraConfig, PolicyConfig
 from openhelix.system1.data import Augment, Batch, Cache
-from openhelix.system1.latent_adapter import adapt_to_latent, nearest_task, start_door
+from openhelix.system1.diffusion import Normalizer
+from openhelix.system1.latent_adapter import adapt_to_latent, nearest_task, start_adapter
 from openhelix.system1.losses import trajectory_errors
-from openhelix.system1.memory import keep_freed_memory
 from openhelix.system1.model import gaussian
-from openhelix.system1.normalizer import Normalizer
 from openhelix.system1.sentences import Sentences, told
 from openhelix.system1.train_loop import (
     STATE,
@@ -42,6 +42,7 @@ from openhelix.system1.train_loop import (
     Pace,
     cosine_rate,
     deadline_after,
+    keep_freed_memory,
     load_state,
     plot_history,
     run_loop,
@@ -63,7 +64,7 @@ class TrainConfig:
     sentences: Path | None = None  # what tasks are told by, see `sentences`; None: by number
     held_sentences: Path | None = None  # ... what the held-out frames are told by
     sentence_noise: float = 0.0  # see `sentences.told`
-    door_penalty: float = 3.0  # of the door's start in a policy that knew no sentences
+    door_penalty: float = 3.0  # see `start_adapter`; for a policy that knew no sentences
     preset: str = "small"
     changes: dict[str, Any] = field(default_factory=dict)  # fields of PolicyConfig
     init: Path | None = None  # a checkpoint folder to start from
@@ -241,7 +242,7 @@ class Trainer:
                 known = model.config.latent_model_id == spec.model_id
                 model = adapt_to_latent(model, spec, config.seed)
                 if self.sentences is not None and not known:
-                    start_door(
+                    start_adapter(
                         model, self.sentences.latent, self.sentences.task, config.door_penalty
                     )
             elif model.config.use_latent:

@@ -1,4 +1,6 @@
-"""What is read out of the language model: the latent representations of the paper's Table 8.
+"""What is read out of the language model, and how it becomes a latent.
+
+The read-outs are the latent representations of the paper's Table 8:
 
 | kind | tokens | as in |
 |---|---|---|
@@ -20,13 +22,25 @@ prompt; and after middle layers instead of the last (`layer`, or several of them
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.system2.model import Checkpoint, CheckpointError
 from openhelix.system2.prompt import Layout
+
+# ------------------------------------------------------------------------------------------------
+# Read-outs
+
 
 KINDS = (
     "act_last",
@@ -42,7 +56,7 @@ KINDS = (
 NEEDS_VISION = ("hidden_all", "pool_max", "pool_map")
 
 
-class BadLatent(ValueError):
+class BadReadOut(ValueError):
     """A read-out that does not exist or that this engine cannot give."""
 
 
@@ -70,19 +84,19 @@ class LatentConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))  # a file's list
         if self.kind not in KINDS:
-            raise BadLatent(f"latent.kind: {self.kind!r}, want one of {', '.join(KINDS)}")
+            raise BadReadOut(f"latent.kind: {self.kind!r}, want one of {', '.join(KINDS)}")
         if self.n_act < 1:
-            raise BadLatent(f"latent.n_act: {self.n_act}, want 1 or more")
+            raise BadReadOut(f"latent.n_act: {self.n_act}, want 1 or more")
         if self.text_rows < 1:
-            raise BadLatent(f"latent.text_rows: {self.text_rows}, want 1 or more")
+            raise BadReadOut(f"latent.text_rows: {self.text_rows}, want 1 or more")
         if self.layer < 0:
-            raise BadLatent(f"latent.layer: {self.layer}, want 0 or a layer's number")
+            raise BadReadOut(f"latent.layer: {self.layer}, want 0 or a layer's number")
         if self.layer and self.layers:
-            raise BadLatent("latent.layers: say latent.layer or latent.layers, not both")
+            raise BadReadOut("latent.layers: say latent.layer or latent.layers, not both")
         if list(self.layers) != sorted({n for n in self.layers if n > 0}):
-            raise BadLatent(f"latent.layers: {list(self.layers)}, want ascending numbers above 0")
+            raise BadReadOut(f"latent.layers: {list(self.layers)}, want ascending numbers above 0")
         if not self.vision and self.kind in NEEDS_VISION:
-            raise BadLatent(f"latent.vision: {self.kind!r} reads the image's hidden states")
+            raise BadReadOut(f"latent.vision: {self.kind!r} reads the image's hidden states")
 
     @property
     def last_token_only(self) -> bool:
@@ -112,11 +126,11 @@ class LatentConfig:
         """Return after how many layers states are read, ascending; `n_layers` is the final state.
 
         Raises:
-            BadLatent: the model has no such layer.
+            BadReadOut: the model has no such layer.
         """
         if self.layers:
             if self.layers[-1] > n_layers:
-                raise BadLatent(
+                raise BadReadOut(
                     f"latent.layers: {self.layers[-1]}, this model has layers 1 to {n_layers}"
                 )
             return self.layers
@@ -124,7 +138,7 @@ class LatentConfig:
             return (n_layers,)
         layer = self.layer or n_layers // 2
         if not 1 <= layer < n_layers:
-            raise BadLatent(
+            raise BadReadOut(
                 f"latent.layer: {layer}, this model has middle layers 1 to {n_layers - 1}"
             )
         return (layer,)
@@ -206,7 +220,7 @@ def read_out(
     if config.kind == "pool_max":
         return both.amax(dim=0, keepdim=True), one
     if pool is None:
-        raise BadLatent("latent.kind: 'pool_map' needs its learned pooling in the latent weights")
+        raise BadReadOut("latent.kind: 'pool_map' needs its learned pooling in the latent weights")
     return pool(both), one
 
 
@@ -218,3 +232,263 @@ def digest(tensors: dict[str, Tensor]) -> str:
         made.update(f"{name}{tuple(value.shape)}".encode())
         made.update(value.numpy().tobytes())
     return made.hexdigest()[:12]
+
+
+# ------------------------------------------------------------------------------------------------
+# States after middle layers: the language model stops at the last layer that is read.
+#
+# What lies behind a read-out is never run, so a read-out after layer 8 of 30 costs a quarter of
+# one after the last. The model is changed in place and stays so: its later layers go, and in the
+# place of its final norm stands `States`, which puts the wanted states side by side. Both
+# engines and the training do it with the same two functions, since transformers' language model
+# and vLLM's have the same parts (`layers`, `norm`).
+
+
+class States(nn.Module):
+    """In the place of a language model's final norm: the states after several layers.
+
+    The state after the model's very last layer is the one after its norm, as everywhere.
+
+    Args:
+        norm: the model's own final norm.
+        ends: whether the last of the wanted layers is the model's last.
+    """
+
+    def __init__(self, norm: nn.Module, ends: bool) -> None:
+        super().__init__()
+        self.norm = norm
+        self.ends = ends
+        self.kept: list[Tensor] = []
+
+    def keep(self, _: Any, __: Any, output: Any) -> None:
+        """Forward hook of a layer below the last: remember its state."""
+        self.kept.append(_state(output))
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Any:
+        """As the norm's: transformers' gives the state, vLLM's takes and gives two parts of it."""
+        parts, self.kept = self.kept, []
+        if self.ends:
+            last = self.norm(hidden) if residual is None else self.norm(hidden, residual)[0]
+        else:
+            last = hidden if residual is None else hidden + residual
+        states = torch.cat([*parts, last], dim=-1) if parts else last
+        return states if residual is None else (states, states)
+
+
+def stop_after(language_model: Any, wanted: Sequence[int], n_layers: int) -> None:
+    """Let transformers' `LlamaModel` return the states after `wanted` layers side by side.
+
+    Args:
+        language_model: changed in place, once; a second time it must be for the same layers.
+        wanted: ascending, 1 to `n_layers`; `n_layers` alone changes nothing.
+        n_layers: of the whole model.
+
+    Raises:
+        ValueError: it was stopped after other layers before.
+    """
+    wanted = tuple(wanted)
+    before = getattr(language_model, "read_after", (n_layers,))
+    if wanted == before:
+        return
+    if before != (n_layers,):
+        raise ValueError(f"the model gives states after {before}, not after {wanted}")
+    _tap(language_model, wanted, n_layers)
+    language_model.layers = language_model.layers[: wanted[-1]]
+    language_model.config.num_hidden_layers = wanted[-1]  # as caches count them
+    language_model.read_after = wanted
+
+
+def stop_vllm_after(language_model: Any, wanted: Sequence[int], n_layers: int) -> None:
+    """As `stop_after`, for vLLM's `LlamaModel`, which runs its layers up to `end_layer`.
+
+    Raises:
+        ValueError: its layers are spread over several processes.
+    """
+    wanted = tuple(wanted)
+    if wanted == (n_layers,):
+        return
+    if (language_model.start_layer, language_model.end_layer) != (0, n_layers):
+        raise ValueError("latent.layer: vLLM gives middle layers without pipeline stages only")
+    _tap(language_model, wanted, n_layers)
+    language_model.end_layer = wanted[-1]
+
+
+def _tap(language_model: Any, wanted: Sequence[int], n_layers: int) -> None:
+    states = States(language_model.norm, wanted[-1] == n_layers)
+    for layer in wanted[:-1]:
+        language_model.layers[layer - 1].register_forward_hook(states.keep)
+    language_model.norm = states
+
+
+def _state(output: Any) -> Tensor:
+    """Return the state of a layer's output; vLLM leaves the last addition to the next layer."""
+    if isinstance(output, Tensor):
+        return output
+    hidden, *rest = output
+    return hidden if not rest or rest[0] is None else hidden + rest[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# The few weights that make a frozen LLaVA a System 2: `<ACT>`, projector, pooling.
+#
+# They are kept apart from the 14 GB (or 280 MB) that never change, in one safetensors file of
+# about a megabyte, so that training saves, ships and hot-swaps them alone.
+
+
+LATENT_DIM = 512  # width of the policy's instruction input (paper Appendix A.3; CLIP's width)
+
+
+class LatentHead(nn.Module):
+    """`<ACT>` embeddings, the projector between the two systems, and the learned pooling.
+
+    The projector is one linear layer, as in the paper's public recipe, or with a hidden layer
+    before it (`neck`, GELU) the MLP of the paper's Sec. 5.4. A linear map can only pass on how
+    sure the language model is of one task or another; a hidden layer can decide.
+    """
+
+    def __init__(
+        self, config: LatentConfig, hidden: int, dim: int = LATENT_DIM, width: int = 0
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden = hidden
+        self.note: dict[str, Any] = {}  # what training says of it, kept in the file
+        self.act = nn.Parameter(torch.zeros(config.n_act, hidden))
+        read = hidden * config.width
+        self.neck = nn.Linear(read, width) if width else None
+        self.projector = nn.Linear(width or read, dim)
+        self.pool = MapPool(read) if config.kind == "pool_map" else None
+
+    @classmethod
+    def fresh(
+        cls,
+        config: LatentConfig,
+        table: Tensor,
+        dim: int = LATENT_DIM,
+        seed: int = 0,
+        width: int = 0,
+    ) -> LatentHead:
+        """Return an untrained head for a model with the embedding table `table` (V, hidden).
+
+        `<ACT>` starts at the table's mean with its spread, so that its norm is a word's.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = cls(config, table.shape[1], dim, width)
+            table = table.detach().to("cpu", torch.float32)
+            noise = torch.randn(config.n_act, table.shape[1])
+            with torch.no_grad():
+                head.act.copy_(table.mean(dim=0) + noise * table.std(dim=0))
+        return head
+
+    def project(self, latent: Tensor, filled: Tensor) -> Tensor:
+        """(…, n, hidden) and (…, n) bool to (…, n, dim); padding stays zero."""
+        if self.neck is not None:
+            latent = gelu(self.neck(latent))
+        return self.projector(latent) * filled.unsqueeze(-1)
+
+    def forward(self, hidden: Tensor, layout: Layout, raw: bool = False) -> Tensor:
+        """One sequence's states (T, hidden) to its latent (n_tokens, dim), or raw (…, hidden)."""
+        latent, filled = read_out(self.config, hidden, layout, self.pool)
+        return latent if raw else self.project(latent, filled)
+
+    def model_id(self, checkpoint: Checkpoint, raw: bool) -> str:
+        """Identity of everything that shapes the latent: the LLaVA, its prompt, these weights."""
+        tensors = dict(self.state_dict())
+        if raw:
+            tensors = {
+                k: v for k, v in tensors.items() if not k.startswith(("neck.", "projector."))
+            }
+        return f"{checkpoint.model_id}-{checkpoint.template.name}-{digest(tensors)}"
+
+    def spec(self, checkpoint: Checkpoint, raw: bool) -> LatentSpec:
+        """Return what an engine with this head promises."""
+        dim = self.hidden * self.config.width if raw else self.projector.out_features
+        return self.config.spec(checkpoint.n_image, dim, self.model_id(checkpoint, raw))
+
+    def save(self, path: Path | str, base: str = "", note: dict[str, Any] | None = None) -> None:
+        """Write the head as safetensors; `base` is the model it was trained on."""
+        about = {"latent": asdict(self.config), "base": base, "note": self.note | (note or {})}
+        state = {
+            k: v.detach().to("cpu", torch.float32).contiguous()
+            for k, v in self.state_dict().items()
+        }
+        save_file(state, path, metadata={"openhelix": json.dumps(about, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path | str) -> LatentHead:
+        """Read a head that `save` wrote.
+
+        Raises:
+            CheckpointError: not such a file, or not finite.
+        """
+        try:
+            with safe_open(path, framework="pt") as stream:
+                about = json.loads((stream.metadata() or {}).get("openhelix", "null"))
+                state = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"latent_projector: cannot read {str(path)!r}: {error}"
+            ) from error
+        if not about or "act" not in state or "projector.weight" not in state:
+            raise CheckpointError(f"latent_projector: {str(path)!r} holds no <ACT> and projector")
+        if not all(bool(value.isfinite().all()) for value in state.values()):
+            raise CheckpointError(f"latent_projector: {str(path)!r} has values that are not finite")
+        dim, inner = state["projector.weight"].shape
+        hidden = state["act"].shape[1]
+        width = inner if "neck.weight" in state else 0
+        head = cls(LatentConfig(**about["latent"]), hidden, dim, width)
+        head.load_state_dict(state)
+        head.note = dict(about.get("note") or {})
+        return head
+
+
+def head_for(
+    checkpoint: Checkpoint,
+    config: LatentConfig | None,
+    source: LatentHead | Path | str | None,
+    table: Tensor,
+    seed: int = 0,
+) -> LatentHead:
+    """Return the head an engine starts with, checked against its checkpoint.
+
+    Args:
+        checkpoint: the LLaVA.
+        config: the wanted read-out; None takes the file's, or the default.
+        source: a head, a file that `LatentHead.save` wrote, or None for an untrained one.
+        table: the embedding table (V, hidden).
+        seed: of the untrained one.
+
+    Raises:
+        BadReadOut: the file was trained for another read-out than the one asked for.
+        CheckpointError: it does not fit the checkpoint.
+    """
+    if source is None:
+        head = LatentHead.fresh(config or LatentConfig(), table, seed=seed)
+    else:
+        head = source if isinstance(source, LatentHead) else LatentHead.load(source)
+        if config is not None and config != head.config:
+            raise BadReadOut(f"latent: asked for {config}, the weights are for {head.config}")
+    check_fit(head, checkpoint)
+    return head.eval().requires_grad_(False)
+
+
+def check_fit(head: LatentHead, checkpoint: Checkpoint) -> None:
+    """Raise unless the head's width, tokens and layer exist in the checkpoint."""
+    if head.hidden != checkpoint.hidden:
+        raise CheckpointError(
+            f"latent_projector: made for width {head.hidden}, the model has {checkpoint.hidden}"
+        )
+    if head.config.n_act > len(checkpoint.act_ids):
+        raise CheckpointError(
+            f"latent.n_act: {head.config.n_act}, the model has rows for {len(checkpoint.act_ids)}"
+        )
+    head.config.layers_of(checkpoint.layers)
+
+
+def with_act(config: LatentConfig | None, **changes: Any) -> LatentConfig | None:
+    """Return `config` (or the default) with the options that are not None; None if none is given."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    if config is None and not given:
+        return None
+    return replace(config or LatentConfig(), **given)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openhelix.runtime.core.paths import cache_folder, make_in_cache
-from openhelix.system2.prompt import TEMPLATES, PromptBuilder, Template
+from openhelix.system2.prompt import TEMPLATES, PromptBuilder, Template, with_offsets
 
 if TYPE_CHECKING:
     import torch
@@ -315,13 +315,8 @@ class Checkpoint:
         if not 1 <= n_act <= len(self.act_ids):
             raise CheckpointError(f"n_act: {n_act}, this checkpoint has 1 to {len(self.act_ids)}")
         tokenizer = load_tokenizer(self.path)
-
-        def tokenize(text: str) -> tuple[list[int], list[tuple[int, int]]]:
-            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            return encoded["input_ids"], encoded["offset_mapping"]
-
         return PromptBuilder(
-            tokenize=tokenize,
+            tokenize=with_offsets(tokenizer),
             template=self.template,
             image_token_id=self.image_token_id,
             n_image=self.n_image,

@@ -29,6 +29,16 @@ class BadImage(ValueError):
     """An image that cannot be encoded; the message says which and why."""
 
 
+def with_offsets(tokenizer: Any) -> Tokenize:
+    """Return what `PromptBuilder` asks of a fast tokenizer of transformers."""
+
+    def tokenize(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    return tokenize
+
+
 @dataclass(frozen=True, slots=True)
 class Template:
     """The words around the image, the instruction and `<ACT>`."""

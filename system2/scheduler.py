@@ -27,7 +27,14 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from openhelix.runtime.core.clock import Clock
-from openhelix.runtime.core.interfaces import F32, Engine, GoalRequest, LatentGoal
+from openhelix.runtime.core.interfaces import (
+    F32,
+    Engine,
+    GoalRequest,
+    Judgement,
+    LatentGoal,
+    judged,
+)
 from openhelix.runtime.transport.wire import TAKEOVER_NS
 
 log = logging.getLogger(__name__)
@@ -186,6 +193,7 @@ class Totals:
     published: int = 0
     batches: int = 0
     refused: int = 0
+    not_understood: int = 0  # of the published
     failed: int = 0
     skipped: int = 0
     shed: Counter[str] = field(default_factory=Counter)
@@ -350,6 +358,7 @@ class GoalScheduler:
         start = self._clock.now_ns()
         try:
             latents = self._encode(batch)
+            judgements = judged(self._engine, [request.instruction for request in batch])
         except ValueError as error:
             if len(batch) > 1:  # find out whose request it is; the others are served
                 return sum(self._compute([request]) for request in batch)
@@ -363,7 +372,8 @@ class GoalScheduler:
         self._failures = 0
         took = (self._clock.now_ns() - start) * 1e-9
         self.totals.compute_s.append(took)
-        return sum(self._publish(r, z, took) for r, z in zip(batch, latents, strict=True))
+        parts = zip(batch, latents, judgements, strict=True)
+        return sum(self._publish(r, z, j, took) for r, z, j in parts)
 
     def _encode(self, batch: Sequence[GoalRequest]) -> F32:
         latents = self._engine.encode([r.rgb for r in batch], [r.instruction for r in batch])
@@ -373,7 +383,9 @@ class GoalScheduler:
             )
         return latents
 
-    def _publish(self, request: GoalRequest, z: F32, compute_s: float) -> bool:
+    def _publish(
+        self, request: GoalRequest, z: F32, judgement: Judgement, compute_s: float
+    ) -> bool:
         robot = self.robots[request.robot]
         now = self._clock.now_ns()
         goal = LatentGoal(
@@ -385,6 +397,8 @@ class GoalScheduler:
             spec_id=self._engine.spec.spec_id,
             source=self._source,
             compute_s=compute_s,
+            understood=judgement.understood,
+            refused=judgement.refused,
         )
         try:
             self._sink.send(request.robot, goal)
@@ -394,6 +408,7 @@ class GoalScheduler:
         robot.seq += 1
         robot.last_error = ""
         self.totals.published += 1
+        self.totals.not_understood += judgement.refused
         return True
 
     def _refuse(self, request: GoalRequest, reason: str) -> None:
@@ -440,6 +455,7 @@ def health_of(totals: Totals, robots: Mapping[str, RobotState]) -> dict[str, Any
         "batches": totals.batches,
         "skipped": totals.skipped,
         "refused": totals.refused,
+        "not_understood": totals.not_understood,
         "failed": totals.failed,
         "failures": dict(totals.failures),
         "shed": dict(totals.shed),

@@ -4,7 +4,7 @@
 System 2's own language model takes that place: the sentence alone, no image, no chat, no
 `<ACT>`; the mean of its tokens after some of the middle layers, and, where `words` asks for
 them, the tokens themselves. A policy trained on it can be told in words with no System 2
-running, and its door is where System 2's latent comes in later: same width, same tokens.
+running, and the adapter that reads it is where System 2's latent comes in later: same width, same tokens.
 
 A language model's states have a few huge channels, so each is brought to its own mean and
 spread over some sentences first, and turned to the `dim` directions in which these differ
@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from openhelix.runtime.core.interfaces import LatentSpec
-from openhelix.system2.checkpoint import LATENT_DIM
-from openhelix.system2.latents import digest
+from openhelix.system2.latents import LATENT_DIM, digest
 from openhelix.system2.model import Checkpoint, load_tokenizer, open_checkpoint
 from openhelix.system2.prompt import BadInstruction, clean_instruction
 
@@ -127,6 +126,27 @@ class TextCode:
         return TextCode(tuple(about["layers"]), about["words"], about["model"], **tensors)
 
 
+def sentence_ids(
+    tokenizer: Any, sentence: str, special: Sequence[str], most: int = MOST_TOKENS
+) -> list[int]:
+    """Return the tokens of a bare sentence.
+
+    Args:
+        tokenizer: of the language model.
+        sentence: an instruction.
+        special: words that it must not hold, see `prompt.clean_instruction`.
+        most: tokens that are allowed.
+
+    Raises:
+        BadInstruction: see `prompt.clean_instruction`; or too long.
+    """
+    clean = clean_instruction(sentence, special)
+    found: list[int] = tokenizer(clean, add_special_tokens=False)["input_ids"]
+    if len(found) > most:
+        raise BadInstruction(f"instruction: {len(found)} tokens, at most {most} are allowed")
+    return found
+
+
 class TextReader:
     """The language model up to the last layer that is read, in float32.
 
@@ -175,13 +195,7 @@ class TextReader:
         Raises:
             BadInstruction: see `prompt.clean_instruction`; or too long.
         """
-        clean = clean_instruction(sentence, self._special)
-        found: list[int] = self._tokenizer(clean, add_special_tokens=False)["input_ids"]
-        if len(found) > MOST_TOKENS:
-            raise BadInstruction(
-                f"instruction: {len(found)} tokens, at most {MOST_TOKENS} are allowed"
-            )
-        return found
+        return sentence_ids(self._tokenizer, sentence, self._special)
 
     @torch.inference_mode()
     def states(self, sentences: Sequence[str]) -> list[Tensor]:

@@ -18,9 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openhelix.system2.checkpoint import LatentHead
-from openhelix.system2.depth import stop_after
-from openhelix.system2.latents import NEEDS_VISION, read_out
+from openhelix.system2.latents import NEEDS_VISION, LatentHead, read_out, stop_after
 from openhelix.system2.model import Checkpoint
 from openhelix.system2.prompt import QUESTIONS, Layout, Prompt
 

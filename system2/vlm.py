@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openhelix.system2.checkpoint import LatentHead
-from openhelix.system2.latents import LatentConfig
+from openhelix.system2.latents import LatentConfig, LatentHead
 from openhelix.system2.model import Checkpoint
 from openhelix.system2.prompt import words_of_robot
 from openhelix.system2.vlm_data import GOAL_KINDS, Question

@@ -1,4 +1,4 @@
-"""A small stand-in for System 1, honest about the same contract."""
+"""Small stand-ins for System 1 and System 2, honest about the same contracts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from openhelix.runtime.core.interfaces import (
     ActionChunk,
     ActionSpec,
     CameraSpec,
+    Judgement,
     LatentGoal,
+    LatentSpec,
     Observation,
     PolicySpec,
 )
-from openhelix.runtime.robots.fake import LATENT
+from openhelix.runtime.robots.fake import LATENT, PointEngine
 
 PERIOD_NS = round(1e9 / 30)
 
@@ -60,3 +62,19 @@ class ReachPolicy:
             latent_seq=latents[-1].seq,
             t_obs_ns=observation.t_ns,
         )
+
+
+class DoubtingEngine(PointEngine):
+    """A `PointEngine` that does not understand places above `ceiling_m`, however often it is asked.
+
+    Attributes:
+        ceiling_m: may be changed, as a System 2 may get other weights.
+    """
+
+    def __init__(self, ceiling_m: float = 0.7, spec: LatentSpec = LATENT) -> None:
+        super().__init__(spec)
+        self.ceiling_m = ceiling_m
+
+    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+        high = [float(text.split()[-1]) > self.ceiling_m for text in instructions]
+        return [Judgement(0.02, refused=True) if up else Judgement(0.97) for up in high]

@@ -41,7 +41,7 @@ from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.calvin.units import read_unit
 from openhelix.system1.cache import DEPTH_UNIT_M, FORMAT
 from openhelix.system1.config import CameraConfig, PolicyConfig, small
-from openhelix.system1.points import shrink
+from openhelix.system1.geometry import shrink
 
 # -- Keyposes: the few frames of a demonstration between which a path is mere travel ---
 #

@@ -50,7 +50,7 @@ from openhelix.benchmarks.calvin.phrases import choose, training
 from openhelix.benchmarks.calvin.scene import get_scene, is_held_out, scene_names
 from openhelix.benchmarks.calvin.units import Unit, unit_bytes
 from openhelix.benchmarks.evaluation.eval import load_config
-from openhelix.benchmarks.evaluation.runner import Conditions, Runner, TaskPolicy
+from openhelix.benchmarks.evaluation.runner import AroundPolicy, Conditions, Runner, TaskPolicy
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.cli import arguments
 from openhelix.runtime.cli.arguments import Options
@@ -67,7 +67,6 @@ from openhelix.runtime.core.interfaces import (
     LatentGoal,
     Observation,
     Policy,
-    PolicySpec,
 )
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.runtime.robots.env import EnvRobot
@@ -184,29 +183,17 @@ def chunk_of(label: Demonstration, offset: int, like: ActionChunk) -> ActionChun
     return replace(like, poses=targets[:, :7], gripper=targets[:, 7])
 
 
-class LabelledPolicy:
+class LabelledPolicy(AroundPolicy):
     """The student, whose every plan passes by the labeller."""
 
-    def __init__(self, policy: Any) -> None:
-        self._policy = policy
-        self.labeller: Labeller | None = None
-
-    @property
-    def spec(self) -> PolicySpec:
-        return cast(PolicySpec, self._policy.spec)
-
-    def warm_up(self) -> None:
-        self._policy.warm_up()
-
-    def reset(self, seed: int | None = None) -> None:
-        self._policy.reset(seed)
+    labeller: Labeller | None = None
 
     def set_task(self, task: int) -> None:
         """For a student without System 2."""
-        self._policy.set_task(task)
+        self.inner.set_task(task)
 
     def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
-        chunk: ActionChunk = self._policy.act(observation, latents)
+        chunk = super().act(observation, latents)
         return chunk if self.labeller is None else self.labeller.visit(chunk)
 
 
@@ -216,8 +203,8 @@ class DaggerRunner(Runner):
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         if isinstance(self._policy, TaskPolicy):
-            self._student = LabelledPolicy(self._policy._policy)
-            self._policy._policy = self._student
+            self._student = LabelledPolicy(self._policy.inner)
+            self._policy.inner = self._student
         else:
             self._student = LabelledPolicy(self._policy)
             self._policy = cast(Policy, self._student)

@@ -12,9 +12,14 @@ from typing import Any
 
 from openhelix.benchmarks.calvin.motions import PATTERNS
 from openhelix.benchmarks.calvin.scene import scene_names, written
-from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, code_hash, evaluate
+from openhelix.benchmarks.evaluation.evaluation import (
+    Console,
+    Evaluation,
+    code_hash,
+    evaluate,
+    open_pool,
+)
 from openhelix.benchmarks.evaluation.metrics import served
-from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.report import counted, write_reports
 from openhelix.benchmarks.evaluation.results import REPORT, RUN, ResultsError, read_run
 from openhelix.benchmarks.evaluation.runner import Conditions

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from openhelix.benchmarks.evaluation.pool import Job, Pool
+from openhelix.benchmarks.evaluation.pool import Job, LocalPool, Pool, on_gpu
+from openhelix.benchmarks.evaluation.realtime_pool import RealtimePool
 from openhelix.benchmarks.evaluation.results import ResultsError, Store, replace_file, summarise
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite, spread
@@ -116,6 +117,54 @@ def evaluate(
         return report
     finally:
         store.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# Which pool runs it: this process, Ray workers, or the processes of a real-time run
+
+
+def shares_engine(config: RunConfig) -> bool:
+    """Whether workers are to share one System 2 instead of loading one each.
+
+    vLLM takes half a minute to start, and a big model fits a GPU once; a small one on CPU is
+    quicker beside its worker, where it has a core of its own.
+    """
+    engine = config.system2.engine
+    return "vllm" in engine.target.lower() or on_gpu(engine) or _gpu_present(engine)
+
+
+def _gpu_present(engine: Part) -> bool:
+    import torch
+
+    return str(engine.options.get("device", "auto")) == "auto" and torch.cuda.is_available()
+
+
+def open_pool(
+    config: RunConfig, workers: int, threads: int = 1, shared: bool | None = None
+) -> Pool:
+    """Return a pool that has not started yet.
+
+    Args:
+        config: of the run.
+        workers: 1 runs in this process; more are Ray actors.
+        threads: of torch, for each worker.
+        shared: one System 2 for all workers; None decides by `shares_engine`.
+
+    Raises:
+        ConfigError: the wall clock has one robot and cannot be shared out.
+    """
+    if config.control.clock == "realtime":
+        return RealtimePool(config, workers)
+    if workers == 1:
+        return LocalPool(config, threads)
+    # Ray takes a second to import and may be left out.
+    from openhelix.benchmarks.evaluation.ray_pool import RayPool
+
+    return RayPool(config, workers, threads, shares_engine(config) if shared is None else shared)
+
+
+# ------------------------------------------------------------------------------------------------
+# What it is of
 
 
 def _about(folder: Path, about: dict[str, Any] | None, resumed: bool) -> dict[str, Any]:

@@ -24,11 +24,13 @@ from openhelix.runtime.core.interfaces import (
     F32,
     ActionChunk,
     Engine,
+    Judgement,
     LatentGoal,
     LatentSpec,
     Observation,
     Policy,
     PolicySpec,
+    judged,
 )
 from openhelix.runtime.robots.env import EnvRobot
 
@@ -84,7 +86,7 @@ class DemandGoals(LockstepGoals):
         return replace(latent, z=self._z[latent.seq])
 
     def _compute(self, observation: Observation) -> LatentGoal:
-        frames, text = observation.frames, self.instruction
+        frames, text, judgement = observation.frames, self.instruction, self._judge()
         if self._draw_now:
             frames = {self._camera: frames[self._camera]}
         seq = self._seq
@@ -99,6 +101,8 @@ class DemandGoals(LockstepGoals):
             t_pub_ns=observation.t_ns,
             spec_id=self._engine.spec.spec_id,
             source="lockstep",
+            understood=judgement.understood,
+            refused=judgement.refused,
         )
 
     def _forget(self) -> None:
@@ -169,6 +173,10 @@ class EngineMeter:
             self.seconds += time.perf_counter() - start_s
             self.cpu_s += time.process_time() - cpu_s
             self.calls += 1
+
+    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+        """Return what the engine understands; not counted among the calls."""
+        return judged(self.engine, instructions)
 
     def close(self) -> None:
         self.engine.close()
@@ -332,6 +340,8 @@ class Attempt:
             "env_steps": result.env_steps,
             "hold_steps": result.hold_steps,
             "reason": result.reason,
+            "understood": result.understood,
+            "refused": result.refused,
             **self._watch.row(number),
         }
 

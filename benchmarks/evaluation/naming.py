@@ -2,8 +2,10 @@
 
 `openhelix probe --sentences FILE.json` takes `{task: [sentence, ...]}` and one picture per task, a
 state of the scene in which the task is feasible (or the same picture for all), and reports the
-share of sentences that the policy would assign to their own task. `--sentences calvin-r` takes
-CALVIN-R's instructions, which name their task only together with the picture of their start.
+share of sentences that the policy would assign to their own task. A sentence that System 2 says
+it does not understand is refused, and named by none. The list `refusals` has sentences that
+name no task, by kind: of those all should be refused. `calvin-r` takes CALVIN-R's instructions, which
+name their task only together with the picture of their start.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from openhelix.benchmarks.calvin import phrases
+from openhelix.benchmarks.calvin import phrases, refusals
 from openhelix.benchmarks.calvin.phrases import Phrases
 from openhelix.benchmarks.calvin.scene import get_scene
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
@@ -27,12 +29,12 @@ from openhelix.benchmarks.evaluation.referring import pictures as referring_pict
 from openhelix.runtime.cli.arguments import Options, option, parse
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.config import ConfigError, RunConfig
-from openhelix.runtime.core.interfaces import F32, U8
+from openhelix.runtime.core.interfaces import F32, U8, judged
 from openhelix.system2 import probe
 
 BATCH = 8
 STARTS = 50  # draws for a state from which a task can be done
-LISTS = ("training", "validation", "development", "calvin-e", "seen", "unseen")
+LISTS = ("training", "validation", "development", "calvin-e", "seen", "unseen", "refusals")
 REFERRING = "calvin-r"
 
 
@@ -81,13 +83,11 @@ def main(argv: Sequence[str]) -> int:
     policy = make(config.system1.policy)
     engine = make(config.system2.engine)
     try:
-        head = getattr(engine, "head", None)
-        below = None if head is None else head.note.get("refuse_below")
         if referring:
-            report = name_references(engine, policy, asked, below)
+            report = name_references(engine, policy, asked)
             report["shuffled"] = options.shuffled
         else:
-            report = name_sentences(engine, policy, said, shown, below)
+            report = name_sentences(engine, policy, said, shown)
     finally:
         engine.close()
     report |= {
@@ -109,6 +109,8 @@ def sentences(name: str) -> Phrases:
     if name in ("training", "validation", "development"):
         found: Phrases = getattr(phrases, name)()
         return found
+    if name == "refusals":
+        return refusals.held_out()
     if name in LISTS:
         return phrases.calvin_e("all" if name == "calvin-e" else name)
     return phrases.load(name)
@@ -122,6 +124,8 @@ def settings(options: NamingOptions, overrides: Sequence[str]) -> RunConfig:
 def pictures(options: NamingOptions, tasks: Sequence[str]) -> Mapping[str, U8]:
     """Return the picture (H, W, 3) that goes with each task's sentences.
 
+    What is no task (a kind of sentence that names none) goes with the first task's.
+
     Raises:
         BadImage: the file cannot be read.
         ConfigError: no state was found from which a task can be done.
@@ -133,8 +137,9 @@ def pictures(options: NamingOptions, tasks: Sequence[str]) -> Mapping[str, U8]:
     from openhelix.benchmarks.calvin.starts import StartError, begin
 
     found: dict[str, U8] = {}
+    states = {key: key if key in TASK_NAMES else TASK_NAMES[0] for key in tasks}
     with PlayTableEnv(options.scene, cameras=("static",)) as env:
-        for task in tasks:
+        for task in dict.fromkeys(states.values()):
             for attempt in range(STARTS):
                 rng = np.random.default_rng([options.seed, TASK_NAMES.index(task), attempt])
                 try:
@@ -145,7 +150,7 @@ def pictures(options: NamingOptions, tasks: Sequence[str]) -> Mapping[str, U8]:
                 break
             else:
                 raise ConfigError(f"--scene: no start for {task} in {STARTS} draws")
-    return found
+    return {key: found[task] for key, task in states.items()}
 
 
 def seen_references(options: NamingOptions) -> list[tuple[Referred, U8]]:
@@ -160,10 +165,7 @@ def seen_references(options: NamingOptions) -> list[tuple[Referred, U8]]:
 
 
 def name_references(
-    engine: Encoder,
-    policy: Any,
-    asked: Sequence[tuple[Referred, U8]],
-    refuse_below: float | None = None,
+    engine: Encoder, policy: Any, asked: Sequence[tuple[Referred, U8]]
 ) -> dict[str, Any]:
     """Name every instruction of CALVIN-R; see `name_sentences`.
 
@@ -171,9 +173,7 @@ def name_references(
         its keys, with `per_reference` beside `per_task`, and `blind_chance`: the share that the
         sentences alone allow to name.
     """
-    report = named_rows(
-        engine, policy, [(e.task, e.sentence, shown) for e, shown in asked], refuse_below
-    )
+    report = named_rows(engine, policy, [(e.task, e.sentence, shown) for e, shown in asked])
     rows = report.pop("rows")
     kinds = [episode.reference for episode, _ in asked]
     return {
@@ -191,7 +191,6 @@ def name_sentences(
     policy: Any,
     said: Phrases,
     shown: Mapping[str, U8],
-    refuse_below: float | None = None,
 ) -> dict[str, Any]:
     """Name every sentence.
 
@@ -200,7 +199,6 @@ def name_sentences(
         policy: System 1, with a task table.
         said: {task: sentences}.
         shown: {task: picture}.
-        refuse_below: see `named`.
 
     Returns:
         `named` (share of sentences named by their own task), `refused` (share that System 2
@@ -211,23 +209,22 @@ def name_sentences(
         ConfigError: the policy has no task table, so that a latent names nothing.
     """
     wanted = [(task, text, shown[task]) for task, texts in said.items() for text in texts]
-    report = named_rows(engine, policy, wanted, refuse_below)
+    report = named_rows(engine, policy, wanted)
     report.pop("rows")
     return report
 
 
 def named_rows(
-    engine: Encoder,
-    policy: Any,
-    wanted: Sequence[tuple[str, str, U8]],
-    refuse_below: float | None = None,
+    engine: Encoder, policy: Any, wanted: Sequence[tuple[str, str, U8]]
 ) -> dict[str, Any]:
     """Return the report of `name_sentences` for (task, sentence, picture), and its `rows`."""
     guesses: list[str | None] = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
-        latents = engine.encode([shown for *_, shown in part], [text for _, text, _ in part])
-        guesses += named(policy, latents, refuse_below)
+        texts = [text for _, text, _ in part]
+        latents = engine.encode([shown for *_, shown in part], texts)
+        for guess, judgement in zip(named(policy, latents), judged(engine, texts), strict=True):
+            guesses.append(None if judgement.refused else guess)
     rows = [(task, guess, text) for (task, text, _), guess in zip(wanted, guesses, strict=True)]
     wrong = Counter((task, guess) for task, guess, _ in rows if guess not in (task, None))
     first = {(task, guess): text for task, guess, text in reversed(rows)}
@@ -247,32 +244,21 @@ def named_rows(
     }
 
 
-def named(policy: Any, latents: F32, refuse_below: float | None = None) -> list[str | None]:
-    """Return the task of each latent (B, n, dim); None for one that names none.
-
-    Args:
-        policy: whose table it is.
-        latents: of System 2.
-        refuse_below: a latent names no task where it is nearer to one than to the row for "no
-            task named" by less than this (see `openhelix.system1.latent_adapter.task_margin`); None: it always does.
+def named(policy: Any, latents: F32) -> list[str]:
+    """Return the task of each latent (B, n, dim): the one whose row of the policy's table is nearest.
 
     Raises:
         ConfigError: the policy has no task table.
     """
     import torch
 
-    from openhelix.system1.latent_adapter import nearest_task, task_margin
+    from openhelix.system1.latent_adapter import nearest_task
 
     model: Any = getattr(policy, "model", None)
     guess = None if model is None else nearest_task(model, torch.from_numpy(latents))
     if guess is None:
         raise ConfigError("system1.policy: has no task table, so that a latent names no task")
-    names: list[str | None] = [TASK_NAMES[index] for index in guess.tolist()]
-    if refuse_below is not None:
-        margin = task_margin(model, torch.from_numpy(latents))
-        assert margin is not None  # it has a table
-        names = [n if m >= refuse_below else None for n, m in zip(names, margin, strict=True)]
-    return names
+    return [TASK_NAMES[index] for index in guess.tolist()]
 
 
 def _shares(rows: Sequence[tuple[str, str | None, str]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A pool takes jobs and gives outcomes back as they finish, in any order. Every episode stands
 for itself, so a pool's size changes how long an evaluation takes and nothing else. The others
-are `ray_pool.RayPool` and `realtime_pool.RealtimePool`; `pools.open_pool` chooses.
+are `ray_pool.RayPool` and `realtime_pool.RealtimePool`; `evaluation.open_pool` chooses.
 """
 
 from __future__ import annotations

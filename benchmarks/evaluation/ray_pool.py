@@ -26,7 +26,7 @@ from openhelix.benchmarks.evaluation.pool import Job, on_gpu
 from openhelix.benchmarks.evaluation.runner import Runner
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig
-from openhelix.runtime.core.interfaces import F32, Engine, LatentSpec
+from openhelix.runtime.core.interfaces import F32, Engine, Judgement, LatentSpec, judged
 
 log = logging.getLogger(__name__)
 TRIES = 2
@@ -55,10 +55,17 @@ class EngineActor:
 
     def encode(self, image: np.ndarray, instruction: str) -> F32:
         """Return the latent of one image and instruction; loads after a restart."""
+        return self._loaded().encode([image], [instruction])
+
+    def judge(self, instructions: list[str]) -> list[Judgement]:
+        """Return what System 2 understands; loads after a restart."""
+        return judged(self._loaded(), instructions)
+
+    def _loaded(self) -> Engine:
         answer = self.start()
         if self._engine is None:
             raise RuntimeError(answer["refused"])
-        return self._engine.encode([image], [instruction])
+        return self._engine
 
 
 class RemoteEngine:
@@ -72,22 +79,29 @@ class RemoteEngine:
 
     def __init__(self, actor: Any, spec: LatentSpec, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self._actor, self.spec, self._timeout_s = actor, spec, timeout_s
+        self._judged: dict[str, Judgement] = {}
 
     def warm_up(self) -> None: ...
 
     def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
         rows = [
-            self._ask(np.asarray(image), text)
+            self._ask("encode", np.asarray(image), text)
             for image, text in zip(images, instructions, strict=True)
         ]
         return cast(F32, np.concatenate(rows))
 
-    def _ask(self, image: np.ndarray, instruction: str) -> F32:
+    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+        new = [text for text in instructions if text not in self._judged]
+        if new:
+            self._judged |= zip(new, self._ask("judge", new), strict=True)
+        return [self._judged[text] for text in instructions]
+
+    def _ask(self, verb: str, *given: Any) -> Any:
         limit_s = self._timeout_s
         for _ in range(TRIES):
             try:
-                request = self._actor.encode.remote(image, instruction)
-                return cast(F32, ray.get(request, timeout=limit_s))
+                request = getattr(self._actor, verb).remote(*given)
+                return ray.get(request, timeout=limit_s)
             except ray.exceptions.GetTimeoutError:
                 ray.kill(self._actor, no_restart=False)
                 limit_s = self._timeout_s + START_TIMEOUT_S  # it loads first

@@ -111,7 +111,7 @@ def _result(
 ) -> dict[str, Any]:
     rows = [
         {key: row[key] for key in ("task", "instruction", "success", "env_steps", "hold_steps")}
-        | {"reason": row["reason"]}
+        | {key: row[key] for key in ("reason", "understood", "refused")}
         | dict(Watch.EMPTY)
         for row in report.get("tasks", ())
     ]

@@ -87,27 +87,35 @@ class EpisodeClock(FakeClock):
         self._now_ns = 1_000_000_000
 
 
-class TaskPolicy:
-    """A policy without System 2 is told the task's number instead of an instruction."""
+class AroundPolicy:
+    """A policy that passes everything on to another one, `inner`; for subclasses to step in."""
 
-    def __init__(self, policy: Any) -> None:
-        self._policy = policy
-        self.episode_runner: EpisodeRunner | None = None
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
 
     @property
     def spec(self) -> PolicySpec:
-        return cast(PolicySpec, self._policy.spec)
+        return cast(PolicySpec, self.inner.spec)
 
     def warm_up(self) -> None:
-        self._policy.warm_up()
+        self.inner.warm_up()
 
     def reset(self, seed: int | None = None) -> None:
-        self._policy.reset(seed)
+        self.inner.reset(seed)
+
+    def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
+        return cast(ActionChunk, self.inner.act(observation, latents))
+
+
+class TaskPolicy(AroundPolicy):
+    """A policy without System 2 is told the task's number instead of an instruction."""
+
+    episode_runner: EpisodeRunner | None = None
 
     def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
         current = self.episode_runner.current if self.episode_runner else None
-        self._policy.set_task(TASK_NAMES.index(current.task) if current else -1)
-        return cast(ActionChunk, self._policy.act(observation, latents))
+        self.inner.set_task(TASK_NAMES.index(current.task) if current else -1)
+        return super().act(observation, latents)
 
 
 class Runner:

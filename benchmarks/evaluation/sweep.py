@@ -31,10 +31,9 @@ from openhelix.benchmarks.evaluation.eval import (
     make_suite,
     refuse_ignored,
 )
-from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate
+from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate, open_pool
 from openhelix.benchmarks.evaluation.metrics import EvalMetrics, served
 from openhelix.benchmarks.evaluation.pool import Pool
-from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.report import (
     counted,
     html_table,

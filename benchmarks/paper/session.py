@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate
+from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate, open_pool
 from openhelix.benchmarks.evaluation.metrics import served
 from openhelix.benchmarks.evaluation.pool import Pool
-from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.report import write_reports
 from openhelix.benchmarks.evaluation.results import REPORT, RUN, read_results
 from openhelix.benchmarks.paper.catalogue import Catalogue, Contrast, Experiment, Row, Scale

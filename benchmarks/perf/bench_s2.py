@@ -150,8 +150,7 @@ def tuning(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import LlavaForConditionalGeneration
 
-    from openhelix.system2.checkpoint import LatentHead
-    from openhelix.system2.latents import LatentConfig
+    from openhelix.system2.latents import LatentConfig, LatentHead
     from openhelix.system2.model import open_checkpoint
     from openhelix.system2.prompt import as_pil
     from openhelix.system2.train import System2Learner

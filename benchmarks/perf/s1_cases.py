@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from openhelix.system1.actor import DiffuserActor
+from openhelix.system1.attention import KERNELS
 from openhelix.system1.checkpoint import Network, build_model, load_policy
 from openhelix.system1.config import official_calvin, small
+from openhelix.system1.diffusion import Noise, draw_noise
 from openhelix.system1.fast_modes import GraphedSampler, compile_denoiser, to_bf16
-from openhelix.system1.packed import KERNELS
-from openhelix.system1.points import farthest_point_sample
-from openhelix.system1.sampler import Noise, draw_noise
-from openhelix.system1.scene import Inputs
+from openhelix.system1.geometry import Inputs, farthest_point_sample
 
 Record = dict[str, Any]
 Run = Callable[[], Tensor]

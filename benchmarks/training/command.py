@@ -4,8 +4,9 @@ Stages: `vlm` (a base model for System 2, trained on pictures and questions; nam
 `latent.model` in later stages), `policy` (System 1 alone), `prepare` (caches the frozen language
 model's outputs on disk), `stage1` (trains <ACT> and projector; policy and language model are
 frozen), `stage2` (trains the policy too), `export` (writes one folder with the pair), `all` (every
-unfinished stage but `vlm`, in order). Repeating a command resumes an interrupted stage and skips a
-finished one.
+unfinished stage from `policy` on, in order), `understanding` (a head that says which instructions
+are refused; put its file beside the pair's `latent.safetensors`). Repeating a command resumes an
+interrupted stage and skips a finished one.
 """
 
 from __future__ import annotations
@@ -55,13 +56,20 @@ def run(config: TrainingConfig, stage: str) -> dict[str, Any]:
     from openhelix.benchmarks.training.config import NotDone
     from openhelix.benchmarks.training.export import export
     from openhelix.benchmarks.training.stages import prepare, run_joint, run_policy
+    from openhelix.benchmarks.training.understanding import (
+        run_understanding,
+        understanding_folder,
+    )
     from openhelix.benchmarks.training.vlm import run_vlm, vlm_folder
     from openhelix.system1.train_loop import deadline_after
+
+    # Stages that need no collection, and where each puts what it makes.
+    alone = {"vlm": vlm_folder, "understanding": understanding_folder}
 
     if config.device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         config = config.model_copy(update={"device": device})
-    if stage != "vlm":
+    if stage not in alone:
         config.latent.read_out()
         config.frames_folder()
     if config.device.startswith("cuda") and not torch.cuda.is_available():
@@ -69,12 +77,14 @@ def run(config: TrainingConfig, stage: str) -> dict[str, Any]:
     if config.threads:
         torch.set_num_threads(config.threads)
     deadline = deadline_after(config.time_limit_s)
-    folder = str(vlm_folder(config) if stage == "vlm" else config.folder)
+    folder = str(alone[stage](config) if stage in alone else config.folder)
     done: list[dict[str, Any]] = []
     try:
         for name in ("policy", "stage1", "stage2", "export") if stage == "all" else (stage,):
             if name == "vlm":
                 done.append(run_vlm(config, deadline))
+            elif name == "understanding":
+                done.append(run_understanding(config))
             elif name == "policy":
                 done.append(run_policy(config, deadline))
             elif name == "prepare":

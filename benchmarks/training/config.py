@@ -20,11 +20,11 @@ from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system1.checkpoint import CONFIG
 from openhelix.system1.train_loop import OptimizerName
-from openhelix.system2.latents import BadLatent, LatentConfig
+from openhelix.system2.latents import BadReadOut, LatentConfig
 from openhelix.system2.train import Regime
 from openhelix.system2.vlm_config import VlmSection
 
-STAGES = ("policy", "prepare", "stage1", "stage2", "export", "all", "vlm")
+STAGES = ("policy", "prepare", "stage1", "stage2", "export", "all", "understanding", "vlm")
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -170,8 +170,30 @@ class LatentSection(_Section):
             return LatentConfig(
                 self.kind, self.n_act, self.layer, self.text_rows, self.vision, self.layers
             )
-        except BadLatent as error:
+        except BadReadOut as error:
             raise ConfigError(str(error)) from None
+
+
+class UnderstandingSection(_Section):
+    """The head that says which instructions are refused; see `understanding.py`.
+
+    Attributes:
+        layers: after which the language model's states are read; the latent must read them too.
+        width: of the hidden layer.
+        requests, refusals: sentences that name a task, and that name none.
+        folds: the sentences' patterns are split into as many parts.
+        steps: of the fit.
+        false_refusals: share of sentences in patterns not seen, and of the development list,
+            that may be refused.
+    """
+
+    layers: tuple[Whole, ...] = (8, 12)
+    width: Count = 64
+    requests: Annotated[int, Field(ge=1000)] = 4600
+    refusals: Annotated[int, Field(ge=100)] = 2800
+    folds: Annotated[int, Field(ge=2)] = 4
+    steps: Count = 600
+    false_refusals: Share = 0.01
 
 
 class JointStage(_Section):
@@ -231,6 +253,7 @@ class TrainingConfig(_Section):
         time_limit_s: end the command after this long, saved; 0 for no limit.
         threads: torch threads; 0 leaves torch's own number.
         device: "cpu", "cuda", or "auto": CUDA where there is one.
+        understanding: of stage `understanding` alone.
         vlm: the base model's own training, see `openhelix.system2.vlm_config`; read by stage `vlm` alone.
     """
 
@@ -249,6 +272,7 @@ class TrainingConfig(_Section):
     latent: LatentSection = LatentSection()
     stage1: Stage1 = Stage1()
     stage2: Stage2 = Stage2()
+    understanding: UnderstandingSection = UnderstandingSection()
     vlm: VlmSection = VlmSection()
 
     @field_validator("data", mode="before")

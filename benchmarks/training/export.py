@@ -38,7 +38,7 @@ from openhelix.system1.checkpoint import Network, load_policy, save_policy
 from openhelix.system1.data import Cache
 from openhelix.system1.model import gaussian
 from openhelix.system1.train_loop import LOG
-from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.latents import LatentHead
 from openhelix.system2.model import open_checkpoint
 from openhelix.system2.text import FILE
 

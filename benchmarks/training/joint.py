@@ -19,9 +19,9 @@ from openhelix.benchmarks.training.feeds import Ages, Drawn, Feed
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.checkpoint import Network
 from openhelix.system1.data import Augment, Batch, Cache, relative_rows
+from openhelix.system1.geometry import Inputs
 from openhelix.system1.latent_adapter import nearest_task
 from openhelix.system1.losses import LossParts
-from openhelix.system1.scene import Inputs
 from openhelix.system1.train_loop import BETAS, Ema, Optimizers, cosine_rate, trained
 from openhelix.system2.train import ActionTarget, LossWeights, Sample, System2Learner
 

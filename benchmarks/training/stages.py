@@ -50,7 +50,7 @@ from openhelix.system1.data import Cache
 from openhelix.system1.latent_adapter import adapt_to_latent, task_anchors, with_latent
 from openhelix.system1.train import TrainConfig, Trainer, fresh_network, policy_config
 from openhelix.system1.train_loop import STATE, Pace, load_state, run_loop, save_state
-from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.latents import LatentHead
 from openhelix.system2.model import open_checkpoint, pick_dtype, sha256_file
 from openhelix.system2.text import FILE
 from openhelix.system2.train import System2Learner

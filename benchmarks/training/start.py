@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu
 
-from openhelix.benchmarks.calvin.phrases import development_nothing
 from openhelix.benchmarks.calvin.wordings import say_nothing
 from openhelix.benchmarks.training.feeds import Source, StateFeed
 from openhelix.benchmarks.training.joint import Joint, sample_of
 from openhelix.runtime.core.config import ConfigError
-from openhelix.system1.latent_adapter import adapter_tokens, nearest_task, task_anchors, task_margin
+from openhelix.system1.latent_adapter import adapter_tokens, nearest_task, task_anchors
 from openhelix.system1.model import VisuomotorPolicy
 from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.train import encode_states
@@ -41,7 +40,6 @@ SHRINKAGES = (1e-3, 1e-2)  # of the covariance within tasks towards the identity
 NOISE = 0.3  # added to discriminants, in units of the spread within a task
 FIT_STEPS, FIT_BATCH, FIT_RATE = 800, 256, 5e-3
 NO_TASK = -1
-FALSE_REFUSALS = 0.01  # share of held-out sentences, in words that training does not have
 DROPOUT = 0.3  # of the states' channels and of the hidden layer's
 HEARD = 2  # frames a task on which a latent to be spoken like is heard
 WHOLE_STEPS, WHOLE_BATCH, WHOLE_RATE, WHOLE_DECAY = 800, 128, 1e-3, 0.1
@@ -52,8 +50,7 @@ def start_from_table(joint: Joint, source: Source) -> dict[str, float]:
 
     What is to be chosen is chosen by the held-out episodes. Nothing is changed where the
     policy has no table. With `latent.refuse` sentences that name no task are sent to the
-    table's row for that, and from which margin on a sentence is taken for a task is chosen so
-    that `FALSE_REFUSALS` of the held-out sentences are refused.
+    table's row for that.
     """
     anchors = task_anchors(joint.policy)
     if anchors is None:
@@ -86,29 +83,18 @@ def start_from_table(joint: Joint, source: Source) -> dict[str, float]:
             best, kept = right, candidate
     head.load_state_dict(kept, strict=False)
     named = tasks != NO_TASK
-    result = {
+    return {
         "samples": float(len(states)),
         "train_top1": accuracy(joint, states[named], filled[named], tasks[named]),
         "held_out_top1": best,
     }
-    if refuse:
-        known = margins(joint, *test[:2])
-        below = float(known.quantile(FALSE_REFUSALS))
-        head.note["refuse_below"] = below
-        said = states_of(joint, source, held, development_nothing())
-        result |= {
-            "refuse_below": below,
-            "held_out_refused": float((known < below).float().mean()),
-            "held_out_nothing_refused": float((margins(joint, *said) < below).float().mean()),
-        }
-    return result
 
 
 def heard(joint: Joint, source: Source, like: Path) -> Tensor:
     """Return what a policy hears of another System 2's latents (n_tasks + 1, width).
 
     A policy that was trained with a latent understands what that one says of a task better
-    than its table's row. Their mean behind the door takes the row's place; the first row, "no
+    than its table's row. Their mean behind the adapter takes the row's place; the first row, "no
     task named", stays.
 
     Args:
@@ -137,13 +123,6 @@ def heard(joint: Joint, source: Source, like: Path) -> Tensor:
     finally:
         engine.close()
     return rows
-
-
-def margins(joint: Joint, states: Tensor, filled: Tensor) -> Tensor:
-    """Return by how much latents of states are nearer to a task than to no task, (N,)."""
-    with torch.no_grad():
-        margin = task_margin(joint.policy, joint.learner.head.project(states, filled))
-    return torch.zeros(len(states)) if margin is None else margin
 
 
 @torch.no_grad()
@@ -279,7 +258,7 @@ def whole(
         joint: whose projector's shape it has.
         policy: whose table it is to speak for.
         x, label: the samples; `NO_TASK` where a sentence names none.
-        rows: (n_tasks + 1, width), what latents are to become behind the policy's door; the
+        rows: (n_tasks + 1, width), what latents are to become behind the policy's adapter; the
             first for "no task named".
     """
     projector, generator = joint.learner.head.projector, joint.generator(0, 1)

@@ -124,6 +124,7 @@ def _tls(options: StatusOptions) -> ssl.SSLContext | None:
 def _table(status: dict[str, Any]) -> Table:
     rates, expected = status["rates_hz"], status["expected_hz"]
     age = status["latent_age_s"]
+    understood = status["understood"]
     state = status["state"] + (f": {status['reason']}" if status["reason"] else "")
     rows = {
         "run": f"{status['run']}, robot {status['robot']}",
@@ -132,6 +133,7 @@ def _table(status: dict[str, Any]) -> Table:
         "task": f"{status['number']} {status['task']}".strip(),
         "step": f"{status['steps']} of {status['steps_limit']}",
         "success": f"{status['succeeded']} of {status['attempted']} so far",
+        "understood": "-" if understood is None else f"{100 * understood:.0f} %",
         "latent age": "-" if age is None else f"{age:.2f} s",
         "System 2": f"{rates['system2']:.2f} Hz of {expected['system2']:g}",
         "System 1": f"{rates['system1']:.2f} Hz",

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from openhelix.runtime.control.goals import refused
 from openhelix.runtime.control.loop import ControlLoop, Tick
 from openhelix.runtime.core.config import Part, PolicyPart, RunConfig
 from openhelix.runtime.core.interfaces import PolicySpec
@@ -50,6 +51,8 @@ class TaskResult:
     hold_steps: int  # the robot held still
     duration_s: float
     reason: str  # why it ended
+    understood: float | None = None  # how probably System 2 thinks that it names a task
+    refused: bool = False  # too improbable: the robot held still
 
 
 class EpisodeRunner:
@@ -137,6 +140,8 @@ class EpisodeRunner:
             hold_steps=self._holds,
             duration_s=time.monotonic() - self._start_s,
             reason=reason,
+            understood=self._loop.understood,
+            refused=refused(self._loop.goals),
         )
 
     def _judged(self, assignment: Assignment) -> bool:
@@ -335,4 +340,5 @@ def live(statistics: LoopStatistics | None) -> dict[str, Any]:
         "loop_state": tick.state if tick else "wait",
         "loop_reason": tick.reason if tick else "",
         "latent_age_s": tick.latent_age_s if tick else None,
+        "understood": tick.understood if tick else None,
     }

@@ -3,7 +3,9 @@
 The loop offers its newest image every tick and polls; it never waits. `recent` holds the
 last latents of the current instruction, newest last. Two kinds of latents are counted and
 never used: those for another instruction, which is no longer followed, and those of a model other
-than the run began with, which System 1 would misinterpret even if their shape matches.
+than the run began with, which System 1 would misinterpret even if their shape matches. A latent
+whose instruction System 2 does not understand (`LatentGoal.refused`) is counted and empties
+`recent`: while it is the newest there is nothing to plan from, and the robot holds.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from openhelix.runtime.core.interfaces import (
     U8,
     Engine,
     GoalRequest,
+    Judgement,
     LatentGoal,
     LatentSpec,
     Observation,
     PartFailed,
     encode_one,
+    judged,
 )
 from openhelix.runtime.transport.wire import ReaderStats
 
@@ -35,6 +39,8 @@ class Goals(Protocol):
     void: int  # for another instruction
     mismatched: int  # of another model
     mismatch: str  # what the first of those was; "" while there was none
+    refusals: int  # of this run's latents, those whose instruction was not understood
+    newest: LatentGoal | None  # of the current instruction, refused or not
     latencies_s: deque[float]  # the engine's time for each latent received
 
     @property
@@ -50,6 +56,11 @@ class Goals(Protocol):
     def close(self) -> None: ...
 
 
+def refused(goals: Goals | None) -> bool:
+    """Whether the current instruction is one that System 2 does not understand."""
+    return goals is not None and goals.newest is not None and goals.newest.refused
+
+
 class _Recent:
     """The newest latents of the current instruction and of the expected model."""
 
@@ -60,6 +71,8 @@ class _Recent:
         self.void = 0
         self.mismatched = 0
         self.mismatch = ""
+        self.refusals = 0
+        self.newest: LatentGoal | None = None
         self.instruction_id = 0
         self.instruction = ""
         self._spec_id = ""  # no latent carries that one
@@ -71,6 +84,7 @@ class _Recent:
     def begin(self, instruction_id: int, instruction: str) -> None:
         self.instruction_id, self.instruction = instruction_id, instruction
         self.recent.clear()
+        self.newest = None
 
     def accept(self, latent: LatentGoal) -> bool:
         if latent.spec_id != self._spec_id:
@@ -84,7 +98,12 @@ class _Recent:
             self.void += 1
             return False
         self.received += 1
-        self.recent.append(latent)
+        self.newest = latent
+        if latent.refused:
+            self.refusals += 1
+            self.recent.clear()
+        else:
+            self.recent.append(latent)
         self.latencies_s.append(latent.compute_s)
         return True
 
@@ -211,7 +230,7 @@ class LockstepGoals(_Recent):
         return arrived
 
     def _compute(self, observation: Observation) -> LatentGoal:
-        frame = observation.frames[self._camera]
+        frame, judgement = observation.frames[self._camera], self._judge()
         start = self._timer()
         z = self._encode(frame.rgb, self.instruction)
         latent = LatentGoal(
@@ -223,9 +242,18 @@ class LockstepGoals(_Recent):
             spec_id=self._engine.spec.spec_id,  # as it is now: weights can be swapped
             source="lockstep",
             compute_s=self._timer() - start,
+            understood=judgement.understood,
+            refused=judgement.refused,
         )
         self._seq += 1
         return latent
+
+    def _judge(self) -> Judgement:
+        """Return what System 2 thinks of the instruction; raises PartFailed where it fails."""
+        try:
+            return judged(self._engine, [self.instruction])[0]
+        except Exception as error:
+            raise PartFailed("system2", error) from error
 
     def _encode(self, image: U8, instruction: str) -> F32:
         """Return System 2's latent, checked; raises PartFailed where it gives none."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from openhelix.runtime.control.goals import Goals
+from openhelix.runtime.control.goals import Goals, refused
 from openhelix.runtime.control.plans import ChunkBuffer, Planner
 from openhelix.runtime.core.clock import Clock
 from openhelix.runtime.core.interfaces import Action, ActionChunk, LatentGoal, Observation
@@ -38,6 +38,7 @@ class Tick:
     latent_age_s: float | None  # of the newest latent of this instruction
     duration_s: float  # the tick's own work
     refused_chunk: ActionChunk | None = None  # has arrived and is not followed: late, stale, void
+    understood: float | None = None  # how probably the instruction names a task; None: unknown yet
 
 
 Subscriber = Callable[[Tick], None]
@@ -91,6 +92,12 @@ class ControlLoop:
         """Whether the robot stands stopped for good."""
         return self.safety.stop is not None and self.safety.stop.latched
 
+    @property
+    def understood(self) -> float | None:
+        """How probably the current instruction names a task; None until a latent says so."""
+        newest = None if self.goals is None else self.goals.newest
+        return None if newest is None else newest.understood
+
     def arm(self) -> None:
         """Call once before the first tick: every source counts as seen now."""
         self.watchdog.arm(self.clock.now_ns())
@@ -130,6 +137,7 @@ class ControlLoop:
             latent_age_s=self._latent_age_s(now_ns),
             duration_s=time.perf_counter() - start_s,
             refused_chunk=refused,
+            understood=self.understood,
         )
         for subscriber in self.subscribers:
             subscriber(tick)
@@ -176,10 +184,18 @@ class ControlLoop:
         return observation
 
     def condition(self, observation: Observation, now_ns: int) -> LatentGoal | None:
-        """Offer the newest image to System 2; return a latent that has just arrived."""
+        """Offer the newest image to System 2; return a latent that has just arrived.
+
+        When it says that the instruction is not understood, the plan is void, and so is what
+        System 1 is still making of an earlier latent.
+        """
         if self.goals is None:
             return None
+        acted = not refused(self.goals)
         latent = self.goals.update(observation)
+        if acted and refused(self.goals):
+            self.chunks.void(self.instruction_id, from_ns=now_ns)
+            self.planner.reset(self.seed + self.instruction_id)
         if self.goals.mismatch:
             self.watchdog.saw_mismatch(self.goals.mismatch)
         if latent is not None:
@@ -208,10 +224,13 @@ class ControlLoop:
         """Return what to do, and the planned target for the end of this period."""
         target = self.chunks.sample(now_ns + self.period_ns)
         hold = ""
-        if target is None:
+        unclear = refused(self.goals)
+        if unclear:
+            hold = "not_understood"
+        elif target is None:
             hold = "chunk_ran_out" if self._planned else "first_plan_due"
         mode = self.safety.update(self.watchdog.check(now_ns), hold)
-        if mode is Mode.HOLD and not self._planned:
+        if mode is Mode.HOLD and not self._planned and not unclear:
             return "wait", None
         return _STATES[mode], target if mode is Mode.RUN else None
 

@@ -245,7 +245,7 @@ class ChunkCounters:
     rows_blended: int = 0  # rows mixed with what was being executed
     chunks_accepted: int = 0
     chunks_used: int = 0  # of the accepted: at least one action was sampled from it
-    chunks_void: int = 0  # refused: for another instruction
+    chunks_void: int = 0  # refused: for another instruction, or of before the plan was voided
     chunks_late: int = 0  # refused: every row had expired
     chunks_stale: int = 0  # refused: older observation than the plan's
     chunks_bad: int = 0  # refused: wrong shape, not finite, no rotation, no time step
@@ -277,6 +277,7 @@ class ChunkBuffer:
         self._fresh = False  # the newest chunk has not been sampled yet
         self._fresh_from_ns = 0
         self._t_obs_ns: int | None = None
+        self._from_ns = 0  # chunks of older observations are void
         self._latent_seq = -1
         self._ran_out = False
 
@@ -290,11 +291,16 @@ class ChunkBuffer:
         """The latent that the newest accepted chunk was conditioned on; -1 for none."""
         return self._latent_seq
 
-    def void(self, instruction_id: int) -> None:
-        """Drop the whole plan; from now on accept chunks of `instruction_id` only."""
+    def void(self, instruction_id: int, from_ns: int = 0) -> None:
+        """Drop the whole plan; from now on accept chunks of `instruction_id` only.
+
+        Args:
+            instruction_id: may be the present one.
+            from_ns: and of those only ones whose observation is of then or later.
+        """
         self.counters.rows_voided += sum(self._mine)
         self._clear()
-        self._instruction_id = instruction_id
+        self._instruction_id, self._from_ns = instruction_id, from_ns
         self._t_obs_ns = None
         self._latent_seq = -1
         self._ran_out = False
@@ -315,7 +321,7 @@ class ChunkBuffer:
         if not isinstance(chunk, ActionChunk):
             raise TypeError(f"chunk: {type(chunk).__name__}, must be an ActionChunk")
         count = self.counters
-        if chunk.instruction_id != self._instruction_id:
+        if chunk.instruction_id != self._instruction_id or chunk.t_obs_ns < self._from_ns:
             count.chunks_void += 1
             return False
         rows = _rows(chunk)

@@ -88,6 +88,8 @@ class LatentGoal:
     spec_id: str  # of the model that made it, see `LatentSpec`; one of another model is void
     source: str = ""  # identity of the publishing process, new at every start
     compute_s: float = 0.0  # what the engine took for it
+    understood: float = 1.0  # how probably the instruction names a task; 1 where nobody judges
+    refused: bool = False  # too improbable to act on: no plan may be made of it
 
     def age_s(self, now_ns: int) -> float:
         """Seconds from the capture of the image to `now_ns`."""
@@ -350,8 +352,42 @@ def encode_one(engine: Engine, image: Any, instruction: str) -> F32:
     return latent
 
 
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Whether an instruction names something that can be done.
+
+    Attributes:
+        understood: calibrated probability that it does, 0 to 1.
+        refused: whether that is too little to act on; where the line is, the engine knows.
+    """
+
+    understood: float = 1.0
+    refused: bool = False
+
+
+def judged(engine: object, instructions: Sequence[str]) -> list[Judgement]:
+    """Return an engine's judgements; one without the verb `judge` understands everything.
+
+    Raises:
+        BadLatent: it gave something else than one judgement an instruction.
+    """
+    judge = getattr(engine, "judge", None)
+    if judge is None:
+        return [Judgement()] * len(instructions)
+    found = list(judge(instructions))
+    if len(found) != len(instructions) or not all(
+        isinstance(one, Judgement) and 0.0 <= one.understood <= 1.0 for one in found
+    ):
+        raise BadLatent(f"judge gave {found!r} for {len(instructions)} instructions")
+    return found
+
+
 class Engine(Protocol):
-    """System 2: images and instructions in, latents out."""
+    """System 2: images and instructions in, latents out.
+
+    One that knows which instructions it does not understand has another verb,
+    `judge(instructions) -> Sequence[Judgement]`; it is asked through `judged`.
+    """
 
     @property
     def spec(self) -> LatentSpec: ...

@@ -172,6 +172,8 @@ class NodeRunner:
         self._again = again
         self.last_health: dict[str, Any] = {}
         self._stop = threading.Event()
+        self._told = False  # by a signal
+        self._may_leave = False  # at any line: what may take minutes is running
         self._node: Node | None = None
         self.state = "starting"
         self._was_ready = False
@@ -182,15 +184,12 @@ class NodeRunner:
         """Block until the node is done; return its last state."""
         if self._again:
             step_back(self._spec.nice)
-        self._build()
-        # After the imports, which would keep a core for seconds, and before the first thread.
-        self._step_forward()
-        handlers = {"health": self._health, "ask": self._ask}
-        if self._stoppable:
-            handlers["stop"] = self._on_stop
-        self._server = RpcServer(self._spec.control, handlers, keys=self._spec.keys)
-        self._server.start()
         try:
+            with self._leaving_at_once():
+                self._build()
+            # After the imports, which would keep a core for seconds, and before the first thread.
+            self._step_forward()
+            self._serve()
             self._drive()
         finally:
             if self._node is not None:
@@ -199,16 +198,44 @@ class NodeRunner:
                 self._stop.wait()
             elif self.state == "failed" and not self._was_ready:
                 self._stop.wait(TELL_S)
-            self._server.close()
+            if self._server is not None:
+                self._server.close()
         return self.state
-
-    @property
-    def stopping(self) -> bool:
-        """Whether it has been told to end."""
-        return self._stop.is_set()
 
     def stop(self) -> None:
         self._stop.set()
+
+    def interrupt(self) -> None:
+        """Stop, from a signal's handler in the thread that runs this.
+
+        Raises:
+            SystemExit: out of a setup, which may wait for others for minutes. What has been
+                opened is closed on the way.
+        """
+        if self._told:  # the signal may come several times, one within the other
+            return
+        self._told = True
+        in_a_thread(self.stop)
+        if self._may_leave:
+            raise SystemExit(0)
+
+    @contextmanager
+    def _leaving_at_once(self) -> Iterator[None]:
+        """Let a signal end the block at any line; one that came before ends it here."""
+        self._may_leave = True
+        try:
+            if self._told:
+                raise SystemExit(0)
+            yield
+        finally:
+            self._may_leave = False
+
+    def _serve(self) -> None:
+        handlers = {"health": self._health, "ask": self._ask}
+        if self._stoppable:
+            handlers["stop"] = self._on_stop
+        self._server = RpcServer(self._spec.control, handlers, keys=self._spec.keys)
+        self._server.start()
 
     def _step_forward(self) -> None:
         """Ask for SCHED_FIFO, or, where a node is nice to nobody, to be woken at once."""
@@ -231,7 +258,8 @@ class NodeRunner:
         if self._node is None:
             return
         try:
-            self._node.setup()
+            with self._leaving_at_once():
+                self._node.setup()
             if not self._again:
                 step_back(self._spec.nice)  # not before: nothing moves yet, and a person waits
             self.state, self._was_ready = "ready", True

@@ -289,6 +289,7 @@ class ControlProcess:
             "latents_received": goals.received if goals else 0,
             "latents_void": goals.void if goals else 0,
             "latents_mismatched": goals.mismatched if goals else 0,
+            "latents_refused": goals.refusals if goals else 0,
             "latents_missed": goals.missed if goals else 0,
             "s1_latency_s": percentiles(stack.loop.planner.latencies_s, ("p50", "p99")),
             "s2_latency_s": percentiles(goals.latencies_s if goals else (), ("p50", "p99")),

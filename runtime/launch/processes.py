@@ -139,18 +139,7 @@ def main(argv: Sequence[str]) -> int:
         signal.setitimer(signal.ITIMER_REAL, ALONE_S)
         runner.stop()
 
-    done: set[str] = set()  # the signal may come several times, one within the other
-
-    def end(*_: object) -> None:
-        if "told" in done:
-            return
-        done.add("told")
-        starting = runner.state == "starting" and not runner.stopping
-        in_a_thread(runner.stop)
-        if starting:
-            raise SystemExit(0)  # out of a setup that may wait for others for minutes
-
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, lambda *_: runner.interrupt())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever Python does
     in_a_thread(alone)

@@ -192,6 +192,7 @@ def _report(config: RunConfig, stack: ControlStack, statistics: LoopStatistics) 
         "latents_published": published,
         "latents_missed": goals.missed if goals else 0,
         "latents_mismatched": goals.mismatched if goals else 0,
+        "latents_refused": goals.refusals if goals else 0,
         "s1_latency_s": percentiles(stack.loop.planner.latencies_s, ("p50", "p99")),
         "s2_latency_s": percentiles(goals.latencies_s if goals else (), ("p50", "p99")),
         "stopped": str(stack.loop.safety.stop) if stack.loop.stopped else None,

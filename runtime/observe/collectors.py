@@ -35,7 +35,7 @@ STOP_REASONS = (
     *("camera_stale", "camera_frozen", "proprioception_stale", "latent_silent"),
     *("latent_mismatch", "robot_error", "operator"),
 )
-HOLD_REASONS = ("chunk_ran_out", "first_plan_due")
+HOLD_REASONS = ("chunk_ran_out", "first_plan_due", "not_understood")
 SHED_REASONS = ("too_many_robots", "name_taken", "bad_name", "too_old", "out_of_order")
 OUTCOMES = ("success", "failure")
 UNJUDGED = ("free", "unjudged")  # task and outcome of an instruction without an oracle
@@ -149,6 +149,9 @@ class LoopMetrics:
         yield counter("latents_void", goals.void)
         yield counter("latents_missed", goals.missed)
         yield counter("latents_mismatched", goals.mismatched)
+        yield counter("latents_refused", goals.refusals)
+        if self._loop.understood is not None:
+            yield gauge("instruction_understood", self._loop.understood)
         if self._latent_period_s is not None:
             yield counter("latents_late", self._late)
             yield gauge("latent_period_seconds", self._latent_period_s)

@@ -94,6 +94,7 @@ def _live_table(health: dict[str, Any], steps_limit: int) -> Table:
     table.add_row("state", state)
     table.add_row("control", f"{_number(health['control_hz'], '.1f')} Hz")
     table.add_row("latent age", f"{_number(health['latent_age_s'], '.2f')} s")
+    table.add_row("understood", f"{_number(health['understood'], '.0f', 100)} %")
     table.add_row("so far", f"{health['n_success']} of {len(health['tasks'])} done")
     return table
 

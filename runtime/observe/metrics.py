@@ -118,6 +118,8 @@ _LATENTS = (
     _counter("latents_void", "Latents of an earlier instruction that arrived and were dropped."),
     _counter("latents_missed", "Latents published that never arrived."),
     _counter("latents_mismatched", "Latents dropped because their model differs from the run's."),
+    _counter("latents_refused", "Latents whose instruction System 2 does not understand."),
+    _gauge("instruction_understood", "How probably the current instruction names a task; 0 to 1."),
     _counter(
         "latents_late",
         "Latents that arrived more than one System 2 period after their image.",

@@ -233,6 +233,7 @@ class StatusBoard:
             "ticks": tick.index,
             "silent_s": silent_s,
             "latent_age_s": None if age_s is None else age_s + silent_s,
+            "understood": tick.understood,
             "cameras": {
                 name: {
                     "t_ns": frame.t_ns,
@@ -266,6 +267,7 @@ _NOTHING: dict[str, Any] = {
     "ticks": 0,
     "silent_s": 0.0,
     "latent_age_s": None,
+    "understood": None,
     "cameras": {},
 }
 

@@ -110,18 +110,18 @@ class PeerMetrics:
     """What Prometheus is told of watched sockets.
 
     Args:
-        doors: by channel name.
+        watches: by channel name.
     """
 
-    def __init__(self, doors: Mapping[str, PeerWatch]) -> None:
-        self._doors = dict(doors)
+    def __init__(self, watches: Mapping[str, PeerWatch]) -> None:
+        self._watches = dict(watches)
 
     def collect(self) -> Iterable[Metric]:
         """Return both families."""
         refused: dict[tuple[str, ...], float] = {
-            (name, reason): door.refused[reason]
-            for name, door in self._doors.items()
+            (name, reason): watch.refused[reason]
+            for name, watch in self._watches.items()
             for reason in _EXPLAINED
         }
         yield counter("wire_refused", refused)
-        yield counter("wire_ended", {name: door.ended for name, door in self._doors.items()})
+        yield counter("wire_ended", {name: watch.ended for name, watch in self._watches.items()})

@@ -95,6 +95,7 @@ class TickRecord:
     reason: str
     latent_age_s: float | None
     duration_s: float
+    understood: float | None = None  # None where nobody judges, or nobody has yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +169,31 @@ _DECODERS: Final = {
 
 def _check(message: Any) -> None:
     """Raise `WireError` for what could not travel or would not come back as it was."""
-    if type(message) in (Observation, LatentGoal, ActionChunk, Action, CameraFrame):
+    cls = type(message)
+    if cls in (Observation, LatentGoal, ActionChunk, Action, CameraFrame):
         encode(message)
-    if dataclasses.is_dataclass(message):
-        for field in dataclasses.fields(message):
-            value = getattr(message, field.name)
-            for one in value.values() if isinstance(value, Mapping) else (value,):
-                if isinstance(one, float) and not math.isfinite(one):  # JSON has no such number
-                    raise WireError("nonfinite", field.name)
+    for name in _NUMBERS[cls]:
+        value = getattr(message, name)
+        for one in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(one, float) and not math.isfinite(one):  # JSON has no such number
+                raise WireError("nonfinite", name)
+
+
+def _numbers(cls: type[Any]) -> tuple[str, ...]:
+    """Return the fields of a record that are numbers, or map names to numbers."""
+    hints = typing.get_type_hints(cls)
+    kinds = (float, float | None, Mapping[str, float])
+    return tuple(f.name for f in dataclasses.fields(cls) if hints[f.name] in kinds)
+
+
+# Found once: a tick is several records, and their annotations are strings.
+_NUMBERS: Final = {
+    cls: _numbers(cls)
+    for cls in (
+        *(InstructionRecord, Observation, CameraFrame),
+        *(LatentGoal, ActionChunk, Action, TickRecord),
+    )
+}
 
 
 # Writing ---------------------------------------------------------------------------------------
@@ -428,7 +446,8 @@ class Recorder(Counted):
                 put(topic, tick.t_ns, message)
         put("/action", tick.t_ns, tick.sent)
         came_to = TickRecord(
-            tick.index, tick.state, tick.reason, tick.latent_age_s, tick.duration_s
+            *(tick.index, tick.state, tick.reason, tick.latent_age_s, tick.duration_s),
+            tick.understood,
         )
         put("/tick", tick.t_ns, came_to)
         self._ends.append(self._writer.records)
@@ -731,7 +750,10 @@ class _Inputs:
 
     def conditioned(self, latent: LatentGoal) -> None:
         """A latent follows its tick's observation, and the plan of that tick already has it."""
-        self._recent.append(latent)
+        if latent.refused:  # what came before is no longer acted on
+            self._recent.clear()
+        else:
+            self._recent.append(latent)
         if self._seen:
             observation, _ = self._seen.pop()
             self.observed(observation)

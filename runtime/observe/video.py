@@ -13,8 +13,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import av
-import av.error
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -46,6 +44,8 @@ class Mp4:
     def __init__(self, path: Path, width: int, height: int, fps: float = 30.0) -> None:
         if width % 2 or height % 2:
             raise ValueError(f"video: {width}x{height} pixels; H.264 needs even numbers")
+        import av  # a tenth of a second, which only those who write a video are to wait for
+
         # ffmpeg crashes when it closes a film that it could not write: it is told of no error.
         self._file = CalmFile(path)
         self._container = av.open(
@@ -61,6 +61,7 @@ class Mp4:
         # One thread: the other cores belong to System 1 and System 2.
         self._stream.options = {"preset": "veryfast", "crf": "23", "threads": "1"}
         self._stream.codec_context.time_base = _MS
+        self._frame = av.VideoFrame.from_ndarray
         self._first_ns: int | None = None
         self._last_ms = -1
         self.frames = 0
@@ -73,7 +74,7 @@ class Mp4:
         """
         self._first_ns = t_ns if self._first_ns is None else self._first_ns
         ms = max(self._last_ms + 1, (t_ns - self._first_ns) // 1_000_000)
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        frame = self._frame(np.ascontiguousarray(image), format="rgb24")
         frame.pts, frame.time_base = ms, _MS
         self._container.mux(self._stream.encode(frame))
         self._last_ms = ms
@@ -100,6 +101,9 @@ class Mp4:
 
 def _frames_in(path: Path) -> int:
     """Return how many frames a film holds that may be cut."""
+    import av
+    import av.error
+
     found = 0
     try:
         with av.open(str(path)) as container:

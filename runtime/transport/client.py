@@ -14,12 +14,20 @@ from typing import Any, Final
 
 import numpy as np
 
-from openhelix.runtime.core.interfaces import F32, GoalRequest, LatentGoal, LatentSpec, SpecMismatch
+from openhelix.runtime.core.interfaces import (
+    F32,
+    GoalRequest,
+    Judgement,
+    LatentGoal,
+    LatentSpec,
+    SpecMismatch,
+)
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
 from openhelix.runtime.transport.sockets import Keys, check_connect, served
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 
 ROBOT: Final = re.compile(r"[\w-]{1,64}")  # as `robot.id` of a run
+KEPT: Final = 4096  # instructions whose judgement is remembered
 RESEND_S = 0.5  # a request that left before the server had subscribed is lost, as is an answer
 
 
@@ -63,6 +71,7 @@ class System2Client:
         self._sender: Publisher | None = None
         self._reader: NewestReader[LatentGoal] | None = None
         self._asked = self._seq = 0
+        self._judged: dict[str, Judgement] = {}
         try:
             self._spec = self._read_spec()
             self._claim()
@@ -102,6 +111,19 @@ class System2Client:
             return np.zeros((0, self._spec.n_tokens, self._spec.dim), np.float32)
         return np.stack(rows)
 
+    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+        """Return what the server understands; one that it was not asked before, it is asked now.
+
+        Raises:
+            as `encode`.
+        """
+        found = []
+        for text in instructions:
+            if text not in self._judged:
+                self.ask(np.zeros((64, 64, 3), np.uint8), text)
+            found.append(self._judged[text])
+        return found
+
     def ask(self, image: Any, instruction: str) -> LatentGoal:
         """Return the latent of one image and instruction, with its times; see `encode`."""
         if self._sender is None or self._reader is None:
@@ -129,6 +151,9 @@ class System2Client:
                         f"latent.spec_id: {self.address} gave {latent.spec_id}, and "
                         f"{self._spec.spec_id} when this client connected: it has other weights"
                     )
+                if len(self._judged) >= KEPT:
+                    self._judged.clear()
+                self._judged[instruction] = Judgement(latent.understood, latent.refused)
                 return latent
         self._raise_refusal()
         raise System2Error(f"{self.address}: no latent within {self._timeout_s:g} s")

@@ -2,7 +2,7 @@
 
 A diffusion head implements `forward` (training: any timesteps, no caches) and `prepare`
 (acting: everything that depends only on the scene or only on the timestep, computed once,
-closed over by the step function it returns). The loop between is `openhelix.system1.sampler`.
+closed over by the step function it returns). The loop between is `openhelix.system1.diffusion`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from openhelix.system1.scene import Scene
+from openhelix.system1.geometry import Scene
 
 Step = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 

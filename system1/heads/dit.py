@@ -13,8 +13,8 @@ from torch.nn.functional import layer_norm, silu
 
 from openhelix.system1.attention import Attention, Block, blocks_of, sinusoid
 from openhelix.system1.config import PolicyConfig
+from openhelix.system1.geometry import Scene, merge_masks
 from openhelix.system1.heads.base import DiffusionHead, Step
-from openhelix.system1.scene import Scene, merge_masks
 
 QUERIES_A_CAMERA = 8
 RESAMPLER_LAYERS = 2

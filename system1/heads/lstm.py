@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from openhelix.system1.config import PolicyConfig
+from openhelix.system1.geometry import PROPRIO_FEATURES, Scene
 from openhelix.system1.heads.base import DirectHead
-from openhelix.system1.scene import PROPRIO_FEATURES, Scene
 
 
 class LstmHead(DirectHead):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from openhelix.system1.attention import sinusoid
 from openhelix.system1.config import PolicyConfig
+from openhelix.system1.geometry import Scene, merge_masks
 from openhelix.system1.heads.base import DiffusionHead, Step
-from openhelix.system1.scene import Scene, merge_masks
 
 
 class PlainHead(DiffusionHead):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from openhelix.system1.config import ConfigError, PolicyConfig
+from openhelix.runtime.core.config import ConfigError
+from openhelix.system1.config import PolicyConfig
 from openhelix.system1.heads.base import DiffusionHead, DirectHead
 from openhelix.system1.heads.dit import DitHead
 from openhelix.system1.heads.lstm import LstmHead

@@ -15,8 +15,8 @@ from torch.nn.functional import layer_norm
 
 from openhelix.system1.attention import Block, blocks_of, metric_frequencies, rotary_code, sinusoid
 from openhelix.system1.config import PolicyConfig
+from openhelix.system1.geometry import Scene, merge_masks
 from openhelix.system1.heads.base import DiffusionHead, Step
-from openhelix.system1.scene import Scene, merge_masks
 
 Tables = list[tuple[Tensor, ...]]
 

@@ -16,10 +16,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openhelix.runtime.core.interfaces import F32, LatentSpec
-from openhelix.system2.checkpoint import LatentHead, check_fit, head_for, with_act
-from openhelix.system2.model import SHIPPED, CheckpointError, open_checkpoint, pick_dtype
+from openhelix.runtime.core.interfaces import F32, Judgement, LatentSpec
+from openhelix.system2.latents import LatentConfig, LatentHead, check_fit, head_for, with_act
+from openhelix.system2.model import (
+    SHIPPED,
+    CheckpointError,
+    load_tokenizer,
+    open_checkpoint,
+    pick_dtype,
+)
 from openhelix.system2.prompt import BadInstruction, Prompt, as_batch
+from openhelix.system2.text import sentence_ids
+from openhelix.system2.understanding import KEPT, beside
+
+JUDGED_TOGETHER = 32  # sentences, at most
 
 
 class EncodeError(RuntimeError):
@@ -49,6 +59,8 @@ class EngineBase:
         max_instruction_tokens: longer instructions are refused.
         seed: of untrained weights.
         blind: show the model black pictures instead of those that are given.
+        understanding: file of the head that judges which instructions are understood; None takes
+            the one beside the latent's weights, where there is one, and "off" judges none.
         untrained: take random `<ACT>` and projector where no `latent_projector` is given, not the
             shipped ones; a run refuses random ones that nobody asked for
             (`openhelix.runtime.control.assembly.make`).
@@ -75,6 +87,7 @@ class EngineBase:
         untrained: bool = False,
         layers: Sequence[int] | None = None,
         blind: bool = False,
+        understanding: Path | str | None = None,
     ) -> None:
         config = with_act(
             None,
@@ -88,6 +101,9 @@ class EngineBase:
         if latent_projector is None and not untrained and model == "laptop" and config is None:
             shipped = SHIPPED / "latent.safetensors"
             latent_projector = shipped if shipped.is_file() else None
+        weights = None if isinstance(latent_projector, LatentHead) else latent_projector
+        self._understanding = beside(weights, understanding)
+        self._judged: dict[str, Judgement] = {}
         if latent_projector is not None and not isinstance(latent_projector, LatentHead):
             latent_projector = LatentHead.load(latent_projector)
         self.untrained = latent_projector is None and not raw
@@ -101,6 +117,9 @@ class EngineBase:
         self._closed = False
         if wanted is not None:
             wanted.layers_of(self.checkpoint.layers)  # before a model is loaded for nothing
+        self._layers = (wanted or LatentConfig()).layers_of(self.checkpoint.layers)
+        if self._understanding is not None:
+            self._check_understanding(wanted or LatentConfig())
         self._load(wanted, max_instruction_tokens)
         self._max_instruction_tokens = max_instruction_tokens
         # Without the padding that an engine may add, so that every engine starts alike.
@@ -124,6 +143,10 @@ class EngineBase:
     def _hidden(self, images: list[Image.Image], prompts: list[Prompt]) -> list[Tensor]:
         """Return each sequence's states (T, hidden), or only the last (1, hidden) if that is read."""
         raise TypeError("an engine says how hidden states are computed")
+
+    def _sentence_states(self, rows: list[list[int]]) -> list[Tensor]:
+        """Return each bare sentence's states (T, width) at all of its tokens."""
+        raise TypeError("an engine says how a sentence's states are computed")
 
     # What users call.
 
@@ -176,6 +199,41 @@ class EngineBase:
         """
         return self._run(images, instructions, self._raw)
 
+    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+        """Return whether instructions name something that can be done; no image is looked at.
+
+        Raises:
+            ValueError: an instruction is unusable; the message names which.
+            EncodeError: the engine is closed.
+        """
+        if self._understanding is None:
+            return [Judgement()] * len(instructions)
+        if self._closed:
+            raise EncodeError("the engine is closed")
+        new = list(dict.fromkeys(text for text in instructions if text not in self._judged))
+        if new:
+            if len(self._judged) + len(new) > KEPT:
+                self._judged = {text: self._judged[text] for text in set(instructions) - set(new)}
+            self._judged |= zip(new, self._judge(new), strict=True)
+        return [self._judged[text] for text in instructions]
+
+    def _judge(self, texts: list[str]) -> list[Judgement]:
+        assert self._understanding is not None
+        prompts, rows = self._prompts, []
+        for index, text in enumerate(texts):
+            try:
+                most = self._max_instruction_tokens
+                rows.append(sentence_ids(self._tokenizer, text, prompts.special, most))
+            except BadInstruction as error:
+                raise BadInstruction(f"instructions[{index}]: {error}") from error
+        found: list[Judgement] = []
+        with self._lock, torch.inference_mode():
+            for start in range(0, len(rows), JUDGED_TOGETHER):
+                states = self._sentence_states(rows[start : start + JUDGED_TOGETHER])
+                states = [s.to("cpu", torch.float32) for s in states]
+                found += self._understanding.judge(states, self._layers)
+        return found
+
     def states(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
         """Return the read-out before the projector (B, n_tokens, hidden); as `encode` else."""
         return self._run(images, instructions, raw=True)
@@ -203,6 +261,12 @@ class EngineBase:
     def close(self) -> None:
         """Let go of the model; later calls of `encode` fail."""
         self._closed = True
+
+    def _check_understanding(self, config: LatentConfig) -> None:
+        """Raise CheckpointError unless the head can be given the states that it reads."""
+        assert self._understanding is not None
+        self._understanding.check(self.checkpoint, self._layers)
+        self._tokenizer = load_tokenizer(self.checkpoint.path)
 
     def _adopt(self, head: LatentHead) -> None:
         self._head = head

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from openhelix.runtime.core.interfaces import F32, LatentSpec
+from openhelix.runtime.core.interfaces import F32, Judgement, LatentSpec
 from openhelix.system2.prompt import BadInstruction, as_batch
 from openhelix.system2.text import FILE, TextCode, TextReader
-
-KEPT = 4096  # sentences
+from openhelix.system2.understanding import KEPT, beside
 
 
 class TextEngine:
@@ -28,15 +27,28 @@ class TextEngine:
         path: a policy's folder with `text.safetensors`, or that file.
         model: "laptop", a LLaVA's folder, or a hub name; the one that the code was fitted to.
         device: any torch device.
+        understanding: as of `openhelix.system2.engines.base.EngineBase`.
 
     Raises:
         TextError: no such file, or it is of another model.
+        CheckpointError: `understanding` is of another model, or reads other layers.
     """
 
-    def __init__(self, path: str | Path, model: str = "laptop", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        model: str = "laptop",
+        device: str = "cpu",
+        understanding: Path | str | None = None,
+    ) -> None:
         file = Path(path).expanduser()
-        self._code = TextCode.load(file / FILE if file.is_dir() else file)
+        file = file / FILE if file.is_dir() else file
+        self._code = TextCode.load(file)
         self._reader = TextReader(model, self._code.layers, device)
+        self._understanding = beside(file, understanding)
+        if self._understanding is not None:
+            self._understanding.check(self._reader.checkpoint, self._reader.layers)
+        self._judged: dict[str, Judgement] = {}
         self._reader.encode(self._code, ["move"])  # refuses a code of another model
         self._kept: dict[str, F32] = {}
         self._lock = threading.Lock()
@@ -59,6 +71,23 @@ class TextEngine:
         _, texts = as_batch(images, instructions)
         with self._lock:
             return np.stack([self._latent(index, text) for index, text in enumerate(texts)])
+
+    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+        """Return whether instructions name something that can be done.
+
+        Raises:
+            ValueError: an instruction is unusable.
+        """
+        if self._understanding is None:
+            return [Judgement()] * len(instructions)
+        with self._lock:
+            if len(self._judged) >= KEPT:
+                self._judged.clear()
+            for text in instructions:
+                if text not in self._judged:
+                    states = self._reader.states([text])
+                    self._judged[text] = self._understanding.judge(states, self._code.layers)[0]
+            return [self._judged[text] for text in instructions]
 
     def _latent(self, index: int, text: Any) -> F32:
         found = self._kept.get(text) if isinstance(text, str) else None

@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openhelix.system2.depth import stop_after
 from openhelix.system2.engines.base import EngineBase
-from openhelix.system2.latents import LatentConfig
+from openhelix.system2.latents import LatentConfig, stop_after
 from openhelix.system2.prompt import Prompt
 
 
@@ -70,6 +69,15 @@ class TransformersEngine(EngineBase):
         output = self._model.language_model(inputs_embeds=embeddings, use_cache=False)
         states = output.last_hidden_state
         return [states[row, : prompt.layout.length] for row, prompt in enumerate(prompts)]
+
+    def _sentence_states(self, rows: list[list[int]]) -> list[Tensor]:
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        for row, tokens in zip(ids, rows, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        embeddings = self._model.get_input_embeddings()(ids.to(self._device))
+        output = self._model.language_model(inputs_embeds=embeddings, use_cache=False)
+        states = output.last_hidden_state
+        return [states[row, : len(tokens)] for row, tokens in enumerate(rows)]
 
     def image_features(self, images: list[Image.Image]) -> Tensor:
         """Return the projected image tokens (B, n_image, hidden)."""

@@ -3,7 +3,7 @@
 vLLM runs in this process (no engine-core process beside it): System 2 has an actor of its
 own already, and `<ACT>` can then be swapped in place. Requests of several robots go in one
 call and vLLM batches them. For a read-out after middle layers the model inside vLLM is made to
-stop there (`openhelix.system2.depth`); it is then run as it is, without compilation.
+stop there (`openhelix.system2.latents`); it is then run as it is, without compilation.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 from openhelix.system2.answering import MAX_WORDS, AnswerPrompts
-from openhelix.system2.depth import stop_vllm_after
 from openhelix.system2.engines.base import EncodeError, EngineBase
 from openhelix.system2.engines.serving import serving_folder
 from openhelix.system2.engines.vllm_plugin import register
-from openhelix.system2.latents import LatentConfig
-from openhelix.system2.model import pick_dtype
+from openhelix.system2.latents import LatentConfig, stop_vllm_after
+from openhelix.system2.model import CheckpointError, pick_dtype
 from openhelix.system2.prompt import Prompt, as_batch
+from openhelix.system2.understanding import OFF
 
 
 class VllmEngine(EngineBase):
@@ -135,6 +135,21 @@ class VllmEngine(EngineBase):
             if self._head.config.vision:
                 request["multi_modal_data"] = {"image": image}
             requests.append(request)
+        return self._encoded(requests)
+
+    def _check_understanding(self, config: LatentConfig) -> None:
+        if config.last_token_only:
+            raise CheckpointError(
+                "understanding: reads all of a sentence's states, and vLLM gives this read-out the "
+                f"last one alone; understanding={OFF} does without"
+            )
+        super()._check_understanding(config)
+
+    def _sentence_states(self, rows: list[list[int]]) -> list[Tensor]:
+        return self._encoded([{"prompt_token_ids": row} for row in rows])
+
+    def _encoded(self, requests: list[dict[str, Any]]) -> list[Tensor]:
+        """Return each request's states (T, width), or only the last where that is what is read."""
         try:
             outputs = self._llm.encode(requests, pooling_task=self._task, use_tqdm=False)
         except BaseException:
@@ -142,8 +157,8 @@ class VllmEngine(EngineBase):
             engine = self._llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
-        if len(outputs) != len(prompts):
-            raise EncodeError(f"vLLM gave {len(outputs)} outputs for {len(prompts)} prompts")
+        if len(outputs) != len(requests):
+            raise EncodeError(f"vLLM gave {len(outputs)} outputs for {len(requests)} prompts")
         return [torch.atleast_2d(output.outputs.data) for output in outputs]
 
     def close(self) -> None:

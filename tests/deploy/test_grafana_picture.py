@@ -77,7 +77,7 @@ def test_a_dashboard_is_drawn_whole(name: str, url: str, tmp_path: Path) -> None
 
 def test_tables_are_sorted_by_number_and_joined_by_label(url: str) -> None:
     (panel,) = [
-        p for p in panels(dashboards()["asynchrony"]) if p["title"] == "Success against interval"
+        p for p in panels(dashboards()["asynchrony"]) if p["title"] == "Success by interval"
     ]
     labels, titles, rows = _joined(panel, Source(url, 0.0, 60))
     assert labels == ["interval"]

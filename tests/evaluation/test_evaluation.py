@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from openhelix.benchmarks.calvin.tasks import TASKS
-from openhelix.benchmarks.evaluation.evaluation import Console, evaluate, fingerprint
+from openhelix.benchmarks.evaluation.evaluation import Console, evaluate, fingerprint, shares_engine
 from openhelix.benchmarks.evaluation.pool import LocalPool
-from openhelix.benchmarks.evaluation.pools import shares_engine
 from openhelix.benchmarks.evaluation.results import ResultsError, read_results
 from openhelix.benchmarks.evaluation.suites import Suite
 from openhelix.runtime.core.config import ConfigError, Part

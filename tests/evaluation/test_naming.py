@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from openhelix.benchmarks.calvin.phrases import PhraseError
@@ -19,8 +18,8 @@ from openhelix.benchmarks.evaluation import naming
 from openhelix.benchmarks.evaluation.referring import Referred, referred
 from openhelix.runtime.cli.main import main
 from openhelix.runtime.core.config import ConfigError, RunConfig, System2Config
-from openhelix.runtime.core.interfaces import F32
-from openhelix.system1.latent_adapter import task_anchors, task_margin
+from openhelix.runtime.core.interfaces import F32, Judgement
+from openhelix.system1.latent_adapter import task_anchors
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system2.prompt import BadImage
 from tests.system1.test_policy import tiny
@@ -67,18 +66,20 @@ def test_shares_and_confusions(policy: DiffusionPolicy) -> None:
     assert "80.0 %" in naming.page(made)
 
 
-def test_what_is_hardly_nearer_to_a_task_than_to_none_is_refused(policy: DiffusionPolicy) -> None:
-    engine = Understands(policy)
-    latents = engine.encode([None, None], ["open_drawer", "turn_on_led"])
-    margins = task_margin(policy.model, torch.from_numpy(latents))
-    assert margins is not None
-    between = float(margins.mean())
-    expected = ["open_drawer", None] if margins[0] > margins[1] else [None, "turn_on_led"]
-    assert naming.named(policy, latents, between) == expected
-    assert naming.named(policy, latents) == ["open_drawer", "turn_on_led"]
-    said = {"open_drawer": ("open_drawer",), "turn_on_led": ("turn_on_led",)}
-    made = naming.name_sentences(engine, policy, said, dict.fromkeys(said), between)
-    assert (made["named"], made["refused"], made["confusions"]) == (0.5, 0.5, [])
+def test_what_system_2_does_not_understand_is_refused_whatever_its_latent_is_near_to(
+    policy: DiffusionPolicy,
+) -> None:
+    class Doubts(Understands):
+        def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+            return [Judgement(0.1, "not" in s.split()) for s in instructions]
+
+    said = {"open_drawer": ("open_drawer", "not open_drawer"), "denied": ("not turn_on_led",)}
+    made = naming.name_sentences(Doubts(policy), policy, said, dict.fromkeys(said))
+    assert (made["named"], made["refused"]) == (0.3333, 0.6667)
+    assert made["per_task"]["denied"] == {"named": 0.0, "refused": 1.0, "n": 1}
+    assert made["confusions"] == []
+    again = naming.name_sentences(Understands(policy), policy, said, dict.fromkeys(said))
+    assert again["refused"] == 0  # one without the verb understands everything
 
 
 def test_a_policy_without_a_table_names_nothing() -> None:
@@ -158,7 +159,7 @@ def test_calvin_r_is_named_with_each_start_s_own_picture(monkeypatch: pytest.Mon
             tasks = ["turn_off_led" if on else "turn_on_led" for on in lit]
             return np.array([[[names.index(task)]] for task in tasks], np.float32)
 
-    def by_number(policy: object, latents: np.ndarray, below: float | None) -> list[str | None]:
+    def by_number(policy: object, latents: np.ndarray) -> list[str | None]:
         return [names[int(z[0, 0])] for z in latents]
 
     monkeypatch.setattr(naming, "named", by_number)

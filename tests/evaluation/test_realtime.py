@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from openhelix.benchmarks.evaluation.evaluation import open_pool
 from openhelix.benchmarks.evaluation.pool import Job
-from openhelix.benchmarks.evaluation.pools import open_pool
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite
 from openhelix.runtime.core.config import ConfigError

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from openhelix.runtime.core.interfaces import PolicyFault
+from openhelix.system1.diffusion import draw_noise
 from openhelix.system1.fast_modes import GraphedSampler, to_bf16
+from openhelix.system1.geometry import Inputs
 from openhelix.system1.policy import DiffusionPolicy
-from openhelix.system1.sampler import draw_noise
-from openhelix.system1.scene import Inputs
 from tests.system1.test_actor import make
 from tests.system1.test_actor import observe as observe_official
 from tests.system1.test_heads import batch_of, stirred

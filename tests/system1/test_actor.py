@@ -10,9 +10,8 @@ from torch.nn.functional import interpolate, normalize
 
 from openhelix.system1.actor import DiffuserActor
 from openhelix.system1.config import official_calvin
-from openhelix.system1.rotations import matrix_from_6d, matrix_to_quat
-from openhelix.system1.sampler import Noise
-from openhelix.system1.scene import Inputs
+from openhelix.system1.diffusion import Noise
+from openhelix.system1.geometry import Inputs, matrix_from_6d, matrix_to_quat
 from tests.system1.naive import Naive
 
 NAMES = Path(__file__).parent / "data" / "official_state_dict.tsv"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.actor import DiffuserActor
 from openhelix.system1.checkpoint import (
     CheckpointError,
@@ -23,8 +24,8 @@ from openhelix.system1.checkpoint import (
     save_policy,
     seeded_model,
 )
-from openhelix.system1.config import ConfigError, PolicyConfig, official_calvin, small
-from openhelix.system1.normalizer import Normalizer
+from openhelix.system1.config import PolicyConfig, official_calvin, small
+from openhelix.system1.diffusion import Normalizer
 from openhelix.system1.policy import DiffusionPolicy
 from tests.system1.test_policy import goal, observe, tiny
 

@@ -15,13 +15,13 @@ import openhelix.system1.cache as cache_module
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.cache import CacheError, CacheWriter, chunk_targets, shrunk, write_latents
 from openhelix.system1.data import Augment, Cache, relative_rows, shift
-from openhelix.system1.policy import DiffusionPolicy, to_absolute
-from openhelix.system1.rotations import (
+from openhelix.system1.geometry import (
     matrix_from_6d,
     matrix_to_euler,
     matrix_to_quat,
     quat_to_matrix,
 )
+from openhelix.system1.policy import DiffusionPolicy, to_absolute
 from tests.system1.synthetic import make_cache
 from tests.system1.test_policy import observe, tiny
 
@@ -66,7 +66,7 @@ def test_training_sees_the_pixels_that_acting_sees():
     np.testing.assert_allclose(
         live.rgb[0][0].permute(1, 2, 0) * 255, kept["rgb"].astype(float), atol=0.51
     )
-    from openhelix.system1.points import deproject
+    from openhelix.system1.geometry import deproject
 
     depth = torch.from_numpy(kept["depth"].astype(np.float32)) * 1e-4
     xyz, valid = deproject(depth, torch.from_numpy(kept["K"]), torch.from_numpy(kept["T"]))

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
+from openhelix.system1.diffusion import Normalizer
+from openhelix.system1.geometry import Inputs
 from openhelix.system1.heads.base import DiffusionHead
 from openhelix.system1.heads.registry import HEADS
 from openhelix.system1.model import VisuomotorPolicy
-from openhelix.system1.normalizer import Normalizer
 from openhelix.system1.policy import DiffusionPolicy
-from openhelix.system1.scene import Inputs
 from tests.system1.test_policy import goal, observe, tiny
 
 ALL = sorted(HEADS)

@@ -18,8 +18,8 @@ from openhelix.runtime.core.interfaces import (
 )
 from openhelix.runtime.launch.parts import System1Process
 from openhelix.system1.config import CameraConfig, PolicyConfig, small
+from openhelix.system1.geometry import matrix_to_6d, quat_to_matrix, xyzw_to_wxyz
 from openhelix.system1.policy import DiffusionPolicy, to_absolute
-from openhelix.system1.rotations import matrix_to_6d, quat_to_matrix, xyzw_to_wxyz
 
 
 def tiny(**changes) -> PolicyConfig:

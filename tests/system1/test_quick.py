@@ -8,8 +8,7 @@ from torch import nn
 
 from openhelix.system1.attention import Attention, written_to_learn
 from openhelix.system1.encoder_light import normed
-from openhelix.system1.memory import keep_freed_memory
-from openhelix.system1.train_loop import Muon, Optimizers
+from openhelix.system1.train_loop import Muon, Optimizers, keep_freed_memory
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.cache import CacheError
-from openhelix.system1.config import ConfigError
 from openhelix.system1.data import Augment, Cache
-from openhelix.system1.latent_adapter import adapt_to_latent, nearest_task, start_door
+from openhelix.system1.latent_adapter import adapt_to_latent, nearest_task, start_adapter
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system1.sentences import OLDEST_S, SentenceError, Sentences, told
 from openhelix.system1.train import Trainer
@@ -127,7 +127,7 @@ def test_the_door_starts_by_saying_what_the_table_says():
     said, other = sentences(each=20), sentences(each=20, seed=3)
     model = DiffusionPolicy.build(tiny(n_tasks=2), 0).model
     model = adapt_to_latent(model, SPEC)
-    assert start_door(model, said.latent, said.task, 1.0)
+    assert start_adapter(model, said.latent, said.task, 1.0)
     assert bool((nearest_task(model, other.latent) == other.task).all())
     condition = model.encoder.condition
     tokens = condition.embed(other.latent.unsqueeze(1), None, None)[0][:, 0]
@@ -157,7 +157,7 @@ def test_a_policy_that_knew_numbers_understands_sentences_at_once(folder, tmp_pa
     assert run.evaluate()["val_sentence_top1"] == 1.0
     run.run()
     assert torch.equal(run.model.encoder.condition.project.weight, begun)
-    # Continued from here, the door is as it was learned, not fitted anew.
+    # Continued from here, the adapter is as it was learned, not fitted anew.
     again = Trainer(replace(config, init=tmp_path / "words", out=tmp_path / "more", freeze=()))
     assert torch.equal(again.model.encoder.condition.project.weight, begun)
 

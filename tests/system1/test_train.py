@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from openhelix.system1.config import ConfigError
+from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.data import Augment, Cache
+from openhelix.system1.diffusion import row_alphas
 from openhelix.system1.latent_adapter import ADAPTER
 from openhelix.system1.losses import LossParts, diffusion_loss, trajectory_loss
 from openhelix.system1.policy import DiffusionPolicy
-from openhelix.system1.sampler import row_alphas
 from openhelix.system1.train import TrainConfig, Trainer, policy_config, train
 from openhelix.system1.train_loop import OPTIMIZERS
 from tests.system1.synthetic import make_cache

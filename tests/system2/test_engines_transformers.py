@@ -7,10 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from openhelix.system2.checkpoint import LatentHead
 from openhelix.system2.engines import base
 from openhelix.system2.engines.transformers import TransformersEngine
-from openhelix.system2.latents import KINDS, LatentConfig
+from openhelix.system2.latents import KINDS, LatentConfig, LatentHead
 from openhelix.system2.model import CheckpointError
 from openhelix.system2.prompt import BadImage, BadInstruction
 from tests.system2.conftest import TEXTS

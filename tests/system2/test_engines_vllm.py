@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from openhelix.runtime.observe.metrics import Library
-from openhelix.system2.checkpoint import LatentHead
 from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.engines.vllm import VllmEngine
 from openhelix.system2.engines.vllm_plugin import real_hasattr, real_vars
-from openhelix.system2.latents import BadLatent
+from openhelix.system2.latents import BadReadOut, LatentHead
 from openhelix.system2.prompt import BadImage, BadInstruction
 from tests.system2 import tiny
 from tests.system2.conftest import TEXTS
@@ -115,7 +114,7 @@ def test_swap_changes_the_latent_on_both(vllm, plain, images, width: int, tmp_pa
 
 
 def test_a_layer_that_the_model_lacks_is_refused_before_it_is_loaded(tiny_model: str) -> None:
-    with pytest.raises(BadLatent, match="layers 1 to 4"):
+    with pytest.raises(BadReadOut, match="layers 1 to 4"):
         VllmEngine(tiny_model, kind="lang_mean", layers=[1, 5])
 
 
@@ -141,6 +140,7 @@ def test_middle_layers_equal_transformers(tiny_model: str, images) -> None:
         {"kind": "act_last", "layer": 1},
         {"kind": "act_lang", "layers": [1, 2, 3]},
         {"kind": "pool_map", "layer": 2},
+        {"kind": "act_words", "layers": [1, 3]},
         {"kind": "lang_mean"},
     ],
 )
@@ -152,7 +152,7 @@ def test_every_layer_equals_transformers(read_out, tiny_model: str, images) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["act_lang", "hidden_all", "pool_max", "pool_map", "lang", "lang_mean"]
+    "kind", ["act_lang", "act_words", "hidden_all", "pool_max", "pool_map", "lang", "lang_mean"]
 )
 def test_every_token_kind_equals_transformers(kind: str, tiny_model: str, images) -> None:
     options = {"kind": kind, "n_act": 2, "dtype": "float32"}

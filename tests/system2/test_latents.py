@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openhelix.system2.checkpoint import LatentHead
 from openhelix.system2.latents import (
     KINDS,
     NEEDS_VISION,
-    BadLatent,
+    BadReadOut,
     LatentConfig,
+    LatentHead,
     MapPool,
     read_out,
 )
@@ -68,14 +68,14 @@ def test_an_untrained_map_pool_averages() -> None:
     ],
 )
 def test_impossible_read_outs_are_refused(options, field: str) -> None:
-    with pytest.raises(BadLatent, match=f"latent.{field}"):
+    with pytest.raises(BadReadOut, match=f"latent.{field}"):
         LatentConfig(**options)
 
 
 def test_a_layer_the_model_lacks_is_refused() -> None:
-    with pytest.raises(BadLatent, match="1 to 3"):
+    with pytest.raises(BadReadOut, match="1 to 3"):
         LatentConfig(kind="act_mid", layer=9).layers_of(4)
-    with pytest.raises(BadLatent, match="1 to 4"):
+    with pytest.raises(BadReadOut, match="1 to 4"):
         LatentConfig(layers=(1, 5)).layers_of(4)
     assert LatentConfig(kind="act_mid").layers_of(4) == (2,)
     assert LatentConfig(kind="lang", layer=3).layers_of(4) == (3,)

@@ -235,7 +235,7 @@ def test_a_few_megabytes_stand_for_the_whole(
 ) -> None:
     monkeypatch.setattr("openhelix.system2.vlm_train.build", lambda **_: Path(tiny_model))
     monkeypatch.setattr("openhelix.system2.model.build", lambda **_: Path(tiny_model))
-    config = section(data, "laptop", tune={"steps": 3}, see={"steps": 0}, align={"steps": 0})
+    config = section(data, "smollm2", tune={"steps": 3}, see={"steps": 0}, align={"steps": 0})
     run = VlmRun(config, tmp_path / "run", device="cpu")
     assert run.run()
     whole = run.export()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from openhelix.benchmarks.training.export import changed
 from openhelix.runtime.cli.main import main
 from openhelix.system1.policy import DiffusionPolicy
-from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.latents import LatentHead
 from openhelix.system2.model import open_checkpoint
 from tests.training.conftest import settings
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from openhelix.system1.checkpoint import load_policy
 from openhelix.system1.latent_adapter import ADAPTER, adapter_tokens
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system1.train import TrainConfig, Trainer
-from openhelix.system2.checkpoint import LatentHead
+from openhelix.system2.latents import LatentHead
 from tests.training.conftest import settings
 
 
@@ -240,19 +241,19 @@ def test_the_alignment_loss_pulls_latents_to_the_table(
     assert rows[-1]["clip"] < rows[0]["clip"]
 
 
-def test_a_start_that_refuses_says_from_which_margin_on(
+def test_a_start_sends_sentences_that_name_no_task_where_no_task_is(
     frames, llava, trained_policy, tmp_path
 ) -> None:
-    config = settings(
-        frames, llava, tmp_path, f"policy.checkpoint={trained_policy}", "stage1.steps=2",
-        "latent.kind=lang_mean", "latent.refuse=16",
-    )  # fmt: skip
-    run_joint(config, "stage1", 0)
-    first = json.loads((tmp_path / "stage1" / "train.json").read_text())["history"][0]
-    head = LatentHead.load(tmp_path / "stage1" / LATENT)
-    assert head.note["refuse_below"] == first["start_refuse_below"]
-    assert first["start_held_out_refused"] <= 0.2
-    assert 0 <= first["start_held_out_nothing_refused"] <= 1
+    def started(folder: Path, refuse: int) -> LatentHead:
+        config = settings(
+            frames, llava, folder, f"policy.checkpoint={trained_policy}", "stage1.steps=1",
+            "latent.kind=lang_mean", f"latent.refuse={refuse}",
+        )  # fmt: skip
+        run_joint(config, "stage1", 0)
+        return LatentHead.load(folder / "stage1" / LATENT)
+
+    with_them, without = started(tmp_path / "with", 16), started(tmp_path / "without", 0)
+    assert not torch.allclose(with_them.projector.weight, without.projector.weight)
     linear = settings(
         frames, llava, tmp_path / "linear", f"policy.checkpoint={trained_policy}",
         "latent.refuse=16", "latent.projector_width=0",

@@ -25,8 +25,7 @@ from openhelix.benchmarks.training.feeds import (
 )
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.data import Cache
-from openhelix.system2.checkpoint import LatentHead
-from openhelix.system2.latents import LatentConfig
+from openhelix.system2.latents import LatentConfig, LatentHead
 from openhelix.system2.model import open_checkpoint
 from openhelix.system2.train import System2Learner, encode_states
 

@@ -102,11 +102,11 @@ def test_system_2_takes_the_place_of_the_sentences(
     more = (f"policy.checkpoint={told_policy}", f"stage1.start={start}", "stage1.steps=2")
     run = JointRun(configured(named, llava, lists, tmp_path, *more), "stage1")
     base = load_policy(told_policy)
-    door = base.encoder.condition.project.weight
-    assert torch.equal(run.joint.policy.encoder.condition.project.weight, door)
+    learned = base.encoder.condition.project.weight
+    assert torch.equal(run.joint.policy.encoder.condition.project.weight, learned)
     projector = run.learner.head.projector.weight.detach().clone()
     run.run()
-    assert torch.equal(run.joint.policy.encoder.condition.project.weight, door)
+    assert torch.equal(run.joint.policy.encoder.condition.project.weight, learned)
     assert not torch.equal(run.learner.head.projector.weight, projector)
     shipped = DiffusionPolicy.load(tmp_path / "stage1")
     assert shipped.spec.latent.kind == "act_last"

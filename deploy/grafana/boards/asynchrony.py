@@ -19,9 +19,9 @@ def dashboard() -> Dashboard:
     return board(
         "openhelix-asynchrony",
         "OpenHelix: asynchrony",
-        "Success and age against the interval between two latents: from sweeps, and live.",
+        "Success and latent age by refresh interval, from sweeps and from running robots.",
         ("Robot", "openhelix_latent_period_seconds"),
-        {"Sweeps: environment steps from latent to latent": _sweeps(), "Robots, live": _live()},
+        {"Sweeps: environment steps between latents": _sweeps(), "Running robots": _live()},
         since="now-6h",
     )
 
@@ -30,20 +30,20 @@ def _sweeps() -> list[Any]:
     age = "mean age, steps"
     return [
         bars(
-            "Success against interval",
-            "All suites and latencies in the time shown, with the 95 % Wilson interval.",
+            "Success by interval",
+            "All suites and latencies in the selected time range, with 95 % Wilson intervals.",
             "interval",
             *success("eval_attempts_total", "interval", here=False)[:3],
         ),
         bars(
-            "Age against interval",
-            "Mean age of the latents behind a plan, in environment steps.",
+            "Latent age by interval",
+            "Mean age of the latents used for planning, in environment steps.",
             "interval",
             (age, mean(AGES, "interval", here=False), "none"),
         ),
         rows(
-            "Cells",
-            "The wall clock's latency is System 2's own.",
+            "Every combination",
+            "On the wall clock, the latency is System 2's own.",
             CELL,
             *success("eval_attempts_total", ", ".join(CELL), here=False),
             (age, mean(AGES, ", ".join(CELL), here=False), "none"),
@@ -57,27 +57,27 @@ def _live() -> list[Any]:
     came = f"1 / ({rate('latents_received_total')} > 0)"
     return [
         lines(
-            "Age and interval",
+            "Latent age and interval",
             "Median age of the latent in use, and the time between two latents.",
             "s",
             (quantile("latent_age_seconds", 0.5), f"age {NAME}"),
-            (f"openhelix_latent_period_seconds{HERE}", f"interval asked for {NAME}"),
-            (came, f"interval as they come {NAME}"),
+            (f"openhelix_latent_period_seconds{HERE}", f"requested interval {NAME}"),
+            (came, f"actual interval {NAME}"),
         ),
         lines(
-            "Success beside age",
-            "Success of the last hour, and the median age in seconds.",
+            "Success and latent age",
+            "Success over the last hour, and median age in seconds.",
             "none",
             (f"instance:openhelix_success:ratio1h{HERE}", f"success {NAME}"),
             (f"instance:openhelix_latent_age_seconds:p50_1m{HERE}", f"age, s {NAME}"),
         ),
         lines(
             "Late latents",
-            "Share that arrives more than a period after its image.",
+            "Share of latents that arrive more than one period after their image.",
             "percentunit",
             (f"instance:openhelix_latents_late:ratio1m{HERE}", NAME),
             top=1,
             height=8,
         ),
-        heat("Latent age", "At every tick.", "s", buckets("latent_age_seconds")),
+        heat("Latent age", "Sampled at every tick.", "s", buckets("latent_age_seconds")),
     ]

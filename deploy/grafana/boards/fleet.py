@@ -1,4 +1,4 @@
-"""Fleet: how many robots hang on one System 2, and is it full?"""
+"""Fleet: how many robots does one System 2 serve, and is it at capacity?"""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def dashboard() -> Dashboard:
     return board(
         "openhelix-fleet",
         "OpenHelix: fleet",
-        "Robots per System 2, its queue, what it sheds, and who is not served.",
+        "Robots per System 2, its queue, rejected requests, and robots that are not served.",
         ("System 2", "openhelix_system2_robots"),
         {
             "Now": _now(),
             "Load": _load(),
             "Robots": _robots(),
-            "Turned away": _turned_away(),
+            "Rejected": _turned_away(),
             "Engine": _engine(),
         },
     )
@@ -36,16 +36,16 @@ def dashboard() -> Dashboard:
 def _now() -> list[Any]:
     shed = f"round({events('system2_shed_total', 'instance')})"
     return [
-        figure("Robots", "That System 2 serves.", "none", (ROBOTS, NAME)),
-        figure("Latents", "Published, a second.", "hertz", (PUBLISHED, NAME)),
+        figure("Robots", "Served by System 2.", "none", (ROBOTS, NAME)),
+        figure("Latents", "Published per second.", "hertz", (PUBLISHED, NAME)),
         figure(
             "Busy",
-            "Share of the time in which the engine works.",
+            "Share of time the engine is computing.",
             "percentunit",
             (BUSY, NAME),
             bad=[(0.8, "orange"), (0.95, "red")],
         ),
-        figure("Queue", "Robots whose request waits.", "none", (QUEUE, NAME)),
+        figure("Queue", "Robots with a request waiting.", "none", (QUEUE, NAME)),
         figure(
             "Skipped",
             "Share of the deadlines that passed while the engine was busy.",
@@ -55,7 +55,7 @@ def _now() -> list[Any]:
         ),
         figure(
             "Shed",
-            "Requests turned away in the time shown.",
+            "Requests rejected in the selected time range.",
             "none",
             (shed, NAME),
             bad=[(1, "orange")],
@@ -75,49 +75,54 @@ def _load() -> list[Any]:
             (QUEUE, f"queue {NAME}"),
         ),
         lines(
-            "Latents a second",
-            "Published, and promised to all robots together.",
+            "Latents per second",
+            "Published, and the total promised to all robots.",
             "hertz",
             (PUBLISHED, f"published {NAME}"),
             (promised, f"promised {NAME}"),
         ),
         lines(
             "Busy, and deadlines skipped",
-            "Shares. At a busy share of 1 robots are skipped.",
+            "Shares; when busy reaches 1, deadlines are skipped.",
             "percentunit",
             (BUSY, f"busy {NAME}"),
             (SKIPPED, f"skipped {NAME}"),
             top=1,
         ),
-        lines("Requests in one call", "Computed together.", "none", (together, NAME)),
-        heat("Latency", "One call of the engine.", "s", buckets("system2_latency_seconds")),
-        heat("Wait", "Of a request for its turn.", "s", buckets("system2_wait_seconds")),
+        lines("Batch size", "Requests per engine call.", "none", (together, NAME)),
+        heat("Latency", "Per engine call.", "s", buckets("system2_latency_seconds")),
+        heat(
+            "Wait",
+            "From a request's arrival to its engine call.",
+            "s",
+            buckets("system2_wait_seconds"),
+        ),
     ]
 
 
 def _robots() -> list[Any]:
     return [
         lines(
-            "Latents a second, by robot",
-            "What each is served.",
+            "Latents per second, by robot",
+            "Delivered to each robot.",
             "hertz",
             (rate("system2_robot_latents_total"), "{{robot}}"),
         ),
         lines(
             "Silence, by robot",
-            "Since a robot's last request; after half a minute its place is free.",
+            "Time since a robot's last request; its slot is freed after 30 s.",
             "s",
             (f"openhelix_system2_robot_silence_seconds{HERE}", "{{robot}}"),
         ),
         lines(
-            "Deadlines skipped a second, by robot",
-            "Nobody should be skipped more than the others.",
+            "Deadlines skipped per second, by robot",
+            "Should be even across robots.",
             "hertz",
             (rate("system2_robot_skipped_total"), "{{robot}}"),
         ),
         lines(
             "Latent age, by robot",
-            "Median, as each robot's loop sees it.",
+            "Median, as measured by each robot's loop.",
             "s",
             ("instance:openhelix_latent_age_seconds:p50_1m", f"{{{{robot}}}} {NAME}"),
         ),
@@ -128,14 +133,14 @@ def _turned_away() -> list[Any]:
     return [
         rows(
             "Shed",
-            "In the time shown, by reason.",
+            "In the selected time range, by reason.",
             ["instance", "reason"],
             ("requests", f"round({events('system2_shed_total', 'instance, reason')})", "none"),
             height=8,
         ),
         lines(
             "Failed, refused, lost",
-            "Requests a second that got no latent.",
+            "Requests per second that got no latent.",
             "hertz",
             (rate("system2_failed_total"), f"failed {NAME}"),
             (rate("system2_refused_total"), f"refused {NAME}"),
@@ -143,9 +148,9 @@ def _turned_away() -> list[Any]:
             height=8,
         ),
         lines(
-            "Connections refused and ended a second",
-            "key: none or a wrong one; protocol: no CURVE; unfinished: broke off. "
-            "ended: a robot left, or was cut off for a frame beyond all limits.",
+            "Connections refused and closed per second",
+            "key: missing or wrong; protocol: no CURVE; unfinished: dropped during the handshake. "
+            "ended: a robot left, or was disconnected for an oversized frame.",
             "hertz",
             (rate("wire_refused_total", "channel, reason", here=False), "{{channel}} {{reason}}"),
             (rate("wire_ended_total", "channel", here=False), "{{channel}} ended"),
@@ -159,24 +164,24 @@ def _engine() -> list[Any]:
     return [
         lines(
             "vLLM: requests",
-            "Running and waiting inside vLLM.",
+            "Running and waiting in vLLM.",
             "none",
             (f"vllm:num_requests_running{HERE}", f"running {NAME}"),
             (f"vllm:num_requests_waiting{HERE}", f"waiting {NAME}"),
         ),
         lines(
-            "vLLM: prompt tokens a second",
-            "What the engine prefills.",
+            "vLLM: prompt tokens per second",
+            "Tokens prefilled.",
             "none",
             (f"rate(vllm:prompt_tokens_total{HERE}[$__rate_interval])", NAME),
         ),
         lines(
             "GPU memory",
-            "Used by whomever, and held by each part itself.",
+            "Total in use on the GPU, and reserved by each process.",
             "bytes",
             (f"{memory}_used_bytes", f"used {{{{gpu}}}} {NAME}"),
             (f"{memory}_reserved_bytes", f"{{{{part}}}} {{{{gpu}}}} {NAME}"),
-            (f"{memory}_total_bytes", f"all of {{{{gpu}}}} {NAME}"),
+            (f"{memory}_total_bytes", f"total {{{{gpu}}}} {NAME}"),
             width=24,
         ),
     ]

@@ -19,7 +19,7 @@ def dashboard() -> Dashboard:
     return board(
         "openhelix-realtime",
         "OpenHelix: real time",
-        "Rates, lateness, age of the latents, where the time goes, what stopped the robot.",
+        "Rates, lateness, latent age, where the time goes, and what stopped the robot.",
         ("Robot", "openhelix_loop_ticks_total"),
         {
             "Now": _now(),
@@ -28,7 +28,7 @@ def dashboard() -> Dashboard:
             "Latents": _latents(),
             "The two systems": _systems(),
             "Safety": _safety(),
-            "Beside the loop": _beside(),
+            "Around the loop": _beside(),
         },
     )
 
@@ -44,10 +44,10 @@ def _now() -> list[Any]:
     late = quantile(LATE, 0.99)
     left = f"openhelix_chunk_remaining_seconds{HERE}"
     return [
-        figure("Control rate", "Ticks a second.", HZ, (ticks, NAME)),
+        figure("Control rate", "Ticks per second.", HZ, (ticks, NAME)),
         figure(
             "Latents",
-            "Latents of the current instruction that arrive, a second.",
+            "Latents for the current instruction received per second.",
             HZ,
             (rate("latents_received_total"), NAME),
         ),
@@ -59,36 +59,44 @@ def _now() -> list[Any]:
         ),
         figure(
             "Lateness, p99",
-            "How late one tick in a hundred wakes.",
+            "99th percentile of tick lateness.",
             "s",
             (late, NAME),
             bad=[(0.005, "orange"), (0.015, "red")],
         ),
         figure(
             "Deadlines missed",
-            "Control periods skipped in the time shown.",
+            "Control periods skipped in the selected time range.",
             "none",
             (missed, NAME),
             bad=[(1, "orange"), (30, "red")],
         ),
-        figure("Safe stops", "In the time shown.", "none", (stops, NAME), bad=[(1, "red")]),
-        states("Mode", "What the loop tells the robot.", (mode, NAME), list(MODES.items())),
-        lines("Plan left", "Trajectory still to execute; 0: hold.", "s", (left, NAME), height=4),
+        figure(
+            "Safe stops", "In the selected time range.", "none", (stops, NAME), bad=[(1, "red")]
+        ),
+        states("Mode", "What the loop commands.", (mode, NAME), list(MODES.items())),
+        lines(
+            "Plan left",
+            "Trajectory left to execute; at 0 the robot holds.",
+            "s",
+            (left, NAME),
+            height=4,
+        ),
     ]
 
 
 def _rates() -> list[Any]:
     return [
         lines(
-            "Ticks a second, by what the robot was told",
+            "Ticks per second, by state",
             "wait: no plan yet for this instruction; run; hold; stop.",
             HZ,
             (rate("loop_ticks_total", "state"), "{{state}}"),
             stack=True,
         ),
         lines(
-            "Latents and trajectories a second",
-            "What arrives, what was promised, what System 1 delivers.",
+            "Latents and trajectories per second",
+            "Received, promised, and delivered by System 1.",
             HZ,
             (rate("latents_received_total"), f"latents {NAME}"),
             (f"1 / openhelix_latent_period_seconds{HERE}", f"promised {NAME}"),
@@ -100,35 +108,35 @@ def _rates() -> list[Any]:
 def _lateness() -> list[Any]:
     missed = rate("loop_deadlines_missed_total")
     return [
-        heat("Tick lateness", "How late ticks wake after their deadlines.", "s", buckets(LATE)),
-        heat("Tick duration", "A tick's work.", "s", buckets("loop_tick_duration_seconds")),
+        heat("Tick lateness", "How long after its deadline each tick wakes.", "s", buckets(LATE)),
+        heat("Tick duration", "Work per tick.", "s", buckets("loop_tick_duration_seconds")),
         lines("Tick lateness", "Median and 99th percentile.", "s", *quantiles(LATE), log=True),
-        lines("Deadlines missed", "Control periods skipped, a second.", HZ, (missed, NAME)),
+        lines("Deadlines missed", "Control periods skipped per second.", HZ, (missed, NAME)),
     ]
 
 
 def _latents() -> list[Any]:
     limit = 'openhelix_source_limit_seconds{instance=~"$instance",source="latent"}'
-    about = "At every tick, of the image behind the latent in use."
+    about = "Age of the image behind the latent in use, sampled at every tick."
     return [
         heat("Latent age", about, "s", buckets(AGE)),
         heat(
             "Latent delay",
-            "From the capture of an image to the arrival of its latent.",
+            "From image capture to arrival of its latent.",
             "s",
             buckets("latent_delay_seconds"),
         ),
         lines(
             "Latent age",
-            "With the age at which the robot is stopped.",
+            "The line is the age at which the robot is stopped.",
             "s",
             *quantiles(AGE),
             (limit, f"stop {NAME}"),
         ),
         lines(
-            "Latents of no use, a second",
-            "Late: more than a period after their image. Void: of an earlier instruction. "
-            "Missed: never arrived. Mismatched: of another model; the robot stops.",
+            "Unused latents per second",
+            "Late: more than one period after their image. Void: for an earlier instruction. "
+            "Missed: never arrived. Mismatched: from another model; the robot stops.",
             HZ,
             (rate("latents_late_total"), f"late {NAME}"),
             (rate("latents_void_total"), f"void {NAME}"),
@@ -141,18 +149,18 @@ def _latents() -> list[Any]:
 def _systems() -> list[Any]:
     served = buckets("system2_latency_seconds", here=False)
     return [
-        heat("System 1 latency", "One call.", "s", buckets("system1_latency_seconds")),
-        heat("System 2 latency", "One call of the engine, of all servers.", "s", served),
+        heat("System 1 latency", "Per call.", "s", buckets("system1_latency_seconds")),
+        heat("System 2 latency", "Per engine call, all servers.", "s", served),
         lines(
-            "Trajectories a second, by outcome",
-            "Accepted, or refused: void, late, stale, bad; and calls of System 1 that raised.",
+            "Trajectories per second, by outcome",
+            "Accepted, or refused: void, late, stale, bad; and calls in which System 1 failed.",
             HZ,
             (rate("chunks_total", "outcome"), "{{outcome}}"),
             (rate("system1_failures_total"), f"failed {NAME}"),
         ),
         lines(
-            "Rows of trajectories a second, by fate",
-            "Consumed, expired, replaced by a newer one, voided.",
+            "Trajectory rows per second, by outcome",
+            "Executed, expired, replaced by a newer trajectory, or voided.",
             HZ,
             (rate("chunk_rows_total", "fate"), "{{fate}}"),
             stack=True,
@@ -165,26 +173,26 @@ def _safety() -> list[Any]:
     return [
         lines(
             "Age of every source",
-            "A source that grows old stops the robot.",
+            "The robot stops if a source gets too old.",
             "s",
             (f"openhelix_source_age_seconds{HERE}", f"{{{{source}}}} {NAME}"),
         ),
         lines(
-            "Ticks a second that a limit bent",
-            "Workspace, speed, acceleration, gripper, not a number.",
+            "Ticks per second limited, by limit",
+            "Workspace, speed, acceleration, gripper, not finite.",
             HZ,
             (rate("safety_limited_total", "limit"), "{{limit}}"),
         ),
         rows(
             "Safe stops",
-            "In the time shown, by reason.",
+            "In the selected time range, by reason.",
             by,
             ("stops", f"round({events('safety_stops_total', 'instance, reason')})", "none"),
             height=8,
         ),
         rows(
             "Holds",
-            "In the time shown, by reason.",
+            "In the selected time range, by reason.",
             by,
             ("holds", f"round({events('safety_holds_total', 'instance, reason')})", "none"),
             height=8,
@@ -196,30 +204,30 @@ def _beside() -> list[Any]:
     job = '{job="openhelix"}'
     return [
         lines(
-            "Messages lost or refused a second, by channel",
-            "In all parts of all runs; lost: numbered by their sender, never arrived.",
+            "Messages lost or rejected per second, by channel",
+            "Across all processes and runs; lost: sent, but never received.",
             HZ,
             (rate("wire_gaps_total", "channel", here=False), "lost {{channel}}"),
-            (rate("wire_dropped_total", "channel", here=False), "refused {{channel}}"),
+            (rate("wire_dropped_total", "channel", here=False), "rejected {{channel}}"),
             (rate("wire_send_dropped_total", "channel", here=False), "not sent {{channel}}"),
         ),
         lines(
             "Recording, video, viewer",
-            "Items a second: written, and dropped rather than delay the loop.",
+            "Items per second written, and dropped to avoid delaying the loop.",
             HZ,
             (rate("sink_written_total", "sink", here=False), "written {{sink}}"),
             (rate("sink_dropped_total", "sink", here=False), "dropped {{sink}}"),
         ),
         lines(
-            "Processor time by part",
-            "Cores in use.",
+            "CPU by process",
+            "In cores.",
             "none",
             (f"rate(process_cpu_seconds_total{job}[$__rate_interval])", f"{{{{part}}}} {NAME}"),
             stack=True,
         ),
         lines(
-            "Memory by part",
-            "Resident.",
+            "Memory by process",
+            "Resident set size.",
             "bytes",
             (f"process_resident_memory_bytes{job}", f"{{{{part}}}} {NAME}"),
             stack=True,

@@ -18,9 +18,9 @@ def dashboard() -> Dashboard:
     return board(
         "openhelix-success",
         "OpenHelix: success",
-        "Success by task with its 95 % Wilson interval, chains, episodes; runs and evaluations.",
+        "Success by task with 95 % Wilson intervals, chains and episodes, for runs and evaluations.",
         ("Robot", "openhelix_tasks_total"),
-        {"All in all": _now(), "Robots": _robots(), "Evaluations": _evaluations()},
+        {"Overview": _now(), "Robots": _robots(), "Evaluations": _evaluations()},
         since="now-6h",
     )
 
@@ -31,28 +31,28 @@ def _now() -> list[Any]:
     return [
         figure(
             "Success",
-            "Of all instructions in the time shown.",
+            "Over all instructions in the selected time range.",
             "percentunit",
             (rates[1], "success"),
         ),
         figure(
             "95 % interval",
-            "Wilson's, of the attempts beside it.",
+            "Wilson interval of the success rate.",
             "percentunit",
             (low[1], "from"),
             (high[1], "to"),
         ),
-        figure("Attempts", "Instructions in the time shown.", "none", (n[1], "attempts")),
+        figure("Attempts", "Instructions in the selected time range.", "none", (n[1], "attempts")),
         figure(
             "Tasks in a row",
-            "Mean of the lists that were finished; CALVIN's have five instructions.",
+            "Mean over finished sequences; CALVIN's have five instructions.",
             "none",
             (mean(CHAINS), "mean"),
         ),
-        figure("Episodes", "Evaluated in the time shown.", "none", (episodes, "episodes")),
+        figure("Episodes", "Evaluated in the selected time range.", "none", (episodes, "episodes")),
         figure(
             "Episodes planned",
-            "Of the evaluation that runs.",
+            "Of the running evaluation.",
             "none",
             ("openhelix_eval_episodes_planned", "{{suite}}"),
         ),
@@ -69,14 +69,14 @@ def _robots() -> list[Any]:
     return [
         rows(
             "By task",
-            "95 % Wilson interval; instructions that nobody judges are left out.",
+            "With 95 % Wilson intervals; unjudged instructions are left out.",
             ["task"],
             *success("tasks_total", "task"),
             height=12,
         ),
         lines(
-            "Success of the last hour",
-            "With its 95 % Wilson interval, beside the last day's.",
+            "Success over the last hour",
+            "With its 95 % Wilson interval, and the last day's success.",
             "percentunit",
             *((f"{HOUR}:{rule}{HERE}", f"{name} {{{{instance}}}}") for rule, name in rules),
             height=12,
@@ -84,13 +84,13 @@ def _robots() -> list[Any]:
         ),
         bars(
             "Chains",
-            "Share of the lists of instructions with more than so many successes in a row.",
+            "Share of sequences with more than this many successes in a row.",
             "le",
             ("share", longer(CHAINS), "percentunit"),
         ),
         heat(
-            "Environment steps of a success",
-            "Under the policy's control.",
+            "Environment steps per success",
+            "Steps under the policy's control.",
             "none",
             buckets("task_env_steps"),
         ),
@@ -102,21 +102,21 @@ def _evaluations() -> list[Any]:
     minute = f"60 * {rate('eval_episodes_total', 'suite, outcome', here=False)}"
     return [
         rows(
-            "By task, evaluations",
-            "Of all evaluations in the time shown; 95 % Wilson interval.",
+            "Evaluations by task",
+            "All evaluations in the selected time range, with 95 % Wilson intervals.",
             ["suite", "task"],
             *success("eval_tasks_total", "suite, task", here=False),
             height=12,
         ),
         lines(
-            "Episodes a minute, by outcome",
-            "error: broke off; it counts as a failure.",
+            "Episodes per minute, by outcome",
+            "error: aborted; counts as a failure.",
             "none",
             (minute, "{{suite}} {{outcome}}"),
             height=12,
         ),
         rows(
-            "Average length of chains",
+            "Average chain length",
             "CALVIN's measure.",
             ["suite"],
             ("tasks in a row", mean(EVAL_CHAINS, "suite", here=False), "none"),
@@ -124,8 +124,8 @@ def _evaluations() -> list[Any]:
             height=9,
         ),
         bars(
-            "Chains of evaluations",
-            "Share with more than so many successes in a row; CALVIN's five rates.",
+            "Evaluation chains",
+            "Share with more than this many successes in a row; CALVIN's five rates.",
             "le",
             ("share", longer(EVAL_CHAINS, here=False), "percentunit"),
         ),

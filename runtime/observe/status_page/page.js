@@ -62,6 +62,8 @@ function show(status) {
   put("task-line", `Instruction ${status.number}${status.task ? `: ${status.task}` : ""}`);
   put("instruction", status.instruction || "\u2013");
   put("reason", status.reason);
+  put("understood", status.understood === null ? "\u2013" : Math.round(100 * status.understood).toString(),
+    status.reason === "not understood");
   const limit = status.latent_max_age_s;
   put("age", number(status.latent_age_s, 2), status.latent_age_s !== null && status.latent_age_s > limit);
   put("age-limit", limit.toFixed(1));

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from openhelix.runtime.control.goals import LockstepGoals, WireGoals
+from openhelix.runtime.control.goals import LockstepGoals, WireGoals, refused
 from openhelix.runtime.core.interfaces import CameraFrame, LatentGoal, LatentSpec, Observation
 from openhelix.runtime.robots.fake import PointEngine
 from tests.fakes import LATENT, PERIOD_NS
@@ -61,6 +62,27 @@ def test_images_go_out_at_most_as_often_as_wanted_and_at_once_for_a_new_instruct
     goals.update(observation(25))
     last = channel.sent[-1]
     assert (last.instruction, last.instruction_id, last.robot, last.seq) == ("second", 2, "arm1", 3)
+
+
+def test_a_refused_latent_leaves_nothing_to_plan_from_until_another_is_understood() -> None:
+    channel = Channel()
+    goals = wire_goals(channel, memory=2)
+    goals.begin(1, "sing")
+    assert goals.newest is None and not refused(goals)
+    channel.waiting.extend(
+        [latent(1), replace(latent(1, seq=1), understood=0.1, refused=True), latent(1, seq=2)]
+    )
+    goals.update(observation(0))
+    assert [g.seq for g in goals.recent] == [0] and not refused(goals)
+    goals.update(observation(1))
+    assert not goals.recent and refused(goals) and goals.newest is not None
+    assert (goals.newest.understood, goals.refusals, goals.received) == (0.1, 1, 2)
+    goals.update(observation(2))
+    assert [g.seq for g in goals.recent] == [2] and not refused(goals)
+    channel.waiting.append(replace(latent(1, seq=3), refused=True))
+    goals.update(observation(3))
+    goals.begin(2, "lift it")
+    assert not refused(goals)  # that was another instruction
 
 
 def test_latents_for_another_instruction_are_void() -> None:

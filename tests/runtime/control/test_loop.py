@@ -21,19 +21,24 @@ from openhelix.runtime.core.interfaces import (
     SpecMismatch,
 )
 from openhelix.runtime.robots.fake import FakeRobot, PointEngine
-from tests.fakes import LATENT, ReachPolicy
+from tests.fakes import LATENT, DoubtingEngine, ReachPolicy
 
 GOAL = {"near": (0.15, -0.1, 0.6), "far": (0.1, 0.2, 0.8)}
 TASKS = [Assignment(name, f"reach {x} {y} {z}") for name, (x, y, z) in GOAL.items()]
 
 
-def make(*overrides: str, policy: ReachPolicy | None = None, **robot: Any) -> ControlStack:
+def make(
+    *overrides: str,
+    policy: ReachPolicy | None = None,
+    engine: PointEngine | None = None,
+    **robot: Any,
+) -> ControlStack:
     config: RunConfig = load(None, ["control.clock=lockstep", "tasks.steps_limit=80", *overrides])
     clock = FakeClock()
     policy = policy or ReachPolicy(cameras=[CameraSpec("static", 200, 200)])
     arm = FakeRobot(clock=clock, goals=GOAL, lag_s=0.02, **robot)
     arm.connect()
-    goals = lockstep_goals(config, PointEngine(), LATENT)
+    goals = lockstep_goals(config, engine or PointEngine(), LATENT)
     planner = SyncPlanner(policy, replan_ns(config))
     stack = build_stack(config, arm, policy.spec, planner, goals, clock)
     stack.loop.arm()
@@ -186,6 +191,46 @@ def test_latents_of_swapped_weights_stop_the_arm_and_end_the_run() -> None:
     assert stack.loop.stopped and stack.loop.ticks == 8  # asked for at the sixth, 2 ticks away
     assert stack.loop.safety.stops == {"latent_mismatch": 1}
     assert stack.loop.goals is not None and stack.loop.goals.mismatched == 1
+
+
+def test_an_instruction_that_is_not_understood_moves_nothing_and_the_next_one_does() -> None:
+    stack = make("control.hold_limit_s=1", engine=DoubtingEngine(ceiling_m=0.7))
+    arm, states = stack.loop.robot, []
+    stack.loop.subscribers.append(lambda tick: states.append((tick.state, tick.reason)))
+    far, near = stack.episode_runner.run([TASKS[1], TASKS[0]], lambda: False)
+    assert (far.success, far.env_steps, far.hold_steps) == (False, 0, 30)
+    assert far.reason == "held still too long: not understood"
+    assert (far.refused, far.understood) == (True, 0.02)
+    assert set(states[:30]) == {("hold", "not understood")}
+    held = np.array([action.pose for action in arm.sent[:30]])  # type: ignore[attr-defined]
+    np.testing.assert_allclose(held, np.tile(held[0], (30, 1)), atol=1e-9)
+    assert (near.success, near.refused, near.understood) == (True, False, 0.97)
+    assert stack.loop.safety.holds["not_understood"] == 1
+    goals = stack.loop.goals
+    assert goals is not None and goals.refusals == 1
+
+
+def test_what_was_planned_before_a_refusal_is_void() -> None:
+    engine = DoubtingEngine(ceiling_m=0.9)
+    stack = make("lockstep.interval_steps=5", engine=engine)
+    loop, at = stack.loop, {"refused": 8, "again": 20}
+    moved: list[tuple[str, float]] = []
+
+    def change(tick: Any) -> None:
+        before = moved[-1][1] if moved else float(tick.sent.pose[1])
+        moved.append((tick.state, float(tick.sent.pose[1])))
+        if tick.index in at.values():  # other weights: the same instruction, judged anew
+            engine.ceiling_m = 0.7 if tick.index == at["refused"] else 0.9
+        if tick.state == "hold":
+            assert float(tick.sent.pose[1]) == pytest.approx(before, abs=1e-6)
+
+    loop.subscribers.append(change)
+    result = stack.episode_runner.run([TASKS[1]], lambda: False)[0]
+    states = [state for state, _ in moved]
+    # Latents come every 5 ticks: the one of tick 11 is refused, the one of tick 21 no more.
+    assert states[:10] == ["run"] * 10 and states[10:20] == ["hold"] * 10
+    assert set(states[20:]) == {"run"} and result.success
+    assert loop.chunks.counters.rows_voided > 0
 
 
 def test_a_stop_event_ends_the_run_between_ticks() -> None:

@@ -112,6 +112,18 @@ def test_another_epoch_is_refused_and_void_drops_the_plan():
     assert buffer.counters.rows_voided == 3
 
 
+def test_a_plan_can_be_voided_with_all_that_was_seen_before():
+    buffer = ChunkBuffer(instruction_id=1)
+    assert buffer.put(chunk(instruction_id=1), now_ns=0)
+    buffer.void(1, from_ns=15 * MS)
+    assert buffer.sample(10 * MS) is None
+    assert not buffer.put(chunk(instruction_id=1, t_obs_ms=10), now_ns=0)  # was on its way
+    assert buffer.put(chunk(instruction_id=1, t_obs_ms=15), now_ns=0)
+    assert buffer.counters.chunks_void == 1
+    buffer.void(2)
+    assert buffer.put(chunk(instruction_id=2), now_ns=0)  # another instruction begins afresh
+
+
 def test_older_observation_never_replaces_a_newer_plan():
     buffer = ChunkBuffer()
     buffer.put(chunk(t_obs_ms=10), 0)

@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from openhelix.runtime.launch.node import NodeSpec
+from openhelix.runtime.launch.node import NodeRunner, NodeSpec
 from openhelix.runtime.launch.processes import ProcessHost, reap
-from openhelix.runtime.transport.rpc import RpcClient, RpcError
+from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcServer
 
 
 class Idle:
@@ -112,6 +112,25 @@ def test_a_node_that_waits_in_its_setup_ends_when_told(host: ProcessHost, tmp_pa
     health(node, "starting")
     host.close(timeout_s=60.0)  # then it would be killed, and close nothing
     assert "closed" in (tmp_path / "logs" / "slow.log").read_text()
+
+
+def test_a_signal_between_two_steps_of_a_start_ends_it_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    node = spec(tmp_path, "slow", options={"waits_s": 300.0}, nice=1)
+    runner = NodeRunner(node)
+    start = RpcServer.start
+
+    def started(server: RpcServer) -> None:
+        start(server)
+        runner.interrupt()
+
+    monkeypatch.setattr(RpcServer, "start", started)
+    with pytest.raises(SystemExit):
+        runner.run()
+    assert "closed" in caplog.text
+    RpcServer(node.control, {}).close()  # the endpoint is free again
 
 
 def test_who_does_not_end_when_told_is_ended_for_certain() -> None:

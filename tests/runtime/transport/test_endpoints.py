@@ -216,7 +216,7 @@ def test_loopback_needs_keys_where_others_can_log_in(check, shared: list[User]) 
     check("tcp://127.0.0.1:5", None)
     shared.append(User("alice", os.geteuid() + 2000, "/nowhere"))
     for endpoint in ("tcp://127.0.0.1:5", "tcp://localhost:5", "tcp://[::1]:5"):
-        with pytest.raises(EndpointRefused, match="alice can log in.*OPENHELIX_TRUST_HOST=1"):
+        with pytest.raises(EndpointRefused, match=r"alice can log in.*OPENHELIX_TRUST_HOST=1"):
             check(endpoint, None)
         check(endpoint, "keys")
     check("inproc://a", None)

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_ddpm
 
 from openhelix.system1.config import official_calvin, small
-from openhelix.system1.sampler import (
+from openhelix.system1.diffusion import (
     add_noise,
     alphas_cumprod,
     draw_noise,

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.functional import relu
 
 from openhelix.benchmarks.perf.s1_cases import gflop
-from openhelix.system1 import packed
+from openhelix.system1 import attention
 from openhelix.system1.actor import DiffuserActor
+from openhelix.system1.attention import KERNELS, Linear, Pack, fold, packable
 from openhelix.system1.encoder import Bottleneck
-from openhelix.system1.packed import KERNELS, Linear, Pack, fold, packable
 from tests.system1.test_actor import observe, stir
 
 needs_kernels = pytest.mark.skipif(KERNELS is None, reason="this torch has no packed kernels")
@@ -119,7 +119,7 @@ def test_without_the_kernels_the_plain_operators_run(monkeypatch):
     inputs = observe(1, 1, 1)
     with torch.inference_mode():
         want = model.encode(*inputs)
-        monkeypatch.setattr(packed, "KERNELS", None)
+        monkeypatch.setattr(attention, "KERNELS", None)
         got = model.encode(*inputs)
     torch.testing.assert_close(got.context, want.context, atol=1e-5, rtol=1e-5)
 
@@ -134,5 +134,5 @@ def test_the_bench_counts_what_packed_operators_compute(monkeypatch):
             return block(pixels).sum() + layer.add(rows, layer.relu(rows)).sum()
 
     counted = gflop(run)
-    monkeypatch.setattr(packed, "packable", lambda x, weight: False)
+    monkeypatch.setattr(attention, "packable", lambda x, weight: False)
     assert counted == gflop(run) > 0.1

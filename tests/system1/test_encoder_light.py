@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from openhelix.system1.keypose_head import KeyposeHead, KeyposeTargets, keypose_loss
+from openhelix.system1.encoder_light import KeyposeHead, KeyposeTargets, keypose_loss
 from tests.system1.test_heads import batch_of, stirred
 from tests.system1.test_policy import tiny
 

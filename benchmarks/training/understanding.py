@@ -1,0 +1,253 @@
+"""`openhelix train understanding`: which instructions System 2 is to refuse.
+
+The head (`openhelix.system2.understanding`) is fitted to the frozen language model's states of
+sentences that name a task and of sentences that name none, both from grammars
+(`openhelix.benchmarks.calvin.refusals`). Everything else is chosen on sentences that it was not
+fitted to: the patterns of the grammars are split into folds, and what a head makes of patterns it
+has not seen gives the calibration; the threshold is where as many of those, and of the development
+list, would be refused as `false_refusals` allows. CALVIN-E, CALVIN's validation sentences and the
+held-out refusals are measured at the end and change nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, gelu
+
+from openhelix.benchmarks.calvin import phrases, refusals
+from openhelix.benchmarks.calvin.refusals import Said
+from openhelix.benchmarks.training.config import TrainingConfig, UnderstandingSection
+from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.paths import cache_folder
+from openhelix.system2.model import CheckpointError
+from openhelix.system2.text import TextError, TextReader
+from openhelix.system2.understanding import FILE, Understanding, pool
+
+log = logging.getLogger(__name__)
+REPORT = "understanding.json"
+BATCH, RATE, DECAY, DROPOUT = 256, 1e-3, 0.1, 0.3
+BINS = 10  # of the calibration error
+READ_TOGETHER = 64
+
+
+def understanding_folder(config: TrainingConfig) -> Path:
+    """Return where the head goes: `out`, or `train/understanding` in the cache."""
+    return (
+        config.out.expanduser()
+        if config.out is not None
+        else cache_folder() / "train" / "understanding"
+    )
+
+
+def run_understanding(config: TrainingConfig) -> dict[str, Any]:
+    """Fit the head, choose its threshold, measure it; write both into the folder.
+
+    Raises:
+        ConfigError: a setting does not fit the model.
+    """
+    section, out = config.understanding, understanding_folder(config)
+    try:
+        reader = TextReader(config.latent.model, section.layers, config.device)
+    except CheckpointError as error:
+        raise ConfigError(f"latent.{error}") from None
+    except TextError as error:
+        raise ConfigError(f"understanding.{error}") from None
+    said = (
+        *refusals.requests(section.requests, config.seed),
+        *refusals.refusals(section.refusals, config.seed),
+    )
+    named = torch.tensor([float(one.kind not in refusals.KINDS) for one in said])
+    log.info("reading %d sentences", len(said))
+    pooled = read(reader, [one.text for one in said])
+    head, unseen = fit(pooled, named, said, section, config.seed, reader.checkpoint.model_id)
+    chosen = {
+        "development": read(reader, flat(phrases.development())),
+        "development_nothing": read(reader, list(phrases.development_nothing())),
+    }
+    allowed = section.false_refusals
+    known = [unseen[named == 1], head.probability(chosen["development"])]
+    head.threshold = min(float(p.quantile(allowed)) for p in known)
+    report = {
+        "model": config.latent.model,
+        "model_id": reader.checkpoint.model_id,
+        "settings": section.model_dump(mode="json"),
+        "seed": config.seed,
+        "threshold": head.threshold,
+        "unseen patterns": {
+            "refused, by kind": by_kind(unseen < head.threshold, said),
+            "calibration error": calibration_error(unseen, named),
+        },
+        "chosen by": {
+            name: {"refused": refused(head, states), "n": len(states)}
+            for name, states in chosen.items()
+        },
+        "measured": measured(head, lambda sentences: read(reader, sentences)),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    head.note = {
+        "settings": report["settings"],
+        "seed": config.seed,
+        "measured": report["measured"],
+    }
+    head.save(out / FILE)
+    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    return {"stage": "understanding", "folder": str(out), **report}
+
+
+def read(reader: TextReader, sentences: Sequence[str]) -> Tensor:
+    """Return pooled states (S, F); sentences of like length go together."""
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+    found: list[Tensor | None] = [None] * len(sentences)
+    for start in range(0, len(order), READ_TOGETHER):
+        part = order[start : start + READ_TOGETHER]
+        for index, states in zip(part, reader.states([sentences[i] for i in part]), strict=True):
+            found[index] = pool(states)
+    return torch.stack([row for row in found if row is not None])
+
+
+def fit(
+    pooled: Tensor,
+    named: Tensor,
+    said: Sequence[Said],
+    section: UnderstandingSection,
+    seed: int,
+    model: str,
+) -> tuple[Understanding, Tensor]:
+    """Return a calibrated head, and the probabilities (S,) of sentences whose pattern was left out.
+
+    Args:
+        pooled: (S, F) states.
+        named: (S,) 1 where a sentence names a task.
+        said: the sentences.
+        section: the settings.
+        seed: of folds, weights and batches.
+        model: `Checkpoint.model_id`.
+    """
+    folds = np.array(fold_of([one.pattern for one in said], section.folds, seed))
+    odds = torch.zeros(len(said))
+    for fold in range(section.folds):
+        log.info("fold %d of %d", fold + 1, section.folds)
+        left = torch.from_numpy(folds == fold)
+        part = trained(pooled[~left], named[~left], section, seed, model)
+        with torch.no_grad():
+            odds[left] = part(pooled[left])
+    head = trained(pooled, named, section, seed, model)
+    scale, offset = calibrated(odds, named)
+    head.scale.fill_(scale)
+    head.offset.fill_(offset)
+    return head, torch.sigmoid(scale * odds + offset)
+
+
+def fold_of(patterns: Sequence[str], folds: int, seed: int) -> list[int]:
+    """Return each sentence's fold: all sentences of a pattern have the same."""
+    names = sorted(set(patterns))
+    order = np.random.default_rng([seed, 9]).permutation(len(names))
+    place = {name: int(k) % folds for name, k in zip(names, order, strict=True)}
+    return [place[pattern] for pattern in patterns]
+
+
+def trained(
+    pooled: Tensor, named: Tensor, section: UnderstandingSection, seed: int, model: str
+) -> Understanding:
+    """Return a head fitted to samples, as many a step that name a task as that name none."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hidden = pooled.shape[1] // (2 * len(section.layers))
+        head = Understanding(section.layers, hidden, section.width, model)
+        head.mean.copy_(pooled.mean(0))
+        head.spread.copy_(pooled.std(0).clamp_min(1e-6))
+        z = (pooled - head.mean) / head.spread
+        groups = [torch.nonzero(named == value)[:, 0] for value in (1.0, 0.0)]
+        optimizer = torch.optim.AdamW(head.parameters(), RATE, weight_decay=DECAY)
+        rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, section.steps)
+        for _ in range(section.steps):
+            picks = torch.cat([g[torch.randint(len(g), (BATCH // 2,))] for g in groups])
+            inner = gelu(head.inner(nn.functional.dropout(z[picks], DROPOUT)))
+            odds = head.last(nn.functional.dropout(inner, DROPOUT))[:, 0]
+            loss = binary_cross_entropy_with_logits(odds, named[picks])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rate.step()
+    return head.eval().requires_grad_(False)
+
+
+def calibrated(odds: Tensor, named: Tensor) -> tuple[float, float]:
+    """Return scale and offset of log odds (S,) that make them probabilities (Platt's method).
+
+    Both groups count alike, however many sentences each has.
+    """
+    weight = torch.where(named == 1, 0.5 / named.sum(), 0.5 / (1 - named).sum()).double()
+    line = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([line], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = binary_cross_entropy_with_logits(
+            line[0] * odds.double() + line[1], named.double(), weight=weight, reduction="sum"
+        )
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return float(line[0].detach()), float(line[1].detach())
+
+
+def calibration_error(probability: Tensor, named: Tensor) -> float:
+    """Return the mean distance between what is said and what is so, over ten bins of probability."""
+    at = (probability * BINS).long().clamp(0, BINS - 1)
+    total = 0.0
+    for index in range(BINS):
+        inside = at == index
+        if inside.any():
+            gap = float(probability[inside].mean() - named[inside].mean())
+            total += abs(gap) * float(inside.float().mean())
+    return round(total, 4)
+
+
+def measured(head: Understanding, states: Callable[[Sequence[str]], Tensor]) -> dict[str, Any]:
+    """Return what is refused of the lists that nothing was chosen by."""
+    lists = {
+        "validation": flat(phrases.validation()),
+        "seen": flat(phrases.calvin_e("seen")),
+        "unseen": flat(phrases.calvin_e("unseen")),
+    }
+    found: dict[str, Any] = {}
+    for name, sentences in lists.items():
+        found[name] = {"refused": refused(head, states(sentences)), "n": len(sentences)}
+    held = refusals.held_out()
+    rows = {kind: states(sentences) for kind, sentences in held.items()}
+    found["refusals"] = {
+        "refused": refused(head, torch.cat(list(rows.values()))),
+        "n": sum(map(len, rows.values())),
+        "by kind": {kind: refused(head, x) for kind, x in rows.items()},
+    }
+    return found
+
+
+def refused(head: Understanding, states: Tensor) -> float:
+    """Return the share of sentences that a head refuses, by their pooled states (S, F)."""
+    return round(float((head.probability(states) < head.threshold).float().mean()), 4)
+
+
+def by_kind(refused: Tensor, said: Sequence[Said]) -> dict[str, float]:
+    """Return the share of each kind of sentence that is refused."""
+    kinds = np.array([one.kind for one in said])
+    shares = refused.float()
+    return {
+        kind: round(float(shares[torch.from_numpy(kinds == kind)].mean()), 4)
+        for kind in dict.fromkeys(kinds.tolist())
+    }
+
+
+def flat(said: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return all sentences of a list."""
+    return [sentence for sentences in said.values() for sentence in sentences]

@@ -1,0 +1,167 @@
+"""Does an instruction name something that can be done? A small head on the frozen language model.
+
+The latent says *what* is asked for; of "sing" or "do not open the drawer" it still says something,
+and a policy would act on it. So the bare sentence (no image, no chat) goes through the language
+model's first layers once more, and a head with one hidden layer gives the probability that it
+names a task of the table. Read are the mean over the sentence's tokens, which says what it is
+about, and the last token's state, which has read the whole: a "not" changes little of the mean.
+
+The probability is calibrated (`scale` and `offset`, on sentences that the head was not fitted
+to). Below `threshold` the instruction is refused. The judgement depends on the sentence alone, so
+it is made once for each, and does not flicker from picture to picture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from openhelix.runtime.core.interfaces import Judgement
+from openhelix.system2.model import Checkpoint, CheckpointError
+
+FILE = "understanding.safetensors"  # beside `latent.safetensors`, or in a policy's folder
+OFF = "off"
+KEPT = 4096  # sentences whose judgement is remembered
+
+
+class Understanding(nn.Module):
+    """The head.
+
+    Args:
+        layers: after which of the language model's layers states are read, ascending.
+        hidden: the language model's width.
+        width: of the head's hidden layer.
+        model: `Checkpoint.model_id` of the language model that it was fitted to.
+        threshold: instructions less probable than this are refused.
+        note: what the fit says of itself.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        hidden: int,
+        width: int,
+        model: str,
+        threshold: float = 0.5,
+        note: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.layers, self.hidden, self.model = tuple(layers), hidden, model
+        self.threshold, self.note = threshold, dict(note or {})
+        read = 2 * len(self.layers) * hidden
+        self.mean: Tensor
+        self.spread: Tensor
+        self.scale: Tensor
+        self.offset: Tensor
+        self.register_buffer("mean", torch.zeros(read))
+        self.register_buffer("spread", torch.ones(read))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("offset", torch.zeros(()))
+        self.inner = nn.Linear(read, width)
+        self.last = nn.Linear(width, 1)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return uncalibrated log odds (N,) that sentences name a task.
+
+        Args:
+            pooled: (N, 2 * len(layers) * hidden), see `pool`.
+        """
+        z = (pooled.float() - self.mean) / self.spread
+        return self.last(nn.functional.gelu(self.inner(z)))[:, 0]
+
+    @torch.no_grad()
+    def probability(self, pooled: Tensor) -> Tensor:
+        """Return calibrated probabilities (N,) of pooled states (N, F)."""
+        return torch.sigmoid(self.scale * self(pooled) + self.offset)
+
+    def judge(self, states: Sequence[Tensor], layers: Sequence[int]) -> list[Judgement]:
+        """Judge sentences by their states.
+
+        Args:
+            states: of each (T, len(layers) * hidden).
+            layers: those after which they were read, at least the head's own.
+        """
+        pooled = torch.stack([pool(self._of_mine(s, layers)) for s in states])
+        found = self.probability(pooled.to(self.mean.device)).tolist()
+        return [Judgement(p, p < self.threshold) for p in found]
+
+    def _of_mine(self, states: Tensor, layers: Sequence[int]) -> Tensor:
+        at = [list(layers).index(layer) for layer in self.layers]
+        return torch.cat([states[:, i * self.hidden : (i + 1) * self.hidden] for i in at], -1)
+
+    def check(self, checkpoint: Checkpoint, layers: Sequence[int]) -> None:
+        """Raise CheckpointError unless this is of a model and of states that an engine has."""
+        if self.model != checkpoint.model_id:
+            raise CheckpointError(
+                f"understanding: fitted to model {self.model}, this is {checkpoint.model_id}"
+            )
+        missing = [layer for layer in self.layers if layer not in layers]
+        if missing:
+            raise CheckpointError(
+                f"understanding: reads the states after layers {list(self.layers)}, this read-out "
+                f"has those after {list(layers)}; understanding={OFF} does without"
+            )
+
+    def save(self, path: Path) -> None:
+        """Write the head, first under another name."""
+        about = {
+            "layers": list(self.layers),
+            "hidden": self.hidden,
+            "width": self.inner.out_features,
+            "model": self.model,
+            "threshold": self.threshold,
+            "note": self.note,
+        }
+        part = path.with_name(f".{path.name}.part")
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        save_file(state, part, metadata={"understanding": json.dumps(about, sort_keys=True)})
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Understanding:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: not such a file, or not finite.
+        """
+        try:
+            with safe_open(path, framework="pt") as stream:
+                about = json.loads((stream.metadata() or {}).get("understanding", "null"))
+                state = {key: stream.get_tensor(key).float() for key in stream.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"understanding: cannot read {str(path)!r}: {error}") from error
+        if about is None:
+            raise CheckpointError(f"understanding: {str(path)!r} holds no such head")
+        if not all(bool(value.isfinite().all()) for value in state.values()):
+            raise CheckpointError(f"understanding: {str(path)!r} has values that are not finite")
+        head = cls(**about)
+        head.load_state_dict(state)
+        return head.eval().requires_grad_(False)
+
+
+def pool(states: Tensor) -> Tensor:
+    """Return the mean and the last of a sentence's states (T, F) side by side, (2 F,)."""
+    return torch.cat([states.float().mean(0), states[-1].float()])
+
+
+def beside(weights: Path | str | None, wanted: Path | str | None) -> Understanding | None:
+    """Return the head that an engine is to judge by.
+
+    Args:
+        weights: the file that the engine's other weights come from; None for none.
+        wanted: a file, `OFF`, or None for the one beside `weights`, where there is one.
+
+    Raises:
+        CheckpointError: the file cannot be used.
+    """
+    if wanted is None and weights is not None:
+        found = Path(weights).with_name(FILE)
+        return Understanding.load(found) if found.is_file() else None
+    return None if wanted in (None, OFF) else Understanding.load(Path(str(wanted)).expanduser())
