@@ -43,6 +43,7 @@ from openhelix.benchmarks.calvin.scene import SCENES, get_scene, scene_names, wr
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 from openhelix.benchmarks.calvin.units import collect_unit, read_unit, unit_bytes
 from openhelix.runtime.cli.arguments import Options, parse
+from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core.config import ConfigError, read_settings
 from openhelix.runtime.core.interfaces import F64
 from openhelix.runtime.core.paths import cache_folder
@@ -419,7 +420,7 @@ def main(argv: Sequence[str]) -> int:
             card |= draw(config, report)
             replace_file(config.folder / CARD, json.dumps(card, indent=1).encode())
     brief = {k: v for k, v in card.items() if k != "files"} | {"folder": str(config.folder)}
-    sys.stdout.write(json.dumps(brief, indent=None if options.as_json else 1) + "\n")
+    answer(json.dumps(brief, indent=None if options.as_json else 1))
     return 0
 
 

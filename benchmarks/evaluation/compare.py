@@ -8,7 +8,6 @@ if nothing else differs.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from openhelix.benchmarks.evaluation.results import read_results, read_run
 from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
 from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
+from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core.config import ConfigError
 
 MUST_AGREE = ("name", "seed")  # else equal keys are not equal episodes
@@ -165,5 +165,5 @@ def main(argv: Sequence[str]) -> int:
     """Compare two evaluations on the same episodes."""
     options, _ = parse("compare", CompareOptions, argv, __doc__ or "")
     found = compare(options.a, options.b)
-    sys.stdout.write(json.dumps(found) + "\n" if options.as_json else to_markdown(found))
+    answer(json.dumps(found) if options.as_json else to_markdown(found))
     return 0

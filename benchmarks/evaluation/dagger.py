@@ -54,6 +54,7 @@ from openhelix.benchmarks.evaluation.runner import AroundPolicy, Conditions, Run
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.cli import arguments
 from openhelix.runtime.cli.arguments import Options
+from openhelix.runtime.cli.output import answer
 from openhelix.runtime.control.assembly import ControlStack
 from openhelix.runtime.core.config import (
     ConfigError,
@@ -350,5 +351,5 @@ def main(argv: Sequence[str]) -> int:
 
     card = dagger(config, run, report)
     brief = {k: v for k, v in card.items() if k != "files"} | {"folder": str(config.folder)}
-    sys.stdout.write(json.dumps(brief, indent=None if as_json else 1) + "\n")
+    answer(json.dumps(brief, indent=None if as_json else 1))
     return 0

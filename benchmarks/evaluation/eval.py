@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from openhelix.benchmarks.evaluation.results import REPORT, RUN, ResultsError, r
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES, Suite
 from openhelix.runtime.cli.arguments import Options, Words, option, parse
+from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import (
     ConfigError,
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
     finally:
         pool.close()
     write_reports(report, folder)
-    sys.stdout.write(json.dumps(report) + "\n" if options.as_json else brief(report))
+    answer(json.dumps(report) if options.as_json else brief(report))
     return 0
 
 

@@ -7,10 +7,10 @@ its latent (`openhelix.system2.probe`). Each has its own `--help`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from openhelix.benchmarks.evaluation import asking, naming
+from openhelix.runtime.cli.output import answer
 from openhelix.system2 import probe
 
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     """
     given = {word.partition("=")[0] for word in argv}
     if given & {"-h", "--help"}:
-        sys.stdout.write(f"{__doc__}\n")  # the three ways, before the help of the one asked for
+        answer(f"{__doc__}\n")  # the three ways, before the help of the one asked for
     if "--ask" in given:
         return asking.main(argv)
     if "--sentences" in given:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from openhelix.runtime.cli import output
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed
 from openhelix.runtime.core.paths import CHECKOUT
@@ -60,8 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = plugins.nearest(name, commands)
         print(f"openhelix: unknown command {name!r}; {said}", file=sys.stderr)
         return 2
+    if "--json" in rest and not {"-h", "--help"} & set(rest):
+        # Run as a program, to the very end of it.
+        with output.reserved(for_good=argv is None):
+            return _call(name, commands[name], rest)
+    return _call(name, commands[name], rest)
+
+
+def _call(name: str, path: str, words: Sequence[str]) -> int:
+    """Call a command; tell its refusals and failures in one line, and return the exit code."""
     try:
-        code = int(plugins.resolve(commands[name])(rest))
+        code = int(plugins.resolve(path)(words))
         sys.stdout.flush()
         return code
     except ModuleNotFoundError as error:
@@ -86,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of a pipe (head, less) went away: not an error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.give_up()
         return 0
     except OSError as error:
         # The machine refuses: a full disk, a folder that may not be written, too many files.

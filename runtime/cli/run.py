@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.runtime.cli.arguments import Options, option, parse
+from openhelix.runtime.cli.output import answer
 from openhelix.runtime.control.episodes import Assignment, told
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig, load
@@ -107,7 +108,7 @@ def _run(argv: Sequence[str], record: bool) -> int:
             publish_latest(folder, config.output.folder)
     finally:  # what was measured is worth more than the disk that has no room for it
         if options.as_json:
-            print(json.dumps(report))
+            answer(json.dumps(report))
         else:
             display.summary(report, folder)
     if place.parent != folder:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
+from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed, ConfigError, Count, RunConfig, load
 from openhelix.runtime.core.targets import check_part
@@ -76,5 +77,5 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(runner.error)
     if state == "failed":
         raise CommandFailed(runner.error)
-    print(json.dumps(runner.last_health, indent=None if options.as_json else 2))
+    answer(json.dumps(runner.last_health, indent=None if options.as_json else 2))
     return 0

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from openhelix.runtime.cli.arguments import Options, option, parse
+from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
 from openhelix.runtime.observe.status_server import StatusServer, is_loopback
 from openhelix.runtime.observe.status_source import RunSource
@@ -63,10 +64,10 @@ def _do(options: StatusOptions, source: RunSource) -> int:
     if options.stop:
         robot = source.record().robot
         source.stop("openhelix status --stop")
-        print(json.dumps({"stopped": robot}) if options.as_json else f"{robot}: stopped")
+        answer(json.dumps({"stopped": robot}) if options.as_json else f"{robot}: stopped")
     elif options.token:
         token = source.record().token
-        print(json.dumps({"token": token}) if options.as_json else token)
+        answer(json.dumps({"token": token}) if options.as_json else token)
     elif options.web:
         logging.basicConfig(level=logging.WARNING)
         os.nice(10)  # whoever looks on gives way to whoever works
@@ -75,7 +76,7 @@ def _do(options: StatusOptions, source: RunSource) -> int:
     else:
         status = source.snapshot()
         if options.as_json:
-            print(json.dumps(status))
+            answer(json.dumps(status))
         else:
             Console(highlight=False).print(_table(status))
     return 0
@@ -92,10 +93,10 @@ async def _serve(options: StatusOptions, source: RunSource) -> None:
     server = StatusServer(source, host, port, tls)
     url = await server.start()
     if options.as_json:
-        print(json.dumps({"url": url}), flush=True)
+        answer(json.dumps({"url": url}))
     else:
         guard = "" if server.open else " (asks for the run's token: openhelix status --token)"
-        print(f"{url}{guard}", flush=True)
+        answer(f"{url}{guard}")
     ended = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
