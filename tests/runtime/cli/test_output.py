@@ -1,5 +1,7 @@
 """`--json` prints one object, whatever the libraries that a command loads print."""
 
+# ruff: noqa: T201  (printing is what this is about)
+
 from __future__ import annotations
 
 import ast
