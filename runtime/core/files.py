@@ -22,13 +22,18 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter, ValidationError
+
+from openhelix.runtime.core.config import explain
+
+T = TypeVar("T")
 
 MAX_JSON_BYTES: Final = 64 * 1024 * 1024
 MAX_HEADER_BYTES: Final = 16 * 1024 * 1024  # of a safetensors file; 7B models need 0.1 MB
@@ -211,6 +216,87 @@ def parse_object(data: bytes | str, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise BadFile(f"{where}: holds {type(found).__name__}, must be a JSON object")
     return found
+
+
+def as_record(cls: type[T], data: Mapping[str, Any], where: str) -> T:
+    """Return a dataclass from the fields that a file has for it, each of the type it says.
+
+    Raises:
+        BadFile: a field is unknown, missing, of another type or out of range; the line begins
+            with `where` and names it.
+    """
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        said = explain(name, first)
+        if first["type"] == "unexpected_keyword_argument":
+            valid = ", ".join(sorted(getattr(cls, "__dataclass_fields__", ())))
+            said = f"{name}: no such field" + (f"; valid are {valid}" if "." not in name else "")
+        raise BadFile(f"{where}: {said}") from None
+
+
+def load_tensors(
+    path: Path | str, names: Iterable[str] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the torch tensors of a safetensors file and its metadata.
+
+    Args:
+        path: of the file.
+        names: what it has to hold, no more and no less; None takes what there is.
+
+    Raises:
+        BadFile: it cannot be read, holds other tensors, or one with a value that is not finite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found, metadata = tensor_header(path)
+    if names is not None:
+        wanted = set(names)
+        if missing := sorted(wanted - set(found)):
+            raise BadFile(f"{path}: no {missing[0]}")
+        if extra := sorted(set(found) - wanted):
+            raise BadFile(f"{path}: holds {extra[0]!r}, which does not belong there")
+    try:
+        with safe_open(path, framework="pt") as stream:
+            tensors = {name: stream.get_tensor(name) for name in found}
+    except (OSError, SafetensorError) as error:
+        raise BadFile(f"{path}: cannot be read as safetensors: {error}") from None
+    check_finite(tensors, str(path))
+    return tensors, metadata
+
+
+def check_finite(tensors: Mapping[str, Any], where: str) -> None:
+    """Raise `BadFile` where a torch tensor has a value that is not finite; one line names it."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise BadFile(f"{where}: {name} has values that are not finite")
+
+
+def save_tensors(
+    path: Path | str, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write torch tensors as safetensors, whole or not at all.
+
+    Raises:
+        OSError: the disk refuses; `filename` is the file's.
+    """
+    from safetensors.torch import save_file
+
+    plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    with written(path) as part:
+        save_file(plain, part, metadata=dict(metadata) if metadata is not None else None)
+        part.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    """Return what this process takes from the mode of new files; asking is setting it."""
+    with suppress(OSError, ValueError):
+        for row in Path("/proc/self/status").read_text().splitlines():
+            if row.startswith("Umask:"):
+                return int(row.split()[1], 8)
+    return 0o022
 
 
 def tensor_header(
