@@ -42,7 +42,6 @@ from openhelix.benchmarks.calvin.collect import (
     open_folder,
     unit_path,
 )
-from openhelix.benchmarks.calvin.dataset import replace_file
 from openhelix.benchmarks.calvin.demonstrations import Demonstration, perform
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.experts import Expert
@@ -63,6 +62,7 @@ from openhelix.runtime.core.config import (
     System2Config,
     read_settings,
 )
+from openhelix.runtime.core.files import replace_file
 from openhelix.runtime.core.interfaces import (
     ActionChunk,
     LatentGoal,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.evaluation import plots
-from openhelix.benchmarks.evaluation.results import VIDEOS, replace_file
+from openhelix.benchmarks.evaluation.results import VIDEOS
+from openhelix.runtime.core.files import replace_file
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
 STILLS, STILL_PX, FILMS_SHOWN = 6, 480, 8

@@ -41,13 +41,14 @@ from openhelix.benchmarks.evaluation.report import (
     markdown_table,
     page,
 )
-from openhelix.benchmarks.evaluation.results import read_results, replace_file
+from openhelix.benchmarks.evaluation.results import read_results
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
 from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES
 from openhelix.runtime.cli.arguments import Numbers, Words, option, parse
 from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core.config import ConfigError, RunConfig
+from openhelix.runtime.core.files import replace_file
 from openhelix.runtime.launch.graph import require_parts
 
 # -- The report: tables, and for each suite a plot of success against the latent's age -

@@ -13,8 +13,8 @@ from typing import Any
 
 from openhelix.benchmarks.evaluation.plots import beside, lines
 from openhelix.benchmarks.evaluation.report import interval, markdown_table, percent
-from openhelix.benchmarks.evaluation.results import replace_file
 from openhelix.benchmarks.paper.judge import MISSING
+from openhelix.runtime.core.files import replace_file
 
 Outcome = Mapping[str, Any]
 DISAGREES = "†"

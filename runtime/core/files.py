@@ -17,6 +17,7 @@ a limit on what it takes from a file, and tells what is wrong in one line that n
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -25,7 +26,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import IO, Any, Final, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -358,10 +359,17 @@ def _described(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int,
     return kind, shape, start, stop
 
 
-def read_arrays(path: Path | str, limit: int = MAX_ARRAYS_BYTES) -> dict[str, npt.NDArray[Any]]:
+def read_arrays(
+    path: Path | str, limit: int = MAX_ARRAYS_BYTES, names: Iterable[str] | None = None
+) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays of a `.npz` file by name; objects are refused.
 
     Sizes are compared before anything is unpacked, and unpacking ends where they say it does.
+
+    Args:
+        path: of the file.
+        limit: most bytes that all of its arrays may have.
+        names: which to read; None for all.
 
     Raises:
         BadFile: it is damaged or cut, holds objects, or would unpack to more than `limit` bytes.
@@ -374,11 +382,13 @@ def read_arrays(path: Path | str, limit: int = MAX_ARRAYS_BYTES) -> dict[str, np
                 raise BadFile(
                     f"{path}: would unpack to {total >> 20} MiB; at most {limit >> 20} are read"
                 )
-            return {
-                member.filename.removesuffix(".npy"): _array(packed, member) for member in members
-            }
-    except BadFile as error:
-        raise BadFile(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+            found = {member.filename.removesuffix(".npy"): member for member in members}
+            for name in names or ():
+                if name not in found:
+                    raise BadFile(f"{path}: no {name}")
+            return {name: _member(packed, found[name], path) for name in names or found}
+    except BadFile:
+        raise
     except FileNotFoundError:
         raise BadFile(f"{path}: no such file") from None
     except OSError as error:
@@ -389,30 +399,51 @@ def read_arrays(path: Path | str, limit: int = MAX_ARRAYS_BYTES) -> dict[str, np
         raise BadFile(f"{path}: damaged or no .npz: {said}") from None
 
 
-def _array(packed: zipfile.ZipFile, member: zipfile.ZipInfo) -> npt.NDArray[Any]:
+def _member(packed: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path | str) -> npt.NDArray[Any]:
     with packed.open(member) as stream:
-        version = np.lib.format.read_magic(stream)
-        reader = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
-        if reader is None:
-            raise BadFile(f"{member.filename}: format {version}")
-        shape, column_major, dtype = reader(stream)
-        if dtype.hasobject:
-            raise BadFile(f"{member.filename}: holds objects, which are not read")
-        size = math.prod(shape) * dtype.itemsize
-        if stream.tell() + size != member.file_size:
-            raise BadFile(f"{member.filename}: has another size than its shape {shape}")
-        array: npt.NDArray[Any] = np.empty(shape, dtype, order="F" if column_major else "C")
-        room = array.reshape(-1, order="A").view(np.uint8) if size else np.empty(0, np.uint8)
-        at = 0
-        while at < size:
-            part = np.frombuffer(stream.read(min(size - at, 1 << 20)), np.uint8)
-            if not len(part):
-                raise BadFile(f"{member.filename}: cut")
-            room[at : at + len(part)] = part
-            at += len(part)
+        try:
+            return _array(stream, member.file_size)
+        except BadFile as error:
+            raise BadFile(f"{path}: {member.filename}: {error}") from None
+
+
+def read_array(path: Path | str, limit: int = MAX_ARRAYS_BYTES) -> npt.NDArray[Any]:
+    """Return the array of a `.npy` file; objects are refused.
+
+    Raises:
+        BadFile: it is damaged or cut, holds objects, or is larger than `limit` bytes.
+    """
+    data = read_bytes(path, limit)
+    try:
+        return _array(io.BytesIO(data), len(data))
+    except Exception as error:  # numpy lets through what its parser meets
+        raise BadFile(f"{path}: damaged or no .npy: {' '.join(str(error).split())}") from None
+
+
+def _array(stream: IO[bytes], total: int) -> npt.NDArray[Any]:
+    """Read one array from a stream of `total` bytes; no more is made room for than that."""
+    version = np.lib.format.read_magic(stream)
+    reader = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if reader is None:
+        raise BadFile(f"format {version}")
+    shape, column_major, dtype = reader(stream)
+    if dtype.hasobject:
+        raise BadFile("holds objects, which are not read")
+    size = math.prod(shape) * dtype.itemsize
+    if stream.tell() + size != total:
+        raise BadFile(f"has another size than its shape {shape}")
+    array: npt.NDArray[Any] = np.empty(shape, dtype, order="F" if column_major else "C")
+    room = array.reshape(-1, order="A").view(np.uint8) if size else np.empty(0, np.uint8)
+    at = 0
+    while at < size:
+        part = np.frombuffer(stream.read(min(size - at, 1 << 20)), np.uint8)
+        if not len(part):
+            raise BadFile("cut")
+        room[at : at + len(part)] = part
+        at += len(part)
     return array
 
 
