@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Policy,
         PolicySpec,
     )
+    from openhelix.runtime.observe.robot import Robot
     from openhelix.runtime.transport.client import System2Client
     from openhelix.system1.checkpoint import load_official
 
@@ -41,6 +42,7 @@ _HOMES = {
         *("ActionChunk", "ActionSpec", "CameraSpec", "Engine", "LatentGoal", "LatentSpec"),
         *("Observation", "Policy", "PolicySpec"),
     ),
+    "openhelix.runtime.observe.robot": ("Robot",),
     "openhelix.runtime.transport.client": ("System2Client",),
     "openhelix.system1.checkpoint": ("load_official",),
 }
@@ -55,6 +57,7 @@ __all__ = [  # noqa: RUF022 - in the order of the page
     "completed",
     "get_sequences",
     "initial_state",
+    "Robot",
     "System2Client",
     "evaluate",
     "EvalResult",

@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from openhelix.runtime.cli.arguments import Many, Options, Words, option, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import resolve
 from openhelix.system2.engines.base import EngineBase
 from openhelix.system2.model import Checkpoint, CheckpointError, load_tokenizer

@@ -22,12 +22,11 @@ from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.clock import Clock, MonotonicClock
 from openhelix.runtime.core.config import Part
 from openhelix.runtime.core.interfaces import Engine, GoalRequest, LatentGoal
-from openhelix.runtime.observe.collectors import System2Metrics, WireMetrics
+from openhelix.runtime.observe.collectors import PeerMetrics, System2Metrics, WireMetrics
 from openhelix.runtime.observe.metrics import LOOPBACK, Endpoint, GpuMetrics, Library, serve
-from openhelix.runtime.observe.peers import PeerMetrics, PeerWatch
 from openhelix.runtime.transport.codec import encode
 from openhelix.runtime.transport.sockets import Port
-from openhelix.runtime.transport.wire import ENVELOPE, NewestPerTopic, topic_bytes
+from openhelix.runtime.transport.wire import ENVELOPE, NewestPerTopic, PeerWatch, topic_bytes
 from openhelix.system2.scheduler import GoalScheduler, Limits, Totals, health_of
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,10 @@ quaternion xyzw.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import pi, radians, tan
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from openhelix.benchmarks.calvin import raster
 from openhelix.benchmarks.calvin.appearance import TILE_M, Appearance, floor_texture, wood_texture
 from openhelix.benchmarks.calvin.meshes import (
+    ARM_CELL_M,
     VISUAL_STATE_SIZE,
     Visuals,
     link_transforms,
@@ -61,6 +63,12 @@ class CameraSpec:
         f = self.size / 2 / tan(radians(self.fov_deg) / 2)
         return np.array([[f, 0, self.size / 2], [0, f, self.size / 2], [0, 0, 1.0]])
 
+    @property
+    def pinhole(self) -> F64:
+        """fx, fy, cx, cy (pixels), near, far (m), as `raster.draw` takes them."""
+        K = self.K
+        return np.array([K[0, 0], K[1, 1], K[0, 2], K[1, 2], self.near, self.far])
+
 
 STATIC_EYE = (2.871459009488717, -2.166602199425597, 2.555159848480571)
 STATIC_TARGET = (-0.026242351159453392, -0.0302329882979393, 0.3920000493526459)
@@ -83,16 +91,29 @@ def look(eye: npt.ArrayLike, forward: npt.ArrayLike, up: npt.ArrayLike) -> F64:
     return T_world_cam
 
 
-def camera_of(scene: Scene, name: str) -> CameraSpec:
+Stand = Mapping[str, Any]  # where the static camera stands: "eye", "target", "up", "fov" or None
+
+
+def camera_of(scene: Scene, name: str, stand: Stand | None = None) -> CameraSpec:
     """A camera as it is in a scene."""
     spec, own = CAMERAS[name], scene.variant
+    if name == "static" and stand is not None and stand.get("fov") is not None:
+        return replace(spec, fov_deg=float(stand["fov"]))
     if own is None:
         return spec
     return replace(spec, fov_deg=spec.fov_deg * own.fov[0 if name == "static" else 1])
 
 
-def static_pose(scene: Scene) -> F64:
-    """Pose (4, 4) of the static camera in a scene, OpenCV axes."""
+def static_pose(scene: Scene, stand: Stand | None = None) -> F64:
+    """Pose (4, 4) of the static camera in a scene, OpenCV axes.
+
+    Args:
+        scene: whose own camera it is.
+        stand: what differs from that: "eye" and "target", m in W, and "up".
+
+    Raises:
+        CameraError: it would look along its own up.
+    """
     eye, target, up = np.array(STATIC_EYE), np.array(STATIC_TARGET), np.array(STATIC_UP)
     own = scene.variant
     if own is not None:
@@ -106,6 +127,13 @@ def static_pose(scene: Scene) -> F64:
         target = target + own.target_m
         eye = target + np.array([*flat, np.sin(height)]) * size * own.distance
         up = turn @ up
+    given = stand or {}
+    eye, target, up = (
+        own if given.get(name) is None else np.array(given[name], float)
+        for name, own in (("eye", eye), ("target", target), ("up", up))
+    )
+    if np.linalg.norm(np.cross(target - eye, up)) < 1e-6:
+        raise CameraError("world.static_camera.up: it would look along it; name another direction")
     return look(eye, target - eye, up)
 
 
@@ -149,6 +177,8 @@ class SceneRenderer:
         scene: "A" to "D" or a `Scene`.
         cameras: which of "static" and "gripper".
         appearance: None for the scene's own look.
+        arm_cell_m: how coarse the arm is; see `scene_visuals`.
+        static_camera: where the static camera stands instead of the scene's own; see `static_pose`.
 
     Raises:
         CameraError: unknown camera.
@@ -159,14 +189,16 @@ class SceneRenderer:
         scene: str | Scene,
         cameras: Sequence[str] = ("static", "gripper"),
         appearance: Appearance | None = None,
+        arm_cell_m: float = ARM_CELL_M,
+        static_camera: Stand | None = None,
     ) -> None:
         wrong = cameras if isinstance(cameras, str) else [c for c in cameras if c not in CAMERAS]
         if wrong:
             raise CameraError(f"cameras: {wrong!r}; give a list out of {', '.join(CAMERAS)}")
         self.scene = get_scene(scene)
-        self.cameras = tuple(camera_of(self.scene, name) for name in cameras)
-        self._static_pose = static_pose(self.scene)
-        self._visuals: Visuals = scene_visuals(self.scene)
+        self.cameras = tuple(camera_of(self.scene, name, static_camera) for name in cameras)
+        self._static_pose = static_pose(self.scene, static_camera)
+        self._visuals: Visuals = scene_visuals(self.scene, arm_cell_m)
         self.set_appearance(appearance or Appearance.of(self.scene))
 
     def set_appearance(self, appearance: Appearance) -> None:
@@ -253,7 +285,12 @@ class SceneRenderer:
             if self._background is None:
                 self._background = _blank(camera)
                 self._draw(
-                    0, v.n_fixed, camera, T_world_cam, transforms, colours, *self._background
+                    (0, v.n_fixed),
+                    camera.pinhole,
+                    T_world_cam,
+                    transforms,
+                    colours,
+                    *self._background,
                 )
             rgb, depth, mask = (
                 self._background[0].copy(),
@@ -263,27 +300,25 @@ class SceneRenderer:
         else:
             rgb, depth, mask = _blank(camera)
             start, end = 0, end - v.n_mount
-        self._draw(start, end, camera, T_world_cam, transforms, colours, rgb, depth, mask)
+        parts = (start, end)
+        self._draw(parts, camera.pinhole, T_world_cam, transforms, colours, rgb, depth, mask)
         rgb, depth = self._noise(rgb, depth, state)
         return RenderedFrame(rgb, depth, mask, camera.K, T_world_cam)
 
     def _draw(
         self,
-        first: int,
-        last: int,
-        camera: CameraSpec,
+        parts: tuple[int, int],
+        pinhole: F64,
         T_world_cam: F64,
         transforms: F64,
         colours: F32,
         rgb: U8,
         depth: F32,
-        mask: I32,
+        mask: npt.NDArray[Any],
     ) -> None:
-        v, K = self._visuals, camera.K
-        pinhole = np.array([K[0, 0], K[1, 1], K[0, 2], K[1, 2], camera.near, camera.far])
+        v = self._visuals
         raster.draw(
-            first,
-            last,
+            *parts,
             v.position,
             v.normal,
             v.uv,

@@ -1,5 +1,8 @@
 """`openhelix collect`: run the scripted experts and keep the demonstrations that succeed.
 
+    openhelix collect scenes=ABC per_task=20 out=demonstrations
+    openhelix collect format=calvin scenes=D per_task=2
+
 A collection is a folder of unit files. Unit files are written atomically, so the same command
 resumes an interrupted collection; a folder begun with other settings, or with other contents, is
 refused before anything is written. `card.json` describes it: counts, failures, step numbers,
@@ -43,10 +46,10 @@ from openhelix.benchmarks.calvin.scene import SCENES, get_scene, scene_names, wr
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 from openhelix.benchmarks.calvin.units import collect_unit, read_unit, unit_bytes
 from openhelix.runtime.cli.arguments import Options, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core.config import ConfigError, read_settings
 from openhelix.runtime.core.files import replace_file
 from openhelix.runtime.core.interfaces import F64
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system1.cache import frames_digest
 

@@ -135,6 +135,8 @@ class PlayTableEnv:
         seed: seeds the block placement of `reset()` without arguments.
         appearance: textures, light and noise; None for the scene's own look.
         use_scene_info: whether info carries "scene_info".
+        static_camera: where the static camera stands instead of the scene's own; see
+            `openhelix.benchmarks.calvin.cameras.static_pose`.
 
     Raises:
         SceneError: unknown scene.
@@ -149,14 +151,20 @@ class PlayTableEnv:
         seed: int | None = 0,
         appearance: Appearance | None = None,
         use_scene_info: bool = True,
+        static_camera: Mapping[str, Any] | None = None,
     ) -> None:
         self.scene = get_scene(scene)
         self.use_scene_info = use_scene_info
-        self.renderer = _renderer(self.scene, cameras, appearance) if cameras else None
+        self.renderer = None
+        if cameras:
+            self.renderer = _renderer(self.scene, cameras, appearance, static_camera)
         self.world = World(self.scene)
         self.robot = Arm(self.world)
         self.seed(seed)
         self.mechanisms = Mechanisms(self.world)
+        # Who judges in the oracles' place where what is right changes; see
+        # `openhelix.benchmarks.evaluation.changing`.
+        self.referee: Any = None
         self.reset()
 
     # -- calvin_env's interface --------------------------------------------------------
@@ -430,8 +438,13 @@ class PlayTableEnv:
             self.world.hooks.remove(hook)
 
 
-def _renderer(scene: Scene, cameras: Sequence[str], appearance: Appearance | None) -> SceneRenderer:
+def _renderer(
+    scene: Scene,
+    cameras: Sequence[str],
+    appearance: Appearance | None,
+    static_camera: Mapping[str, Any] | None,
+) -> SceneRenderer:
     # Imported here: a world without cameras then needs no compiler, 100 MB and a second less.
     from openhelix.benchmarks.calvin.cameras import SceneRenderer
 
-    return SceneRenderer(scene, cameras, appearance)
+    return SceneRenderer(scene, cameras, appearance, static_camera=static_camera)

@@ -49,7 +49,7 @@ def plain(task: str | None) -> str:
     family, colour, _, last = task.split("_")
     if family == "lift":
         return f"lift the {colour} block {_LIFT_FROM[last]}"
-    return f"{'turn' if family == 'rotate' else family} the {colour} block to the {last}"
+    return f"{family} the {colour} block to the {last}"
 
 
 def _only(place: str) -> Callable[[Labels], str | None]:

@@ -347,16 +347,18 @@ def _add_room(builder: _Builder, scene: Scene) -> None:
         builder.add(cube, 1 + len(MOVING) + i, material, FIRST_BLOCK_ID + i)
 
 
-def _add_arm(builder: _Builder, first: int) -> tuple[tuple[ArmJoint, ...], int, int]:
+def _add_arm(
+    builder: _Builder, first: int, arm_cell_m: float
+) -> tuple[tuple[ArmJoint, ...], int, int]:
     root = ET.fromstring(urdf.panda_urdf().read_text())
     names = [link.get("name", "") for link in root.iter("link")]
     number = {name: first + i for i, name in enumerate(names)}
     source = urdf.panda_source() / "meshes"
     for i in range(8):
         kind = "collision" if i in (0, 7) else "visual"
-        mesh = from_obj(source / kind / f"link{i}.obj", ARM_CELL_M)
+        mesh = from_obj(source / kind / f"link{i}.obj", arm_cell_m)
         builder.add_coloured(mesh, number[f"panda_link{i}"], segment_id(ROBOT_ID, i - 1))
-    hand = from_obj(source / "visual" / "hand.obj", HAND_CELL_M)
+    hand = from_obj(source / "visual" / "hand.obj", min(arm_cell_m, HAND_CELL_M))
     builder.add_coloured(hand, number["panda_hand"], segment_id(ROBOT_ID, 8))
     white = builder.material("robot")
     fingers = [hull_triangles(urdf.finger_vertices(part)) for part in urdf.FINGER_SEEN]
@@ -408,12 +410,17 @@ def rpy_matrix(rpy: list[float] | tuple[float, ...]) -> F64:
 
 
 @lru_cache(maxsize=8)  # a scene's triangles take about 2 MB
-def scene_visuals(scene: Scene) -> Visuals:
-    """Assemble the triangles of `scene`; once a process."""
+def scene_visuals(scene: Scene, arm_cell_m: float = ARM_CELL_M) -> Visuals:
+    """Assemble the triangles of `scene`; once a process.
+
+    Args:
+        scene: what stands where.
+        arm_cell_m: corners of the arm's meshes that share a cell of this size are merged.
+    """
     builder = _Builder()
     _add_room(builder, scene)
     _add_table(builder, scene)
-    arm, camera_link, n_links = _add_arm(builder, 1 + len(MOVING) + len(scene.blocks))
+    arm, camera_link, n_links = _add_arm(builder, 1 + len(MOVING) + len(scene.blocks), arm_cell_m)
     parts = sorted(builder.parts, key=lambda part: (part[0], part[1] == camera_link))
     meshes = [part[-1] for part in parts]
     sizes = [len(mesh.position) for mesh in meshes]

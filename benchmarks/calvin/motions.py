@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from openhelix.benchmarks.calvin.scene import BLOCK_SIDE_M, PHYSICS_HZ, Scene, get_scene
+from openhelix.runtime.core.plugins import none_of
 
 Point = tuple[float, float]
 Range = tuple[float, float]
@@ -57,9 +58,9 @@ def speed_m_s(pattern: str, preset: str = "paper") -> float:
         MotionError: Unknown pattern or preset.
     """
     if pattern not in PATTERNS:
-        raise MotionError(f"pattern: {pattern!r} is none of {', '.join(PATTERNS)}")
+        raise MotionError(f"pattern: {none_of(pattern, PATTERNS)}")
     if preset not in PRESETS:
-        raise MotionError(f"speed: {preset!r} is none of {', '.join(PRESETS)}")
+        raise MotionError(f"speed: {none_of(preset, PRESETS)}")
     return PAPER_SPEEDS_M_S[pattern] * PRESETS[preset]
 
 
@@ -106,7 +107,7 @@ def make_path(pattern: str, start: Point, x: Range, y: Range) -> Path:
         MotionError: Unknown pattern.
     """
     if pattern not in PATTERNS:
-        raise MotionError(f"pattern: {pattern!r} is none of {', '.join(PATTERNS)}")
+        raise MotionError(f"pattern: {none_of(pattern, PATTERNS)}")
     x, y = (min(x[0], start[0]), max(x[1], start[0])), (min(y[0], start[1]), max(y[1], start[1]))
     if pattern == "circular":
         radius = min(RADIUS_M, (x[1] - x[0]) / 2, (y[1] - y[0]) / 2)
@@ -194,7 +195,7 @@ class MovingBlock:
             )
         scene = get_scene(env.scene)
         if name not in scene.blocks:
-            raise MotionError(f"block: {block!r} is none of {', '.join(scene.blocks)}")
+            raise MotionError(f"block: {none_of(block, scene.blocks)}")
         position, _ = env.world.block_pose(name)
         self.path = make_path(pattern, (position[0], position[1]), *area(scene, env.world, name))
         self.block, self.pattern = name, pattern

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS
+from openhelix.runtime.core.plugins import none_of
 
 Phrases = dict[str, tuple[str, ...]]
 
@@ -74,7 +75,7 @@ def checked(content: Any, where: str, repeated: list[str] | None = None) -> Phra
     phrases: Phrases = {}
     for task, sentences in content.items():
         if task not in TASKS:
-            raise PhraseError(f"{where}: task {task!r} is none of {', '.join(TASK_NAMES)}")
+            raise PhraseError(f"{where}: task {none_of(task, TASK_NAMES)}")
         if not isinstance(sentences, list) or not sentences:
             raise PhraseError(f"{where}: {task}: wants a list of sentences")
         known: set[str] = set()
@@ -160,7 +161,7 @@ def calvin_e(split: str = "all") -> Phrases:
         PhraseError: Unknown split.
     """
     if split not in SPLITS:
-        raise PhraseError(f"split: {split!r} is none of {', '.join(SPLITS)}")
+        raise PhraseError(f"split: {none_of(split, SPLITS)}")
     parts = SPLITS[:2] if split == "all" else (split,)
     content = {
         task: [sentence for part in parts for sentence in lists[part]]

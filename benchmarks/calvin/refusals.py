@@ -31,6 +31,8 @@ from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.calvin.wordings import TRIES, Rules, drawn, expand, reserved, rules_of
 
 HELD_OUT = FOLDER / "refusals.json"
+# Things that are not on the table, and no words for what is; none is in a list for choosing by.
+NOUNS: tuple[str, ...] = tuple(json.loads((FOLDER / "nouns.json").read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,7 @@ KINDS: Mapping[str, Sequence[str]] = {
 }  # fmt: skip
 
 WORDS: Rules = {
+    "noun": NOUNS,
     "way": ("(left|right)",),
     "place": ("the (table|drawer|cabinet|shelf|desk|slider)",),
     "known": (
@@ -173,6 +176,10 @@ WORDS: Rules = {
         "(a|that|this) <tint> (block|cube|brick)",
     ),
     "missing": (
+        "(the|the|the|a|my|that|this|your|one) <noun>",
+        "(the|the|the|a|my|that|this|your|one) <noun>",
+        "(the|the|the|a|my|that|this|your|one) <noun>",
+        "the (big|small|old|new|heavy|round|red|blue|pink|wooden|other|left) <noun>",
         "the <tint> (ball|cup|bottle|box|book|car)",
         "(the|the|a|my|that) (banana|apple|cup|mug|bottle|spoon|plate|book|pen|ball|hammer|phone"
         "|chair|car|hat|knife|fork|shoe|glove|coin|stone|key|pencil|eraser|towel|sponge|pan|pot)",
@@ -183,6 +190,7 @@ WORDS: Rules = {
         "the (pyramid|cylinder|sphere|cone|triangle|ring|disk|rope|stick|wire|tube|tape|battery)",
     ),
     "fixture": (
+        "the <noun>",
         "the (window|fridge|oven|curtain|garage|suitcase|book|lid|bottle|gate|box|tent|jar|mailbox"
         "|washing machine|car door|wardrobe|trash can|tap|valve|folder|file|browser|trunk|cage)",
     ),
@@ -192,6 +200,8 @@ WORDS: Rules = {
         "|street lamp|headlights|ceiling light|kitchen light|kettle|torch|screen|robot)",
     ),
     "deed": (
+        "(find|buy|draw|cook|carry|clean|describe|hide|count|sell|touch|watch) (the|a|my) <noun>",
+        "(talk to|think of|look for|walk to|play with|sit on|pay for) (the|a|my) <noun>",
         "(sing a song|tell me a joke|say hello|make some coffee|wash the dishes|cook dinner)",
         "(water the plants|feed the cat|call my mother|sweep the floor|clean the window|make the bed)",
         "(write a letter|read the news|play some music|count to ten|solve this equation|spell my name)",
@@ -212,6 +222,7 @@ WORDS: Rules = {
         "(ft|gle|nk|rp|st|zzle|mble|dge|ck|x|jk|vv|oo|ipt|arg)",
     ),
     "word": (
+        "<noun>",
         "(cloud|yesterday|seven|never|green|because|music|mountain|maybe|slowly|paper|under|winter)",
         "(history|river|purple|before|nothing|someone|coffee|twelve|happy|between|market|always)",
         "(engine|blue|window|quickly|perhaps|forest|number|without|island|table|morning|question)",
@@ -235,6 +246,11 @@ ALTHOUGH: Sequence[str] = (
     "(the next step|the plan|my wish|the only thing left) is to <do>",
     "(can|could|may|would) I ask you to <do>",
     "(let me see you|show me how you|I am waiting for you to|it is your turn to) <do>",
+    # Words that are not of the table do not make it nonsense.
+    "(for the sake of|because of|as a favour to|in exchange for) (the|my|a) <noun>, <do>",
+    "(my <noun> is late|I am busy with the <noun>|the <noun> can wait): (please |)<do>",
+    "<do>, (said the <noun>|I promise you a <noun>|as quick as a <noun>|you clever <noun>)",
+    "(like|gently as|careful as) a <noun>, <do>",
 )
 REFERRING: Rules = {
     "whose": (
@@ -295,7 +311,7 @@ def requests(count: int, seed: int = 0) -> tuple[Said, ...]:
     for number in range(len(found), count):
         turn = number // 8
         if number % 8 == 0:
-            made = _new("although", ALTHOUGH, turn, {}, rng, known)
+            made = _new("although", ALTHOUGH, turn, WORDS, rng, known)
         elif number % 8 == 1:
             patterns = REFERRING["do"]
             extra = {**REFERRING, "do": (patterns[turn % len(patterns)],)}

@@ -26,6 +26,7 @@ from openhelix.benchmarks.calvin.scene import (
 from openhelix.benchmarks.calvin.sequences import ROBOT_OBS, SWITCH_ON_M, get_layout
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 from openhelix.runtime.core.interfaces import F64
+from openhelix.runtime.core.plugins import none_of
 from openhelix.runtime.core.quaternion import from_euler_xyz
 
 # -- Layouts: where blocks, doors and lights are, drawn at random for a task -----------
@@ -50,6 +51,7 @@ class Layout:
         bulb, led: 0 or 1.
         place: where each block is: "table", "slider_left", "slider_right", "drawer" or
             "on <block>".
+        at: x and y in m, and yaw in rad if it matters, of blocks that lie on the table just there.
         exact: use CALVIN's slots instead of random places.
     """
 
@@ -60,6 +62,77 @@ class Layout:
     led: int = 0
     place: dict[str, str] = field(default_factory=dict)
     exact: bool = False
+    at: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, words: Mapping[str, Any], scene: Scene) -> Layout:
+        """Return the layout that `world.layout` describes.
+
+        Args:
+            words: "drawer" (open, closed, or m), "slider" (left, right, or m), "bulb" and "led"
+                (on, off), and "blocks": by colour, a place as above or [x, y, yaw], m and rad on
+                the table. What is left out is closed, right, off, or on the table somewhere.
+            scene: where it is to be.
+
+        Raises:
+            LayoutError: in one line, what it says that cannot be, and what is valid.
+        """
+        _known("", words, ("drawer", "slider", "bulb", "led", "blocks"))
+        layout = cls(
+            drawer=_amount("drawer", words, {"closed": 0.0, "open": DRAWER_TRAVEL_M}),
+            slide=_amount("slider", words, {"right": 0.0, "left": scene.slide_travel}),
+            bulb=int(_amount("bulb", words, {"off": 0.0, "on": 1.0})),
+            led=int(_amount("led", words, {"off": 0.0, "on": 1.0})),
+        )
+        layout.switch = SWITCH_ON_M * layout.bulb
+        colours = {name.removeprefix("block_"): name for name in scene.blocks}
+        given = words.get("blocks", {})
+        if not isinstance(given, Mapping):
+            raise LayoutError("world.layout.blocks: say {red: drawer, blue: [0.1, -0.1]}")
+        _known("blocks.", given, tuple(colours))
+        for colour, name in colours.items():
+            place = given.get(colour, "table")
+            on = place.removeprefix("on ").strip() if isinstance(place, str) else ""
+            if isinstance(place, list | tuple):
+                if len(place) not in (2, 3) or not all(isinstance(v, int | float) for v in place):
+                    raise LayoutError(
+                        f"world.layout.blocks.{colour}: {place}, expected [x, y, yaw]"
+                    )
+                layout.at[name], place = tuple(map(float, place)), "table"
+            elif isinstance(place, str) and place.startswith("on ") and on in colours:
+                place = f"on {colours[on]}"
+            elif place not in (*PLACES, "drawer"):
+                valid = ", ".join((*PLACES, "drawer"))
+                raise LayoutError(
+                    f"world.layout.blocks.{colour}: {place!r}; valid: {valid}, on COLOUR, [x, y, yaw]"
+                )
+            layout.place[name] = place
+        return layout
+
+
+class LayoutError(ValueError):
+    """A layout in words says what cannot be; the line names the field and what is valid."""
+
+
+def _known(where: str, words: Mapping[str, Any], valid: tuple[str, ...]) -> None:
+    for name in words:
+        if name not in valid:
+            raise LayoutError(f"world.layout.{where}{none_of(name, valid)}")
+
+
+def _amount(name: str, words: Mapping[str, Any], named: Mapping[str, float]) -> float:
+    """A number between two that have names, which YAML may have read as true or false."""
+    value = words.get(name, next(iter(named)))
+    if isinstance(value, bool):
+        value = {True: "on", False: "off"}[value]
+    if isinstance(value, str) and value in named:
+        return named[value]
+    low, high = min(named.values()), max(named.values())
+    switches = set(named) == {"on", "off"}
+    if isinstance(value, int | float) and low <= value <= high and not switches:
+        return float(value)
+    more = "" if switches else f", or {low:g} to {high:g} m"
+    raise LayoutError(f"world.layout.{name}: {value!r}; valid: {', '.join(named)}{more}")
 
 
 def random_layout(scene: Scene, rng: np.random.Generator) -> Layout:
@@ -160,6 +233,9 @@ def _block_pose(
     slots: list[F64],
 ) -> F64 | None:
     place = layout.place[name]
+    if name in layout.at:
+        x, y, *yaw = layout.at[name]
+        return np.array([x, y, TABLE_Z_M, 0.0, 0.0, yaw[0] if yaw else pi / 2])
     if place.startswith("on "):
         base = taken[place[3:]]
         shift = rng.uniform(-0.004, 0.004, 2)
@@ -394,3 +470,44 @@ def carry_over(model: PlayTableEnv, env: Any) -> None:
         rotation = from_euler_xyz(robot["tcp_orn"])
         for _ in range(CLOSE_STEPS):
             env.advance((robot["tcp_pos"], rotation, -1))
+
+
+def lay_out(env: Any, layout: Mapping[str, Any], seed: int) -> None:
+    """Bring PlayTable or calvin_env into the layout that is described, with the arm at rest.
+
+    Raises:
+        LayoutError: it says what cannot be, or the blocks do not fit.
+    """
+    found = Layout.of(layout, env.scene)
+    rng = np.random.default_rng(seed)
+    for _ in range(40):
+        world = scene_obs(found, env.scene, rng)
+        if world is not None:
+            env.reset(home(env.scene), world)
+            return
+    raise LayoutError("world.layout.blocks: they do not fit where they are to be")
+
+
+DRAWS = 5  # of a start, each with another seed, before it is given up
+
+
+def put_up(env: Any, task: str, seed: int) -> None:
+    """Bring PlayTable or calvin_env into a random state in which `task` can be done.
+
+    Raises:
+        StartError: none was found.
+    """
+    if not isinstance(env, PlayTableEnv):
+        with PlayTableEnv(env.scene, cameras=()) as model:
+            put_up(model, task, seed)
+            carry_over(model, env)
+        return
+    failed = StartError(f"task: no draw for {task}")
+    for draw in range(DRAWS):
+        try:
+            begin(env, task, np.random.default_rng([seed, draw]))
+        except StartError as error:
+            failed = error
+        else:
+            return
+    raise failed

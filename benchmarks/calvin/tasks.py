@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from openhelix.runtime.core.plugins import none_of
+
 Info = Mapping[str, Any]
 Touch = tuple[int, int]  # (body, link)
 
@@ -295,7 +297,7 @@ def get_task(name: str) -> Task:
     try:
         return TASKS[name]
     except (KeyError, TypeError):
-        raise UnknownTaskError(f"task: {name!r} is none of {', '.join(TASK_NAMES)}") from None
+        raise UnknownTaskError(f"task: {none_of(name, TASK_NAMES)}") from None
 
 
 def sentence(name: str) -> str:

@@ -27,6 +27,7 @@ from openhelix.benchmarks.calvin.phrases import (
     validation,
 )
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS
+from openhelix.runtime.core.plugins import none_of
 
 Rules = Mapping[str, Sequence[str]]
 TRIES = 60  # draws for one new sentence
@@ -548,7 +549,7 @@ def rules_of(task: str) -> dict[str, Sequence[str]]:
         PhraseError: there is no such task.
     """
     if task not in TASKS:
-        raise PhraseError(f"task: {task!r} is none of {', '.join(TASK_NAMES)}")
+        raise PhraseError(f"task: {none_of(task, TASK_NAMES)}")
     rules: dict[str, Sequence[str]] = {**COMMON, **FRAMES, **FAMILIES[family_of(task)]}
     color = TASKS[task].target.removeprefix("block_")
     if color in HUES:
@@ -605,7 +606,7 @@ def say(task: str, count: int, seed: int = 0) -> tuple[str, ...]:
         PhraseError: no such task, or fewer than `count` sentences can be found.
     """
     if task not in TASKS:
-        raise PhraseError(f"task: {task!r} is none of {', '.join(TASK_NAMES)}")
+        raise PhraseError(f"task: {none_of(task, TASK_NAMES)}")
     rng = np.random.default_rng([seed, TASK_NAMES.index(task)])
     known, found = set(reserved()), list[str]()
     for _ in range(count * TRIES):

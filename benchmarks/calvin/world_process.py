@@ -36,23 +36,27 @@ class WorldProcess:
 
     Args:
         scene: "A" to "D".
+        seed: of the placement of blocks where no state is set.
         actions: endpoint on which actions arrive (bound here).
         states: endpoint on which `WorldState` goes out (bound here).
         keys: folder of CURVE keys, off loopback.
     """
 
-    def __init__(self, scene: str, actions: str, states: str, keys: str | None = None) -> None:
-        self._scene, self._keys = scene, keys
+    def __init__(
+        self, scene: str, actions: str, states: str, keys: str | None = None, seed: int = 0
+    ) -> None:
+        self._scene, self._keys, self._seed = scene, keys, seed
         self._endpoints = (actions, states)
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._task, self._task_seq = "", 0
-        self._completed = False
+        self._task: str | None = None  # that is watched for; "" for whichever is done
+        self._task_seq = 0
+        self._completed: tuple[str, ...] = ()
         self._env_steps = self._starved_steps = 0
         self._actions: NewestReader[Action] | None = None
         self._held: Action | None = None  # the target that the arm keeps
 
     def setup(self) -> None:
-        self._env = PlayTableEnv(scene=self._scene, cameras=())
+        self._env = PlayTableEnv(scene=self._scene, cameras=(), seed=self._seed)
         self._env.reset()
         self._start_info = self._env.get_info()
         actions, states = self._endpoints
@@ -107,10 +111,18 @@ class WorldProcess:
         gripper = 1.0 if action.gripper >= 0.5 else -1.0
         self._env.advance((action.pose[:3], action.pose[3:], gripper))
         self._env_steps += 1
-        if self._task and not self._completed:
-            info = self._env.get_info()
-            self._completed = tasks.is_completed(self._task, self._start_info, info)
+        if self._task is not None and (self._task == "" or not self._completed):
+            self._completed = self._judge(self._task, self._env.get_info())
         self._publish(t_ns)
+
+    def _judge(self, task: str, info: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return what has been done of what is asked for, or instead of it."""
+        if task and self._env.referee is not None:
+            return tuple(self._env.referee.completed(info))
+        if task:
+            return (task,) if tasks.is_completed(task, self._start_info, info) else ()
+        done = tasks.completed(self._start_info, info)
+        return self._completed + tuple(sorted(done.difference(self._completed)))
 
     def _publish(self, t_ns: int) -> None:
         self._states.send(
@@ -120,7 +132,7 @@ class WorldProcess:
                 visual=self._env.visual_state(),
                 task_seq=self._task_seq,
                 env_steps=self._env_steps,
-                completed=(self._task,) if self._completed else (),
+                completed=self._completed,
             )
         )
 
@@ -137,7 +149,7 @@ class WorldProcess:
     def _begin_anew(self, put: Callable[[], object]) -> dict[str, Any]:
         def reset() -> int:
             put()
-            self._task, self._completed, self._held = "", False, None
+            self._task, self._completed, self._held = None, (), None
             self._env_steps = 0
             now_ns = time.monotonic_ns()
             self._publish(now_ns)
@@ -147,13 +159,15 @@ class WorldProcess:
 
     def _on_begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
         task = str(arguments["task"])
-        if task not in tasks.TASKS:
+        if task and task not in tasks.TASKS:
             raise ValueError(f"task: {task!r} is unknown; valid: {', '.join(tasks.TASKS)}")
 
         def begin() -> int:
-            self._task, self._completed = task, False
+            self._task, self._completed = task, ()
             self._task_seq += 1
             self._start_info = self._env.get_info()
+            if self._env.referee is not None:
+                self._env.referee.begin(self._start_info)
             return self._task_seq
 
         return {"task_seq": self._in_run(begin)}
@@ -193,6 +207,7 @@ class CameraProcess:
         states: endpoint of the world.
         frames: endpoint on which the frames go out (bound here).
         keys: folder of CURVE keys, off loopback.
+        static_camera: where the static camera stands instead of the scene's own.
     """
 
     def __init__(
@@ -203,8 +218,10 @@ class CameraProcess:
         states: str,
         frames: str,
         keys: str | None = None,
+        static_camera: Mapping[str, Any] | None = None,
     ) -> None:
         self._scene, self._cameras, self._keys = scene, tuple(cameras), keys
+        self._stand = static_camera
         self._period_s = 1.0 / hz
         self._endpoints = (states, frames)
         self._drawn = 0
@@ -212,7 +229,7 @@ class CameraProcess:
 
     def setup(self) -> None:
         states, frames = self._endpoints
-        self._renderer = SceneRenderer(self._scene, self._cameras)
+        self._renderer = SceneRenderer(self._scene, self._cameras, static_camera=self._stand)
         self._states = NewestReader(states, "states", WorldState, keys=self._keys)
         self._publisher = Publisher(frames, "frames", keys=self._keys)
 

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from openhelix.runtime.cli.arguments import Many, Options, option, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
-from openhelix.runtime.core.plugins import resolve
+from openhelix.runtime.core.output import answer
+from openhelix.runtime.core.plugins import none_of, resolve
 from openhelix.system2.answering import ANSWERERS, Answerer
 from openhelix.system2.probe import read_image
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     part = load(options.config, overrides).system2.engine
     name = options.engine or next((n for n in ANSWERERS if n in part.target.lower()), "vllm")
     if name not in ANSWERERS:
-        raise ConfigError(f"engine: {name!r} is none of {', '.join(ANSWERERS)}")
+        raise ConfigError(f"engine: {none_of(name, ANSWERERS)}")
     image = read_image(options.image) if options.image else draw(options.scene or "", options.seed)
     if options.save is not None:
         image.save(options.save)

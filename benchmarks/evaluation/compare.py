@@ -1,5 +1,7 @@
 """`openhelix compare A B`: is B better than A, on the same episodes?
 
+    openhelix compare outputs/eval/tasks-D-0001 outputs/eval/tasks-D-0002
+
 Episodes are paired by their key, so both runs faced the same starts, instructions and noise. All
 other differences between the runs are listed, because a result can be attributed to a cause only
 if nothing else differs.
@@ -20,8 +22,8 @@ from openhelix.benchmarks.evaluation.results import read_results, read_run
 from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
 from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.output import answer
 
 MUST_AGREE = ("name", "seed")  # else equal keys are not equal episodes
 Result = Mapping[str, Any]

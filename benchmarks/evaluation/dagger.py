@@ -1,5 +1,7 @@
 """`openhelix dagger`: a trained pair acts, and experts label the states it visits.
 
+    openhelix dagger scenes=ABC per_task=5 system1.policy.options.path=checkpoints/mine
+
 Imitation covers only the states experts visit; a policy visits others, and its errors compound.
 So the pair is run in training scenes, on the same loop as in evaluation, conditioned on System
 2's latents of training sentences. Every few steps an expert takes over in a copy of the world
@@ -53,7 +55,6 @@ from openhelix.benchmarks.evaluation.runner import AroundPolicy, Conditions, Run
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.cli import arguments
 from openhelix.runtime.cli.arguments import Options
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.control.assembly import ControlStack
 from openhelix.runtime.core.config import (
     ConfigError,
@@ -69,6 +70,7 @@ from openhelix.runtime.core.interfaces import (
     Observation,
     Policy,
 )
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.runtime.robots.env import EnvRobot
 

@@ -1,4 +1,13 @@
-"""`openhelix eval`: how often a policy does what it is told."""
+"""`openhelix eval`: how often a policy does what it is told.
+
+    openhelix eval --suite tasks --episodes-per-task 3 --steps 60 --workers 2
+    openhelix eval --suite tasks --tasks open_drawer,turn_on_led --videos 4
+    openhelix eval --suite calvin --sequences 50
+    openhelix eval --suite calvin-e --clock realtime system2.hz=2
+
+Results, films and report.html go to a new folder below outputs/eval; an unfinished evaluation is
+continued where it ended. `openhelix compare A B` compares two of them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +16,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from openhelix.benchmarks.calvin.motions import PATTERNS
 from openhelix.benchmarks.calvin.scene import scene_names, written
@@ -19,12 +28,13 @@ from openhelix.benchmarks.evaluation.evaluation import (
     open_pool,
 )
 from openhelix.benchmarks.evaluation.metrics import served
+from openhelix.benchmarks.evaluation.oracle import SEES, other_pictures
+from openhelix.benchmarks.evaluation.oracle import TARGET as TELLER
 from openhelix.benchmarks.evaluation.report import counted, write_reports
 from openhelix.benchmarks.evaluation.results import REPORT, RUN, ResultsError, read_run
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES, Suite
 from openhelix.runtime.cli.arguments import Options, Words, option, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import (
     ConfigError,
@@ -34,6 +44,7 @@ from openhelix.runtime.core.config import (
     read_yaml,
     validate,
 )
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import CONFIGS
 from openhelix.runtime.launch.graph import require_parts
 from openhelix.system1.config import SHIPPED
@@ -43,11 +54,20 @@ ENGINE = "openhelix.system2.engines.transformers:TransformersEngine"
 TEXT_ENGINE, TEXT_CODE = "openhelix.system2.engines.text:TextEngine", "text.safetensors"
 ENGINE_BASE = "openhelix.system2.engines.base:EngineBase"
 FOLDER = Path("outputs") / "eval"
+S = TypeVar("S", bound="SuiteOptions")
 
 
 # The settings of a run that an evaluation takes; the others are options of its own.
 SETTINGS = (
-    *("system1", "system2", "world.cameras", "lockstep.interval_steps", "safety", "transport"),
+    *(
+        "system1",
+        "system2",
+        "world.cameras",
+        "world.static_camera",
+        "lockstep.interval_steps",
+        "safety",
+        "transport",
+    ),
     *("control.hz", "control.fifo_priority", "control.spin_us", "control.cpu"),
     *("control.hold_limit_s", "control.placement", "ray_address"),
     *("output.metrics_port", "output.metrics_host"),
@@ -67,6 +87,7 @@ class SuiteOptions(Options):
     patterns: Words = option(PATTERNS, "of calvin-d", "PATTERN,...")
     speeds: Words = option(("paper",), "of calvin-d: paper, x2, m/s", "SPEED,...")
     phrases: str = option("unseen", "of calvin-e", "seen|unseen|all|FILE")
+    changing: bool = option(False, "of calvin-r: what is meant changes on the way")
     workers: Count = option(1, "processes (1: this one)", "N")
     threads: Count = option(1, "torch threads of each (1)", "N")
     out: Path | None = option(None, "results; an unfinished evaluation is continued", "DIR")
@@ -76,6 +97,7 @@ class EvalOptions(SuiteOptions):
     """Options of `eval`; what is evaluated is `RunConfig`."""
 
     suite: str = option(..., "what is asked of the policy", "|".join(SUITES))
+    sees: str = option("image", "what System 2 is shown (image)", "|".join(SEES))
     clock: str = option("lockstep", "lockstep or realtime (lockstep)", "lockstep|realtime")
     interval: int | None = option(None, "System 2 every N steps (30)", "N")
     latency: int = option(0, "its delay in steps (0)", "N")
@@ -86,7 +108,28 @@ class EvalOptions(SuiteOptions):
 
 def read(argv: Sequence[str]) -> tuple[EvalOptions, list[str]]:
     """Return the options and overrides of a command line."""
-    return parse("eval", EvalOptions, argv, __doc__ or "", RunConfig, SETTINGS)
+    options, overrides = parse("eval", EvalOptions, argv, __doc__ or "", RunConfig, SETTINGS)
+    return alike(options, overrides)
+
+
+def alike(options: S, overrides: Sequence[str]) -> tuple[S, list[str]]:
+    """Let `world.scene=D` be `--scene D`, as in every other command.
+
+    Raises:
+        ConfigError: both are given, and they differ.
+    """
+    kept, given = [], None
+    for word in overrides:
+        name, _, value = word.removeprefix("--").partition("=")
+        if name == "world.scene":
+            given = value
+        else:
+            kept.append(word)
+    if given is None:
+        return options, kept
+    if "scene" in options.model_fields_set and options.scene != given:
+        raise ConfigError(f"world.scene: {given}, and --scene {options.scene}; say it once")
+    return options.model_copy(update={"scene": given}), kept
 
 
 def main(argv: Sequence[str]) -> int:
@@ -123,7 +166,12 @@ def make_plan(options: EvalOptions, overrides: Sequence[str]) -> Evaluation:
         raise ConfigError(f"--clock: {options.clock!r} is none of lockstep, realtime")
     refuse_ignored(overrides, options, options.clock)
     config = load_config(
-        overrides, options.config, world=suite.world, scene=options.scene, clock=options.clock
+        overrides,
+        options.config,
+        world=suite.world,
+        scene=options.scene,
+        clock=options.clock,
+        sees=options.sees,
     )
     require_parts(config)
     interval = config.interval_steps if options.interval is None else options.interval
@@ -135,7 +183,8 @@ def make_plan(options: EvalOptions, overrides: Sequence[str]) -> Evaluation:
             "on the wall clock say system2.hz=HZ"
         )
     conditions = Conditions(options.steps, interval, options.latency, options.drift)
-    return Evaluation(suite, conditions, config, options.threads, *_films(options.videos, suite))
+    films = _films(options.videos, suite)
+    return Evaluation(suite, conditions, config, options.threads, options.sees, *films)
 
 
 USED_BY: Mapping[str, tuple[str, ...]] = {
@@ -145,6 +194,7 @@ USED_BY: Mapping[str, tuple[str, ...]] = {
     "patterns": ("calvin-d",),
     "speeds": ("calvin-d",),
     "phrases": ("calvin-e",),
+    "changing": ("calvin-r",),
 }
 
 
@@ -181,7 +231,6 @@ def refuse_ignored(overrides: Sequence[str], options: SuiteOptions, clock: str) 
         "tasks.instruction": ("--suite", None),
         "tasks.stop_at_failure": ("--suite", None),
         "world.name": ("--world", options.world),
-        "world.scene": ("--scene", options.scene),
         "robot.name": ("--world", robot),
         "control.clock": ("--clock", clock),
     }
@@ -228,6 +277,7 @@ def make_suite(options: SuiteOptions, name: str) -> Suite:
         patterns=options.patterns,
         speeds=options.speeds,
         phrases=options.phrases,
+        changing=options.changing and name == "calvin-r",
     )
 
 
@@ -238,6 +288,7 @@ def load_config(
     world: str = "playtable",
     scene: str = "D",
     clock: str = "lockstep",
+    sees: str = "image",
 ) -> RunConfig:
     """Return the configuration of the run, with System 2 on transformers unless it is named.
 
@@ -258,9 +309,34 @@ def load_config(
         data.setdefault("system2", {})["engine"] = {"target": ENGINE, "options": kept}
     if not any(map(_names_engine, overrides)):
         data = told_in_words(data)
+    data = shown(data, sees, scene_names(scene), clock)
     fixed = [f"control.clock={clock}", f"world.scene={scene_names(scene)[0]}"]
     fixed += [f"world.name={world}", f"robot.name={'calvin' if world == 'calvin' else 'sim'}"]
     return validate(RunConfig, apply_overrides(data, fixed, RunConfig))
+
+
+def shown(data: dict[str, Any], sees: str, scenes: Sequence[str], clock: str) -> dict[str, Any]:
+    """Return the configuration with a System 2 that is shown something else than the image.
+
+    Raises:
+        ConfigError: not one of `SEES`, or not on this clock.
+    """
+    if sees not in SEES:
+        raise ConfigError(f"--sees: {sees!r} is none of {', '.join(SEES)}")
+    if sees == "image":
+        return data
+    system2 = dict(data.get("system2", {}))
+    engine = dict(system2.get("engine", {}))
+    options = dict(engine.get("options", {}))
+    if sees == "oracle":
+        if clock != "lockstep":
+            raise ConfigError("--sees: oracle looks into the world, on the lockstep clock alone")
+        return data | {"system2": system2 | {"engine": {"target": TELLER, "options": {}}}}
+    if sees == "black":
+        options["blind"] = True
+    else:
+        options["shown"] = "none" if sees == "none" else str(other_pictures(scenes))
+    return data | {"system2": system2 | {"engine": engine | {"options": options}}}
 
 
 def told_in_words(data: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from openhelix.benchmarks.evaluation.oracle import TARGET as TELLER
 from openhelix.benchmarks.evaluation.pool import Job, LocalPool, Pool, on_gpu
 from openhelix.benchmarks.evaluation.realtime_pool import RealtimePool
 from openhelix.benchmarks.evaluation.results import ResultsError, Store, summarise
@@ -37,6 +38,7 @@ class Evaluation:
         conditions: how they are run.
         config: what is evaluated.
         threads: of torch.
+        sees: what System 2 is shown, one of `oracle.SEES`; the configuration says it to the engine.
         videos: how many episodes are filmed, evenly spread over the list.
         filmed: keys of episodes that are filmed besides.
     """
@@ -45,6 +47,7 @@ class Evaluation:
     conditions: Conditions
     config: RunConfig
     threads: int = 1
+    sees: str = "image"
     videos: int = 0
     filmed: tuple[str, ...] = ()
 
@@ -131,6 +134,8 @@ def shares_engine(config: RunConfig) -> bool:
     quicker beside its worker, where it has a core of its own.
     """
     engine = config.system2.engine
+    if engine.target == TELLER:
+        return False  # it looks into the world, which is the worker's
     return "vllm" in engine.target.lower() or on_gpu(engine) or _gpu_present(engine)
 
 
@@ -203,6 +208,7 @@ def header(plan: Evaluation, about: Mapping[str, Any]) -> dict[str, Any]:
         "world": plan.suite.world,
         "scene": ",".join(plan.suite.scenes),
         "seed": plan.suite.seed,
+        "sees": plan.sees,
         "clock": plan.config.control.clock,
         "steps_limit": plan.conditions.steps_limit,
         "interval": None if wall else plan.conditions.interval,

@@ -26,10 +26,10 @@ from openhelix.benchmarks.evaluation.eval import load_config
 from openhelix.benchmarks.evaluation.referring import Referred, blind_chance, referred
 from openhelix.benchmarks.evaluation.referring import pictures as referring_pictures
 from openhelix.runtime.cli.arguments import Options, option, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.config import ConfigError, RunConfig
 from openhelix.runtime.core.interfaces import F32, U8, judged
+from openhelix.runtime.core.output import answer
 from openhelix.system2 import probe
 
 BATCH = 8

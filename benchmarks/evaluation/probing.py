@@ -1,5 +1,9 @@
 """`openhelix probe`: inspect System 2's response to a picture and an instruction.
 
+    openhelix probe --image scene.png --text "open the drawer"
+    openhelix probe --ask "Is the drawer open?" --scene D
+    openhelix probe --sentences sentences.json --scene D --json
+
 With `--ask QUESTION` it answers in words (`asking`), with `--sentences FILE` it names every
 sentence of a list by its task (`naming`), otherwise it lists the words nearest to
 its latent (`openhelix.system2.probe`). Each has its own `--help`.
@@ -10,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from openhelix.benchmarks.evaluation import asking, naming
-from openhelix.runtime.cli.output import answer
+from openhelix.runtime.core.output import answer
 from openhelix.system2 import probe
 
 

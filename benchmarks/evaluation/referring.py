@@ -11,6 +11,7 @@ ignores the picture is right at most `blind_chance` of the time.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from openhelix.benchmarks.calvin.scene import Scene
 from openhelix.benchmarks.calvin.table_talk import COLOURS, TableView
 from openhelix.benchmarks.calvin.tasks import TASKS
 from openhelix.runtime.core.interfaces import F64, U8
+from openhelix.runtime.core.plugins import none_of
 
+log = logging.getLogger(__name__)
 BUTTON_YZ_M, SWITCH_YZ_M = (-0.12, 0.48), (0.04, 0.53)
 DRAWER_SHUT_M, DRAWER_OPEN_M = 0.05, 0.16  # as the tasks need it
 
@@ -260,7 +263,7 @@ def get_reference(name: str) -> Reference:
         NoSuchReference: there is none.
     """
     if name not in REFERENCES:
-        raise NoSuchReference(f"reference: {name!r} is none of {', '.join(REFERENCES)}")
+        raise NoSuchReference(f"reference: {none_of(name, REFERENCES)}")
     return REFERENCES[name]
 
 
@@ -333,7 +336,7 @@ def blind_chance(episodes: Sequence[Referred]) -> float:
 
 
 def begin(
-    env: Any, name: str, task: str, rng: np.random.Generator, tries: int = 30
+    env: Any, name: str, task: str, rng: np.random.Generator, tries: int = 150
 ) -> dict[str, Any]:
     """Put an environment into a start in which a reference means `task`.
 
@@ -368,12 +371,11 @@ def pictures(episodes: Sequence[Referred]) -> Iterator[tuple[Referred, U8]]:
     """Yield every episode with the static camera's picture of its start, (200, 200, 3).
 
     For asking what System 2 makes of a sentence without letting a robot move. Episodes of a scene
-    share a world, so they come fastest when sorted by scene.
-
-    Raises:
-        StartError: an episode has no start.
+    share a world, so they come fastest when sorted by scene. An episode whose start is so rare that
+    none is found is left out, with a warning.
     """
     from openhelix.benchmarks.calvin.env import PlayTableEnv
+    from openhelix.benchmarks.calvin.starts import StartError
 
     env: PlayTableEnv | None = None
     try:
@@ -383,7 +385,11 @@ def pictures(episodes: Sequence[Referred]) -> Iterator[tuple[Referred, U8]]:
                     env.close()
                 env = PlayTableEnv(episode.scene, cameras=("static",))
             rng = np.random.default_rng([*episode.draw, 0])
-            begin(env, episode.reference, episode.task, rng, tries=60)
+            try:
+                begin(env, episode.reference, episode.task, rng)
+            except StartError as error:
+                log.warning("%s: left out: %s", episode.key, error)
+                continue
             yield episode, env.render_frames()["static"].rgb
     finally:
         if env is not None:

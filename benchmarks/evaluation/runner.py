@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +27,8 @@ from openhelix.benchmarks.evaluation.measurement import (
     EngineMeter,
     Outcome,
 )
-from openhelix.benchmarks.evaluation.staging import stage, stage_calvin
+from openhelix.benchmarks.evaluation.oracle import OracleEngine, ToldGoals
+from openhelix.benchmarks.evaluation.staging import Starts, stage, stage_calvin
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.control.assembly import (
     ControlStack,
@@ -36,7 +37,8 @@ from openhelix.runtime.control.assembly import (
     make_policy,
     replan_ns,
 )
-from openhelix.runtime.control.episodes import Assignment, EpisodeRunner
+from openhelix.runtime.control.episodes import Assignment
+from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import ConfigError, RunConfig
@@ -54,12 +56,15 @@ from openhelix.runtime.core.interfaces import (
     check_policy,
     check_robot,
 )
-from openhelix.runtime.observe.video import Caption, VideoRecorder
+from openhelix.runtime.observe.film import LiveFilm, make_film
+from openhelix.runtime.observe.overlay import About
+from openhelix.runtime.observe.ticks import Teller, TickMessage
 from openhelix.runtime.robots.base import RobotError, make_robot
 from openhelix.runtime.robots.env import EnvRobot, PlayTableRobot, stepped
 
 log = logging.getLogger(__name__)
 REASON_CHARS = 300
+FILM_SIZE = (640, 360)  # of an episode: a page shows many of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +115,13 @@ class AroundPolicy:
 class TaskPolicy(AroundPolicy):
     """A policy without System 2 is told the task's number instead of an instruction."""
 
-    episode_runner: EpisodeRunner | None = None
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self.task: Callable[[], str] = lambda: ""
 
     def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
-        current = self.episode_runner.current if self.episode_runner else None
-        self.inner.set_task(TASK_NAMES.index(current.task) if current else -1)
+        task = self.task()
+        self.inner.set_task(TASK_NAMES.index(task) if task else -1)
         return super().act(observation, latents)
 
 
@@ -144,6 +151,7 @@ class Runner:
         self._untrained = ["system1"] if getattr(self._policy, "untrained", False) else []
         self._clock = EpisodeClock()
         self._robots: dict[str, EnvRobot] = {}
+        self._starts = Starts()
         self._engine: EngineMeter | None = None
         try:
             check_policy(self._policy)
@@ -165,6 +173,8 @@ class Runner:
             self._policy = TaskPolicy(self._policy)
         else:
             engine = engine or make(self._config.system2.engine)
+            if isinstance(engine, OracleEngine):
+                engine.bind(self._policy)
             check_engine(engine)
             if getattr(engine, "untrained", False):
                 self._untrained.append("system2")
@@ -229,7 +239,7 @@ class Runner:
         def prepare(env: Any) -> None:
             nonlocal moving
             if isinstance(robot, PlayTableRobot):
-                moving = stage(env, episode)
+                moving = stage(env, episode, self._starts)
             else:
                 stage_calvin(env, episode)
 
@@ -239,7 +249,7 @@ class Runner:
         if conditions.drift and self._engine is not None:
             attempt.drift = Drift(stack, self._engine.engine, self._config.system2.camera)
             stack.loop.subscribers.append(attempt.drift)
-        recorder = _recorder(film, stack, robot) if film is not None else None
+        recorder = _Camera(film, stack, robot, self._config) if film is not None else None
         try:
             stack.loop.arm()
             stack.episode_runner.run(
@@ -270,21 +280,32 @@ class Runner:
                 ),
             }
         )
-        policy, spec, goals = self._policy, self._policy.spec, None
+        policy, spec = self._policy, self._policy.spec
+        goals: DemandGoals | ToldGoals | None = None
         if self._engine is not None:
-            goals = DemandGoals(
-                self._engine,
-                config.system2.camera,
-                conditions.interval,
-                conditions.latency,
-                config.system1.latent_memory,
-                draw_now=not isinstance(robot, PlayTableRobot),
-            )
+            camera, memory = config.system2.camera, config.system1.latent_memory
+            when = (conditions.interval, conditions.latency, memory)
+            teller = self._engine.engine
+            if isinstance(teller, OracleEngine):
+                goals = ToldGoals(teller, self._engine, camera, *when)
+            else:
+                draw_now = not isinstance(robot, PlayTableRobot)
+                goals = DemandGoals(self._engine, camera, *when, draw_now=draw_now)
             policy = DemandPolicy(policy, goals)
         planner = SyncPlanner(policy, replan_ns(config))
         stack = build_stack(config, robot, spec, planner, goals, self._clock)
+        runner = stack.episode_runner
+
+        def right() -> str:
+            """The task that is to be done as things are."""
+            if robot.referee is not None:
+                return str(robot.referee.right)
+            return runner.current.task if runner.current else ""
+
         if isinstance(policy, TaskPolicy):
-            policy.episode_runner = stack.episode_runner
+            policy.task = right
+        elif self._engine is not None and isinstance(self._engine.engine, OracleEngine):
+            self._engine.engine.task = right
         return stack
 
     def _robot(self, scene: str) -> EnvRobot:
@@ -311,6 +332,8 @@ class Runner:
         if name == "sim":
             name, more = stepped(config.world.name)
             options |= more
+        if config.world.static_camera is not None:
+            options["static_camera"] = config.world.static_camera.model_dump()
         robot = make_robot(name, **options)
         if not isinstance(robot, EnvRobot):
             raise ValueError(f"robot.name: {config.robot.name!r} is no world that can be evaluated")
@@ -336,15 +359,39 @@ class Runner:
                 log.warning("scene %s: the world did not close", scene, exc_info=True)
 
 
-def _recorder(path: Path, stack: ControlStack, robot: EnvRobot) -> VideoRecorder:
-    def caption() -> Caption:
-        current = stack.episode_runner.current
-        if current is None:
-            return Caption()
-        note = f"task {len(stack.episode_runner.results) + 1}, step {stack.episode_runner.steps}"
-        return Caption(current.task, current.instruction, note)
+class _Camera:
+    """A subscriber that films an episode.
 
-    cameras = [camera.name for camera in robot.spec.cameras]
-    recorder = VideoRecorder(path, cameras, caption, lossless=True)
-    stack.loop.subscribers.append(recorder)
-    return recorder
+    An episode that can be drawn anew is drawn when it is over; of another one the film is what its
+    cameras see.
+    """
+
+    def __init__(self, path: Path, stack: ControlStack, robot: EnvRobot, config: RunConfig) -> None:
+        cameras = [camera.name for camera in robot.spec.cameras]
+        self._path = path
+        self._about = replace(About.of(config, cameras), lines=())
+        self._teller = Teller(stack.episode_runner, robot)
+        self._messages: list[TickMessage] = []
+        self._live: LiveFilm | None = None
+        if self._about.scenery is None:
+            self._live = LiveFilm(path, self._about, lossless=True)
+        stack.loop.subscribers.append(self)
+
+    def __call__(self, tick: Tick) -> None:
+        self._tell(self._teller(tick))
+
+    def close(self) -> None:
+        """Finish the film."""
+        self._tell(self._teller.rest())
+        if self._live is not None:
+            self._live.close()
+        elif self._messages:
+            make_film(self._messages, self._path, self._about, FILM_SIZE)
+
+    def _tell(self, message: TickMessage | None) -> None:
+        if message is None:
+            return
+        if self._live is not None:
+            self._live(message)
+        else:
+            self._messages.append(message)

@@ -9,7 +9,7 @@ Also loaded by the world's process of a real-time run, so nothing here imports t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ import numpy as np
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.motions import MovingBlock
 from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
+from openhelix.benchmarks.calvin.spaces import State
 from openhelix.benchmarks.calvin.starts import StartError, begin, carry_over
+from openhelix.benchmarks.evaluation.changing import Change, begin_changing
 from openhelix.benchmarks.evaluation.referring import begin as begin_referring
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.core.interfaces import F64
@@ -32,8 +34,8 @@ def sequence_start(episode: Episode) -> tuple[F64, F64]:
     return initial_state(state, episode.scene)
 
 
-def draw_start(env: Any, episode: Episode) -> None:
-    """Bring a PlayTable into a drawn start.
+def draw_start(env: Any, episode: Episode) -> Change | None:
+    """Bring a PlayTable into a drawn start; returns the change that is to come, if one is.
 
     Raises:
         StartError: none was found.
@@ -42,6 +44,8 @@ def draw_start(env: Any, episode: Episode) -> None:
     for attempt in range(DRAWS):
         rng = np.random.default_rng([*episode.draw, attempt])
         try:
+            if episode.changing:
+                return begin_changing(env, episode.groups["reference"], episode.tasks[0], rng)
             if "reference" in episode.groups:
                 begin_referring(env, episode.groups["reference"], episode.tasks[0], rng)
             else:
@@ -49,23 +53,57 @@ def draw_start(env: Any, episode: Episode) -> None:
         except StartError as error:
             failed = error
         else:
-            return
+            return None
     raise failed
 
 
-def stage(env: Any, episode: Episode) -> MovingBlock | None:
-    """Bring a PlayTable into an episode's start; returns what moves in it, if anything does."""
+class Starts:
+    """Remembers drawn starts, so that the search for one is made once for all cells of a sweep.
+
+    Args:
+        most: starts that are kept; a kept one takes about as long as the way to it took.
+    """
+
+    def __init__(self, most: int = 512) -> None:
+        self._most = most
+        self._kept: dict[tuple[Any, ...], tuple[State, tuple[Any, ...] | None]] = {}
+
+    def __call__(self, env: Any, episode: Episode) -> Change | None:
+        """As `draw_start`; the world goes on to the same bits."""
+        reference = episode.groups.get("reference")
+        key = (episode.scene, episode.draw, episode.tasks[0], reference, episode.changing)
+        if key in self._kept:
+            state, about = self._kept[key]
+            env.restore(state)
+            return None if about is None else Change(env, *about)
+        change = draw_start(env, episode)
+        if len(self._kept) < self._most:
+            self._kept[key] = (env.state(), None if change is None else change.about)
+        return change
+
+
+def stage(
+    env: Any, episode: Episode, draw: Callable[[Any, Episode], Change | None] = draw_start
+) -> MovingBlock | Change | None:
+    """Bring a PlayTable into an episode's start; returns what moves in it, if anything does.
+
+    Args:
+        env: the PlayTable.
+        episode: what is to begin.
+        draw: brings it into a drawn start, see `Starts`.
+    """
+    env.referee = None
     if episode.sequence is not None:
         env.reset(*sequence_start(episode))
-    else:
-        draw_start(env, episode)
+    elif (change := draw(env, episode)) is not None:
+        return change
     motion = episode.motion
     if motion is None:
         return None
     return MovingBlock(env, motion.block, motion.pattern, motion.speed_m_s)
 
 
-def stage_json(env: Any, episode: Mapping[str, Any]) -> MovingBlock | None:
+def stage_json(env: Any, episode: Mapping[str, Any]) -> MovingBlock | Change | None:
     """`stage` for an episode that came as plain data from another process."""
     return stage(env, Episode.from_json(episode))
 

@@ -8,7 +8,8 @@ is made:
     calvin    CALVIN's five-task chains, from CALVIN's own layouts
     calvin-e  the same chains with paraphrased instructions (CALVIN-E)
     calvin-d  grasping blocks that move (CALVIN-D), every lift task and pattern
-    calvin-r  sentences that need the image (CALVIN-R), every reference and what it can mean
+    calvin-r  sentences that need the image (CALVIN-R), every reference and what it can mean,
+              at the start or, `changing`, after what is meant has changed on the way
 
 The static pattern of calvin-d is its control: the same starts, nothing moves.
 """
@@ -31,6 +32,7 @@ from openhelix.benchmarks.calvin.sequences import N_SEQUENCES, get_sequences
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS, get_task
 from openhelix.benchmarks.evaluation.referring import referred
 from openhelix.runtime.core import plugins
+from openhelix.runtime.core.plugins import none_of
 
 SUITES = ("tasks", "calvin", "calvin-e", "calvin-d", "calvin-r")
 CHAINS = ("calvin", "calvin-e")  # scored by tasks in a row, not by success
@@ -64,6 +66,7 @@ class Episode:
         sequence: CALVIN's sequence that it starts from; None for a drawn start.
         draw: seed of a drawn start.
         motion: of the block to grasp.
+        changing: whether what the sentence means comes to be the task on the way.
         groups: what results are grouped by, besides task and scene.
     """
 
@@ -76,6 +79,7 @@ class Episode:
     sequence: int | None = None
     draw: tuple[int, ...] = ()
     motion: Motion | None = None
+    changing: bool = False
     groups: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -107,6 +111,7 @@ class Suite:
         tasks: which tasks of "tasks" or "calvin-d"; () for all.
         patterns, speeds: of calvin-d; speeds are names of `motions.PRESETS` or m/s.
         phrases: of calvin-e: "seen", "unseen", "all", or a file `{task: [sentence]}`.
+        changing: of calvin-r: what a sentence means changes on the way; see `changing.py`.
     """
 
     name: str
@@ -118,10 +123,11 @@ class Suite:
     patterns: tuple[str, ...] = PATTERNS
     speeds: tuple[str, ...] = ("paper",)
     phrases: str = "unseen"
+    changing: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in SUITES:
-            raise SuiteError(f"--suite: {self.name!r} is none of {', '.join(SUITES)}")
+            raise SuiteError(f"--suite: {none_of(self.name, SUITES)}")
         worlds = plugins.entries(plugins.WORLDS)
         if self.world not in worlds:
             raise SuiteError(
@@ -129,6 +135,8 @@ class Suite:
             )
         if self.name == "calvin-d" and self.world != "playtable":
             raise SuiteError("--world: calvin-d needs playtable; calvin_env's blocks cannot move")
+        if self.changing and self.world != "playtable":
+            raise SuiteError("--world: --changing needs playtable; nobody can meddle in calvin_env")
         if not self.scenes or len(set(self.scenes)) < len(self.scenes):
             raise SuiteError(
                 f"--scene: {''.join(self.scenes)!r} is not one or more scenes, each once"
@@ -150,10 +158,10 @@ class Suite:
             if self.is_chain:
                 raise SuiteError(f"--tasks: {self.name} is made of CALVIN's chains; leave it out")
             if task not in valid:
-                raise SuiteError(f"--tasks: {task!r} is none of {', '.join(valid)}")
+                raise SuiteError(f"--tasks: {none_of(task, valid)}")
         for pattern in self.patterns:
             if pattern not in PATTERNS:
-                raise SuiteError(f"--patterns: {pattern!r} is none of {', '.join(PATTERNS)}")
+                raise SuiteError(f"--patterns: {none_of(pattern, PATTERNS)}")
         for speed in self.speeds:
             _speed("left", speed)
         if self.name == "calvin-e":
@@ -171,6 +179,7 @@ class Suite:
             ("patterns", "calvin-d"),
             ("speeds", "calvin-d"),
             ("phrases", "calvin-e"),
+            ("changing", "calvin-r"),
         ):
             if self.name != suite:
                 del data[name]
@@ -215,6 +224,7 @@ class Suite:
                 instructions=(r.sentence,),
                 seed=_seed(self.seed, r.key),
                 draw=r.draw,
+                changing=self.changing,
                 groups={"reference": r.reference},
             )
             for index, r in enumerate(chosen)

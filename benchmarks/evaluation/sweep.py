@@ -1,5 +1,8 @@
 """`openhelix sweep`: success against the age of the latent (paper Sec. 5.6).
 
+    openhelix sweep --intervals 2,10,30,60 --latencies 0,10 --sequences 20 --workers 2
+    openhelix sweep --clock realtime --intervals 10,30 --sequences 4
+
 Every cell of the sweep is an evaluation of its own, on the same episodes: System 2 refreshes
 every `interval` environment steps and its latent arrives `latency` steps later. Beside the
 score it reports the age of the latents behind the plans, their drift (cosine similarity to the
@@ -25,6 +28,7 @@ from openhelix.benchmarks.evaluation import plots
 from openhelix.benchmarks.evaluation.eval import (
     SETTINGS,
     SuiteOptions,
+    alike,
     check_options,
     load_config,
     make_suite,
@@ -32,6 +36,7 @@ from openhelix.benchmarks.evaluation.eval import (
 )
 from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate, open_pool
 from openhelix.benchmarks.evaluation.metrics import EvalMetrics, served
+from openhelix.benchmarks.evaluation.oracle import SEES
 from openhelix.benchmarks.evaluation.pool import Pool
 from openhelix.benchmarks.evaluation.report import (
     counted,
@@ -46,9 +51,10 @@ from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
 from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES
 from openhelix.runtime.cli.arguments import Numbers, Words, option, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core.config import ConfigError, RunConfig
 from openhelix.runtime.core.files import replace_file
+from openhelix.runtime.core.output import answer
+from openhelix.runtime.core.plugins import none_of
 from openhelix.runtime.launch.graph import require_parts
 
 # -- The report: tables, and for each suite a plot of success against the latent's age -
@@ -60,6 +66,7 @@ def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     """Return the cells of one suite as a table."""
     chain = "avg_len" in cells[0]
     header = [
+        "sees",
         "interval",
         "latency",
         "average length" if chain else "success %",
@@ -79,6 +86,7 @@ def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
         cosine, age = drift.get("cosine_mean"), c["latent_age_steps"]["mean"]
         rows.append(
             [
+                c["sees"],
                 str(c["interval"]),
                 "its own" if c["latency"] is None else str(c["latency"]),
                 f"{scale * _score(c):.{digits}f}",
@@ -166,11 +174,13 @@ def plot(name: str, cells: Sequence[Cell]) -> bytes:
     chain = "avg_len" in cells[0]
     scale = 1.0 if chain else 100.0
     series: dict[str, list[tuple[float, float, float, float]]] = {}
+    rows = {c["sees"] for c in cells}
     for c in cells:
         low, high = c["ci95"]
         point = (float(c["interval"]), scale * _score(c), scale * low, scale * high)
         late = "its own latency" if c["latency"] is None else f"latency {c['latency']} steps"
-        series.setdefault(late, []).append(point)
+        line = late if rows == {"image"} else f"{c['sees']}, {late}"
+        series.setdefault(line, []).append(point)
     return plots.lines(
         series,
         "environment steps from one latent to the next",
@@ -212,6 +222,7 @@ class SweepOptions(SuiteOptions):
     suites: Words = option(SUITES_SWEPT, "suites to evaluate", "SUITE,...")
     intervals: Numbers = option(INTERVALS, "System 2 every N steps", "N,...")
     latencies: Numbers = option(LATENCIES, "latency of its latents in steps", "N,...")
+    sees: Words = option(("image",), "rows: what System 2 is shown", "|".join(SEES))
     clock: str = option("lockstep", "which clock (lockstep)", "|".join(CLOCKS))
     results: Path | None = option(None, "write the finished sweep here too, to keep", "DIR")
     drift_sequences: int = option(3, "chains to measure drift on (3)", "N")
@@ -219,7 +230,7 @@ class SweepOptions(SuiteOptions):
 
 def read(argv: Sequence[str]) -> tuple[SweepOptions, list[str]]:
     """Return the options and overrides of a command line."""
-    return parse("sweep", SweepOptions, argv, __doc__ or "", RunConfig, SETTINGS)
+    return alike(*parse("sweep", SweepOptions, argv, __doc__ or "", RunConfig, SETTINGS))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -284,15 +295,21 @@ def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Evaluati
         raise ConfigError("--intervals must be at least 1, --latencies at least 0")
     for name in options.suites:
         if name not in SUITES:
-            raise ConfigError(f"--suites: {name!r} is none of {', '.join(SUITES)}")
+            raise ConfigError(f"--suites: {none_of(name, SUITES)}")
     if options.clock not in CLOCKS:
-        raise ConfigError(f"--clock: {options.clock!r} is none of {', '.join(CLOCKS)}")
+        raise ConfigError(f"--clock: {none_of(options.clock, CLOCKS)}")
     check_options(options, options.suites)
+    clocks = CLOCKS[:2] if options.clock == "both" else (options.clock,)
+    refuse_ignored(overrides, options, options.clock)
     plans: list[Evaluation] = []
-    for clock in CLOCKS[:2] if options.clock == "both" else (options.clock,):
-        refuse_ignored(overrides, options, options.clock)
+    for clock, sees in ((clock, sees) for clock in clocks for sees in options.sees):
         config = load_config(
-            overrides, options.config, world=options.world, scene=options.scene, clock=clock
+            overrides,
+            options.config,
+            world=options.world,
+            scene=options.scene,
+            clock=clock,
+            sees=sees,
         )
         require_parts(config)
         for name in options.suites:
@@ -303,7 +320,8 @@ def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Evaluati
             for latency in options.latencies if clock == "lockstep" else (0,):
                 for steps in options.intervals:
                     conditions = Conditions(options.steps, steps, latency)
-                    plans.append(Evaluation(suite, conditions, _at(config, steps), options.threads))
+                    here = _at(config, steps)
+                    plans.append(Evaluation(suite, conditions, here, options.threads, sees))
     return plans
 
 
@@ -362,10 +380,12 @@ def _drift(plan: Evaluation, pool: Pool, folder: Path, count: int) -> dict[str, 
 
 
 def name_of(plan: Evaluation) -> str:
-    """Return a cell's name: suite, interval, latency; on the wall clock "wall"."""
+    """Return a cell's name: suite, row, interval, latency; on the wall clock "wall"."""
     interval, latency = plan.conditions.interval, f"d{plan.conditions.latency:02d}"
     wall = plan.config.control.clock == "realtime"
-    return f"{plan.suite.name}-i{interval:02d}-{'wall' if wall else latency}"
+    name = plan.suite.name + ("-changing" if plan.suite.changing else "")
+    row = "" if plan.sees == "image" else f"-{plan.sees}"
+    return f"{name}{row}-i{interval:02d}-{'wall' if wall else latency}"
 
 
 def cell(report: Mapping[str, Any], interval: int) -> Cell:
@@ -376,7 +396,7 @@ def cell(report: Mapping[str, Any], interval: int) -> Cell:
         score = {k: report[k] for k in ("success_rate", "ci95", "n_episodes")}
         score |= {k: report[k] for k in ("per_pattern",) if k in report}
     return {
-        **{key: report[key] for key in ("suite", "clock", "latency", "hz2", *SHARED)},
+        **{key: report[key] for key in ("suite", "sees", "clock", "latency", "hz2", *SHARED)},
         "interval": interval,
         **score,
         "n_errors": report["n_errors"],

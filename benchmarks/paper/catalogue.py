@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError, read_yaml, validate
+from openhelix.runtime.core.plugins import none_of
 from openhelix.system2.latents import KINDS
 
 # -- What a file may hold: variants, rows and conditions, the paper's figures, comparisons
@@ -240,7 +241,7 @@ class Catalogue:
             ConfigError: there is none of that name.
         """
         if name not in self.scales:
-            raise ConfigError(f"--scale: {name!r} is none of {', '.join(self.scales)}")
+            raise ConfigError(f"--scale: {none_of(name, self.scales)}")
         return self.scales[name]
 
 

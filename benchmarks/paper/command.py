@@ -1,5 +1,9 @@
 """`openhelix experiment NAME...`: reproduce the paper's tables and figures.
 
+    openhelix experiment --list
+    openhelix experiment table2 --scale quick --estimate
+    openhelix experiment figure4 figure5 --workers 2
+
 NAME is table1 to table9, figure4, figure5, or `all`. Existing trainings and results are
 reused, missing ones are made; the same command resumes after an interruption at any point.
 Overrides are those of a run (`system1.replan_steps=4`) or, prefixed with `train.`, of `openhelix
@@ -27,8 +31,8 @@ from openhelix.benchmarks.paper.train_command import TrainCommand, changed, chec
 from openhelix.benchmarks.paper.trainings import Trainer, Trainings
 from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core.config import CommandFailed, ConfigError, Count, RunConfig
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import ROOT, cache_folder
 from openhelix.runtime.core.plugins import resolve
 

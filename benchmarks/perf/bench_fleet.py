@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -83,7 +84,7 @@ class LightRobot:
             self.image[0, 0, :] = (t_ns // CAMERA_NS) % 256
         frame = CameraFrame(t_ns, self.image, None, np.eye(3), np.eye(4))
         seen = Observation(now_ns, {"static": frame}, np.zeros(7), 0.0, True, np.zeros(7))
-        latent = self.goals.update(seen)
+        latent = self.goals.update(seen, now_ns)
         if count and latent is not None:
             self.received += 1
             waited_s = (latent.t_pub_ns - latent.t_obs_ns) * 1e-9 - latent.compute_s
@@ -106,6 +107,7 @@ def make_robots(
             robot=name,
             camera="static",
             min_interval_ns=request_interval_ns(hz, images),
+            max_age_s=math.inf,  # how old latents get is what is measured
         )
         goals.expect(spec)
         image = rng.integers(0, 256, (200, 200, 3), np.uint8)

@@ -28,12 +28,13 @@ from openhelix.benchmarks.perf.places import results_file
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.plans import ChunkBuffer
 from openhelix.runtime.control.realtime import enter, leave
+from openhelix.runtime.control.talk import Journal
 from openhelix.runtime.core.clock import FakeClock, Pacer
 from openhelix.runtime.core.config import SafetyLimits
 from openhelix.runtime.core.interfaces import Action, ActionChunk, CameraFrame, Observation
 from openhelix.runtime.core.safety import SafetyFilter, SafetyState, Watchdog
 from openhelix.runtime.observe.collectors import LoopMetrics
-from openhelix.runtime.observe.observer import TickMessage, TickPublisher
+from openhelix.runtime.observe.ticks import TickMessage, TickPublisher
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 
 PERIOD_NS = 33_333_333
@@ -64,7 +65,7 @@ class Parts:
         loop: Any = SimpleNamespace(planner=SimpleNamespace(latencies_s=deque(maxlen=64)))
         self.metrics = LoopMetrics(loop, self.pacer)
         episode_runner: Any = SimpleNamespace(
-            current=None, results=[], steps=0, succeeded=0, total=1
+            current=None, results=[], steps=0, succeeded=0, journal=Journal()
         )
         self.actions = Publisher(f"ipc://{folder}/actions", "actions")
         self.ticks = Publisher(f"ipc://{folder}/ticks", "ticks")

@@ -37,8 +37,12 @@ QUIET = (
     *("output.video=false", "output.record=false", "output.viewer=false", "output.status=false"),
     *("output.live=false", "output.metrics_port=null"),
 )
-# Not every safe stop of a busy machine is to end the run before it was in its stride.
-PATIENT = tuple(f"safety.{name}_max_age_s=60" for name in ("camera", "proprioception", "latent"))
+# Not every safe stop of a busy machine is to end the run before it was in its stride, nor a first
+# latent that takes its time: what is watched is slow.
+PATIENT = (
+    *(f"safety.{name}_max_age_s=60" for name in ("camera", "proprioception", "latent")),
+    "control.hold_limit_s=3600",
+)
 MARKS = {  # process: the function that is called once a round, and from which round to which
     "control": ("ControlLoop.tick", 20, 60),
     "system1": ("DiffusionPolicy.act", 5, 7),

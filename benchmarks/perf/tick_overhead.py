@@ -30,7 +30,7 @@ from openhelix.runtime.launch.graph import Graph
 from openhelix.runtime.launch.parts import ControlProcess
 from openhelix.runtime.launch.processes import ProcessHost
 from openhelix.runtime.observe.collectors import LoopMetrics
-from openhelix.runtime.observe.observer import TickPublisher
+from openhelix.runtime.observe.ticks import TickPublisher
 from openhelix.runtime.transport.rpc import RpcClient
 
 TURN_TICKS = 30

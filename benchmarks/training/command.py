@@ -1,5 +1,9 @@
 """`openhelix train STAGE`: from a collection to a pair of checkpoints.
 
+    openhelix train all data=demonstrations
+    openhelix train stage2 data=demonstrations stage2.steps=500 out=mine
+    openhelix train export out=mine
+
 Stages: `vlm` (a base model for System 2, trained on pictures and questions; name it with
 `latent.model` in later stages), `policy` (System 1 alone), `prepare` (caches the frozen language
 model's outputs on disk), `stage1` (trains <ACT> and projector; policy and language model are
@@ -19,8 +23,9 @@ from typing import Annotated, Any
 
 from openhelix.benchmarks.training.config import STAGES, TrainingConfig
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core.config import ConfigError, read_settings
+from openhelix.runtime.core.output import answer
+from openhelix.runtime.core.plugins import none_of
 
 
 class TrainOptions(Options):
@@ -39,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     """
     options, overrides = parse("train", TrainOptions, argv, __doc__ or "", TrainingConfig)
     if options.stage not in STAGES:
-        raise ConfigError(f"stage: {options.stage!r} is none of {', '.join(STAGES)}")
+        raise ConfigError(f"stage: {none_of(options.stage, STAGES)}")
     config = read_settings(TrainingConfig, options.config, overrides)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     for name in ("httpx", "urllib3", "matplotlib", "transformers"):

@@ -1,5 +1,8 @@
 """`openhelix doctor`: what this machine can do, and what to do about what it cannot.
 
+    openhelix doctor
+    openhelix doctor --json
+
 Every check is quick (nothing heavy is imported, nothing is downloaded), changes nothing that
 outlives it, and never raises: a doctor that fails is no help.
 """
@@ -23,12 +26,11 @@ from typing import Any
 import psutil
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from openhelix.runtime.cli.arguments import Options, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.control.realtime import enter, leave
 from openhelix.runtime.core import plugins
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import CHECKOUT, cache_folder
 
 GIB = 1024**3
@@ -290,11 +292,23 @@ def main(argv: Sequence[str]) -> int:
     if options.as_json:
         answer(json.dumps({"healthy": healthy(checks), "checks": [asdict(c) for c in checks]}))
         return 0 if healthy(checks) else 1
-    table = Table("", "what", "found", "what to do")
-    for check in checks:
-        mark = "[green]yes[/green]" if check.ok else "[yellow]no[/yellow]"
-        # Escaped: to Rich `openhelix[viewer]` is a style, and is not shown.
-        remedy = "" if check.ok else escape(check.remedy)
-        table.add_row(mark, check.name, escape(check.detail), remedy)
-    Console(highlight=False).print(table)
+    show(Console(highlight=False), checks)
     return 0 if healthy(checks) else 1
+
+
+def show(console: Console, checks: Sequence[Check]) -> None:
+    """Print the findings: a line each, and under what is missing what to do.
+
+    No line is broken: a command that is shown can be copied at any width.
+    """
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        mark = "[green]yes[/green]" if check.ok else "[yellow] no[/yellow]"
+        # Escaped: to Rich `openhelix[viewer]` is a style, and is not shown.
+        line = f"{mark}  {check.name:<{width}}  {escape(check.detail)}"
+        console.print(line, soft_wrap=True)
+        if not check.ok and check.remedy:
+            console.print(f"{'':{width + 7}}{escape(check.remedy)}", style="dim", soft_wrap=True)
+    missing = [check.name for check in checks if not check.ok and check.required]
+    if missing:
+        console.print(f"[red]a run needs: {', '.join(missing)}[/red]", soft_wrap=True)

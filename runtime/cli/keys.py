@@ -1,5 +1,7 @@
 """`openhelix keys FOLDER [--robot NAME ...]`: CURVE keys for hosts that are not this one.
 
+    openhelix keys keys --robot left right
+
 Makes `server.secret` and `server.public`, and a pair for each robot. A host gets its own
 `.secret` and the `.public` files of those it talks to, over a channel you trust (scp).
 """
@@ -12,8 +14,8 @@ from pathlib import Path
 from typing import Annotated
 
 from openhelix.runtime.cli.arguments import Many, Options, Positional, option, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.transport.sockets import SERVER, check_name, generate
 
 

@@ -6,20 +6,23 @@ theirs in one line and 1; Ctrl-C in 130.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
-from openhelix.runtime.cli import output
-from openhelix.runtime.core import plugins
+from openhelix.runtime.core import output, plugins
 from openhelix.runtime.core.config import CommandFailed
 from openhelix.runtime.core.paths import CHECKOUT
 
 # As a person meets them; the metadata of an installed package lists them by the alphabet.
 ORDER = (
-    *("run", "record", "replay", "status", "serve", "collect", "dagger", "train"),
-    *("eval", "sweep", "compare", "experiment", "probe", "keys", "doctor"),
+    *("run", "say", "status", "view", "film", "record", "replay", "serve"),
+    *("collect", "dagger", "train"),
+    *("eval", "sweep", "compare", "experiment", "probe"),
+    *("keys", "config", "completion", "doctor"),
 )
 
 
@@ -72,39 +75,50 @@ def _call(name: str, path: str, words: Sequence[str]) -> int:
     """Call a command; tell its refusals and failures in one line, and return the exit code."""
     try:
         code = int(plugins.resolve(path)(words))
-        sys.stdout.flush()
-        return code
     except ModuleNotFoundError as error:
         extra = plugins.missing(error)
         if extra is None or os.environ.get("OPENHELIX_DEBUG"):
             raise
-        print(f"openhelix {name}: {extra}", file=sys.stderr)
+        _complain(f"openhelix {name}: {extra}")
         return 2
     except ValueError as error:
         # Bad input; every ValueError raised for it says in one line what is valid.
         if os.environ.get("OPENHELIX_DEBUG"):
             raise
-        print(f"openhelix {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(f"openhelix {name}: {' '.join(str(error).split())}")
         return 2
     except CommandFailed as error:
         if os.environ.get("OPENHELIX_DEBUG"):
             raise
-        print(f"openhelix {name}: {error}", file=sys.stderr)
+        _complain(f"openhelix {name}: {error}")
         return 1
     except KeyboardInterrupt:
-        print(f"openhelix {name}: interrupted", file=sys.stderr)
+        _complain(f"openhelix {name}: interrupted")
         return 130
     except BrokenPipeError:
         # The reader of a pipe (head, less) went away: not an error of ours.
-        output.give_up()
-        return 0
+        code = 0
     except OSError as error:
         # The machine refuses: a full disk, a folder that may not be written, too many files.
         if os.environ.get("OPENHELIX_DEBUG"):
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"openhelix {name}: {where}{error.strerror or error}", file=sys.stderr)
+        _complain(f"openhelix {name}: {where}{error.strerror or error}")
         return 1
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # Python would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            _complain(f"openhelix {name}: standard output: {error.strerror}")
+            return 1
+    return code
+
+
+def _complain(text: str) -> None:
+    """One line on standard error, if that is still there."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """`openhelix replay RECORDING`: run recorded observations through System 1 again.
 
+    openhelix replay outputs/latest
+    openhelix replay outputs/run-0007/recording.mcap system1.policy.options.steps=5
+
 The policy and its settings are those of the recorded run, which the recording carries; words
 `system1.policy.options.path=FOLDER` change them, `--config FILE` replaces them. A policy that is
 not OpenHelix's own is code that the recording names: it runs only where the command line repeats
@@ -14,9 +17,9 @@ from pathlib import Path
 from typing import Annotated
 
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.control.assembly import make_policy
 from openhelix.runtime.core.config import ConfigError, PolicyPart, RunConfig, load
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import resolve
 from openhelix.runtime.observe.recorder import Reader, replay
 

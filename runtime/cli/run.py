@@ -1,8 +1,15 @@
 """`openhelix run`: the whole system, on the wall clock or in lockstep.
 
+    openhelix run                                             CALVIN's first chain, on the wall clock
+    openhelix run --task open_drawer --scene D                one task, judged by the world
+    openhelix run --interactive --no-ray                      type what the robot is to do
+    openhelix run tasks.instruction="open the drawer" system2.hz=2
+    openhelix run control.clock=lockstep tasks.steps_limit=60 tasks.sequence=7
+
 The pair that comes with the project is what acts unless `--config FILE` or
 `system1.policy...=` and `system2.engine...=` name another one; the first lines and report.json
-say which. `--no-ray` starts plain processes instead of Ray actors.
+say which. `--no-ray` starts plain processes instead of Ray actors. `openhelix config` explains every
+setting.
 """
 
 from __future__ import annotations
@@ -18,13 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.runtime.cli.arguments import Options, option, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.control.episodes import Assignment, told
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig, load
 from openhelix.runtime.core.files import NO_ROOM, replace_file
-from openhelix.runtime.launch.graph import require_parts
+from openhelix.runtime.core.output import answer
+from openhelix.runtime.launch.graph import require_parts, with_free_ports
+from openhelix.runtime.launch.node import Interrupts, interruptible
 from openhelix.runtime.observe.display import Display
+from openhelix.runtime.observe.observer import drawn_later
+from openhelix.runtime.observe.overlay import world_of
+from openhelix.runtime.observe.prompt import Prompt
 from openhelix.runtime.observe.viewer import require
 from openhelix.runtime.robots.base import WorldPlugin, robot_class
 from openhelix.runtime.transport.sockets import check_keys
@@ -32,9 +43,13 @@ from openhelix.runtime.transport.sockets import check_keys
 EXIT_INTERRUPTED = 130  # by Ctrl-C; the robot was stopped and the report written
 REFUSALS = (*NO_ROOM, errno.EROFS)  # of a disk
 EXIT_STOPPED = 3  # the robot was stopped for safety before the run was complete
+FILM_LIMIT_S = 180.0  # of film; drawing takes about as long as the run, on one core
 
 
 RECORD = """`openhelix record`: run the whole system, and keep all that it saw and did.
+
+    openhelix record --task open_drawer
+    openhelix record --config configs/run.yaml tasks.sequence=7
 
 As `openhelix run`, with `recording.mcap` in the run's folder: observations, latents, trajectories
 and actions, which `openhelix replay` puts to a policy again and Foxglove shows.
@@ -44,8 +59,11 @@ and actions, which `openhelix replay` puts to a policy again and Foxglove shows.
 class RunOptions(Options):
     """Options of `run` and `record`; all else is `RunConfig`."""
 
+    interactive: bool = option(False, "type what the robot is to do while it runs")
+    task: str | None = option(None, "one task by its name, from a state to begin it in", "NAME")
+    scene: str | None = option(None, "the same as world.scene=SCENE", "SCENE")
     no_ray: bool = option(False, "plain processes instead of Ray actors")
-    viewer: bool = option(False, "log to Rerun")
+    viewer: bool = option(False, "write run.rrd for Rerun")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,11 +88,15 @@ def _run(argv: Sequence[str], record: bool) -> int:
         overrides.append("ray=false")
     if options.viewer:
         overrides.append("output.viewer=true")
+    for name, value in (("world.scene", options.scene), ("tasks.task", options.task)):
+        if value is not None:
+            overrides.append(f"{name}={value}")
     if record:
         overrides.append("output.record=true")
     config = load(options.config, overrides)
+    lockstep = config.control.clock == "lockstep"
     logging.basicConfig(level=logging.WARNING)
-    if config.ray and config.control.clock == "realtime" and find_spec("ray") is None:
+    if config.ray and not lockstep and find_spec("ray") is None:
         raise ConfigError(
             "ray: not installed: pip install 'openhelix[cluster]', or say --no-ray for plain "
             "processes on this host"
@@ -85,32 +107,40 @@ def _run(argv: Sequence[str], record: bool) -> int:
     robot_class(config.robot.name)
     check_keys(config.transport.keys)
     require_parts(config)
-    assignments, initial = plan(config)
+    config, ported = (config, "") if lockstep else with_free_ports(config)
+    assignments, initial = plan(config, options.interactive)
     folder = make_output_folder(config.output.folder)
     display = Display(live=config.output.live and not options.as_json)
-    display.say(f"settings: {options.config or 'the defaults'}")
+    display.say(f"settings: {options.config or 'the defaults'}, {config.sha256}")
     for line in told(config):
         display.say(line)
-    if config.control.clock == "lockstep":
+    if ported:
+        display.warn(ported)
+    if lockstep:
         from openhelix.runtime.launch.run import run_lockstep as run
     else:
         from openhelix.runtime.launch.run import run_realtime as run
-    try:
-        report = run(config, assignments, initial, folder, display)
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        raise _cannot_write(Path(error.filename or folder), error) from None
-    report["config"] = str(options.config) if options.config is not None else None
-    try:
-        place = write_report(report, folder)
-        if place.parent == folder:
-            publish_latest(folder, config.output.folder)
-    finally:  # what was measured is worth more than the disk that has no room for it
-        if options.as_json:
-            answer(json.dumps(report))
-        else:
-            display.summary(report, folder)
+    prompt = Prompt(display.say) if options.interactive else None
+    # What a signal ends in order, a second one does not end otherwise.
+    with interruptible() as interrupted:
+        try:
+            report = run(config, assignments, initial, folder, display, prompt)
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            raise _cannot_write(Path(error.filename or folder), error) from None
+        report["config"] = str(options.config) if options.config is not None else None
+        report["config_sha256"] = config.sha256
+        try:
+            place = write_report(report, folder)
+            if place.parent == folder:
+                publish_latest(folder, config.output.folder)
+        finally:  # what was measured is worth more than the disk that has no room for it
+            if options.as_json:
+                answer(json.dumps(report))
+            _film(config, report, folder, display, interrupted)
+            if not options.as_json:
+                display.summary(report, folder)
     if place.parent != folder:
         raise CommandFailed(f"output.folder: no room in {folder}; the report is in {place}")
     if report["error"]:
@@ -122,16 +152,61 @@ def _run(argv: Sequence[str], record: bool) -> int:
     return EXIT_STOPPED if report["stopped"] else 0
 
 
-def plan(config: RunConfig) -> tuple[list[Assignment], dict[str, Any] | None]:
-    """Return what to do and the initial state of a world that can be set."""
-    if config.tasks.instruction is not None:
-        text = config.tasks.instruction.strip()
-        if not text:
-            raise ConfigError("tasks.instruction: is empty; write what the robot is to do")
-        return [Assignment("", text)], None
-    world: WorldPlugin = plugins.find(plugins.WORLDS, config.world.name)
-    tasks, initial = world.sequence(config.tasks.sequence, config.world.scene)
-    return [Assignment(*task) for task in tasks], dict(initial)
+def _film(
+    config: RunConfig,
+    report: dict[str, Any],
+    folder: Path,
+    display: Display,
+    interrupted: Interrupts,
+) -> None:
+    """Make the film of a world that can be drawn anew; one that fails costs the run nothing."""
+    if not config.output.video or not drawn_later(config) or not report["ticks"]:
+        return
+    later = f"`openhelix film {folder}` makes it"
+    if report["ticks"] / config.control.hz > FILM_LIMIT_S:
+        display.say(f"no film of more than {FILM_LIMIT_S / 60:.0f} minutes by itself; {later}")
+        return
+    # What reads recordings and encodes films takes a while to import.
+    from openhelix.runtime.cli.film import film
+
+    try:
+        with interrupted.patience(interrupted.heard):
+            film(folder, folder / "video.mp4", display)
+    except KeyboardInterrupt:
+        display.warn(f"the film was left out; {later}")
+    except (ValueError, OSError) as error:
+        display.warn(f"no film: {error}")
+
+
+def plan(
+    config: RunConfig, interactive: bool = False
+) -> tuple[list[Assignment], dict[str, Any] | None]:
+    """Return what to do, and the first state of a world that can be set; see `set_world`.
+
+    A run in which a person will talk begins with nothing to do, in the state that the sequence
+    begins with, unless the configuration says more.
+    """
+    tasks = config.tasks
+    own = [Assignment("", sentence) for sentence in tasks.sentences]
+    name, scene, seed = world_of(config), config.world.scene, config.world.seed
+    if name is None and (own or interactive):
+        return own, None
+    world: WorldPlugin = plugins.find(plugins.WORLDS, name or config.world.name)
+    laid = None
+    if config.world.layout is not None:
+        laid = world.layout(config.world.layout, scene, seed)
+    if tasks.task is not None:
+        found, start = world.task(tasks.task, scene, seed)
+        return [Assignment(*task) for task in found], laid or start
+    if own or (interactive and laid):
+        return own, laid
+    if laid is not None:
+        raise ConfigError(
+            "world.layout: a sequence has a start of its own; say --interactive, --task NAME or "
+            "tasks.instruction=SENTENCE"
+        )
+    listed, state = world.sequence(tasks.sequence, config.world.scene)
+    return [] if interactive else [Assignment(*task) for task in listed], dict(state)
 
 
 def make_output_folder(base: Path) -> Path:

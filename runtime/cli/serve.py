@@ -1,5 +1,9 @@
 """`openhelix serve ADDRESS`: one System 2 for many robots, until told to stop.
 
+    openhelix serve ipc:///tmp/system2                        for the robots on this host
+    openhelix serve tcp://0.0.0.0:5800 transport.keys=keys    for others, with CURVE keys
+    openhelix run system2.connect=ipc:///tmp/system2 robot.id=left
+
 The same node as in a run's graph, alone in this process. Robots on this host or others run
 with `system2.connect=ADDRESS` and a `robot.id` of their own, each with its own topic and
 instructions.
@@ -14,9 +18,9 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed, ConfigError, Count, RunConfig, load
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.targets import check_part
 from openhelix.runtime.launch.node import NodeRunner, NodeSpec, in_a_thread
 from openhelix.runtime.transport.sockets import check_bind, check_keys, served

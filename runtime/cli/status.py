@@ -1,8 +1,13 @@
 """`openhelix status`: how a running robot is doing, here or as a page (`--web`).
 
+    openhelix status                          the newest run, in the terminal
+    openhelix status --web                    as a page, with a text box and a stop button
+    openhelix status --web --serve tcp://10.0.0.2:5800    with all robots of a shared System 2
+    openhelix status --stop                   stop the robot for good
+
 Shows the newest run below `output.folder`, or the one in `--run FOLDER`, that `openhelix run`
-started on this host. The page's stop button needs the run's token; `--token` prints it, and `--stop`
-stops the robot from here. Both need to be able to read the run's folder.
+started on this host. Talking and stopping through the page need the run's token, which the link that
+is printed carries; `--token` prints it alone. Both need to be able to read the run's folder.
 """
 
 from __future__ import annotations
@@ -22,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from openhelix.runtime.cli.arguments import Options, option, parse
-from openhelix.runtime.cli.output import answer
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.observe.status_server import StatusServer, is_loopback
 from openhelix.runtime.observe.status_source import RunSource
 
@@ -41,6 +46,7 @@ class StatusOptions(Options):
     plain_http: bool = option(False, "off loopback without TLS, behind a proxy that adds it")
     tls_cert: Path | None = option(None, "serve https", "FILE")
     tls_key: Path | None = option(None, "key of the certificate", "FILE")
+    serve: str | None = option(None, "an `openhelix serve`, whose robots are listed", "ADDRESS")
     token: bool = option(False, "print the run's token")
     stop: bool = option(False, "stop the robot for good")
 
@@ -51,9 +57,10 @@ def main(argv: Sequence[str]) -> int:
     Exit code 1 when there is no run.
     """
     options, overrides = parse(
-        "status", StatusOptions, argv, __doc__ or "", RunConfig, ("output.folder",)
+        "status", StatusOptions, argv, __doc__ or "", RunConfig, ("output.folder", "transport.keys")
     )
-    source = RunSource(load(options.config, overrides).output.folder, options.run)
+    config = load(options.config, overrides)
+    source = RunSource(config.output.folder, options.run, options.serve, config.transport.keys)
     try:
         return _do(options, source)
     finally:
@@ -95,8 +102,10 @@ async def _serve(options: StatusOptions, source: RunSource) -> None:
     if options.as_json:
         answer(json.dumps({"url": url}))
     else:
-        guard = "" if server.open else " (asks for the run's token: openhelix status --token)"
-        answer(f"{url}{guard}")
+        # What follows the # stays in the browser: it is in no request and in no log.
+        token = source.token
+        answer(f"{url}#token={token}" if token else f"{url} (no run is alive yet)")
+        answer("the link carries the run's token: whoever has it may command the robot")
     ended = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
@@ -133,7 +142,7 @@ def _table(status: dict[str, Any]) -> Table:
         "instruction": status["instruction"] or "-",
         "task": f"{status['number']} {status['task']}".strip(),
         "step": f"{status['steps']} of {status['steps_limit']}",
-        "success": f"{status['succeeded']} of {status['attempted']} so far",
+        "so far": f"{status['succeeded']} of {status['attempted']} succeeded",
         "understood": "-" if understood is None else f"{100 * understood:.0f} %",
         "latent age": "-" if age is None else f"{age:.2f} s",
         "System 2": f"{rates['system2']:.2f} Hz of {expected['system2']:g}",

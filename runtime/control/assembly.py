@@ -123,6 +123,14 @@ def check_parts(config: RunConfig, robot: RobotSpec, policy: PolicySpec) -> None
         )
 
 
+def watched(config: RunConfig, policy: PolicySpec) -> tuple[str, ...]:
+    """Return the cameras that System 1 or System 2 looks through: each must be alive."""
+    names = [camera.name for camera in policy.cameras]
+    if policy.latent is not None:
+        names.append(config.system2.camera)
+    return tuple(dict.fromkeys(names))
+
+
 def build_stack(
     config: RunConfig,
     robot: Robot,
@@ -136,7 +144,7 @@ def build_stack(
     period = period_ns(config)
     # A frame that is drawn when it is looked at is never stale, and looking would draw it.
     lively = not getattr(robot, "frames_on_demand", False)
-    names = tuple(camera.name for camera in spec.cameras) if lively else ()
+    names = watched(config, spec) if lively else ()
     loop = ControlLoop(
         robot=robot,
         goals=goals,
@@ -177,6 +185,7 @@ def wire_goals(config: RunConfig, requests: str, latents: str) -> WireGoals:
         camera=config.system2.camera,
         min_interval_ns=request_interval_ns(config.system2.hz),
         memory=config.system1.latent_memory,
+        max_age_s=freshness(config).latent_max_age_s,
     )
 
 

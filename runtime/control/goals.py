@@ -1,9 +1,10 @@
 """Where latent goals come from: another process (`WireGoals`) or a schedule (`LockstepGoals`).
 
 The loop offers its newest image every tick and polls; it never waits. `recent` holds the
-last latents of the current instruction, newest last. Two kinds of latents are counted and
-never used: those for another instruction, which is no longer followed, and those of a model other
-than the run began with, which System 1 would misinterpret even if their shape matches. A latent
+last latents of the current instruction, newest last. What is not what was agreed is counted and
+never used: a latent for another instruction, which is no longer followed; one of a model other
+than the run began with, which System 1 would misinterpret even if its shape matches; one whose
+image is from the future, from too long ago, or from before the robot was last stopped. A latent
 whose instruction System 2 does not understand (`LatentGoal.refused`) is counted and empties
 `recent`: while it is the newest there is nothing to plan from, and the robot holds.
 """
@@ -11,9 +12,10 @@ whose instruction System 2 does not understand (`LatentGoal.refused`) is counted
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
-from typing import Protocol
+from math import inf
+from typing import Final, Protocol
 
 from openhelix.runtime.core.interfaces import (
     F32,
@@ -28,7 +30,10 @@ from openhelix.runtime.core.interfaces import (
     encode_one,
     judged,
 )
+from openhelix.runtime.core.safety import Watchdog
 from openhelix.runtime.transport.wire import ReaderStats
+
+MISTIMED: Final = ("future", "old", "before_stop")
 
 
 class Goals(Protocol):
@@ -38,6 +43,7 @@ class Goals(Protocol):
     received: int
     void: int  # for another instruction
     mismatched: int  # of another model
+    mistimed: Counter[str]  # dropped for the time of their image, by reason; see `MISTIMED`
     mismatch: str  # what the first of those was; "" while there was none
     refusals: int  # of this run's latents, those whose instruction was not understood
     newest: LatentGoal | None  # of the current instruction, refused or not
@@ -50,7 +56,10 @@ class Goals(Protocol):
     def begin(self, instruction_id: int, instruction: str) -> None:
         """A new instruction: older latents are void from here on."""
 
-    def update(self, observation: Observation) -> LatentGoal | None:
+    def forget(self, now_ns: int) -> None:
+        """The robot was stopped: what was seen until now is no goal any more."""
+
+    def update(self, observation: Observation, now_ns: int) -> LatentGoal | None:
         """Offer the newest image and return a newly arrived latent, if there is one."""
 
     def close(self) -> None: ...
@@ -62,9 +71,17 @@ def refused(goals: Goals | None) -> bool:
 
 
 class _Recent:
-    """The newest latents of the current instruction and of the expected model."""
+    """The newest latents of the current instruction and of the expected model.
 
-    def __init__(self, memory: int) -> None:
+    Args:
+        memory: how many to keep.
+        max_age_s: the oldest image, in seconds, that a latent may be of when it arrives.
+    """
+
+    def __init__(self, memory: int, max_age_s: float) -> None:
+        self._max_age_ns = max_age_s * 1e9
+        self._stopped_ns: int | None = None  # when the robot was last stopped
+        self.mistimed: Counter[str] = Counter()
         self.recent: deque[LatentGoal] = deque(maxlen=memory)
         self.latencies_s: deque[float] = deque(maxlen=4096)
         self.received = 0
@@ -86,7 +103,12 @@ class _Recent:
         self.recent.clear()
         self.newest = None
 
-    def accept(self, latent: LatentGoal) -> bool:
+    def forget(self, now_ns: int) -> None:
+        self._stopped_ns = now_ns
+        self.recent.clear()
+        self.newest = None
+
+    def accept(self, latent: LatentGoal, now_ns: int) -> bool:
         if latent.spec_id != self._spec_id:
             self.mismatched += 1
             self.mismatch = self.mismatch or (
@@ -97,6 +119,10 @@ class _Recent:
         if latent.instruction_id != self.instruction_id:
             self.void += 1
             return False
+        wrong = self._wrong_time(latent.t_obs_ns, now_ns)
+        if wrong:
+            self.mistimed[wrong] += 1
+            return False
         self.received += 1
         self.newest = latent
         if latent.refused:
@@ -106,6 +132,14 @@ class _Recent:
             self.recent.append(latent)
         self.latencies_s.append(latent.compute_s)
         return True
+
+    def _wrong_time(self, t_obs_ns: int, now_ns: int) -> str:
+        # The robot's own stamp, which System 2 gave back: no other host's clock is in it.
+        if t_obs_ns - now_ns > Watchdog.FUTURE_S * 1e9:
+            return "future"
+        if self._stopped_ns is not None and t_obs_ns <= self._stopped_ns:
+            return "before_stop"
+        return "old" if now_ns - t_obs_ns > self._max_age_ns else ""
 
 
 class GoalSender(Protocol):
@@ -145,8 +179,10 @@ class WireGoals(_Recent):
         camera: str,
         min_interval_ns: int,
         memory: int = 1,
+        *,
+        max_age_s: float,
     ) -> None:
-        super().__init__(memory)
+        super().__init__(memory, max_age_s)
         self.sender, self.reader = sender, reader
         self._robot, self._camera = robot, camera
         self._min_interval_ns = min_interval_ns
@@ -161,7 +197,7 @@ class WireGoals(_Recent):
         super().begin(instruction_id, instruction)
         self._sent_ns = -self._min_interval_ns  # the next image goes out at once
 
-    def update(self, observation: Observation) -> LatentGoal | None:
+    def update(self, observation: Observation, now_ns: int) -> LatentGoal | None:
         frame = observation.frames.get(self._camera)
         if frame is not None and frame.t_ns - self._sent_ns >= self._min_interval_ns:
             self._sent_ns = frame.t_ns
@@ -177,7 +213,7 @@ class WireGoals(_Recent):
             )
             self._seq += 1
         latent = self.reader.poll()
-        return latent if latent is not None and self.accept(latent) else None
+        return latent if latent is not None and self.accept(latent, now_ns) else None
 
     def close(self) -> None:
         self.sender.close()
@@ -203,7 +239,7 @@ class LockstepGoals(_Recent):
         memory: int = 1,
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
-        super().__init__(memory)
+        super().__init__(memory, inf)  # how old a latent gets is the schedule's to say
         self._engine, self._camera = engine, camera
         self._interval, self._latency = interval, latency
         self.expect(engine.spec)
@@ -217,14 +253,14 @@ class LockstepGoals(_Recent):
         self._tick = 0
         self._on_the_way.clear()
 
-    def update(self, observation: Observation) -> LatentGoal | None:
+    def update(self, observation: Observation, now_ns: int) -> LatentGoal | None:
         if self._tick % self._interval == 0:
             latent = self._compute(observation)
             self._on_the_way.append((self._tick + self._latency, latent))
         arrived = None
         while self._on_the_way and self._on_the_way[0][0] <= self._tick:
             _, latent = self._on_the_way.popleft()
-            if self.accept(latent):
+            if self.accept(latent, now_ns):
                 arrived = latent
         self._tick += 1
         return arrived

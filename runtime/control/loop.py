@@ -20,6 +20,7 @@ from openhelix.runtime.core.safety import Mode, SafetyFilter, SafetyState, Watch
 from openhelix.runtime.robots.base import Robot
 
 State = Literal["wait", "run", "hold", "stop"]
+Order = Literal["", "told_to_wait", "told_to_stop", "nothing_to_do"]
 _STATES: dict[Mode, State] = {Mode.RUN: "run", Mode.HOLD: "hold", Mode.STOP: "stop"}
 
 
@@ -85,6 +86,8 @@ class ControlLoop:
         self.prefetch_s = 0.0  # what the last prefetch took
         self._last: Action | None = None
         self._planned = False  # this instruction has had a plan
+        self.order: Order = ""  # keeps the robot still, whatever is planned
+        self._resting = False  # it follows no instruction
         self._standing = False  # the robot was told to stop
 
     @property
@@ -107,13 +110,20 @@ class ControlLoop:
     def begin(self, instruction: str) -> int:
         """Follow a new instruction: what belonged to the old one is void. Returns its number."""
         self.instruction_id += 1
-        self._planned = False
+        self._planned, self._resting, self.order = False, False, ""
         self.watchdog.expect_latent(self.clock.now_ns())
         if self.goals is not None:
             self.goals.begin(self.instruction_id, instruction)
         self.planner.reset(self.seed + self.instruction_id)
         self.chunks.void(self.instruction_id)
         return self.instruction_id
+
+    def rest(self) -> None:
+        """Follow nothing: the robot holds still and neither system is asked."""
+        self.instruction_id += 1
+        self._planned, self._resting = False, True
+        self.order = self.order if self.order == "told_to_stop" else "nothing_to_do"
+        self.chunks.void(self.instruction_id)
 
     def tick(self) -> Tick:
         """Do one control period's work and tell the subscribers."""
@@ -191,8 +201,11 @@ class ControlLoop:
         """
         if self.goals is None:
             return None
+        if self._resting:
+            self.watchdog.expect_latent(now_ns)  # none is due
+            return None
         acted = not refused(self.goals)
-        latent = self.goals.update(observation)
+        latent = self.goals.update(observation, now_ns)
         if acted and refused(self.goals):
             self.chunks.void(self.instruction_id, from_ns=now_ns)
             self.planner.reset(self.seed + self.instruction_id)
@@ -210,6 +223,8 @@ class ControlLoop:
         Returns:
             The chunk if it was joined, and the chunk if it was refused; see `ChunkBuffer.put`.
         """
+        if self._resting:
+            return None, None
         if self.goals is None or self.goals.recent:
             self.planner.offer(observation, tuple(self.goals.recent) if self.goals else ())
         chunk = self.planner.poll()
@@ -229,7 +244,9 @@ class ControlLoop:
             hold = "not_understood"
         elif target is None:
             hold = "chunk_ran_out" if self._planned else "first_plan_due"
-        mode = self.safety.update(self.watchdog.check(now_ns), hold)
+        mode = self.safety.update(self.watchdog.check(now_ns), self.order or hold)
+        if mode is Mode.HOLD and self.order == "told_to_stop":
+            return "stop", None
         if mode is Mode.HOLD and not self._planned and not unclear:
             return "wait", None
         return _STATES[mode], target if mode is Mode.RUN else None
@@ -239,7 +256,7 @@ class ControlLoop:
     ) -> Action:
         """Limit and send the target, or hold; a stopped robot is left to its own standstill."""
         if state == "stop":
-            return self._stand(observation)
+            return self._stand(observation, now_ns)
         self._standing = False
         if target is None:
             target = self.robot.hold_action(self._last)
@@ -253,15 +270,23 @@ class ControlLoop:
         self._last = self.robot.send_action(safe)
         return self._last
 
-    def _stand(self, observation: Observation) -> Action:
-        """Stop the robot, once; if work resumes, it does so from where the arm then is."""
+    def _stand(self, observation: Observation, now_ns: int) -> Action:
+        """Stop the robot, once; if work resumes, it does so from where the arm then is.
+
+        What was seen before the stop counts no more: work resumes with a latent of later.
+        """
         if not self._standing:
             self.robot.stop(self.safety.reason)
             self.limits.rest()
             self._standing, self._last = True, None
+            self.chunks.void(self.instruction_id, from_ns=now_ns)
+            self.planner.reset(self.seed + self.instruction_id)
+            if self.goals is not None:
+                self.goals.forget(now_ns)
+            self._planned = False
         return Action(observation.tcp_pose, float(observation.gripper_open), self.instruction_id)
 
     def _latent_age_s(self, now_ns: int) -> float | None:
-        if self.goals is None or not self.goals.recent:
+        if self.goals is None or self._resting or not self.goals.recent:
             return None
         return self.goals.recent[-1].age_s(now_ns)

@@ -31,7 +31,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -80,7 +80,7 @@ class PlanReply:
 
 
 register("plan_request", PlanRequest)
-register("plan_reply", PlanReply)
+register("plan_reply", PlanReply, finite=("compute_s",))
 
 
 class Planner(Protocol):
@@ -101,11 +101,17 @@ class Planner(Protocol):
     def close(self) -> None: ...
 
 
-def checked_chunk(made: object) -> ActionChunk:
-    """Return what a policy's `act` gave; TypeError unless it is an `ActionChunk`."""
+def checked_chunk(made: object, observation: Observation) -> ActionChunk:
+    """Return what a policy's `act` gave, stamped; TypeError unless it is an `ActionChunk`.
+
+    A policy may leave the stamp of its observation out; what is planned before a stop or a refusal
+    is told from what is planned afterwards by it.
+    """
     if not isinstance(made, ActionChunk):
         raise TypeError(f"act returned {type(made).__name__}, not an ActionChunk")
-    return made
+    if made.t_obs_ns == observation.t_ns:
+        return made
+    return replace(made, t_obs_ns=observation.t_ns)
 
 
 class _Due:
@@ -148,7 +154,7 @@ class SyncPlanner:
         self._due.mark(observation)
         start_s = time.perf_counter()
         try:
-            self._chunk = checked_chunk(self._policy.act(observation, latents))
+            self._chunk = checked_chunk(self._policy.act(observation, latents), observation)
         except PolicyFault as fault:
             self.failures += 1
             log.warning("System 1: %s; the loop goes on without this chunk", fault)

@@ -8,7 +8,10 @@ ignored is the costliest kind of default. `ConfigError` always carries exactly o
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -38,6 +41,36 @@ class ConfigError(ValueError):
 
 class CommandFailed(RuntimeError):
     """A command could not do its work, through no mistake in what was asked. Exit code 1."""
+
+
+SENTENCE_CHARS = 500  # of an instruction; what people say is a tenth of that
+# Characters that turn the direction of a text around: a terminal would show another sentence.
+TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def checked_sentence(text: object, name: str) -> str:
+    """Return an instruction as it is used: trimmed, with single spaces.
+
+    Args:
+        text: what was given.
+        name: of the field or command, for the message.
+
+    Raises:
+        ConfigError: it is no text, empty, too long, or has control characters.
+    """
+    if not isinstance(text, str):
+        raise ConfigError(f"{name}: {type(text).__name__}, expected a sentence")
+    plain = " ".join(text.split())
+    if not plain:
+        raise ConfigError(f"{name}: is empty; write what the robot is to do")
+    if len(plain) > SENTENCE_CHARS:
+        raise ConfigError(f"{name}: {len(plain)} characters; at most {SENTENCE_CHARS} are taken")
+    for place, character in enumerate(plain):
+        if unicodedata.category(character) in ("Cc", "Cs", "Cn") or character in TURNING:
+            raise ConfigError(
+                f"{name}: has a control character (U+{ord(character):04X}) at position {place + 1}"
+            )
+    return plain
 
 
 class _Section(BaseModel):
@@ -81,6 +114,7 @@ class System2Config(_Section):
     hz: Positive = 1.0
     camera: str = "static"
     connect: str | None = None  # a System 2 that `openhelix serve` runs; None starts one
+    connect_timeout_s: Positive = 60.0  # how long to wait for it to be up
     placement: Placement = Placement(cpus=0.5, threads=1, nice=10)
     blind: bool = False  # System 2 is shown black pictures: what it does without seeing
 
@@ -141,11 +175,34 @@ def _known_scene(value: str) -> str:
     return value
 
 
+Point = tuple[float, float, float]
+
+
+class StaticCamera(_Section):
+    """Where the simulated world's static camera stands; what is left out is the scene's own."""
+
+    eye: Point | None = None  # m, in W
+    target: Point | None = None  # m, in W: what it looks at
+    up: Point | None = None  # which way is up in its image, in W
+    fov: Annotated[float, Field(gt=1, lt=120)] | None = None  # degrees, vertical
+
+    @model_validator(mode="after")
+    def _looks_somewhere(self) -> Self:
+        if self.eye is not None and self.eye == self.target:
+            raise ValueError("eye: is where the target is; a camera has to look somewhere")
+        if self.up == (0.0, 0.0, 0.0):
+            raise ValueError("up: [0, 0, 0] is no direction")
+        return self
+
+
 class WorldConfig(_Section):
     """The simulated world behind the `sim` driver."""
 
     name: str = "playtable"  # an entry of the group `openhelix.worlds`
     scene: Annotated[str, AfterValidator(_known_scene)] = "D"
+    seed: Annotated[int, Field(ge=0)] = 0  # of what is drawn at random in its first state
+    static_camera: StaticCamera | None = None  # {eye, target, up, fov}; null: the scene's own
+    layout: dict[str, Any] | None = None  # its first state, in words: {drawer: open, ...}
     cameras: tuple[Literal["static", "gripper"], ...] = ("static", "gripper")
     camera_hz: Positive = 10.0
     # A world that the machine is too busy to step looks like a robot that does not answer.
@@ -207,7 +264,26 @@ class TasksConfig(_Section):
     sequence: Annotated[int, Field(ge=0, le=999)] = 0  # index into the CALVIN sequences
     steps_limit: Count = 360  # environment steps per instruction
     stop_at_failure: bool = False  # CALVIN's protocol; False attempts all tasks
-    instruction: str | None = None  # free text instead of a sequence
+    instruction: str | None = None  # a sentence of one's own, instead of a sequence
+    instructions: tuple[str, ...] = ()  # several, one after the other
+    task: str | None = None  # one of the world's tasks, from a state in which it can be done
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        given = [name for name in ("instruction", "instructions", "task") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: beside {given[0]}; give one of the two")
+        if self.instruction is not None:
+            checked_sentence(self.instruction, "instruction")
+        for number, text in enumerate(self.instructions, 1):
+            checked_sentence(text, f"instructions[{number}]")
+        return self
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The sentences of one's own, as they are used; () for a sequence or a task."""
+        own = self.instructions if self.instruction is None else (self.instruction,)
+        return tuple(checked_sentence(text, "tasks.instructions") for text in own)
 
 
 class OutputConfig(_Section):
@@ -215,8 +291,10 @@ class OutputConfig(_Section):
 
     folder: Path = Path("outputs")
     video: bool = True
-    record: bool = False
+    track: bool = True  # what the robot did, without images: 1 MB a minute, for film and viewer
+    record: bool = False  # the same with every image: 400 MB a minute
     viewer: bool = False
+    urdf: Path | None = None  # of the arm, for the viewer; its root is the world frame
     # The first of the ports at which the parts serve their metrics (METRICS_PARTS); 0: free
     # ones, null: no metrics.
     metrics_port: Annotated[int, Field(ge=0, le=65000)] | None = 9108
@@ -255,6 +333,12 @@ class RunConfig(_Section):
     output: OutputConfig = OutputConfig()
     ray: bool = True
     ray_address: str | None = None  # a running cluster; None starts one here
+
+    @property
+    def sha256(self) -> str:
+        """Twelve hexadecimal digits of all settings, for a report to say which they were."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def interval_steps(self) -> int:
@@ -401,6 +485,9 @@ def _suggestion(model: type[BaseModel], loc: Sequence[Any]) -> str:
     for name in loc[:-1]:
         field = getattr(section, "model_fields", {}).get(name)
         section = field.annotation if field is not None else None
+        if get_origin(section) in (Union, UnionType):  # a section that may be null
+            kinds = [kind for kind in get_args(section) if hasattr(kind, "model_fields")]
+            section = kinds[0] if kinds else None
     names = list(getattr(section, "model_fields", getattr(section, "__dataclass_fields__", {})))
     near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
     if near:

@@ -23,7 +23,7 @@ import importlib.util
 import os
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import distributions
 from pathlib import Path
@@ -63,6 +63,9 @@ EXTRAS: Final[Mapping[str, str]] = {
     "hydra": "calvin",
     "gym": "calvin",
 }
+
+
+MANY = 12  # names of which a suggestion is enough
 
 
 class ResolveError(ValueError):
@@ -155,11 +158,27 @@ def find(group: str, name: str) -> Any:
     return resolve(found[name])
 
 
-def nearest(name: str, known: Mapping[str, object]) -> str:
-    """Return what to say of an unknown name: the one that was meant, and all there are."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return what to say of an unknown name: the one that was meant, and all there are.
+
+    Of more names than a person reads in a line, all are told only if none was meant.
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near and len(known) > MANY:
+        return f"did you mean {near[0]!r}?"
     meant = f"did you mean {near[0]!r}? " if near else ""
     return f"{meant}valid: {', '.join(known) or 'none'}"
+
+
+def none_of(name: object, known: Iterable[str]) -> str:
+    """Return what to say of a name that is not in a list: the list, and the one that was meant."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    if near and len(known) > MANY:
+        return f"{name!r} is unknown; did you mean {near[0]!r}?"
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{name!r} is none of {', '.join(known)}{meant}"
 
 
 def summary(path: str) -> str:

@@ -15,9 +15,11 @@ All three are pure (times and records in, verdicts out) and belong to the contro
 from __future__ import annotations
 
 import enum
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import hypot, isfinite, sqrt
+from typing import NamedTuple
 
 import numpy as np
 
@@ -294,14 +296,38 @@ class SafeStop:
         return f"{text} ({self.source}{age})"
 
 
-@dataclass(slots=True)
+class _Picture(NamedTuple):
+    sample: bytes  # of its pixels: a few rows, which tell live images apart nearly always
+    rgb: U8
+    tcp: Vec3  # where the arm was when it was first seen
+
+
 class _Camera:
-    frame_t_ns: int = -1
-    rgb: U8 | None = None
-    sample: bytes = b""  # of its pixels
-    repeats: int = 0  # newer frames with the very same pixels
-    tcp: Vec3 = (0.0, 0.0, 0.0)  # where the arm was when the pixels last changed
-    moved_m: float = 0.0  # the farthest it has been from there since
+    """The last different pictures of a camera, and whether those that come now are among them.
+
+    A live camera never gives the same pixels twice while the arm moves. A frozen one gives the
+    last picture again, one with a stuck buffer a few in turn.
+    """
+
+    PICTURES = 8
+
+    def __init__(self) -> None:
+        self.frame_t_ns = -1
+        self._pictures: deque[_Picture] = deque(maxlen=self.PICTURES)
+        self.repeats = 0  # frames in a row whose picture had been seen before
+        self.moved_m = 0.0  # the farthest that the arm has meanwhile been from where it was then
+
+    def see(self, rgb: U8, tcp: Vec3) -> None:
+        sample = rgb[len(rgb) // 4 :: max(1, len(rgb) // 4)].tobytes()
+        for picture in self._pictures:
+            if picture.sample == sample and (
+                picture.rgb is rgb or np.array_equal(picture.rgb, rgb)
+            ):
+                self.repeats += 1
+                self.moved_m = max(self.moved_m, hypot(*_minus(tcp, picture.tcp)))
+                return
+        self.repeats, self.moved_m = 0, 0.0
+        self._pictures.append(_Picture(sample, rgb, tcp))
 
 
 class Watchdog:
@@ -371,16 +397,7 @@ class Watchdog:
         self.saw(f"camera:{name}", frame.t_ns, now_ns)
         camera.frame_t_ns = frame.t_ns
         x, y, z = tcp_pose[:3].tolist()
-        sample = frame.rgb[len(frame.rgb) // 4 :: max(1, len(frame.rgb) // 4)].tobytes()
-        # A few rows tell live images apart nearly always; only where they agree, compare all.
-        if sample == camera.sample and _same_pixels(camera.rgb, frame.rgb):
-            camera.repeats += 1
-            camera.moved_m = max(
-                camera.moved_m, hypot(x - camera.tcp[0], y - camera.tcp[1], z - camera.tcp[2])
-            )
-        else:
-            camera.repeats, camera.moved_m, camera.tcp = 0, 0.0, (x, y, z)
-        camera.rgb, camera.sample = frame.rgb, sample
+        camera.see(frame.rgb, (x, y, z))
 
     def ages_s(self, now_ns: int) -> Mapping[str, float]:
         """Return the age of each source's newest datum, in seconds."""
@@ -424,10 +441,6 @@ class Watchdog:
             if camera.repeats >= 2 and camera.moved_m > self.limits.frozen_motion_m:
                 return SafeStop("camera_frozen", name, 0.0)
         return None
-
-
-def _same_pixels(a: U8 | None, b: U8) -> bool:
-    return a is b or (a is not None and bool(np.array_equal(a, b)))
 
 
 class Mode(enum.Enum):

@@ -9,13 +9,21 @@ is left to whoever builds the part.
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
-from openhelix.runtime.core.config import ConfigError, Part
+from openhelix.runtime.core.config import ConfigError, Part, PolicyPart
+from openhelix.runtime.core.interfaces import PolicySpec
+from openhelix.runtime.core.paths import CHECKPOINTS
 from openhelix.runtime.core.plugins import ResolveError, find_module, nearest
 
+SHIPPED = {"system1": CHECKPOINTS / "system1-laptop", "system2": CHECKPOINTS / "system2-laptop"}
+SPEC = "spec.json"  # beside a policy's weights: what it expects and promises
+WHOLE_BYTES = 256 * 1024 * 1024  # a file larger than this is known by its size and its ends
+ENDS_BYTES = 1024 * 1024
 _Scope = ast.Module | ast.ClassDef
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
@@ -206,3 +214,52 @@ def _names_a_file(parameter: Parameter, value: Any) -> bool:
 
 def _exists(value: str) -> bool:
     return Path(value).expanduser().exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# What is in a checkpoint, without loading it
+
+
+def written_spec(part: Part) -> PolicySpec | None:
+    """Return what the policy of a checkpoint folder expects; None where no file says so.
+
+    Raises:
+        ConfigError: our policy's folder has no such file: it holds no checkpoint.
+    """
+    ours = part.target == PolicyPart().target
+    path = part.options.get("path", "shipped" if ours else None)
+    if not isinstance(path, str) or part.options.get("untrained"):
+        return None
+    folder = SHIPPED["system1"] if ours and path == "shipped" else Path(path).expanduser()
+    try:
+        return PolicySpec.from_dict(json.loads((folder / SPEC).read_text()))
+    except OSError:
+        if not ours:
+            return None
+        raise ConfigError(
+            f"system1.policy.options.path: {path} holds no checkpoint (it has no {SPEC}); "
+            "`openhelix train export` writes one"
+        ) from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"system1.policy.options.path: {folder / SPEC}: {error!r}") from None
+
+
+def fingerprint(path: Path) -> str | None:
+    """Return twelve hexadecimal digits of what a file or folder holds; None if it is not there.
+
+    Names, sizes and contents count; of a file beyond 256 MiB its size, and its first and last MiB.
+    """
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(p for p in (path, *path.rglob("*")) if p.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path.parent)}\0{size}\0".encode())
+        with open(file, "rb") as data:
+            if size <= WHOLE_BYTES:
+                digest.update(data.read())
+            else:
+                digest.update(data.read(ENDS_BYTES))
+                data.seek(-ENDS_BYTES, 2)
+                digest.update(data.read())
+    return digest.hexdigest()[:12]

@@ -1,5 +1,10 @@
 """The graph as Ray actors: Ray places, monitors and restarts them.
 
+Ray's driver is a process of its own, the node "ray" of the run's graph (`RayNode`). What befalls
+Ray (a lost GCS ends its drivers on the spot, a dead agent all its workers) or takes it long
+(a cluster that does not answer) does not befall the command. The command, the control loop and the
+observer are no actors: the robot stops whatever becomes of Ray.
+
 Nothing of a run travels through Ray: each actor hosts a `NodeRunner`, which speaks
 ZeroMQ. An actor that is killed is restarted by Ray with the same `NodeSpec`, binds the same
 endpoints, and its peers reconnect automatically. On a cluster the same applies to a lost host:
@@ -10,20 +15,29 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import psutil
 import ray
+from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import AuthenticationError, RayActorError
+from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from openhelix.runtime.core.config import CommandFailed, ConfigError
+from openhelix.runtime.launch.graph import no_cluster
 from openhelix.runtime.launch.node import NodeRunner, NodeSpec
 
 log = logging.getLogger(__name__)
 RELEASE_S = 10.0  # how long a run that has just ended may take to give back its resources
+# Until Ray's processes give up a GCS that is gone. Its agents outlive their Ray by as much.
+RECONNECT_S = 2
+DAEMONS = ("raylet", "gcs_server")  # without one of them nothing of Ray goes on
+CLOSE_S = 2.0  # for actors to end in order; what hangs is killed
 
 
 class NodeActor:
@@ -53,33 +67,102 @@ class NodeActor:
         self._thread.join(timeout=5.0)
 
 
-class RayHost:
-    """Starts nodes as Ray actors, on a cluster that runs or on one made here.
+class RayNode:
+    """The node "ray" of a run's graph: has Ray host the others; see `node.Node`.
 
     Args:
-        address: of a cluster, for example "auto"; None makes one on this host.
+        specs: what Ray is to host, as `NodeSpec.to_json` gives it.
+        beside: the nodes that the command hosts itself; their resources are reserved.
+        address: of a cluster, "auto" or "HOST:PORT"; None makes one on this host.
         resources: custom resources that a cluster made here offers.
-
-    Raises:
-        CommandFailed: no cluster answers there, or it does not take this host's token.
     """
 
-    def __init__(self, address: str | None, resources: dict[str, float]) -> None:
+    def __init__(
+        self,
+        specs: Sequence[str],
+        beside: Sequence[str],
+        address: str | None,
+        resources: dict[str, float],
+    ) -> None:
+        self._specs = [NodeSpec.from_json(text) for text in specs]
+        self._beside = [NodeSpec.from_json(text) for text in beside]
+        self._address, self._resources = address, resources
+        self._connected = False
         self._actors: dict[str, Any] = {}
         self._watches: dict[str, Any] = {}  # of the nodes that are not started again
-        self._cluster = address is not None
+        self._ended: dict[str, str] = {}
+        self._daemons: dict[str, psutil.Process] = {}  # of a cluster made here
+
+    def setup(self) -> None:
+        """Connect and place the nodes.
+
+        Raises:
+            CommandFailed: no cluster answers, or it does not take this host's token.
+            ConfigError: no host of the cluster offers what a node asks for.
+        """
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        self._connect()
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has taken it
+        self._connected = True
+        if self._address is None:
+            children = psutil.Process().children()
+            self._daemons = {p.name(): p for p in children if p.name() in DAEMONS}
+        here = ray.get_runtime_context().get_node_id()
+        everywhere = [*self._specs, *self._beside]
+        if self._address is not None:
+            check_offers(everywhere, ray.nodes(), here)
+            check_free(everywhere, ray.available_resources)
+            for spec in self._beside:
+                reserve(spec, here)
+        for spec in self._specs:
+            self._place(spec, here)
+
+    def run(self, stop: threading.Event) -> None:
+        while not stop.wait(0.1):
+            gone = [name for name, process in self._daemons.items() if not _lives(process)]
+            if gone:
+                # Its workers die with it and are not started again, which Ray's driver does not
+                # notice for long; and to be shut down takes it as long.
+                log.error("Ray's %s has ended, and what it hosted with it", " and ".join(gone))
+                os._exit(1)
+            self._ended = self._find_ended()
+
+    def health(self) -> dict[str, Any]:
+        """Return whether Ray is there, and which nodes died that are not started again."""
+        return {"connected": self._connected, "ended": dict(self._ended)}
+
+    def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+        return {}
+
+    def close(self) -> None:
+        """Stop the actors, then this driver's part of Ray."""
+        if not self._connected:
+            return
+        self._connected = False
+        stops = [actor.stop.remote() for actor in self._actors.values()]
+        ray.wait(stops, num_returns=len(stops), timeout=CLOSE_S) if stops else None
+        for actor in self._actors.values():
+            ray.kill(actor, no_restart=True)
+        ray.shutdown()
+
+    def _connect(self) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if address is None:
+        if self._address is None:
+            os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(RECONNECT_S))
             # A machine with few cores still hosts every process: shares, not limits.
             options |= {
+                "address": "local",
                 "num_cpus": max(4, os.cpu_count() or 1),
-                "resources": resources,
+                "resources": self._resources,
                 "include_dashboard": False,
             }
         else:
-            options["address"] = address
+            options["address"] = self._address
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
+            if self._address is not None:
+                # `init` would ask again for half a minute before it says that a token is wrong.
+                ray._raylet.GcsClient(address=canonicalize_bootstrap_address_or_die(self._address))
             ray.init(**options)
         except AuthenticationError as error:
             text = " ".join(str(error).split(".")[0].split())
@@ -87,40 +170,27 @@ class RayHost:
                 f"ray_address: {text}; this host needs the cluster's token in ~/.ray/auth_token"
             ) from None
         except ConnectionError:
-            raise CommandFailed(
-                f"ray_address: no Ray cluster answers at {address!r}; `ray up` starts one"
-            ) from None
+            raise CommandFailed(no_cluster(str(self._address))) from None
 
-    def start(self, specs: Sequence[NodeSpec]) -> None:
-        """Place the nodes.
+    def _place(self, spec: NodeSpec, here: str) -> None:
+        pinned = self._address is not None and spec.here
+        actor = ray.remote(NodeActor).options(
+            name=f"openhelix-{os.getpid()}-{spec.name}",
+            num_cpus=spec.cpus,
+            num_gpus=spec.gpus,
+            resources=spec.resources,
+            max_restarts=-1 if spec.restart else 0,
+            max_concurrency=4,
+            runtime_env={"env_vars": spec.environment},
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)
+            if pinned
+            else "DEFAULT",
+        )
+        self._actors[spec.name] = actor.remote(spec.to_json())
+        if not spec.restart:
+            self._watches[spec.name] = self._actors[spec.name].watch.remote()
 
-        Raises:
-            ConfigError: no host of the cluster offers what a node asks for.
-        """
-        here = ray.get_runtime_context().get_node_id()
-        if self._cluster:
-            check_offers(specs, ray.nodes(), here)
-            check_free(specs, ray.available_resources)
-        for spec in specs:
-            pinned = self._cluster and spec.here
-            actor = ray.remote(NodeActor).options(
-                name=f"openhelix-{os.getpid()}-{spec.name}",
-                num_cpus=spec.cpus,
-                num_gpus=spec.gpus,
-                resources=spec.resources,
-                max_restarts=-1 if spec.restart else 0,
-                max_concurrency=4,
-                runtime_env={"env_vars": spec.environment},
-                scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)
-                if pinned
-                else "DEFAULT",
-            )
-            self._actors[spec.name] = actor.remote(spec.to_json())
-            if not spec.restart:
-                self._watches[spec.name] = self._actors[spec.name].watch.remote()
-
-    def ended(self) -> dict[str, str]:
-        """Return which nodes died that are not started again, and how."""
+    def _find_ended(self) -> dict[str, str]:
         found = {}
         for name, watch in self._watches.items():
             if ray.wait([watch], timeout=0)[0]:
@@ -130,13 +200,28 @@ class RayHost:
                     found[name] = "died"
         return found
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """Stop the actors, then this driver's part of Ray."""
-        stops = [actor.stop.remote() for actor in self._actors.values()]
-        ray.wait(stops, num_returns=len(stops), timeout=timeout_s) if stops else None
-        for actor in self._actors.values():
-            ray.kill(actor, no_restart=True)
-        ray.shutdown()
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it works; one that has ended is there until its parent, Ray, asks for it."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def reserve(spec: NodeSpec, here: str) -> None:
+    """Hold what a node on this host asks of the cluster, for as long as this driver lives.
+
+    Raises:
+        ConfigError: another run has just taken it.
+    """
+    bundle = {name: amount for name, amount in _wanted(spec).items() if name != "CPU"}
+    if not bundle:
+        return
+    (address,) = [host["NodeManagerAddress"] for host in ray.nodes() if host["NodeID"] == here]
+    group = placement_group([bundle | {f"node:{address}": 0.001}])
+    if not group.wait(RELEASE_S):
+        raise ConfigError(f"{spec.name}.placement: {next(iter(bundle))} is in use by another run")
 
 
 def check_offers(specs: Iterable[NodeSpec], hosts: Sequence[Mapping[str, Any]], here: str) -> None:

@@ -7,31 +7,45 @@
                            control <- frames ------------------------'
                            control -- ticks ---> observer
 
-`build` lists the nodes, `Endpoints` their addresses, and `Graph` starts them through a host (Ray
-actors or plain processes), waits until all are ready and ends them in order. Nodes on one host
-communicate over Unix sockets in a `ScratchFolder`, which is removed with the run.
+`build` lists the nodes, `Endpoints` their addresses, and `Graph` starts them, waits until all are
+ready and ends them in order. All are plain processes, children of the command, which the kernel tells
+when it dies; or, with Ray, the control loop and the observer are, and the node "ray" has Ray host the
+others. Nodes on one host communicate over Unix sockets in a `ScratchFolder`, which is removed with
+the run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
+import socket
 import stat
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
+from openhelix.runtime.control.assembly import check_parts
 from openhelix.runtime.core import plugins
-from openhelix.runtime.core.config import ConfigError, Placement, RunConfig, TransportConfig
-from openhelix.runtime.core.targets import check_part
+from openhelix.runtime.core.config import (
+    METRICS_PARTS,
+    CommandFailed,
+    ConfigError,
+    Placement,
+    RunConfig,
+    TransportConfig,
+)
+from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, RobotSpec
+from openhelix.runtime.core.targets import check_part, written_spec
 from openhelix.runtime.launch.node import NodeSpec
+from openhelix.runtime.launch.processes import ProcessHost
 from openhelix.runtime.observe.observer import ObserverProcess
 from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcRefused
 from openhelix.runtime.transport.sockets import (
@@ -57,8 +71,15 @@ CHANNELS = {
     "ticks": "observer",
 }
 NODES = ("control", "observer", "camera", "world", "system1", "system2")  # in order of ending
-# control and observer stay where `openhelix run` is called: it shows and writes what they give.
+# These stay where `openhelix run` is called, as its own children: it shows and writes what they
+# give, and the arm must stop with it, whatever becomes of Ray.
+BESIDE = ("control", "observer")
 MOVABLE = ("system2", "system1", "world", "camera")
+RAY = "ray"  # the node that has Ray host the movable ones
+RAY_PORT = 6379  # Ray's own default
+PROBE_S = 3.0  # for a host to answer at all
+CONNECT_S = 10.0  # for a cluster to let this host in
+CLOSE_S, RAY_CLOSE_S = 5.0, 15.0  # for processes to end in order; what hangs is killed
 # A control loop that crashed must not start again by itself beside a moving arm, and a world
 # that did would have forgotten its state.
 RESTARTED = ("system1", "system2", "camera")
@@ -209,7 +230,8 @@ class Endpoints:
 
 def stays(config: RunConfig, node: str) -> bool:
     """Whether a node must be on the host where the run is started."""
-    return config.transport.host == "ipc" and node not in config.transport.hosts
+    local = config.transport.host == "ipc" and node not in config.transport.hosts
+    return node in BESIDE or local
 
 
 def _check(transport: TransportConfig) -> None:
@@ -232,17 +254,6 @@ def _check(transport: TransportConfig) -> None:
 
 class GraphError(RuntimeError):
     """A node did not become ready; the message is one line and names it."""
-
-
-class Host(Protocol):
-    """Starts nodes and ends them: `actors.RayHost` or `processes.ProcessHost`."""
-
-    def start(self, specs: Sequence[NodeSpec]) -> None: ...
-
-    def ended(self) -> dict[str, str]:
-        """Return which nodes ended before their time, not to be started again, and how."""
-
-    def close(self, timeout_s: float = 5.0) -> None: ...
 
 
 def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) -> list[NodeSpec]:
@@ -296,10 +307,12 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
             ("observer", "openhelix.runtime.observe.observer:ObserverProcess", OBSERVER, look)
         )
     if config.robot.name == "sim":
-        scene = own("world", scene=world.scene)
+        scene = own("world", scene=world.scene, seed=world.seed)
+        stands = world.static_camera.model_dump() if world.static_camera is not None else None
         view = own(
             "camera",
             scene=world.scene,
+            static_camera=stands,
             cameras=world.cameras,
             hz=world.camera_hz,
             states=channels["states"],
@@ -337,8 +350,110 @@ def require_parts(config: RunConfig) -> None:
     here = not (config.ray and config.ray_address) or config.control.clock == "lockstep"
     if here or stays(config, "system1"):
         check_part("system1.policy", config.system1.policy)
+        spec = written_spec(config.system1.policy)
+        if spec is not None and config.robot.name == "sim":
+            sizes = plugins.resolve("openhelix.runtime.robots.sim:CAMERA_SIZES")
+            cameras = tuple(CameraSpec(name, *sizes[name]) for name in config.world.cameras)
+            check_parts(config, RobotSpec(cameras, ActionSpec(hz=config.control.hz)), spec)
     if config.system2.connect is None and (here or stays(config, "system2")):
         check_part("system2.engine", config.system2.engine)
+
+
+def with_free_ports(config: RunConfig) -> tuple[RunConfig, str]:
+    """Return the configuration with ports that nobody has, and what to say of it ("" for nothing).
+
+    Another run on this host has the default ports of the metrics: the next free ones are taken. Ports
+    that were asked for are not exchanged for others.
+
+    Raises:
+        ConfigError: a port that was asked for is taken; the line names a free one.
+    """
+    transport, output = config.transport, config.output
+    for node in NODES:
+        host = transport.hosts.get(node, transport.host)
+        if host == "ipc" or not is_local(f"tcp://{host}:1"):
+            continue
+        first, count = transport.base_port, len(CHANNELS) + len(NODES)
+        if _taken(host, first, count):
+            free = next(p for p in range(first + 100, 65_000, 100) if not _taken(host, p, count))
+            raise ConfigError(f"transport.base_port: {first} at {host} is in use; {free} is free")
+        break
+    port, host = output.metrics_port, output.metrics_host
+    count = len(METRICS_PARTS)
+    if not port or not _taken(host, port, count):
+        return config, ""
+    free = next(p for p in range(port + 10, 65_000, 10) if not _taken(host, p, count))
+    if "metrics_port" in output.model_fields_set:
+        raise ConfigError(f"output.metrics_port: {port} at {host} is in use; {free} is free")
+    ported = output.model_copy(update={"metrics_port": free})
+    told = (
+        f"metrics are at port {free} and those after it: {port} is in use, by another run perhaps"
+    )
+    return config.model_copy(update={"output": ported}), told
+
+
+def _taken(host: str, first: int, count: int) -> bool:
+    """Whether any of so many TCP ports in a row is in use."""
+    for port in range(first, first + count):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As the servers do: a port whose last connection is only just closed is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return True  # what else is wrong with an address, its server says
+    return False
+
+
+# ------------------------------------------------------------------------------------------------
+# A cluster that is there already
+
+
+def no_cluster(address: str) -> str:
+    """Return the line that tells that nothing answers at `ray_address`."""
+    return f"ray_address: no Ray cluster answers at {address!r}; `ray up` starts one"
+
+
+def cluster_address(text: str) -> str:
+    """Return `ray_address` as Ray takes it.
+
+    Raises:
+        ConfigError: it is no address of a cluster.
+    """
+    if text == "auto":
+        return text
+    host, sign, port = text.rpartition(":")
+    if not sign:
+        host, port = text, str(RAY_PORT)
+    if "/" in text or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"ray_address: {text!r}; write auto, HOST or HOST:PORT of a cluster that this host is in"
+        )
+    return f"{'127.0.0.1' if host == 'localhost' else host}:{port}"
+
+
+def probe_cluster(address: str) -> None:
+    """Find out at once whether anybody listens: Ray itself takes minutes to give up.
+
+    Raises:
+        CommandFailed: nobody does.
+    """
+    if address == "auto":
+        return  # Ray looks for it on this host, which takes no time
+    host, _, port = address.rpartition(":")
+    # A cluster of this host may listen at its name's address alone.
+    hosts = [host, socket.gethostname()] if is_local(f"tcp://{address}") else [host]
+    for name in hosts:
+        with contextlib.suppress(OSError):
+            socket.create_connection((name, int(port)), PROBE_S).close()
+            return
+    raise CommandFailed(no_cluster(address))
+
+
+# ------------------------------------------------------------------------------------------------
+# The graph
 
 
 class Graph:
@@ -356,6 +471,8 @@ class Graph:
                 check = check_connect if endpoint in theirs else check_bind
                 check(endpoint, self._keys)  # here too, before anything is started
             self.specs = build(config, ends, job, str(folder))
+            self._address = cluster_address(config.ray_address) if config.ray_address else None
+            self._own = self._with_ray() if config.ray else self.specs  # children of this process
         except Exception:
             self._scratch.close()
             raise
@@ -363,7 +480,8 @@ class Graph:
         self._fields: dict[str, dict[str, None]] = {}  # of each node's health
         self._run = uuid.uuid4().hex
         self._config, self._log_folder = config, folder / "logs"
-        self._host: Host | None = None
+        self._host: ProcessHost | None = None
+        self._connected = False  # Ray is there
 
     def start(self) -> None:
         """Start every node; returns before they are ready.
@@ -371,20 +489,15 @@ class Graph:
         Raises:
             ConfigError: a part that is named does not exist, or the System 2 that others run
                 refuses this robot.
+            CommandFailed: there is no cluster at `ray_address`.
         """
         require_parts(self._config)
+        if self._config.ray and self._address is not None:
+            probe_cluster(self._address)
         if self._config.system2.connect is not None:
             self._require_system2(patient=True)
-        if self._config.ray:
-            # Ray takes half a second to import: only a run that uses it pays.
-            from openhelix.runtime.launch.actors import RayHost
-
-            self._host = RayHost(self._config.ray_address, self._custom_resources())
-        else:
-            from openhelix.runtime.launch.processes import ProcessHost
-
-            self._host = ProcessHost(self._log_folder)
-        self._host.start(self.specs)
+        self._host = ProcessHost(self._log_folder)
+        self._host.start(self._own)
 
     def health(self, name: str, timeout_s: float = 1.0) -> dict[str, Any]:
         """Ask one node how it is.
@@ -414,7 +527,7 @@ class Graph:
         return any(spec.name == name for spec in self.specs)
 
     def ended(self) -> dict[str, str]:
-        """Return which nodes are gone for good although nobody told them to end, and how."""
+        """Return which of our own processes are gone for good before their time, and how."""
         return self._host.ended() if self._host is not None else {}
 
     def wait_ready(
@@ -430,17 +543,25 @@ class Graph:
             GraphError: a node failed, or the time is over.
         """
         deadline = time.monotonic() + timeout_s
+        names = list(dict.fromkeys(spec.name for spec in (*self._own, *self.specs)))
+        connecting_s: float | None = None  # since when Ray has been asked to let us in
         while not give_up.is_set():
             # Those that do not listen yet must not hold up the news of the others for long.
-            states = {spec.name: self.health(spec.name, 0.25) for spec in self.specs}
+            states = {name: self.health(name, 0.25) for name in names}
             tell({name: health["state"] for name, health in states.items()})
             for name, health in states.items():
                 if health["state"] == "refused":
-                    raise ConfigError(f"{name}: {health['error']}")
+                    raise ConfigError(_told(name, ": ", health["error"]))
                 if health["state"] == "failed":
-                    raise GraphError(f"{name} failed: {health['error']}")
-            for name, how in self.ended().items():
+                    raise GraphError(_told(name, " failed: ", health["error"]))
+            ray = states.get(RAY, {})
+            self._connected = self._connected or bool(ray.get("connected"))
+            for name, how in (self.ended() | (ray.get("ended") or {})).items():
                 raise GraphError(f"{name} {how} while it started; its log is in logs/")
+            if self._address is not None and ray.get("connected") is False:
+                connecting_s = connecting_s or time.monotonic()
+                if time.monotonic() - connecting_s > CONNECT_S:
+                    raise GraphError(no_cluster(self._address))
             if all(health["state"] in ("ready", "done") for health in states.values()):
                 self._require_system2()
                 return
@@ -448,6 +569,49 @@ class Graph:
                 late = [name for name, health in states.items() if health["state"] != "ready"]
                 raise GraphError(f"not ready after {timeout_s:.0f} s: {', '.join(late)}")
             time.sleep(0.1)
+
+    def await_system2(
+        self,
+        tell: Callable[[str], None],
+        say: Callable[[str], None],
+        give_up: threading.Event,
+    ) -> None:
+        """Block until the System 2 that others run answers, or `give_up` is set.
+
+        Args:
+            tell: hears, again and again, what is waited for.
+            say: hears it once, where there is something to wait for.
+            give_up: ends the wait.
+
+        Raises:
+            ConfigError: it refuses this host's keys.
+            GraphError: it has failed, or `system2.connect_timeout_s` are over.
+        """
+        address, patience_s = self._config.system2.connect, self._config.system2.connect_timeout_s
+        deadline_s = time.monotonic() + patience_s
+        said = False
+        while not give_up.is_set():
+            health = self.health("system2", min(1.0, patience_s))
+            state, left_s = health["state"], deadline_s - time.monotonic()
+            if state == "ready":
+                return
+            if state == "refused":
+                raise ConfigError(f"system2: {health['error']}")
+            if state == "failed":
+                raise GraphError(f"system2 at {address} failed: {health['error']}")
+            if left_s <= 0:
+                raise GraphError(
+                    f"system2 at {address} is {state} after system2.connect_timeout_s="
+                    f"{patience_s:g}; `openhelix serve` runs one"
+                )
+            if not said:
+                say(
+                    f"waiting for System 2 at {address}, which is {state}; "
+                    f"system2.connect_timeout_s={patience_s:g}"
+                )
+            said = True
+            tell(f"System 2 at {address} ({state}, {left_s:.0f} s left)")
+            give_up.wait(0.2)
 
     def latent_spec(self, patience_s: float = 60.0) -> dict[str, Any]:
         """Return the spec of System 2's latents, as soon as it answers.
@@ -495,7 +659,10 @@ class Graph:
             with contextlib.suppress(RpcError):
                 if "control" not in self.ended():
                     self._client("control").call("stop", {}, 2.0)
-            self._host.close()
+            patience_s = RAY_CLOSE_S if self._connected else CLOSE_S
+            if self._config.ray and not self._connected:
+                patience_s = 1.0  # it may be deaf for a minute, and nothing is placed yet
+            self._host.close(patience_s)
             self._host = None
         for client in self._clients.values():
             client.close()
@@ -504,8 +671,25 @@ class Graph:
 
     def _client(self, name: str) -> RpcClient:
         if name not in self._clients:
-            self._clients[name] = RpcClient(self.endpoints.control[name], keys=self._keys)
+            endpoint = self._ray_control if name == RAY else self.endpoints.control[name]
+            self._clients[name] = RpcClient(endpoint, keys=self._keys)
         return self._clients[name]
+
+    @property
+    def _ray_control(self) -> str:
+        return f"ipc://{self._scratch.path}/{RAY}.rpc"
+
+    def _with_ray(self) -> list[NodeSpec]:
+        """Return what is a process beside Ray, and the node that has Ray host the others."""
+        beside = [spec for spec in self.specs if spec.name in BESIDE]
+        options = {
+            "specs": [spec.to_json() for spec in self.specs if spec.name not in BESIDE],
+            "beside": [spec.to_json() for spec in beside],
+            "address": self._address,
+            "resources": self._custom_resources(),
+        }
+        target = "openhelix.runtime.launch.actors:RayNode"
+        return [*beside, NodeSpec(RAY, target, self._ray_control, options, restart=False)]
 
     def _custom_resources(self) -> dict[str, float]:
         total: dict[str, float] = {}
@@ -513,3 +697,8 @@ class Graph:
             for resource, amount in spec.resources.items():
                 total[resource] = total.get(resource, 0.0) + amount
         return total
+
+
+def _told(name: str, verb: str, error: str) -> str:
+    """Return a node's error with its name; what Ray refuses names the part itself."""
+    return error if name == RAY else f"{name}{verb}{error}"

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any, Final, Protocol
 
 from openhelix.runtime.control.realtime import enter, short_slice, step_back
+from openhelix.runtime.core.config import CommandFailed
 from openhelix.runtime.core.plugins import FOLDER, resolve
 from openhelix.runtime.transport.rpc import RpcServer
 
@@ -47,33 +48,56 @@ def in_a_thread(act: Callable[[], object]) -> None:
 
 
 class Interrupts(threading.Event):
-    """Set by the signals that ask a program to end; a second Ctrl-C ends it at once."""
+    """Set by the signals that ask a program to end."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._heard = False
+        self.heard = 0  # signals so far
+        self._patience: int | None = None
+
+    @contextmanager
+    def patience(self, signals: int) -> Iterator[None]:
+        """Within, a signal after so many is too much and raises KeyboardInterrupt.
+
+        Elsewhere none does: what is being brought to an end in order is not disturbed by the
+        second Ctrl-C of somebody who does not see that.
+        """
+        before, self._patience = self._patience, signals
+        try:
+            if self.heard > signals:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._patience = before
 
     def listen(self) -> None:
-        """Take the signals, also back from a library that took them meanwhile (Ray does)."""
+        """Take the signals, also back from a library that took them meanwhile.
+
+        A closed terminal that was to be ignored (`nohup`) stays ignored.
+        """
         for number in NUMBERS:
-            signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def is_set(self) -> bool:
         """Whether a signal has come."""
-        return self._heard or super().is_set()
+        return bool(self.heard) or super().is_set()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self._heard:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            return
-        self._heard = True
-        in_a_thread(self.set)
+        self.heard += 1
+        if self._patience is not None and self.heard > self._patience:
+            raise KeyboardInterrupt
+        if self.heard == 1:
+            in_a_thread(self.set)
 
 
 @contextmanager
 def interruptible() -> Iterator[Interrupts]:
-    """Turn the signals into an event while the block runs."""
+    """Turn the signals into an event while the block runs; within another, into the same one."""
+    outer = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    if isinstance(outer, Interrupts):
+        yield outer
+        return
     interrupts = Interrupts()
     before = {number: signal.getsignal(number) for number in NUMBERS}
     interrupts.listen()
@@ -172,7 +196,7 @@ class NodeRunner:
         self._again = again
         self.last_health: dict[str, Any] = {}
         self._stop = threading.Event()
-        self._told = False  # by a signal
+        self.told = False  # by a signal
         self._may_leave = False  # at any line: what may take minutes is running
         self._node: Node | None = None
         self.state = "starting"
@@ -212,9 +236,9 @@ class NodeRunner:
             SystemExit: out of a setup, which may wait for others for minutes. What has been
                 opened is closed on the way.
         """
-        if self._told:  # the signal may come several times, one within the other
+        if self.told:  # the signal may come several times, one within the other
             return
-        self._told = True
+        self.told = True
         in_a_thread(self.stop)
         if self._may_leave:
             raise SystemExit(0)
@@ -224,7 +248,7 @@ class NodeRunner:
         """Let a signal end the block at any line; one that came before ends it here."""
         self._may_leave = True
         try:
-            if self._told:
+            if self.told:
                 raise SystemExit(0)
             yield
         finally:
@@ -272,7 +296,10 @@ class NodeRunner:
 
     def _note(self, error: Exception) -> None:
         """Wrong input (any ValueError: SpecMismatch, ConfigError, ...) or a crash."""
-        if isinstance(error, ValueError):
+        if isinstance(error, CommandFailed):  # it says in one line what is wrong
+            self.state, self.error = "failed", str(error)
+            log.error("%s failed: %s", self._spec.name, error)
+        elif isinstance(error, ValueError):
             self.state, self.error = "refused", " ".join(str(error).split())
             log.error("%s refuses to start: %s", self._spec.name, self.error)
         else:

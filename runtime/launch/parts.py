@@ -41,11 +41,17 @@ from openhelix.runtime.core.interfaces import (
     PolicySpec,
     check_latent,
 )
+from openhelix.runtime.core.targets import written_spec
 from openhelix.runtime.observe.collectors import WireMetrics
 from openhelix.runtime.observe.metrics import LOOPBACK, Endpoint, GpuMetrics, serve
 from openhelix.runtime.observe.observer import ObserverProcess, Subscribers
-from openhelix.runtime.robots.base import Robot, RobotError, World, make_robot, world_options
-from openhelix.runtime.robots.sim import SimRobot
+from openhelix.runtime.robots.base import (
+    Robot,
+    RobotError,
+    make_robot,
+    set_world,
+    world_options,
+)
 from openhelix.runtime.transport.rpc import RpcClient, RpcError
 from openhelix.runtime.transport.sockets import is_local
 from openhelix.runtime.transport.wire import NewestReader, Publisher
@@ -67,17 +73,19 @@ class ControlProcess:
         config: `RunConfig` as JSON data.
         channels: endpoints by channel name; see `openhelix.runtime.launch.graph`.
         assignments: [{"task": ..., "instruction": ...}, ...].
-        initial: {"robot_obs": [...], "scene_obs": [...]} for a world that can be reset, or
-            {"stage": {"target": "module:function", "options": {...}}}; see `SimRobot.stage`.
+        initial: first state of the robot's world; see `set_world`.
+        stay: when nothing is left to do, hold still and wait for words, until told not to.
     """
 
     def __init__(
         self,
         config: dict[str, Any],
         channels: dict[str, str],
-        assignments: Sequence[dict[str, str]],
+        assignments: Sequence[dict[str, Any]],
         initial: dict[str, Any] | None = None,
+        stay: bool = False,
     ) -> None:
+        self._stay = stay
         self._config = validate(RunConfig, config)
         self._channels = channels
         self._assignments = [Assignment(**row) for row in assignments]
@@ -103,10 +111,13 @@ class ControlProcess:
         config, channels = self._config, self._channels
         # Wrong options of the driver are told before anybody waits for System 1.
         self._robot = robot = self._make_robot()
+        written = written_spec(config.system1.policy)
+        if written is not None:  # and a camera that is missing, before anything has been loaded
+            check_parts(config, robot.spec, written)
         spec = self._policy_spec()
         check_parts(config, robot.spec, spec)
         robot.connect()
-        self._set_world()
+        set_world(robot, self._initial)
         if spec.latent is not None:
             self._goals = wire_goals(config, channels["requests"], channels["latents"])
         planner = remote_planner(config, channels["plans"], channels["chunks"])
@@ -134,11 +145,14 @@ class ControlProcess:
             self._stack.loop.arm()
             self._stack.pacer.start()
             self._stack.episode_runner.run(
-                self._assignments, lambda: self._halt.is_set() or stop.is_set()
+                self._assignments, lambda: self._halt.is_set() or stop.is_set(), self._stay
             )
         finally:
             self._robot.stop("the run has ended")
             log.info("the robot is stopped")
+            self._stack.episode_runner.talk.end()
+            if self._subscribers is not None:
+                self._subscribers.finish()
             leave(self._realtime)
             self._report = self._make_report()
             self._finished.set()
@@ -164,6 +178,7 @@ class ControlProcess:
             "steps": runner.steps if runner else 0,
             **task_rows(runner.results if runner else []),
             **live(self._subscribers.statistics if self._subscribers else None),
+            "entries": runner.journal.rows(30) if runner else [],
             "latents_received": goals.received if goals else 0,
             "latents_mismatched": goals.mismatched if goals else 0,
             "metrics_url": self._metrics_url,
@@ -174,6 +189,8 @@ class ControlProcess:
             "start": self._on_start,
             "halt": self._on_halt,
             "safe_stop": self._on_safe_stop,
+            "say": self._on_say,
+            "leave": self._on_leave,
             "report": lambda _: self._report,
             "await_scrape": self._on_await_scrape,
         }
@@ -185,17 +202,6 @@ class ControlProcess:
             self._subscribers.close()
         if self._robot is not None:
             self._robot.disconnect()
-
-    def _set_world(self) -> None:
-        initial, robot = self._initial, self._robot
-        if initial is None:
-            return
-        if "stage" in initial:
-            if not isinstance(robot, SimRobot):
-                raise ValueError(f"robot.name: {self._config.robot.name!r} cannot be staged")
-            robot.stage(**initial["stage"])
-        elif isinstance(robot, World):
-            robot.reset_world(initial["robot_obs"], initial["scene_obs"])
 
     def _policy_spec(self) -> PolicySpec:
         """Ask System 1 what it needs, once it is ready."""
@@ -234,7 +240,7 @@ class ControlProcess:
 
     def _make_robot(self) -> Robot:
         robot, world = self._config.robot, self._config.world
-        options = world_options(robot.name, robot.options, world.scene, world.cameras)
+        options = world_options(robot.name, robot.options, world)
         if robot.name == "sim":
             names = ("actions", "states", "frames", "world_control")
             options |= {name: self._channels[name] for name in names}
@@ -266,6 +272,18 @@ class ControlProcess:
         self._stack.loop.watchdog.order_stop(who)
         return {}
 
+    def _on_say(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Take what a person says; see `Talk.say`."""
+        if self._stack is None:
+            raise ValueError("control: the robot is not connected yet")
+        return self._stack.episode_runner.talk.say(arguments["text"], str(arguments["who"]))
+
+    def _on_leave(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Whom the robot waited for has left: it finishes what it does, and the run ends."""
+        if self._stack is not None:
+            self._stack.episode_runner.talk.close()
+        return {}
+
     def _on_halt(self, _: dict[str, Any]) -> dict[str, Any]:
         """Stop the robot at the end of this tick and finish the report."""
         self._halt.set()
@@ -281,14 +299,17 @@ class ControlProcess:
             "clock": "realtime",
             "hz2": self._config.system2.hz,
             "steps_limit": self._config.tasks.steps_limit,
+            "journal": stack.episode_runner.journal.rows(),
             **task_rows(stack.episode_runner.results),
             **self._subscribers.statistics.report(),
             "first_action_ns": self._subscribers.statistics.first_action_ns,
+            "ticks_told": self._subscribers.told,
             "deadline_missed": lateness.missed,
             "tick_lateness_s": lateness.as_seconds() if lateness.ticks else None,
             "latents_received": goals.received if goals else 0,
             "latents_void": goals.void if goals else 0,
             "latents_mismatched": goals.mismatched if goals else 0,
+            "latents_mistimed": dict(goals.mistimed) if goals else {},
             "latents_refused": goals.refusals if goals else 0,
             "latents_missed": goals.missed if goals else 0,
             "s1_latency_s": percentiles(stack.loop.planner.latencies_s, ("p50", "p99")),
@@ -418,7 +439,7 @@ class System1Process:
             if self._reset_for != (observation.instruction_id, request.seed):
                 self._reset_for = (observation.instruction_id, request.seed)
                 self._policy.reset(request.seed)
-            chunk = checked_chunk(self._policy.act(observation, request.latents))
+            chunk = checked_chunk(self._policy.act(observation, request.latents), observation)
             self._planned += 1
         except Exception:
             self._failed += 1

@@ -1,4 +1,4 @@
-"""The graph as plain processes (`--no-ray`), for debugging or running without Ray.
+"""Nodes as plain processes: all of them with `--no-ray`, else those that stay beside the command.
 
 `python -m openhelix.runtime.launch.processes '<NodeSpec as JSON>' <parent's pid> first|again` is
 one process. The parent restarts a node that died; when the parent dies, the kernel tells the
@@ -8,24 +8,31 @@ children, which stop the robot and end.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from openhelix.runtime.launch.node import NodeRunner, NodeSpec, in_a_thread
 
 log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
+MARK = "OPENHELIX_RUN"  # in the environment of all that belongs to one run
 ALONE_S = 3.0  # how long a child whose parent died may take to stop the robot and end
+STUCK_S = 1.0  # for Python to hear a signal; a library that connects or loads may never let it
 
 
 def reap(process: subprocess.Popen[Any], patience_s: float) -> None:
@@ -37,6 +44,16 @@ def reap(process: subprocess.Popen[Any], patience_s: float) -> None:
         process.wait()
 
 
+def end_strays(mark: str) -> None:
+    """Kill what a child that did not end in order has left behind: its own children."""
+    ours = f"{MARK}={mark}".encode()
+    for number in psutil.pids():
+        with suppress(OSError):
+            # As it stands: where a process has changed its title, psutil reads nothing here.
+            if ours in Path(f"/proc/{number}/environ").read_bytes():
+                os.kill(number, signal.SIGKILL)
+
+
 class ProcessHost:
     """Starts nodes as child processes and restarts those that die."""
 
@@ -44,6 +61,7 @@ class ProcessHost:
         self._log_folder = log_folder
         self._specs: dict[str, NodeSpec] = {}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._mark = uuid.uuid4().hex
         self._closing = threading.Event()
         self._watch = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
         self.restarts: dict[str, int] = {}
@@ -74,6 +92,8 @@ class ProcessHost:
         give_up_s = time.monotonic() + timeout_s
         for child in self._children.values():
             reap(child, max(0.0, give_up_s - time.monotonic()))
+        if any(child.returncode for child in self._children.values()):
+            end_strays(self._mark)
 
     def _spawn(self, spec: NodeSpec, again: bool) -> subprocess.Popen[bytes]:
         with (self._log_folder / f"{spec.name}.log").open("ab") as output:
@@ -82,7 +102,7 @@ class ProcessHost:
                     *(sys.executable, "-m", "openhelix.runtime.launch.processes"),
                     *(spec.to_json(), str(os.getpid()), "again" if again else "first"),
                 ],
-                env=os.environ | spec.environment,
+                env=os.environ | spec.environment | {MARK: self._mark},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -139,11 +159,26 @@ def main(argv: Sequence[str]) -> int:
         signal.setitimer(signal.ITIMER_REAL, ALONE_S)
         runner.stop()
 
+    heard, hear = socket.socketpair()
+    hear.setblocking(False)
+
+    def stuck() -> None:
+        """End what is told to end but is in a library that does not return to Python."""
+        while heard.recv(1)[0] != signal.SIGTERM:
+            pass
+        time.sleep(STUCK_S)
+        if runner.state == "starting" and not runner.told:
+            os._exit(0)
+
     signal.signal(signal.SIGTERM, lambda *_: runner.interrupt())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever Python does
+    signal.set_wakeup_fd(hear.fileno(), warn_on_full_buffer=False)
+    in_a_thread(stuck)
     in_a_thread(alone)
-    return 0 if runner.run() == "done" else 1
+    state = runner.run()
+    gc.freeze()  # what is left is not worth a last search, which takes seconds on a busy machine
+    return 0 if state == "done" else 1
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import os
 import platform
-import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,16 +41,19 @@ from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.config import CommandFailed, RunConfig
 from openhelix.runtime.core.interfaces import PartFailed, Policy, PolicySpec, check_engine
-from openhelix.runtime.launch.graph import Graph, GraphError
-from openhelix.runtime.launch.node import interruptible
+from openhelix.runtime.core.targets import written_spec
+from openhelix.runtime.launch.graph import RAY, Graph, GraphError
+from openhelix.runtime.launch.node import Interrupts, interruptible
 from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.observer import Subscribers
-from openhelix.runtime.observe.status_source import RECORD, StatusRecord
-from openhelix.runtime.robots.base import World, make_robot, world_options
+from openhelix.runtime.observe.prompt import Prompt, Say
+from openhelix.runtime.observe.status_source import StatusRecord
+from openhelix.runtime.robots.base import make_robot, set_world, world_options
 from openhelix.runtime.robots.env import stepped
 from openhelix.runtime.transport.rpc import RpcError
 
 READY_TIMEOUT_S = 300.0  # the first start builds the laptop model; later ones take seconds
+WATCH_S = 0.1  # how often the control process is asked how it is
 
 
 class RunFailed(CommandFailed):
@@ -68,8 +70,11 @@ def run_lockstep(
     initial: dict[str, Any] | None,
     folder: Path,
     display: Display,
+    prompt: Prompt | None = None,
 ) -> dict[str, Any]:
     """Run in this process; return the report.
+
+    With a `prompt` the robot waits for words when it has nothing to do.
 
     A policy or an engine that raises ends the run; `error` in the report then says in one line
     whose error it was, and the rest what ran until then.
@@ -79,6 +84,9 @@ def run_lockstep(
     clock = make_clock(config)
     name, options = _embedded(config, clock)
     robot = make_robot(name, **options)  # first: its options are checked before models are loaded
+    written = written_spec(config.system1.policy)
+    if written is not None:
+        check_parts(config, robot.spec, written)
     policy: Policy = _made("system1", lambda: make_policy(config.system1.policy))
     check_parts(config, robot.spec, policy.spec)
     goals = engine = None
@@ -93,24 +101,30 @@ def run_lockstep(
     stack = build_stack(config, robot, policy.spec, planner, goals, clock)
     subscribers = Subscribers(config, folder, stack)
     statistics = subscribers.statistics
-    stack.loop.subscribers.append(_Progress(stack, statistics, config, display))
     failure = None
     try:
-        with interruptible() as interrupted, display:
-            if initial is not None and isinstance(robot, World):
-                robot.reset_world(initial["robot_obs"], initial["scene_obs"])
+        with interruptible() as interrupted, display, interrupted.patience(1):
+            progress = _Progress(stack, statistics, config, display, interrupted)
+            stack.loop.subscribers.append(progress)
+            set_world(robot, initial)
             ready_s = time.monotonic() - started_s
             stack.loop.arm()
+            talk = stack.episode_runner.talk
             try:
-                stack.episode_runner.run(assignments, interrupted.is_set)
+                with _talking(prompt, display, talk.say, talk.close, interrupted.set):
+                    stack.episode_runner.run(assignments, interrupted.is_set, prompt is not None)
             except PartFailed as error:
                 if os.environ.get("OPENHELIX_DEBUG"):
                     raise
                 failure = str(error)
                 stack.episode_runner.broken(failure)
-            display.progress(task_rows(stack.episode_runner.results), config.tasks.steps_limit)
+            except KeyboardInterrupt:  # the second: a part does not come to an end
+                stack.episode_runner.broken("interrupted")
+            last = {"entries": stack.episode_runner.journal.rows(30)}
+            display.progress(last, config.tasks.steps_limit)
     finally:
         robot.stop("the run has ended")
+        subscribers.finish()
         sinks = subscribers.close()
         stack.close()
         robot.disconnect()
@@ -150,17 +164,23 @@ def _embedded(config: RunConfig, clock: object) -> tuple[str, dict[str, Any]]:
     if name == "sim":
         name, more = stepped(config.world.name)
         options |= more
-    return name, world_options(name, options, config.world.scene, config.world.cameras)
+    return name, world_options(name, options, config.world)
 
 
 class _Progress:
     """A subscriber that tells the display, at most a few times a second."""
 
     def __init__(
-        self, stack: ControlStack, statistics: LoopStatistics, config: RunConfig, display: Display
+        self,
+        stack: ControlStack,
+        statistics: LoopStatistics,
+        config: RunConfig,
+        display: Display,
+        interrupted: Interrupts,
     ) -> None:
         self._stack, self._statistics = stack, statistics
         self._limit, self._display = config.tasks.steps_limit, display
+        self._interrupted = interrupted
         self._next_s = 0.0
 
     def __call__(self, tick: Tick) -> None:
@@ -168,9 +188,12 @@ class _Progress:
         if now_s < self._next_s:
             return
         self._next_s = now_s + 0.2
+        if self._display.gone:
+            self._interrupted.set()
         runner = self._stack.episode_runner
         current = runner.current
         health = task_rows(runner.results) | live(self._statistics)
+        health["entries"] = runner.journal.rows(30)
         health["instruction"] = current.instruction if current else ""
         self._display.progress(health | {"steps": runner.steps}, self._limit)
 
@@ -185,6 +208,7 @@ def _report(config: RunConfig, stack: ControlStack, statistics: LoopStatistics) 
         "interval_steps": config.interval_steps,
         "latency_steps": config.lockstep.latency_steps,
         "steps_limit": config.tasks.steps_limit,
+        "journal": stack.episode_runner.journal.rows(),
         **task_rows(stack.episode_runner.results),
         **statistics.report(),
         "deadline_missed": lateness.missed,
@@ -213,43 +237,55 @@ def run_realtime(
     initial: dict[str, Any] | None,
     folder: Path,
     display: Display,
+    prompt: Prompt | None = None,
 ) -> dict[str, Any]:
     """Run on real processes; return the report.
+
+    With a `prompt` the robot waits for words when it has nothing to do.
 
     Raises:
         ConfigError: a part refused its configuration.
         RunFailed: a part failed and the run could not go on.
     """
-    job = {"assignments": [asdict(a) for a in assignments], "initial": initial}
+    job = {
+        "assignments": [asdict(a) for a in assignments],
+        "initial": initial,
+        "stay": prompt is not None,
+    }
     started_s = time.monotonic()
     graph = Graph(config, job, folder)
     record = StatusRecord.of(graph.endpoints.control, graph.has("observer"), config)
     with interruptible() as interrupted, display, record.kept(folder):
         try:
-            if graph.has("observer"):
-                display.say(
-                    f"`openhelix status --web` shows this run; {folder}/{RECORD} has the "
-                    "token of its stop button"
+            with interrupted.patience(0):  # nothing moves yet
+                _start(graph, config, display, interrupted)
+                untrained = say_untrained(
+                    display,
+                    system1=SimpleNamespace(**graph.health("system1")),
+                    system2=SimpleNamespace(**graph.health("system2")),
                 )
-            display.say("starting the processes" + (" as Ray actors" if config.ray else ""))
-            graph.start()
-            interrupted.listen()
-            graph.wait_ready(READY_TIMEOUT_S, display.states, interrupted)
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-            untrained = say_untrained(
-                display,
-                system1=SimpleNamespace(**graph.health("system1")),
-                system2=SimpleNamespace(**graph.health("system2")),
-            )
-            graph.ask("control", "start", timeout_s=30.0, latent_spec=graph.latent_spec())
+                spec = graph.latent_spec()
+            graph.ask("control", "start", timeout_s=30.0, latent_spec=spec)
             ready_s = time.monotonic() - started_s
-            report = _watch(graph, config, display, interrupted)
+
+            def say(text: str, who: str) -> dict[str, Any]:
+                return graph.ask("control", "say", text=text, who=who)
+
+            def leave() -> None:
+                with suppress(RpcError):  # it has ended already
+                    graph.ask("control", "leave")
+
+            with _talking(prompt, display, say, leave, interrupted.set):
+                report, error = _watch(graph, config, display, interrupted)
+            parts = {name: graph.health(name) for name in ("system1", "system2")}
             if graph.has("observer"):
-                report["sinks"] = _finish(graph, display, report["ticks"])
-            system2, system1 = graph.health("system2"), graph.health("system1")
+                report["sinks"] = _finish(graph, display, interrupted, report["ticks_told"])
             if not report["interrupted"]:
-                with suppress(RpcError):  # the report is here: nothing may take it away
+                # The report is here: nothing may take it away.
+                with (
+                    suppress(KeyboardInterrupt, RpcError),
+                    interrupted.patience(interrupted.heard),
+                ):
                     graph.ask("control", "await_scrape", timeout_s=15.0)
         except (GraphError, RpcError) as error:
             raise RunFailed(str(error)) from error
@@ -257,35 +293,74 @@ def run_realtime(
             graph.close()
     # Both clocks are this host's: control runs beside the head.
     first_ns = report.pop("first_action_ns")
-    spec = system1.get("policy_spec")
+    del report["ticks_told"]
+    system1, system2 = parts["system1"], parts["system2"]
+    policy = system1.get("policy_spec")
     return report | {
-        **parts_of(config, PolicySpec.from_dict(spec) if spec else None, system2.get("spec_id")),
+        **parts_of(
+            config, PolicySpec.from_dict(policy) if policy else None, system2.get("spec_id")
+        ),
         "first_action_s": None if first_ns is None else first_ns * 1e-9 - started_s,
-        "latents_published": system2["published"],
-        "latents_skipped": system2["skipped"],
+        "latents_published": system2.get("published"),
+        "latents_skipped": system2.get("skipped"),
         "untrained": untrained,
-        "error": None,
+        "error": error,
         "ready_s": ready_s,
-        "device": ", ".join(filter(None, (platform.machine(), system2["device"]))),
+        "device": ", ".join(filter(None, (platform.machine(), system2.get("device")))),
         "versions": versions(),
         "seed": config.seed,
     }
 
 
-def _finish(graph: Graph, display: Display, ticks: int) -> dict[str, Any] | None:
+@contextmanager
+def _talking(
+    prompt: Prompt | None,
+    display: Display,
+    say: Say,
+    leave: Callable[[], None],
+    interrupt: Callable[[], None],
+) -> Iterator[None]:
+    """Let a person talk to the robot while the block runs, if there is one."""
+    if prompt is None:
+        yield
+        return
+    display.above(prompt)
+    with prompt.listening(say, leave, interrupt):
+        yield
+
+
+def _start(graph: Graph, config: RunConfig, display: Display, interrupted: Interrupts) -> None:
+    """Start the processes and wait until all are ready."""
+    if graph.has("observer"):
+        display.say(
+            "from another terminal: openhelix say TEXT, openhelix status --web, openhelix view"
+        )
+    if config.system2.connect is not None:
+        graph.await_system2(display.waiting, display.say, interrupted)
+    display.say("starting the processes" + (" as Ray actors" if config.ray else ""))
+    graph.start()
+    graph.wait_ready(READY_TIMEOUT_S, display.states, interrupted)
+
+
+def _finish(
+    graph: Graph, display: Display, interrupted: Interrupts, told: int
+) -> dict[str, Any] | None:
     """Let the observer finish its files; None where it is gone, which is no failure of a run.
 
     Args:
         graph: of the run.
         display: told what went wrong with the files.
-        ticks: how many there were.
+        interrupted: once more, and the observer is not waited for.
+        told: how many messages it was sent.
     """
+    if "observer" in graph.ended() or graph.health("observer", 5.0)["state"] != "ready":
+        display.warn("observer: is gone; video and recording are incomplete")
+        return None
     try:
-        if "observer" in graph.ended() or graph.health("observer", 5.0)["state"] != "ready":
-            raise RpcError("is gone")
-        sinks = graph.ask("observer", "finish", timeout_s=70.0, ticks=ticks)
-    except RpcError as error:
-        display.warn(f"observer: {error}; video and recording are incomplete")
+        with interrupted.patience(interrupted.heard):
+            sinks = graph.ask("observer", "finish", timeout_s=70.0, told=told)
+    except (KeyboardInterrupt, RpcError):
+        display.warn("observer: was not waited for; video and recording may be incomplete")
         return None
     say_losses(display, sinks)
     return sinks
@@ -299,10 +374,11 @@ def say_losses(display: Display, sinks: dict[str, Any]) -> None:
 
 
 def _watch(
-    graph: Graph, config: RunConfig, display: Display, interrupted: threading.Event
-) -> dict[str, Any]:
-    """Follow the control process until it has finished; return its report."""
+    graph: Graph, config: RunConfig, display: Display, interrupted: Interrupts
+) -> tuple[dict[str, Any], str | None]:
+    """Follow the control process until it has finished; return its report, and what failed."""
     silent_since_s: float | None = None
+    halted, failure = False, None
     while True:
         health = graph.health("control")
         if health["state"] == "unreachable":
@@ -318,9 +394,16 @@ def _watch(
             silent_since_s = None
             display.progress(health, config.tasks.steps_limit)
             if health["finished"]:
-                return graph.ask("control", "report", timeout_s=10.0)
-        if interrupted.is_set():
+                return graph.ask("control", "report", timeout_s=10.0), failure
+        if not halted:
+            ray = graph.ended().get(RAY)
+            if ray is not None:
+                failure = f"Ray {ray}, and the parts that it hosted with it; its log is in logs/"
             # The loop ends its tick, holds, stops the robot and reports what it did.
-            graph.ask("control", "halt")
-            interrupted.clear()
-        time.sleep(0.15)
+            if ray is not None or interrupted.is_set() or display.gone:
+                graph.ask("control", "halt")
+                halted = True
+        if halted:
+            time.sleep(WATCH_S)
+        else:
+            interrupted.wait(WATCH_S)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client.core import Metric
 
-from openhelix.runtime.control.goals import WireGoals
+from openhelix.runtime.control.goals import MISTIMED, WireGoals
 from openhelix.runtime.control.plans import RemotePlanner
 from openhelix.runtime.observe.metrics import Histogram, counter, gauge
+from openhelix.runtime.transport.wire import REFUSALS_EXPLAINED, PeerWatch
 
 if TYPE_CHECKING:  # these are only looked at, never built
     from openhelix.runtime.control.episodes import EpisodeRunner
@@ -35,12 +36,15 @@ STOP_REASONS = (
     *("camera_stale", "camera_frozen", "proprioception_stale", "latent_silent"),
     *("latent_mismatch", "robot_error", "operator"),
 )
-HOLD_REASONS = ("chunk_ran_out", "first_plan_due", "not_understood")
+HOLD_REASONS = (
+    *("chunk_ran_out", "first_plan_due", "not_understood"),
+    *("told_to_wait", "told_to_stop", "nothing_to_do"),
+)
 SHED_REASONS = ("too_many_robots", "name_taken", "bad_name", "too_old", "out_of_order")
 OUTCOMES = ("success", "failure")
 UNJUDGED = ("free", "unjudged")  # task and outcome of an instruction without an oracle
 DROP_REASONS = (  # of openhelix.runtime.transport.wire, then openhelix.runtime.transport.codec
-    *("stale", "stale_source", "topics", "taken"),
+    *("stale", "jump", "stale_source", "topics", "taken"),
     *("truncated", "oversize", "version", "header", "kind", "field", "dtype", "shape"),
     "nonfinite",
 )
@@ -149,6 +153,7 @@ class LoopMetrics:
         yield counter("latents_void", goals.void)
         yield counter("latents_missed", goals.missed)
         yield counter("latents_mismatched", goals.mismatched)
+        yield counter("latents_mistimed", dict.fromkeys(MISTIMED, 0) | goals.mistimed)
         yield counter("latents_refused", goals.refusals)
         if self._loop.understood is not None:
             yield gauge("instruction_understood", self._loop.understood)
@@ -177,7 +182,7 @@ class LoopMetrics:
         results = list(self._episode_runner.results)
         for result in results[self._judged :]:
             judged = "success" if result.success else "failure"
-            key = (result.task, judged) if result.task else UNJUDGED
+            key = UNJUDGED if result.success is None else (result.task, judged)
             self._tasks[key] = self._tasks.get(key, 0) + 1
             if result.success:
                 self._steps.observe(result.env_steps)
@@ -322,3 +327,24 @@ class SinkMetrics:
         yield counter("sink_written", {n: s.written for n, s in self._sinks.items()})
         yield counter("sink_dropped", {n: s.dropped for n, s in self._sinks.items()})
         yield gauge("sink_queue", {n: s.queued for n, s in self._sinks.items()})
+
+
+class PeerMetrics:
+    """What Prometheus is told of watched sockets.
+
+    Args:
+        watches: by channel name.
+    """
+
+    def __init__(self, watches: Mapping[str, PeerWatch]) -> None:
+        self._watches = dict(watches)
+
+    def collect(self) -> Iterable[Metric]:
+        """Return both families."""
+        refused: dict[tuple[str, ...], float] = {
+            (name, reason): watch.refused[reason]
+            for name, watch in self._watches.items()
+            for reason in REFUSALS_EXPLAINED
+        }
+        yield counter("wire_refused", refused)
+        yield counter("wire_ended", {name: watch.ended for name, watch in self._watches.items()})

@@ -1,19 +1,100 @@
-"""A run in the terminal: states while it starts, a live line while it runs, a final table.
+"""A run in the terminal: what is waited for, a live view while it runs, and what became of it.
 
-Drawing happens in the head process, never in the control loop's. Without a terminal the live
-view becomes one plain line per task, so that a log stays readable.
+Everything fits 80 columns. Drawing happens in the head process, never in the control loop's. Without
+a terminal the live view becomes one plain line per event, so that a log stays readable.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import select
+import signal
+import stat
+import sys
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
+
+from openhelix.runtime.core.output import descriptors
+from openhelix.runtime.observe.prompt import Prompt, myself
+
+WIDTH = 78  # columns that a line may have
+WAITS_FOR = {  # what a node does before it is ready, as a person would say it
+    "ray": "Ray",
+    "system1": "System 1 (loads the policy)",
+    "system2": "System 2 (loads the model)",
+    "world": "the world",
+    "camera": "the cameras",
+    "control": "the robot",
+    "observer": "the observer",
+}
+
+
+def hung_up() -> bool:
+    """Whether the terminal or the reader of a pipe that we write to is gone.
+
+    A closed terminal that was to be ignored (`nohup`) is.
+    """
+    poll = select.poll()
+    for number in descriptors():
+        with contextlib.suppress(OSError):
+            terminal = os.isatty(number) and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+            if stat.S_ISFIFO(os.fstat(number).st_mode) or terminal:
+                poll.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+class Outlet:
+    """A standard stream that may go away: what cannot be written then is not written.
+
+    News (standard error) is never worth an error; results (standard output) are, unless it is
+    their reader who has gone.
+
+    Args:
+        name: "stdout" or "stderr"; whichever stream that is at the time.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def write(self, text: str) -> int:
+        with self._leniently():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._leniently():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _leniently(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._name == "stdout" and error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+
+    @property
+    def _stream(self) -> Any:
+        stream = getattr(sys, self._name)
+        return getattr(stream, "rich_proxied_file", stream)  # beneath what a live view puts there
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "rich_proxied_file":
+            raise AttributeError(name)
+        return getattr(self._stream, name)
 
 
 class Display:
@@ -21,19 +102,21 @@ class Display:
 
     Args:
         live: False keeps silent until the summary.
+        console: where to; made for standard error by default.
     """
 
-    def __init__(self, live: bool = True) -> None:
-        self._console = Console(stderr=True, highlight=False)
+    def __init__(self, live: bool = True, console: Console | None = None) -> None:
+        self.console = console or Console(file=cast(IO[str], Outlet("stderr")), highlight=False)
         self._on = live
         self._live: Live | None = None
         self._told: dict[str, str] = {}
-        self._rows_told = 0
+        self._entries_told = 0
+        self._prompt: Prompt | None = None
         self._start_s = time.monotonic()
 
     def __enter__(self) -> Display:
-        if self._on and self._console.is_terminal:
-            self._live = Live(console=self._console, refresh_per_second=8, transient=True)
+        if self._on and self.console.is_terminal:
+            self._live = Live(console=self.console, refresh_per_second=8, transient=True)
             self._live.start()
         return self
 
@@ -42,98 +125,198 @@ class Display:
             self._live.stop()
             self._live = None
 
-    def say(self, text: str) -> None:
+    @property
+    def gone(self) -> bool:
+        """Whether nobody can see this any more: the terminal was closed, a pipe's reader ended."""
+        return hung_up()
+
+    def above(self, prompt: Prompt) -> None:
+        """From now on the live view is above a prompt, which redraws it."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._prompt = prompt
+
+    def say(self, text: str, style: str = "") -> None:
         """One line of news, with the time since the start."""
         if self._on:
-            self._console.print(f"[dim]{time.monotonic() - self._start_s:6.1f} s[/dim]  {text}")
+            since = f"[dim]{time.monotonic() - self._start_s:6.1f} s[/dim]  "
+            self.console.print(Text.from_markup(since) + Text(text, style), soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """One line that must be read, also where only the report is wanted (`--json`)."""
         if self._on:
-            self.say(text)
+            self.say(text, "yellow")
         else:
-            self._console.print(text, markup=False, soft_wrap=True)
+            self.console.print(text, markup=False, soft_wrap=True)
 
-    def states(self, states: dict[str, str]) -> None:
+    def states(self, states: Mapping[str, str]) -> None:
         """The nodes' states while they start."""
         for name, state in states.items():
-            if state != self._told.get(name) and state not in ("unreachable", "starting"):
-                self.say(f"{name}: {state}")
-        self._told = dict(states)
+            # On a busy machine a node that is ready may not answer in time: no news.
+            if state in ("unreachable", "starting") or state == self._told.get(name):
+                continue
+            self._told[name] = state
+            self.say(f"{name}: {state}")
+        waiting = [name for name, state in states.items() if state not in ("ready", "done")]
+        if waiting:
+            # System 1 and System 2 take seconds, everything else waits for them in turn.
+            longest = [n for n in ("system2", "system1") if n in waiting] or waiting
+            if "ray" in waiting:
+                longest = ["ray"]
+            self.waiting(" and ".join(WAITS_FOR.get(name, name) for name in longest))
+
+    def waiting(self, what: str) -> None:
+        """Show what is being waited for, with a spinner, until something else is shown."""
         if self._live is not None:
-            waiting = [name for name, state in states.items() if state != "ready"]
-            self._live.update(Text(f"starting: {', '.join(waiting)}" if waiting else "ready"))
+            spent = f"{time.monotonic() - self._start_s:.0f} s"
+            self._live.update(Spinner("dots", Text(f"waiting for {what}, {spent}")))
 
-    def progress(self, health: dict[str, Any], steps_limit: int) -> None:
+    def progress(self, health: Mapping[str, Any], steps_limit: int) -> None:
         """The loop's own account of itself, a few times a second."""
-        for row in health.get("tasks", [])[self._rows_told :]:
-            self._rows_told += 1
-            mark = "[green]success[/green]" if row["success"] else f"[red]{row['reason']}[/red]"
-            self.say(f"{row['task'] or 'task'}: {mark} after {row['env_steps']} steps")
-        if self._live is not None and health.get("instruction"):
+        for entry in health.get("entries", ()):
+            if entry["number"] <= self._entries_told:
+                continue
+            self._entries_told = entry["number"]
+            own = self._prompt is not None and entry["who"] == myself()  # what is typed is there
+            if entry["kind"] in TOLD and not own:
+                self.say(entry["line"], STYLES.get(_mood(entry), ""))
+        if not health.get("loop_state"):
+            return
+        if self._live is not None:
             self._live.update(_live_table(health, steps_limit))
+        elif self._prompt is not None:
+            drawing = Console(width=WIDTH + 2, force_terminal=True, highlight=False)
+            with drawing.capture() as drawn:
+                drawing.print(_live_table(health, steps_limit))
+            self._prompt.view(tuple(drawn.get().rstrip("\n").split("\n")))
 
-    def summary(self, report: dict[str, Any], folder: Path) -> None:
-        """The final table, on standard output."""
-        console = Console(highlight=False)
-        console.print(_result_table(report))
-        console.print(_figures(report))
-        if report.get("stopped"):
-            console.print(f"[red]stopped: {report['stopped']}[/red]")
-        if (folder / "report.json").exists():
-            console.print(f"{folder}/report.json")
-        if (folder / "video.mp4").exists():
-            console.print(f"{folder}/video.mp4")
-
-
-def _live_table(health: dict[str, Any], steps_limit: int) -> Table:
-    table = Table.grid(padding=(0, 2))
-    state = health["loop_state"] + (f" ({health['loop_reason']})" if health["loop_reason"] else "")
-    table.add_row("instruction", f"[bold]{health['instruction']}[/bold]")
-    table.add_row("step", f"{health['steps']} of {steps_limit}")
-    table.add_row("state", state)
-    table.add_row("control", f"{_number(health['control_hz'], '.1f')} Hz")
-    table.add_row("latent age", f"{_number(health['latent_age_s'], '.2f')} s")
-    table.add_row("understood", f"{_number(health['understood'], '.0f', 100)} %")
-    table.add_row("so far", f"{health['n_success']} of {len(health['tasks'])} done")
-    return table
-
-
-def _result_table(report: dict[str, Any]) -> Table:
-    table = Table(title=f"{report['clock']} clock, at most {report['steps_limit']} steps a task")
-    for column in ("task", "instruction", "result", "steps", "held", "seconds"):
-        table.add_column(column, justify="left" if column in ("task", "instruction") else "right")
-    for row in report["tasks"]:
-        result = "[green]success[/green]" if row["success"] else f"[red]{row['reason']}[/red]"
-        table.add_row(
-            row["task"],
-            row["instruction"],
-            result,
-            str(row["env_steps"]),
-            str(row["hold_steps"]),
-            f"{row['duration_s']:.1f}",
+    @contextmanager
+    def working(self, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        """Show a bar with the time left while the block works; gives a function to tell it."""
+        if not (self._on and self.console.is_terminal):
+            yield lambda done: None
+            return
+        if self._live is not None:
+            self._live.stop()
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(compact=True),
         )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda done: bar.update(task, completed=done)
+
+    def summary(self, report: Mapping[str, Any], folder: Path) -> None:
+        """What became of the run, on standard output."""
+        console = Console(file=cast(IO[str], Outlet("stdout")), highlight=False)
+        limit = f"at most {report['steps_limit']} steps an instruction"
+        console.print(f"[bold]{report['clock']} clock, {limit}[/bold]")
+        console.print(_result_table(report))
+        rows = figures(report)
+        for name, file in FILES.items():
+            if (folder / file).exists():
+                rows.append((name, f"{folder / file}"))
+        if (folder / "track.mcap").exists() or (folder / "recording.mcap").exists():
+            rows.append(("look", f"openhelix view {folder}"))
+        print_rows(console, rows)
+
+
+TOLD = ("begun", "seen", "ended", "held", "said", "answer")
+STYLES = {"good": "green", "bad": "red"}
+FILES = {"report": "report.json", "film": "video.mp4", "viewer": "run.rrd"}
+
+
+def _mood(entry: Mapping[str, Any]) -> str:
+    if entry["kind"] == "seen" or entry["success"]:
+        return "good"
+    return "bad" if entry["success"] is False else ""
+
+
+def print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
+    """Print names and values aligned; a value is never broken, so that it can be copied."""
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        console.print(f"  [dim]{name:<{width}}[/dim]  {escape(value)}", soft_wrap=True)
+
+
+def _live_table(health: Mapping[str, Any], steps_limit: int) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis", max_width=WIDTH - 16)
+    state = health["loop_state"] + (f" ({health['loop_reason']})" if health["loop_reason"] else "")
+    sentence = Text(health.get("instruction") or "-", "bold")
+    table.add_row("instruction", sentence)
+    table.add_row("step", f"{health['steps']} of {steps_limit}, {state}")
+    age = _number(health["latent_age_s"], ".2f")
+    rate = f"control {_number(health['control_hz'], '.1f')} Hz, latent {age} s old"
+    if health["understood"] is not None:
+        rate += f", {health['understood']:.0%} understood"
+    table.add_row("now", rate)
+    judged = [row for row in health["tasks"] if row["task"]]
+    if judged:
+        table.add_row("so far", f"{health['n_success']} of {len(judged)} done")
     return table
 
 
-def _figures(report: dict[str, Any]) -> str:
+def _result_table(report: Mapping[str, Any]) -> Table:
+    wall = report["clock"] == "realtime"
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("task or sentence", no_wrap=True, overflow="ellipsis", max_width=34)
+    table.add_column("result", no_wrap=True, overflow="ellipsis", max_width=24)
+    for name in ("steps", "held", *(["seconds"] if wall else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report["tasks"]:
+        cells = [str(row["env_steps"]), str(row["hold_steps"])]
+        if wall:
+            cells.append(f"{row['duration_s']:.1f}")
+        table.add_row(escape(row["task"] or row["instruction"]), _result(row), *cells)
+        for seen in row.get("seen", ()):
+            table.add_row(f"  [green]{seen['task']}[/green]", "seen", str(seen["steps"]))
+    return table
+
+
+def _result(row: Mapping[str, Any]) -> str:
+    if row["success"]:
+        return "[green]success[/green]"
+    reason = escape(row["reason"])
+    return f"[red]{reason}[/red]" if row["task"] else reason
+
+
+def figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the figures of a run as names and values, for a person."""
+
     def of(name: str, key: str, scale: float, form: str) -> str:
         return _number((report.get(name) or {}).get(key), form, scale)
 
-    # In lockstep time stands still while the loop computes: no rate and no lateness is measured.
-    timing = (
-        f"control {_number(report['control_hz'], '.2f')} Hz, "
-        f"{report['deadline_missed']} deadlines missed in {report['ticks']} ticks, lateness p99 "
-        f"{of('tick_lateness_s', 'p99', 1e3, '.2f')} ms"
-    )
-    return (
-        f"{report['n_success']} of {len(report['tasks'])} tasks, "
-        f"{report['success_in_a_row']} in a row; "
-        f"{timing if report['clock'] == 'realtime' else str(report['ticks']) + ' ticks'}; latent age p50 "
-        f"{of('latent_age_s', 'p50', 1, '.2f')} s; System 1 p50 "
-        f"{of('s1_latency_s', 'p50', 1e3, '.0f')} ms; System 2 p50 "
-        f"{of('s2_latency_s', 'p50', 1e3, '.0f')} ms"
-    )
+    rows = []
+    judged = [row for row in report["tasks"] if row["task"]]
+    if judged:
+        rows.append(
+            (
+                "tasks",
+                f"{report['n_success']} of {len(judged)}, {report['success_in_a_row']} in a row",
+            )
+        )
+    age = f"{of('latent_age_s', 'p50', 1, '.2f')} s at the median"
+    # In lockstep time stands still while the loop computes: nothing is late and nothing takes time.
+    if report["clock"] == "realtime":
+        late = of("tick_lateness_s", "p99", 1e3, ".2f")
+        rows += [
+            ("control", f"{_number(report['control_hz'], '.2f')} Hz over {report['ticks']} ticks"),
+            ("lateness", f"p99 {late} ms, {report['deadline_missed']} deadlines missed"),
+            ("latent age", age),
+            ("System 1", f"{of('s1_latency_s', 'p50', 1e3, '.0f')} ms a plan"),
+            ("System 2", f"{of('s2_latency_s', 'p50', 1e3, '.0f')} ms a latent"),
+        ]
+    else:
+        rows += [("ticks", str(report["ticks"])), ("latent age", age)]
+    if report.get("stopped"):
+        rows.append(("stopped", str(report["stopped"])))
+    return rows
 
 
 def _number(value: float | None, form: str, scale: float = 1.0) -> str:

@@ -121,6 +121,11 @@ _LATENTS = (
     _counter("latents_refused", "Latents whose instruction System 2 does not understand."),
     _gauge("instruction_understood", "How probably the current instruction names a task; 0 to 1."),
     _counter(
+        "latents_mistimed",
+        "Latents dropped for the time of their image: future, old, or before_stop.",
+        "reason",
+    ),
+    _counter(
         "latents_late",
         "Latents that arrived more than one System 2 period after their image.",
     ),

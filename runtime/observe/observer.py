@@ -19,133 +19,34 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
 from openhelix.runtime.control.assembly import ControlStack
-from openhelix.runtime.control.episodes import EpisodeRunner, LoopStatistics
+from openhelix.runtime.control.episodes import LoopStatistics
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.realtime import RealtimeStatus
-from openhelix.runtime.core.clock import MonotonicClock
+from openhelix.runtime.control.talk import KEPT, Entry, row
+from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import RunConfig, validate
-from openhelix.runtime.core.interfaces import U8, CameraFrame
+from openhelix.runtime.core.interfaces import U8, ActionChunk, CameraFrame
 from openhelix.runtime.observe.collectors import LoopMetrics, SinkMetrics, WireMetrics, loop_wire
+from openhelix.runtime.observe.film import FILE_NAME as FILM_NAME
+from openhelix.runtime.observe.film import LiveFilm
 from openhelix.runtime.observe.metrics import Endpoint, serve
-from openhelix.runtime.observe.video import Caption, VideoRecorder
-from openhelix.runtime.transport.codec import WireError, decode, kind_of, register
-from openhelix.runtime.transport.wire import Inlet, Publisher, Track, topic_bytes
+from openhelix.runtime.observe.overlay import About, strokes, world_of
+from openhelix.runtime.observe.ticks import TOPIC, EveryReader, Teller, TickMessage, TickPublisher
+from openhelix.runtime.transport.wire import Publisher
 
-TOPIC = "ticks"
 WINDOW_S = 10.0  # over which rates are counted
 MAX_SIDE_PX = 640  # of an image that is handed out; larger ones are thinned
 KEPT_STOPS = 20
+SHOWN_ENTRIES = 40  # of the journal, in a snapshot
 QUIET_S = 0.3  # after this long without a tick, a run that was broken off has been seen whole
 LATE_S = 5.0  # how long the last ticks of a run may be on their way
-T = TypeVar("T")
-
-
-# The stream of ticks -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class TickMessage:
-    """A tick and what it was part of."""
-
-    tick: Tick  # its observation holds only frames that were not sent before
-    task: str
-    instruction: str
-    number: int  # of the task, from 1
-    steps: int  # environment steps of this task so far
-    succeeded: int  # tasks before this one that succeeded
-
-
-register("tick", TickMessage)
-
-
-class TickPublisher:
-    """A subscriber of the loop that sends each tick."""
-
-    def __init__(self, publisher: Publisher, episode_runner: EpisodeRunner) -> None:
-        self._publisher, self._episode_runner = publisher, episode_runner
-        self._sent_ns: dict[str, int] = {}
-
-    def __call__(self, tick: Tick) -> None:
-        episode_runner, current = self._episode_runner, self._episode_runner.current
-        fresh = self._fresh(tick.observation.frames)
-        self._publisher.send(
-            TickMessage(
-                tick=replace(tick, observation=replace(tick.observation, frames=fresh)),
-                task=current.task if current else "",
-                instruction=current.instruction if current else "",
-                number=len(episode_runner.results) + 1,
-                steps=episode_runner.steps,
-                succeeded=episode_runner.succeeded,
-            )
-        )
-
-    def _fresh(self, frames: Mapping[str, CameraFrame]) -> dict[str, CameraFrame]:
-        fresh = {n: f for n, f in frames.items() if self._sent_ns.get(n) != f.t_ns}
-        for name, frame in fresh.items():
-            self._sent_ns[name] = frame.t_ns
-        return fresh
-
-
-class EveryReader(Generic[T]):
-    """Returns every message of a topic, in order.
-
-    Args:
-        endpoint: bound here; publishers connect.
-        topic: exactly the publishers'.
-        expect: the record's class; anything else is dropped and counted.
-        keys: folder of CURVE keys, off loopback.
-        hwm: messages that may queue.
-    """
-
-    def __init__(
-        self,
-        endpoint: str,
-        topic: str,
-        expect: type[T],
-        *,
-        keys: str | None = None,
-        hwm: int = 10_000,
-    ) -> None:
-        kind_of(expect)
-        self._expect = expect
-        prefix = topic_bytes(topic) + b"\0"
-        self._inlet = Inlet(endpoint, prefix, bind=True, keys=keys, hwm=hwm, max_drain=256)
-        self.stats = self._inlet.stats
-        self._track = Track(expect, self.stats, MonotonicClock())
-        self._last: tuple[int, int] | None = None  # source and number of the last message
-
-    def poll(self) -> list[T]:
-        """Return what has arrived; never blocks or raises."""
-        self._inlet.drain(lambda _: self._track)
-        messages = []
-        for (source, seq, _), frames, start, _ in self._track.new:
-            try:
-                messages.append(decode(frames, self._expect, start))
-            except WireError as error:
-                self.stats.dropped[error.reason] += 1
-                continue
-            # A publisher counts from 0: what it sent before we heard it is lost as well.
-            before = self._last[1] if self._last is not None and self._last[0] == source else -1
-            self.stats.gaps += max(0, seq - before - 1)
-            self._last = (source, seq)
-        self._track.new.clear()
-        self.stats.delivered += len(messages)
-        return messages
-
-    def wait(self, timeout_s: float) -> bool:
-        """Sleep until something arrives, at most `timeout_s`."""
-        return bool(self._inlet.port.socket.poll(max(0, round(timeout_s * 1e3))))
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._inlet.port.close()
 
 
 # The status board --------------------------------------------------------------------------------
@@ -170,6 +71,8 @@ class StatusBoard:
             name: deque(maxlen=4096) for name in ("loop", "system1", "system2")
         }
         self._stops: deque[tuple[int, str]] = deque(maxlen=KEPT_STOPS)
+        self._entries: tuple[Entry, ...] = ()
+        self._plan: ActionChunk | None = None
         self.finished = False
 
     def take(self, message: TickMessage, frames: Mapping[str, CameraFrame]) -> None:
@@ -185,6 +88,11 @@ class StatusBoard:
             self._marks["system2"].append(now_ns)
         if tick.new_chunk is not None:
             self._marks["system1"].append(now_ns)
+        if message.entries:
+            self._entries = (*self._entries, *message.entries)[-KEPT:]
+        plan = tick.new_chunk or self._plan
+        here = tick.observation.instruction_id
+        self._plan = plan if plan is not None and plan.instruction_id == here else None
         before = self._newest.tick if self._newest is not None else None
         if tick.state == "stop" and (before is None or before.state != "stop"):
             self._stops.append((now_ns, tick.reason))
@@ -208,6 +116,10 @@ class StatusBoard:
             ],
         }
         return status | (self._tick(message, now_ns) if message is not None else _NOTHING)
+
+    def journal(self, since: int) -> dict[str, Any]:
+        """Return {"entries": what happened after the entry of that number}; see `talk.row`."""
+        return {"entries": [row(entry) for entry in self._entries if entry.number > since]}
 
     def frame(self, camera: str) -> dict[str, Any]:
         """Return {"t_ns": capture time, "rgb": (h, w, 3) u8}; an empty dict without a frame."""
@@ -239,10 +151,27 @@ class StatusBoard:
                     "t_ns": frame.t_ns,
                     # Both times are the control host's clock.
                     "age_s": max(0.0, (tick.t_ns - frame.t_ns) * 1e-9) + silent_s,
+                    "plan": self._drawn(frame),
                 }
                 for name, frame in self._frames.items()
             },
+            "entries": [
+                # Both times are the control host's clock.
+                row(entry) | {"ago_s": max(0.0, (tick.t_ns - entry.t_ns) * 1e-9) + silent_s}
+                for entry in self._entries[-SHOWN_ENTRIES:]
+            ],
         }
+
+    def _drawn(self, frame: CameraFrame) -> list[list[list[float]]]:
+        """The plan in an image: its committed part, then the rest, each [[u, v], ...] from 0 to 1."""
+        if self._plan is None:
+            return []
+        height, width = frame.rgb.shape[:2]
+        committed = self._config.system1.replan_steps
+        return [
+            (points / (width, height)).round(4).tolist()
+            for points, _ in strokes(frame, self._plan, committed)
+        ]
 
     def _rate_hz(self, marks: deque[int], now_ns: int) -> float:
         """Count over the window; a rate that has stopped falls to 0 within it."""
@@ -269,6 +198,7 @@ _NOTHING: dict[str, Any] = {
     "latent_age_s": None,
     "understood": None,
     "cameras": {},
+    "entries": [],
 }
 
 
@@ -281,8 +211,7 @@ class Sinks:
     Args:
         config: what is wanted.
         folder: where files go.
-        cameras: names, as the video shows them from left to right.
-        caption: what the video writes under them.
+        cameras: names; the film shows the first large.
         patient: wait instead of dropping.
 
     Raises:
@@ -294,50 +223,52 @@ class Sinks:
         config: RunConfig,
         folder: Path,
         cameras: Sequence[str],
-        caption: Callable[[], Caption],
         patient: bool,
     ) -> None:
         output = config.output
         self.parts: dict[str, Any] = {}
         self._summary: dict[str, Any] | None = None
-        if output.video and cameras:
+        # A film of what can be drawn anew is made of the track, after the run.
+        live = output.video and cameras and not drawn_later(config)
+        about = About.of(config, cameras) if live or output.viewer else About()
+        if live:
             fps = config.control.hz if patient else config.world.camera_hz
-            self.parts["video"] = VideoRecorder(
-                folder / "video.mp4", cameras, caption, fps, lossless=patient
-            )
-        if output.record:
+            self.parts["video"] = LiveFilm(folder / FILM_NAME, about, fps, lossless=patient)
+        if output.track or output.record:
             # What reads and writes recordings takes a tenth of a second to import.
-            from openhelix.runtime.observe.recorder import FILE_NAME, Recorder
+            from openhelix.runtime.observe.recorder import FILE_NAME, TRACK_NAME, Recorder
 
             meta = {"config": config.model_dump(mode="json"), "seed": config.seed}
-            self.parts["recording"] = Recorder(
-                folder / FILE_NAME,
-                meta,
-                lambda: (caption().task, caption().instruction),
-                lossless=patient,
-            )
+            meta["cameras"] = list(cameras)
+            if output.track:
+                self.parts["track"] = Recorder(
+                    folder / TRACK_NAME, meta, images=False, lossless=patient
+                )
+            if output.record:
+                self.parts["recording"] = Recorder(folder / FILE_NAME, meta, lossless=patient)
         if output.viewer:
             # Rerun is an extra of half a gigabyte: imported only here.
+            from openhelix.runtime.observe.viewer import FILE_NAME as VIEW_NAME
             from openhelix.runtime.observe.viewer import RerunViewer
 
-            # A file that any Rerun viewer opens, also while it is being written.
-            self.parts["viewer"] = RerunViewer(path=folder / "run.rrd", lossless=patient)
+            self.parts["viewer"] = RerunViewer(folder / VIEW_NAME, about, lossless=patient)
 
     @staticmethod
     def wanted(config: RunConfig) -> bool:
         """Whether there is any."""
-        return config.output.video or config.output.record or config.output.viewer
+        output = config.output
+        return output.video or output.track or output.record or output.viewer
 
-    def close(self, ticks: int | None = None) -> dict[str, Any]:
+    def close(self, missed: int = 0) -> dict[str, Any]:
         """Finish; return what each sink wrote and dropped, and what ended it. Twice is fine.
 
         Args:
-            ticks: how many there were, where that is known.
+            missed: ticks that should have followed the newest and never came.
         """
         if self._summary is None:
             for name, part in self.parts.items():
-                if name == "recording":
-                    part.close(ticks=ticks)
+                if name in ("recording", "track"):
+                    part.close(missed=missed)
                 else:
                     part.close()
             self._summary = {
@@ -374,13 +305,12 @@ class ObserverProcess:
         self._config, self._folder = validate(RunConfig, config), Path(folder)
         self._board = StatusBoard(self._config)
         self._endpoint, self._cameras, self._keys = ticks, tuple(cameras), keys
-        self._caption = Caption()
         self._frames: dict[str, CameraFrame] = {}
         self._last_s = 0.0
-        self._newest = 0  # number of the newest tick, from 1
+        self._viewing = threading.Lock()
         self._finish = threading.Event()
         self._finished = threading.Event()
-        self._expected: int | None = None  # ticks of the whole run
+        self._expected: int | None = None  # messages of the whole run
         self._summary: dict[str, Any] = {}
         self._metrics: Endpoint | None = None
         self._sinks: Sinks | None = None
@@ -392,9 +322,7 @@ class ObserverProcess:
         return config.output.status or Sinks.wanted(config)
 
     def setup(self) -> None:
-        self._sinks = Sinks(
-            self._config, self._folder, self._cameras, lambda: self._caption, patient=False
-        )
+        self._sinks = Sinks(self._config, self._folder, self._cameras, patient=False)
         self._reader = EveryReader(self._endpoint, TOPIC, TickMessage, keys=self._keys)
         output = self._config.output
         port = output.metrics_port_of("observer")
@@ -411,7 +339,9 @@ class ObserverProcess:
         while self._awaits_more():
             self._reader.wait(0.05)
             self._take()
-        self._summary = self._sinks.close(self._expected) | {"ticks_lost": self._lost()}
+        missed = max(0, (self._expected or 0) - self._reader.heard)
+        lost = {"ticks_lost": self._reader.stats.gaps + missed}
+        self._summary = self._sinks.close(missed) | lost
         self._finished.set()
         stop.wait()
 
@@ -427,6 +357,8 @@ class ObserverProcess:
         return {
             "finish": self._on_finish,
             "status": lambda _: self._board.snapshot(),
+            "journal": lambda arguments: self._board.journal(int(arguments["since"])),
+            "view": self._on_view,
             "frame": lambda arguments: self._board.frame(str(arguments["camera"])),
         }
 
@@ -440,34 +372,41 @@ class ObserverProcess:
 
     def _awaits_more(self) -> bool:
         """Whether ticks of the run are still on their way."""
-        if self._expected is not None and self._newest >= self._expected:
+        assert self._reader is not None
+        if self._expected is not None and self._reader.heard >= self._expected:
             return False
         patience_s = QUIET_S if self._expected is None else LATE_S
         return time.monotonic() - self._last_s < patience_s
-
-    def _lost(self) -> int:
-        """Ticks that never came: holes, what went before the first, what should have followed."""
-        assert self._reader is not None
-        return self._reader.stats.gaps + max(0, (self._expected or 0) - self._newest)
 
     def _take(self) -> None:
         assert self._reader is not None and self._sinks is not None
         for message in self._reader.poll():
             self._last_s = time.monotonic()
             tick = message.tick
-            self._newest = tick.index
             # Whoever looks at a tick sees the newest frame of every camera, as the loop did.
             self._frames = {**self._frames, **tick.observation.frames}
             self._board.take(message, self._frames)
             seen = replace(tick.observation, frames=self._frames)
-            note = f"task {message.number}, step {message.steps}"
-            self._caption = Caption(message.task, message.instruction, note)
+            whole = replace(message, tick=replace(tick, observation=seen))
             for sink in self._sinks.parts.values():
-                sink(replace(tick, observation=seen))
+                sink(whole)
+
+    def _on_view(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Start to show the run in Rerun, unless that has been done; return where."""
+        assert self._sinks is not None
+        with self._viewing:
+            viewer = self._sinks.parts.get("live view")
+            if viewer is None:
+                # Rerun is an extra of half a gigabyte: imported only here.
+                from openhelix.runtime.observe.viewer import RerunViewer
+
+                viewer = RerunViewer(about=About.of(self._config, self._cameras))
+                self._sinks.parts = {**self._sinks.parts, "live view": viewer}
+        return {"url": viewer.url}
 
     def _on_finish(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Write out everything, of `ticks` in all; the answer comes when the files are whole."""
-        self._expected = int(arguments["ticks"])
+        """Write out everything, `told` messages in all; the answer comes when all is written."""
+        self._expected = int(arguments["told"])
         self._last_s = time.monotonic()
         self._finish.set()
         self._board.finished = True
@@ -509,14 +448,18 @@ class Subscribers:
         self._sinks: Sinks | None = None
         self._publisher: Publisher | None = None
         self._endpoint: Endpoint | None = None
+        self._teller: TickPublisher | _Told
         if ticks is not None:
             keys = str(config.transport.keys) if config.transport.keys else None
             self._publisher = Publisher(ticks, TOPIC, bind=False, keys=keys, awaited=True)
-            stack.loop.subscribers.append(TickPublisher(self._publisher, stack.episode_runner))
+            robot = stack.loop.robot
+            self._teller = TickPublisher(self._publisher, stack.episode_runner, robot)
+            stack.loop.subscribers.append(self._teller)
         else:
             cameras = [camera.name for camera in stack.loop.robot.spec.cameras]
-            self._sinks = Sinks(config, folder, cameras, self._caption, patient=True)
-            stack.loop.subscribers += self._sinks.parts.values()
+            self._sinks = Sinks(config, folder, cameras, patient=True)
+            self._teller = _Told(stack, self._sinks)
+            stack.loop.subscribers.append(self._teller)
         port = config.output.metrics_port
         if port is not None and config.control.clock == "realtime":
             period_s = 1.0 / config.system2.hz
@@ -534,9 +477,18 @@ class Subscribers:
         """Where Prometheus finds the metrics."""
         return self._endpoint.url if self._endpoint else None
 
+    def finish(self) -> None:
+        """Tell observers what happened after the last tick; call it on the loop's thread."""
+        self._teller.finish()
+
     def await_scrape(self) -> bool:
         """Wait for Prometheus to fetch the last figures; see `Endpoint.await_scrape`."""
         return self._endpoint is not None and self._endpoint.await_scrape()
+
+    @property
+    def told(self) -> int:
+        """Messages that were sent to the process that looks on."""
+        return self._publisher.sent if self._publisher is not None else 0
 
     def heard(self, timeout_s: float) -> bool:
         """Wait until whoever looks on hears the ticks, so that it sees the first ones too."""
@@ -550,14 +502,31 @@ class Subscribers:
         if self._publisher is not None:
             self._publisher.close()
             self._publisher = None
-        return self._sinks.close(self._stack.loop.ticks) if self._sinks else {}
+        return self._sinks.close() if self._sinks else {}
 
-    def _caption(self) -> Caption:
-        episode_runner = self._stack.episode_runner
-        current = episode_runner.current
-        if current is None:
-            return Caption()
-        number = len(episode_runner.results) + 1
-        return Caption(
-            current.task, current.instruction, f"task {number}, step {episode_runner.steps}"
-        )
+
+class _Told:
+    """A subscriber that tells the sinks in this process."""
+
+    def __init__(self, stack: ControlStack, sinks: Sinks) -> None:
+        self._teller = Teller(stack.episode_runner, stack.loop.robot)
+        self._sinks = sinks
+
+    def __call__(self, tick: Tick) -> None:
+        self._tell(self._teller(tick))
+
+    def finish(self) -> None:
+        """Tell what happened after the last tick."""
+        self._tell(self._teller.rest())
+
+    def _tell(self, message: TickMessage | None) -> None:
+        for sink in self._sinks.parts.values() if message is not None else ():
+            sink(message)
+
+
+def drawn_later(config: RunConfig) -> bool:
+    """Whether a film of the run can be made of its track: its world can be drawn anew."""
+    world = world_of(config)
+    if world is None or not config.output.track:
+        return False
+    return bool(plugins.find(plugins.WORLDS, world).drawable)

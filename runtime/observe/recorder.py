@@ -7,11 +7,16 @@ and a recording that lost anything says so instead of looking complete.
 Foxglove, Rerun and the `mcap` command open the file directly. Topics, in the order of a tick:
 
     /instruction                               the instruction, whenever it changes (JSON)
+    /entry                                     what happened, in words (JSON); see `journal.py`
     /camera/<name>/rgb, /camera/<name>/depth   foxglove.RawImage (protobuf)
     /camera/<name>                             capture time, intrinsics, pose (JSON)
     /observation, /latent, /chunk, /action     the records of `runtime/core/interfaces.py` (JSON)
     /chunk_refused                             a chunk that came too late or for nothing (JSON)
+    /visual                                    what a simulated world looks like (JSON)
     /tick                                      state, reason, ages of the tick (JSON)
+
+A *track* (`track.mcap`) is the same without images: small enough to be kept of every run. Of a
+simulated world it is all that a film or a viewer needs, which draw the images anew.
 
 Log times are the run's monotonic clock in nanoseconds; messages are numbered through. The
 run's configuration is metadata in front of the first message, the summary metadata behind the
@@ -28,10 +33,10 @@ import re
 import time
 import typing
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import IO, Any, Final, NamedTuple, cast
 
 import lz4.frame
 import msgspec
@@ -46,11 +51,14 @@ from mcap.well_known import MessageEncoding, SchemaEncoding
 from mcap.writer import CompressionType, Writer
 from mcap_protobuf.schema import build_file_descriptor_set
 
+from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.plans import checked_chunk
+from openhelix.runtime.control.talk import Entry
 from openhelix.runtime.core.config import RunConfig, apply_overrides, validate
 from openhelix.runtime.core.files import CalmFile
 from openhelix.runtime.core.interfaces import (
     F32,
+    F64,
     U8,
     Action,
     ActionChunk,
@@ -62,12 +70,11 @@ from openhelix.runtime.core.interfaces import (
 )
 from openhelix.runtime.core.quaternion import angle_between, normalise
 from openhelix.runtime.observe.background import Background, Counted
+from openhelix.runtime.observe.ticks import TickMessage
 from openhelix.runtime.transport.codec import WireError, encode
 
-if TYPE_CHECKING:
-    from openhelix.runtime.control.loop import Tick
-
 FILE_NAME: Final = "recording.mcap"
+TRACK_NAME: Final = "track.mcap"
 PROFILE: Final = "openhelix"
 SUMMARY: Final = "openhelix.summary"  # name of the metadata written last
 CHUNK_BYTES: Final = 512 * 1024
@@ -96,6 +103,16 @@ class TickRecord:
     latent_age_s: float | None
     duration_s: float
     understood: float | None = None  # None where nobody judges, or nobody has yet
+    number: int = 1  # of the instruction; see `TickMessage`
+    steps: int = 0
+    succeeded: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class VisualRecord:
+    """What a simulated world looks like."""
+
+    values: F64  # see `openhelix.runtime.robots.base.Scenery`
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +151,13 @@ _Geometry: Final = _without(CameraFrame, "rgb", "depth")
 _State: Final = _without(Observation, "frames")
 _RECORDS: Final[Mapping[str, type[Any]]] = {
     "/instruction": InstructionRecord,
+    "/entry": Entry,
     "/observation": _State,
     "/latent": LatentGoal,
     "/chunk": ActionChunk,
     "/chunk_refused": ActionChunk,
     "/action": Action,
+    "/visual": VisualRecord,
     "/tick": TickRecord,
 }
 
@@ -191,7 +210,7 @@ _NUMBERS: Final = {
     cls: _numbers(cls)
     for cls in (
         *(InstructionRecord, Observation, CameraFrame),
-        *(LatentGoal, ActionChunk, Action, TickRecord),
+        *(LatentGoal, ActionChunk, Action, TickRecord, Entry, VisualRecord),
     )
 }
 
@@ -348,7 +367,7 @@ class Recorder(Counted):
     Args:
         path: of the file; must not exist.
         meta: what to remember about the run (JSON data); `Reader.config` wants "config".
-        told: returns the task and the instruction that the robot follows.
+        images: False for a track.
         queue_size: ticks that may wait; at 30 Hz with two cameras one is up to 330 kB.
         lossless: wait instead of dropping (the lockstep clock).
         max_bytes: where to stop; the recording is incomplete then.
@@ -358,13 +377,13 @@ class Recorder(Counted):
         self,
         path: Path,
         meta: Mapping[str, Any] | None = None,
-        told: Callable[[], tuple[str, str]] = lambda: ("", ""),
+        images: bool = True,
         queue_size: int = 128,
         lossless: bool = False,
         max_bytes: int = 20 * 1024**3,
     ) -> None:
         self._writer = RecordingWriter(path, meta, max_bytes)
-        self._told = told
+        self._images = images
         self._instruction: InstructionRecord | None = None
         self._frames_ns: dict[str, int] = {}
         self._refused = 0  # records that the codec would not take, a NaN for example
@@ -372,28 +391,28 @@ class Recorder(Counted):
         self._ends: deque[int] = deque()  # the last record of each tick that is not stored yet
         self._lost = 0  # ticks that were written, and whose chunk the disk refused
         self._summary: dict[str, Any] | None = None
-        self._work: Background[tuple[Tick, InstructionRecord]] = Background(
-            "recorder", self._write, size=queue_size, lossless=lossless
+        self._work: Background[TickMessage] = Background(
+            "recorder" if images else "track", self._write, size=queue_size, lossless=lossless
         )
 
-    def __call__(self, tick: Tick) -> None:
+    def __call__(self, message: TickMessage) -> None:
         """Take one tick; a few microseconds."""
+        tick = message.tick
         self._missed += max(0, tick.index - self._newest - 1)  # what never came to us
         self._newest = tick.index
-        self._work.offer((tick, InstructionRecord(tick.observation.instruction_id, *self._told())))
+        self._work.offer(message)
 
-    def close(self, timeout_s: float = 60.0, ticks: int | None = None) -> dict[str, Any]:
+    def close(self, timeout_s: float = 60.0, missed: int = 0) -> dict[str, Any]:
         """Finish; return the summary that the file ends with. Twice is fine.
 
         Args:
             timeout_s: for what is queued.
-            ticks: how many there were in all, where that is known.
+            missed: ticks that should have followed the newest and never came.
         """
         if self._summary is not None:
             return self._summary
         ended = self._work.close(timeout_s)
-        if ticks is not None:
-            self._missed += max(0, ticks - self._newest)
+        self._missed += missed
         summary = self._say(ended)
         if ended:  # otherwise the file is still the thread's, and stays without a summary
             try:
@@ -426,28 +445,36 @@ class Recorder(Counted):
         """Count the ticks whose last records were in the chunk that the disk refused."""
         self._lost = sum(end > self._writer.stored for end in self._ends)
 
-    def _write(self, item: tuple[Tick, InstructionRecord]) -> None:
-        tick, instruction = item
-        observation, put = tick.observation, self._put
+    def _write(self, message: TickMessage) -> None:
+        tick, put = message.tick, self._put
+        observation = tick.observation
+        instruction = InstructionRecord(
+            observation.instruction_id, message.task, message.instruction
+        )
+        for entry in message.entries:
+            put("/entry", tick.t_ns, entry)
         if instruction != self._instruction:
             self._instruction = instruction
             put("/instruction", tick.t_ns, instruction)
-        for name, frame in observation.frames.items():
+        for name, frame in observation.frames.items() if self._images else ():
             if self._frames_ns.get(name) != frame.t_ns:
                 self._frames_ns[name] = frame.t_ns
                 put(name, frame.t_ns, frame)
         put("/observation", observation.t_ns, replace(observation, frames={}))
-        for topic, message in (
+        for topic, made in (
             ("/latent", tick.new_latent),
             ("/chunk", tick.new_chunk),
             ("/chunk_refused", tick.refused_chunk),
         ):
-            if message is not None:
-                put(topic, tick.t_ns, message)
+            if made is not None:
+                put(topic, tick.t_ns, made)
         put("/action", tick.t_ns, tick.sent)
+        if message.visual is not None:
+            put("/visual", tick.t_ns, VisualRecord(message.visual))
         came_to = TickRecord(
             *(tick.index, tick.state, tick.reason, tick.latent_age_s, tick.duration_s),
             tick.understood,
+            *(message.number, message.steps, message.succeeded),
         )
         put("/tick", tick.t_ns, came_to)
         self._ends.append(self._writer.records)
@@ -660,6 +687,58 @@ def _pixels(data: bytes, part: str) -> np.ndarray[Any, Any]:
     return np.frombuffer(image.data, dtype).reshape(shape)
 
 
+# Playback --------------------------------------------------------------------------------------
+
+
+def playback(path: Path) -> Iterator[TickMessage]:
+    """Yield a recording's or a track's ticks as observers were told of them.
+
+    Args:
+        path: of the file, or the folder of a run: its recording, or else its track.
+
+    Raises:
+        RecordingError: there is neither.
+    """
+    if path.is_dir() and not (path / FILE_NAME).exists():
+        path = path / TRACK_NAME
+    told, entries = InstructionRecord(0, "", ""), []
+    seen: dict[str, Any] = {}
+    for topic, t_ns, message in Reader(path):
+        if topic == "/instruction":
+            told = message
+        elif topic == "/entry":
+            entries.append(message)
+        elif topic != "/tick":
+            seen[topic] = message
+        elif "/observation" in seen and "/action" in seen:
+            visual = seen.get("/visual")
+            tick = Tick(
+                index=message.index,
+                t_ns=t_ns,
+                observation=seen["/observation"],
+                state=message.state,
+                reason=message.reason,
+                sent=seen["/action"],
+                new_latent=seen.get("/latent"),
+                new_chunk=seen.get("/chunk"),
+                refused_chunk=seen.get("/chunk_refused"),
+                latent_age_s=message.latent_age_s,
+                duration_s=message.duration_s,
+                understood=message.understood,
+            )
+            yield TickMessage(
+                tick,
+                told.task,
+                told.text,
+                message.number,
+                message.steps,
+                message.succeeded,
+                None if visual is None else visual.values,
+                tuple(entries),
+            )
+            seen, entries = {}, []
+
+
 # Replay ----------------------------------------------------------------------------------------
 
 
@@ -712,7 +791,7 @@ def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
                 policy.reset(seed + instruction_id)
             start_s = time.perf_counter()
             try:
-                again = checked_chunk(policy.act(*given))
+                again = checked_chunk(policy.act(*given), given[0])
             except Exception as error:
                 raise PartFailed("system1", error) from error
             latencies_s.append(time.perf_counter() - start_s)

@@ -1,11 +1,11 @@
-"""The status page's server: three static files, two queries and one command.
+"""The status page's server: three static files, a few queries and two commands.
 
 Threat model: neither a web page that the operator happens to have open elsewhere nor anyone on
-the same network may stop a robot or see a camera.
+the same network may command a robot or see a camera.
 
-- Stopping needs the run's token in an `Authorization` header of a POST. A browser sends such
-  a header to another origin only after asking first, and is never allowed: no cookie, no form
-  and no image of a foreign page can stop the robot.
+- Stopping a robot and talking to it need the run's token in an `Authorization` header of a POST. A
+  browser sends such a header to another origin only after asking first, and is never allowed: no
+  cookie, no form and no image of a foreign page can do either.
 - On loopback reading is free where nobody else can log in on this host, but only under a loopback
   name (a foreign name that resolves here is an attack) and never for a foreign page. Elsewhere
   reading needs the token too.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import io
 import ipaddress
 import logging
 import re
@@ -27,14 +26,16 @@ from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
-from PIL import Image
 
+from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.observe.overlay import encode_jpeg
 from openhelix.runtime.observe.status_source import NoRun, RunSource
 from openhelix.runtime.transport.sockets import other_users
 
 log = logging.getLogger(__name__)
+FLEET_S: Final = 1.0
 FRESH_S: Final = 0.1  # answers younger than this are given again instead of asking again
-JPEG_QUALITY: Final = 85
+MAX_BODY: Final = 64 * 1024  # a sentence that is far too long is still told so
 PAGE: Final = {
     "/": ("index.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
@@ -79,14 +80,17 @@ class StatusServer:
         self.open = self._loopback and not other_users()
         self._asking = asyncio.Lock()
         self._answer: tuple[float, dict[str, Any]] = (-1.0, {})
+        self._robots: tuple[float, dict[str, Any]] = (-1.0, {})
         self._images: dict[str, tuple[float, int, bytes]] = {}
         self._runner: web.AppRunner | None = None
         self.refused = 0  # requests without the right token, name or origin
-        app = web.Application(middlewares=[self._guard], client_max_size=1024)
+        app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY)
         for path in PAGE:
             app.router.add_get(path, self._page)
         app.router.add_get("/api/status", self._status)
         app.router.add_get("/api/camera/{name}", self._camera)
+        app.router.add_get("/api/fleet", self._fleet)
+        app.router.add_post("/api/say", self._say)
         app.router.add_post("/api/stop", self._stop)
         self.app = app
 
@@ -124,6 +128,8 @@ class StatusServer:
             response = _told(error.status, error.reason)
         except NoRun as error:
             response = _told(503, str(error))
+        except ConfigError as error:
+            response = _told(400, str(error))
         response.headers.update(HEADERS)
         return response
 
@@ -183,6 +189,24 @@ class StatusServer:
                 self._images[name] = (now_s, t_ns, jpeg)
         return web.Response(body=jpeg, content_type="image/jpeg", headers={"X-Time-Ns": str(t_ns)})
 
+    async def _fleet(self, request: web.Request) -> web.StreamResponse:
+        """Every robot that can be asked; whoever does not answer in time says so itself."""
+        async with self._asking:
+            now_s = asyncio.get_running_loop().time()
+            if now_s - self._robots[0] > FLEET_S:
+                self._robots = (now_s, await asyncio.to_thread(self._source.fleet))
+        return web.json_response(self._robots[1])
+
+    async def _say(self, request: web.Request) -> web.StreamResponse:
+        try:
+            given = await request.json()
+        except ValueError:
+            raise ConfigError("say: the body is not JSON") from None
+        text = given.get("text") if isinstance(given, dict) else None
+        name = str(given.get("who") or "status page") if isinstance(given, dict) else ""
+        answer = await asyncio.to_thread(self._source.say, text, f"{name}, {request.remote}")
+        return web.json_response(answer)
+
     async def _stop(self, request: web.Request) -> web.StreamResponse:
         who = f"status page, {request.remote}"
         await asyncio.to_thread(self._source.stop, who)
@@ -234,10 +258,3 @@ def _quiet() -> logging.Logger:
 
 def _told(status: int, text: str) -> web.Response:
     return web.json_response({"error": text}, status=status)
-
-
-def encode_jpeg(rgb: Any) -> bytes:
-    """Return an RGB image (h, w, 3) u8 as JPEG."""
-    with io.BytesIO() as file:
-        Image.fromarray(rgb).save(file, "JPEG", quality=JPEG_QUALITY)
-        return file.getvalue()

@@ -18,13 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from openhelix.runtime.core.config import CommandFailed, RunConfig
+from openhelix.runtime.core.config import CommandFailed, RunConfig, checked_sentence
 from openhelix.runtime.core.files import written
-from openhelix.runtime.transport.rpc import RpcClient, RpcError
+from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcTimeout
+from openhelix.runtime.transport.sockets import check_connect, served
 
 RECORD = "status.json"
 ASK_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 3.0
+VIEW_TIMEOUT_S = 30.0  # Rerun takes seconds to import
 
 
 class NoRun(CommandFailed):
@@ -111,10 +113,23 @@ class RunSource:
     Args:
         base: folder of all runs, searched again whenever the one that was shown has ended.
         folder: of one run, to show that and no other.
+        system2: address of an `openhelix serve`, whose robots `fleet` lists too.
+        keys: folder of CURVE keys for it, off this host.
     """
 
-    def __init__(self, base: Path, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        base: Path,
+        folder: Path | None = None,
+        system2: str | None = None,
+        keys: Path | None = None,
+    ) -> None:
         self._base, self._folder = base, folder
+        self._shared: RpcClient | None = None
+        if system2 is not None:
+            endpoint = served(system2)["control"]
+            check_connect(endpoint, keys)
+            self._shared = RpcClient(endpoint, keys=str(keys) if keys else None)
         self._lock = threading.Lock()
         self._shown: Path | None = None
         self._record: StatusRecord | None = None
@@ -153,6 +168,71 @@ class RunSource:
         """
         return self._ask("frame", camera=camera)
 
+    def journal(self, since: int = 0) -> list[dict[str, Any]]:
+        """Return what happened after the entry of that number; see `talk.row`.
+
+        Raises:
+            NoRun: there is no run, or it does not answer.
+        """
+        return list(self._ask("journal", since=since)["entries"])
+
+    def fleet(self) -> dict[str, Any]:
+        """Return the runs on this host, and the robots of a shared System 2 if there is one.
+
+        Returns:
+            "runs": of each its folder, robot, instruction, state and latent age; "system2": its
+            address' health, None without one; "error" where it does not answer.
+        """
+        runs = []
+        for path in sorted(self._base.glob(f"run-*/{RECORD}")):
+            source = RunSource(self._base, path.parent)
+            try:
+                seen = source.snapshot()
+                kept = (
+                    "run",
+                    "robot",
+                    "instruction",
+                    "state",
+                    "reason",
+                    "latent_age_s",
+                    "finished",
+                )
+                runs.append({name: seen[name] for name in kept})
+            except NoRun as error:
+                runs.append({"run": path.parent.name, "error": str(error)})
+            finally:
+                source.close()
+        if self._shared is None:
+            return {"runs": runs, "system2": None}
+        try:
+            return {"runs": runs, "system2": self._shared.call("health", {}, ASK_TIMEOUT_S)}
+        except RpcError as error:
+            return {"runs": runs, "system2": {"error": str(error), "robots": {}}}
+
+    def view(self) -> dict[str, Any]:
+        """Let the run show itself in Rerun; return {"url": ...}.
+
+        Raises:
+            NoRun: there is no run, or it cannot.
+        """
+        return self._ask("view", timeout_s=VIEW_TIMEOUT_S)
+
+    def say(self, text: object, who: str) -> dict[str, Any]:
+        """Tell the robot something; see `openhelix.runtime.control.talk.Talk.say`.
+
+        Raises:
+            ConfigError: the text is no sentence.
+            NoRun: there is no run, or it does not answer: it may have been heard.
+        """
+        sentence = checked_sentence(text, "say")  # here already: no need to bother the robot
+        record = self.record()
+        try:
+            return self._order(record, "say", text=sentence, who=who)
+        except RpcTimeout as error:
+            raise NoRun(f"{record.robot}: does not answer ({error})") from None
+        except RpcError as error:
+            raise NoRun(f"{record.robot}: {error}") from None
+
     def stop(self, who: str) -> None:
         """Stop the robot for good.
 
@@ -160,11 +240,17 @@ class RunSource:
             NoRun: there is no run, or it does not answer: the robot may still move.
         """
         record = self.record()
-        client = RpcClient(record.control, keys=record.keys)
         try:
-            client.call("ask", {"question": "safe_stop", "who": who}, STOP_TIMEOUT_S)
+            self._order(record, "safe_stop", who=who)
         except RpcError as error:
             raise NoRun(f"{record.robot}: NOT stopped: {error}") from None
+
+    @staticmethod
+    def _order(record: StatusRecord, question: str, **arguments: Any) -> dict[str, Any]:
+        """Tell the control process, which answers at once or not at all."""
+        client = RpcClient(record.control, keys=record.keys)
+        try:
+            return client.call("ask", {"question": question, **arguments}, STOP_TIMEOUT_S)
         finally:
             client.close()
 
@@ -172,8 +258,12 @@ class RunSource:
         """Release the connection; safe to call twice."""
         with self._lock:
             self._forget()
+        if self._shared is not None:
+            self._shared.close()
 
-    def _ask(self, question: str, **arguments: Any) -> dict[str, Any]:
+    def _ask(
+        self, question: str, timeout_s: float = ASK_TIMEOUT_S, **arguments: Any
+    ) -> dict[str, Any]:
         with self._lock:
             record = self._find()
             if record.observer is None:
@@ -183,9 +273,7 @@ class RunSource:
             if self._observer is None:
                 self._observer = RpcClient(record.observer, keys=record.keys)
             try:
-                return self._observer.call(
-                    "ask", {"question": question, **arguments}, ASK_TIMEOUT_S
-                )
+                return self._observer.call("ask", {"question": question, **arguments}, timeout_s)
             except RpcError as error:
                 self._forget()
                 raise NoRun(f"{record.robot}: does not answer ({error})") from None

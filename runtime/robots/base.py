@@ -11,13 +11,23 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
 from openhelix.runtime.core import plugins
-from openhelix.runtime.core.config import ConfigError
-from openhelix.runtime.core.interfaces import Action, Observation, RobotSpec
+from openhelix.runtime.core.config import ConfigError, WorldConfig
+from openhelix.runtime.core.interfaces import (
+    F32,
+    F64,
+    U8,
+    Action,
+    CameraFrame,
+    Observation,
+    RobotSpec,
+)
 
 Features = Mapping[str, type | tuple[int, ...]]
+INSTEAD = "instead: "  # before the name of a task that was done and must not be
 
 
 class RobotError(RuntimeError):
@@ -76,6 +86,13 @@ class Robot(ABC):
 
         What arrives later is still read by `get_observation`. Never raises.
         """
+
+    def visual_state(self) -> F64 | None:
+        """Return what a simulated world looked like at the last observation; see `Scenery`.
+
+        None for a physical arm, of which only its cameras know what it looks like.
+        """
+        return None
 
     @abstractmethod
     def send_action(self, action: Action) -> Action:
@@ -140,13 +157,51 @@ class World(Protocol):
         """Put arm and scene into a state (CALVIN's 15 and 24 numbers); None: the default."""
 
     def begin_task(self, task: str, instruction: str) -> None:
-        """Remember the state of the world as the one that `task` starts from."""
+        """Remember the state of the world as the one that `task` starts from.
+
+        With "" for the task, `completed` tells of whichever is done.
+        """
 
     def completed(self) -> frozenset[str]:
-        """Return the tasks that the world's change since `begin_task` amounts to."""
+        """Return the tasks that the world's change since `begin_task` amounts to.
+
+        A name behind `INSTEAD` is of a task that must not be done, and ends the attempt.
+        """
 
     def env_steps(self) -> int:
         """Return the environment steps made since `reset_world`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScenePart:
+    """One rigid part of a simulated world, as a viewer draws it."""
+
+    name: str
+    link: int  # row of `Scenery.transforms`
+    triangles: F32  # (n, 3, 3) corners in the link's frame, m
+    colours: U8  # (n, 3), of each triangle
+
+
+class Scenery(Protocol):
+    """What a simulated world looks like, from the plain vector that `Robot.visual_state` gives.
+
+    A film or a viewer that has it can draw any instant at any size, also after the run.
+    """
+
+    def parts(self) -> Sequence[ScenePart]:
+        """Return everything that a viewer draws."""
+
+    def transforms(self, visual: F64) -> F64:
+        """Return where every link is, (L, 4, 4) link to W."""
+
+    def picture(self, visual: F64, view: str, width: int, height: int) -> CameraFrame:
+        """Draw without jagged edges, for people to look at; without depth, stamped 0.
+
+        Args:
+            visual: of the instant.
+            view: "room" (from where the static camera stands) or a camera's name.
+            width, height: pixels.
+        """
 
 
 class WorldPlugin(Protocol):
@@ -155,12 +210,24 @@ class WorldPlugin(Protocol):
     Attributes:
         processes: the classes of the processes "world" and "camera" that run it in real time;
             empty for a world that only steps.
+        drawable: whether it has a scenery.
     """
 
     processes: Mapping[str, str]
+    drawable: bool
 
-    def make_env(self, scene: str, cameras: Sequence[str], seed: int = 0) -> Any:
-        """Return an env with calvin_env's verbs and `camera_frames`; see `env.EnvRobot`."""
+    def make_env(
+        self,
+        scene: str,
+        cameras: Sequence[str],
+        seed: int = 0,
+        static_camera: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return an env with calvin_env's verbs and `camera_frames`; see `env.EnvRobot`.
+
+        Raises:
+            ValueError: its static camera cannot be put elsewhere.
+        """
 
     def completed(self, start_info: Mapping[str, Any], end_info: Mapping[str, Any]) -> set[str]:
         """Return the names of the tasks done between two infos."""
@@ -169,6 +236,25 @@ class WorldPlugin(Protocol):
         self, number: int, scene: str
     ) -> tuple[list[tuple[str, str]], dict[str, list[float]]]:
         """Return a run's tasks with their sentences, and the `reset_world` state to start from."""
+
+    def task(
+        self, name: str, scene: str, seed: int
+    ) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+        """Return a task with its sentence, and a start from which it can be done; see `set_world`.
+
+        Raises:
+            ValueError: there is no such task; the line names the nearest.
+        """
+
+    def layout(self, layout: Mapping[str, Any], scene: str, seed: int) -> dict[str, Any]:
+        """Return the start that `world.layout` describes; see `set_world`.
+
+        Raises:
+            ValueError: in one line, what is wrong with it and what is valid.
+        """
+
+    def scenery(self, scene: str, static_camera: Mapping[str, Any] | None = None) -> Scenery | None:
+        """Return what a scene looks like; None where only a camera can tell."""
 
     def require(self) -> str:
         """Return in words what was found; ValueError, in one line, where something is missing."""
@@ -184,19 +270,24 @@ def robot_class(name: str) -> Any:
     return plugins.find(plugins.ROBOTS, name)
 
 
-def world_options(
-    name: str, options: Mapping[str, Any], scene: str, cameras: Sequence[str]
-) -> dict[str, Any]:
-    """Return a driver's options with the run's scene and cameras, if it drives a world.
+def world_options(name: str, options: Mapping[str, Any], world: WorldConfig) -> dict[str, Any]:
+    """Return a driver's options with what the run says of its world, if it drives one.
 
     A driver that takes a `scene` is one.
 
     Raises:
         ConfigError: the options name another scene or other cameras than the run.
     """
-    if "scene" not in inspect.signature(robot_class(name)).parameters:
+    takes = inspect.signature(robot_class(name)).parameters
+    if "scene" not in takes:
         return dict(options)
-    of_run: dict[str, Any] = {"scene": scene, "cameras": tuple(cameras)}
+    of_run: dict[str, Any] = {"scene": world.scene, "cameras": tuple(world.cameras)}
+    if "seed" in takes and "seed" not in options:
+        options = {**options, "seed": world.seed}
+    if world.static_camera is not None:
+        if "static_camera" not in takes:
+            raise ConfigError(f"world.static_camera: {name!r} has its own and takes no other")
+        of_run["static_camera"] = world.static_camera.model_dump()
     for field, value in of_run.items():
         if field in options and options[field] not in (value, list(value)):
             raise ConfigError(
@@ -204,6 +295,31 @@ def world_options(
                 f"say world.{field} alone"
             )
     return {**options, **of_run}
+
+
+def set_world(robot: Robot, initial: Mapping[str, Any] | None) -> None:
+    """Put the world that a robot is in into its first state; None leaves it as it is.
+
+    Args:
+        robot: connected.
+        initial: {"robot_obs": [...], "scene_obs": [...]}, or what puts it up: {"stage":
+            {"target": "module:function", "options": {...}}}, called with the world's env.
+
+    Raises:
+        ConfigError: this robot's world cannot be put up so.
+        RobotError: the world does not answer.
+    """
+    if initial is None:
+        return
+    if "stage" in initial:
+        stage = getattr(robot, "stage", None)
+        if stage is None:
+            raise ConfigError(
+                f"robot.name: a {type(robot).__name__} is in no world that can be set"
+            )
+        stage(**initial["stage"])
+    elif isinstance(robot, World):
+        robot.reset_world(initial["robot_obs"], initial["scene_obs"])
 
 
 def make_robot(name: str, **options: Any) -> Robot:

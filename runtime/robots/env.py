@@ -19,6 +19,7 @@ import numpy as np
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.clock import Clock, MonotonicClock
 from openhelix.runtime.core.interfaces import (
+    F64,
     Action,
     ActionSpec,
     CameraFrame,
@@ -220,16 +221,30 @@ class EnvRobot(Robot):
         self._ask(lambda: prepare(env))
         self._begin()
 
+    def stage(self, target: str, options: Mapping[str, Any]) -> None:
+        """Let `target(env, **options)` put the world into a state, and take that as the start."""
+        put = plugins.resolve(target)
+        self.prepare_world(lambda env: put(env, **options))
+
     def begin_task(self, task: str, instruction: str) -> None:
         self._connected()
         self._start_info = self._info
+        if self.referee is not None:
+            self.referee.begin(self._info)
 
     def completed(self) -> frozenset[str]:
         self._connected()
+        if self.referee is not None:
+            return frozenset(self.referee.completed(self._info))
         return frozenset(self._oracle(self._start_info, self._info))
 
     def env_steps(self) -> int:
         return self._steps
+
+    @property
+    def referee(self) -> Any:
+        """Who judges in the oracle's place, in a world where what is right changes; else None."""
+        return getattr(self._env, "referee", None)
 
     # -- inside ---------------------------------------------------------------------------
 
@@ -274,6 +289,7 @@ class WorldRobot(EnvRobot):
         cameras: names, of "static" and "gripper".
         clock, frames_on_demand: see `EnvRobot`.
         seed: of the placement of blocks in a default reset, where the world has one.
+        static_camera: where it stands instead of the scene's own: {"eye", "target", "up", "fov"}.
 
     Raises:
         openhelix.runtime.core.plugins.ResolveError: no such world.
@@ -287,11 +303,13 @@ class WorldRobot(EnvRobot):
         clock: Clock | None = None,
         frames_on_demand: bool = False,
         seed: int = 0,
+        static_camera: Mapping[str, Any] | None = None,
     ) -> None:
         plugin: WorldPlugin = plugins.find(plugins.WORLDS, world)
 
         def make_env() -> Any:
-            return plugin.make_env(scene, tuple(cameras), seed)
+            more = {} if static_camera is None else {"static_camera": static_camera}
+            return plugin.make_env(scene, tuple(cameras), seed, **more)
 
         super().__init__(make_env, cameras, clock, frames_on_demand, oracle=plugin.completed)
 
@@ -304,7 +322,7 @@ class PlayTableRobot(WorldRobot):
 
     Args:
         scene: "A" to "D".
-        cameras, clock, seed: see `WorldRobot`.
+        cameras, clock, seed, static_camera: see `WorldRobot`.
     """
 
     def __init__(
@@ -313,12 +331,17 @@ class PlayTableRobot(WorldRobot):
         cameras: Sequence[str] = ("static", "gripper"),
         clock: Clock | None = None,
         seed: int = 0,
+        static_camera: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__("playtable", scene, cameras, clock, frames_on_demand=True, seed=seed)
+        super().__init__("playtable", scene, cameras, clock, True, seed, static_camera)
+        self._visual: F64 | None = None
+
+    def visual_state(self) -> F64 | None:
+        return self._visual
 
     def _drawing(self, t_ns: int) -> Callable[[], Mapping[str, CameraFrame]]:
         env = self._connected()
-        state = env.visual_state()
+        state = self._visual = env.visual_state()
 
         def draw() -> Mapping[str, CameraFrame]:
             self.renders += 1

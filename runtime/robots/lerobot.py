@@ -3,8 +3,12 @@
 LeRobot uses flat dictionaries whose keys, units and frames differ from arm to arm, so their
 meaning is stated once, as a mapping in the configuration, and checked against the robot's own
 feature lists before anything moves. An arm that takes joint targets needs a
-kinematics class besides. LeRobot does not stamp its data: state is stamped on return, frames
-too, less the camera's stated latency.
+kinematics class besides.
+
+LeRobot does not stamp its state: that is done on return. Frames have the stamp of the camera that
+took them (`latest_timestamp`); where it keeps none, a picture counts from when it was first
+returned, less the camera's stated latency. A camera slower than the loop gives each picture several
+times, which is no new picture.
 
     robot:
       name: lerobot
@@ -25,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Mapping
 from math import isfinite
 from typing import Annotated, Any, Protocol
@@ -35,6 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from openhelix.runtime.core.clock import Clock, MonotonicClock
 from openhelix.runtime.core.interfaces import (
     F64,
+    U8,
     Action,
     ActionSpec,
     CameraFrame,
@@ -59,6 +65,9 @@ from openhelix.runtime.robots.base import NotConnected, Robot, RobotError
 log = logging.getLogger(__name__)
 Matrix3 = Annotated[list[list[FiniteFloat]], Field(min_length=3, max_length=3)]
 Matrix4 = Annotated[list[list[FiniteFloat]], Field(min_length=4, max_length=4)]
+REPEAT_NS = (
+    500_000_000  # a picture that returns for longer is a new one of a scene that stands still
+)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,6 +231,7 @@ class LeRobotAdapter(Robot):
         self._T_world_base = rigid(self._map.T_world_base)
         self._now_ns = (clock or MonotonicClock()).now_ns
         self._opens = True
+        self._shown: dict[str, CameraFrame] = {}  # the newest picture of each camera
         self._tcp: F64 | None = None
         self._near: F64 | None = None
         self._spec = RobotSpec(
@@ -263,6 +273,7 @@ class LeRobotAdapter(Robot):
             self._robot.disconnect()
 
     def get_observation(self) -> Observation:
+        taken_ns = {name: self._taken_ns(c) for name, c in self._map.cameras.items()}
         data = self._read()
         t_ns = self._now_ns()
         joints = self._near = self._joints(data)
@@ -271,7 +282,8 @@ class LeRobotAdapter(Robot):
         return Observation(
             t_ns=t_ns,
             frames={
-                name: self._frame(camera, data, t_ns) for name, camera in self._map.cameras.items()
+                name: self._frame(name, camera, data, t_ns, taken_ns[name])
+                for name, camera in self._map.cameras.items()
             },
             tcp_pose=self._tcp,
             gripper_width=openness * self._map.gripper.width_open_m,
@@ -378,7 +390,46 @@ class LeRobotAdapter(Robot):
         turned = multiply(conjugate(q), normalise(pose[3:].tolist()))
         return np.array((*(T[:3, :3].T @ (pose[:3] - T[:3, 3])), *turned))
 
-    def _frame(self, camera: CameraMapping, data: Mapping[str, Any], t_ns: int) -> CameraFrame:
+    def _taken_ns(self, camera: CameraMapping) -> int | None:
+        """Return when a camera took its newest picture, on our clock, if it says so.
+
+        Asked before the picture itself, which may be newer by then and must not look younger.
+        """
+        cameras = getattr(self._robot, "cameras", None)
+        stamp = getattr(cameras.get(camera.key), "latest_timestamp", None) if cameras else None
+        if not isinstance(stamp, float):
+            return None
+        age_s = time.perf_counter() - stamp  # LeRobot's cameras count by this clock
+        return self._now_ns() - round(age_s * 1e9)
+
+    def _frame(
+        self,
+        name: str,
+        camera: CameraMapping,
+        data: Mapping[str, Any],
+        t_ns: int,
+        taken_ns: int | None,
+    ) -> CameraFrame:
+        rgb = np.asarray(data[camera.key], np.uint8)
+        seen_ns = t_ns - round(camera.latency_s * 1e9)
+        before = self._shown.get(name)
+        if taken_ns is not None:
+            # The two clocks are read one after the other: what is a microsecond apart is one time.
+            if before is not None and abs(taken_ns - before.t_ns) < 1_000_000:
+                return before
+            seen_ns = taken_ns
+        elif (
+            before is not None
+            and seen_ns - before.t_ns < REPEAT_NS
+            and np.array_equal(before.rgb, rgb)
+        ):
+            return before
+        self._shown[name] = frame = self._picture(camera, data, rgb, seen_ns)
+        return frame
+
+    def _picture(
+        self, camera: CameraMapping, data: Mapping[str, Any], rgb: U8, t_ns: int
+    ) -> CameraFrame:
         depth = None
         if camera.depth_key is not None:
             raw = np.squeeze(np.asarray(data[camera.depth_key]))
@@ -392,8 +443,8 @@ class LeRobotAdapter(Robot):
             T_world_tcp[:3, 3] = self._tcp[:3]
             T = T_world_tcp @ np.array(camera.T_tcp_cam, np.float64)
         return CameraFrame(
-            t_ns=t_ns - round(camera.latency_s * 1e9),
-            rgb=np.asarray(data[camera.key], np.uint8),
+            t_ns=t_ns,
+            rgb=np.array(rgb),  # the driver may fill its own again
             depth=depth,
             K=np.array(camera.K, np.float64),
             T_world_cam=T,

@@ -146,6 +146,9 @@ class SimRobot(Robot):
                 check_action(self._sent)
                 encode(self._sent)
 
+    def visual_state(self) -> F64 | None:
+        return self._state.visual if self._state is not None else None
+
     def send_action(self, action: Action) -> Action:
         if not self._connected:
             raise NotConnected("sim: call connect() first")

@@ -364,12 +364,10 @@ class Plan:
         self.text = f"{cls.__name__}({pairs})"
         self.fingerprint = zlib.crc32(self.text.encode())
 
-    def check(self, values: Sequence[Any], *, everything: bool) -> None:
+    def check(self, values: Sequence[Any]) -> None:
         """Compare values with what `register` was told: shapes, and where to refuse NaN.
 
-        A letter in a shape means the same size throughout. Without `everything`, arrays that
-        travelled in a frame of their own are not read through again: their sender did so,
-        and fetching them into this core's cache would take longer than all else here.
+        A letter in a shape means the same size throughout.
         """
         sizes: dict[str, int] = {}
         for index, ndim, fixed, letters in self._shapes:
@@ -389,11 +387,7 @@ class Plan:
                 raise WireError("shape", f"{self.cls.__name__}.{name} is {shape}, not {expected}")
         for index in self._finite:
             value = values[index]
-            if value is None or not (
-                everything or value.__class__ is float or value.nbytes <= INLINE_BYTES
-            ):
-                continue
-            if not _is_finite(value):
+            if value is not None and not _is_finite(value):
                 raise WireError("nonfinite", f"{self.cls.__name__}.{self.names[index]}")
 
     def enc(self, message: Any, out: list[Buffer]) -> list[Any]:
@@ -407,7 +401,7 @@ class Plan:
                 row.append(value)
             else:
                 row.append(field.enc(value, out))
-        self.check(values, everything=True)
+        self.check(values)
         return row
 
     def dec(self, row: Any, inbox: Inbox) -> Any:
@@ -420,7 +414,7 @@ class Plan:
                 values.append(value)
             else:
                 values.append(field.dec(value, inbox))
-        self.check(values, everything=False)
+        self.check(values)
         try:
             return self.cls(*values)
         except (ValueError, TypeError) as error:  # the record's own __post_init__ refused
@@ -449,8 +443,7 @@ def register(
         cls: fields may be int, float, bool, str, arrays with a declared dtype, other records,
             `Mapping[str, ...]`, `tuple[..., ...]` or `Literal` of these, each `| None`.
         shapes: by field, a size per dimension; a letter means "any, but the same throughout".
-        finite: fields in which NaN and infinity are refused, by the sender always, by the
-            receiver in scalars and in arrays up to `INLINE_BYTES`.
+        finite: fields in which NaN and infinity are refused, by sender and receiver.
 
     Raises:
         ValueError: another class has that kind, or the class another kind.
@@ -656,7 +649,7 @@ register(
 )
 register("observation", Observation, shapes={"tcp_pose": (7,), "joints": ("n",)})
 register("goal_request", GoalRequest, shapes={"rgb": ("H", "W", 3)})
-register("latent", LatentGoal, shapes={"z": ("n", "d")}, finite=("z",))
+register("latent", LatentGoal, shapes={"z": ("n", "d")}, finite=("z", "compute_s"))
 register(
     "chunk", ActionChunk, shapes={"poses": ("H", 7), "gripper": ("H",)}, finite=("poses", "gripper")
 )

@@ -13,6 +13,8 @@ message are of the sender's clock.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import struct
 import time
@@ -22,9 +24,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from openhelix.runtime.core.clock import Clock, MonotonicClock
 from openhelix.runtime.transport.codec import (
+    MAX_FRAME_BYTES,
     MAX_FRAMES,
     Buffer,
     WireError,
@@ -40,9 +44,10 @@ NOBLOCK: Final = int(zmq.NOBLOCK)
 _MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 _POLLIN: Final = int(zmq.POLLIN)
 _CANDIDATES: Final = 8  # of one drain; the others are older than what is worth decoding
-_MAX_JUMP: Final = 1 << 32  # more messages than a publisher sends in years were not lost
-TAKEOVER_NS: Final = 2_000_000_000  # silence after which an earlier publisher may return
+_MAX_JUMP: Final = 4096  # more are not lost between two messages without a silence
+TAKEOVER_NS: Final = 2_000_000_000  # silence after which another number or publisher is believed
 MAX_TOPIC_BYTES: Final = 128
+log = logging.getLogger(__name__)
 
 
 class Envelope(NamedTuple):
@@ -177,7 +182,7 @@ class ReaderStats:
     received: int = 0  # messages taken from the queue
     delivered: int = 0  # messages that `poll` returned
     gaps: int = 0  # messages that a publisher numbered and that never arrived
-    restarts: int = 0  # changes of publisher
+    restarts: int = 0  # changes of publisher, or of its numbering
     backlogs: int = 0  # polls that left messages in the queue
     dropped: Counter[str] = field(default_factory=Counter)  # by reason, see `NewestReader`
 
@@ -253,10 +258,15 @@ class Track(Generic[T]):
 
     def _refusal(self, stamp: tuple[int, int, int]) -> str | None:
         source, seq, _ = stamp
+        ahead = seq - self._seq
         if source == self._source:
-            if not 0 < seq - self._seq <= _MAX_JUMP:
-                return "stale"
-        elif source in self._retired and self._clock.now_ns() - self.heard_ns < TAKEOVER_NS:
+            if 0 < ahead <= _MAX_JUMP:
+                return None
+            # One wrong number must not silence a source for good, nor a replay be believed.
+            if ahead and self._clock.now_ns() - self.heard_ns >= TAKEOVER_NS:
+                return None
+            return "stale" if ahead <= 0 else "jump"
+        if source in self._retired and self._clock.now_ns() - self.heard_ns < TAKEOVER_NS:
             return "stale_source"
         return None
 
@@ -265,13 +275,14 @@ class Track(Generic[T]):
         self.envelope = Envelope._make(stamp)
         source, seq, _ = stamp
         numbers = {n for (s, n, _), *_ in self.new if s == source and n <= seq}
-        if source == self._source:
+        if source == self._source and seq > self._seq:
             before = self._seq
             numbers = {n for n in numbers if n > before}
         else:
             before = min(numbers) - 1  # what it sent before we first heard it is not a loss
             if self._source is not None:
-                self._retired.append(self._source)
+                if source != self._source:
+                    self._retired.append(self._source)
                 self._stats.restarts += 1
         self._stats.gaps += seq - before - len(numbers)
         self._source, self._seq = source, seq
@@ -366,9 +377,10 @@ class NewestReader(Generic[T]):
 
     Within one publisher an earlier number never follows a later one. Another publisher (a
     restart) takes over at once; the one it replaced is not heard again until the new one has
-    been silent for `TAKEOVER_NS`. Everything that is not delivered is counted in
-    `stats.dropped` by reason: those of `WireError`, "stale" (the same or an earlier number),
-    "stale_source" (a replaced publisher).
+    been silent for `TAKEOVER_NS`. A number far ahead is not believed either until then: one
+    wrong message would make all later genuine ones look late. Everything that is not delivered
+    is counted in `stats.dropped` by reason: those of `WireError`, "stale" (the same or an
+    earlier number), "jump" (far ahead), "stale_source" (a replaced publisher).
 
     Args:
         endpoint: one, or a list of which each may have a publisher.
@@ -539,3 +551,95 @@ class NewestPerTopic(Generic[T]):
     def close(self) -> None:
         """Close the socket."""
         self._inlet.port.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# Peers that a bound socket refused or disconnected.
+#
+# ZeroMQ refuses a wrong key, a foreign protocol or an oversized frame by silently dropping the
+# connection. Its monitor reports this; `PeerWatch` reads the monitor from the owner's loop, without
+# a thread of its own, so that every refusal shows in a log and a metric.
+
+
+MAX_EVENTS: Final = 4096
+_REFUSALS: Final = {
+    int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "key",
+    int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): "protocol",
+    int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): "unfinished",
+}
+REFUSALS_EXPLAINED: Final = {
+    "key": "its CURVE key is not on the list",
+    "protocol": "it speaks another protocol, or comes without the key that is asked for",
+    "unfinished": "it left, sent rubbish or has no key, and has not said who it is",
+}
+_EVENTS: Final = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+)
+_numbers = itertools.count()
+
+
+class PeerWatch:
+    """Counts a socket's peers.
+
+    Args:
+        channel: the socket's name in logs.
+        port: the socket; close the watch before it.
+    """
+
+    def __init__(self, channel: str, port: Port) -> None:
+        self._channel, self._socket = channel, port.socket
+        self.admitted = 0  # connections that were let in
+        self.ended = 0  # connections that ended: the peer left, or was cut off
+        self.refused: Counter[str] = Counter()  # by reason: key, protocol, unfinished
+        address = f"inproc://peers-{channel}-{next(_numbers)}"
+        self._socket.monitor(address, int(_EVENTS))
+        self._events: zmq.Socket[bytes] = self._socket.context.socket(zmq.PAIR)
+        # Without a limit: a full queue would hold up the thread that carries all messages.
+        self._events.set(zmq.RCVHWM, 0)
+        self._events.linger = 0
+        self._events.connect(address)
+
+    def poll(self) -> None:
+        """Take in what has happened; never blocks."""
+        for _ in range(MAX_EVENTS):
+            try:
+                frames = self._events.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._note(int(parse_monitor_message(frames)["event"]))
+
+    def _note(self, event: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.admitted += 1
+        elif event == zmq.EVENT_DISCONNECTED:
+            self.ended += 1
+            if _worth_telling(self.ended):
+                log.info(
+                    "%s: a connection ended (its peer left, or sent a frame beyond %d MiB and was "
+                    "cut off); %d so far",
+                    *(self._channel, MAX_FRAME_BYTES >> 20, self.ended),
+                )
+        elif event in _REFUSALS:
+            reason = _REFUSALS[event]
+            self.refused[reason] += 1
+            told = self.refused[reason]
+            if _worth_telling(told):
+                log.warning(
+                    "%s: refused a connection (%s); %d so far",
+                    *(self._channel, REFUSALS_EXPLAINED[reason], told),
+                )
+
+    def close(self) -> None:
+        """Stop watching; safe to call twice."""
+        if not self._events.closed:
+            self._socket.disable_monitor()
+            self._events.close(linger=0)
+
+
+def _worth_telling(count: int) -> bool:
+    """Whether to log it: whoever is refused tries again and again."""
+    return count & (count - 1) == 0

@@ -7,6 +7,7 @@ and after (read-out, projector) is here, so that two engines cannot drift apart.
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openhelix.runtime.core.interfaces import F32, Judgement, LatentSpec
-from openhelix.system2.latents import LatentConfig, LatentHead, check_fit, head_for, with_act
+from openhelix.runtime.core.interfaces import F32, U8, Judgement, LatentSpec
+from openhelix.system2.latents import (
+    NEEDS_VISION,
+    BadReadOut,
+    LatentConfig,
+    LatentHead,
+    check_fit,
+    head_for,
+    with_act,
+)
 from openhelix.system2.model import (
     SHIPPED,
     CheckpointError,
@@ -58,6 +67,9 @@ class EngineBase:
         threads: CPU threads; 0 leaves torch's own number.
         max_instruction_tokens: longer instructions are refused.
         seed: of untrained weights.
+        shown: "given", or "none" to leave the image out of the prompt of a read-out that was
+            trained with it, or a `.npy` file of other pictures (N, H, W, 3) uint8, one of which is
+            shown in the place of each that is given: what System 2 does without seeing.
         blind: show the model black pictures instead of those that are given.
         understanding: file of the head that judges which instructions are understood; None takes
             the one beside the latent's weights, where there is one, and "off" judges none.
@@ -88,6 +100,7 @@ class EngineBase:
         layers: Sequence[int] | None = None,
         blind: bool = False,
         understanding: Path | str | None = None,
+        shown: str = "given",
     ) -> None:
         config = with_act(
             None,
@@ -109,6 +122,8 @@ class EngineBase:
         self.untrained = latent_projector is None and not raw
         self._dtype = pick_dtype(dtype)
         self._raw, self._blind = raw, blind
+        self._others = _pictures(shown)
+        self._leaves_out = shown == "none"
         wanted = latent_projector.config if latent_projector is not None else config
         self.checkpoint = open_checkpoint(model, wanted.n_act if wanted is not None else 1)
         if threads:
@@ -242,8 +257,7 @@ class EngineBase:
         if self._closed:
             raise EncodeError("the engine is closed")
         checked, texts = as_batch(images, instructions)
-        if self._blind:
-            checked = [Image.new("RGB", image.size) for image in checked]
+        checked = [self._seen(image) for image in checked]
         with self._lock, torch.inference_mode():
             prompts = []
             for index, text in enumerate(texts):
@@ -258,6 +272,14 @@ class EngineBase:
             raise NotFinite("the latent is not finite")
         return latents
 
+    def _seen(self, image: Image.Image) -> Image.Image:
+        """Return what is shown in the place of an image."""
+        if self._blind:
+            return Image.new("RGB", image.size)
+        if self._others is not None:
+            return Image.fromarray(self._others[zlib.crc32(image.tobytes()) % len(self._others)])
+        return image
+
     def close(self) -> None:
         """Let go of the model; later calls of `encode` fail."""
         self._closed = True
@@ -271,8 +293,11 @@ class EngineBase:
     def _adopt(self, head: LatentHead) -> None:
         self._head = head
         config = head.config
+        self._looks = config.vision and not self._leaves_out
+        if self._leaves_out and config.kind in NEEDS_VISION:
+            raise BadReadOut(f"shown: {config.kind!r} reads the image's states; it needs one")
         self._prompts = self.checkpoint.prompts(
-            config.n_act, config.vision, self._max_instruction_tokens
+            config.n_act, self._looks, self._max_instruction_tokens
         )
         self._write_act(self.checkpoint.act_ids[: config.n_act], head.act.detach())
         self._spec = head.spec(self.checkpoint, self._raw)
@@ -283,3 +308,25 @@ class EngineBase:
         if head.config.last_token_only and states.shape[0] == 1:
             return states if raw else head.project(states, torch.ones(1, dtype=torch.bool))
         return head(states, layout, raw=raw)
+
+
+def _pictures(shown: str) -> U8 | None:
+    """Return the pictures of a file that `shown` names; None for its two words.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
+    if shown in ("given", "none"):
+        return None
+    try:
+        found = np.load(Path(shown).expanduser(), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"shown: {shown!r} is neither given, none, nor a .npy file: {error}"
+        ) from None
+    if found.dtype != np.uint8 or found.ndim != 4 or found.shape[3] != 3 or not len(found):
+        raise ValueError(
+            f"shown: {shown!r} holds {found.dtype}{found.shape}, want uint8 (N, H, W, 3)"
+        )
+    pictures: U8 = found
+    return pictures

@@ -54,7 +54,6 @@ class TransformersEngine(EngineBase):
             table[list(rows)] = act.to(table)
 
     def _hidden(self, images: list[Image.Image], prompts: list[Prompt]) -> list[Tensor]:
-        config = self._head.config
         longest = max(prompt.layout.length for prompt in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         for row, prompt in enumerate(prompts):
@@ -62,7 +61,7 @@ class TransformersEngine(EngineBase):
                 prompt.expanded(self.checkpoint.image_token_id)
             )
         embeddings = self._model.get_input_embeddings()(ids.to(self._device))
-        if config.vision:
+        if self._looks:
             features = self.image_features(images)
             start, stop = prompts[0].layout.image
             embeddings[:, start:stop] = features

@@ -7,11 +7,14 @@ import pytest
 
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.expert_control import View
+from openhelix.benchmarks.calvin.scene import get_scene
 from openhelix.benchmarks.calvin.starts import (
     Layout,
+    LayoutError,
     StartError,
     begin,
     feasible,
+    lay_out,
     layout_for,
     random_arm,
     random_layout,
@@ -100,3 +103,58 @@ def test_impossible_starts_say_so() -> None:
             begin(env, "juggle", np.random.default_rng(0))
         with pytest.raises(StartError, match="open_drawer"):
             begin(env, "open_drawer", np.random.default_rng(0), tries=0)
+
+
+# Layouts in words --------------------------------------------------------------------------------
+
+
+def test_a_layout_in_words_is_the_world_that_it_describes() -> None:
+    words = {
+        "drawer": "open",
+        "slider": "left",
+        "bulb": True,  # YAML reads `on` so
+        "led": "on",
+        "blocks": {"red": "drawer", "blue": [0.15, -0.12, 0.3], "pink": "slider_right"},
+    }
+    with PlayTableEnv("D", cameras=()) as env:
+        lay_out(env, words, seed=1)
+        slide, drawer, _, _, bulb, led = env.visual_state()[9:15]
+        assert drawer == pytest.approx(0.22, abs=0.01)
+        assert slide == pytest.approx(env.scene.slide_travel, abs=0.01)
+        assert (bulb, led) == (1, 1)
+        blue = env.scene.blocks.index("block_blue")
+        place = env.visual_state()[15 + 7 * blue :][:2]
+        np.testing.assert_allclose(place, [0.15, -0.12], atol=0.005)
+        assert "lift_red_block_drawer" in feasible(View(env.scene, env.get_info()))
+        before = env.visual_state()
+        lay_out(env, words, seed=1)
+        np.testing.assert_allclose(env.visual_state(), before, atol=1e-6)
+        lay_out(env, words, seed=2)
+        assert np.abs(env.visual_state() - before).max() > 0.005
+
+
+def test_a_stack_can_be_laid_out() -> None:
+    with PlayTableEnv("D", cameras=()) as env:
+        lay_out(env, {"blocks": {"red": "on blue"}}, seed=3)
+        names, state = env.scene.blocks, env.visual_state()
+        red, blue = (state[17 + 7 * names.index(f"block_{c}")] for c in ("red", "blue"))
+        assert red - blue == pytest.approx(0.04, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ({"drawr": "open"}, r"world.layout.'drawr' is none of .*did you mean 'drawer'"),
+        ({"drawer": "ajar"}, "drawer: 'ajar'; valid: closed, open, or 0 to 0.22 m"),
+        ({"drawer": 0.5}, "drawer: 0.5; valid"),
+        ({"led": 0.5}, "led: 0.5; valid: off, on"),
+        ({"blocks": {"green": "table"}}, "blocks.'green' is none of red, blue, pink"),
+        ({"blocks": {"red": "shelf"}}, "blocks.red: 'shelf'; valid: table"),
+        ({"blocks": {"red": [1]}}, r"expected \[x, y, yaw\]"),
+        ({"blocks": "red"}, "say {red: drawer"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_told_in_one_line(words: dict, why: str) -> None:
+    with pytest.raises(LayoutError, match=why) as caught:
+        Layout.of(words, get_scene("D"))
+    assert "\n" not in str(caught.value)

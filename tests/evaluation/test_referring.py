@@ -11,7 +11,7 @@ import pytest
 
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.expert_control import View
-from openhelix.benchmarks.calvin.starts import feasible
+from openhelix.benchmarks.calvin.starts import StartError, feasible
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.evaluation.referring import (
     REFERENCES,
@@ -72,7 +72,7 @@ def test_references_are_about_tasks_that_exist() -> None:
         assert len(reference.tasks) >= 2 and set(reference.tasks) <= set(TASK_NAMES)
         for sentence in reference.sentences:
             assert not any(colour in sentence.split() for colour in ("red", "blue", "pink"))
-    with pytest.raises(NoSuchReference, match="push_leftmost_right"):
+    with pytest.raises(NoSuchReference, match="did you mean 'push_"):
         get_reference("push_uppermost")
 
 
@@ -134,3 +134,15 @@ def test_pictures_show_what_the_sentence_is_about() -> None:
     assert lit["turn_off_led"] > 10 > lit["turn_on_led"] == 0
     again = [p for _, p in pictures(episodes)]
     assert all((a == b).all() for (_, a), b in zip(shown, again, strict=True))
+
+
+def test_a_start_that_is_never_found_is_left_out(monkeypatch, caplog) -> None:
+    episodes = referred(("A",), references=("toggle_led",))
+
+    def never(env: object, name: str, task: str, rng: object) -> None:
+        if task == "turn_on_led":
+            raise StartError("reference: no start")
+
+    monkeypatch.setattr("openhelix.benchmarks.evaluation.referring.begin", never)
+    assert [e.task for e, _ in pictures(episodes)] == ["turn_off_led"]
+    assert "left out" in caplog.text

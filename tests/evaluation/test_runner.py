@@ -151,7 +151,7 @@ def test_a_film_shows_the_episode_and_changes_nothing(runner):
     plain = runner.run(chain("open_drawer"), conditions)
     assert filmed.video is not None and b"ftyp" in filmed.video[:16] and plain.video is None
     assert filmed.result["tasks"] == plain.result["tasks"]
-    assert filmed.result["renders"] == 20
+    assert filmed.result["renders"] == plain.result["renders"]
 
 
 def test_a_policy_without_system_2_is_told_its_task():
@@ -160,7 +160,7 @@ def test_a_policy_without_system_2_is_told_its_task():
     )
     result = run(alone, chain("turn_on_led", "open_drawer")).result
     assert result["in_a_row"] == 1 and result["error"] is None
-    told = alone._policy._policy.told
+    told = alone._policy.inner.told
     assert set(told) == {TASK_NAMES.index("turn_on_led"), TASK_NAMES.index("open_drawer")}
     assert result["tasks"][0]["latents"] == 0 and result["tasks"][0]["latent_age_steps"] is None
     assert alone.about()["latent_spec"] is None

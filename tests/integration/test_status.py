@@ -150,19 +150,36 @@ def test_the_page_shows_the_robot_and_its_button_stops_it(tmp_path: Path) -> Non
             await press_stop(tab, "wrong")
             await tab.until(text.format("stop-told") + ".startsWith('NOT stopped')")
             assert await tab.evaluate(text.format("state")) == "run"
-            refused = len(tab.told)  # the browser notes the 401 itself
+            await talk(tab, "reach 0.1 -0.1 0.6", "wrong")
+            await tab.until(text.format("told") + ".startsWith('not heard')")
+            assert await tab.evaluate(text.format("instruction")) == "reach 0.3 0.1 0.7"
+            refused = len(tab.told)  # the browser notes the 401s itself
+            await talk(tab, "reach 0.1 -0.1 0.6", token)
+            await tab.until(text.format("instruction") + " === 'reach 0.1 -0.1 0.6'")
+            await tab.until(text.format("history") + ".includes('status page, 127.0.0.1')")
+            await tab.until("document.querySelectorAll('.view polyline').length > 0")
+            for width in (1180, 390):  # a desk and a hand
+                await tab.screenshot(tmp_path / f"{width}.png", width, 900)
+                wide = await tab.evaluate("document.documentElement.scrollWidth")
+                assert wide <= width, f"{wide} pixels at a width of {width}"
             await press_stop(tab, token)
             await tab.until(text.format("stop-told") + " === 'the robot was told to stop'")
             await tab.until(
                 "document.querySelector('#stops li').textContent.startsWith('operator')"
                 " || document.getElementById('trouble').textContent"
             )
-            assert all("401" in line for line in tab.told[:refused])
+            assert all("401" in line for line in tab.told[:refused]) and refused >= 2
 
     with page(tmp_path) as url, running(tmp_path) as run:
         until_working(url)
         asyncio.run(look(url, status(tmp_path, "--token").stdout.strip()))
         assert report_of(run)["safe_stops"] == {"operator": 1}
+
+
+async def talk(tab: Any, text: str, token: str) -> None:
+    await tab.evaluate(f"document.getElementById('token').value = {json.dumps(token)}")
+    await tab.evaluate(f"document.getElementById('text').value = {json.dumps(text)}")
+    await tab.evaluate("document.getElementById('say').click()")
 
 
 async def press_stop(tab: Any, token: str) -> None:

@@ -98,6 +98,14 @@ def tiny_oracle(start, end):
     return {"turn_on_led"} if (start["light"], end["light"]) == (0, 1) else set()
 
 
+_noise = np.random.default_rng(0)
+
+
+def picture(height, width, shade):
+    """What a camera gives: never the same pixels twice."""
+    return (shade + _noise.integers(0, 3, (height, width, 3))).astype(np.uint8)
+
+
 class FakeLeRobot:
     """An arm with LeRobot's interface: flat dictionaries, its own units, a clipped step."""
 
@@ -125,8 +133,7 @@ class FakeLeRobot:
     def get_observation(self):
         if self.fail:
             raise OSError("bus: no answer")
-        shade = int(self.now["j1.pos"]) % 256
-        return dict(self.now) | {"front": np.full((48, 64, 3), shade, np.uint8)}
+        return dict(self.now) | {"front": picture(48, 64, int(self.now["j1.pos"]))}
 
     def send_action(self, action):
         if self.fail:
@@ -182,7 +189,7 @@ class FakeEndEffectorLeRobot:
         self.is_connected = False
 
     def get_observation(self):
-        return dict(self.now) | {"hand": np.zeros((32, 32, 3), np.uint8)}
+        return dict(self.now) | {"hand": picture(32, 32, 0)}
 
     def send_action(self, action):
         v = [self.now[k] for k in self.keys[3:6]]

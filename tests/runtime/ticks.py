@@ -12,6 +12,7 @@ from openhelix.runtime.core.interfaces import (
     LatentGoal,
     Observation,
 )
+from openhelix.runtime.observe.ticks import TickMessage
 
 PERIOD_NS = 33_333_333
 
@@ -84,3 +85,20 @@ def ticks(
             )
         )
     return made
+
+
+def told(run, task="", instruction="open the drawer", visual=None, entries=None):
+    """The ticks of a run as observers are told of them; `entries` by the number of their tick."""
+    return [
+        TickMessage(
+            tick,
+            task,
+            instruction,
+            number=1,
+            steps=tick.index,
+            succeeded=0,
+            visual=visual,
+            entries=tuple((entries or {}).get(tick.index, ())),
+        )
+        for tick in run
+    ]

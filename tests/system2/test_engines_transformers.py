@@ -9,7 +9,7 @@ from PIL import Image
 
 from openhelix.system2.engines import base
 from openhelix.system2.engines.transformers import TransformersEngine
-from openhelix.system2.latents import KINDS, LatentConfig, LatentHead
+from openhelix.system2.latents import KINDS, BadReadOut, LatentConfig, LatentHead
 from openhelix.system2.model import CheckpointError
 from openhelix.system2.prompt import BadImage, BadInstruction
 from tests.system2.conftest import TEXTS
@@ -131,6 +131,35 @@ def test_blind_is_a_black_picture(tiny_model: str, images) -> None:
     assert np.array_equal(unseen, sighted.encode([np.zeros_like(images[0])], TEXTS[:1]))
     assert np.abs(seen - unseen).max() > 1e-4
     assert blind.spec == sighted.spec
+
+
+def test_another_picture_or_none_is_shown_in_the_place_of_the_one_given(
+    tiny_model: str, images, tmp_path
+) -> None:
+    def made(shown: str, kind: str = "lang_mean") -> TransformersEngine:
+        return TransformersEngine(
+            tiny_model, kind=kind, dtype="float32", device="cpu", shown=shown, seed=1
+        )
+
+    file, others = tmp_path / "others.npy", np.stack([images[2], images[1]])
+    np.save(file, others)
+    given, none, other = (made(shown) for shown in ("given", "none", str(file)))
+    z = given.encode(images[:1], TEXTS[:1])
+    assert given.spec == none.spec == other.spec
+    # Which one it is depends on the picture alone.
+    found = other.encode([images[0], images[0]], [TEXTS[0]] * 2)
+    assert np.allclose(found[0], found[1], atol=1e-5)
+    assert any(np.allclose(found[0], given.encode([i], TEXTS[:1])[0], atol=1e-5) for i in others)
+    assert np.abs(none.encode(images[:1], TEXTS[:1]) - z).max() > 1e-4
+    a, b = (none.encode(images[i : i + 1], TEXTS[:1]) for i in (0, 1))
+    assert np.allclose(a, b, atol=1e-6)  # nothing of the image is left
+    with pytest.raises(BadReadOut, match="pool_max"):
+        made("none", "pool_max")
+    with pytest.raises(ValueError, match=r"shown: 'half' is neither given, none"):
+        made("half")
+    np.save(file, np.zeros((2, 4, 4), np.uint8))
+    with pytest.raises(ValueError, match=r"holds uint8\(2, 4, 4\)"):
+        made(str(file))
 
 
 def test_a_middle_state_is_the_models_own(tiny_model: str, images) -> None:

@@ -136,12 +136,14 @@ def _latents() -> list[Any]:
         lines(
             "Unused latents per second",
             "Late: more than one period after their image. Void: for an earlier instruction. "
-            "Missed: never arrived. Mismatched: from another model; the robot stops.",
+            "Missed: never arrived. Mismatched: from another model; the robot stops. "
+            "Future, old, before_stop: dropped for the time of their image.",
             HZ,
             (rate("latents_late_total"), f"late {NAME}"),
             (rate("latents_void_total"), f"void {NAME}"),
             (rate("latents_missed_total"), f"missed {NAME}"),
             (rate("latents_mismatched_total"), f"mismatched {NAME}"),
+            (rate("latents_mistimed_total"), f"{{{{reason}}}} {NAME}"),
         ),
     ]
 

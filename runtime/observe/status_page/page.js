@@ -1,4 +1,4 @@
-// The status page: asks five times a second, shows the answer, and can stop the robot.
+// The status page: asks five times a second, shows the answer, talks to the robot and can stop it.
 //
 // The token lives in this tab's memory and travels only in an Authorization header. A link may
 // carry it as #token=..., which browsers do not send to servers; it is taken out of the address.
@@ -8,7 +8,9 @@ const PERIOD_MS = 200;
 const MINUTE_MS = 60000;
 const SILENT_S = 1.0; // ticks come 30 times a second
 const OLD_IMAGE_S = 1.0;
+const FLEET_MS = 2000;
 const byId = (id) => document.getElementById(id);
+const SVG = byId("drawing").namespaceURI; // of what is drawn over images
 const ages = []; // [time, seconds or null], of the last minute
 const shown = new Map(); // camera -> {image, caption, stamp, url}
 let token = "";
@@ -62,6 +64,7 @@ function show(status) {
   put("task-line", `Instruction ${status.number}${status.task ? `: ${status.task}` : ""}`);
   put("instruction", status.instruction || "\u2013");
   put("reason", status.reason);
+  byId("reason").classList.toggle("bad", status.state === "stop");
   put("understood", status.understood === null ? "\u2013" : Math.round(100 * status.understood).toString(),
     status.reason === "not understood");
   const limit = status.latent_max_age_s;
@@ -80,6 +83,7 @@ function show(status) {
   put("silent", status.started ? number(status.silent_s, 1) : "\u2013", status.silent_s > SILENT_S);
   put("ticks", String(status.ticks));
   showStops(status.stops);
+  showHistory(status.entries);
   drawAges(status.latent_age_s, limit);
 }
 
@@ -98,21 +102,62 @@ function showStops(stops) {
   byId("stops").replaceChildren(...rows.reverse());
 }
 
+const MOODS = { said: "person", seen: "good", held: "person" };
+
+function showHistory(entries) {
+  const rows = entries.filter((entry) => entry.kind !== "begun" || !entry.said).map((entry) => {
+    const row = document.createElement("li");
+    const time = document.createElement("time"), text = document.createElement("span");
+    const ago = entry.ago_s;
+    time.textContent = ago < 60 ? `${ago.toFixed(0)} s ago` : `${(ago / 60).toFixed(0)} min ago`;
+    text.textContent = entry.line;
+    text.className = entry.kind !== "ended" ? MOODS[entry.kind] || ""
+      : entry.success === true ? "good" : entry.success === false ? "bad" : "";
+    row.append(time, text);
+    return row;
+  });
+  if (rows.length) byId("history").replaceChildren(...rows.reverse());
+}
+
 function drawAges(age, limit) {
   const now = performance.now();
   ages.push([now, age]);
   while (ages.length && now - ages[0][0] > MINUTE_MS) ages.shift();
   const canvas = byId("ages"), pen = canvas.getContext("2d");
-  const { width, height } = canvas, style = getComputedStyle(document.documentElement);
+  const style = getComputedStyle(document.documentElement), scale = window.devicePixelRatio || 1;
+  const width = canvas.clientWidth, height = canvas.clientHeight;
+  canvas.width = width * scale;
+  canvas.height = height * scale;
+  pen.scale(scale, scale);
+  const left = 34, bottom = 18, right = width - 6, plot = height - bottom - 6;
   const top = 1.15 * Math.max(limit, ...ages.map(([, value]) => value || 0));
-  const y = (value) => height - 4 - (height - 8) * (value / top);
-  pen.clearRect(0, 0, width, height);
-  pen.lineWidth = 1.5;
+  const y = (value) => 6 + plot * (1 - value / top);
+  const x = (seconds) => right - (right - left) * seconds / 60;
+  pen.font = "11px system-ui, sans-serif";
+  pen.fillStyle = style.getPropertyValue("--dim");
+  pen.strokeStyle = style.getPropertyValue("--line");
+  pen.lineWidth = 1;
+  const step = [0.5, 1, 2, 5, 10, 20, 50, 100].find((size) => top / size <= 5) || 200;
+  pen.textAlign = "right";
+  pen.textBaseline = "middle";
+  for (let value = 0; value <= top; value += step) {
+    pen.fillText(`${value} s`, left - 5, y(value));
+    pen.beginPath();
+    pen.moveTo(left, y(value));
+    pen.lineTo(right, y(value));
+    pen.stroke();
+  }
+  pen.textBaseline = "bottom";
+  for (const seconds of [60, 40, 20, 0]) {
+    pen.textAlign = seconds === 60 ? "left" : seconds ? "center" : "right";
+    pen.fillText(seconds ? `${seconds} s ago` : "now", x(seconds), height);
+  }
   pen.strokeStyle = style.getPropertyValue("--bad");
-  pen.setLineDash([6, 6]);
+  pen.lineWidth = 1.5;
+  pen.setLineDash([6, 5]);
   pen.beginPath();
-  pen.moveTo(0, y(limit));
-  pen.lineTo(width, y(limit));
+  pen.moveTo(left, y(limit));
+  pen.lineTo(right, y(limit));
   pen.stroke();
   pen.setLineDash([]);
   pen.lineWidth = 2;
@@ -120,8 +165,7 @@ function drawAges(age, limit) {
   pen.beginPath();
   let down = false;
   for (const [at, value] of ages) {
-    const x = width * (1 - (now - at) / MINUTE_MS);
-    if (value !== null) pen[down ? "lineTo" : "moveTo"](x, y(value));
+    if (value !== null) pen[down ? "lineTo" : "moveTo"](x((now - at) / 1000), y(value));
     down = value !== null;
   }
   pen.stroke();
@@ -133,17 +177,33 @@ function cameraFigure(name) {
   image.alt = `what the camera ${name} sees`;
   const caption = document.createElement("figcaption");
   const label = document.createElement("span"), age = document.createElement("span");
+  const view = document.createElement("div"), plan = document.createElementNS(SVG, "svg");
+  view.className = "view";
+  plan.setAttribute("viewBox", "0 0 1 1");
+  plan.setAttribute("preserveAspectRatio", "none");
+  view.append(image, plan);
   label.textContent = name;
   caption.append(label, age);
-  figure.append(image, caption);
+  figure.append(view, caption);
   byId("cameras").append(figure);
-  return { image, age, stamp: null, url: null };
+  return { image, age, plan, stamp: null, url: null };
+}
+
+function drawPlan(plan, parts) {
+  const lines = parts.map((points, i) => {
+    const line = document.createElementNS(SVG, "polyline");
+    line.setAttribute("points", points.map(([u, v]) => `${u},${v}`).join(" "));
+    line.setAttribute("class", i === 0 ? "committed" : "ahead");
+    return line;
+  });
+  plan.replaceChildren(...lines.reverse()); // what will be executed lies on top
 }
 
 async function showCameras(cameras) {
-  for (const [name, { t_ns: stamp, age_s: age }] of Object.entries(cameras)) {
+  for (const [name, { t_ns: stamp, age_s: age, plan }] of Object.entries(cameras)) {
     if (!shown.has(name)) shown.set(name, cameraFigure(name));
     const view = shown.get(name);
+    drawPlan(view.plan, plan || []);
     view.age.textContent = age > OLD_IMAGE_S ? `${age.toFixed(1)} s old` : `${Math.round(age * 1000)} ms old`;
     view.age.classList.toggle("old", age > OLD_IMAGE_S);
     if (view.stamp === stamp) continue;
@@ -182,6 +242,63 @@ async function refresh() {
   }
 }
 
+async function say(text) {
+  token = byId("token").value.trim() || token;
+  const told = byId("told");
+  told.classList.remove("bad");
+  told.textContent = "saying it\u2026";
+  try {
+    const body = JSON.stringify({ text });
+    const answer = await (await ask("/api/say", { method: "POST", body })).json();
+    const by = answer.replaces_who ? `, which ${answer.replaces_who} said` : "";
+    told.textContent = answer.replaces ? `heard, instead of \u201c${answer.replaces}\u201d${by}` : "heard";
+    if (!answer.word) byId("text").value = "";
+  } catch (error) {
+    told.classList.add("bad");
+    told.textContent = `not heard: ${error.message}`;
+  }
+}
+
+function cell(text) {
+  const td = document.createElement("td");
+  td.textContent = text;
+  return td;
+}
+
+function fleetRow(name, run, served) {
+  const row = document.createElement("tr");
+  const age = run && run.latent_age_s !== null && run.latent_age_s !== undefined ? `${run.latent_age_s.toFixed(2)} s` : "\u2013";
+  const state = run ? run.error || (run.finished ? "ended" : run.state) : served.error ? `refused: ${served.error}` : "elsewhere";
+  row.append(
+    cell(name), cell(state), cell((run && run.instruction) || "\u2013"), cell(age),
+    cell(served ? String(served.published) : "\u2013"), cell(served ? String(served.skipped) : "\u2013"),
+  );
+  return row;
+}
+
+async function showFleet() {
+  try {
+    const { runs, system2 } = await (await ask("/api/fleet")).json();
+    const served = new Map(Object.entries((system2 && system2.robots) || {}));
+    const rows = runs.map((run) => {
+      const own = served.get(run.robot);
+      served.delete(run.robot);
+      return fleetRow(run.robot || run.run, run, own);
+    });
+    for (const [name, robot] of served) rows.push(fleetRow(name, null, robot));
+    byId("fleet").hidden = rows.length < 2 && !system2;
+    const count = `${rows.length} robot${rows.length === 1 ? "" : "s"}`;
+    byId("fleet-line").textContent = !system2 ? count
+      : system2.error ? `${count}; System 2: ${system2.error}`
+        : `${count}; System 2 gives ${system2.hz} latents per second each, ${system2.published} so far`;
+    byId("robots").replaceChildren(...rows);
+  } catch {
+    // What is wrong with the server is told by `refresh`.
+  } finally {
+    setTimeout(showFleet, FLEET_MS);
+  }
+}
+
 async function stopRobot(event) {
   event.preventDefault();
   token = byId("token").value.trim();
@@ -204,5 +321,13 @@ byId("login").addEventListener("submit", (event) => {
   token = byId("login-token").value.trim();
   byId("token").value = token;
 });
+byId("talk").addEventListener("submit", (event) => {
+  event.preventDefault();
+  say(byId("text").value);
+});
+for (const button of document.querySelectorAll("button.word")) {
+  button.addEventListener("click", () => say(button.dataset.word));
+}
 takeTokenFromAddress();
 refresh();
+showFleet();

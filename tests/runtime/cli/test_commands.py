@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Annotated
 
 import pytest
 from pydantic import BaseModel
 
-from openhelix.runtime.cli.arguments import Many, Options, Positional, Words, option, parse
+from openhelix.runtime.cli import completion
+from openhelix.runtime.cli.arguments import (
+    Many,
+    Options,
+    Positional,
+    Words,
+    help_of_settings,
+    option,
+    parse,
+)
 from openhelix.runtime.cli.main import main
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core import plugins
@@ -173,6 +186,14 @@ FILES = ("output.video=false", "output.metrics_port=null", "output.live=false")
         ("system1.policy.target=tests.fakes:Reach", "system1.policy.target: .* has no 'Reach'"),
         ("system1.policy.target=tests.fakse:Reach", "no module named 'tests.fakse'"),
         ("transport.keys=/nope", "transport.keys: no folder /nope"),
+        ("system1.policy.options.path=docs", "docs holds no checkpoint"),
+        ("world.cameras=[static]", "camera 'gripper': the robot has static"),
+        ("control.hz=20", "action.hz: the robot takes 20.0, the policy gives 30.0"),
+        ("system2.camera=wrist", "system2.camera: 'wrist', the robot has gripper, static"),
+        ("tasks.task=open_drawr", "tasks?: 'open_drawr' is unknown; did you mean 'open_drawer'"),
+        ("tasks.instruction=open\x07", "tasks: instruction: has a control character"),
+        ("--task=open_drawr", "did you mean 'open_drawer'"),
+        ("--scene=Q", "world.scene: must be 'A', 'B', 'C' or 'D'"),
     ],
 )
 def test_a_wrong_part_is_one_line_and_nothing_is_written(word, message, tmp_path, capsys) -> None:
@@ -187,7 +208,9 @@ def test_a_summary_in_lockstep_has_no_figures_of_real_time(tmp_path, capsys) -> 
     words = ["run", *LOCKSTEP[:-1], *PARTS, *FILES, f"output.folder={tmp_path}"]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "6 ticks" in said and "deadlines" not in said and "lateness" not in said
+    assert re.search(r"ticks +6$", said, re.M)
+    assert not re.search("deadlines|lateness|seconds| ms| Hz", said)
+    assert max(map(len, said.splitlines()[:-3])) <= 80  # paths may be longer, and are not broken
 
 
 def test_replay_uses_what_the_recording_carries(tmp_path, capsys) -> None:
@@ -195,6 +218,8 @@ def test_replay_uses_what_the_recording_carries(tmp_path, capsys) -> None:
     assert main(words) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["untrained"] == [] and report["config"] is None
+    assert len(report["config_sha256"]) == 12 and report["policy"]["sha256"] is None
+    assert [entry["kind"] for entry in report["journal"]][:2] == ["begun", "acting"]
     assert report["policy"]["target"] == "tests.fakes:ReachPolicy"
     assert report["system2"]["spec_id"] == report["policy"]["spec_id"] == LATENT.spec_id
     trusted = "system1.policy.target=tests.fakes:ReachPolicy"
@@ -214,3 +239,80 @@ def test_an_evaluation_in_a_world_that_is_not_there_is_refused(
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "results in" not in x]
     assert "calvin_env is not installed" in line
     assert not out.exists()
+
+
+# What the commands say of themselves -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """What `--help` of every command prints."""
+    found = {}
+    for name in plugins.entries(plugins.COMMANDS):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
+            main([name, "--help"])
+        found[name] = said.getvalue()
+    return found
+
+
+def test_every_help_has_examples_and_their_options_are_there(helps) -> None:
+    for name, text in helps.items():
+        examples = re.findall(rf"^    openhelix {name}\b(.*)$", text, re.M)
+        assert examples, f"{name} --help shows no example"
+        known = set(re.findall(r"(--[a-z][\w-]*)", text.partition("options:")[2]))
+        for flags in ([*re.findall(r"(--[a-z][\w-]*)", line)] for line in examples):
+            assert name == "probe" or known.issuperset(flags), (name, flags, known)
+
+
+def test_settings_are_listed_with_units_ranges_and_what_they_are(capsys) -> None:
+    assert main(["config", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    names = {row.split("=")[0].strip() for row in help_of_settings(RunConfig)}
+    assert set(told) == names  # every one, and no other
+    assert told["system2.hz"] == {"value": 1.0, "unit": "Hz", "valid": "above 0", "says": ""}
+    assert told["control.clock"]["valid"] == "one of realtime, lockstep"
+    assert told["safety.max_linear_speed_m_s"]["unit"] == "m/s"
+    assert told["control.fifo_priority"]["valid"] == "at least 0, at most 99"
+    assert "no SCHED_FIFO" in told["control.fifo_priority"]["says"]
+    assert "addresses of single nodes" in told["transport.hosts"]["says"]
+    assert told["safety.latent_grace_s"]["says"].startswith("how long to go on")
+
+
+def test_some_settings_as_they_would_be(capsys) -> None:
+    assert main(["config", "lockstep", "lockstep.latency_steps=7"]) == 0
+    said = capsys.readouterr().out
+    assert "lockstep.latency_steps=7  environment steps, at least 0" in said
+    assert "safety." not in said
+    assert main(["config", "latnt"]) == 2
+    assert "did you mean 'latent'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_commands_options_and_settings(helps, tmp_path, monkeypatch, capsys) -> None:
+    own = {name: [*re.findall(r"^  (--[a-z][\w-]*)", text, re.M)] for name, text in helps.items()}
+    own["run"].append("system2.hz=")
+    monkeypatch.setattr(completion, "words", lambda: own)
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "openhelix").write_text(capsys.readouterr().out)
+
+    def completed(*typed: str) -> list[str]:
+        asked = f"""
+            source {tmp_path}/openhelix
+            compopt() {{ :; }}
+            COMP_WORDS=({" ".join(typed)} ) COMP_CWORD={len(typed) - 1}
+            _openhelix
+            printf '%s\\n' "${{COMPREPLY[@]}}"
+        """
+        done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert completed("openhelix", "sw") == ["sweep"]
+    assert completed("openhelix", "run", "--int") == ["--interactive"]
+    assert completed("openhelix", "run", "system2.h") == ["system2.hz="]
+    for shell in ("zsh", "fish"):
+        assert main(["completion", shell]) == 0
+        said = capsys.readouterr().out
+        assert "--interactive" in said and "Tell a running robot what to do." in said
+    assert main(["completion", "bsh"]) == 2
+    assert "did you mean 'bash'" in capsys.readouterr().err

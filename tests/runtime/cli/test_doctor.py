@@ -125,8 +125,9 @@ def test_what_to_install_is_shown_whole_and_fits_a_wheel(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "installed", lambda _: "")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor, "CHECKS", {"gpu": doctor.gpu, "viewer": doctor.viewer})
-    monkeypatch.setenv("COLUMNS", "200")
-    doctor.main([])
-    said = capsys.readouterr().out
-    assert "pip install 'openhelix[viewer]'" in said and "pip install 'openhelix[gpu]'" in said
-    assert "make setup" not in said
+    for columns in ("40", "80", "200"):  # a command is never broken: it is there to be copied
+        monkeypatch.setenv("COLUMNS", columns)
+        doctor.main([])
+        said = capsys.readouterr().out
+        assert "pip install 'openhelix[viewer]'" in said and "pip install 'openhelix[gpu]'" in said
+        assert "make setup" not in said

@@ -21,6 +21,10 @@ def observation(tick: int) -> Observation:
     return Observation(tick * PERIOD_NS, {"static": frame}, pose, 0.08, True, np.zeros(7))
 
 
+def tick_of(goals: Any, tick: int) -> LatentGoal | None:
+    return goals.update(observation(tick), tick * PERIOD_NS)
+
+
 class Channel:
     """Both halves of a channel, without a socket."""
 
@@ -40,13 +44,15 @@ class Channel:
         self.closed += 1
 
 
-def latent(instruction_id: int, seq: int = 0, spec: LatentSpec = LATENT) -> LatentGoal:
+def latent(
+    instruction_id: int, seq: int = 0, spec: LatentSpec = LATENT, t_obs_ns: int = 0
+) -> LatentGoal:
     z = np.zeros((1, 8), np.float32)
-    return LatentGoal(z, seq, instruction_id, 0, 0, spec.spec_id, compute_s=0.1)
+    return LatentGoal(z, seq, instruction_id, t_obs_ns, 0, spec.spec_id, compute_s=0.1)
 
 
 def wire_goals(channel: Channel, min_interval_ns: int = 1, memory: int = 1) -> WireGoals:
-    goals = WireGoals(channel, channel, "arm1", "static", min_interval_ns, memory)
+    goals = WireGoals(channel, channel, "arm1", "static", min_interval_ns, memory, max_age_s=1.0)
     goals.expect(LATENT)
     return goals
 
@@ -56,10 +62,10 @@ def test_images_go_out_at_most_as_often_as_wanted_and_at_once_for_a_new_instruct
     goals = wire_goals(channel, 10 * PERIOD_NS)
     goals.begin(1, "first")
     for tick in range(25):
-        goals.update(observation(tick))
+        tick_of(goals, tick)
     assert [m.t_obs_ns // PERIOD_NS for m in channel.sent] == [0, 10, 20]
     goals.begin(2, "second")
-    goals.update(observation(25))
+    tick_of(goals, 25)
     last = channel.sent[-1]
     assert (last.instruction, last.instruction_id, last.robot, last.seq) == ("second", 2, "arm1", 3)
 
@@ -72,15 +78,15 @@ def test_a_refused_latent_leaves_nothing_to_plan_from_until_another_is_understoo
     channel.waiting.extend(
         [latent(1), replace(latent(1, seq=1), understood=0.1, refused=True), latent(1, seq=2)]
     )
-    goals.update(observation(0))
+    tick_of(goals, 0)
     assert [g.seq for g in goals.recent] == [0] and not refused(goals)
-    goals.update(observation(1))
+    tick_of(goals, 1)
     assert not goals.recent and refused(goals) and goals.newest is not None
     assert (goals.newest.understood, goals.refusals, goals.received) == (0.1, 1, 2)
-    goals.update(observation(2))
+    tick_of(goals, 2)
     assert [g.seq for g in goals.recent] == [2] and not refused(goals)
     channel.waiting.append(replace(latent(1, seq=3), refused=True))
-    goals.update(observation(3))
+    tick_of(goals, 3)
     goals.begin(2, "lift it")
     assert not refused(goals)  # that was another instruction
 
@@ -90,7 +96,7 @@ def test_latents_for_another_instruction_are_void() -> None:
     goals = wire_goals(channel, memory=2)
     goals.begin(2, "now")
     channel.waiting.extend([latent(1), latent(2, seq=5), latent(2, seq=6), latent(2, seq=7)])
-    arrived = [goals.update(observation(t)) for t in range(4)]
+    arrived = [tick_of(goals, t) for t in range(4)]
     assert [a.seq if a else None for a in arrived] == [None, 5, 6, 7]
     assert [g.seq for g in goals.recent] == [6, 7]  # the newest two, newest last
     assert (goals.received, goals.void) == (3, 1)
@@ -107,27 +113,66 @@ def test_latents_of_another_model_are_counted_and_never_used() -> None:
     goals = wire_goals(channel)
     goals.begin(1, "now")
     channel.waiting.extend([latent(1), latent(1, spec=OTHER), latent(2, spec=OTHER), latent(1, 3)])
-    arrived = [goals.update(observation(t)) for t in range(4)]
+    arrived = [tick_of(goals, t) for t in range(4)]
     assert [a.seq if a else None for a in arrived] == [0, None, None, 3]
     assert (goals.received, goals.void, goals.mismatched) == (2, 0, 2)
     assert OTHER.spec_id in goals.mismatch and LATENT.spec_id in goals.mismatch
 
 
+@pytest.mark.parametrize(
+    ("t_obs_s", "refusal"),
+    [
+        (10.0, ""),
+        (9.1, ""),
+        (10.2, ""),  # a simulated frame is stamped with the time it is meant for
+        (10.3, "future"),
+        (3610.0, "future"),
+        (9.223372036854775807e9, "future"),
+        (8.9, "old"),
+        (-3590.0, "old"),
+    ],
+)
+def test_a_latent_of_another_time_is_refused_and_counted(t_obs_s: float, refusal: str) -> None:
+    channel = Channel()
+    goals = wire_goals(channel)
+    goals.begin(1, "now")
+    t_obs_ns = min(round(t_obs_s * 1e9), 2**63 - 1)
+    channel.waiting.append(latent(1, t_obs_ns=t_obs_ns))
+    arrived = goals.update(observation(300), 10 * 10**9)
+    assert (arrived is None) == bool(refusal) and len(goals.recent) == (not refusal)
+    assert dict(goals.mistimed) == ({refusal: 1} if refusal else {})
+
+
+def test_after_a_stop_only_what_was_seen_later_is_a_goal() -> None:
+    channel = Channel()
+    goals = wire_goals(channel, memory=2)
+    goals.begin(1, "now")
+    channel.waiting.append(latent(1, 0))
+    assert tick_of(goals, 0) is not None
+    goals.forget(2 * PERIOD_NS)
+    assert not goals.recent
+    channel.waiting.append(latent(1, 1, t_obs_ns=2 * PERIOD_NS))
+    channel.waiting.append(latent(1, 2, t_obs_ns=2 * PERIOD_NS + 1))
+    assert tick_of(goals, 3) is None and not goals.recent
+    assert tick_of(goals, 4) is not None and [g.seq for g in goals.recent] == [2]
+    assert dict(goals.mistimed) == {"before_stop": 1}
+
+
 def test_nothing_is_accepted_before_a_model_has_been_agreed_on() -> None:
     channel = Channel()
-    goals = WireGoals(channel, channel, "arm1", "static", 1)
+    goals = WireGoals(channel, channel, "arm1", "static", 1, max_age_s=1.0)
     goals.begin(1, "now")
     channel.waiting.append(latent(1))
-    assert goals.update(observation(0)) is None and goals.mismatched == 1
+    assert tick_of(goals, 0) is None and goals.mismatched == 1
 
 
 def test_lockstep_latents_of_swapped_weights_are_refused_when_they_arrive() -> None:
     engine = PointEngine()
     goals = LockstepGoals(engine, "static", 2, 1)
     goals.begin(1, "reach 0 0 0.5")
-    arrived = [goals.update(observation(0)), goals.update(observation(1))]
+    arrived = [tick_of(goals, 0), tick_of(goals, 1)]
     engine.spec = OTHER
-    arrived += [goals.update(observation(2)), goals.update(observation(3))]
+    arrived += [tick_of(goals, 2), tick_of(goals, 3)]
     assert [a.seq if a else None for a in arrived] == [None, 0, None, None]
     assert (goals.received, goals.mismatched) == (1, 1)
 
@@ -136,7 +181,7 @@ def test_before_the_first_instruction_an_earlier_runs_latents_are_void() -> None
     channel = Channel()
     goals = wire_goals(channel, PERIOD_NS)
     channel.waiting.append(latent(1))
-    assert goals.update(observation(0)) is None
+    assert tick_of(goals, 0) is None
     assert (goals.received, goals.void, len(channel.sent)) == (0, 1, 1)
     assert channel.sent[0].instruction == ""
 
@@ -149,14 +194,14 @@ def test_one_latent_is_kept_unless_more_are_asked_for() -> None:
     scheduled.begin(1, "reach 0 0 0.5")
     channel.waiting.extend([latent(1, seq=0), latent(1, seq=1)])
     for tick in range(2):
-        goals.update(observation(tick))
-        scheduled.update(observation(tick))
+        tick_of(goals, tick)
+        tick_of(scheduled, tick)
     assert [[g.seq for g in kept.recent] for kept in (goals, scheduled)] == [[1], [1]]
 
 
 def test_what_the_wire_lost_is_told_and_closing_closes_both_halves() -> None:
     sender, reader = Channel(), Channel()
-    goals = WireGoals(sender, reader, "arm1", "static", 1)
+    goals = WireGoals(sender, reader, "arm1", "static", 1, max_age_s=1.0)
     reader.gaps = 4
     assert goals.missed == 4
     goals.close()
@@ -170,7 +215,7 @@ def test_lockstep_arrivals_are_on_schedule(interval: int, latency: int) -> None:
     goals.begin(1, "reach 0 0 0.5")
     ages = []
     for tick in range(12):
-        goals.update(observation(tick))
+        tick_of(goals, tick)
         if goals.recent:
             ages.append(tick - goals.recent[-1].t_obs_ns // PERIOD_NS)
     assert len(ages) == 12 - latency
@@ -194,7 +239,7 @@ def test_lockstep_says_what_arrived_and_when_and_numbers_go_on() -> None:
     for instruction_id, ticks in ((1, 8), (2, 5)):
         goals.begin(instruction_id, "reach 0 0 0.5")
         for tick in range(ticks):
-            arrived = goals.update(observation(tick))
+            arrived = tick_of(goals, tick)
             assert arrived is None or arrived is goals.recent[-1]
             if arrived is not None:
                 told.append(
@@ -212,8 +257,8 @@ def test_lockstep_latents_on_the_way_are_void_for_the_next_instruction() -> None
     goals = LockstepGoals(PointEngine(), "static", 2, 3)
     goals.begin(1, "reach 0 0 0.5")
     for tick in range(3):
-        goals.update(observation(tick))  # two are on the way
+        tick_of(goals, tick)  # two are on the way
     goals.begin(2, "reach 0.1 0 0.5")
-    arrived = [goals.update(observation(tick)) for tick in range(3, 7)]
+    arrived = [tick_of(goals, tick) for tick in range(3, 7)]
     assert [a.instruction_id if a else None for a in arrived] == [None, None, None, 2]
     assert goals.void == 0  # never sent: there is nothing to count

@@ -10,11 +10,13 @@ import pytest
 
 from openhelix.runtime.control.assembly import ControlStack, build_stack, lockstep_goals, replan_ns
 from openhelix.runtime.control.episodes import Assignment
+from openhelix.runtime.control.goals import WireGoals
 from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import RunConfig, load
 from openhelix.runtime.core.interfaces import (
     CameraSpec,
+    LatentGoal,
     LatentSpec,
     PartFailed,
     PolicyFault,
@@ -191,6 +193,76 @@ def test_latents_of_swapped_weights_stop_the_arm_and_end_the_run() -> None:
     assert stack.loop.stopped and stack.loop.ticks == 8  # asked for at the sixth, 2 ticks away
     assert stack.loop.safety.stops == {"latent_mismatch": 1}
     assert stack.loop.goals is not None and stack.loop.goals.mismatched == 1
+
+
+class Mailbox:
+    """Both ends of System 2's channels, filled by the test."""
+
+    def __init__(self) -> None:
+        self.latents: list[LatentGoal] = []
+        self.gaps = self.sent = self.dropped = 0
+        self.stats = None
+
+    def send(self, request: Any) -> None:
+        self.sent += 1
+
+    def poll(self) -> LatentGoal | None:
+        return self.latents.pop(0) if self.latents else None
+
+    def close(self) -> None: ...
+
+
+def test_after_a_stop_the_old_goal_is_dead() -> None:
+    limits = ("safety.latent_max_age_s=2.5", "safety.latent_grace_s=0.5", "control.hz=30")
+    config = load(None, ["control.clock=lockstep", "tasks.steps_limit=10000", *limits])
+    clock, mail = FakeClock(), Mailbox()
+    arm = FakeRobot(clock=clock, lag_s=0.02)
+    arm.connect()
+    policy = ReachPolicy(cameras=[CameraSpec("static", 200, 200)], speed_m=0.001)
+    goals = WireGoals(mail, mail, "r", "static", 1, max_age_s=2.5)
+    goals.expect(LATENT)
+    stack = build_stack(config, arm, policy.spec, SyncPlanner(policy, 1), goals, clock)
+    left, right = (-0.3, -0.2, 0.6), (0.3, -0.2, 0.6)
+    said: list[tuple[str, float]] = []  # of every tick: the state, and the way the target goes
+
+    def latent(place: tuple[float, float, float], age_s: float) -> LatentGoal:
+        z = np.zeros((1, 8), np.float32)
+        z[0, :3] = place
+        return LatentGoal(z, 0, 1, clock.now_ns() - round(age_s * 1e9), 0, LATENT.spec_id)
+
+    def look(tick: Any) -> None:
+        said.append((tick.state, float(tick.sent.pose[0])))
+        states = [state for state, _ in said]
+        if tick.index < 30:
+            mail.latents.append(latent(left, 0.1))
+        elif states[-1] == "stop" and states.count("stop") == 5:
+            mail.latents.append(latent(left, 1.0))  # System 2 hung with an image of before
+        elif states[-1] == "stop" and states.count("stop") == 10:
+            mail.latents.append(latent(right, 0.0))
+
+    stack.loop.subscribers.append(look)
+    stack.loop.arm()
+    stop_at = 30 * 6
+    stack.episode_runner.run([Assignment("", "reach 0 0 0.5")], lambda: stack.loop.ticks > stop_at)
+    states = [state for state, _ in said]
+    first, last = states.index("stop"), len(states) - 1 - states[::-1].index("stop")
+    assert last - first == 9 and states[first : last + 1] == ["stop"] * 10
+    assert dict(goals.mistimed) == {"before_stop": 1}
+    assert states[last + 1 :] and set(states[last + 1 :]) <= {"wait", "run"}
+    before, after = (np.array([x for _, x in rows]) for rows in (said[:first], said[last + 1 :]))
+    assert (np.diff(before[2:]) <= 0).all() and before[-1] < before[0] - 0.02
+    assert (np.diff(after) >= 0).all() and after[-1] > after[0] + 0.02
+
+
+def test_system2s_camera_is_watched_though_the_policy_looks_through_another() -> None:
+    policy = ReachPolicy(cameras=[CameraSpec("gripper", 84, 84)])
+    stack = make(policy=policy)
+    assert stack.loop.watchdog.cameras == ("gripper", "static")
+    arm = stack.loop.robot
+    assert isinstance(arm, FakeRobot)
+    arm.freeze_camera("static", "pixels")
+    results = stack.episode_runner.run([Assignment("", "reach 0.5 0.3 0.9")], lambda: False)
+    assert results[0].reason == "safe stop: camera frozen (static)"
 
 
 def test_an_instruction_that_is_not_understood_moves_nothing_and_the_next_one_does() -> None:

@@ -290,7 +290,30 @@ def test_one_changed_pixel_off_the_sparse_sample_is_life():
     for i in range(30):
         t = i * S // 30
         alive(dog, t)
-        dog.saw_frame("static", frame(t, change=i % 2), tcp(i * 0.01), t)
+        dog.saw_frame("static", frame(t, change=i), tcp(i * 0.01), t)
+        assert dog.check(t) is None
+
+
+@pytest.mark.parametrize("pictures", [2, 3, 8])
+def test_a_few_pictures_in_turn_while_the_arm_moves_are_a_frozen_camera(pictures):
+    dog = watched()
+    stops = []
+    for i in range(30):
+        t = i * S // 30
+        alive(dog, t)
+        dog.saw_frame("static", frame(t, seed=i % pictures), tcp(i * 0.01), t)
+        stops.append(dog.check(t))
+    assert stops[pictures] is None
+    assert stops[-1].reason == "camera_frozen"
+
+
+def test_an_arm_that_goes_to_and_fro_looks_the_same_at_the_same_place():
+    dog = watched()
+    for i in range(90):
+        t = i * S // 30
+        alive(dog, t)
+        place = (0, 1, 2, 1)[i % 4]
+        dog.saw_frame("static", frame(t, seed=place), tcp(place * 0.1), t)
         assert dog.check(t) is None
 
 

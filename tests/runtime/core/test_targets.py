@@ -6,9 +6,16 @@ import sys
 
 import pytest
 
-from openhelix.runtime.core.config import ConfigError, EnginePart, Part
+from openhelix.runtime.core import targets
+from openhelix.runtime.core.config import ConfigError, EnginePart, Part, PolicyPart
 from openhelix.runtime.core.plugins import ResolveError
-from openhelix.runtime.core.targets import check_part, signature_of
+from openhelix.runtime.core.targets import (
+    SHIPPED,
+    check_part,
+    fingerprint,
+    signature_of,
+    written_spec,
+)
 
 MODULE = """
 from dataclasses import dataclass
@@ -85,3 +92,54 @@ def test_options_of_an_engine_are_known_through_its_base() -> None:
     with pytest.raises(ConfigError, match="did you mean 'model'"):
         check_part("system2.engine", EnginePart(options={"modle": "laptop"}))
     assert "openhelix.system2.engines.base" not in set(sys.modules) - before
+
+
+# What is in a checkpoint --------------------------------------------------------------------------
+
+
+def test_what_a_policy_expects_is_read_beside_its_weights(tmp_path) -> None:
+    shipped = written_spec(PolicyPart())
+    assert [camera.name for camera in shipped.cameras] == ["static", "gripper"]
+    assert shipped.latent is not None and shipped.action.hz == 30.0
+    (tmp_path / "spec.json").write_text((SHIPPED["system1"] / "spec.json").read_text())
+    mine = Part(target="mine:Policy", options={"path": str(tmp_path)})
+    assert written_spec(mine) == shipped
+    # Nothing is known of what has no file, or is no checkpoint at all.
+    assert written_spec(Part(target="mine:Policy", options={"path": "/nowhere"})) is None
+    assert written_spec(Part(target="mine:Policy")) is None
+    assert written_spec(PolicyPart(options={"untrained": True})) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "why"),
+    [(None, "holds no checkpoint"), ("{", "spec.json"), ("{}", "KeyError"), ("[]", "TypeError")],
+)
+def test_a_folder_without_a_checkpoint_is_refused_before_it_is_loaded(
+    tmp_path, written, why
+) -> None:
+    if written is not None:
+        (tmp_path / "spec.json").write_text(written)
+    with pytest.raises(ConfigError, match=f"system1.policy.options.path: .*{why}") as caught:
+        written_spec(PolicyPart(options={"path": str(tmp_path)}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fingerprint_is_of_names_and_contents(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "w").write_bytes(b"1" * 100)
+    first = fingerprint(folder)
+    assert first == fingerprint(folder) and len(first) == 12
+    (folder / "w").write_bytes(b"1" * 99 + b"2")
+    second = fingerprint(folder)
+    (folder / "w").rename(folder / "v")
+    assert len({first, second, fingerprint(folder), fingerprint(folder / "v")}) == 4
+    assert fingerprint(tmp_path / "none") is None
+    # Of a large file the ends count.
+    monkeypatch.setattr(targets, "WHOLE_BYTES", 50)
+    monkeypatch.setattr(targets, "ENDS_BYTES", 10)
+    large = fingerprint(folder)
+    (folder / "v").write_bytes(b"1" * 50 + b"x" + b"1" * 48 + b"2")
+    assert fingerprint(folder) == large
+    (folder / "v").write_bytes(b"1" * 99 + b"3")
+    assert fingerprint(folder) != large

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
-from openhelix.runtime.launch.graph import CHANNELS, NODES, Endpoints, Graph, stays
+from openhelix.runtime.launch import graph
+from openhelix.runtime.launch.graph import (
+    CHANNELS,
+    NODES,
+    Endpoints,
+    Graph,
+    stays,
+    with_free_ports,
+)
 from openhelix.runtime.transport.sockets import BindRefused, ConnectRefused
 
 CLUSTER = ("ray_address=auto", "transport.keys=~/keys")
@@ -41,7 +52,8 @@ def test_ports_never_meet(tmp_path: Path) -> None:
     ends = Endpoints.of(config(*CLUSTER, "transport.host=10.0.0.1"), tmp_path)
     addresses = [*ends.channels.values(), *ends.control.values()]
     assert len(set(addresses)) == len(addresses)
-    assert not any(stays(config("transport.host=10.0.0.1"), name) for name in NODES)
+    run = config("transport.host=10.0.0.1")
+    assert [name for name in NODES if stays(run, name)] == ["control", "observer"]
 
 
 def test_a_shared_system2_replaces_the_own_one(tmp_path: Path) -> None:
@@ -77,3 +89,51 @@ def test_without_keys_no_run_listens_to_others_or_trusts_a_system2_elsewhere(
         Graph(config("system2.connect=tcp://10.0.0.2:5800"), job, tmp_path)
     with pytest.raises(BindRefused, match="refusing to bind beyond this host"):
         Graph(config("transport.host=0.0.0.0"), job, tmp_path)
+
+
+# Ports -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """The third of five ports in a row that nobody else has."""
+    for first in range(21_000, 29_000, 10):
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + 10):
+                    probe = stack.enter_context(socket.socket())
+                    probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        with socket.socket() as mine:
+            mine.bind(("127.0.0.1", first + 2))
+            mine.listen()
+            yield first
+            return
+    raise AssertionError("no ports are free")
+
+
+def test_a_second_run_takes_the_next_free_ports_and_says_so(
+    taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "METRICS_PARTS", ("a", "b", "c"))
+    plain = config()
+    unasked = plain.output.model_copy(update={"metrics_port": taken})
+    unasked.model_fields_set.discard("metrics_port")  # as if it were the default
+    found, told = with_free_ports(plain.model_copy(update={"output": unasked}))
+    assert found.output.metrics_port is not None and found.output.metrics_port >= taken + 10
+    assert f"{taken} is in use" in told and str(found.output.metrics_port) in told
+    assert with_free_ports(found) == (found, "")
+
+
+def test_a_port_that_was_asked_for_is_not_exchanged_for_another(taken: int) -> None:
+    with pytest.raises(ConfigError, match=rf"output.metrics_port: {taken} .* in use; \d+ is free"):
+        with_free_ports(config(f"output.metrics_port={taken}"))
+    for port in ("0", "null"):
+        assert with_free_ports(config(f"output.metrics_port={port}"))[1] == ""
+
+
+def test_taken_ports_of_the_processes_are_told_before_anything_starts(taken: int) -> None:
+    words = ("transport.host=127.0.0.1", f"transport.base_port={taken}", "output.metrics_port=0")
+    with pytest.raises(ConfigError, match=rf"transport.base_port: {taken} at 127.0.0.1 is in use"):
+        with_free_ports(config(*words))

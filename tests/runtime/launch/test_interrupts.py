@@ -24,13 +24,37 @@ def test_each_sets_the_event_and_is_given_back(number: signal.Signals) -> None:
     assert [signal.getsignal(n) for n in NUMBERS] == before
 
 
-def test_a_second_ctrl_c_ends_at_once_another_sigterm_does_not() -> None:
+def test_what_is_ended_in_order_is_not_disturbed_by_more_signals() -> None:
     with interruptible() as interrupts:
-        raise_here(signal.SIGTERM)
-        assert interrupts.wait(5.0)
-        raise_here(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGHUP):
+            raise_here(number)
+        assert interrupts.wait(5.0) and interrupts.heard == 4
+
+
+@pytest.mark.parametrize("patience", [0, 1, 2])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_signal_beyond_the_patience_raises(number: signal.Signals, patience: int) -> None:
+    with interruptible() as interrupts:
+        with interrupts.patience(patience):
+            for _ in range(patience):
+                raise_here(number)
+            with pytest.raises(KeyboardInterrupt):
+                raise_here(number)
+        raise_here(number)  # and outside none does
+        with pytest.raises(KeyboardInterrupt), interrupts.patience(patience):
+            raise AssertionError("it had come before")
+        with interrupts.patience(interrupts.heard):
+            assert interrupts.is_set()
+
+
+def test_within_another_block_it_is_the_same_event() -> None:
+    with interruptible() as outer:
+        with interruptible() as inner:
+            assert inner is outer
             raise_here(signal.SIGINT)
+        assert outer.wait(5.0)
+        raise_here(signal.SIGINT)  # the outer block's still
+    assert not isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), Interrupts)
 
 
 def test_signals_are_taken_back_from_a_library() -> None:

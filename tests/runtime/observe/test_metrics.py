@@ -82,13 +82,16 @@ def served():
 def make_loop(clock):
     return SimpleNamespace(
         planner=SimpleNamespace(latencies_s=deque(maxlen=8), failures=2),
-        goals=SimpleNamespace(received=5, void=1, missed=3, mismatched=4),
+        goals=SimpleNamespace(
+            received=5, void=1, missed=3, mismatched=4, mistimed=Counter(old=6), refusals=6
+        ),
         chunks=ChunkBuffer(),
         safety=SafetyState(),
         watchdog=Watchdog(SafetyLimits(), cameras=("static",)),
         clock=clock,
         period_ns=33_333_333,
         instruction_id=2,
+        understood=0.75,
     )
 
 
@@ -184,6 +187,10 @@ def test_the_loop_on_a_scrape(served):
     assert value("latent_delay_seconds_sum") == pytest.approx(0.4, abs=0.05)
     assert value("latents_missed_total") == 3
     assert value("latents_mismatched_total") == 4
+    assert value("latents_refused_total") == 6
+    assert value("instruction_understood") == 0.75
+    assert value("latents_mistimed_total", reason="old") == 6
+    assert value("latents_mistimed_total", reason="future") == 0
     assert value("safety_stops_total", reason="latent_mismatch") == 0  # from the start
     assert value("chunks_total", outcome="accepted") == value("chunks_used_total") == 1
     assert value("chunk_rows_total", fate="consumed") == 1

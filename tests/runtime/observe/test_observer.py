@@ -11,14 +11,17 @@ import pytest
 
 from openhelix.runtime.core.config import load
 from openhelix.runtime.launch import run as launch
+from openhelix.runtime.launch.node import Interrupts
 from openhelix.runtime.observe import observer as module
-from openhelix.runtime.observe.observer import TOPIC, EveryReader, ObserverProcess, TickPublisher
+from openhelix.runtime.observe.observer import ObserverProcess
 from openhelix.runtime.observe.recorder import FILE_NAME, Reader
+from openhelix.runtime.observe.ticks import TOPIC, EveryReader, TickMessage, TickPublisher
 from openhelix.runtime.transport.rpc import RpcError, RpcTimeout
 from openhelix.runtime.transport.wire import Publisher
 from tests.runtime.ticks import ticks
 
-RUNNER = SimpleNamespace(current=None, results=[], steps=0, succeeded=0)
+QUIET = SimpleNamespace(since=lambda _: ())
+RUNNER = SimpleNamespace(current=None, results=[], steps=0, succeeded=0, journal=QUIET)
 
 
 class Ticks:
@@ -48,7 +51,7 @@ def test_a_publisher_knows_when_somebody_hears_it(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/ticks"
     with Ticks(endpoint) as sender:
         assert not sender.publisher.await_reader(0.05)
-        reader = EveryReader(endpoint, TOPIC, module.TickMessage)
+        reader = EveryReader(endpoint, TOPIC, TickMessage)
         join(sender, reader)
         assert sender.publisher.await_reader(0.0)  # and remembers it
         for tick in ticks(3):
@@ -67,7 +70,7 @@ def test_what_was_sent_before_anybody_heard_is_counted(tmp_path: Path) -> None:
         run = ticks(5)
         for tick in run[:2]:
             sender.send(tick)
-        reader = EveryReader(endpoint, TOPIC, module.TickMessage)
+        reader = EveryReader(endpoint, TOPIC, TickMessage)
         join(sender, reader)
         for tick in run[2:]:
             sender.send(tick)
@@ -85,6 +88,7 @@ def test_a_recording_that_lacks_ticks_says_how_many(
 ) -> None:
     monkeypatch.setattr(module, "LATE_S", 0.2)
     words = ("output.record=true", "output.video=false", "output.metrics_port=null")
+    words += ("output.track=false",)
     config = load(None, words).model_dump(mode="json")
     endpoint = f"ipc://{tmp_path}/ticks"
     observer = ObserverProcess(config, endpoint, ("static", "gripper"), str(tmp_path))
@@ -99,7 +103,7 @@ def test_a_recording_that_lacks_ticks_says_how_many(
             sender.publisher._seq = first  # as if the others had been sent, to nobody
             for tick in run[first:last]:
                 sender.send(tick)
-            summary = observer.handlers()["finish"]({"ticks": total})
+            summary = observer.handlers()["finish"]({"told": total})
     finally:
         stop.set()
         thread.join(60.0)
@@ -139,6 +143,6 @@ class Heard:
 
 def test_an_observer_that_dies_while_it_finishes_costs_its_files_and_not_the_report() -> None:
     display = Heard()
-    assert launch._finish(Asked(), display, 9) is None  # type: ignore[arg-type]
-    assert display.lines == ["observer: no answer to 'finish'; video and recording are incomplete"]
+    assert launch._finish(Asked(), display, Interrupts(), 9) is None  # type: ignore[arg-type]
+    assert display.lines == ["observer: was not waited for; video and recording may be incomplete"]
     assert issubclass(RpcTimeout, RpcError)

@@ -23,17 +23,24 @@ from mcap.records import Chunk
 from mcap.writer import CompressionType, Writer
 from mcap_protobuf.decoder import DecoderFactory
 
+from openhelix.runtime.control.talk import Entry
 from openhelix.runtime.core.config import ConfigError, RunConfig
 from openhelix.runtime.core.interfaces import PartFailed
 from openhelix.runtime.observe import recorder as module
-from openhelix.runtime.observe.recorder import Reader, Recorder, RecordingError, replay
-from tests.runtime.ticks import chunk_for, ticks
+from openhelix.runtime.observe.recorder import (
+    Reader,
+    Recorder,
+    RecordingError,
+    playback,
+    replay,
+)
+from tests.runtime.ticks import chunk_for, ticks, told
 
 
 def record(path, run, **options):
     recorder = Recorder(path, lossless=True, **options)
-    for tick in run:
-        recorder(tick)
+    for message in told(run):
+        recorder(message)
     return recorder.close()
 
 
@@ -87,6 +94,32 @@ def test_numbers_come_back_to_the_last_bit(tmp_path_factory, z, joint):
     np.testing.assert_array_equal(found["/observation"][0].joints, [want, 0.1])
 
 
+def test_a_track_is_the_run_without_its_images_and_plays_back_as_it_was_told(tmp_path):
+    run = ticks(20)
+    visual = np.linspace(0.0, 1.0, 36)
+    happened = [Entry(1, 5, "begun", "open the drawer"), Entry(2, 9, "seen", task="open_drawer")]
+    sent = told(run, "open_drawer", visual=visual, entries={1: happened[:1], 12: happened[1:]})
+    for name, images in (("recording.mcap", True), ("track.mcap", False)):
+        recorder = Recorder(tmp_path / name, images=images, lossless=True)
+        for message in sent:
+            recorder(message)
+        assert recorder.close()["complete"]
+    for source, cameras in ((tmp_path, {"static", "gripper"}), (tmp_path / "track.mcap", set())):
+        played = list(playback(source))
+        assert [m.tick.index for m in played] == [m.tick.index for m in sent]
+        for back, message in zip(played, sent, strict=True):
+            assert back.entries == message.entries
+            assert (back.task, back.instruction, back.steps) == (
+                message.task,
+                message.instruction,
+                message.steps,
+            )
+            np.testing.assert_array_equal(back.visual, visual)
+            np.testing.assert_array_equal(back.tick.sent.pose, message.tick.sent.pose)
+            assert (back.tick.new_chunk is None) == (message.tick.new_chunk is None)
+            assert set(back.tick.observation.frames) == cameras
+
+
 def test_a_camera_without_depth(tmp_path):
     (tick,) = ticks(1)
     frame = replace(tick.observation.frames["static"], depth=None)
@@ -125,8 +158,11 @@ def test_each_camera_frame_is_written_once(tmp_path):
 
 def test_what_the_robot_was_told_is_there_once_each(tmp_path):
     run = ticks(20, instruction_ids=2)
-    told = iter([("open_drawer", "open the drawer")] * 10 + [("", "now close it")] * 10)
-    record(tmp_path / "r.mcap", run, told=lambda: next(told))
+    recorder = Recorder(tmp_path / "r.mcap", lossless=True)
+    for i, message in enumerate(told(run)):
+        task, text = ("open_drawer", "open the drawer") if i < 10 else ("", "now close it")
+        recorder(replace(message, task=task, instruction=text))
+    recorder.close()
     found = [m for m in Reader(tmp_path / "r.mcap") if m.topic == "/instruction"]
     assert [m.t_ns for m in found] == [run[0].t_ns, run[10].t_ns]
     assert [(m.message.instruction_id, m.message.task, m.message.text) for m in found] == [
@@ -141,8 +177,8 @@ def test_a_recorder_that_cannot_keep_up_drops_counts_and_says_incomplete(tmp_pat
     gate = threading.Event()
     put = recorder._writer.put
     recorder._writer.put = lambda *words: (gate.wait(10), put(*words))
-    for tick in ticks(20):
-        recorder(tick)
+    for message in told(ticks(20)):
+        recorder(message)
     gate.set()
     summary = recorder.close()
     assert summary["dropped"] >= 17
@@ -174,12 +210,12 @@ FULL = """
 import json, resource, sys
 from pathlib import Path
 from openhelix.runtime.observe.recorder import Recorder
-from tests.runtime.ticks import ticks
+from tests.runtime.ticks import ticks, told
 limit = int(sys.argv[2])
 recorder = Recorder(Path(sys.argv[1]), lossless=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-for tick in ticks(60, camera_every=1, noise=True):
-    recorder(tick)
+for message in told(ticks(60, camera_every=1, noise=True)):
+    recorder(message)
 print(json.dumps([recorder.close(), recorder.written, recorder.dropped]))
 """
 
@@ -204,16 +240,16 @@ def test_what_a_disk_refuses_later_is_not_counted_as_written(tmp_path, limit):
 
 def test_ticks_that_never_came_make_a_recording_incomplete(tmp_path):
     run = ticks(30)
-    for kept, ticks_in_all, missed in (
-        (run[2:], 30, 2),  # the recorder joined late
-        (run[:10] + run[13:], 30, 3),
-        (run[:25], 30, 5),  # the last ones are lost on the way
-        (run, 30, 0),
+    for kept, after, missed in (
+        (run[2:], 0, 2),  # the recorder joined late
+        (run[:10] + run[13:], 0, 3),
+        (run[:25], 5, 5),  # the last ones are lost on the way
+        ([*run, run[-1]], 0, 0),  # the last tick again, with what happened after it
     ):
         recorder = Recorder(tmp_path / f"{missed}.mcap", lossless=True)
-        for tick in kept:
-            recorder(tick)
-        summary = recorder.close(ticks=ticks_in_all)
+        for message in told(kept):
+            recorder(message)
+        summary = recorder.close(missed=after)
         assert summary["missed"] == missed
         assert summary["complete"] == (missed == 0)
         assert Reader(tmp_path / f"{missed}.mcap").complete == (missed == 0)
@@ -284,10 +320,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from openhelix.runtime.observe.recorder import Recorder
-from tests.runtime.ticks import ticks
+from tests.runtime.ticks import ticks, told
 recorder = Recorder(Path(sys.argv[1]), {"config": {"seed": 3}}, lossless=True)
-for tick in ticks(60, camera_every=1):
-    recorder(tick)
+for message in told(ticks(60, camera_every=1)):
+    recorder(message)
 while recorder.queued or recorder.written < 60:
     pass
 os.kill(os.getpid(), signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.control.talk import Entry
 from openhelix.runtime.core.config import load
 from openhelix.runtime.core.interfaces import (
     Action,
@@ -20,7 +22,7 @@ from openhelix.runtime.core.interfaces import (
     LatentGoal,
     Observation,
 )
-from openhelix.runtime.observe.observer import MAX_SIDE_PX, StatusBoard, TickMessage
+from openhelix.runtime.observe.observer import MAX_SIDE_PX, SHOWN_ENTRIES, StatusBoard
 from openhelix.runtime.observe.status_source import (
     RECORD,
     NoRun,
@@ -28,6 +30,7 @@ from openhelix.runtime.observe.status_source import (
     StatusRecord,
     newest_run,
 )
+from openhelix.runtime.observe.ticks import TickMessage
 from openhelix.runtime.transport.rpc import RpcServer
 
 S = 1_000_000_000
@@ -125,6 +128,34 @@ def test_large_images_are_thinned_and_absent_ones_are_nothing() -> None:
     assert max(big["rgb"].shape) <= MAX_SIDE_PX and big["rgb"].flags.c_contiguous
     assert small["rgb"].shape == (20, 20, 3) and small["t_ns"] == 8
     assert board.frame("none") == {}
+
+
+def test_what_happened_and_the_plan_in_the_images_are_shown() -> None:
+    here = Here()
+    board = StatusBoard(load(None, ["system1.replan_steps=1"]), here)
+    ahead = np.tile(POSE, (4, 1))
+    ahead[:, 0] = np.linspace(-0.25, 0.25, 4)  # 1 m before a camera of 1 m focal width
+    K = np.array([[20.0, 0, 10], [0, 20, 10], [0, 0, 1]])
+    looks_down = np.diag([1.0, -1.0, -1.0, 1.0])
+    looks_down[2, 3] = 1.5
+    seen = replace(frame(5 * S), K=K, T_world_cam=looks_down)
+    told = [Entry(i, i * S, "said", str(i), who="anna") for i in range(1, 60)]
+    made = message(1, 60 * S, new_chunk=replace(CHUNK, poses=ahead, instruction_id=0))
+    board.take(replace(made, entries=tuple(told)), {"static": seen})
+    here.ns += S // 2
+    status = board.snapshot()
+    committed, rest = status["cameras"]["static"]["plan"]
+    np.testing.assert_allclose(committed[0], [0.25, 0.5], atol=1e-3)
+    np.testing.assert_allclose(rest[-1], [0.75, 0.5], atol=1e-3)
+    assert len(status["entries"]) == SHOWN_ENTRIES
+    assert status["entries"][-1]["line"] == "anna: 59"
+    assert status["entries"][-1]["ago_s"] == pytest.approx(1.5)
+    assert [e["number"] for e in board.journal(57)["entries"]] == [58, 59]
+    later = message(2, 61 * S)
+    moved = replace(later.tick.observation, instruction_id=1)
+    board.take(replace(later, tick=replace(later.tick, observation=moved)), {"static": seen})
+    assert board.snapshot()["cameras"]["static"]["plan"] == []  # of another instruction
+    json.dumps(status)
 
 
 def record(folder: Path, **changes: Any) -> StatusRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from openhelix.runtime.core.config import checked_sentence
 from openhelix.runtime.observe import status_server
 from openhelix.runtime.observe.status_server import HEADERS, StatusServer, host_name, is_loopback
 from openhelix.runtime.observe.status_source import NoRun
@@ -32,7 +34,7 @@ class FakeSource:
 
     def __init__(self) -> None:
         self.token: str | None = TOKEN
-        self.asked, self.stops = 0, []
+        self.asked, self.stops, self.said = 0, [], []
         self.alive = True
         self.t_ns = 1
 
@@ -46,6 +48,17 @@ class FakeSource:
         if camera != "static":
             return {}
         return {"t_ns": self.t_ns, "rgb": np.full((20, 30, 3), (200, 10, 10), np.uint8)}
+
+    def fleet(self) -> dict[str, Any]:
+        self.asked += 1
+        return {"runs": [{"run": "run-0001", "robot": "arm"}], "system2": None}
+
+    def say(self, text: Any, who: str) -> dict[str, Any]:
+        sentence = checked_sentence(text, "say")
+        if not self.alive:
+            raise NoRun("arm: does not answer")
+        self.said.append((sentence, who))
+        return {"said": 1, "text": sentence, "word": "", "replaces": "", "replaces_who": ""}
 
     def stop(self, who: str) -> None:
         if not self.alive:
@@ -69,9 +82,11 @@ def serve(
         url = (await server.start()).replace("0.0.0.0", "127.0.0.1")
         async with aiohttp.ClientSession() as session:
 
-            async def ask(path: str, method: str = "GET", **headers: str) -> Answer:
+            async def ask(
+                path: str, method: str = "GET", body: bytes | None = None, **headers: str
+            ) -> Answer:
                 named = {name.replace("_", "-"): value for name, value in headers.items()}
-                async with session.request(method, url + path, headers=named) as answer:
+                async with session.request(method, url + path, headers=named, data=body) as answer:
                     return answer.status, answer.headers, await answer.read()
 
             await talk(ask)
@@ -169,6 +184,67 @@ def test_with_the_token_a_post_stops_the_robot_and_nothing_else_does() -> None:
     assert source.stops == ["status page, 127.0.0.1"]
 
 
+def test_with_the_token_a_post_talks_to_the_robot_and_without_it_nothing_does() -> None:
+    source = FakeSource()
+    body = json.dumps({"text": " open  the drawer "}).encode()
+
+    async def talk(ask: Ask) -> None:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Cookie": f"token={TOKEN}"}):
+            assert (await ask("api/say", "POST", body, **headers))[0] == 401
+        assert (await ask("api/say", "GET", **BEARER))[0] == 405
+        assert source.said == []
+        status, _, told = await ask("api/say", "POST", body, **BEARER)
+        assert status == 200 and json.loads(told)["text"] == "open the drawer"
+        named = json.dumps({"text": "stop", "who": "anna"}).encode()
+        assert (await ask("api/say", "POST", named, **BEARER))[0] == 200
+        source.alive = False
+        assert (await ask("api/say", "POST", body, **BEARER))[0] == 503
+
+    serve(source, talk)
+    assert source.said == [
+        ("open the drawer", "status page, 127.0.0.1"),
+        ("stop", "anna, 127.0.0.1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected", "why"),
+    [
+        (b"", 400, "not JSON"),
+        (b"\xff", 400, "not JSON"),
+        (b"[]", 400, "expected a sentence"),
+        (b"{}", 400, "expected a sentence"),
+        (b'{"text": 7}', 400, "expected a sentence"),
+        (b'{"text": ""}', 400, "is empty"),
+        (b'{"text": "a\\u0007b"}', 400, "control character"),
+        (json.dumps({"text": "x" * 10_000}).encode(), 400, "10000 characters; at most 500"),
+        (json.dumps({"text": "x" * 100_000}).encode(), 413, ""),
+    ],
+)
+def test_what_is_no_sentence_is_told_in_one_line(body: bytes, expected: int, why: str) -> None:
+    source = FakeSource()
+
+    async def talk(ask: Ask) -> None:
+        status, _, told = await ask("api/say", "POST", body, **BEARER)
+        error = json.loads(told)["error"]
+        assert status == expected and why in error and "\n" not in error
+
+    serve(source, talk)
+    assert source.said == []
+
+
+def test_all_robots_are_asked_once_for_many_pages() -> None:
+    source = FakeSource()
+
+    async def talk(ask: Ask) -> None:
+        answers = await asyncio.gather(*(ask("api/fleet") for _ in range(10)))
+        assert {status for status, _, _ in answers} == {200}
+        assert json.loads(answers[0][2])["runs"][0]["robot"] == "arm"
+
+    serve(source, talk)
+    assert source.asked == 1
+
+
 @pytest.mark.parametrize(
     ("headers", "expected"),
     [
@@ -189,11 +265,13 @@ def test_a_foreign_page_may_neither_read_nor_stop(headers: dict[str, str], expec
         assert (await ask("api/camera/static", **headers))[0] == expected
         # Even a page that had got hold of the token.
         assert (await ask("api/stop", "POST", **headers, **BEARER))[0] == expected
+        body = b'{"text": "open the drawer"}'
+        assert (await ask("api/say", "POST", body, **headers, **BEARER))[0] == expected
         preflight = await ask("api/stop", "OPTIONS", **headers)
         assert preflight[0] >= 400 and "Access-Control-Allow-Origin" not in preflight[1]
 
     serve(source, talk)
-    assert source.stops == [] and source.asked == 0
+    assert source.stops == [] and source.said == [] and source.asked == 0
 
 
 def test_beyond_loopback_reading_needs_the_token_too() -> None:

@@ -8,7 +8,13 @@ import pytest
 from openhelix.runtime.control.assembly import build_stack
 from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
-from openhelix.runtime.core.config import ConfigError, RunConfig
+from openhelix.runtime.core.config import (
+    ConfigError,
+    RunConfig,
+    StaticCamera,
+    WorldConfig,
+    validate,
+)
 from openhelix.runtime.core.interfaces import Action, ActionChunk, PolicySpec
 from openhelix.runtime.robots.base import RobotError, make_robot, world_options
 from openhelix.runtime.robots.env import EnvRobot
@@ -164,19 +170,22 @@ def test_a_loop_does_not_watch_frames_that_are_drawn_on_demand():
 
 @pytest.mark.parametrize("name", ["calvin", "playtable"])
 def test_a_world_gets_the_scene_and_the_cameras_of_the_run(name):
-    options = world_options(name, {"clock": FakeClock(7)}, "A", ("static",))
+    world = WorldConfig(scene="A", cameras=("static",), seed=5)
+    options = world_options(name, {"clock": FakeClock(7)}, world)
     robot = make_robot(name, **options)
     assert [camera.name for camera in robot.spec.cameras] == ["static"]
     assert options["scene"] == "A"
-    assert world_options(name, {"scene": "A", "cameras": ["static"]}, "A", ("static",))
+    assert options.get("seed") == (5 if name == "playtable" else None)
+    assert world_options(name, {"scene": "A", "cameras": ["static"]}, world)
     for field, value in (("scene", "B"), ("cameras", ["gripper"])):
         with pytest.raises(ConfigError, match=rf"robot\.options\.{field}: .*world\.{field}"):
-            world_options(name, {field: value}, "A", ("static",))
+            world_options(name, {field: value}, world)
 
 
 def test_a_robot_without_scenes_keeps_its_own_cameras():
     options = {"cameras": {"wrist": (10, 20)}}
-    assert world_options("fake", options, "A", ("static",)) == options
+    world = WorldConfig(scene="A", cameras=("static",))
+    assert world_options("fake", options, world) == options
 
 
 class Still:
@@ -192,3 +201,36 @@ class Still:
         return ActionChunk(
             observation.t_ns + 1, 33_333_333, poses, np.ones(16), observation.instruction_id
         )
+
+
+def test_the_static_camera_stands_where_the_run_says():
+    eye, target = (1.0, -1.0, 1.5), (0.0, 0.0, 0.4)
+    world = WorldConfig(static_camera=StaticCamera(eye=eye, target=target, fov=30))
+    with make_robot("playtable", **world_options("playtable", {}, world)) as robot:
+        frame = robot.get_observation().frames["static"]
+        np.testing.assert_allclose(frame.T_world_cam[:3, 3], eye)
+        ahead = frame.T_world_cam[:3, 2]
+        np.testing.assert_allclose(np.cross(ahead, np.subtract(target, eye)), 0, atol=1e-9)
+        assert frame.K[0, 0] == pytest.approx(100 / np.tan(np.radians(15)))
+        # What it sees is where it says: the middle of its image is the point it looks at.
+        middle = frame.depth[100, 100]
+        seen = np.add(eye, ahead * middle)
+        assert np.linalg.norm(seen - target) < 0.15
+    with pytest.raises(ConfigError, match=r"world\.static_camera: 'calvin' has its own"):
+        world_options("calvin", {}, world)
+    assert world_options("fake", {}, world) == {}
+
+
+@pytest.mark.parametrize(
+    ("camera", "why"),
+    [
+        ({"eye": (0, 0, 1), "target": (0, 0, 1)}, "where the target is"),
+        ({"up": (0, 0, 0)}, "is no direction"),
+        ({"fov": 180}, "less than 120"),
+        ({"eyes": (0, 0, 1)}, "unknown key; did you mean 'eye'"),
+    ],
+)
+def test_a_camera_that_cannot_be_is_refused_in_one_line(camera, why):
+    with pytest.raises(ConfigError, match=why) as caught:
+        validate(WorldConfig, {"static_camera": camera})
+    assert str(caught.value).startswith("static_camera") and "\n" not in str(caught.value)

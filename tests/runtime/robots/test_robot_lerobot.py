@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from openhelix.runtime.core.clock import FakeClock
+from openhelix.runtime.core.config import SafetyLimits
 from openhelix.runtime.core.interfaces import Action
 from openhelix.runtime.core.quaternion import from_rotation_vector
+from openhelix.runtime.core.safety import Watchdog
 from openhelix.runtime.robots.base import RobotError, make_robot
 from openhelix.runtime.robots.lerobot import GripperMapping, LeRobotAdapter, rigid
+from tests.fakes import PERIOD_NS
 from tests.runtime.robot_cases import (
     END_EFFECTOR_MAPPING,
     GANTRY_MAPPING,
@@ -64,6 +69,80 @@ def test_camera_latency_is_taken_off_the_stamp():
     with LeRobotAdapter(mapping, FakeLeRobot(), clock=FakeClock(10**9)) as robot:
         observation = robot.get_observation()
     assert observation.t_ns - observation.frames["front"].t_ns == 50_000_000
+
+
+class Slow(FakeLeRobot):
+    """Its camera takes a picture now and then, and gives the last one until the next."""
+
+    def __init__(self, stamps: bool) -> None:
+        super().__init__()
+        self.front = SimpleNamespace(latest_timestamp=None)
+        self.cameras = {"front": self.front}
+        self.stamps = stamps
+        self.take(0)
+
+    def take(self, shade, age_s=0.0):
+        self.picture = np.full((48, 64, 3), shade, np.uint8)
+        self.front.latest_timestamp = time.perf_counter() - age_s if self.stamps else None
+
+    def get_observation(self):
+        return dict(self.now) | {"front": self.picture}
+
+
+def test_a_camera_slower_than_the_loop_is_not_frozen():
+    clock, arm = FakeClock(10**9), Slow(stamps=False)
+    dog = Watchdog(SafetyLimits(), cameras=("front",))
+    dog.arm(clock.now_ns())
+    with LeRobotAdapter(GANTRY_MAPPING, arm, clock=clock) as robot:
+        for i in range(150):  # 5 pictures per second, read at 30 Hz, by an arm at 0.5 m/s
+            if i % 6 == 0:
+                arm.take(i)
+            now = clock.now_ns()
+            frame = robot.get_observation().frames["front"]
+            assert now - frame.t_ns == (i % 6) * PERIOD_NS
+            dog.saw("proprioception", now, now)
+            dog.saw_frame("front", frame, np.array([i / 60, 0, 0, 0, 0, 0, 1.0]), now)
+            assert dog.check(now) is None
+            clock.advance(PERIOD_NS)
+        stops = []
+        for i in range(150, 210):  # and then the camera hangs
+            now = clock.now_ns()
+            dog.saw("proprioception", now, now)
+            frame = robot.get_observation().frames["front"]
+            dog.saw_frame("front", frame, np.array([i / 60, 0, 0, 0, 0, 0, 1.0]), now)
+            stops.append(dog.check(now))
+            clock.advance(PERIOD_NS)
+    assert stops[10] is None and stops[-1].reason == "camera_frozen"
+
+
+def test_a_scene_that_stands_still_is_no_dead_camera():
+    clock, arm = FakeClock(10**9), Slow(stamps=False)
+    with LeRobotAdapter(GANTRY_MAPPING, arm, clock=clock) as robot:
+        for _ in range(300):
+            assert clock.now_ns() - robot.get_observation().frames["front"].t_ns < 0.51e9
+            clock.advance(PERIOD_NS)
+
+
+def test_a_cameras_own_stamp_counts_where_it_keeps_one():
+    arm = Slow(stamps=True)
+    with LeRobotAdapter(GANTRY_MAPPING, arm) as robot:
+        arm.take(1, age_s=0.2)
+        first = robot.get_observation()
+        assert 0.2 <= (first.t_ns - first.frames["front"].t_ns) * 1e-9 < 60
+        time.sleep(0.01)
+        again = robot.get_observation()
+        assert again.frames["front"] is first.frames["front"] and again.t_ns > first.t_ns
+        arm.take(1)  # the same pixels, and a new picture
+        assert robot.get_observation().frames["front"].t_ns >= first.frames["front"].t_ns + 0.2e9
+
+
+def test_a_picture_is_ours_to_keep():
+    arm = Slow(stamps=False)
+    with LeRobotAdapter(GANTRY_MAPPING, arm, clock=FakeClock(10**9)) as robot:
+        before = robot.get_observation().frames["front"]
+        arm.picture[:] = 9  # the driver fills its buffer again
+        after = robot.get_observation().frames["front"]
+    assert before.rgb.max() == 0 and after.rgb.min() == 9
 
 
 def test_an_uncalibrated_arm_is_refused():

@@ -48,6 +48,29 @@ def test_a_sender_cannot_break_the_schema(message: Any, reason: str) -> None:
     assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize("count", [1, 8, 256, 257, 512, 16384, 16385, 1 << 18])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_no_value_of_a_received_array_is_nan_whatever_its_size(count: int, wrong: float) -> None:
+    z = np.full((1, count), 7.0, np.float32)
+    frames = [bytearray(frame) for frame in on_the_wire(latent(z=z))]
+    at = frames[-1].rfind(z[:, -1:].tobytes())
+    frames[-1][at : at + 4] = np.float32(wrong).tobytes()
+    with pytest.raises(WireError, match="nonfinite"):
+        decode(frames, LatentGoal)  # type: ignore[arg-type]
+    poses, gripper = np.full((count // 8 + 1, 7), 5.0), np.full(count // 8 + 1, 0.25)
+    frames = [bytearray(f) for f in on_the_wire(ActionChunk(0, 1, poses, gripper, 1))]
+    whole = b"".join(frames)
+    for value in (np.float64(5.0), np.float64(0.25)):
+        spoilt, cut = bytearray(whole), whole.rfind(value.tobytes())
+        spoilt[cut : cut + 8] = np.float64(wrong).tobytes()
+        parts, begin = [], 0
+        for frame in frames:
+            parts.append(bytes(spoilt[begin : begin + len(frame)]))
+            begin += len(frame)
+        with pytest.raises(WireError, match="nonfinite"):
+            decode(parts, ActionChunk)
+
+
 def test_huge_finite_values_are_finite() -> None:
     z = np.full((1, 512), 1e38, np.float32)  # their sum overflows
     assert same(decode(on_the_wire(latent(z=z)), LatentGoal).z, z)

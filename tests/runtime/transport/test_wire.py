@@ -94,6 +94,42 @@ def test_numbers_never_go_back(pair: tuple[Raw, NewestReader[LatentGoal]]) -> No
     assert reader.stats.gaps == 0
 
 
+def test_one_number_far_ahead_silences_nobody(
+    pair: tuple[Raw, NewestReader[LatentGoal]],
+) -> None:
+    raw, reader = pair
+    raw.message(1, value=1)
+    settle(raw, reader)
+    for jump in (5000, 2**31, 2**63):
+        raw.message(1 + jump)
+    assert settle(raw, reader) == []
+    assert reader.stats.dropped["jump"] == 3
+    raw.message(2, value=2)
+    assert [m.seq for m in settle(raw, reader)] == [2]
+    assert reader.stats.gaps == 0
+
+
+@pytest.mark.parametrize("wrong", [4000, 2**31])
+def test_a_source_that_was_silent_is_believed_whatever_its_number(
+    pair: tuple[Raw, NewestReader[LatentGoal]], clock: FakeClock, wrong: int
+) -> None:
+    raw, reader = pair
+    raw.message(1, value=1)
+    settle(raw, reader)
+    clock.advance(3 * 10**9)
+    raw.message(wrong, value=2)  # after a long loss; or a forged one
+    assert [m.seq for m in settle(raw, reader)] == [2]
+    raw.message(2)
+    assert settle(raw, reader) == [] and reader.stats.dropped["stale"] == 1
+    clock.advance(3 * 10**9)  # and the genuine ones follow
+    raw.message(3, value=3)
+    raw.message(4, value=4)
+    assert [m.seq for m in settle(raw, reader)] == [4]
+    raw.message(4)  # the very same again is never new
+    clock.advance(3 * 10**9)
+    assert settle(raw, reader) == []
+
+
 def test_a_restart_takes_over_and_the_old_publisher_stays_out(
     pair: tuple[Raw, NewestReader[LatentGoal]], clock: FakeClock
 ) -> None:

@@ -13,10 +13,10 @@ import pytest
 import zmq
 
 from openhelix.runtime.core.interfaces import GoalRequest
-from openhelix.runtime.observe.peers import PeerMetrics, PeerWatch
+from openhelix.runtime.observe.collectors import PeerMetrics
 from openhelix.runtime.transport.codec import MAX_FRAME_BYTES
 from openhelix.runtime.transport.sockets import generate
-from openhelix.runtime.transport.wire import NewestPerTopic, Publisher
+from openhelix.runtime.transport.wire import NewestPerTopic, PeerWatch, Publisher
 
 REQUEST = GoalRequest(np.zeros((8, 8, 3), np.uint8), "open the drawer", "arm", 0, 0, 0)
 

@@ -7,6 +7,7 @@ own. With `--json` a program reads what comes, so that all of that goes to stand
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -51,16 +52,23 @@ def reserved(for_good: bool = False) -> Iterator[None]:
 def answer(text: str) -> None:
     """Write what the command was asked for, with a line's end if it has none.
 
-    Raises:
-        BrokenPipeError: nobody reads it any more.
+    Where nobody reads any more, nothing is written, and that is no error.
     """
     out = _kept[-1] if _kept else sys.stdout
-    out.write(text if text.endswith("\n") else f"{text}\n")
-    out.flush()
+    try:
+        out.write(text if text.endswith("\n") else f"{text}\n")
+        out.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        with suppress(OSError, ValueError):  # or Python says so once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
-def give_up() -> None:
-    """Nobody reads any more: what is still written goes nowhere, and is no error."""
-    out = _kept[-1] if _kept else sys.stdout
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+def descriptors() -> tuple[int, int]:
+    """Return where answers and where news go, as the system numbers them."""
+    out = _kept[-1] if _kept else None
+    try:
+        return (1 if out is None else out.fileno()), 2
+    except (OSError, ValueError):  # a test reads from something without a number
+        return 1, 2
