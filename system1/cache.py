@@ -39,7 +39,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import save_file
 
+from openhelix.runtime.core.files import BadFile, replace_file, written
 from openhelix.runtime.core.interfaces import CameraFrame, LatentSpec
 from openhelix.system1.config import KEYPOSES, CameraConfig, PolicyConfig
 from openhelix.system1.geometry import shrink
@@ -59,8 +60,56 @@ DEPTH_UNIT_M = 1e-4
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-class CacheError(ValueError):
+class CacheError(BadFile):
     """A cache that cannot be read or written as asked; the message names what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of frames."""
+
+    file: str
+    frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What `cache.json` holds."""
+
+    format: int
+    hz: float
+    horizon: int
+    nhist: int
+    cameras: tuple[CameraConfig, ...]
+    tasks: tuple[str, ...]
+    instructions: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+Shapes = dict[str, tuple[tuple[int, ...], str]]
+
+
+def row_shapes(cameras: Sequence[CameraConfig], horizon: int, nhist: int) -> Shapes:
+    """Return the shape of a row and the dtype of every tensor of a shard, `episode` excepted."""
+    out: Shapes = {
+        "proprio": ((nhist, 9), "float32"),
+        "target_pose": ((horizon, 7), "float32"),
+        "target_open": ((horizon,), "float32"),
+        "target_mask": ((horizon,), "bool"),
+        "keypose_pose": ((KEYPOSES, 7), "float32"),
+        "keypose_open": ((KEYPOSES,), "float32"),
+        "task": ((), "int32"),
+        "instruction": ((), "int32"),
+        "step": ((), "int32"),
+    }
+    for camera in cameras:
+        size = (camera.work_height, camera.work_width)
+        out[f"rgb.{camera.name}"] = ((*size, 3), "uint8")
+        out[f"depth.{camera.name}"] = (size, "uint16")
+        out[f"K.{camera.name}"] = ((3, 3), "float32")
+        out[f"T.{camera.name}"] = ((4, 4), "float32")
+    return out
 
 
 def shrunk(frame: CameraFrame, camera: CameraConfig) -> Arrays:
@@ -150,28 +199,6 @@ class CacheWriter:
         self._bytes = 0
         self._episodes = 0
 
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Return every tensor's row shape and dtype."""
-        c = self.config
-        out: dict[str, tuple[tuple[int, ...], str]] = {
-            "proprio": ((c.nhist, 9), "float32"),
-            "target_pose": ((c.horizon, 7), "float32"),
-            "target_open": ((c.horizon,), "float32"),
-            "target_mask": ((c.horizon,), "bool"),
-            "keypose_pose": ((KEYPOSES, 7), "float32"),
-            "keypose_open": ((KEYPOSES,), "float32"),
-            "task": ((), "int32"),
-            "instruction": ((), "int32"),
-            "step": ((), "int32"),
-        }
-        for camera in c.cameras:
-            size = (camera.work_height, camera.work_width)
-            out[f"rgb.{camera.name}"] = ((*size, 3), "uint8")
-            out[f"depth.{camera.name}"] = (size, "uint16")
-            out[f"K.{camera.name}"] = ((3, 3), "float32")
-            out[f"T.{camera.name}"] = ((4, 4), "float32")
-        return out
-
     def add_episode(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Add one episode's frames, in time order.
 
@@ -185,7 +212,8 @@ class CacheWriter:
         if len(rows) != 1:
             raise CacheError(f"rows: the tensors have {sorted(rows)} frames")
         part: Arrays = {}
-        for name, (shape, dtype) in self.shapes().items():
+        c = self.config
+        for name, (shape, dtype) in row_shapes(c.cameras, c.horizon, c.nhist).items():
             if name not in arrays:
                 raise CacheError(f"{name}: missing")
             array = np.ascontiguousarray(arrays[name])
@@ -212,15 +240,16 @@ class CacheWriter:
     def close(self) -> None:
         """Write what is left and the index."""
         self._flush()
-        text = json.dumps(self._meta, indent=1)
-        (self.folder / "cache.json").write_text(text + "\n")
+        text = json.dumps(self._meta, indent=1) + "\n"
+        replace_file(self.folder / "cache.json", text.encode())
 
     def _flush(self) -> None:
         if not self._parts:
             return
         name = f"shard-{len(self._meta['shards']):05d}.safetensors"
         whole = {k: np.concatenate([p[k] for p in self._parts]) for k in self._parts[0]}
-        save_file(whole, self.folder / name)
+        with written(self.folder / name) as part:
+            save_file(whole, part)
         self._meta["shards"].append({"file": name, "frames": len(whole["task"])})
         self._parts, self._bytes = [], 0
 
@@ -254,5 +283,6 @@ def write_latents(
         "latent": latent.astype(np.float16),
         "instruction": instruction.astype(np.int32),
     }
-    save_file(tensors, place / shard)
-    (place / "latents.json").write_text(json.dumps(asdict(spec), indent=1) + "\n")
+    with written(place / shard) as part:
+        save_file(tensors, part)
+    replace_file(place / "latents.json", (json.dumps(asdict(spec), indent=1) + "\n").encode())

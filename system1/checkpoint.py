@@ -11,16 +11,26 @@ Nothing here unpickles.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.files import (
+    BadFile,
+    check_finite,
+    load_tensors,
+    load_torch,
+    read_json,
+    replace_file,
+    save_tensors,
+    tensor_header,
+)
 from openhelix.system1.actor import DiffuserActor
 from openhelix.system1.config import PolicyConfig, official_calvin
 from openhelix.system1.diffusion import Normalizer
@@ -34,7 +44,7 @@ CONFIG, WEIGHTS, NORMALIZER, SPEC = (
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(BadFile):
     """A checkpoint that cannot be read; the message names the file or the parameters."""
 
 
@@ -77,7 +87,7 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load a state dict whose names and shapes must be exactly the model's.
 
     Raises:
-        CheckpointError: naming the missing, extra and misshapen parameters.
+        BadFile: naming the missing, extra and misshapen parameters, or one that is not finite.
     """
     want = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     have = {name: tuple(t.shape) for name, t in state.items()}
@@ -91,6 +101,7 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     if lines:
         shown = "; ".join(lines[:20]) + (f"; and {len(lines) - 20} more" if lines[20:] else "")
         raise CheckpointError(f"{where}: {len(lines)} parameters do not fit: {shown}")
+    check_finite(state, where)
     model.load_state_dict(state)
 
 
@@ -101,63 +112,55 @@ def save_policy(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
-    def place(name: str, write: object) -> None:
-        part = folder / f".{name}.part"
-        write(part)  # type: ignore[operator]
-        part.replace(folder / name)
+    def text(data: object) -> bytes:
+        return (json.dumps(data, indent=1) + "\n").encode()
 
-    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    scales = {k: v.detach().cpu().contiguous() for k, v in normalizer.tensors().items()}
-    place(WEIGHTS, lambda p: save_file(tensors, p))
-    place(NORMALIZER, lambda p: save_file(scales, p))
-    place(SPEC, lambda p: p.write_text(json.dumps(asdict(config.spec()), indent=1) + "\n"))
-    place(CONFIG, lambda p: p.write_text(json.dumps(config.to_json(), indent=1) + "\n"))
+    save_tensors(folder / WEIGHTS, state)
+    save_tensors(folder / NORMALIZER, normalizer.tensors())
+    replace_file(folder / SPEC, text(asdict(config.spec())))
+    replace_file(folder / CONFIG, text(config.to_json()))
 
 
 def load_policy(folder: Path | str) -> Network:
     """Read a checkpoint folder into a network.
 
     Raises:
-        CheckpointError: a file is missing, damaged or does not fit; the message names it.
+        BadFile: a file is missing, damaged or does not fit; the line names it.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS, NORMALIZER):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: no {name}; a checkpoint folder has {CONFIG}, ...")
-    about = _read_object(folder / CONFIG)
+    config = PolicyConfig.from_json(read_json(folder / CONFIG), str(folder / CONFIG))
     if (folder / SPEC).exists():
-        _read_object(folder / SPEC)
-    scales, weights = _read_tensors(folder / NORMALIZER), _read_tensors(folder / WEIGHTS)
-    for name in ("offset", "scale"):
-        if name not in scales:
-            raise CheckpointError(f"{folder / NORMALIZER}: no {name}")
+        read_json(folder / SPEC)
+    header, _ = tensor_header(folder / WEIGHTS)
+    held = sum(math.prod(shape) for _, shape in header.values())
+    if config.dim**2 * config.layers > held:  # before anything of that size is built
+        raise CheckpointError(
+            f"{folder / CONFIG}: dim={config.dim} and layers={config.layers} are of a larger "
+            f"network than {folder / WEIGHTS} holds, with {held} numbers"
+        )
+    normalizer = _read_normalizer(folder / NORMALIZER, config.horizon)
     try:
-        config = PolicyConfig.from_json(about)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-    try:
-        model = build_model(config, Normalizer(scales["offset"], scales["scale"]))
+        model = build_model(config, normalizer)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: {CONFIG} and {NORMALIZER}: {error}") from error
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    weights, _ = load_tensors(folder / WEIGHTS)
     load_strict(model, weights, str(folder / WEIGHTS))
     return model
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds {type(data).__name__}, must be a JSON object")
-    return data
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+def _read_normalizer(path: Path, horizon: int) -> Normalizer:
+    scales, _ = load_tensors(path, ("offset", "scale"))
+    for name, values in scales.items():
+        if values.ndim != 2 or values.shape[1] != 9 or len(values) not in (1, horizon):
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(values.shape)}, needs (1, 9) or ({horizon}, 9)"
+            )
+    if not bool((scales["scale"] > 0).all()):
+        raise CheckpointError(f"{path}: scale has values that are not above 0")
+    return Normalizer(scales["offset"].float(), scales["scale"].float())
 
 
 def read_official(source: Path | str | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -166,8 +169,8 @@ def read_official(source: Path | str | Mapping[str, Any]) -> dict[str, Tensor]:
     The `weight` wrapper and the `module.` prefix of distributed training are taken off.
 
     Raises:
-        CheckpointError: the file is not a dictionary of tensors, or cannot be read without
-            unpickling code.
+        BadFile: the file is not a dictionary of tensors, or cannot be read without unpickling
+            code.
     """
     where = "state dict" if isinstance(source, Mapping) else str(source)
     data: Any = source
@@ -176,12 +179,9 @@ def read_official(source: Path | str | Mapping[str, Any]) -> dict[str, Tensor]:
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file")
         if path.suffix == ".safetensors":
-            data = _read_tensors(path)
+            data, _ = load_tensors(path)
         else:
-            try:
-                data = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:
-                raise CheckpointError(f"{path}: cannot be read as weights: {error}") from error
+            data = load_torch(path, torch.load)
     if isinstance(data, Mapping) and isinstance(data.get("weight"), Mapping):
         data = data["weight"]
     if not isinstance(data, Mapping) or not data:
@@ -189,6 +189,8 @@ def read_official(source: Path | str | Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in data.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{where}: {name} is {type(value).__name__}, not a tensor")
+        if value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(f"{where}: {name} is no plain tensor")
     return {str(name).removeprefix("module."): value for name, value in data.items()}
 
 
@@ -210,13 +212,17 @@ def load_official(
         The network, in evaluation mode, frozen.
 
     Raises:
-        CheckpointError: naming every parameter that is missing, extra or misshapen.
+        BadFile: naming every parameter that is missing, extra or misshapen, or not finite.
     """
     state = read_official(source)
     where = "state dict" if isinstance(source, Mapping) else str(source)
     embed = state.get("encoder.curr_gripper_embed.weight")
     nhist = len(embed) if embed is not None and embed.ndim == 2 else 1
-    model = DiffuserActor(official_calvin(nhist, latent_tokens or 1, **changes))
+    try:
+        config = official_calvin(nhist, latent_tokens or 1, **changes)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    model = DiffuserActor(config)
     load_strict(model, state, where)
     return model.eval().requires_grad_(False)
 

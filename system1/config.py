@@ -3,15 +3,23 @@
 The presets are the documentation: `official_calvin` is what a published checkpoint needs to
 be read, `small` is what two CPU cores can train and run. A checkpoint carries its
 configuration as JSON, so a field is never renamed without a reader for the old name.
+
+A configuration may come from a stranger's file: every size has a range (`RANGES`), and what they
+come to together is limited as well, to `MAX_WEIGHTS` weights and `MAX_FEATURES` numbers for an
+image, so that no file makes a policy take more than about 2 GB.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
 
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.files import as_record
 from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, LatentSpec, PolicySpec
 
 # The policy that comes with the project, where one does; `DiffusionPolicy.load("shipped")`.
@@ -19,6 +27,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "system1-lapt
 
 Head = Literal["diffuser_actor", "trajectory", "plain", "dit", "lstm"]
 Prediction = Literal["epsilon", "sample", "v"]
+ScheduleName = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
 SamplerName = Literal["ddpm", "ddim", "dpmpp"]
 
 KEYPOSES = 2  # labels of a frame: the next keypose; the next change of the gripper or the end
@@ -31,9 +40,36 @@ OFFICIAL_BOUNDS_M = (
 )
 
 
+MAX_WEIGHTS = 250_000_000  # about; the official policy has 19 million
+MAX_FEATURES = 64_000_000  # of one image in the encoder; the official policy's have 8 million
+RANGES: Mapping[str, tuple[float, float]] = {
+    "horizon": (1, 1024),
+    "hz": (0.1, 1000),
+    "nhist": (1, 64),
+    "latent_tokens": (1, 4096),
+    "latent_dim": (1, 65_536),
+    "latent_memory": (1, 256),
+    "n_tasks": (1, 65_536),
+    "dim": (6, 4096),
+    "heads": (1, 256),
+    "encoder_width": (1, 2048),
+    "context_layers": (0, 64),
+    "layers": (1, 64),
+    "ffn_mult": (1, 16),
+    "scene_tokens": (0, 65_536),
+    "dropout": (0, 0.99),
+    "train_steps": (1, 10_000),
+    "clip_sample": (0, 1000),
+}
+PIXELS, WORK_PIXELS = (1, 8192), (8, 512)  # of a side, as delivered and as encoded
+MAX_CAMERAS = 8
+
+
 @dataclass(frozen=True, slots=True)
 class CameraConfig:
     """One camera: what the robot delivers and what the encoder works on."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     name: str
     height: int  # pixels, as delivered
@@ -41,10 +77,22 @@ class CameraConfig:
     work_height: int  # pixels, as encoded
     work_width: int
 
+    def __post_init__(self) -> None:
+        for field, (low, high) in (
+            *((name, PIXELS) for name in ("height", "width")),
+            *((name, WORK_PIXELS) for name in ("work_height", "work_width")),
+        ):
+            if not low <= getattr(self, field) <= high:
+                raise ConfigError(
+                    f"cameras: {self.name}.{field}: {getattr(self, field)} is not in {low}..{high}"
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
     """A policy's architecture, diffusion and interface."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     head: Head = "trajectory"
     cameras: tuple[CameraConfig, ...] = (
@@ -75,8 +123,8 @@ class PolicyConfig:
     dropout: float = 0.0
     # diffusion
     train_steps: int = 100
-    position_schedule: str = "squaredcos_cap_v2"
-    rotation_schedule: str = "squaredcos_cap_v2"
+    position_schedule: ScheduleName = "squaredcos_cap_v2"
+    rotation_schedule: ScheduleName = "squaredcos_cap_v2"
     prediction: Prediction = "sample"
     sampler: SamplerName = "ddim"
     sample_steps: int = 5
@@ -84,6 +132,9 @@ class PolicyConfig:
     rotation: Literal["so3", "euler"] = "so3"
 
     def __post_init__(self) -> None:
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:  # so written that NaN is none either
+                raise ConfigError(f"{name}: {getattr(self, name)} is not in {low}..{high}")
         if self.dim % self.heads:
             raise ConfigError(f"dim: {self.dim} is not a multiple of heads={self.heads}")
         if (self.dim // self.heads) % 6 and self.head == "trajectory":
@@ -92,13 +143,29 @@ class PolicyConfig:
             )
         if not 1 <= self.sample_steps <= self.train_steps:
             raise ConfigError(f"sample_steps: {self.sample_steps} is not in 1..{self.train_steps}")
-        for name in ("horizon", "nhist", "latent_tokens", "latent_dim", "latent_memory", "n_tasks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} is below 1")
         if self.keyposes not in (0, KEYPOSES):
             raise ConfigError(f"keyposes: {self.keyposes} is neither 0 nor {KEYPOSES}")
-        if not self.cameras:
-            raise ConfigError("cameras: at least one is needed")
+        if not 1 <= len(self.cameras) <= MAX_CAMERAS:
+            raise ConfigError(f"cameras: {len(self.cameras)}, must be 1 to {MAX_CAMERAS}")
+        self._check_size()
+
+    def _check_size(self) -> None:
+        """Refuse what is within its range field by field, and beyond reason taken together."""
+        a_layer = self.dim**2 * (8 + 2 * self.ffn_mult)
+        weights = a_layer * (self.layers + self.context_layers) + 16 * self.encoder_width**2
+        weights += self.dim * (self.latent_dim + self.n_tasks + 9 * self.horizon)
+        if weights > MAX_WEIGHTS:
+            raise ConfigError(
+                f"dim, layers, ...: about {weights // 10**6} million weights; at most "
+                f"{MAX_WEIGHTS // 10**6} million are built"
+            )
+        for camera in self.cameras:
+            features = camera.work_height * camera.work_width * self.encoder_width
+            if features > MAX_FEATURES:
+                raise ConfigError(
+                    f"cameras: {camera.name}: {features // 10**6} million features an image with "
+                    f"encoder_width={self.encoder_width}; at most {MAX_FEATURES // 10**6} million"
+                )
 
     @property
     def dt_ns(self) -> int:
@@ -120,20 +187,14 @@ class PolicyConfig:
         return asdict(self)
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> PolicyConfig:
+    def from_json(data: Mapping[str, Any], where: str = "config") -> PolicyConfig:
         """Read `to_json`'s output.
 
         Raises:
-            ConfigError: a field is unknown or a value is out of range.
+            BadFile: a field is unknown, of another type or out of range; the line begins with
+                `where`.
         """
-        known = {f.name for f in fields(PolicyConfig)}
-        unknown = sorted(set(data) - known)
-        if unknown:
-            raise ConfigError(f"{unknown[0]}: no such field; valid are {', '.join(sorted(known))}")
-        values = dict(data)
-        if "cameras" in values:
-            values["cameras"] = tuple(CameraConfig(**c) for c in values["cameras"])
-        return PolicyConfig(**values)
+        return as_record(PolicyConfig, data, where)
 
 
 def small(**changes: Any) -> PolicyConfig:

@@ -6,7 +6,6 @@ number, so a run that was stopped and resumed sees the same batches as one that 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +15,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from openhelix.runtime.core.files import as_record, read_json, tensor_header
 from openhelix.runtime.core.interfaces import LatentSpec
-from openhelix.system1.cache import DEPTH_UNIT_M, FORMAT, CacheError
+from openhelix.system1.cache import (
+    DEPTH_UNIT_M,
+    FORMAT,
+    CacheError,
+    Index,
+    Shapes,
+    row_shapes,
+)
 from openhelix.system1.encoder_light import KeyposeTargets
 from openhelix.system1.geometry import (
     Inputs,
@@ -79,16 +86,20 @@ def read_index(folder: Path) -> dict[str, Any]:
     """Return the `cache.json` of a folder.
 
     Raises:
-        CacheError: there is none, of another format, or without frames.
+        BadFile: there is none, it is damaged, of another format, or without frames.
     """
     index = folder / "cache.json"
     if not index.is_file():
         raise CacheError(f"{folder}: no cache.json")
-    meta: dict[str, Any] = json.loads(index.read_text())
-    if meta["format"] != FORMAT:
-        raise CacheError(f"{index}: format {meta['format']}, this code reads {FORMAT}")
-    if not meta["shards"]:
+    meta = read_json(index)
+    if meta.get("format") != FORMAT:
+        raise CacheError(f"{index}: format {meta.get('format')!r}, this code reads {FORMAT}")
+    about = as_record(Index, meta, str(index))
+    if not about.shards:
         raise CacheError(f"{folder}: has no frames")
+    for shard in about.shards:
+        if Path(shard.file).name != shard.file or shard.frames < 1:
+            raise CacheError(f"{index}: shards: {shard.file!r} is no file beside it with frames")
     return meta
 
 
@@ -138,7 +149,7 @@ class Cache:
         self._shards: list[dict[str, Tensor]] = []
         parts, episodes, first_said = [], 0, 0
         for part, (root, meta) in enumerate(zip(map(Path, folders), metas, strict=True)):
-            shards = self._open(root, [s["file"] for s in meta["shards"]], latents)
+            shards = self._open(root, meta, latents)
             for shard in shards:
                 parts.append(torch.full((len(shard["task"]),), part))
                 if part:
@@ -154,23 +165,36 @@ class Cache:
         self.step = torch.cat([s["step"].long() for s in self._shards])
         self.task = torch.cat([s["task"].long() for s in self._shards])
 
-    def _open(self, root: Path, names: list[str], latents: str | None) -> list[dict[str, Tensor]]:
+    def _open(
+        self, root: Path, meta: dict[str, Any], latents: str | None
+    ) -> list[dict[str, Tensor]]:
         """Return the shards of one folder, with the latents that lie beside them."""
-        shards = [read_shard(root / name) for name in names]
+        about = as_record(Index, meta, str(root / "cache.json"))
+        shapes = row_shapes(about.cameras, about.horizon, about.nhist) | {"episode": ((), "int32")}
+        names = [shard.file for shard in about.shards]
+        shards = [read_shard(root / shard.file, shapes, shard.frames) for shard in about.shards]
+        tops = {"task": len(about.tasks), "instruction": len(about.instructions)}
+        for name, shard in zip(names, shards, strict=True):
+            for column, top in tops.items():
+                if not 0 <= int(shard[column].min()) <= int(shard[column].max()) < top:
+                    raise CacheError(f"{root / name}: {column}: outside 0..{top - 1}")
         self.places += [root / name for name in names]
         if latents is None:
             return shards
         place = root / f"latents-{latents}"
         if not (place / "latents.json").is_file():
             raise CacheError(f"{place}: no latents.json")
-        spec = LatentSpec(**json.loads((place / "latents.json").read_text()))
+        spec = as_record(LatentSpec, read_json(place / "latents.json"), f"{place}/latents.json")
         if self.latent_spec not in (None, spec):
             raise CacheError(f"{place}: latents of another System 2 than {self.folder}")
         self.latent_spec = spec
         for shard, name in zip(shards, names, strict=True):
             extra = read_shard(place / name)
-            if len(extra["latent"]) != len(shard["task"]):
-                raise CacheError(f"{place / name}: other frames than {name}")
+            for column in ("latent", "instruction"):
+                if column not in extra or extra[column].ndim < 2:
+                    raise CacheError(f"{place / name}: no {column}")
+                if len(extra[column]) != len(shard["task"]):
+                    raise CacheError(f"{place / name}: other frames than {name}")
             shard["latent"], shard["latent_instruction"] = extra["latent"], extra["instruction"]
         return shards
 
@@ -290,10 +314,32 @@ class Cache:
         return source
 
 
-def read_shard(path: Path) -> dict[str, Tensor]:
-    """Map a safetensors file."""
+_KINDS = {"float32": "F32", "bool": "BOOL", "int32": "I32", "uint8": "U8", "uint16": "U16"}
+
+
+def read_shard(
+    path: Path, shapes: Shapes | None = None, frames: int | None = None
+) -> dict[str, Tensor]:
+    """Map a safetensors file.
+
+    Args:
+        path: of the file.
+        shapes: of a row of each tensor that it must have, with its dtype; None takes what is
+            there.
+        frames: rows that it must have.
+
+    Raises:
+        BadFile: it is damaged, or not as it should be.
+    """
+    header, _ = tensor_header(path)
+    for name, (shape, dtype) in (shapes or {}).items():
+        if name not in header:
+            raise CacheError(f"{path}: no {name}")
+        if header[name] != (_KINDS[dtype], (frames, *shape)):
+            kind, have = header[name]
+            raise CacheError(f"{path}: {name} is {kind}{have}, needs {dtype}{(frames, *shape)}")
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in header}
 
 
 def vary(inputs: Inputs, augment: Augment, generator: torch.Generator) -> Inputs:

@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from openhelix.runtime.core.files import (
+    BadFile,
+    as_record,
+    load_tensors,
+    parse_object,
+    save_tensors,
+)
 from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.system1.config import RANGES
 from openhelix.system1.data import Augment
 from openhelix.system1.geometry import Inputs
 
 OLDEST_S = 1.5  # a sentence does not age, but whoever acts says how long ago it was encoded
 
 
-class SentenceError(ValueError):
+class SentenceError(BadFile):
     """Sentences that cannot be used; the message says which."""
 
 
@@ -45,6 +51,9 @@ class Sentences:
     def __init__(
         self, latent: Tensor, task: Tensor, texts: Sequence[str], spec: LatentSpec, n_tasks: int
     ) -> None:
+        low, high = RANGES["n_tasks"]
+        if not low <= n_tasks <= high:
+            raise SentenceError(f"tasks: {n_tasks} is not in {low}..{high}")
         if latent.shape[1:] != (spec.n_tokens, spec.dim):
             raise SentenceError(
                 f"latent: {tuple(latent.shape[1:])} a sentence, its spec says "
@@ -70,28 +79,35 @@ class Sentences:
     def save(self, path: Path) -> None:
         """Write the file, first under another name."""
         about = {"spec": asdict(self.spec), "texts": self.texts, "tasks": len(self.count)}
-        part = path.with_name(f".{path.name}.part")
-        tensors = {"latent": self.latent.contiguous(), "task": self.task.int()}
-        save_file(tensors, part, metadata={"sentences": json.dumps(about)})
-        part.replace(path)
+        tensors = {"latent": self.latent, "task": self.task.int()}
+        save_tensors(path, tensors, {"sentences": json.dumps(about)})
 
     @staticmethod
     def load(path: Path | str) -> Sentences:
         """Read what `save` wrote.
 
         Raises:
-            SentenceError: not such a file.
+            BadFile: not such a file, or its sentences do not fit.
         """
+        tensors, metadata = load_tensors(path, ("latent", "task"))
+        where = f"{path}: its account of the sentences"
+        about = as_record(_About, parse_object(metadata.get("sentences", ""), where), where)
+        task = tensors["task"].long()
+        if len(task) and not 0 <= int(task.min()) <= int(task.max()) < about.tasks:
+            raise SentenceError(f"{path}: task: outside 0..{about.tasks - 1}")
         try:
-            with safe_open(path, framework="pt") as stream:
-                about = json.loads((stream.metadata() or {}).get("sentences", "null"))
-                tensors = {k: stream.get_tensor(k) for k in stream.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise SentenceError(f"sentences: cannot read {str(path)!r}: {error}") from error
-        if about is None or set(tensors) != {"latent", "task"}:
-            raise SentenceError(f"sentences: {str(path)!r} holds none")
-        spec = LatentSpec(**about["spec"])
-        return Sentences(tensors["latent"], tensors["task"], about["texts"], spec, about["tasks"])
+            return Sentences(tensors["latent"], task, about.texts, about.spec, about.tasks)
+        except SentenceError as error:
+            raise SentenceError(f"{path}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    """What a file of sentences says of itself."""
+
+    spec: LatentSpec
+    texts: tuple[str, ...]
+    tasks: int
 
 
 def told(

@@ -430,13 +430,17 @@ class Trainer:
         """
         out = self.config.out
         self.ema.swap(self.model)
-        save_policy(out, self.policy_config, self.model.state_dict(), self.model.normalizer)
-        self.ema.swap(self.model)
+        try:
+            save_policy(out, self.policy_config, self.model.state_dict(), self.model.normalizer)
+        finally:
+            self.ema.swap(self.model)
         save_state(out, self.model, self.ema, self.optimizers.parts, self.step, self.history)
         try:
             plot_history(out / "loss.png", self.history)
         except ImportError:
             log.warning("matplotlib is not installed: no loss.png")
+        except OSError as error:  # a picture is no reason to stop
+            log.warning("no loss.png: %s", error)
 
     def run(self) -> list[dict[str, Any]]:
         """Train to the last step or the time limit; return the history."""

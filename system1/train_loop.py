@@ -13,9 +13,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from openhelix.runtime.core.files import (
+    BadFile,
+    load_tensors,
+    read_json,
+    replace_file,
+    save_tensors,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Optimisers of a policy: AdamW, or Muon for the matrices of its hidden layers.
@@ -210,13 +216,10 @@ def save_state(
     for name, p in trained(model).items():
         for key, value in memory_of(optimizers, p)[1].items():
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-    cpu = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
-    log = folder / f".{LOG}.part"
-    log.write_text(json.dumps({"step": step, "history": history}, indent=1) + "\n")
-    log.replace(folder / LOG)
-    part = folder / f".{STATE}.part"
-    save_file(cpu, part, metadata={"step": str(step)})
-    part.replace(folder / STATE)
+    whole = {n: t.detach().cpu().clone() for n, t in tensors.items()}
+    text = json.dumps({"step": step, "history": history}, indent=1) + "\n"
+    replace_file(folder / LOG, text.encode())
+    save_tensors(folder / STATE, whole, {"step": str(step)})
 
 
 def load_state(
@@ -229,16 +232,17 @@ def load_state(
     """Read the state back; return the step to go on with and the history.
 
     Raises:
-        ValueError: the state belongs to another network.
+        BadFile: the state is damaged, or belongs to another network.
     """
-    tensors = load_file(folder / STATE)
-    with safe_open(folder / STATE, "pt") as file:
-        step = int((file.metadata() or {})["step"])
-    log = json.loads((folder / LOG).read_text())
+    tensors, about = load_tensors(folder / STATE)
+    log = read_json(folder / LOG)
+    if not about.get("step", "").isdecimal() or not isinstance(log.get("history"), list):
+        raise BadFile(f"{folder / STATE}: does not say at which step it was written")
+    step = int(about["step"])
     weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     learned = {f"ema.{n}" for n in trained(model)}
     if set(weights) != {n for n in model.state_dict() if keep(n)} or not learned <= set(tensors):
-        raise ValueError(f"{folder / STATE}: belongs to another network")
+        raise BadFile(f"{folder / STATE}: belongs to another network")
     model.load_state_dict(weights, strict=False)
     for name, p in trained(model).items():
         ema.values[name] = tensors[f"ema.{name}"].to(p.device)

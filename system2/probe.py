@@ -12,7 +12,6 @@ Two other modes have options of their own, among them `--scene`, which their own
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from openhelix.runtime.cli.arguments import Many, Options, Words, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import resolve
 from openhelix.system2.engines.base import EngineBase
 from openhelix.system2.model import Checkpoint, CheckpointError, load_tokenizer
@@ -267,7 +267,7 @@ def main(argv: Sequence[str]) -> int:
         engine.close()
     if options.plot:
         plot(episode, options.plot)
-    sys.stdout.write(json.dumps(made) + "\n" if options.as_json else _page(episode))
+    answer(json.dumps(made) if options.as_json else _page(episode))
     return 0
 
 

@@ -19,7 +19,7 @@ from tests.runtime.docs_code import blocks
 
 BLOCKS = blocks("python.md", "python")
 ROOT = Path(__file__).resolve().parents[1]
-SERVED = "ipc:///tmp/system2"
+SERVED = "ipc://system2"
 
 
 def test_importing_costs_nothing_and_every_name_leads_somewhere() -> None:

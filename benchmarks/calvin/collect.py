@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from openhelix.benchmarks.calvin.cameras import SceneRenderer
-from openhelix.benchmarks.calvin.dataset import DatasetWriter, replace_file
+from openhelix.benchmarks.calvin.dataset import DatasetWriter
 from openhelix.benchmarks.calvin.demonstrations import Demonstration
 from openhelix.benchmarks.calvin.frames import (
     MOST_RANDOM_UNITS,
@@ -47,7 +47,9 @@ from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 from openhelix.benchmarks.calvin.units import collect_unit, read_unit, unit_bytes
 from openhelix.runtime.cli.arguments import Options, parse
 from openhelix.runtime.core.config import ConfigError, read_settings
+from openhelix.runtime.core.files import replace_file
 from openhelix.runtime.core.interfaces import F64
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system1.cache import frames_digest
 
@@ -261,7 +263,7 @@ def check_frames_folder(folder: Path, settings: FramesConfig, more: int) -> None
     if more > free:
         raise ConfigError(f"out: {more / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
     replace_file(about, json.dumps(settings.moments(), indent=1).encode())
-    for torn in folder.rglob(".*.tmp"):
+    for torn in folder.rglob(".*.part"):
         torn.unlink()
 
 
@@ -307,7 +309,7 @@ def open_folder(config: CollectConfig) -> Path:
         raise ConfigError(f"out: {folder} holds other data; choose an empty folder")
     else:
         replace_file(settings, json.dumps(config.identity(), indent=1).encode())
-    for torn in folder.glob(f"{UNITS}/.*.tmp"):
+    for torn in folder.glob(f"{UNITS}/.*.part"):
         torn.unlink()
     return folder
 
@@ -422,7 +424,7 @@ def main(argv: Sequence[str]) -> int:
             card |= draw(config, report)
             replace_file(config.folder / CARD, json.dumps(card, indent=1).encode())
     brief = {k: v for k, v in card.items() if k != "files"} | {"folder": str(config.folder)}
-    sys.stdout.write(json.dumps(brief, indent=None if options.as_json else 1) + "\n")
+    answer(json.dumps(brief, indent=None if options.as_json else 1))
     return 0
 
 

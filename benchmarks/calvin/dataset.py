@@ -25,13 +25,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 import yaml
 
 from openhelix.benchmarks.calvin.tasks import get_task
+from openhelix.runtime.core.files import (
+    MAX_JSON_BYTES,
+    BadFile,
+    read_array,
+    read_arrays,
+    read_bytes,
+    read_json,
+    replace_file,
+)
 
 # -- Object arrays, read without trusting them -----------------------------------------
 
@@ -39,6 +47,7 @@ LANG_FILE = Path("lang_annotations") / "auto_lang_ann.npy"
 LANG_TWIN = Path("lang_annotations") / "auto_lang_ann.json"
 EMB_TWIN = Path("lang_annotations") / "auto_lang_emb.npy"
 # What array pickles are made of, under the names of NumPy 1 and NumPy 2.
+MAX_OBJECT_BYTES = 256 * 1024 * 1024  # of CALVIN's annotations, which have 40 MB
 _ADMITTED = {
     *(("numpy", name) for name in ("ndarray", "dtype")),
     *(
@@ -75,13 +84,29 @@ class Annotation:
     text: str
 
 
+class _ArrayType:
+    """What stands for `numpy.ndarray` in a pickle: the kind of an array, which makes none."""
+
+
+def _new_array(kind: type, shape: tuple[int, ...], dtype: bytes) -> npt.NDArray[Any]:
+    """Begin an array as every pickle of one does: empty. What fills it has its own size."""
+    if kind is not _ArrayType or shape != (0,):
+        raise DatasetError("holds an array that only claims its size")
+    return np.ndarray((0,), np.dtype(dtype.decode()))
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Admits containers, numbers, strings and arrays only."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:
             raise DatasetError(f"holds {module}.{name}, which is not data")
+        if name in _INSTEAD:
+            return _INSTEAD[name]
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+_INSTEAD: Mapping[str, Any] = {"ndarray": _ArrayType, "_reconstruct": _new_array}
 
 
 def load_object_array(path: Path) -> Any:
@@ -90,9 +115,8 @@ def load_object_array(path: Path) -> Any:
     Raises:
         DatasetError: Not an object array of one element, damaged, or not plain data.
     """
-    data = path.read_bytes()
-    stream = io.BytesIO(data)
     try:
+        stream = io.BytesIO(read_bytes(path, MAX_OBJECT_BYTES))
         version = np.lib.format.read_magic(stream)
         read = (
             np.lib.format.read_array_header_1_0
@@ -105,17 +129,11 @@ def load_object_array(path: Path) -> Any:
         array = _ArrayUnpickler(stream).load()
         return array.item()
     except DatasetError as error:
-        raise DatasetError(f"{path.name}: {error}") from None
-    except Exception as error:
-        raise DatasetError(f"{path.name}: cannot be read ({type(error).__name__})") from error
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+        raise DatasetError(f"{path}: {error}") from None
+    except BadFile as error:
+        raise DatasetError(str(error)) from None
+    except Exception as error:  # a pickle's parser raises whatever it meets
+        raise DatasetError(f"{path}: cannot be read ({type(error).__name__})") from None
 
 
 def npy_bytes(array: npt.NDArray[Any]) -> bytes:
@@ -149,6 +167,8 @@ def write_annotations(
         raise DatasetError(
             f"embeddings: shape {embeddings.shape}, wants ({len(annotations)}, 1, d)"
         )
+    if not np.isfinite(embeddings).all():
+        raise DatasetError("embeddings: are not finite")
     language = {
         "ann": [a.text for a in annotations],
         "task": [a.task for a in annotations],
@@ -172,26 +192,66 @@ def read_annotations(folder: Path) -> tuple[list[Annotation], npt.NDArray[np.flo
         DatasetError: Neither form is there, or it is damaged.
     """
     if (folder / LANG_TWIN).exists() and (folder / EMB_TWIN).exists():
+        place = folder / LANG_TWIN
         try:
-            rows = json.loads((folder / LANG_TWIN).read_text(encoding="utf-8"))
-            embeddings = np.load(folder / EMB_TWIN, allow_pickle=False)
-            return [Annotation(int(s), int(e), str(t), str(x)) for s, e, t, x in rows], embeddings
-        except (ValueError, TypeError) as error:
-            raise DatasetError(f"{LANG_TWIN}: cannot be read ({error})") from error
-    if not (folder / LANG_FILE).exists():
+            rows = json.loads(read_bytes(place, MAX_JSON_BYTES))
+            found = [_annotation(s, e, t, x) for s, e, t, x in rows]
+        except BadFile as error:
+            raise DatasetError(str(error)) from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DatasetError(f"{place}: cannot be read ({error})") from None
+        return found, _embeddings(_array(folder / EMB_TWIN), len(found), folder / EMB_TWIN)
+    place = folder / LANG_FILE
+    if not place.exists():
         raise DatasetError(f"{folder}: has no {LANG_FILE}")
-    content = load_object_array(folder / LANG_FILE)
+    content = load_object_array(place)
     try:
         language: Mapping[str, Any] = content["language"]
         spans = content["info"]["indx"]
-        annotations = [
-            Annotation(int(span[0]), int(span[1]), str(task), str(text))
+        found = [
+            _annotation(span[0], span[1], task, text)
             for span, task, text in zip(spans, language["task"], language["ann"], strict=True)
         ]
-        embeddings = np.asarray(language["emb"], dtype=np.float32)
-        return annotations, embeddings.reshape(len(annotations), 1, -1)
+        rows = list(language["emb"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise DatasetError(f"{LANG_FILE}: not CALVIN's annotations ({error})") from error
+        raise DatasetError(f"{place}: not CALVIN's annotations ({error})") from None
+    return found, _embeddings(rows, len(found), place)
+
+
+def _annotation(start: Any, end: Any, task: Any, text: Any) -> Annotation:
+    if not 0 <= int(start) <= int(end):
+        raise ValueError(f"frames {start} to {end}")
+    return Annotation(int(start), int(end), str(task), str(text))
+
+
+def _array(path: Path) -> npt.NDArray[Any]:
+    try:
+        return read_array(path)
+    except BadFile as error:
+        raise DatasetError(str(error)) from None
+
+
+def _embeddings(rows: Any, count: int, path: Path) -> npt.NDArray[np.float32]:
+    """Return sentence embeddings (N, 1, d): one of one width for each annotation, all numbers.
+
+    A missing one would become NaN, and two too many would be joined to their neighbours.
+    """
+    if len(rows) != count:
+        raise DatasetError(f"{path}: {len(rows)} embeddings for {count} annotations")
+    made: list[npt.NDArray[np.float32]] = []
+    for number, row in enumerate(rows):
+        vector = np.asarray(row)
+        if vector.dtype.kind not in "fiu" or max(vector.ndim, 1) > 2:
+            raise DatasetError(f"{path}: embedding {number} is {str(row)[:40]!r}, no vector")
+        vector = vector.astype(np.float32).reshape(1, -1)
+        if not np.isfinite(vector).all():
+            raise DatasetError(f"{path}: embedding {number} is not finite")
+        if made and vector.shape != made[0].shape:
+            raise DatasetError(
+                f"{path}: embedding {number} has {vector.size} numbers, others have {made[0].size}"
+            )
+        made.append(vector)
+    return np.stack(made) if made else np.zeros((0, 1, 0), np.float32)
 
 
 # -- The log: one JSON line per committed episode --------------------------------------
@@ -425,7 +485,7 @@ class DatasetWriter:
 
     def _clear_uncommitted(self) -> None:
         """Remove the frames of an episode that was never committed."""
-        for temporary in self.folder.glob(".episode_*.tmp"):
+        for temporary in self.folder.glob(".episode_*.part"):
             temporary.unlink()
         index = self.n_frames
         while (path := self.folder / frame_name(index)).exists():
@@ -474,12 +534,11 @@ class Dataset:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         path = self.folder / "ep_start_end_ids.npy"
-        try:
-            self.episodes: npt.NDArray[np.int64] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DatasetError(f"{path}: cannot be read ({error})") from error
+        self.episodes: npt.NDArray[np.int64] = _array(path)
         if self.episodes.ndim != 2 or self.episodes.shape[1] != 2:
             raise DatasetError(f"{path}: shape {self.episodes.shape}, wants (N, 2)")
+        if self.episodes.dtype.kind not in "iu" or (np.diff(self.episodes, axis=1) < 0).any():
+            raise DatasetError(f"{path}: holds what is no first and last frame")
 
     def frame(self, index: int, keys: Sequence[str] | None = None) -> Frame:
         """One frame's arrays, or only those named by `keys`.
@@ -488,10 +547,9 @@ class Dataset:
             DatasetError: No such frame, key, or a damaged file.
         """
         try:
-            with np.load(self.folder / frame_name(index), allow_pickle=False) as stored:
-                return {key: stored[key] for key in (keys or stored.files)}
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise DatasetError(f"{frame_name(index)}: cannot be read ({error})") from error
+            return read_arrays(self.folder / frame_name(index), names=keys)
+        except BadFile as error:
+            raise DatasetError(str(error)) from None
 
     def window(self, start: int, end: int, keys: Sequence[str]) -> Frame:
         """Frames `start` to `end` inclusive, stacked by key."""
@@ -507,7 +565,7 @@ class Dataset:
         twin = self.folder / "scene_info.json"
         try:
             if twin.exists():
-                spans = json.loads(twin.read_text(encoding="utf-8"))
+                spans = read_json(twin)
             else:
                 spans = load_object_array(self.folder / "scene_info.npy")
             return {str(k): (int(v[0]), int(v[1])) for k, v in spans.items()}

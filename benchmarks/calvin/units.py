@@ -12,7 +12,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,12 @@ from openhelix.benchmarks.calvin.expert_control import View
 from openhelix.benchmarks.calvin.experts import Disturbance
 from openhelix.benchmarks.calvin.phrases import choose, training
 from openhelix.benchmarks.calvin.starts import StartError, begin, feasible
+from openhelix.benchmarks.calvin.tasks import TASK_NAMES
+from openhelix.runtime.core.files import BadFile, as_record, parse_object, read_arrays
 
 ARRAYS = ("states", "proprio", "targets", "relative", "clean")
 DTYPES = {"states": np.float32, "clean": np.bool_}
+WIDTHS = {"states": (36,), "proprio": (9,), "targets": (8,), "relative": (7,), "clean": ()}
 
 
 @dataclass(slots=True)
@@ -147,30 +150,71 @@ def read_unit(path: Path) -> tuple[dict[str, Any], list[Demonstration]]:
         What the unit says of itself, and its demonstrations.
 
     Raises:
-        ValueError: the file is damaged.
+        BadFile: the file is damaged, or holds other data; the line names it.
     """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            about = json.loads(stored["about"].tobytes())
-            arrays = {name: stored[name] for name in ARRAYS if name in stored.files}
-    except (OSError, EOFError, KeyError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
+    arrays = read_arrays(path)
+    text = arrays.pop("about", np.empty(0, np.uint8)).tobytes()
+    about = parse_object(text, f"{path}: about")
+    stored = as_record(_Unit, about, f"{path}: about")
+    _check(path, stored, arrays)
     found, at, seen = [], 0, 0
-    for row in about["demonstrations"]:
-        n = row["steps"]
+    for row in stored.demonstrations:
+        n = row.steps
         found.append(
             Demonstration(
-                task=row["task"],
-                scene=about["scene"],
+                task=row.task,
+                scene=stored.scene,
                 success=True,
-                steps=row["success_step"],
+                steps=row.success_step,
                 states=arrays["states"][seen : seen + n + 1],
                 proprio=arrays["proprio"][seen : seen + n + 1],
                 targets=arrays["targets"][at : at + n],
                 relative=arrays["relative"][at : at + n],
                 clean=arrays["clean"][at : at + n],
-                instruction=row["instruction"],
+                instruction=row.instruction,
             )
         )
         at, seen = at + n, seen + n + 1
     return about, found
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What a unit says of one demonstration."""
+
+    task: str
+    steps: int
+    success_step: int
+    instruction: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """What a unit says of itself."""
+
+    scene: str
+    number: int
+    demonstrations: tuple[_Row, ...]
+    tried: dict[str, int]
+    failed: dict[str, int]
+    no_start: dict[str, int]
+
+
+def _check(path: Path, unit: _Unit, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise `BadFile` unless the arrays are those of the demonstrations that a unit lists."""
+    for row in unit.demonstrations:
+        if row.task not in TASK_NAMES:
+            raise BadFile(f"{path}: about: task: {row.task!r} is none")
+        if row.steps < 1 or row.success_step > row.steps:
+            raise BadFile(f"{path}: about: {row.task}: {row.success_step} of {row.steps} steps")
+    steps = sum(row.steps for row in unit.demonstrations)
+    states = steps + len(unit.demonstrations)
+    for name in ARRAYS if unit.demonstrations else ():
+        shape = (states if name in ("states", "proprio") else steps, *WIDTHS[name])
+        array = arrays.get(name)
+        if array is None:
+            raise BadFile(f"{path}: no {name}")
+        if array.shape != shape or array.dtype.kind != np.dtype(DTYPES.get(name, "f4")).kind:
+            raise BadFile(f"{path}: {name}: {array.dtype}{array.shape}, needs {shape}")
+        if not np.isfinite(array).all():
+            raise BadFile(f"{path}: {name} has values that are not finite")

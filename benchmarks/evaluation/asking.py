@@ -11,7 +11,6 @@ vlm`: the plain laptop model was never trained to answer questions.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ from PIL import Image
 
 from openhelix.runtime.cli.arguments import Many, Options, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import none_of, resolve
 from openhelix.system2.answering import ANSWERERS, Answerer
 from openhelix.system2.probe import read_image
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         ],
     }
     text = [f"{row['question']}\n   {row['answer']}" for row in made["answers"]]
-    sys.stdout.write((json.dumps(made) if options.as_json else "\n".join(text)) + "\n")
+    answer(json.dumps(made) if options.as_json else "\n".join(text))
     return 0
 
 

@@ -31,11 +31,13 @@ from openhelix.benchmarks.evaluation.report import (
     markdown_table,
     page,
 )
-from openhelix.benchmarks.evaluation.results import read_results, read_run, replace_file
+from openhelix.benchmarks.evaluation.results import read_results, read_run
 from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
 from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.files import replace_file
+from openhelix.runtime.core.output import answer
 
 MUST_AGREE = ("name", "seed")  # else equal keys are not equal episodes
 Result = Mapping[str, Any]
@@ -225,5 +227,5 @@ def main(argv: Sequence[str]) -> int:
         if options.out is not None:
             RichConsole(stderr=True).print(f"{options.out}/compare.html", soft_wrap=True)
         return 0
-    sys.stdout.write(json.dumps(found) + "\n" if options.as_json else to_markdown(found))
+    answer(json.dumps(found) if options.as_json else to_markdown(found))
     return 0

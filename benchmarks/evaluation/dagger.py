@@ -44,7 +44,6 @@ from openhelix.benchmarks.calvin.collect import (
     open_folder,
     unit_path,
 )
-from openhelix.benchmarks.calvin.dataset import replace_file
 from openhelix.benchmarks.calvin.demonstrations import Demonstration, perform
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.experts import Expert
@@ -64,12 +63,14 @@ from openhelix.runtime.core.config import (
     System2Config,
     read_settings,
 )
+from openhelix.runtime.core.files import replace_file
 from openhelix.runtime.core.interfaces import (
     ActionChunk,
     LatentGoal,
     Observation,
     Policy,
 )
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.runtime.robots.env import EnvRobot
 
@@ -352,5 +353,5 @@ def main(argv: Sequence[str]) -> int:
 
     card = dagger(config, run, report)
     brief = {k: v for k, v in card.items() if k != "files"} | {"folder": str(config.folder)}
-    sys.stdout.write(json.dumps(brief, indent=None if as_json else 1) + "\n")
+    answer(json.dumps(brief, indent=None if as_json else 1))
     return 0

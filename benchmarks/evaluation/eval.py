@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +50,7 @@ from openhelix.runtime.core.config import (
     read_yaml,
     validate,
 )
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import CONFIGS
 from openhelix.runtime.launch.graph import require_parts
 from openhelix.system1.config import SHIPPED
@@ -158,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
     finally:
         pool.close()
     write_reports(report, folder, read_results(folder))
-    sys.stdout.write(json.dumps(report) + "\n" if options.as_json else brief(report))
+    answer(json.dumps(report) if options.as_json else brief(report))
     return 0
 
 

@@ -15,12 +15,13 @@ from typing import Any, TextIO
 from openhelix.benchmarks.evaluation.oracle import TARGET as TELLER
 from openhelix.benchmarks.evaluation.pool import Job, LocalPool, Pool, on_gpu
 from openhelix.benchmarks.evaluation.realtime_pool import RealtimePool
-from openhelix.benchmarks.evaluation.results import ResultsError, Store, replace_file, summarise
+from openhelix.benchmarks.evaluation.results import ResultsError, Store, summarise
 from openhelix.benchmarks.evaluation.runner import Conditions, Film
 from openhelix.benchmarks.evaluation.suites import Suite, spread
 from openhelix.runtime.control.episodes import versions
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError, Part, PolicyPart, RunConfig
+from openhelix.runtime.core.files import replace_file
 from openhelix.runtime.core.paths import ROOT
 from openhelix.system1.config import SHIPPED
 

@@ -11,7 +11,6 @@ name their task only together with the picture of their start.
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from openhelix.runtime.cli.arguments import Options, option, parse
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.config import ConfigError, RunConfig
 from openhelix.runtime.core.interfaces import F32, U8, judged
+from openhelix.runtime.core.output import answer
 from openhelix.system2 import probe
 
 BATCH = 8
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
         "blind": config.system2.blind,
         "spec_id": engine.spec.spec_id,
     }
-    sys.stdout.write(json.dumps(report) + "\n" if options.as_json else page(report))
+    answer(json.dumps(report) if options.as_json else page(report))
     return 0
 
 

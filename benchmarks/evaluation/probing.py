@@ -11,10 +11,10 @@ its latent (`openhelix.system2.probe`). Each has its own `--help`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from openhelix.benchmarks.evaluation import asking, naming
+from openhelix.runtime.core.output import answer
 from openhelix.system2 import probe
 
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     """
     given = {word.partition("=")[0] for word in argv}
     if given & {"-h", "--help"}:
-        sys.stdout.write(f"{__doc__}\n")  # the three ways, before the help of the one asked for
+        answer(f"{__doc__}\n")  # the three ways, before the help of the one asked for
     if "--ask" in given:
         return asking.main(argv)
     if "--sentences" in given:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.evaluation import plots
-from openhelix.benchmarks.evaluation.results import VIDEOS, replace_file
+from openhelix.benchmarks.evaluation.results import VIDEOS
+from openhelix.runtime.core.files import replace_file
 
 PLOTS = "plots"  # folder of the plots, as PNG, SVG and PDF
 Table = tuple[list[str], list[list[str]]]  # header, rows

@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.evaluation.stats import chain_interval, wilson
 from openhelix.benchmarks.evaluation.suites import Episode, Suite
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.files import replace_file
 
 SHARD = 32
 FORMAT = 1
@@ -41,17 +41,6 @@ FIELDS = {
 
 class ResultsError(ConfigError):
     """A folder that cannot be used; one line says which file, and what is wrong with it."""
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also when the machine stops."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
 
 
 def line_of(result: Mapping[str, Any]) -> str:
@@ -126,7 +115,7 @@ class Store:
             raise ResultsError(f"--out: cannot write to {self.folder}: {error.strerror}") from None
         self._results = self._read()
         data = {"format": FORMAT, "identity": self._identity, "code": self.codes}
-        replace_file(run, json.dumps(data, indent=1).encode() + b"\n")
+        replace_file(run, json.dumps(data, indent=1).encode() + b"\n", sync=True)
 
     def _check_run(self, before: Mapping[str, Any], code: str) -> None:
         for key in sorted(set(self._identity) | set(before["identity"])):
@@ -173,11 +162,11 @@ class Store:
         span = range(shard * SHARD, (shard + 1) * SHARD)
         lines = [line_of(self._results[index]) for index in span if index in self._results]
         path = self.folder / SHARDS / f"{shard:04d}.jsonl"
-        replace_file(path, ("\n".join(lines) + "\n").encode())
+        replace_file(path, ("\n".join(lines) + "\n").encode(), sync=True)
 
     def finish(self, report: Mapping[str, Any]) -> None:
         """Write `report.json`: the evaluation is complete."""
-        replace_file(self.folder / REPORT, json.dumps(report, indent=1).encode() + b"\n")
+        replace_file(self.folder / REPORT, json.dumps(report, indent=1).encode() + b"\n", sync=True)
 
     def close(self) -> None:
         """Let others use the folder; one that got no result is removed. Twice is fine."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,12 +46,14 @@ from openhelix.benchmarks.evaluation.report import (
     markdown_table,
     page,
 )
-from openhelix.benchmarks.evaluation.results import read_results, replace_file
+from openhelix.benchmarks.evaluation.results import read_results
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
 from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES
 from openhelix.runtime.cli.arguments import Numbers, Words, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig
+from openhelix.runtime.core.files import replace_file
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import none_of
 from openhelix.runtime.launch.graph import require_parts
 
@@ -261,7 +262,7 @@ def main(argv: Sequence[str]) -> int:
     if options.results is not None:
         options.results.mkdir(parents=True, exist_ok=True)
         write(to_keep(report), options.results, kept=True)
-    sys.stdout.write(json.dumps(report) + "\n" if options.as_json else to_markdown(report))
+    answer(json.dumps(report) if options.as_json else to_markdown(report))
     return 0
 
 

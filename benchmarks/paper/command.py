@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from openhelix.benchmarks.paper.trainings import Trainer, Trainings
 from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import CommandFailed, ConfigError, Count, RunConfig
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import ROOT, cache_folder
 from openhelix.runtime.core.plugins import resolve
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.ERROR)
     known = catalogue()
     if options.list_:
-        sys.stdout.write(listing(known))
+        answer(listing(known))
         return 0
     session = make_session(options, overrides, known)
     console = Console("experiment")
@@ -67,9 +67,9 @@ def main(argv: Sequence[str]) -> int:
     outcomes = write_all(session, folder)
     if options.as_json:
         found = {"findings": overview.findings(outcomes), "experiments": outcomes}
-        sys.stdout.write(json.dumps(found, default=str) + "\n")
+        answer(json.dumps(found, default=str))
     else:
-        sys.stdout.write("\n".join(f"{o['name']}: {o['state']}" for o in outcomes) + "\n")
+        answer("\n".join(f"{o['name']}: {o['state']}" for o in outcomes))
     if session.failed:
         raise CommandFailed(f"{len(session.failed)} trainings failed: {'; '.join(session.failed)}")
     return 0

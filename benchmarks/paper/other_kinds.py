@@ -11,7 +11,6 @@ from typing import Any
 
 from openhelix.benchmarks.evaluation.eval import load_config
 from openhelix.benchmarks.evaluation.evaluation import fingerprint
-from openhelix.benchmarks.evaluation.results import replace_file
 from openhelix.benchmarks.paper.catalogue import Experiment
 from openhelix.benchmarks.paper.figure5 import (
     Pictures,
@@ -26,6 +25,7 @@ from openhelix.benchmarks.paper.measures import SCENE
 from openhelix.benchmarks.paper.session import Session
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.config import ConfigError, EnginePart
+from openhelix.runtime.core.files import replace_file
 from openhelix.system2.model import SHIPPED
 
 UNTRAINED = "as shipped, <ACT> untrained"

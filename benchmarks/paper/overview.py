@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.evaluation.report import markdown_table
-from openhelix.benchmarks.evaluation.results import replace_file
 from openhelix.benchmarks.paper.catalogue import FINDINGS
 from openhelix.benchmarks.paper.judge import HOLDS, NOT, finding_verdict
 from openhelix.benchmarks.paper.tables import Outcome, label, read
+from openhelix.runtime.core.files import replace_file
 
 
 def write_overview(folder: Path, names: Sequence[str]) -> None:

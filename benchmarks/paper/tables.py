@@ -20,9 +20,9 @@ from openhelix.benchmarks.evaluation.plots import (
     trials,
 )
 from openhelix.benchmarks.evaluation.report import interval, markdown_table, percent
-from openhelix.benchmarks.evaluation.results import replace_file
 from openhelix.benchmarks.evaluation.sweep import STEP_S
 from openhelix.benchmarks.paper.judge import MISSING
+from openhelix.runtime.core.files import replace_file
 
 Outcome = Mapping[str, Any]
 DISAGREES = "†"

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from openhelix.benchmarks.evaluation.evaluation import content
-from openhelix.benchmarks.evaluation.results import replace_file
 from openhelix.benchmarks.paper.catalogue import Scale, Variant
 from openhelix.runtime.core.config import CommandFailed, ConfigError
+from openhelix.runtime.core.files import replace_file
 from openhelix.runtime.core.paths import ROOT
 
 TRAINED, FAILED, CLOCK = "trained.json", "failed.json", "clock.json"

@@ -24,6 +24,7 @@ from typing import Annotated, Any
 from openhelix.benchmarks.training.config import STAGES, TrainingConfig
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import ConfigError, read_settings
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import none_of
 
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     results = run(config, options.stage)
     text = json.dumps(results, indent=None if options.as_json else 1, default=str)
-    sys.stdout.write(text + "\n")
+    answer(text)
     return 0
 
 

@@ -19,6 +19,7 @@ from typing import Annotated
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.output import answer
 
 SHELLS = ("bash", "zsh", "fish")
 BASH = """# Completion of openhelix for bash; made by `openhelix completion bash`.
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     options, _ = parse("completion", CompletionOptions, argv, __doc__ or "")
     if options.shell not in SHELLS:
         raise ConfigError(f"SHELL: {plugins.none_of(options.shell, SHELLS)}")
-    print(SCRIPTS[options.shell](words()), end="")
+    answer(SCRIPTS[options.shell](words()))
     return 0
 
 

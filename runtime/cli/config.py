@@ -31,6 +31,7 @@ from rich.text import Text
 
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
+from openhelix.runtime.core.output import answer
 
 UNITS = {  # by the last part of a field's name
     "_rad_s2": "rad/s²",
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"PATTERN: no setting has {options.pattern!r} in it; {meant}")
     if options.as_json:
         shown = RunConfig.model_validate(config).model_dump(mode="json")
-        print(json.dumps({s.name: _plain(shown, s) for s in found}))
+        answer(json.dumps({s.name: _plain(shown, s) for s in found}))
         return 0
     console = Console(highlight=False, width=WIDTH + 2)
     for setting in found:

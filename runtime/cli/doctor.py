@@ -30,6 +30,7 @@ from rich.markup import escape
 from openhelix.runtime.cli.arguments import Options, parse
 from openhelix.runtime.control.realtime import enter, leave
 from openhelix.runtime.core import plugins
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import CHECKOUT, cache_folder
 
 GIB = 1024**3
@@ -289,7 +290,7 @@ def main(argv: Sequence[str]) -> int:
     options, _ = parse("doctor", Options, argv, __doc__ or "")
     checks = diagnose()
     if options.as_json:
-        print(json.dumps({"healthy": healthy(checks), "checks": [asdict(c) for c in checks]}))
+        answer(json.dumps({"healthy": healthy(checks), "checks": [asdict(c) for c in checks]}))
         return 0 if healthy(checks) else 1
     show(Console(highlight=False), checks)
     return 0 if healthy(checks) else 1

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import Positive, RunConfig, load
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.film import FILE_NAME, FPS, TITLE_S, make_film
 from openhelix.runtime.observe.overlay import About
@@ -57,9 +58,9 @@ def main(argv: Sequence[str]) -> int:
     with Display(live=not options.as_json) as display:
         made = film(source, out, display, **_part(options, out))
     if options.as_json:
-        print(json.dumps(made))
+        answer(json.dumps(made))
     else:
-        print(f"{made['path']}  ({made['seconds']:.1f} s, {made['bytes'] / 1e6:.1f} MB)")
+        answer(f"{made['path']}  ({made['seconds']:.1f} s, {made['bytes'] / 1e6:.1f} MB)")
     return 0
 
 

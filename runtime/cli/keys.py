@@ -15,6 +15,7 @@ from typing import Annotated
 
 from openhelix.runtime.cli.arguments import Many, Options, Positional, option, parse
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.transport.sockets import SERVER, check_name, generate
 
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         raise ConfigError(f"folder: cannot write to {options.folder}: {error.strerror}") from None
     if options.as_json:
-        print(json.dumps({"folder": str(options.folder), "made": made}))
+        answer(json.dumps({"folder": str(options.folder), "made": made}))
     else:
-        print(f"{options.folder}: made {', '.join(made)}")
+        answer(f"{options.folder}: made {', '.join(made)}")
     return 0

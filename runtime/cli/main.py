@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
-from openhelix.runtime.core import plugins
+from openhelix.runtime.core import output, plugins
 from openhelix.runtime.core.config import CommandFailed
 from openhelix.runtime.core.paths import CHECKOUT
 
@@ -64,8 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = plugins.nearest(name, commands)
         print(f"openhelix: unknown command {name!r}; {said}", file=sys.stderr)
         return 2
+    if "--json" in rest and not {"-h", "--help"} & set(rest):
+        # Run as a program, to the very end of it.
+        with output.reserved(for_good=argv is None):
+            return _call(name, commands[name], rest)
+    return _call(name, commands[name], rest)
+
+
+def _call(name: str, path: str, words: Sequence[str]) -> int:
+    """Call a command; tell its refusals and failures in one line, and return the exit code."""
     try:
-        code = int(plugins.resolve(commands[name])(rest))
+        code = int(plugins.resolve(path)(words))
     except ModuleNotFoundError as error:
         extra = plugins.missing(error)
         if extra is None or os.environ.get("OPENHELIX_DEBUG"):

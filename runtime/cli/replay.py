@@ -19,6 +19,7 @@ from typing import Annotated
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.control.assembly import make_policy
 from openhelix.runtime.core.config import ConfigError, PolicyPart, RunConfig, load
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import resolve
 from openhelix.runtime.observe.recorder import Reader, replay
 
@@ -48,10 +49,9 @@ def main(argv: Sequence[str]) -> int:
     report = {"policy": config.system1.policy.model_dump(mode="json")}
     report |= replay(options.recording, policy, config.system1.latent_memory)
     if options.as_json:
-        print(json.dumps(report))
+        answer(json.dumps(report))
         return 0
-    for name, value in report.items():
-        print(f"{name:<20} {json.dumps(value)}")
+    answer("\n".join(f"{name:<20} {json.dumps(value)}" for name, value in report.items()))
     return 0
 
 

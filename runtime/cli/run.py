@@ -18,19 +18,21 @@ import errno
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from openhelix.runtime.cli.arguments import Options, option, parse
 from openhelix.runtime.control.episodes import Assignment, told
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig, load
+from openhelix.runtime.core.files import NO_ROOM, replace_file
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.launch.graph import require_parts, with_free_ports
 from openhelix.runtime.launch.node import Interrupts, interruptible
-from openhelix.runtime.observe.display import Display, Outlet
+from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.observer import drawn_later
 from openhelix.runtime.observe.overlay import world_of
 from openhelix.runtime.observe.prompt import Prompt
@@ -39,6 +41,7 @@ from openhelix.runtime.robots.base import WorldPlugin, robot_class
 from openhelix.runtime.transport.sockets import check_keys
 
 EXIT_INTERRUPTED = 130  # by Ctrl-C; the robot was stopped and the report written
+REFUSALS = (*NO_ROOM, errno.EROFS)  # of a disk
 EXIT_STOPPED = 3  # the robot was stopped for safety before the run was complete
 FILM_LIMIT_S = 180.0  # of film; drawing takes about as long as the run, on one core
 
@@ -123,22 +126,27 @@ def _run(argv: Sequence[str], record: bool) -> int:
         try:
             report = run(config, assignments, initial, folder, display, prompt)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            if error.errno not in REFUSALS:
                 raise
-            raise _cannot_write(folder, error) from None
+            raise _cannot_write(Path(error.filename or folder), error) from None
         report["config"] = str(options.config) if options.config is not None else None
         report["config_sha256"] = config.sha256
         try:
-            write_report(report, folder)
-            publish_latest(folder, config.output.folder)
+            place = write_report(report, folder)
+            if place.parent == folder:
+                publish_latest(folder, config.output.folder)
         finally:  # what was measured is worth more than the disk that has no room for it
             if options.as_json:
-                print(json.dumps(report), file=cast(IO[str], Outlet("stdout")), flush=True)
+                answer(json.dumps(report))
             _film(config, report, folder, display, interrupted)
             if not options.as_json:
                 display.summary(report, folder)
+    if place.parent != folder:
+        raise CommandFailed(f"output.folder: no room in {folder}; the report is in {place}")
     if report["error"]:
         raise CommandFailed(report["error"])
+    if record and (lost := ((report["sinks"] or {}).get("recording") or {}).get("error")):
+        raise CommandFailed(f"recording: is incomplete: {lost}")
     if report["interrupted"]:
         return EXIT_INTERRUPTED
     return EXIT_STOPPED if report["stopped"] else 0
@@ -217,20 +225,28 @@ def make_output_folder(base: Path) -> Path:
     raise ConfigError(f"output.folder: {base} holds too many runs")
 
 
-def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Write `report.json` whole or not at all.
+def write_report(report: dict[str, Any], folder: Path) -> Path:
+    """Write `report.json` whole or not at all; return where it is.
+
+    Where the disk refuses it goes to the system's folder for temporary files.
 
     Raises:
-        CommandFailed: the disk refuses; one line says why.
+        CommandFailed: that refuses too; one line says why.
     """
-    part = folder / "report.json.part"
+    text = (json.dumps(report, indent=2) + "\n").encode()
+    place = folder / "report.json"
     try:
-        part.write_text(json.dumps(report, indent=2) + "\n")
-        part.rename(folder / "report.json")
+        replace_file(place, text)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise _cannot_write(folder / "report.json", error) from None
+        try:
+            # Others may write to that folder as well: a new file, of a name that nobody can guess.
+            name = f"openhelix-{folder.name}-"
+            with tempfile.NamedTemporaryFile(prefix=name, suffix=".json", delete=False) as file:
+                file.write(text)
+        except OSError:
+            raise _cannot_write(place, error) from None
+        return Path(file.name)
+    return place
 
 
 def publish_latest(folder: Path, base: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import CommandFailed, NonNegative, RunConfig, load
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.observe.robot import Robot, Told
 
 
@@ -46,10 +47,10 @@ def main(argv: Sequence[str]) -> int:
         told = robot.say(options.text, options.timeout)
         if options.as_json:
             entries = _followed(robot, told, False) if options.follow else []
-            print(json.dumps({**asdict(told), "entries": entries}))
+            answer(json.dumps({**asdict(told), "entries": entries}))
         else:
             for line in lines(told):
-                print(line, flush=True)
+                answer(line)
             if options.follow and not told.replaced:
                 _followed(robot, told, True)
     if told.refused:
@@ -89,7 +90,7 @@ def _followed(robot: Robot, told: Told, tell: bool) -> list[dict[str, Any]]:
             continue
         kept.append(entry)
         if tell and not (entry["kind"] == "said" and entry["said"] == told.said):
-            print(entry["line"], flush=True)
+            answer(entry["line"])
         if entry["said"] == told.said and entry["kind"] in ("ended", "held"):
             break
     return kept

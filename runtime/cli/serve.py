@@ -20,6 +20,7 @@ from typing import Annotated
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import CommandFailed, ConfigError, Count, RunConfig, load
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.targets import check_part
 from openhelix.runtime.launch.node import NodeRunner, NodeSpec, in_a_thread
 from openhelix.runtime.transport.sockets import check_bind, check_keys, served
@@ -80,5 +81,5 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(runner.error)
     if state == "failed":
         raise CommandFailed(runner.error)
-    print(json.dumps(runner.last_health, indent=None if options.as_json else 2))
+    answer(json.dumps(runner.last_health, indent=None if options.as_json else 2))
     return 0

@@ -28,7 +28,8 @@ from rich.table import Table
 
 from openhelix.runtime.cli.arguments import Options, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
-from openhelix.runtime.observe.status_server import StatusServer
+from openhelix.runtime.core.output import answer
+from openhelix.runtime.observe.status_server import StatusServer, is_loopback
 from openhelix.runtime.observe.status_source import RunSource
 
 PORT = 9120
@@ -42,6 +43,7 @@ class StatusOptions(Options):
     listen: str = option(
         f"127.0.0.1:{PORT}", "off loopback, reading needs the token too", "HOST:PORT"
     )
+    plain_http: bool = option(False, "off loopback without TLS, behind a proxy that adds it")
     tls_cert: Path | None = option(None, "serve https", "FILE")
     tls_key: Path | None = option(None, "key of the certificate", "FILE")
     serve: str | None = option(None, "an `openhelix serve`, whose robots are listed", "ADDRESS")
@@ -69,10 +71,10 @@ def _do(options: StatusOptions, source: RunSource) -> int:
     if options.stop:
         robot = source.record().robot
         source.stop("openhelix status --stop")
-        print(json.dumps({"stopped": robot}) if options.as_json else f"{robot}: stopped")
+        answer(json.dumps({"stopped": robot}) if options.as_json else f"{robot}: stopped")
     elif options.token:
         token = source.record().token
-        print(json.dumps({"token": token}) if options.as_json else token)
+        answer(json.dumps({"token": token}) if options.as_json else token)
     elif options.web:
         logging.basicConfig(level=logging.WARNING)
         os.nice(10)  # whoever looks on gives way to whoever works
@@ -81,7 +83,7 @@ def _do(options: StatusOptions, source: RunSource) -> int:
     else:
         status = source.snapshot()
         if options.as_json:
-            print(json.dumps(status))
+            answer(json.dumps(status))
         else:
             Console(highlight=False).print(_table(status))
     return 0
@@ -89,15 +91,21 @@ def _do(options: StatusOptions, source: RunSource) -> int:
 
 async def _serve(options: StatusOptions, source: RunSource) -> None:
     host, port = _address(options.listen)
-    server = StatusServer(source, host, port, _tls(options))
+    tls = _tls(options)
+    if tls is None and not is_loopback(host) and not options.plain_http:
+        raise ConfigError(
+            f"--listen: {options.listen} would show images and take the token unencrypted; give "
+            "--tls-cert and --tls-key, or say --plain-http behind a proxy that adds TLS"
+        )
+    server = StatusServer(source, host, port, tls)
     url = await server.start()
     if options.as_json:
-        print(json.dumps({"url": url}), flush=True)
+        answer(json.dumps({"url": url}))
     else:
         # What follows the # stays in the browser: it is in no request and in no log.
         token = source.token
-        print(f"{url}#token={token}" if token else f"{url} (no run is alive yet)", flush=True)
-        print("the link carries the run's token: whoever has it may command the robot", flush=True)
+        answer(f"{url}#token={token}" if token else f"{url} (no run is alive yet)")
+        answer("the link carries the run's token: whoever has it may command the robot")
     ended = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
@@ -109,7 +117,7 @@ def _address(text: str) -> tuple[str, int]:
     host, sign, port = text.rpartition(":")
     if not sign or not host or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"--listen: {text!r}, expected HOST:PORT, for example 127.0.0.1:{PORT}")
-    return host.strip("[]"), int(port)
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _tls(options: StatusOptions) -> ssl.SSLContext | None:

@@ -22,6 +22,7 @@ from typing import Annotated
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.cli.film import reader
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig, load
+from openhelix.runtime.core.output import answer
 from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.overlay import About
 from openhelix.runtime.observe.recorder import playback
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         path = written(source, options.out, display)
     if options.out is not None or options.as_json:
         size = path.stat().st_size
-        print(json.dumps({"path": str(path), "bytes": size}) if options.as_json else path)
+        answer(json.dumps({"path": str(path), "bytes": size}) if options.as_json else str(path))
         return 0
     return _open(str(path), options)
 
@@ -117,7 +118,7 @@ def written(source: Path, out: Path | None, display: Display) -> Path:
             viewer(message)
             tell(number)
         viewer.close(600.0)
-    if viewer.error is not None:
+    if viewer.error:
         part.unlink(missing_ok=True)
         raise CommandFailed(f"{path.name}: could not be written: {viewer.error}")
     part.rename(path)

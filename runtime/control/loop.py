@@ -39,6 +39,7 @@ class Tick:
     new_chunk: ActionChunk | None
     latent_age_s: float | None  # of the newest latent of this instruction
     duration_s: float  # the tick's own work
+    refused_chunk: ActionChunk | None = None  # has arrived and is not followed: late, stale, void
     understood: float | None = None  # how probably the instruction names a task; None: unknown yet
 
 
@@ -131,7 +132,7 @@ class ControlLoop:
         now_ns = self.clock.now_ns()
         observation = self.observe()
         latent = self.condition(observation, now_ns)
-        chunk = self.plan(observation, now_ns)
+        chunk, refused = self.plan(observation, now_ns)
         state, target = self.decide(now_ns)
         sent = self.apply(state, target, observation, now_ns)
         self.ticks += 1
@@ -146,6 +147,7 @@ class ControlLoop:
             new_chunk=chunk,
             latent_age_s=self._latent_age_s(now_ns),
             duration_s=time.perf_counter() - start_s,
+            refused_chunk=refused,
             understood=self.understood,
         )
         for subscriber in self.subscribers:
@@ -220,17 +222,25 @@ class ControlLoop:
             self.watchdog.saw("latent", latent.t_obs_ns, now_ns)
         return latent
 
-    def plan(self, observation: Observation, now_ns: int) -> ActionChunk | None:
-        """Offer System 1 its input once there is a latent; join a finished chunk."""
+    def plan(
+        self, observation: Observation, now_ns: int
+    ) -> tuple[ActionChunk | None, ActionChunk | None]:
+        """Offer System 1 its input once there is a latent; join a finished chunk.
+
+        Returns:
+            The chunk if it was joined, and the chunk if it was refused; see `ChunkBuffer.put`.
+        """
         if self._resting:
-            return None
+            return None, None
         if self.goals is None or self.goals.recent:
             self.planner.offer(observation, tuple(self.goals.recent) if self.goals else ())
         chunk = self.planner.poll()
-        if chunk is None or not self.chunks.put(chunk, now_ns):
-            return None
+        if chunk is None:
+            return None, None
+        if not self.chunks.put(chunk, now_ns):
+            return None, chunk
         self._planned = True
-        return chunk
+        return chunk, None
 
     def decide(self, now_ns: int) -> tuple[State, Action | None]:
         """Return what to do, and the planned target for the end of this period."""

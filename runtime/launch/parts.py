@@ -62,6 +62,7 @@ from openhelix.runtime.transport.wire import NewestReader, Publisher
 
 log = logging.getLogger(__name__)
 SYSTEM1_TIMEOUT_S = 240.0
+JOIN_S = 5.0  # how long the first tick waits for the process that looks on
 OFFSET_ROUNDS = 8  # questions to System 2's clock; the quickest answer counts
 
 
@@ -133,6 +134,7 @@ class ControlProcess:
             if stop.is_set():
                 return
             self._robot.get_observation()  # keeps its queues empty while System 2 starts
+        self._await_observer(self._robot, stop)
         control = self._config.control
         self._realtime = enter(
             priority=control.fifo_priority or None,
@@ -155,6 +157,16 @@ class ControlProcess:
             self._report = self._make_report()
             self._finished.set()
         stop.wait()  # stay until the report has been fetched
+
+    def _await_observer(self, robot: Robot, stop: threading.Event) -> None:
+        """Let the process that looks on hear us before the first tick; not for ever."""
+        assert self._subscribers is not None
+        give_up_s = time.monotonic() + JOIN_S
+        while not self._subscribers.heard(0.05):
+            robot.get_observation()
+            if time.monotonic() > give_up_s or stop.is_set():
+                log.warning("nobody hears the ticks yet; what is missed is counted")
+                return
 
     def health(self) -> dict[str, Any]:
         runner = self._stack.episode_runner if self._stack else None
@@ -291,6 +303,7 @@ class ControlProcess:
             **task_rows(stack.episode_runner.results),
             **self._subscribers.statistics.report(),
             "first_action_ns": self._subscribers.statistics.first_action_ns,
+            "ticks_told": self._subscribers.told,
             "deadline_missed": lateness.missed,
             "tick_lateness_s": lateness.as_seconds() if lateness.ticks else None,
             "latents_received": goals.received if goals else 0,

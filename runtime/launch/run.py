@@ -125,12 +125,13 @@ def run_lockstep(
     finally:
         robot.stop("the run has ended")
         subscribers.finish()
-        subscribers.close()
+        sinks = subscribers.close()
         stack.close()
         robot.disconnect()
+    say_losses(display, sinks)
     return _report(config, stack, statistics) | {
         "ready_s": ready_s,
-        "sinks": subscribers.close(),
+        "sinks": sinks,
         "untrained": untrained,
         "error": failure,
         **parts_of(config, policy.spec, spec_id),
@@ -278,9 +279,13 @@ def run_realtime(
                 report, error = _watch(graph, config, display, interrupted)
             parts = {name: graph.health(name) for name in ("system1", "system2")}
             if graph.has("observer"):
-                report["sinks"] = _finish(graph, display, interrupted)
+                report["sinks"] = _finish(graph, display, interrupted, report["ticks_told"])
             if not report["interrupted"]:
-                with suppress(KeyboardInterrupt), interrupted.patience(interrupted.heard):
+                # The report is here: nothing may take it away.
+                with (
+                    suppress(KeyboardInterrupt, RpcError),
+                    interrupted.patience(interrupted.heard),
+                ):
                     graph.ask("control", "await_scrape", timeout_s=15.0)
         except (GraphError, RpcError) as error:
             raise RunFailed(str(error)) from error
@@ -288,6 +293,7 @@ def run_realtime(
             graph.close()
     # Both clocks are this host's: control runs beside the head.
     first_ns = report.pop("first_action_ns")
+    del report["ticks_told"]
     system1, system2 = parts["system1"], parts["system2"]
     policy = system1.get("policy_spec")
     return report | {
@@ -336,17 +342,35 @@ def _start(graph: Graph, config: RunConfig, display: Display, interrupted: Inter
     graph.wait_ready(READY_TIMEOUT_S, display.states, interrupted)
 
 
-def _finish(graph: Graph, display: Display, interrupted: Interrupts) -> dict[str, Any] | None:
-    """Let the observer finish its files; None where it is gone, which is no failure of a run."""
+def _finish(
+    graph: Graph, display: Display, interrupted: Interrupts, told: int
+) -> dict[str, Any] | None:
+    """Let the observer finish its files; None where it is gone, which is no failure of a run.
+
+    Args:
+        graph: of the run.
+        display: told what went wrong with the files.
+        interrupted: once more, and the observer is not waited for.
+        told: how many messages it was sent.
+    """
     if "observer" in graph.ended() or graph.health("observer", 5.0)["state"] != "ready":
         display.warn("observer: is gone; video and recording are incomplete")
         return None
     try:
-        with interrupted.patience(interrupted.heard):  # once more, and it is not waited for
-            return graph.ask("observer", "finish", timeout_s=70.0)
+        with interrupted.patience(interrupted.heard):
+            sinks = graph.ask("observer", "finish", timeout_s=70.0, told=told)
     except (KeyboardInterrupt, RpcError):
         display.warn("observer: was not waited for; video and recording may be incomplete")
         return None
+    say_losses(display, sinks)
+    return sinks
+
+
+def say_losses(display: Display, sinks: dict[str, Any]) -> None:
+    """Tell which files are incomplete, and why."""
+    for name, sink in sinks.items():
+        if isinstance(sink, dict) and sink["error"]:
+            display.warn(f"{name}: is incomplete ({sink['dropped']} lost): {sink['error']}")
 
 
 def _watch(

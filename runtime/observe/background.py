@@ -98,8 +98,9 @@ class Background(Generic[T]):
         try:
             self._finish()
         except Exception as error:
-            self.error = self.error or error
-            self._log("could not be finished", error)
+            if self.error is None:  # else it has been told what goes wrong
+                self.error = error
+                self._log("could not be finished", error)
 
     def _log(self, what: str, error: Exception) -> None:
         """A defect with its traceback; a disk that refuses in one line."""
@@ -108,21 +109,34 @@ class Background(Generic[T]):
 
 
 class Counted:
-    """The counters of what leaves its work to a `Background`, as metrics read them."""
+    """The counters of what leaves its work to a `Background`, as metrics and reports read them."""
 
     _work: Background[Any]
 
     @property
     def written(self) -> int:
-        """Items worked off."""
-        return self._work.written
+        """Items worked off, and kept."""
+        return self._work.written - self._unkept
 
     @property
     def dropped(self) -> int:
-        """Items lost."""
-        return self._work.dropped
+        """Items lost: the queue was full, the work had failed, or the disk refused them later."""
+        return self._work.dropped + self._unkept
 
     @property
     def queued(self) -> int:
         """Items waiting."""
         return self._work.queued
+
+    @property
+    def error(self) -> str:
+        """What ended the work; empty while nothing has."""
+        error = self._work.error
+        if isinstance(error, OSError) and error.errno is not None:
+            return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        return "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())
+
+    @property
+    def _unkept(self) -> int:
+        """Items worked off that the disk refused afterwards, for it is written to in pieces."""
+        return 0

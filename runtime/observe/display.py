@@ -27,6 +27,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from openhelix.runtime.core.output import descriptors
 from openhelix.runtime.observe.prompt import Prompt, myself
 
 WIDTH = 78  # columns that a line may have
@@ -47,7 +48,7 @@ def hung_up() -> bool:
     A closed terminal that was to be ignored (`nohup`) is.
     """
     poll = select.poll()
-    for number in (1, 2):
+    for number in descriptors():
         with contextlib.suppress(OSError):
             terminal = os.isatty(number) and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
             if stat.S_ISFIFO(os.fstat(number).st_mode) or terminal:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from openhelix.runtime.control.talk import Entry
+from openhelix.runtime.core.files import CalmFile
 from openhelix.runtime.core.interfaces import F64, U8, ActionChunk, CameraFrame
 from openhelix.runtime.observe.background import Background, Counted
 from openhelix.runtime.observe.overlay import (
@@ -60,6 +61,12 @@ class Mp4:
         fps: about how many frames per second will come; the file's times are exact.
         crf: x264's constant quality, lower is better.
         threads: of the encoder; during a run the other cores belong to System 1 and System 2.
+
+    It grows by fragments of a second: when the disk is full, or the process is killed, what was
+    filmed until then can be seen.
+
+    Raises:
+        OSError: the file cannot be made.
     """
 
     def __init__(
@@ -76,7 +83,14 @@ class Mp4:
         import av  # a tenth of a second, which only those who write a video are to wait for
 
         self._frame = av.VideoFrame.from_ndarray
-        self._container = av.open(str(path), "w", options={"movflags": "faststart"})
+        # ffmpeg crashes when it closes a film that it could not write: it is told of no error.
+        self._file = CalmFile(path)
+        self._container = av.open(
+            self._file,
+            "w",
+            format="mp4",
+            options={"movflags": "hybrid_fragmented+delay_moov", "frag_duration": "1000000"},  # us
+        )
         rate = Fraction(fps).limit_denominator(1000)
         self._stream = self._container.add_stream("libx264", rate=rate)
         self._stream.width, self._stream.height = width, height
@@ -88,21 +102,51 @@ class Mp4:
         self.frames = 0
 
     def write(self, image: U8, t_ns: int) -> None:
-        """Append a frame shown from `t_ns` on; times may only advance."""
+        """Append a frame shown from `t_ns` on; times may only advance.
+
+        Raises:
+            OSError: the disk refuses; the film is over.
+        """
         self._first_ns = t_ns if self._first_ns is None else self._first_ns
         ms = max(self._last_ms + 1, round((t_ns - self._first_ns) / 1_000_000))
         frame = self._frame(np.ascontiguousarray(image), format="rgb24")
         frame.pts, frame.time_base = ms, _MS
         self._container.mux(self._stream.encode(frame))
         self._last_ms = ms
+        if self._file.error is not None:
+            raise self._file.error
         self.frames += 1
 
     def close(self) -> None:
-        """Finish the file; safe to call twice."""
-        if self._container is not None:
-            self._container.mux(self._stream.encode(None))
-            self._container.close()
-            self._container = None
+        """Finish the file; safe to call twice.
+
+        Raises:
+            OSError: the disk refuses; the film ends where it began to.
+        """
+        if self._container is None:
+            return
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        self._container = None
+        self._file.close()
+        if self._file.error is not None:
+            self.frames = _frames_in(self._file.path)
+            raise self._file.error
+
+
+def _frames_in(path: Path) -> int:
+    """Return how many frames a film holds that may be cut."""
+    import av
+    import av.error
+
+    found = 0
+    try:
+        with av.open(str(path)) as container:
+            for packet in container.demux(video=0):
+                found += bool(packet.size)
+    except (av.error.FFmpegError, OSError, IndexError):
+        pass  # the cut
+    return found
 
 
 class Story:
@@ -475,6 +519,7 @@ class LiveFilm(Counted):
         self._sheet, self._story = Sheet(about), Story()
         self._mp4 = Mp4(path, *SIZE, fps)
         self._newest_ns: tuple[int, ...] = ()
+        self._cards = 0  # frames before the first image
         self._work: Background[TickMessage] = Background(
             "video", self._write, self._mp4.close, queue_size, lossless
         )
@@ -492,6 +537,11 @@ class LiveFilm(Counted):
         """Finish the file; False if that took too long or failed. Twice is fine."""
         return self._work.close(timeout_s) and self._work.error is None
 
+    @property
+    def _unkept(self) -> int:
+        kept = max(0, self._mp4.frames - self._cards)
+        return self._work.written - min(kept, self._work.written)
+
     def _write(self, message: TickMessage) -> None:
         t_ns = message.tick.t_ns
         self._story.take(message)
@@ -499,4 +549,5 @@ class LiveFilm(Counted):
             card = self._sheet.title()
             for i in range(round(TITLE_S * self._fps)):
                 self._mp4.write(card, t_ns - round((TITLE_S - i / self._fps) * 1e9))
+                self._cards += 1
         self._mp4.write(self._sheet.draw(message, self._story), t_ns)

@@ -45,7 +45,8 @@ WINDOW_S = 10.0  # over which rates are counted
 MAX_SIDE_PX = 640  # of an image that is handed out; larger ones are thinned
 KEPT_STOPS = 20
 SHOWN_ENTRIES = 40  # of the journal, in a snapshot
-QUIET_S = 0.3  # after this long without a tick, a run that has ended has been seen whole
+QUIET_S = 0.3  # after this long without a tick, a run that was broken off has been seen whole
+LATE_S = 5.0  # how long the last ticks of a run may be on their way
 
 
 # The status board --------------------------------------------------------------------------------
@@ -258,13 +259,20 @@ class Sinks:
         output = config.output
         return output.video or output.track or output.record or output.viewer
 
-    def close(self) -> dict[str, Any]:
-        """Finish; return what each sink wrote and dropped. Twice is fine."""
+    def close(self, missed: int = 0) -> dict[str, Any]:
+        """Finish; return what each sink wrote and dropped, and what ended it. Twice is fine.
+
+        Args:
+            missed: ticks that should have followed the newest and never came.
+        """
         if self._summary is None:
-            for part in self.parts.values():
-                part.close()
+            for name, part in self.parts.items():
+                if name in ("recording", "track"):
+                    part.close(missed=missed)
+                else:
+                    part.close()
             self._summary = {
-                name: {"written": part.written, "dropped": part.dropped}
+                name: {"written": part.written, "dropped": part.dropped, "error": part.error}
                 for name, part in self.parts.items()
             }
         return self._summary
@@ -302,6 +310,7 @@ class ObserverProcess:
         self._viewing = threading.Lock()
         self._finish = threading.Event()
         self._finished = threading.Event()
+        self._expected: int | None = None  # messages of the whole run
         self._summary: dict[str, Any] = {}
         self._metrics: Endpoint | None = None
         self._sinks: Sinks | None = None
@@ -327,11 +336,12 @@ class ObserverProcess:
         while not stop.is_set() and not self._finish.is_set():
             self._reader.wait(0.1)
             self._take()
-        while time.monotonic() - self._last_s < QUIET_S:
+        while self._awaits_more():
             self._reader.wait(0.05)
             self._take()
-        lost = {"ticks_lost": self._reader.stats.gaps}
-        self._summary = self._sinks.close() | lost
+        missed = max(0, (self._expected or 0) - self._reader.heard)
+        lost = {"ticks_lost": self._reader.stats.gaps + missed}
+        self._summary = self._sinks.close(missed) | lost
         self._finished.set()
         stop.wait()
 
@@ -360,6 +370,14 @@ class ObserverProcess:
             if part is not None:
                 part.close()
 
+    def _awaits_more(self) -> bool:
+        """Whether ticks of the run are still on their way."""
+        assert self._reader is not None
+        if self._expected is not None and self._reader.heard >= self._expected:
+            return False
+        patience_s = QUIET_S if self._expected is None else LATE_S
+        return time.monotonic() - self._last_s < patience_s
+
     def _take(self) -> None:
         assert self._reader is not None and self._sinks is not None
         for message in self._reader.poll():
@@ -386,8 +404,10 @@ class ObserverProcess:
                 self._sinks.parts = {**self._sinks.parts, "live view": viewer}
         return {"url": viewer.url}
 
-    def _on_finish(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Write out everything; the answer comes when the files are whole."""
+    def _on_finish(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Write out everything, `told` messages in all; the answer comes when all is written."""
+        self._expected = int(arguments["told"])
+        self._last_s = time.monotonic()
         self._finish.set()
         self._board.finished = True
         if not self._finished.wait(60.0):
@@ -431,7 +451,7 @@ class Subscribers:
         self._teller: TickPublisher | _Told
         if ticks is not None:
             keys = str(config.transport.keys) if config.transport.keys else None
-            self._publisher = Publisher(ticks, TOPIC, bind=False, keys=keys)
+            self._publisher = Publisher(ticks, TOPIC, bind=False, keys=keys, awaited=True)
             robot = stack.loop.robot
             self._teller = TickPublisher(self._publisher, stack.episode_runner, robot)
             stack.loop.subscribers.append(self._teller)
@@ -464,6 +484,15 @@ class Subscribers:
     def await_scrape(self) -> bool:
         """Wait for Prometheus to fetch the last figures; see `Endpoint.await_scrape`."""
         return self._endpoint is not None and self._endpoint.await_scrape()
+
+    @property
+    def told(self) -> int:
+        """Messages that were sent to the process that looks on."""
+        return self._publisher.sent if self._publisher is not None else 0
+
+    def heard(self, timeout_s: float) -> bool:
+        """Wait until whoever looks on hears the ticks, so that it sees the first ones too."""
+        return self._publisher is None or self._publisher.await_reader(timeout_s)
 
     def close(self) -> dict[str, Any]:
         """End them; return what each sink inside this process wrote. Twice is fine."""

@@ -11,6 +11,7 @@ Foxglove, Rerun and the `mcap` command open the file directly. Topics, in the or
     /camera/<name>/rgb, /camera/<name>/depth   foxglove.RawImage (protobuf)
     /camera/<name>                             capture time, intrinsics, pose (JSON)
     /observation, /latent, /chunk, /action     the records of `runtime/core/interfaces.py` (JSON)
+    /chunk_refused                             a chunk that came too late or for nothing (JSON)
     /visual                                    what a simulated world looks like (JSON)
     /tick                                      state, reason, ages of the tick (JSON)
 
@@ -54,6 +55,7 @@ from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.plans import checked_chunk
 from openhelix.runtime.control.talk import Entry
 from openhelix.runtime.core.config import RunConfig, apply_overrides, validate
+from openhelix.runtime.core.files import CalmFile
 from openhelix.runtime.core.interfaces import (
     F32,
     F64,
@@ -153,6 +155,7 @@ _RECORDS: Final[Mapping[str, type[Any]]] = {
     "/observation": _State,
     "/latent": LatentGoal,
     "/chunk": ActionChunk,
+    "/chunk_refused": ActionChunk,
     "/action": Action,
     "/visual": VisualRecord,
     "/tick": TickRecord,
@@ -223,8 +226,13 @@ class RecordingWriter:
         meta: JSON data about the run, in front of all else.
         max_bytes: of messages, unpacked; `put` refuses more.
 
+    Attributes:
+        bytes, records: taken so far.
+        stored: of the records, how many the system has; the others wait for their chunk.
+
     Raises:
         RecordingError: there is a file of that name.
+        OSError: the disk refuses.
     """
 
     def __init__(
@@ -232,18 +240,23 @@ class RecordingWriter:
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._file = open(path, "xb")  # noqa: SIM115
+            self._file = CalmFile(path, "x")
         except FileExistsError:
             raise RecordingError(f"{path}: holds a recording already; name another") from None
-        self._writer = Writer(self._file, CHUNK_BYTES, CompressionType.LZ4, enable_data_crcs=True)
+        # The library leaves half of a chunk that is refused, and then cannot close.
+        output = cast(IO[bytes], self._file)
+        self._writer = Writer(output, CHUNK_BYTES, CompressionType.LZ4, enable_data_crcs=True)
         self._writer.start(PROFILE)
         self._writer.add_metadata(PROFILE, _as_text(meta or {}))
-        self._file.flush()
+        if self._file.error is not None:
+            path.unlink()
+            raise self._file.error
+        self._size = self._file.tell()  # of the file, up to its last whole chunk
         self._max_bytes = max_bytes
         self._channels: dict[str, int] = {}
         self._images = 0  # id of the schema of images
         self.bytes = 0
-        self.records = 0
+        self.records = self.stored = 0
 
     def put(self, topic: str, t_ns: int, message: Any) -> None:
         """Append a record of `_RECORDS`.
@@ -266,15 +279,18 @@ class RecordingWriter:
         geometry = _Geometry(*_values(frame, _Geometry))
         self._json(f"/camera/{name}", frame.t_ns, geometry, _Geometry)
 
-    def flush(self) -> None:
-        """Hand finished chunks to the system, where they survive this process."""
-        self._file.flush()
-
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary and the index, close the file."""
+        """Write the summary and the index, close the file.
+
+        Raises:
+            OSError: the disk refuses; the file ends with the last chunk that it took.
+        """
         try:
+            self._raise_refusal()
             self._writer.add_metadata(SUMMARY, _as_text(summary))
             self._writer.finish()
+            self._raise_refusal()
+            self.stored = self.records
         finally:
             self._file.close()
 
@@ -326,6 +342,15 @@ class RecordingWriter:
         )
         self.bytes += len(data)
         self.records += 1
+        self._raise_refusal()
+        if self._file.tell() > self._size:  # a chunk was full, and this was its last message
+            self._size, self.stored = self._file.tell(), self.records
+
+    def _raise_refusal(self) -> None:
+        """Raise what the disk has refused; the file is cut back to its last whole chunk."""
+        if self._file.error is not None:
+            self._file.cut(self._size)
+            raise self._file.error
 
 
 def _values(message: Any, cls: Any) -> list[Any]:
@@ -362,6 +387,9 @@ class Recorder(Counted):
         self._instruction: InstructionRecord | None = None
         self._frames_ns: dict[str, int] = {}
         self._refused = 0  # records that the codec would not take, a NaN for example
+        self._newest = self._missed = 0  # number of the newest tick; ticks that never came
+        self._ends: deque[int] = deque()  # the last record of each tick that is not stored yet
+        self._lost = 0  # ticks that were written, and whose chunk the disk refused
         self._summary: dict[str, Any] | None = None
         self._work: Background[TickMessage] = Background(
             "recorder" if images else "track", self._write, size=queue_size, lossless=lossless
@@ -369,29 +397,53 @@ class Recorder(Counted):
 
     def __call__(self, message: TickMessage) -> None:
         """Take one tick; a few microseconds."""
+        tick = message.tick
+        self._missed += max(0, tick.index - self._newest - 1)  # what never came to us
+        self._newest = tick.index
         self._work.offer(message)
 
-    def close(self, timeout_s: float = 60.0) -> dict[str, Any]:
-        """Finish; return the summary that the file ends with. Twice is fine."""
+    def close(self, timeout_s: float = 60.0, missed: int = 0) -> dict[str, Any]:
+        """Finish; return the summary that the file ends with. Twice is fine.
+
+        Args:
+            timeout_s: for what is queued.
+            missed: ticks that should have followed the newest and never came.
+        """
         if self._summary is not None:
             return self._summary
         ended = self._work.close(timeout_s)
-        error = self._work.error
-        self._summary = {
-            "complete": ended and error is None and self.dropped == self._refused == 0,
+        self._missed += missed
+        summary = self._say(ended)
+        if ended:  # otherwise the file is still the thread's, and stays without a summary
+            try:
+                self._writer.finish(summary)
+            except OSError as failure:
+                self._work.error = self._work.error or failure
+                self._forget_unkept()
+                summary = self._say(False)
+        self._summary = summary
+        return summary
+
+    @property
+    def _unkept(self) -> int:
+        return self._lost
+
+    def _say(self, ended: bool) -> dict[str, Any]:
+        lost = self._missed + self.dropped + self._refused
+        return {
+            "complete": ended and not self.error and lost == 0,
             "written": self.written,
             "dropped": self.dropped,
+            "missed": self._missed,
             "refused": self._refused,
             "records": self._writer.records,
             "bytes": self._writer.bytes,
-            "error": "" if error is None else str(error),
+            "error": self.error,
         }
-        if ended:  # otherwise the file is still the thread's, and stays without a summary
-            try:
-                self._writer.finish(self._summary)
-            except OSError as failure:
-                self._summary |= {"complete": False, "error": str(failure)}
-        return self._summary
+
+    def _forget_unkept(self) -> None:
+        """Count the ticks whose last records were in the chunk that the disk refused."""
+        self._lost = sum(end > self._writer.stored for end in self._ends)
 
     def _write(self, message: TickMessage) -> None:
         tick, put = message.tick, self._put
@@ -409,7 +461,11 @@ class Recorder(Counted):
                 self._frames_ns[name] = frame.t_ns
                 put(name, frame.t_ns, frame)
         put("/observation", observation.t_ns, replace(observation, frames={}))
-        for topic, made in (("/latent", tick.new_latent), ("/chunk", tick.new_chunk)):
+        for topic, made in (
+            ("/latent", tick.new_latent),
+            ("/chunk", tick.new_chunk),
+            ("/chunk_refused", tick.refused_chunk),
+        ):
             if made is not None:
                 put(topic, tick.t_ns, made)
         put("/action", tick.t_ns, tick.sent)
@@ -421,7 +477,9 @@ class Recorder(Counted):
             *(message.number, message.steps, message.succeeded),
         )
         put("/tick", tick.t_ns, came_to)
-        self._writer.flush()
+        self._ends.append(self._writer.records)
+        while self._ends and self._ends[0] <= self._writer.stored:
+            self._ends.popleft()
 
     def _put(self, topic: str, t_ns: int, message: Any) -> None:
         try:
@@ -663,6 +721,7 @@ def playback(path: Path) -> Iterator[TickMessage]:
                 sent=seen["/action"],
                 new_latent=seen.get("/latent"),
                 new_chunk=seen.get("/chunk"),
+                refused_chunk=seen.get("/chunk_refused"),
                 latent_age_s=message.latent_age_s,
                 duration_s=message.duration_s,
                 understood=message.understood,
@@ -721,7 +780,7 @@ def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
             matcher.observed(message)
         elif topic == "/latent":
             matcher.conditioned(message)
-        elif topic == "/chunk":
+        elif topic in ("/chunk", "/chunk_refused"):  # the policy drew noise for both
             chunks += 1
             given = matcher.of(message)
             if given is None:

@@ -6,8 +6,9 @@ the same network may command a robot or see a camera.
 - Stopping a robot and talking to it need the run's token in an `Authorization` header of a POST. A
   browser sends such a header to another origin only after asking first, and is never allowed: no
   cookie, no form and no image of a foreign page can do either.
-- On loopback reading is free, but only under a loopback name (a foreign name that resolves
-  here is an attack) and never for a foreign page. Elsewhere reading needs the token too.
+- On loopback reading is free where nobody else can log in on this host, but only under a loopback
+  name (a foreign name that resolves here is an attack) and never for a foreign page. Elsewhere
+  reading needs the token too.
 - Nothing is fetched from anywhere else, and no other page may frame this one.
 """
 
@@ -17,16 +18,19 @@ import asyncio
 import hmac
 import ipaddress
 import logging
+import re
 import ssl
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any, Final
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.observe.overlay import encode_jpeg
 from openhelix.runtime.observe.status_source import NoRun, RunSource
+from openhelix.runtime.transport.sockets import other_users
 
 log = logging.getLogger(__name__)
 FLEET_S: Final = 1.0
@@ -48,6 +52,8 @@ HEADERS: Final = {
     "X-Frame-Options": "DENY",
     "Cache-Control": "no-store",
 }
+# A name, an IPv4 address or an IPv6 address in brackets, and a port or none; nothing else.
+_HOST: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::[0-9]{1,5})?")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -56,7 +62,8 @@ class StatusServer:
 
     Args:
         source: which run.
-        host: address to bind; anything but a loopback address makes reading need the token.
+        host: address to bind; anything but a loopback address makes reading need the token,
+            and so does a host on which others can log in.
         port: TCP port; 0 for a free one.
         tls: certificate and key, for addresses that others can reach.
     """
@@ -69,7 +76,8 @@ class StatusServer:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._source, self._host, self._port, self._tls = source, host, port, tls
-        self._open = is_loopback(host)
+        self._loopback = is_loopback(host)
+        self.open = self._loopback and not other_users()
         self._asking = asyncio.Lock()
         self._answer: tuple[float, dict[str, Any]] = (-1.0, {})
         self._robots: tuple[float, dict[str, Any]] = (-1.0, {})
@@ -92,7 +100,7 @@ class StatusServer:
         Raises:
             ValueError: the address cannot be used.
         """
-        self._runner = web.AppRunner(self.app, access_log=None)
+        self._runner = web.AppRunner(self.app, access_log=None, logger=_quiet())
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, self._port, ssl_context=self._tls)
         try:
@@ -127,7 +135,7 @@ class StatusServer:
 
     def _refusal(self, request: web.Request) -> web.Response | None:
         """Return why a request is refused; None when it is not."""
-        if self._open and not is_loopback(_host_name(request.headers.get("Host", ""))):
+        if self._loopback and not is_loopback(host_name(request.headers.get("Host", ""))):
             return self._refuse(request, 421, "this page is served under a loopback name alone")
         if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             return self._refuse(request, 403, "another site's page may not use this one")
@@ -135,7 +143,7 @@ class StatusServer:
         if origin is not None and origin.partition("://")[2] != request.headers.get("Host"):
             return self._refuse(request, 403, "another site's page may not use this one")
         asks = request.path.startswith("/api/")
-        if asks and (request.method != "GET" or not self._open) and not self._authorized(request):
+        if asks and (request.method != "GET" or not self.open) and not self._authorized(request):
             return self._refuse(request, 401, "the token is missing or wrong")
         return None
 
@@ -211,16 +219,41 @@ def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-def _host_name(header: str) -> str:
-    """Return a Host header without its port."""
-    if header.startswith("["):
-        return header.partition("]")[0] + "]"
-    return header.rpartition(":")[0] if ":" in header else header
+def host_name(header: str) -> str:
+    """Return the name or address in a Host header; "" for what is no such header."""
+    found = _HOST.fullmatch(header)
+    return (found[1] or found[2]) if found else ""
+
+
+class _OneLine(logging.Filter):
+    """Tells a request that is no HTTP in one line, the 1st, 2nd, 4th, ... time; a defect in full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, HttpProcessingError):
+            return True
+        self._count += 1
+        said = " ".join(str(error.message).split())[:120]
+        record.msg, record.args = "not HTTP, refused: %s; %d so far", (said, self._count)
+        record.exc_info = record.exc_text = None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        return self._count & (self._count - 1) == 0
+
+
+def _quiet() -> logging.Logger:
+    logger = logging.Logger(f"{__name__}.http")  # one of its own: others' filters stay theirs
+    logger.parent = log
+    logger.addFilter(_OneLine())
+    return logger
 
 
 def _told(status: int, text: str) -> web.Response:

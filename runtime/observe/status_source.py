@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.runtime.core.config import CommandFailed, RunConfig, checked_sentence
+from openhelix.runtime.core.files import written
 from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcTimeout
 from openhelix.runtime.transport.sockets import check_connect, served
 
@@ -77,15 +78,18 @@ class StatusRecord:
     @contextmanager
     def kept(self, folder: Path) -> Iterator[None]:
         """Keep the record in `folder` for as long as the run lives."""
-        path, part = folder / RECORD, folder / f"{RECORD}.part"
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        path = folder / RECORD
+        with written(path) as part, open(part, "w", opener=_private) as file:
             json.dump(asdict(self), file)
-        part.rename(path)
         try:
             yield
         finally:
             with suppress(OSError):
                 path.unlink()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def newest_run(base: Path) -> Path:

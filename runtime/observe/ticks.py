@@ -81,7 +81,7 @@ class Teller:
         if not entries or self._last is None:
             return None
         self._told = entries[-1].number
-        tick = replace(self._last.tick, new_latent=None, new_chunk=None)
+        tick = replace(self._last.tick, new_latent=None, new_chunk=None, refused_chunk=None)
         return replace(self._last, tick=tick, entries=entries)
 
 
@@ -152,12 +152,18 @@ class EveryReader(Generic[T]):
             except WireError as error:
                 self.stats.dropped[error.reason] += 1
                 continue
-            if self._last is not None and self._last[0] == source:
-                self.stats.gaps += max(0, seq - self._last[1] - 1)
+            # A publisher counts from 0: what it sent before we heard it is lost as well.
+            before = self._last[1] if self._last is not None and self._last[0] == source else -1
+            self.stats.gaps += max(0, seq - before - 1)
             self._last = (source, seq)
         self._track.new.clear()
         self.stats.delivered += len(messages)
         return messages
+
+    @property
+    def heard(self) -> int:
+        """How many messages there were up to the newest, lost ones included."""
+        return 0 if self._last is None else self._last[1] + 1
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until something arrives, at most `timeout_s`."""

@@ -98,11 +98,6 @@ class RerunViewer(Counted):
         """Send what waits; False if that took too long. Twice is fine."""
         return self._work.close(timeout_s)
 
-    @property
-    def error(self) -> BaseException | None:
-        """What ended the work before its time."""
-        return self._work.error
-
     def _end(self) -> None:
         self._stream.flush(timeout_sec=10.0)
         self._stream.disconnect()

@@ -39,6 +39,7 @@ TABLE_Z_M = 0.44
 OPEN_WIDTH_M = 0.08
 HOME: tuple[Vec3, Quat] = ((0.0, -0.2, 0.55), (1.0, 0.0, 0.0, 0.0))  # hand pointing down
 LATENT: Final = LatentSpec("act_last", n_tokens=1, dim=8)
+EARLY_NS: Final = 500_000  # a tick that comes this early still sees the frame that is due
 _State = tuple[int, Vec3, Quat, float]  # time (ns), position, rotation, finger width (m)
 
 
@@ -217,6 +218,8 @@ class FakeRobot(Robot):
         self._state: _State = (self._now_ns(), position, rotation, width)
         self._history: deque[_State] = deque([self._state], maxlen=256)
         self._newest.clear()
+        self._shot: dict[str, int] = {}  # number of each camera's newest frame, from 0
+        self._first_ns = self._state[0]
 
     def _advance(self) -> _State:
         """Let the arm follow its target up to now."""
@@ -252,8 +255,10 @@ class FakeRobot(Robot):
         if newest is not None and how == "stamps":
             return newest
         state = self._shown(t_ns)
-        if newest is not None and state[0] - newest.t_ns < self._camera_period_ns // 2:
+        number = (state[0] - self._first_ns + EARLY_NS) // self._camera_period_ns
+        if newest is not None and number == self._shot[camera.name]:
             return newest
+        self._shot[camera.name] = number
         if newest is not None and how == "pixels":
             frame = CameraFrame(state[0], newest.rgb, newest.depth, newest.K, newest.T_world_cam)
         else:

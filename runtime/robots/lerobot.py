@@ -31,10 +31,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping
+from math import isfinite
 from typing import Annotated, Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from openhelix.runtime.core.clock import Clock, MonotonicClock
 from openhelix.runtime.core.interfaces import (
@@ -62,11 +63,11 @@ from openhelix.runtime.core.quaternion import (
 from openhelix.runtime.robots.base import NotConnected, Robot, RobotError
 
 log = logging.getLogger(__name__)
+Matrix3 = Annotated[list[list[FiniteFloat]], Field(min_length=3, max_length=3)]
+Matrix4 = Annotated[list[list[FiniteFloat]], Field(min_length=4, max_length=4)]
 REPEAT_NS = (
     500_000_000  # a picture that returns for longer is a new one of a scene that stands still
 )
-Matrix3 = Annotated[list[list[float]], Field(min_length=3, max_length=3)]
-Matrix4 = Annotated[list[list[float]], Field(min_length=4, max_length=4)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -81,9 +82,9 @@ class GripperMapping(_Section):
     """The gripper's number, in the robot's own unit."""
 
     key: str
-    closed: float
-    open: float
-    width_open_m: float = 0.08
+    closed: FiniteFloat
+    open: FiniteFloat
+    width_open_m: FiniteFloat = 0.08
 
     @model_validator(mode="after")
     def _two_ends(self) -> GripperMapping:
@@ -92,7 +93,13 @@ class GripperMapping(_Section):
         return self
 
     def openness(self, value: float) -> float:
-        """Return the robot's number as openness, 0 closed to 1 open."""
+        """Return the robot's number as openness, 0 closed to 1 open.
+
+        Raises:
+            RobotError: the number is none; a gripper that cannot be read is not a closed one.
+        """
+        if not isfinite(value):
+            raise RobotError(f"lerobot: {self.key} is {value}")
         return min(1.0, max(0.0, (value - self.closed) / (self.open - self.closed)))
 
     def value(self, openness: float) -> float:
@@ -350,14 +357,14 @@ class LeRobotAdapter(Robot):
             raise RobotError(f"lerobot: {error}") from error
 
     def _joints(self, data: Mapping[str, Any]) -> F64:
-        values = [float(data[key]) for key in self._map.joints if key in data]
+        values = [_number(data, key) for key in self._map.joints if key in data]
         return np.array(values, np.float64) * self._map.joint_unit_rad
 
     def _pose(self, data: Mapping[str, Any], joints: F64) -> F64:
         """Return the TCP (7,) in the base frame."""
         if self._kinematics is not None:
             return np.asarray(self._kinematics.forward(joints), np.float64)
-        values = [float(data[key]) for key in self._map.tcp]
+        values = [_number(data, key) for key in self._map.tcp]
         rotation = values[3:]
         q = normalise(rotation) if len(rotation) == 4 else from_rotation_vector(rotation)
         return np.array((*values[:3], *q))
@@ -442,6 +449,13 @@ class LeRobotAdapter(Robot):
             K=np.array(camera.K, np.float64),
             T_world_cam=T,
         )
+
+
+def _number(data: Mapping[str, Any], key: str) -> float:
+    value = float(data[key])
+    if not isfinite(value):
+        raise RobotError(f"lerobot: {key} is {value}")
+    return value
 
 
 def _make(target: str | None, config_target: str | None, config: Mapping[str, Any]) -> Any:

@@ -1,6 +1,13 @@
 """Opens all of the project's ZeroMQ sockets in one way: checked, capped, never lingering.
 
-`ipc://` and loopback are free to use; anything that another host can reach needs CURVE keys.
+Whoever can reach a socket can stop a robot or tell it where to go, so that every endpoint is checked
+before it is opened, when binding and when connecting alike:
+
+    ipc://PATH    the folder must be one that only this user (or root) can write to; a stranger could
+                  otherwise listen there first, and be believed. The socket is this user's alone.
+    ipc://NAME    the same in the user's own runtime folder, see `runtime_folder`
+    tcp://, on this host    free to use where nobody else can log in (`other_users`); else with keys
+    tcp://, elsewhere       CURVE keys
 
 A folder of keys holds `NAME.public` and `NAME.secret` (Z85 text; the secret readable by its
 owner alone). The name `server` is the binding side's. On the binding side every other
@@ -14,12 +21,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import grp
 import ipaddress
 import logging
 import os
+import pwd
 import re
 import socket
 import stat
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import psutil
 import zmq
 import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
@@ -39,6 +50,8 @@ _KEY: Final = re.compile(rb"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _DOMAIN: Final = "openhelix"
 MAX_IPC_PATH: Final = 107  # bytes of sockaddr_un.sun_path, less the final zero
 IN_USE_WAIT_NS: Final = 2_000_000_000
+TRUST_HOST: Final = "OPENHELIX_TRUST_HOST"
+_FIRST_PERSON, _FIRST_SERVICE = 1000, 60_000  # numbers of users, as login.defs has them
 _TCP_OPTIONS: Final = {  # a half-open connection is found out and made anew
     zmq.HEARTBEAT_IVL: 1_000,
     zmq.HEARTBEAT_TIMEOUT: 3_000,
@@ -63,6 +76,113 @@ class ConnectRefused(EndpointRefused):
     """Connecting there would trust whoever answers."""
 
 
+def runtime_folder() -> Path:
+    """Return this user's own folder for sockets, made if it is not there yet.
+
+    In XDG_RUNTIME_DIR, which the login manager makes for each user; without one in the system's
+    folder for temporary files, where `check_private` finds out whether somebody else was first.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and os.path.isdir(base):
+        folder = Path(base) / "openhelix"
+    else:
+        folder = Path(tempfile.gettempdir()) / f"openhelix-{os.geteuid()}"
+    with contextlib.suppress(OSError):  # the check says what is wrong with it
+        folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def resolved(endpoint: str) -> str:
+    """Return the endpoint with the whole path of an `ipc://NAME`; others as they are."""
+    name = endpoint.removeprefix("ipc://")
+    if name == endpoint or not name or "/" in name or not _NAME.fullmatch(name.partition(".")[0]):
+        return endpoint
+    return f"ipc://{runtime_folder() / name}"
+
+
+def check_private(endpoint: str) -> None:
+    """Raise `EndpointRefused` unless nobody but this user and root can listen at an ipc endpoint.
+
+    A folder like /tmp will not do, whoever owns what is in it now: a process that starts again
+    leaves the name free for a moment.
+    """
+    path = Path(endpoint.removeprefix("ipc://"))
+    use = "use ipc://NAME, which is in your own runtime folder, or a folder of mode 700"
+    if str(path).startswith("@") or path.name == "*":
+        raise EndpointRefused(f"endpoint {endpoint!r}: anybody may listen at such a name; {use}")
+    trusted, folder = _trusted_users(), Path(os.path.realpath(path.parent))
+    for place in (folder, *folder.parents):
+        try:
+            about = os.stat(place)
+        except OSError as error:
+            raise EndpointRefused(f"endpoint {endpoint!r}: {place}: {error.strerror}") from None
+        shared = about.st_mode & stat.S_IWOTH or (
+            about.st_mode & stat.S_IWGRP and not _is_own_group(about.st_gid)
+        )
+        if about.st_uid not in trusted:
+            raise EndpointRefused(f"endpoint {endpoint!r}: {place} is another user's; {use}")
+        if shared and (place == folder or not about.st_mode & stat.S_ISVTX):
+            raise EndpointRefused(
+                f"endpoint {endpoint!r}: other users can write to {place}, and listen there in "
+                f"your name; {use}"
+            )
+    with contextlib.suppress(FileNotFoundError):
+        about = os.lstat(path)
+        if about.st_uid not in trusted or stat.S_ISLNK(about.st_mode):
+            raise EndpointRefused(f"endpoint {endpoint!r}: is another user's, or a link; {use}")
+
+
+def _trusted_users() -> set[int]:
+    """Return who may own what leads to a socket: this user, root, and root seen from a container."""
+    trusted = {0, os.geteuid()}
+    with contextlib.suppress(OSError, ValueError):
+        if Path("/proc/self/uid_map").read_text().split()[2] != str(2**32 - 1):
+            trusted.add(int(Path("/proc/sys/kernel/overflowuid").read_text()))
+    return trusted
+
+
+def _is_own_group(number: int) -> bool:
+    """Whether nobody but this user and root is in a group, as in one that bears the user's name."""
+    try:
+        members = set(grp.getgrgid(number).gr_mem)
+        mine = {pwd.getpwuid(os.geteuid()).pw_name, "root"}
+    except KeyError:
+        return False
+    members |= {user.pw_name for user in pwd.getpwall() if user.pw_gid == number}
+    return members <= mine
+
+
+def other_users() -> list[str]:
+    """Return who else can log in on this host or runs a program on it, as far as can be told.
+
+    People, not services: those may reach loopback as well. With OPENHELIX_TRUST_HOST=1 in the
+    environment nobody counts, for a container or a host whose users all trust each other.
+    """
+    if os.environ.get(TRUST_HOST) == "1":
+        return []
+    people = {user.pw_uid: user.pw_name for user in pwd.getpwall() if _can_log_in(user)}
+    for process in psutil.process_iter(["uids"]):
+        uids = process.info["uids"]
+        if uids is not None and _FIRST_PERSON <= uids.real < _FIRST_SERVICE:
+            with contextlib.suppress(KeyError):
+                people[uids.real] = pwd.getpwuid(uids.real).pw_name
+    return sorted(name for uid, name in people.items() if uid != os.geteuid())
+
+
+def _can_log_in(user: pwd.struct_passwd) -> bool:
+    if not _FIRST_PERSON <= user.pw_uid < _FIRST_SERVICE:
+        return False
+    if os.path.basename(user.pw_shell) in ("nologin", "false"):
+        return False
+    try:  # root can see more: a locked account without a key is nobody's
+        with open("/etc/shadow") as shadow:
+            locked = {row.split(":")[0] for row in shadow if row.split(":")[1][:1] in "!*"}
+        keys = Path(user.pw_dir, ".ssh", "authorized_keys")
+        return user.pw_name not in locked or keys.exists()
+    except (OSError, IndexError):
+        return True
+
+
 def is_local(endpoint: str) -> bool:
     """Whether only this host can reach the endpoint.
 
@@ -74,7 +194,7 @@ def is_local(endpoint: str) -> bool:
         raise EndpointRefused(
             f"endpoint {endpoint!r}: expected ipc://PATH, tcp://HOST:PORT or inproc://NAME"
         )
-    if scheme == "ipc" and len(os.fsencode(rest)) > MAX_IPC_PATH:
+    if scheme == "ipc" and len(os.fsencode(resolved(endpoint))) - len("ipc://") > MAX_IPC_PATH:
         raise EndpointRefused(
             f"endpoint {endpoint!r}: a socket's path has at most {MAX_IPC_PATH} bytes; "
             "use a shorter run directory"
@@ -94,20 +214,34 @@ def is_local(endpoint: str) -> bool:
 
 
 def check_bind(endpoint: str, keys: object | None) -> None:
-    """Raise `BindRefused` unless the endpoint is local or the socket has CURVE keys."""
+    """Raise `EndpointRefused` unless nobody unknown can reach what is bound there."""
     if keys is None and not is_local(endpoint):
         raise BindRefused(
             f"endpoint {endpoint!r}: refusing to bind beyond this host without CURVE keys; "
-            "make some with `openhelix keys`, or bind ipc:// or tcp://127.0.0.1"
+            "make some with `openhelix keys`, or bind ipc://NAME"
         )
+    _check_this_host(endpoint, keys)
 
 
 def check_connect(endpoint: str, keys: object | None) -> None:
-    """Raise `ConnectRefused` unless the endpoint is local or the socket has CURVE keys."""
+    """Raise `EndpointRefused` unless nobody unknown can be who answers there."""
     if keys is None and not is_local(endpoint):
         raise ConnectRefused(
             f"endpoint {endpoint!r}: refusing to trust another host without CURVE keys; "
             "make some with `openhelix keys`"
+        )
+    _check_this_host(endpoint, keys)
+
+
+def _check_this_host(endpoint: str, keys: object | None) -> None:
+    """Refuse what other users of this host can reach."""
+    if endpoint.startswith("ipc://"):
+        check_private(resolved(endpoint))
+    elif endpoint.startswith("tcp://") and keys is None and (others := other_users()):
+        names = ", ".join(others[:3]) + (" and more" if others[3:] else "")
+        raise EndpointRefused(
+            f"endpoint {endpoint!r}: {names} can log in on this host and reach it too; use "
+            f"ipc://NAME, make keys with `openhelix keys`, or say {TRUST_HOST}=1 if you trust them"
         )
 
 
@@ -149,13 +283,13 @@ def served(address: str) -> dict[str, str]:
 
     Args:
         address: its control endpoint. `tcp://HOST:PORT` has its requests and latents on the
-            two ports after it, `ipc://PATH` at two paths beside it.
+            two ports after it, `ipc://PATH` or `ipc://NAME` at two paths beside it.
 
     Raises:
         EndpointRefused: the address cannot be used.
     """
     is_local(address)
-    names = ("requests", "latents")
+    address, names = resolved(address), ("requests", "latents")
     if not address.startswith("tcp://"):
         return {"control": address} | {name: f"{address}.{name}" for name in names}
     host, _, port = address.rpartition(":")
@@ -335,7 +469,7 @@ class Port:
         endpoints: one or several; all are bound or all are connected to.
         bind: whether this side binds.
         keys: a folder of CURVE keys, or a shared `CurveServer` or `CurveClient`. Used for TCP
-            alone: who may open a Unix socket is for the file system to say.
+            alone: who may open a Unix socket is for its folder to say, see `check_private`.
         options: ZeroMQ socket options, set before binding or connecting.
 
     Raises:
@@ -353,7 +487,8 @@ class Port:
         keys: Keys | None = None,
         options: dict[int, int | bytes] | None = None,
     ) -> None:
-        self.endpoints = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
+        named = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
+        self.endpoints = tuple(resolved(endpoint) for endpoint in named)
         for endpoint in self.endpoints:
             (check_bind if bind else check_connect)(endpoint, keys)
         if not any(endpoint.startswith("tcp://") for endpoint in self.endpoints):
@@ -398,6 +533,8 @@ class Port:
                 if is_listening(endpoint):
                     raise zmq.ZMQError(errno.EADDRINUSE)
                 self.socket.bind(endpoint)
+                if endpoint.startswith("ipc://"):
+                    os.chmod(endpoint.removeprefix("ipc://"), 0o600)
                 return
             except zmq.ZMQError as error:
                 if error.errno != errno.EADDRINUSE or time.monotonic_ns() > give_up_ns:

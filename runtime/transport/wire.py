@@ -17,6 +17,7 @@ import itertools
 import logging
 import os
 import struct
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,7 @@ class Publisher:
             burst, because a full queue loses the newest message; for images remember that
             all of them are held in memory.
         clock: stamps the messages.
+        awaited: whether `await_reader` will be used.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Publisher:
         keys: Keys | None = None,
         hwm: int = 1000,
         clock: Clock | None = None,
+        awaited: bool = False,
     ) -> None:
         self._prefix = topic_bytes(topic) + b"\0"
         self._clock = clock or MonotonicClock()
@@ -99,8 +102,11 @@ class Publisher:
         self.dropped = 0  # sends that found a reader's queue just filled; see `send`
         # With NODROP a queue that fills up is an error that can be counted, not silence.
         options: dict[int, int | bytes] = {zmq.SNDHWM: hwm, zmq.XPUB_NODROP: 1}
-        self._port = Port(zmq.PUB, endpoint, bind=bind, keys=keys, options=options)
+        # XPUB is a PUB that keeps what it hears of subscriptions until it is asked for.
+        kind = zmq.XPUB if awaited else zmq.PUB
+        self._port = Port(kind, endpoint, bind=bind, keys=keys, options=options)
         self._send = self._port.socket.send
+        self._heard = False
 
     @property
     def source(self) -> str:
@@ -126,6 +132,21 @@ class Publisher:
         self._seq += 1
         self.sent += 1
         return self._put(frames)
+
+    def await_reader(self, timeout_s: float) -> bool:
+        """Wait until a reader has subscribed to the topic; what is sent before that it misses.
+
+        Returns:
+            False when none had within `timeout_s`.
+        """
+        give_up_s = time.monotonic() + timeout_s
+        while not self._heard:
+            left_ms = round((give_up_s - time.monotonic()) * 1e3)
+            if left_ms < 0 or not self._port.socket.poll(left_ms):
+                return False
+            wanted = self._port.socket.recv()
+            self._heard = wanted[:1] == b"\1" and self._prefix.startswith(wanted[1:])
+        return True
 
     def _put(self, frames: list[Buffer]) -> bool:
         if self._try(frames):

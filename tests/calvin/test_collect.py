@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as property_settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from openhelix.benchmarks.calvin import collect as frames_module
@@ -27,6 +32,7 @@ from openhelix.benchmarks.calvin.phrases import training
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.calvin.units import collect_unit, read_unit, unit_bytes
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.files import BadFile
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system1.data import Cache
 
@@ -89,7 +95,7 @@ def test_a_killed_collection_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "write_unit", dies_second)
     with pytest.raises(KeyboardInterrupt):
         collect(settings)
-    (tmp_path / "data" / "units" / ".A_00001.npz.123.tmp").write_bytes(b"torn")
+    (tmp_path / "data" / "units" / ".A_00001.npz.123.part").write_bytes(b"torn")
     kept = {p: p.read_bytes() for p in (tmp_path / "data" / "units").glob("*.npz")}
     monkeypatch.setattr(module, "write_unit", real)
     card = collect(settings)
@@ -276,3 +282,116 @@ def test_main_prints_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([*words, f"out={tmp_path / 'data'}", "--json"]) == 0
     card = json.loads(capsys.readouterr().out)
     assert card["demonstrations"] == 1 and card["folder"] == str(tmp_path / "data")
+
+
+# -- Damage, and a full disk -----------------------------------------------------------
+
+
+def stored(folder: Path, **changes: object) -> Path:
+    """A unit with one demonstration, parts of it changed; None leaves an array out."""
+    about = {
+        "scene": "A",
+        "number": 0,
+        "demonstrations": [
+            {"task": "open_drawer", "success_step": 3, "steps": 4, "instruction": "open it"}
+        ],
+        **{name: {} for name in ("tried", "failed", "no_start")},
+    }
+    arrays: dict = {
+        "states": np.zeros((5, 36), np.float32),
+        "proprio": np.zeros((5, 9), np.float32),
+        "targets": np.zeros((4, 8), np.float32),
+        "relative": np.zeros((4, 7), np.float32),
+        "clean": np.ones(4, bool),
+    }
+    text = changes.pop("text", None)
+    row = about["demonstrations"][0]
+    for name, value in changes.items():
+        if name in arrays:
+            arrays[name] = value
+        else:
+            (about if name in about else row)[name] = value
+    text = json.dumps(about).encode() if text is None else text
+    kept = {k: v for k, v in arrays.items() if v is not None}
+    np.savez_compressed(folder / "u.npz", about=np.frombuffer(text, np.uint8), **kept)
+    return folder / "u.npz"
+
+
+def test_a_whole_unit_is_read(tmp_path: Path) -> None:
+    about, (found,) = read_unit(stored(tmp_path))
+    assert (about["scene"], found.task, found.steps) == ("A", "open_drawer", 3)
+    assert found.states.shape == (5, 36) and found.clean.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"text": b"{"}, "about: not JSON"),
+        ({"text": b"[]"}, "about: holds list"),
+        ({"text": b"{}"}, "about: scene"),
+        ({"demonstrations": "x"}, "about: demonstrations"),
+        ({"demonstrations": [3]}, "about: demonstrations.0"),
+        ({"steps": "4"}, "about: demonstrations.0.steps"),
+        ({"steps": -4}, "about: open_drawer: 3 of -4 steps"),
+        ({"steps": 10**12}, "states: float32(5, 36), needs"),
+        ({"task": "fly"}, "about: task: 'fly' is none"),
+        ({"states": None}, "no states"),
+        ({"states": np.zeros((2, 36), np.float32)}, "states: float32(2, 36), needs (5, 36)"),
+        ({"states": np.zeros((5, 7), np.float32)}, "states: float32(5, 7), needs (5, 36)"),
+        ({"targets": np.zeros((9, 8), np.float32)}, "targets: float32(9, 8), needs (4, 8)"),
+        ({"targets": np.full((4, 8), np.nan, np.float32)}, "targets has values that are not"),
+        ({"clean": np.ones(4, np.float32)}, "clean: float32(4,), needs (4,)"),
+    ],
+)
+def test_a_damaged_unit_is_named(tmp_path: Path, changes: dict, said: str) -> None:
+    path = stored(tmp_path, **changes)
+    with pytest.raises(BadFile) as caught:
+        read_unit(path)
+    assert str(caught.value).startswith(f"{path}: ") and said in str(caught.value)
+
+
+@property_settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_no_cut_or_changed_unit_is_more_than_one_line(tmp_path_factory, data) -> None:
+    path = stored(tmp_path_factory.mktemp("fuzz"))
+    whole = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(bytes(whole[: data.draw(st.integers(0, len(whole)))]))
+    try:
+        read_unit(path)
+    except BadFile as error:
+        said = str(error)
+    else:
+        said = str(path)
+    assert str(path) in said and "\n" not in said
+
+
+LIMITED = """
+import resource, sys
+from openhelix.runtime.cli.main import main
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+raise SystemExit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 1000])
+def test_a_full_disk_ends_a_collection_in_one_line_that_names_the_file(
+    tmp_path: Path, limit: int
+) -> None:
+    out = tmp_path / "data"
+    words = ["collect", "--json", f"out={out}", "scenes=A", "tasks=[turn_on_led]", "per_task=1"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), *words, "jobs=1", "frames.every=0"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    name = "collection.json" if limit == 100 else "units/A_00000.npz"
+    assert done.stderr.splitlines()[-1] == f"openhelix collect: {out}/{name}: File too large"
+    assert "Traceback" not in done.stderr
+    assert not list(out.rglob("*.part"))
+    # The same command goes on once there is room.
+    assert main([*words[1:], "jobs=1", "frames.every=0"]) == 0

@@ -17,8 +17,10 @@ from openhelix.runtime.observe.ticks import TickMessage
 PERIOD_NS = 33_333_333
 
 
-def frame(t_ns, size, shade):
+def frame(t_ns, size, shade, noise=False):
     rgb = np.full((size, size, 3), 40, np.uint8)
+    if noise:  # which does not pack
+        rgb[:] = np.random.default_rng(t_ns).integers(0, 255, rgb.shape, np.uint8)
     rgb[: size // 2, :, 0] = shade % 256
     K = np.array([[size, 0, size / 2], [0, size, size / 2], [0, 0, 1.0]])
     T = np.diag([1.0, -1.0, -1.0, 1.0])
@@ -50,13 +52,15 @@ def chunk_for(observation, latents):
     )
 
 
-def ticks(count, camera_every=3, latent_every=5, chunk_every=4, delay=2, instruction_ids=1):
+def ticks(
+    count, camera_every=3, latent_every=5, chunk_every=4, delay=2, instruction_ids=1, noise=False
+):
     """A run: cameras slower than the loop, chunks that come `delay` ticks after their input."""
     made, frames, recent, waiting = [], {}, [], []
     for i in range(count):
         t, instruction_id = 10**9 + i * PERIOD_NS, i * instruction_ids // count
         if i % camera_every == 0:
-            frames = {"static": frame(t, 64, 3 * i), "gripper": frame(t, 32, 5 * i)}
+            frames = {"static": frame(t, 64, 3 * i, noise), "gripper": frame(t, 32, 5 * i, noise)}
         pose = np.array([0.01 * i, 0, 0.5, 0, 0, 0, 1.0])
         observation = Observation(t, frames, pose, 0.05, True, np.zeros(7), instruction_id)
         new_latent = latent(i // latent_every, instruction_id, t) if i % latent_every == 0 else None

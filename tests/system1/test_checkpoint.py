@@ -6,25 +6,30 @@ import json
 import pickle
 import re
 import shutil
+import struct
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
 
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.files import BadFile
 from openhelix.system1.actor import DiffuserActor
 from openhelix.system1.checkpoint import (
-    CheckpointError,
     build_model,
     convert_official,
     load_official,
     load_policy,
+    read_official,
     rebuilt,
     save_policy,
     seeded_model,
 )
-from openhelix.system1.config import PolicyConfig, official_calvin, small
+from openhelix.system1.config import CameraConfig, PolicyConfig, official_calvin, small
 from openhelix.system1.diffusion import Normalizer
 from openhelix.system1.policy import DiffusionPolicy
 from tests.system1.test_policy import goal, observe, tiny
@@ -53,7 +58,7 @@ def test_missing_extra_and_misshapen_are_all_named(published):
     del broken["prediction_head.traj_encoder.bias"]
     broken["surprise"] = torch.zeros(1)
     broken["encoder.instruction_encoder.bias"] = torch.zeros(7)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(BadFile) as error:
         load_official(broken)
     text = str(error.value)
     assert "3 parameters do not fit" in text
@@ -72,18 +77,18 @@ class Evil:
 def test_nothing_is_unpickled(tmp_path, capsys):
     path = tmp_path / "policy.pth"
     torch.save({"weight": Evil()}, path)
-    with pytest.raises(CheckpointError, match="cannot be read as weights"):
+    with pytest.raises(BadFile, match="it holds more than tensors"):
         load_official(path)
     path.write_bytes(pickle.dumps({"weight": Evil()}))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(BadFile):
         load_official(path)
     assert "unpickled" not in capsys.readouterr().out
 
 
 def test_values_that_are_not_tensors_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match="epoch is int, not a tensor"):
+    with pytest.raises(BadFile, match="epoch is int, not a tensor"):
         load_official({"epoch": 3})
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(BadFile, match="no such file"):
         load_official(tmp_path / "absent.pth")
 
 
@@ -119,17 +124,17 @@ def test_our_own_round_trip_gives_the_same_chunk(tmp_path):
 
 
 def test_bad_folders_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with pytest.raises(BadFile, match=r"no config\.json"):
         load_policy(tmp_path)
     config = tiny()
     policy = DiffusionPolicy.build(config, 0)
     save_policy(tmp_path, config, policy.model.state_dict(), policy.model.normalizer)
     data = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**data, "layers": 3}))
-    with pytest.raises(CheckpointError, match=r"missing head\.blocks\.2"):
+    with pytest.raises(BadFile, match=r"missing head\.blocks\.2"):
         load_policy(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**data, "colour": 1}))
-    with pytest.raises(CheckpointError, match=r"config\.json: colour: no such field"):
+    with pytest.raises(BadFile, match=r"config\.json: colour: no such field"):
         load_policy(tmp_path)
 
 
@@ -141,11 +146,30 @@ def test_bad_folders_are_named(tmp_path):
         ({"sample_steps": 101}, "sample_steps"),
         ({"horizon": 0}, "horizon"),
         ({"cameras": ()}, "cameras"),
+        ({"hz": 0}, "hz"),
+        ({"hz": float("nan")}, "hz"),
+        ({"layers": -3}, "layers"),
+        ({"layers": 10**6}, "layers"),
+        ({"train_steps": 10**9}, "train_steps"),
+        ({"horizon": 10**9}, "horizon"),
+        ({"latent_tokens": 10**9}, "latent_tokens"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"dim": 4032, "heads": 6, "layers": 64}, "dim, layers"),
+        ({"cameras": tuple(CameraConfig(str(i), 9, 9, 9, 9) for i in range(9))}, "cameras: 9"),
+        ({"encoder_width": 2048, "cameras": (CameraConfig("a", 9, 9, 512, 512),)}, "cameras: a"),
     ],
 )
 def test_bad_configurations_name_the_field(changes, field):
     with pytest.raises(ConfigError, match=f"^{field}"):
         small(**changes)
+
+
+@pytest.mark.parametrize("field", ["height", "width", "work_height", "work_width"])
+@pytest.mark.parametrize("size", [-1, 0, 10**6])
+def test_a_camera_beyond_reason_is_refused(field, size):
+    about = {"name": "static", "height": 200, "width": 200, "work_height": 100, "work_width": 100}
+    with pytest.raises(ConfigError, match=rf"^cameras: static\.{field}: {size} is not in"):
+        CameraConfig(**about | {field: size})
 
 
 def test_configuration_round_trip():
@@ -183,6 +207,41 @@ def saved(tmp_path_factory):
     return folder
 
 
+CAMERA = {"name": "static", "height": 9, "width": 9, "work_height": 9, "work_width": 9}
+FIELDS = [
+    json.dumps(fields).encode()
+    for fields in (
+        {"dim": "144"},
+        {"dim": 144.5},
+        {"dim": True},
+        {"layers": None},
+        {"use_latent": "no"},
+        {"head": "nope"},
+        {"head": 3},
+        {"sampler": "nope"},
+        {"position_schedule": "nope"},
+        {"hz": float("nan")},
+        {"cameras": 5},
+        {"cameras": [CAMERA | {"height": "200"}]},
+        {"cameras": [CAMERA | {"work_height": 10**6}]},
+        {"cameras": [CAMERA | {"lens": 1}]},
+        {"cameras": [{"name": "static"}]},
+        {"dim": 1440, "layers": 60},  # a larger network than the weights beside it
+    )
+]
+ONES = torch.ones(6, 9)
+SCALES = [
+    {"offset": ONES},
+    {"offset": ONES, "scale": ONES.clone(), "more": ONES.clone()},
+    {"offset": ONES[:3].clone(), "scale": ONES},
+    {"offset": ONES, "scale": torch.ones(54)},
+    {"offset": ONES, "scale": torch.zeros(6, 9)},
+    {"offset": ONES, "scale": -ONES},
+    {"offset": ONES * float("nan"), "scale": ONES},
+    {"offset": ONES, "scale": ONES * float("inf")},
+]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -193,6 +252,11 @@ def saved(tmp_path_factory):
         ("config.json", b"\xff\xfe"),
         ("config.json", b'{"cameras": [1]}'),
         ("config.json", b'{"dim": "wide"}'),
+        ("config.json", b"[" * 200_000),
+        *(("config.json", changed) for changed in FIELDS),
+        ("model.safetensors", struct.pack("<Q", 2**63) + b"{}"),
+        ("model.safetensors", save({})),
+        *(("normalizer.safetensors", save(tensors)) for tensors in SCALES),
     ],
 )
 def test_a_damaged_file_is_named(saved, tmp_path, name, content):
@@ -200,12 +264,66 @@ def test_a_damaged_file_is_named(saved, tmp_path, name, content):
     shutil.copytree(saved, folder)
     assert load_policy(folder) is not None
     (folder / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=re.escape(str(folder / name))):
+    with pytest.raises(BadFile, match=re.escape(str(folder / name))):
         load_policy(folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(saved, published, tmp_path, bad):
+    folder = tmp_path / "broken"
+    shutil.copytree(saved, folder)
+    state = load_file(folder / "model.safetensors")
+    name = sorted(state)[-1]
+    state[name].view(-1)[-1] = bad
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(BadFile, match=re.escape(f"model.safetensors: {name} has values that are")):
+        load_policy(folder)
+    given = {k: v.clone() for k, v in read_official(published).items()}
+    given["encoder.curr_gripper_embed.weight"][0, 0] = bad
+    with pytest.raises(
+        BadFile, match=r"encoder\.curr_gripper_embed\.weight has values that are not"
+    ):
+        load_official(given)
+
+
+def test_tensors_that_only_claim_their_size_are_refused_by_their_shape(published):
+    state = dict(read_official(published))
+    state["encoder.instruction_encoder.bias"] = torch.zeros(1).expand(10**12)
+    with pytest.raises(BadFile, match="parameters do not fit"):
+        load_official(state)
+    state["encoder.curr_gripper_embed.weight"] = torch.zeros(1).expand(10**6, 10**6)
+    with pytest.raises(BadFile, match=r"state dict: nhist: 1000000 is not in 1\.\.64"):
+        load_official(state)
+    state["encoder.curr_gripper_embed.weight"] = torch.zeros(3, 3).to_sparse()
+    with pytest.raises(BadFile, match="no plain tensor"):
+        load_official(state)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_no_damage_to_a_checkpoint_is_more_than_one_line(saved, tmp_path_factory, data):
+    """Bytes changed or cut in any of its files: refused in one line that names it, or harmless."""
+    folder = tmp_path_factory.mktemp("fuzz") / "c"
+    shutil.copytree(saved, folder)
+    name = data.draw(st.sampled_from(sorted(p.name for p in folder.iterdir())))
+    whole = bytearray((folder / name).read_bytes())
+    for _ in range(data.draw(st.integers(0, 4))):
+        # Mostly where the structure is; the rest of a file are numbers.
+        place = data.draw(st.integers(0, min(len(whole), 4000) - 1))
+        whole[place] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, 1)) and data.draw(st.integers(0, len(whole) - 1))
+    (folder / name).write_bytes(bytes(whole[: cut or None]))
+    try:
+        load_policy(folder)
+    except BadFile as error:
+        said = str(error)
+    else:
+        said = f"{folder}"
+    assert str(folder) in said and "\n" not in said
 
 
 def test_a_published_file_that_is_garbage_is_named(tmp_path):
     path = tmp_path / "policy.safetensors"
     path.write_bytes(b"garbage" * 9)
-    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+    with pytest.raises(BadFile, match=re.escape(str(path))):
         load_official(path)

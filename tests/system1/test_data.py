@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import openhelix.system1.cache as cache_module
+from openhelix.runtime.core.files import BadFile
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.cache import CacheError, CacheWriter, chunk_targets, shrunk, write_latents
 from openhelix.system1.data import Augment, Cache, relative_rows, shift
@@ -199,3 +202,67 @@ def test_bad_folders_are_named(folder, tmp_path):
         write_latents(
             tmp_path, "x", "s", np.zeros((4, 1, 1, 3)), np.zeros((4, 1)), LatentSpec("k", 1, 5)
         )
+
+
+def changed(name, **fields):
+    """Change fields of the index."""
+
+    def change(place):
+        index = json.loads((place / "cache.json").read_text())
+        (place / "cache.json").write_text(json.dumps(index | fields))
+
+    return f"cache.json: {name}", change
+
+
+def reshaped(said, edit):
+    """Change tensors of the shard."""
+
+    def change(place):
+        tensors = load_file(place / "shard-00000.safetensors")
+        edit(tensors)
+        save_file(tensors, place / "shard-00000.safetensors")
+
+    return f"shard-00000.safetensors: {said}", change
+
+
+def content(name, data):
+    return name, lambda place: (place / name).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("said", "change"),
+    [
+        content("cache.json", b"{"),
+        content("cache.json", b"[]"),
+        content("cache.json", b""),
+        content("cache.json", b"{}"),
+        content("shard-00000.safetensors", b""),
+        content("shard-00000.safetensors", bytes(2000)),
+        content("latents-fake/latents.json", b"{"),
+        content("latents-fake/latents.json", b"{}"),
+        content("latents-fake/latents.json", b'{"kind": 1, "n_tokens": 1, "dim": 12}'),
+        content("latents-fake/shard-00000.safetensors", b"no"),
+        changed("hz", hz="30"),
+        changed("horizon", horizon=None),
+        changed("cameras.0.", cameras=[{"lens": 1}]),
+        changed("tasks", tasks="ab"),
+        changed("shards.0.frames", shards=[{"file": "shard-00000.safetensors"}]),
+        changed("shards", shards=[{"file": "../x.safetensors", "frames": 96}]),
+        changed("shards", shards=[{"file": "shard-00000.safetensors", "frames": 0}]),
+        reshaped("no task", lambda t: t.pop("task")),
+        reshaped("no episode", lambda t: t.pop("episode")),
+        reshaped("task: outside 0..1", lambda t: t.update(task=t["task"] + 9)),
+        reshaped("task is F32", lambda t: t.update(task=t["task"].astype(np.float32))),
+        reshaped("proprio is F32(96, 1, 8)", lambda t: t.update(proprio=t["proprio"][..., :8])),
+        reshaped("step is I32(95,)", lambda t: t.update(step=t["step"][1:])),
+        reshaped("rgb.static is", lambda t: t.update({"rgb.static": t["rgb.static"][:, :4]})),
+    ],
+)
+def test_a_damaged_file_is_named(folder, tmp_path, said, change):
+    place = tmp_path / "frames"
+    shutil.copytree(folder, place)
+    Cache(place, "fake")
+    change(place)
+    with pytest.raises(BadFile, match=re.escape(f"{place}/{said}")) as caught:
+        Cache(place, "fake")
+    assert "\n" not in str(caught.value)

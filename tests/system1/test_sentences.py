@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.files import BadFile
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.cache import CacheError
 from openhelix.system1.data import Augment, Cache
@@ -87,10 +89,57 @@ def test_sentences_that_do_not_fit_are_refused(change, message):
         Sentences(**(given | change), n_tasks=2)
 
 
-def test_a_file_of_something_else_is_refused_in_one_line(tmp_path):
-    (tmp_path / "x.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(SentenceError, match="cannot read"):
-        Sentences.load(tmp_path / "x.safetensors")
+ABOUT = {"spec": asdict(SPEC), "texts": ["a", "b"], "tasks": 2}
+GOOD = {"latent": torch.ones(2, 1, DIM), "task": torch.tensor([0, 1])}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "about"),
+    [
+        (GOOD, {}),
+        (GOOD, {"sentences": "{"}),
+        (GOOD, {"sentences": "[]"}),
+        *(
+            (GOOD, {"sentences": json.dumps(ABOUT | change)})
+            for change in (
+                {"spec": 3},
+                {"spec": {"kind": "x"}},
+                {"spec": asdict(SPEC) | {"dim": "12"}},
+                {"texts": "a"},
+                {"texts": ["a"]},
+                {"tasks": 10**9},
+                {"tasks": 1},
+                {"tasks": None},
+            )
+        ),
+        *(
+            (GOOD | change, {"sentences": json.dumps(ABOUT)})
+            for change in (
+                {"task": torch.tensor([0, 10**9])},
+                {"task": torch.tensor([0, -1])},
+                {"task": torch.tensor([0])},
+                {"latent": torch.ones(2, 1, DIM + 1)},
+                {"latent": torch.full((2, 1, DIM), float("nan"))},
+                {"more": torch.ones(1)},
+            )
+        ),
+        ({"latent": torch.ones(2, 1, DIM)}, {"sentences": json.dumps(ABOUT)}),
+    ],
+)
+def test_a_file_of_something_else_is_refused_in_one_line(tmp_path, tensors, about):
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path, metadata=about)
+    with pytest.raises(BadFile) as caught:
+        Sentences.load(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(BadFile, match="not safetensors"):
+        Sentences.load(path)
+
+
+def test_a_whole_file_is_read(tmp_path):
+    save_file(GOOD, tmp_path / "x.safetensors", metadata={"sentences": json.dumps(ABOUT)})
+    assert Sentences.load(tmp_path / "x.safetensors").texts == ["a", "b"]
 
 
 def test_told_leaves_a_share_to_the_number_and_the_rest_to_the_sentence(folder):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -169,27 +172,83 @@ def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def refuse(monkeypatch, refused) -> None:
+    """Let the disk refuse the files whose paths `refused` says yes to."""
+    given = run_command.replace_file
+
+    def write(path: Path, data: bytes) -> None:
+        full() if refused(path) else given(path, data)
+
+    monkeypatch.setattr(run_command, "replace_file", write)
+
+
 @pytest.mark.parametrize("record", ["true", "false"])
 def test_a_full_disk_costs_the_file_and_not_the_figures(
     tmp_path, monkeypatch, capsys, record
 ) -> None:
-    written = Path.write_text
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    refuse(monkeypatch, lambda path: path.name == "report.json")
+    out = tmp_path / "out"
+    assert run(out, POLICY, ENGINE, f"output.record={record}") == 1
+    captured = capsys.readouterr()
+    (place,) = elsewhere.iterdir()
+    assert line(captured) == (
+        f"openhelix run: output.folder: no room in {out}/run-0001; the report is in {place}"
+    )
+    report = json.loads(captured.out)
+    assert report["ticks"] > 0 and json.loads(place.read_text()) == report
+    assert place.stat().st_mode & 0o077 == 0
+    assert not list(out.rglob("*.part")) and not (out / "latest").exists()
 
-    def write(path: Path, text: str, *rest: object) -> int:
-        if path.name == "report.json.part":
-            written(path, text[:10])
-            full()
-        return written(path, text, *rest)
 
-    monkeypatch.setattr(Path, "write_text", write)
-    assert run(tmp_path, POLICY, ENGINE, f"output.record={record}") == 1
+def test_where_no_disk_has_room_the_figures_are_printed(tmp_path, monkeypatch, capsys) -> None:
+    refuse(monkeypatch, lambda path: True)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    assert run(tmp_path) == 1
     captured = capsys.readouterr()
     report = tmp_path / "run-0001" / "report.json"
     assert line(captured) == (
         f"openhelix run: output.folder: cannot write {report}: No space left on device"
     )
     assert json.loads(captured.out)["ticks"] > 0
-    assert not list(tmp_path.rglob("*.part"))
+
+
+LIMITED = """
+import resource, sys
+from openhelix.runtime.cli.main import main
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+raise SystemExit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["run", "record"])
+@pytest.mark.parametrize("limit", [0, 30_000])
+def test_with_no_room_for_its_files_a_run_goes_on_and_says_what_is_lost(
+    tmp_path, command, limit
+) -> None:
+    parts = (f"system1.policy.target={POLICY}", f"system2.engine.target={ENGINE}")
+    words = [command, "--json", *RUN, *parts, f"output.folder={tmp_path}", "output.video=true"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), *words, "tasks.steps_limit=120"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    if command == "record" and limit == 0:  # nothing has been moved yet, and nothing can be kept
+        assert done.returncode == 1 and done.stdout == ""
+        assert "recording.mcap: File too large" in done.stderr
+        return
+    report = json.loads(done.stdout)
+    assert report["ticks"] == 120
+    assert done.returncode == (0 if limit == 30_000 and command == "run" else 1), done.stderr
+    for name in ("video", "recording")[: 2 if command == "record" else 1]:
+        sink = report["sinks"][name]
+        assert sink["written"] + sink["dropped"] == 120 and sink["dropped"] > 0
+        assert f"{name}: is incomplete ({sink['dropped']} lost)" in done.stderr
 
 
 def test_any_refusal_of_the_machine_is_one_line(tmp_path, monkeypatch, capsys) -> None:
@@ -207,7 +266,7 @@ class Gone:
 
 @pytest.mark.parametrize("live", [True, False])
 def test_an_observer_that_died_is_told_with_and_without_a_display(live, capsys) -> None:
-    assert launch._finish(Gone(), Display(live=live), Interrupts()) is None
+    assert launch._finish(Gone(), Display(live=live), Interrupts(), 9) is None
     captured = capsys.readouterr()
     assert "observer: is gone; video and recording are incomplete" in captured.err
     assert captured.out == ""

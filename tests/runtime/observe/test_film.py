@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
 from dataclasses import replace
 
 import av
@@ -216,3 +219,63 @@ def test_what_is_written_fits(text):
     assert 1 <= len(rows) <= 2
     assert all(font(20).getlength(row) <= 200 for row in rows)
     assert overlay.font(20) is font(20)
+
+
+def moving(count):
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        yield rng.integers(0, 255, (64, 64, 3), np.uint8), i * 33_000_000
+
+
+def test_a_film_that_is_not_finished_can_be_seen_up_to_its_last_second(tmp_path):
+    mp4 = Mp4(tmp_path / "v.mp4", 64, 64)
+    for image, t_ns in moving(120):
+        mp4.write(image, t_ns)
+    (tmp_path / "killed.mp4").write_bytes((tmp_path / "v.mp4").read_bytes())
+    mp4.close()
+    assert len(decoded(tmp_path / "v.mp4")) == 120
+    # Besides the fragment that is being filled, x264 looks ahead by some frames.
+    assert len(decoded(tmp_path / "killed.mp4")) >= 120 - 2 * 31
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from openhelix.runtime.observe import film
+from openhelix.runtime.observe.overlay import About
+from tests.runtime.ticks import ticks, told
+film.SIZE = (128, 72)
+limit = int(sys.argv[2])
+video = film.LiveFilm(Path(sys.argv[1]), About(cameras=("static",), lines=("a run",)), lossless=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+for message in told(ticks(90, camera_every=1, noise=True)):
+    video(message)
+assert not video.close()
+assert not video.close()
+print(video.written, video.dropped, video.error)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 100, 40_000, 120_000])
+def test_a_full_disk_ends_the_film_and_not_the_process(tmp_path, limit):
+    path = tmp_path / "v.mp4"
+    words = [sys.executable, "-c", FULL, str(path), str(limit)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    written, dropped, error = done.stdout.split(maxsplit=2)
+    assert int(written) + int(dropped) == 90
+    assert int(written) < 90 and error.startswith(f"{path}: ")
+    if limit <= 100:
+        assert int(written) == 0
+    assert path.stat().st_size <= limit
+
+
+def test_a_film_for_which_there_is_no_room_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(self, data):
+        self.error = OSError(errno.ENOSPC, "No space left on device", str(self.path))
+        return len(data)
+
+    monkeypatch.setattr("openhelix.runtime.core.files.CalmFile.write", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        make_film(told(ticks(60)), tmp_path / "v.mp4", replace(BARE, cameras=("static",)))
+    assert not list(tmp_path.iterdir())

@@ -175,8 +175,8 @@ def test_a_recorder_that_cannot_keep_up_drops_counts_and_says_incomplete(tmp_pat
     path = tmp_path / "r.mcap"
     recorder = Recorder(path, queue_size=2)
     gate = threading.Event()
-    flush = recorder._writer.flush
-    recorder._writer.flush = lambda: (gate.wait(10), flush())
+    put = recorder._writer.put
+    recorder._writer.put = lambda *words: (gate.wait(10), put(*words))
     for message in told(ticks(20)):
         recorder(message)
     gate.set()
@@ -204,6 +204,68 @@ def test_a_full_disk_ends_the_recording_and_not_the_run(tmp_path):
     assert "100000 bytes" in summary["error"]
     assert summary["dropped"] > 0
     assert len(by_topic(tmp_path / "r.mcap")["/observation"]) > 0
+
+
+FULL = """
+import json, resource, sys
+from pathlib import Path
+from openhelix.runtime.observe.recorder import Recorder
+from tests.runtime.ticks import ticks, told
+limit = int(sys.argv[2])
+recorder = Recorder(Path(sys.argv[1]), lossless=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+for message in told(ticks(60, camera_every=1, noise=True)):
+    recorder(message)
+print(json.dumps([recorder.close(), recorder.written, recorder.dropped]))
+"""
+
+
+@pytest.mark.parametrize("limit", [500, 20_000, 600_000, 800_000])
+def test_what_a_disk_refuses_later_is_not_counted_as_written(tmp_path, limit):
+    """Chunks go to the disk whole: what waited for its chunk is lost with it, and is counted."""
+    path = tmp_path / "r.mcap"
+    words = [sys.executable, "-c", FULL, str(path), str(limit)]
+    done = subprocess.run(words, cwd=os.getcwd(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    summary, written, dropped = json.loads(done.stdout)
+    found = [m.message for m in Reader(path) if m.topic == "/tick"]
+    assert len(found) == summary["written"] == written < 60
+    assert summary["dropped"] == dropped == 60 - written
+    assert (written > 0) == (limit >= 600_000)
+    assert str(path) in summary["error"] and not summary["complete"]
+    reader = Reader(path)
+    assert len(list(reader)) > 0 or written == 0
+    assert not reader.complete and reader.bad == 0
+
+
+def test_ticks_that_never_came_make_a_recording_incomplete(tmp_path):
+    run = ticks(30)
+    for kept, after, missed in (
+        (run[2:], 0, 2),  # the recorder joined late
+        (run[:10] + run[13:], 0, 3),
+        (run[:25], 5, 5),  # the last ones are lost on the way
+        ([*run, run[-1]], 0, 0),  # the last tick again, with what happened after it
+    ):
+        recorder = Recorder(tmp_path / f"{missed}.mcap", lossless=True)
+        for message in told(kept):
+            recorder(message)
+        summary = recorder.close(missed=after)
+        assert summary["missed"] == missed
+        assert summary["complete"] == (missed == 0)
+        assert Reader(tmp_path / f"{missed}.mcap").complete == (missed == 0)
+
+
+def test_chunks_that_came_too_late_are_recorded_and_replayed(tmp_path):
+    run = ticks(60)
+    late = [i for i, tick in enumerate(run) if tick.new_chunk][::2]
+    for i in late:
+        run[i] = replace(run[i], new_chunk=None, refused_chunk=run[i].new_chunk)
+    record(tmp_path / "r.mcap", run)
+    found = by_topic(tmp_path / "r.mcap")
+    assert [str(m) for m in found["/chunk_refused"]] == [str(run[i].refused_chunk) for i in late]
+    report = replay(tmp_path / "r.mcap", Policy())
+    assert report["replayed"] == len(found["/chunk"]) + len(late)
+    assert report["unmatched"] == 0
 
 
 def test_what_the_codec_refuses_is_counted_and_the_rest_goes_on(tmp_path):

@@ -14,11 +14,19 @@ import pytest
 from PIL import Image
 
 from openhelix.runtime.core.config import checked_sentence
-from openhelix.runtime.observe.status_server import HEADERS, StatusServer, is_loopback
+from openhelix.runtime.observe import status_server
+from openhelix.runtime.observe.status_server import HEADERS, StatusServer, host_name, is_loopback
 from openhelix.runtime.observe.status_source import NoRun
 
 TOKEN = "a-token-of-some-length"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
+
+
+NOT_LOOPBACK = (
+    *("[::1]evil.example", "[::1]evil.example:80", "[::1].evil.example", "[[::1]]", "[127.0.0.1]]"),
+    *("[::1", "::1]", "[evil.example]", "127.0.0.1@evil.example", "localhost.evil.example:1"),
+    *("127.0.0.1:80:90", "127.0.0.1:x", "localhost:", "", "local host", "[::2]:80"),
+)
 
 
 class FakeSource:
@@ -246,6 +254,7 @@ def test_all_robots_are_asked_once_for_many_pages() -> None:
         ({"Origin": "null"}, 403),
         ({"Host": "evil.example"}, 421),  # a name that was made to resolve to this host
         ({"Host": "evil.example:9120"}, 421),
+        *(({"Host": name}, 421) for name in NOT_LOOPBACK),
     ],
 )
 def test_a_foreign_page_may_neither_read_nor_stop(headers: dict[str, str], expected: int) -> None:
@@ -307,9 +316,86 @@ def test_a_taken_port_is_told() -> None:
 @pytest.mark.parametrize(
     ("host", "expected"),
     [
-        *((name, True) for name in ("127.0.0.1", "127.9.9.9", "localhost", "::1", "[::1]")),
-        *((name, False) for name in ("0.0.0.0", "10.0.0.1", "example.org", "", "127.0.0.1.org")),
+        *((name, True) for name in ("127.0.0.1", "127.9.9.9", "localhost", "::1")),
+        *(
+            (name, False)
+            for name in ("0.0.0.0", "10.0.0.1", "example.org", "", "127.0.0.1.org", "[::1]")
+        ),
     ],
 )
 def test_loopback_is_told_from_the_rest(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
+
+
+@pytest.mark.parametrize(
+    ("header", "name"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.0.0.1:9120", "127.0.0.1"),
+        ("[::1]", "::1"),
+        ("[::1]:9120", "::1"),
+        ("robot-1.example:80", "robot-1.example"),
+        ("a_b", ""),
+    ],
+)
+def test_a_host_header_is_read_whole(header: str, name: str) -> None:
+    assert host_name(header) == name
+
+
+@pytest.mark.parametrize("header", NOT_LOOPBACK)
+def test_what_only_looks_like_loopback_is_not(header: str) -> None:
+    assert not is_loopback(host_name(header))
+
+
+def test_where_others_can_log_in_reading_needs_the_token_on_loopback_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(status_server, "other_users", lambda: ["alice"])
+
+    async def talk(ask: Ask) -> None:
+        assert (await ask("api/status"))[0] == 401
+        assert (await ask("api/status", **BEARER))[0] == 200
+        assert (await ask("api/status", Host="evil.example", **BEARER))[0] == 421
+
+    assert not serve(FakeSource(), talk).open
+
+
+NOT_HTTP = (
+    *(
+        b"hello\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    ),
+    *(
+        b"GET / HTTP/1.1\r\nbad header\r\n\r\n",
+        b"GET / HTTP/1.1\r\nA: " + b"x" * 10_000 + b"\r\n\r\n",
+    ),
+    *(b"POST /api/stop HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"GET \xff\xfe HTTP/1.1\r\n\r\n"),
+)
+
+
+def test_what_is_no_http_is_told_in_one_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    source = FakeSource()
+
+    async def main() -> None:
+        server = StatusServer(source)  # type: ignore[arg-type]
+        url = await server.start()
+        port = int(url.rstrip("/").rpartition(":")[2])
+        for _ in range(3):
+            for data in NOT_HTTP:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(data)
+                answer = await asyncio.wait_for(reader.read(), 30)
+                assert b" 200 " not in answer.split(b"\r\n")[0]
+                writer.close()
+        async with aiohttp.ClientSession() as session, session.get(url + "api/status") as answer:
+            assert answer.status == 200
+        await server.close()
+
+    asyncio.run(main())
+    assert source.stops == []
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines and all("not HTTP, refused" in text and "\n" not in text for text in lines)
+    assert all(record.exc_info is None for record in caplog.records)
+    counts = [int(text.rpartition("; ")[2].split()[0]) for text in lines]
+    assert counts == [2**i for i in range(len(counts))]

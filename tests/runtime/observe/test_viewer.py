@@ -98,7 +98,7 @@ def shown(path, run, about=None):
     view = RerunViewer(path, about, lossless=True)
     for message in run:
         view(message)
-    assert view.close() and view.error is None
+    assert view.close() and view.error == ""
     return view
 
 

@@ -15,7 +15,7 @@ from openhelix.runtime.core.interfaces import Action
 from openhelix.runtime.core.quaternion import from_rotation_vector
 from openhelix.runtime.core.safety import Watchdog
 from openhelix.runtime.robots.base import RobotError, make_robot
-from openhelix.runtime.robots.lerobot import LeRobotAdapter, rigid
+from openhelix.runtime.robots.lerobot import GripperMapping, LeRobotAdapter, rigid
 from tests.fakes import PERIOD_NS
 from tests.runtime.robot_cases import (
     END_EFFECTOR_MAPPING,
@@ -215,3 +215,25 @@ def test_rigid_reads_any_rotation(v):
     T[:3, :3] = Rotation.from_rotvec(v).as_matrix()
     _, q = rigid(T.tolist())
     assert abs(np.dot(q, Rotation.from_rotvec(v).as_quat())) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_none_is_an_error_and_not_a_closed_gripper(bad):
+    arm = FakeLeRobot()
+    with LeRobotAdapter(GANTRY_MAPPING, arm) as robot:
+        seen = arm.get_observation()
+        for key in ("gripper.pos", "j1.pos"):
+            arm.get_observation = lambda key=key: seen | {key: bad}
+            with pytest.raises(RobotError, match=rf"{key} is "):
+                robot.get_observation()
+        del arm.get_observation
+        assert robot.get_observation().gripper_width == pytest.approx(0.08)
+    with pytest.raises(RobotError, match=r"gripper\.pos is "):
+        GripperMapping(key="gripper.pos", closed=0, open=100).openness(bad)
+
+
+@pytest.mark.parametrize("field", ["closed", "open", "width_open_m"])
+def test_a_gripper_whose_ends_are_no_numbers_is_refused(field):
+    gripper = GANTRY_MAPPING["gripper"] | {field: float("nan")}
+    with pytest.raises(ValueError, match=rf"gripper\.{field}"):
+        LeRobotAdapter(changed(GANTRY_MAPPING, gripper=gripper), FakeLeRobot())
