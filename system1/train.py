@@ -40,6 +40,7 @@ from openhelix.system1.train_loop import (
     OptimizerName,
     Optimizers,
     Pace,
+    Watch,
     cosine_rate,
     deadline_after,
     keep_freed_memory,
@@ -442,14 +443,19 @@ class Trainer:
         except OSError as error:  # a picture is no reason to stop
             log.warning("no loss.png: %s", error)
 
-    def run(self) -> list[dict[str, Any]]:
-        """Train to the last step or the time limit; return the history."""
+    def run(self, watch: Watch | None = None) -> list[dict[str, Any]]:
+        """Train to the last step or the time limit; return the history.
+
+        Args:
+            watch: is shown every step.
+        """
         c = self.config
         if c.plan_s and self.seconds >= c.plan_s:
             return self.history  # finished before
         limits = [s for s in (c.time_limit_s, c.plan_s and max(c.plan_s - self.seconds, 1e-6)) if s]
         deadline = deadline_after(min(limits, default=0.0))
-        run_loop(self, Pace(c.steps, c.eval_every, c.save_every, c.log_every, deadline))
+        pace = Pace(c.steps, c.eval_every, c.save_every, c.log_every, deadline)
+        run_loop(self, pace, watch)
         return self.history
 
 

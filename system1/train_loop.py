@@ -7,11 +7,12 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -260,34 +261,99 @@ def load_state(
     return step, [row for row in log["history"] if row["step"] <= step]
 
 
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """One panel of a training's plot: some columns of the history over the step.
+
+    Attributes:
+        title: above it.
+        unit: of its values, after `factor`.
+        lines: column of the history, and what the legend calls it.
+        factor: times every value.
+        log: a logarithmic axis; otherwise one that begins at 0.
+        top: where the axis ends, None for where the values do.
+    """
+
+    title: str
+    unit: str
+    lines: tuple[tuple[str, str], ...]
+    factor: float = 1.0
+    log: bool = False
+    top: float | None = None
+
+
+LOSSES: Curves = Curves(
+    "loss",
+    "30 position + 10 rotation + gripper",
+    (("loss", "training"), ("val_loss", "held out, average weights")),
+    log=True,
+)
+ERRORS = (
+    Curves("position error", "cm", (("val_position_m", ""),), 100.0),
+    Curves("rotation error", "degrees", (("val_rotation_rad", ""),), 57.29578),
+    Curves("wrong gripper state", "% of rows", (("val_gripper_error", ""),), 100.0),
+)
+# Okabe and Ito's, told apart by every eye.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
 def plot_history(path: Path, history: list[dict[str, Any]]) -> None:
-    """Draw the loss curves as PNG; training and validation, and the validation errors."""
-    import matplotlib as mpl
+    """Draw a policy's losses and, of sampled trajectories, the mean errors over held-out rows."""
+    draw_curves(path, (LOSSES, *ERRORS), history)
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for key, label in (("loss", "training"), ("val_loss", "validation (EMA)")):
-        points = [(row["step"], row[key]) for row in history if key in row]
-        if points:
-            left.plot(*zip(*points, strict=True), label=label)
-    left.set(xlabel="step", ylabel="30 position + 10 rotation + gripper", yscale="log")
-    if left.lines:
-        left.legend()
-    for key, factor, label in (
-        ("val_position_m", 1000.0, "position, mm"),
-        ("val_rotation_rad", 57.29578, "rotation, degrees"),
-        ("val_gripper_error", 100.0, "gripper wrong, %"),
-    ):
-        points = [(row["step"], factor * row[key]) for row in history if key in row]
-        if points:
-            right.plot(*zip(*points, strict=True), marker=".", label=label)
-    right.set(xlabel="step", title="sampled trajectories, mean error over rows")
-    if right.lines:
-        right.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def draw_curves(path: Path, panels: Sequence[Curves], history: list[dict[str, Any]]) -> None:
+    """Draw panels side by side as PNG.
+
+    A line with more than a hundred values is drawn faintly, with its running mean over it: single
+    batches jump about by more than a training gains in an hour.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for (key, label), colour in zip(panel.lines, COLOURS, strict=False):
+            points = [(r["step"], panel.factor * r[key]) for r in history if r.get(key) is not None]
+            points = [point for point in points if point[1] > 0] if panel.log else points
+            if not points:
+                continue
+            steps, values = map(np.asarray, zip(*points, strict=True))
+            many = len(values) > 100
+            axis.plot(
+                steps, values, color=colour, lw=0.7 if many else 1.6, alpha=0.3 if many else 1
+            )
+            if many:
+                axis.plot(*running_mean(steps, values), color=colour, lw=1.6)
+            axis.plot([], [], color=colour, label=label)
+        axis.set(xlabel="step", ylabel=panel.unit, title=panel.title)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if not axis.lines:
+            axis.text(0.5, 0.5, "not measured yet", transform=axis.transAxes, ha="center")
+            axis.set_yticks([])
+        elif panel.log:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_locator(NullLocator())
+        else:
+            axis.set_ylim(0, panel.top or 1.05 * axis.get_ylim()[1])
+        axis.set_xlim(left=0)
+        if len(panel.lines) > 1 and axis.lines:
+            axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    figure.savefig(path, dpi=120)
+
+
+def running_mean(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean over a fiftieth of the values, at the middle of each window."""
+    width = max(3, len(values) // 50)
+    kernel = np.ones(width) / width
+    return np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid")
 
 
 log = logging.getLogger(__name__)
@@ -323,12 +389,19 @@ class Pace:
     deadline_ns: int = 0
 
 
+class Watch(Protocol):
+    """Is shown a training while it goes on: a bar on a terminal, a file of curves."""
+
+    def __call__(self, row: Mapping[str, Any], pace: Pace, logged: bool) -> None:
+        """Take what a step returned, and whether its row is one of the history's."""
+
+
 def deadline_after(seconds: float) -> int:
     """Return the monotonic time in so many seconds; 0 ("none") for 0."""
     return time.monotonic_ns() + int(seconds * 1e9) if seconds > 0 else 0
 
 
-def run_loop(run: Run, pace: Pace) -> bool:
+def run_loop(run: Run, pace: Pace, watch: Watch | None = None) -> bool:
     """Train to the last step or the deadline; return whether the last step was reached."""
     begun = time.monotonic_ns()
     before = float(run.history[-1]["seconds"]) if run.history else 0.0
@@ -344,6 +417,8 @@ def run_loop(run: Run, pace: Pace) -> bool:
         if keep:
             run.history.append({**row, "seconds": before + (now - begun) * 1e-9})
             log.info("%s", " ".join(f"{k}={v:.5g}" for k, v in row.items()))
+        if watch is not None:
+            watch(row, pace, keep)
         if run.step % pace.save_every == 0 or done or late:
             run.save()
         if late:

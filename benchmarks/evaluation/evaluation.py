@@ -20,6 +20,7 @@ from openhelix.benchmarks.evaluation.runner import Conditions, Film
 from openhelix.benchmarks.evaluation.suites import Suite, spread
 from openhelix.runtime.control.episodes import versions
 from openhelix.runtime.core import plugins
+from openhelix.runtime.core.clock import duration_text
 from openhelix.runtime.core.config import ConfigError, Part, PolicyPart, RunConfig
 from openhelix.runtime.core.files import replace_file
 from openhelix.runtime.core.paths import ROOT
@@ -335,14 +336,9 @@ class Console:
         left_s = (now_s - self._begun_s) / (done - self._first) * (total - done)
         text = (
             f"{self._what}: {done} of {total} episodes, {self._good / self._seen:.2f} tasks each, "
-            f"{_clock(left_s)} to go"
+            f"{duration_text(left_s)} to go"
         )
         self._stream.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
         if self._live and done == total:
             self._stream.write("\n")
         self._stream.flush()
-
-
-def _clock(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

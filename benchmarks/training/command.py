@@ -17,15 +17,19 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
+import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from openhelix.benchmarks.training.config import STAGES, TrainingConfig
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import ConfigError, read_settings
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import none_of
+
+if TYPE_CHECKING:
+    from openhelix.benchmarks.training.joint import Stage
+    from openhelix.benchmarks.training.progress import Showing
 
 
 class TrainOptions(Options):
@@ -46,16 +50,23 @@ def main(argv: Sequence[str]) -> int:
     if options.stage not in STAGES:
         raise ConfigError(f"stage: {none_of(options.stage, STAGES)}")
     config = read_settings(TrainingConfig, options.config, overrides)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    for name in ("httpx", "urllib3", "matplotlib", "transformers"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    results = run(config, options.stage)
-    text = json.dumps(results, indent=None if options.as_json else 1, default=str)
-    answer(text)
+    from openhelix.benchmarks.training import progress
+
+    if config.tensorboard:
+        progress.check_tensorboard()
+    begun = time.monotonic()
+    shown = progress.Showing(progress.open_log(), config.tensorboard)
+    results = run(config, options.stage, shown)
+    if options.as_json:
+        answer(json.dumps(results, default=str))
+    else:
+        words = [options.stage, *(word for word in argv if word != options.stage)]
+        lines = progress.ending(results, words, time.monotonic() - begun)
+        answer("\n".join(lines))
     return 0
 
 
-def run(config: TrainingConfig, stage: str) -> dict[str, Any]:
+def run(config: TrainingConfig, stage: str, shown: Showing) -> dict[str, Any]:
     """Run a stage, or all of them; return what they say of themselves."""
     import torch
 
@@ -88,17 +99,18 @@ def run(config: TrainingConfig, stage: str) -> dict[str, Any]:
     try:
         for name in ("policy", "stage1", "stage2", "export") if stage == "all" else (stage,):
             if name == "vlm":
-                done.append(run_vlm(config, deadline))
+                done.append(run_vlm(config, deadline, shown))
             elif name == "understanding":
                 done.append(run_understanding(config))
             elif name == "policy":
-                done.append(run_policy(config, deadline))
+                done.append(run_policy(config, deadline, shown))
             elif name == "prepare":
                 done.append(prepare(config, deadline))
             elif name == "export":
                 done.append(export(config))
             else:
-                done.append(run_joint(config, "stage1" if name == "stage1" else "stage2", deadline))
+                joint: Stage = "stage1" if name == "stage1" else "stage2"
+                done.append(run_joint(config, joint, deadline, shown))
     except NotDone as stop:
         logging.getLogger(__name__).info("%s; the same command goes on", stop)
         return {"finished": False, "why": str(stop), "folder": folder, "stages": done}

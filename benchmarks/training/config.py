@@ -253,6 +253,8 @@ class TrainingConfig(_Section):
         time_limit_s: end the command after this long, saved; 0 for no limit.
         threads: torch threads; 0 leaves torch's own number.
         device: "cpu", "cuda", or "auto": CUDA where there is one.
+        tensorboard: write curves for TensorBoard into each stage's folder as well; needs the
+            extra of that name.
         understanding: of stage `understanding` alone.
         vlm: the base model's own training, see `openhelix.system2.vlm_config`; read by stage `vlm` alone.
     """
@@ -268,6 +270,7 @@ class TrainingConfig(_Section):
     eval_frames: Count = 128
     time_limit_s: Annotated[float, Field(ge=0)] = 0.0
     log_every: Count = 20
+    tensorboard: bool = False
     policy: PolicyStage = PolicyStage()
     latent: LatentSection = LatentSection()
     stage1: Stage1 = Stage1()

@@ -132,13 +132,17 @@ def shown(value: Any) -> Any:
     return value
 
 
+# Where and how long it ran, and what it showed meanwhile: nothing of the result.
+OWN = ("out", "time_limit_s", "threads", "tensorboard")
+
+
 def changed(values: dict[str, Any], defaults: dict[str, Any], prefix: str) -> list[str]:
     """Return `a.b=value` for every value that is not the default."""
     out = []
     for name, value in values.items():
         if isinstance(value, dict) and isinstance(defaults.get(name), dict) and defaults[name]:
             out += changed(value, defaults[name], f"{prefix}{name}.")
-        elif value != defaults.get(name) and name not in ("out", "time_limit_s", "threads"):
+        elif value != defaults.get(name) and name not in OWN:
             text = json.dumps(value) if isinstance(value, (dict, list, bool)) else str(value)
             out.append(f"{prefix}{name}={text}")
     return out

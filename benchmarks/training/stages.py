@@ -42,6 +42,7 @@ from openhelix.benchmarks.training.feeds import (
     states_store,
 )
 from openhelix.benchmarks.training.joint import Joint, Stage
+from openhelix.benchmarks.training.progress import Showing
 from openhelix.benchmarks.training.start import start_from_table
 from openhelix.benchmarks.training.told import prepare_told
 from openhelix.runtime.core.config import CommandFailed, ConfigError
@@ -49,7 +50,16 @@ from openhelix.system1.checkpoint import WEIGHTS, Network, load_policy, save_pol
 from openhelix.system1.data import Cache
 from openhelix.system1.latent_adapter import adapt_to_latent, task_anchors, with_latent
 from openhelix.system1.train import TrainConfig, Trainer, fresh_network, policy_config
-from openhelix.system1.train_loop import STATE, Pace, load_state, run_loop, save_state
+from openhelix.system1.train_loop import (
+    STATE,
+    Curves,
+    Pace,
+    Watch,
+    draw_curves,
+    load_state,
+    run_loop,
+    save_state,
+)
 from openhelix.system2.latents import LatentHead
 from openhelix.system2.model import open_checkpoint, pick_dtype, sha256_file
 from openhelix.system2.probe import WordSpace
@@ -66,38 +76,26 @@ TERMS = (
     ("clip", "alignment"),
 )
 HELD_OUT = (
+    ("val_loss", "all"),
     ("val_policy", "policy, told by latents"),
     ("val_policy_named", "policy, told the task's name"),
-    ("val_loss", "all"),
 )
 
 
 def plot_joint(path: Path, stage: str, history: list[dict[str, Any]]) -> None:
     """Draw training terms, held-out losses, and how often a latent means the right task."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    for axis, lines, marker in ((axes[0], TERMS, ""), (axes[1], HELD_OUT, ".")):
-        for key, label in lines:
-            points = [(row["step"], row[key]) for row in history if row.get(key, 0) > 0]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=label, marker=marker)
-        if axis.lines:
-            axis.set_yscale("log")
-            axis.legend()
-    axes[0].set(xlabel="step", title=f"{stage}: training")
-    axes[1].set(xlabel="step", title="held-out episodes, average weights")
-    points = [(r["step"], 100 * r["val_task_top1"]) for r in history if "val_task_top1" in r]
-    if points:
-        axes[2].plot(*zip(*points, strict=True), marker=".")
-    axes[2].set(
-        xlabel="step", ylabel="%", title="latents nearest to their task's row", ylim=(0, 100)
+    panels = (
+        Curves(f"{stage}: training", "loss", TERMS, log=True),
+        Curves("held-out episodes, average weights", "loss", HELD_OUT, log=True),
+        Curves(
+            "latents nearest to their task's row",
+            "% of held-out frames",
+            (("val_task_top1", ""),),
+            100.0,
+            top=100.0,
+        ),
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    draw_curves(path, panels, history)
 
 
 # -- A stage: its parts opened or continued, trained, and written ----------------------
@@ -333,15 +331,15 @@ class JointRun:
             }
         }
 
-    def run(self) -> dict[str, Any]:
-        """Train to the last step.
+    def run(self, watch: Watch | None = None) -> dict[str, Any]:
+        """Train to the last step, watched.
 
         Raises:
             NotDone: the time limit came first.
         """
         s = self.section
         pace = Pace(s.steps, s.eval_every, s.save_every, self.config.log_every, self.deadline_ns)
-        run_loop(self, pace)
+        run_loop(self, pace, watch)
         return finished(self.stage, self.folder, self.step, self.history, s.steps)
 
 
@@ -408,7 +406,9 @@ def alignment_text(joint: Joint, source: Source) -> Tensor:
     return text @ turn
 
 
-def run_policy(config: TrainingConfig, deadline_ns: int) -> dict[str, Any]:
+def run_policy(
+    config: TrainingConfig, deadline_ns: int, shown: Showing | None = None
+) -> dict[str, Any]:
     """Train System 1 alone.
 
     Raises:
@@ -423,14 +423,17 @@ def run_policy(config: TrainingConfig, deadline_ns: int) -> dict[str, Any]:
     keep_settings(settings.out, own, write=True)
     if settings.sentences is not None:
         shutil.copyfile(settings.sentences.with_name(FILE), settings.out / FILE)
-    trainer.run()
+    with (shown or Showing())("policy", settings.out) as watch:
+        trainer.run(watch)
     steps = config.policy.steps
     if config.policy.plan_s and trainer.seconds >= config.policy.plan_s:
         steps = trainer.step  # as many as there was time for
     return finished("policy", settings.out, trainer.step, trainer.history, steps)
 
 
-def run_joint(config: TrainingConfig, stage: Stage, deadline_ns: int) -> dict[str, Any]:
+def run_joint(
+    config: TrainingConfig, stage: Stage, deadline_ns: int, shown: Showing | None = None
+) -> dict[str, Any]:
     """Train a joint stage, unless it is left out.
 
     Raises:
@@ -440,7 +443,9 @@ def run_joint(config: TrainingConfig, stage: Stage, deadline_ns: int) -> dict[st
     if getattr(config, stage).steps == 0:
         return {"stage": stage, "skipped": True}
     try:
-        return JointRun(config, stage, deadline_ns).run()
+        run = JointRun(config, stage, deadline_ns)
+        with (shown or Showing())(stage, run.folder) as watch:
+            return run.run(watch)
     except FloatingPointError as error:
         raise CommandFailed(f"{stage}: {error}") from error
 

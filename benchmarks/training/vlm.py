@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.training.config import NotDone, TrainingConfig
+from openhelix.benchmarks.training.progress import Showing
 from openhelix.runtime.core.config import CommandFailed, ConfigError
 from openhelix.runtime.core.paths import cache_folder
+from openhelix.system1.train_loop import Pace
 from openhelix.system2.model import CheckpointError
 from openhelix.system2.prompt import BadInstruction
 from openhelix.system2.vlm_config import VlmSection
@@ -61,7 +63,9 @@ def find_or_make_pictures(section: VlmSection) -> Path:
     return folder
 
 
-def run_vlm(config: TrainingConfig, deadline_ns: int) -> dict[str, Any]:
+def run_vlm(
+    config: TrainingConfig, deadline_ns: int, shown: Showing | None = None
+) -> dict[str, Any]:
     """Train, or go on training, a base model; write it as a LLaVA folder with its report.
 
     Raises:
@@ -80,7 +84,13 @@ def run_vlm(config: TrainingConfig, deadline_ns: int) -> dict[str, Any]:
     except (ValueError, BadInstruction) as error:
         raise ConfigError(str(error)) from None
     try:
-        done = run.run(deadline_ns)
+        with (shown or Showing())("vlm", out) as watch:
+
+            def tell(row: dict[str, Any]) -> None:
+                section = run.section(run.stage)
+                watch(row, Pace(section.steps, 0, 0, 0, deadline_ns), logged=True)
+
+            done = run.run(deadline_ns, tell)
     except FloatingPointError as error:
         raise CommandFailed(str(error)) from None
     folder = run.export()

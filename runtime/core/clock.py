@@ -254,3 +254,9 @@ def using_the_slack(pacer: Pacer, prefetch: Callable[[], object]) -> Callable[[]
         return pacer.wait()
 
     return wait
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration as hours, minutes and seconds: "1:02:03"."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -73,9 +73,20 @@ def test_all_stages_end_in_a_folder_to_ship(frames, llava, tmp_path, capsys) -> 
         card["precision"]["dtype"] == "float16"
     )
     assert card["precision"]["moves_a_trajectory_by_m"] <= 5e-4
-    # Again: everything is there, nothing is trained.
+    # Again: everything is there, nothing is trained, and it says what to do next.
     assert main(["train", "stage2", "--config", str(file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stages"][0]["step"] == 4
+    assert main(["train", "stage2", "--config", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "trained",
+        "figures",
+        "written",
+        "curves",
+        "next",
+    ]
+    assert lines[4].split(maxsplit=1)[1] == f"openhelix train export --config {file}"
+    assert "held-out loss" in lines[1] and "stage2/loss.png" in lines[3]
 
 
 def test_an_exported_language_model_speaks_as_the_trained_one(frames, llava, tmp_path) -> None:
