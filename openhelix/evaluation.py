@@ -156,8 +156,9 @@ def evaluate(
         report = run_plan(plan, pool, folder, None if quiet else Console("evaluate"))
     finally:
         pool.close()
-    write_reports(report, folder)
-    return EvalResult(folder, report, read_results(folder))
+    results = read_results(folder)
+    write_reports(report, folder, results)
+    return EvalResult(folder, report, results)
 
 
 def _with_policy(plan: Evaluation, name: str) -> Evaluation:

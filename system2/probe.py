@@ -95,6 +95,28 @@ class WordSpace:
             for v, i in zip(best.values, best.indices.tolist(), strict=True)
         ]
 
+    def above(self, state: Tensor, others: Tensor, n: int = 10) -> list[dict[str, Any]]:
+        """Return the whole words that a state is nearer to than other states are on average.
+
+        Args:
+            state: (hidden,).
+            others: (N, hidden), of which the mean cosine to each word is what is usual.
+            n: how many words.
+        """
+        normal = torch.nn.functional.normalize
+        own, usual = self._rows @ normal(state, dim=-1), self._rows @ normal(others, dim=-1).T
+        more = own - usual.mean(dim=1)
+        best = more.topk(min(20 * n, len(self._words)))
+        found = [
+            {
+                "word": self._words[i],
+                "cosine": round(float(own[i]), 6),
+                "above": round(float(v), 6),
+            }
+            for v, i in zip(best.values, best.indices.tolist(), strict=True)
+        ]
+        return [row for row in found if row["word"].isascii() and len(row["word"]) > 1][:n]
+
     def similarity(self, states: Tensor, words: Sequence[str]) -> Tensor:
         """Return cosines (B, len(words)); a word of several tokens counts with their mean."""
         rows = []

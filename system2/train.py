@@ -28,7 +28,10 @@ from openhelix.system2.prompt import QUESTIONS, Layout, Prompt
 # `<ACT>` stands last and attention is causal, so the keys and values of image and instruction
 # do not depend on it. With everything but `<ACT>` frozen (the paper's prompt tuning) they are
 # constants of a sample: computed once, without gradient, and kept. Every later step runs
-# forward and backward over the `<ACT>` tokens alone.
+# forward and backward over the `<ACT>` tokens alone. So are the states at the instruction, which
+# some read-outs put beside those at `<ACT>`.
+
+CACHEABLE = ("act_last", "act_mid", "act_lang", "act_words")  # read nothing but these two
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +42,15 @@ class Prefix:
         keys, values: (layers, B, kv_heads, T, head_dim); rows of shorter prompts are filled
             up on the right with zeros.
         lengths: (B,) real tokens of each prompt.
+        rest, filled: (B, R, width) states that the read-out puts beside those at `<ACT>`, and
+            (B, R) which of them are not padding; None for a read-out of `<ACT>` alone.
     """
 
     keys: Tensor
     values: Tensor
     lengths: Tensor
+    rest: Tensor | None = None
+    filled: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.lengths.shape[0])
@@ -52,16 +59,18 @@ class Prefix:
         """Return some of the samples, cut to the longest among them."""
         lengths = self.lengths[index]
         longest = int(lengths.max())
-        return Prefix(self.keys[:, index, :, :longest], self.values[:, index, :, :longest], lengths)
+        keys, values = (kv[:, index, :, :longest] for kv in (self.keys, self.values))
+        return Prefix(keys, values, lengths, *(_of(x, index) for x in (self.rest, self.filled)))
 
     def to(self, dtype: torch.dtype) -> Prefix:
         """Return it in another precision; bfloat16 halves the memory."""
-        return Prefix(self.keys.to(dtype), self.values.to(dtype), self.lengths)
+        rest = None if self.rest is None else self.rest.to(dtype)
+        return Prefix(self.keys.to(dtype), self.values.to(dtype), self.lengths, rest, self.filled)
 
     def at(self, device: torch.device | str) -> Prefix:
         """Return it on a device."""
-        moved = (x.to(device) for x in (self.keys, self.values, self.lengths))
-        return Prefix(*moved)
+        kept = (self.keys, self.values, self.lengths, self.rest, self.filled)
+        return Prefix(*(None if x is None else x.to(device) for x in kept))  # type: ignore[arg-type]
 
     @staticmethod
     def join(parts: Sequence[Prefix]) -> Prefix:
@@ -75,7 +84,18 @@ class Prefix:
             torch.cat([wide(part.keys) for part in parts], dim=1),
             torch.cat([wide(part.values) for part in parts], dim=1),
             torch.cat([part.lengths for part in parts]),
+            _joined([part.rest for part in parts]),
+            _joined([part.filled for part in parts]),
         )
+
+
+def _of(rows: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if rows is None else rows[index]
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 def embed(
@@ -103,17 +123,26 @@ def embed(
 
 
 @torch.no_grad()
-def compute_prefix(language_model: Any, embeddings: Tensor, lengths: Tensor) -> Prefix:
-    """Run the frozen language model over the prompts' embeddings (B, T, hidden)."""
+def compute_prefix(
+    language_model: Any,
+    embeddings: Tensor,
+    lengths: Tensor,
+    rest: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Prefix:
+    """Run the frozen language model over the prompts' embeddings (B, T, hidden).
+
+    `rest` makes of the states (B, T, width) what is kept of them, and which rows are filled.
+    """
     from transformers import DynamicCache
 
     cache = DynamicCache(config=language_model.config)
-    language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+    output = language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
     keys = torch.stack([layer.keys for layer in cache.layers])
     values = torch.stack([layer.values for layer in cache.layers])
     real = torch.arange(keys.shape[3], device=keys.device) < lengths[:, None]  # (B, T)
     real = real[None, :, None, :, None]
-    return Prefix(keys * real, values * real, lengths)
+    kept = () if rest is None else rest(output.last_hidden_state)
+    return Prefix(keys * real, values * real, lengths, *kept)
 
 
 def states_after(language_model: Any, prefix: Prefix, act: Tensor) -> Tensor:
@@ -312,7 +341,7 @@ class System2Learner(nn.Module):
     @property
     def cacheable(self) -> bool:
         """Whether samples can go through a cached prefix: nothing before `<ACT>` learns."""
-        return self.regime in ("frozen", "prompt") and self.head.config.kind == "act_last"
+        return self.regime in ("frozen", "prompt") and self.head.config.kind in CACHEABLE
 
     def learned(self) -> Learned:
         """Return the trainable parameters by group; the paper gives them different rates."""
@@ -338,16 +367,40 @@ class System2Learner(nn.Module):
                 "the prefix changes as training goes on"
             )
         embeddings, lengths = self._embed(images, texts)
-        n_act = self.head.config.n_act
+        n_act, kind = self.head.config.n_act, self.head.config.kind
+        layouts = [self.prompts(text).layout for text in texts]
+
+        def rest(states: Tensor) -> tuple[Tensor, Tensor]:
+            if kind == "act_words":
+                rows = [s[slice(*at.words)].mean(0) for s, at in zip(states, layouts, strict=True)]
+                means = torch.stack(rows).unsqueeze(1)
+                return means, torch.ones_like(means[..., 0], dtype=torch.bool)
+            each = self.head.config.text_rows
+            said = [s[slice(*at.text)][:each] for s, at in zip(states, layouts, strict=True)]
+            filled = torch.tensor([[i < len(s) for i in range(each)] for s in said])
+            padded = torch.stack([F.pad(s, (0, 0, 0, each - len(s))) for s in said])
+            return padded, filled.to(padded.device)
+
         return compute_prefix(
-            self.model.language_model, embeddings[:, : int(lengths.max()) - n_act], lengths - n_act
+            self.model.language_model,
+            embeddings[:, : int(lengths.max()) - n_act],
+            lengths - n_act,
+            rest if kind in ("act_words", "act_lang") else None,
         )
 
     def from_prefix(self, prefix: Prefix) -> Sample:
         """Return read-out and latent of cached samples, with exact gradients."""
         act = self.head.act.to(self.model.dtype)
         state = states_after(self.model.language_model, prefix, act).float()
-        return self.from_states(state, torch.ones_like(state[..., 0], dtype=torch.bool))
+        if prefix.rest is None or prefix.filled is None:
+            return self.from_states(state, torch.ones_like(state[..., 0], dtype=torch.bool))
+        rest = prefix.rest.to(state)
+        if self.head.config.kind == "act_words":
+            state = torch.cat([state.flatten(1), rest[:, 0]], 1).unsqueeze(1)
+            return self.from_states(state, prefix.filled.to(state.device))
+        full = torch.ones_like(state[..., 0], dtype=torch.bool)
+        filled = torch.cat([full, prefix.filled.to(state.device)], 1)
+        return self.from_states(torch.cat([state, rest], 1), filled)
 
     def from_states(self, state: Tensor, filled: Tensor) -> Sample:
         """Return the latent of raw read-outs (B, n_tokens, hidden) that were kept."""

@@ -1,6 +1,7 @@
 """`openhelix compare A B`: is B better than A, on the same episodes?
 
     openhelix compare outputs/eval/tasks-D-0001 outputs/eval/tasks-D-0002
+    openhelix compare outputs/eval/tasks-D-0001 outputs/eval/tasks-D-0002 --out outputs/compared
 
 Episodes are paired by their key, so both runs faced the same starts, instructions and noise. All
 other differences between the runs are listed, because a result can be attributed to a cause only
@@ -9,20 +10,32 @@ if nothing else differs.
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+from rich.console import Console as RichConsole
+from rich.markdown import Markdown
+
 from openhelix.benchmarks.calvin.sequences import LENGTH
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
-from openhelix.benchmarks.evaluation.report import interval, markdown_table
+from openhelix.benchmarks.evaluation import plots
+from openhelix.benchmarks.evaluation.report import (
+    html_table,
+    image,
+    interval,
+    markdown_table,
+    page,
+)
 from openhelix.benchmarks.evaluation.results import read_results, read_run
 from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
 from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.files import replace_file
 from openhelix.runtime.core.output import answer
 
 MUST_AGREE = ("name", "seed")  # else equal keys are not equal episodes
@@ -156,8 +169,41 @@ def _text(value: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
+def drawing_of(found: Mapping[str, Any]) -> plots.Drawing:
+    """Return B minus A with its interval, over all and by task."""
+    chain = "avg_len" in found
+    rows = {"all episodes": found["success_rate"]} if not chain else {}
+    if chain:
+        steps = enumerate(found["success_in_a_row"], 1)
+        rows = {f"{number} in a row": row for number, row in steps}
+    rows |= found["per_task"]
+    counts = [row["n"] for row in rows.values()]
+    note = f"{plots.trials(counts, 'pairs')}; bars: 95 % intervals; filled where they leave out 0"
+    label = "B - A, success (percentage points)"
+    return plots.differences(rows, label, f"{found['suite']}: B against A", note, 100.0)
+
+
+def to_html(found: Mapping[str, Any]) -> str:
+    """Return a comparison as a page with its plot."""
+    text = to_markdown(found)
+    body = [image(drawing_of(found).svg, "svg+xml")]
+    for block in text.split("\n\n")[1:]:
+        lines = block.strip().split("\n")
+        if lines[0].startswith("## "):
+            body.append(f"<h2>{html.escape(lines[0][3:])}</h2>")
+            lines = lines[1:]
+        if lines and lines[0].startswith("|"):
+            cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+            body.append(html_table((cells[0], cells[2:])))
+        elif any(lines):
+            body.append(f"<p>{html.escape(' '.join(lines))}</p>")
+    return page(f"{found['suite']}: A and B", body)
+
+
 class CompareOptions(Options):
     """Options of `compare`."""
+
+    out: Path | None = option(None, "write compare.html, .md and the plot there", "DIR")
 
     a: Annotated[Path, Positional()] = option(..., "folder of an evaluation")
     b: Annotated[Path, Positional()] = option(..., "folder of another evaluation")
@@ -167,5 +213,18 @@ def main(argv: Sequence[str]) -> int:
     """Compare two evaluations on the same episodes."""
     options, _ = parse("compare", CompareOptions, argv, __doc__ or "")
     found = compare(options.a, options.b)
+    if options.out is not None:
+        files = drawing_of(found).files("compare")
+        files |= {
+            "compare.md": to_markdown(found).encode(),
+            "compare.html": to_html(found).encode(),
+        }
+        for name, data in files.items():
+            replace_file(options.out / name, data)
+    if not options.as_json and RichConsole().is_terminal:
+        RichConsole().print(Markdown(to_markdown(found)))
+        if options.out is not None:
+            RichConsole(stderr=True).print(f"{options.out}/compare.html", soft_wrap=True)
+        return 0
     answer(json.dumps(found) if options.as_json else to_markdown(found))
     return 0

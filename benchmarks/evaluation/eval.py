@@ -31,7 +31,13 @@ from openhelix.benchmarks.evaluation.metrics import served
 from openhelix.benchmarks.evaluation.oracle import SEES, other_pictures
 from openhelix.benchmarks.evaluation.oracle import TARGET as TELLER
 from openhelix.benchmarks.evaluation.report import counted, write_reports
-from openhelix.benchmarks.evaluation.results import REPORT, RUN, ResultsError, read_run
+from openhelix.benchmarks.evaluation.results import (
+    REPORT,
+    RUN,
+    ResultsError,
+    read_results,
+    read_run,
+)
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES, Suite
 from openhelix.runtime.cli.arguments import Options, Words, option, parse
@@ -102,7 +108,9 @@ class EvalOptions(SuiteOptions):
     interval: int | None = option(None, "System 2 every N steps (30)", "N")
     latency: int = option(0, "its delay in steps (0)", "N")
     drift: bool = option(False, "compare latents with fresh ones")
-    videos: Words = option((), "film N episodes, or these, as D/7", "N|KEY,...")
+    videos: Words = option(
+        (), "film N episodes, these (as D/7), or those that fail", "N|KEY|failures,..."
+    )
     base: Path = option(FOLDER, "where new folders are made (outputs/eval)", "DIR")
 
 
@@ -149,7 +157,7 @@ def main(argv: Sequence[str]) -> int:
             report = evaluate(plan, pool, folder, metrics.watch(plan, console))
     finally:
         pool.close()
-    write_reports(report, folder)
+    write_reports(report, folder, read_results(folder))
     answer(json.dumps(report) if options.as_json else brief(report))
     return 0
 
@@ -247,17 +255,17 @@ def refuse_ignored(overrides: Sequence[str], options: SuiteOptions, clock: str) 
             raise ConfigError(f"{field}: an evaluation does not take it from there; say {flag}")
 
 
-def _films(words: Sequence[str], suite: Suite) -> tuple[int, tuple[str, ...]]:
-    """Return how many episodes to film, and which ones besides."""
-    if len(words) == 1 and words[0].isdecimal():
-        return int(words[0]), ()
-    keys = {episode.key for episode in suite.episodes()} if words else set()
-    for word in words:
+def _films(words: Sequence[str], suite: Suite) -> tuple[int, tuple[str, ...], bool]:
+    """Return how many episodes to film, which ones besides, and whether all that fail."""
+    count = sum(int(word) for word in words if word.isdecimal())
+    named = tuple(w for w in words if not w.isdecimal() and w != "failures")
+    keys = {episode.key for episode in suite.episodes()} if named else set()
+    for word in named:
         if word not in keys:
             raise ConfigError(
                 f"--videos: {word!r} is no number and no episode; {min(keys)!r} would be one"
             )
-    return 0, tuple(words)
+    return count, named, "failures" in words
 
 
 def make_suite(options: SuiteOptions, name: str) -> Suite:

@@ -16,7 +16,7 @@ from openhelix.benchmarks.evaluation.oracle import TARGET as TELLER
 from openhelix.benchmarks.evaluation.pool import Job, LocalPool, Pool, on_gpu
 from openhelix.benchmarks.evaluation.realtime_pool import RealtimePool
 from openhelix.benchmarks.evaluation.results import ResultsError, Store, summarise
-from openhelix.benchmarks.evaluation.runner import Conditions
+from openhelix.benchmarks.evaluation.runner import Conditions, Film
 from openhelix.benchmarks.evaluation.suites import Suite, spread
 from openhelix.runtime.control.episodes import versions
 from openhelix.runtime.core import plugins
@@ -41,6 +41,7 @@ class Evaluation:
         sees: what System 2 is shown, one of `oracle.SEES`; the configuration says it to the engine.
         videos: how many episodes are filmed, evenly spread over the list.
         filmed: keys of episodes that are filmed besides.
+        failures: whether every episode that fails is filmed.
     """
 
     suite: Suite
@@ -50,6 +51,7 @@ class Evaluation:
     sees: str = "image"
     videos: int = 0
     filmed: tuple[str, ...] = ()
+    failures: bool = False
 
     def identity(self) -> dict[str, Any]:
         """Return all that shapes the results, as plain data."""
@@ -73,7 +75,13 @@ class Evaluation:
             "control_hz": config.control.hz,
             "safety": _plain(config.model_dump(mode="json")["safety"]),
             "threads": self.threads,
+            **self._stand(),
         }
+
+    def _stand(self) -> dict[str, Any]:
+        """Return where the static camera stands, if it is not the scene's own."""
+        camera = self.config.world.static_camera
+        return {} if camera is None else {"static_camera": camera.model_dump(mode="json")}
 
 
 def evaluate(
@@ -101,8 +109,9 @@ def evaluate(
         about = _about(folder, about, resumed > 0)
         films = spread(episodes, plan.videos)
         films |= {e.index for e in episodes if e.key in plan.filmed}
+        others: Film = "failed" if plan.failures else "no"
         ready_s = time.monotonic()
-        jobs = [Job(e, plan.conditions, e.index in films) for e in missing]
+        jobs = [Job(e, plan.conditions, "yes" if e.index in films else others) for e in missing]
         for _, outcome in pool.run(jobs) if jobs else ():
             store.add(outcome.result, outcome.video)
             if progress is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from openhelix.benchmarks.evaluation.measurement import Outcome
-from openhelix.benchmarks.evaluation.runner import Conditions, Runner
+from openhelix.benchmarks.evaluation.runner import Conditions, Film, Runner
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.core.config import Part, RunConfig
 from openhelix.runtime.core.interfaces import Engine, Policy
@@ -24,7 +24,7 @@ class Job:
 
     episode: Episode
     conditions: Conditions
-    film: bool = False
+    film: Film = "no"
 
 
 class Pool(Protocol):

@@ -275,7 +275,8 @@ class RayPool:
             options["address"] = self._config.ray_address
         else:
             cpus = self.workers * self._threads + 1
-            options |= {"num_cpus": cpus, "include_dashboard": False}
+            # "local": the cluster that somebody else runs on this machine is not ours.
+            options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
         for attempt in range(STARTS):
             try:
                 ray.init(**options)

@@ -7,14 +7,18 @@ leaves behind cannot help or harm the next.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.evaluation.measurement import Outcome, Watch
 from openhelix.benchmarks.evaluation.pool import Job
+from openhelix.benchmarks.evaluation.runner import FILM_SIZE
 from openhelix.benchmarks.evaluation.suites import Episode
+from openhelix.runtime.cli.film import film
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.control.episodes import Assignment
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig
@@ -22,6 +26,8 @@ from openhelix.runtime.core.interfaces import PolicySpec
 from openhelix.runtime.launch.graph import ScratchFolder
 from openhelix.runtime.launch.run import run_realtime
 from openhelix.runtime.observe.display import Display
+
+log = logging.getLogger(__name__)
 
 
 class RealtimePool:
@@ -72,9 +78,10 @@ class RealtimePool:
                     raise KeyboardInterrupt
             except (CommandFailed, RuntimeError) as failure:
                 error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:300]
-            film = folder / "video.mp4"
-            if job.film and film.exists():
-                video = film.read_bytes()
+            done = [row["success"] for row in report.get("tasks", [])]
+            failed = len(done) < len(episode.tasks) or not all(done)
+            if job.film == "yes" or (job.film == "failed" and failed):
+                video = _film(folder)
         wall_s = time.perf_counter() - started_s
         return Outcome(_result(episode, report, error, wall_s, self._config.control.hz), video)
 
@@ -89,11 +96,24 @@ class RealtimePool:
                     update={"steps_limit": job.conditions.steps_limit, "stop_at_failure": True}
                 ),
                 "output": config.output.model_copy(
-                    update={"video": job.film, "record": False, "viewer": False, "status": False}
+                    update={"video": job.film != "no", "track": job.film != "no"}
+                    | {"record": False, "viewer": False, "status": False}
                     | {"metrics_port": None, "live": False}
                 ),
             }
         )
+
+
+def _film(folder: Path) -> bytes | None:
+    """Return the film of a run: the one that it made itself, or one of its track."""
+    path = folder / "video.mp4"
+    if not path.exists():
+        try:
+            film(folder, path, Display(live=False), title=False, size=FILM_SIZE)
+        except (ValueError, OSError) as error:  # it ended before its first tick
+            log.warning("no film: %s", error)
+            return None
+    return path.read_bytes()
 
 
 def start_of(episode: Episode) -> dict[str, Any]:

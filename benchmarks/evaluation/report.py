@@ -1,4 +1,8 @@
-"""Reports of an evaluation: Markdown, and one self-contained HTML page."""
+"""Reports of an evaluation: Markdown, and one HTML page with its plots, films and episodes.
+
+The page needs nothing from elsewhere; the films that it plays lie beside it in `videos/`, and the plots,
+for papers, in `plots/`.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +17,49 @@ from openhelix.benchmarks.evaluation import plots
 from openhelix.benchmarks.evaluation.results import VIDEOS
 from openhelix.runtime.core.files import replace_file
 
+PLOTS = "plots"  # folder of the plots, as PNG, SVG and PDF
 Table = tuple[list[str], list[list[str]]]  # header, rows
-STILLS, STILL_PX, FILMS_SHOWN = 6, 480, 8
+POSTER_PX, FILMS_SHOWN, FAILURES_SHOWN = 480, 12, 24
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #22303c; margin: 2rem auto; max-width: 60rem;
+:root { --ink: #22303c; --dim: #5b6b76; --line: #dde4e8; --good: #0072B2; --bad: #C4501B; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 2rem auto; max-width: 64rem;
        padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-size: 13px; margin: .6rem 0; }
-th, td { padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #dde4e8; }
+th, td { padding: .2rem .7rem; text-align: left; border-bottom: 1px solid var(--line); }
 td:not(:first-child), th:not(:first-child) { text-align: right; }
-img { max-width: 100%; } .stills img { width: 31%; margin: .2rem; }
-.score { font-size: 1.3rem; } .note { color: #5b6b76; font-size: 13px; }
+.words td:not(:first-child), .episodes td, .episodes th { text-align: left; vertical-align: top; }
+.episodes td:nth-child(5) { text-align: right; }
+img { max-width: 100%; } .score { font-size: 1.3rem; } .note { color: var(--dim); font-size: 13px; }
+.good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+.films { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); }
+figure { margin: 0; } video { width: 100%; background: #10141a; display: block; }
+figcaption { font-size: 13px; padding: .25rem 0; }
+form { display: flex; flex-wrap: wrap; gap: .6rem; font-size: 14px; margin: .6rem 0; }
+select, input { font: inherit; padding: .2rem .4rem; }
+[hidden] { display: none; }
+"""
+
+# Filters the list of episodes; without it the whole list is there.
+SCRIPT = """
+const form = document.getElementById("filter"), rows = [...document.querySelectorAll("tr[data-result]")];
+function filter() {
+  const task = form.task.value, result = form.result.value, word = form.word.value.toLowerCase();
+  let count = 0;
+  for (const row of rows) {
+    const fits = (!task || row.dataset.tasks.split(" ").includes(task))
+      && (!result || row.dataset.result === result)
+      && (!word || row.textContent.toLowerCase().includes(word));
+    row.hidden = !fits;
+    count += fits;
+  }
+  document.getElementById("count").textContent = `${count} of ${rows.length}`;
+}
+form.addEventListener("input", filter);
+form.addEventListener("submit", (event) => event.preventDefault());
+filter();
 """
 
 
@@ -161,14 +196,17 @@ def markdown_table(table: Table) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in clean) + "\n"
 
 
-def html_table(table: Table) -> str:
-    """Return a table as HTML."""
+def html_table(table: Table, kind: str = "") -> str:
+    """Return a table as HTML, of a class of its own if need be."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
     header, rows = table
-    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    return (
+        f'<table class="{kind}">'
+        f"{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    )
 
 
 def image(data: bytes, kind: str = "png") -> str:
@@ -193,20 +231,113 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def to_html(report: Mapping[str, Any], films: Mapping[str, Sequence[bytes]]) -> str:
-    """Return the report as one page; `films` has JPEG stills by episode."""
-    body = [f'<p class="score">{html.escape(headline(report))}</p>']
+def to_html(
+    report: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]] = (),
+    films: Mapping[str, bytes] | None = None,
+) -> str:
+    """Return the report as one page.
+
+    Args:
+        report: of the evaluation.
+        results: of its episodes, for the list that can be filtered.
+        films: a still as JPEG for each film in the folder `videos`, by its name; the page plays the
+            films from there.
+    """
+    films = films or {}
+    body = [f'<p class="score">{html.escape(headline(report))}</p>', '<div class="plots">']
+    body += [image(made.svg, "svg+xml") for made in drawings(report).values()]
+    body.append("</div>")
+    by_name = {film_of(row): row for row in results}
+    failed = [n for n in films if n in by_name and not succeeded(by_name[n])]
+    others = [n for n in films if n not in failed]
+    for title, names in (
+        ("Failures", failed[:FAILURES_SHOWN]),
+        ("Films", others[:FILMS_SHOWN]),
+    ):
+        if names:
+            body += [f"<h2>{title}</h2>", '<div class="films">']
+            body += [_film(name, films[name], by_name.get(name)) for name in names]
+            body.append("</div>")
+    for title, table in sections(report).items():
+        kind = "words" if table[0] == ["", ""] or "reason" in table[0] else ""
+        body += [f"<h2>{html.escape(title)}</h2>", html_table(table, kind)]
+    if results:
+        body += ["<h2>Episodes</h2>", _filter(report), _episodes(results, films)]
+        body.append(f"<script>{SCRIPT}</script>")
+    return page(title_of(report), body)
+
+
+def drawings(report: Mapping[str, Any]) -> dict[str, plots.Drawing]:
+    """Return the plots of a report by name."""
+    made = {}
     if "avg_len" in report:
         rates = report["success_in_a_row"], report["success_in_a_row_ci95"]
-        body.append(image(plots.chain(*rates, "Tasks in a row")))
+        made["chains"] = plots.chain(*rates, "Tasks in a row", report["n_sequences"])
     if report["per_task"]:
-        body.append(image(plots.rates(report["per_task"], "Success by task")))
-    for title, table in sections(report).items():
-        body += [f"<h2>{html.escape(title)}</h2>", html_table(table)]
-    for name, stills in films.items():
-        body += [f"<h2>{html.escape(name)}</h2>", '<div class="stills">']
-        body += [*(image(still, "jpeg") for still in stills), "</div>"]
-    return page(title_of(report), body)
+        made["tasks"] = plots.rates(report["per_task"], "Success by task")
+    return made
+
+
+def succeeded(result: Mapping[str, Any]) -> bool:
+    """Whether all that an episode asked for was done."""
+    return bool(result["tasks"]) and all(row["success"] for row in result["tasks"])
+
+
+def film_of(result: Mapping[str, Any]) -> str:
+    """Return the name of an episode's film, without its ending."""
+    return str(result["key"]).replace("/", "-")
+
+
+def mark(success: bool) -> str:
+    """Return a check mark or a cross; also to be told apart without colours."""
+    return '<span class="good">&#10003;</span>' if success else '<span class="bad">&#10007;</span>'
+
+
+def _film(name: str, still: bytes, result: Mapping[str, Any] | None) -> str:
+    poster = f"data:image/jpeg;base64,{base64.b64encode(still).decode()}"
+    told = html.escape(name)
+    if result is not None:
+        last = result["tasks"][-1] if result["tasks"] else {"task": "", "reason": result["error"]}
+        said = f"{last['task']}: {last['reason'] or result['error']}"
+        told = f"{mark(succeeded(result))} {html.escape(result['key'])}, {html.escape(said)}"
+    return (
+        f'<figure><video controls preload="none" poster="{poster}" src="{VIDEOS}/{name}.mp4"></video>'
+        f"<figcaption>{told}</figcaption></figure>"
+    )
+
+
+def _filter(report: Mapping[str, Any]) -> str:
+    tasks = "".join(f"<option>{html.escape(name)}</option>" for name in report["per_task"])
+    return (
+        '<form id="filter"><select name="task"><option value="">every task</option>'
+        f'{tasks}</select><select name="result"><option value="">every result</option>'
+        '<option value="success">successes</option><option value="failure">failures</option>'
+        '</select><input name="word" placeholder="a word"><span id="count" class="note"></span></form>'
+    )
+
+
+def _episodes(results: Sequence[Mapping[str, Any]], films: Mapping[str, bytes]) -> str:
+    lines = []
+    for result in results:
+        rows = result["tasks"]
+        tasks = " ".join(row["task"] for row in rows)
+        told = "<br>".join(f"{mark(row['success'])} {html.escape(row['task'])}" for row in rows)
+        said = "<br>".join(html.escape(row["instruction"]) for row in rows)
+        steps = "<br>".join(str(row["env_steps"]) for row in rows)
+        why = html.escape(result["error"] or (rows[-1]["reason"] if rows else ""))
+        name, film = film_of(result), ""
+        if name in films:
+            film = f'<a href="{VIDEOS}/{name}.mp4">film</a>'
+        lines.append(
+            f'<tr data-result="{"success" if succeeded(result) else "failure"}" '
+            f'data-tasks="{html.escape(tasks)}"><td>{html.escape(result["key"])}</td><td>{told}</td>'
+            f"<td>{said}</td><td>{why}</td><td>{steps}</td><td>{film}</td></tr>"
+        )
+    header = "".join(
+        f"<th>{name}</th>" for name in ("episode", "tasks", "told", "ended by", "steps", "")
+    )
+    return f'<table class="episodes"><tr>{header}</tr>{"".join(lines)}</table>'
 
 
 def title_of(report: Mapping[str, Any]) -> str:
@@ -214,25 +345,36 @@ def title_of(report: Mapping[str, Any]) -> str:
     return f"{report['suite']} in {report['world']}, scene {report['scene']}"
 
 
-def stills(path: Path, count: int = STILLS) -> list[bytes]:
-    """Return `count` evenly spread frames of a video as JPEG."""
+def still(path: Path) -> bytes:
+    """Return the last picture of a film as JPEG: what became of the episode is written in it."""
     import av
 
     with av.open(str(path)) as container:
-        frames = [frame.to_image() for frame in container.decode(video=0)]
-    found = []
-    for i in range(min(count, len(frames))):
-        picture = frames[round(i * (len(frames) - 1) / max(1, min(count, len(frames)) - 1))]
-        picture.thumbnail((STILL_PX, STILL_PX))
-        stream = io.BytesIO()
-        picture.save(stream, "JPEG", quality=80)
-        found.append(stream.getvalue())
-    return found
+        shot = None
+        for frame in container.decode(video=0):
+            shot = frame
+    if shot is None:
+        return b""
+    picture = shot.to_image()
+    picture.thumbnail((POSTER_PX, POSTER_PX))
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=80)
+    return stream.getvalue()
 
 
-def write_reports(report: Mapping[str, Any], folder: Path) -> None:
-    """Write `report.md` and `report.html` beside the results."""
-    videos = sorted((folder / VIDEOS).glob("*.mp4"))[:FILMS_SHOWN]
-    films = {path.stem: stills(path) for path in videos}
+def write_reports(
+    report: Mapping[str, Any], folder: Path, results: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Write `report.md`, `report.html` and the plots beside the results.
+
+    Args:
+        report: of the evaluation.
+        folder: of its results.
+        results: of its episodes.
+    """
+    films = {path.stem: still(path) for path in sorted((folder / VIDEOS).glob("*.mp4"))}
+    for name, made in drawings(report).items():
+        for file, data in made.files(name).items():
+            replace_file(folder / PLOTS / file, data)
     replace_file(folder / "report.md", to_markdown(report).encode())
-    replace_file(folder / "report.html", to_html(report, films).encode())
+    replace_file(folder / "report.html", to_html(report, results, films).encode())

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -64,6 +64,7 @@ from openhelix.runtime.robots.env import EnvRobot, PlayTableRobot, stepped
 
 log = logging.getLogger(__name__)
 REASON_CHARS = 300
+Film = Literal["no", "yes", "failed"]  # whether an episode is filmed, or only if it fails
 FILM_SIZE = (640, 360)  # of an episode: a page shows many of them
 
 
@@ -192,7 +193,7 @@ class Runner:
         }
         return about | ({"untrained": self._untrained} if self._untrained else {})
 
-    def run(self, episode: Episode, conditions: Conditions, film: bool = False) -> Outcome:
+    def run(self, episode: Episode, conditions: Conditions, film: Film = "no") -> Outcome:
         """Run one episode; what goes wrong in it is told in its outcome: a failed episode.
 
         Raises:
@@ -201,11 +202,11 @@ class Runner:
         started_s, cpu_s = time.perf_counter(), time.process_time()
         attempt = Attempt(episode)
         try:
-            if film:
+            if film != "no":
                 with tempfile.TemporaryDirectory() as folder:
                     path = Path(folder) / "episode.mp4"
                     try:
-                        self._attempt(attempt, conditions, path)
+                        self._attempt(attempt, conditions, path, film == "failed")
                     finally:
                         attempt.video = path.read_bytes() if path.exists() else None
             else:
@@ -228,7 +229,13 @@ class Runner:
         if self._engine is not None and self._owns_engine:
             self._engine.close()
 
-    def _attempt(self, attempt: Attempt, conditions: Conditions, film: Path | None) -> None:
+    def _attempt(
+        self,
+        attempt: Attempt,
+        conditions: Conditions,
+        film: Path | None,
+        only_failed: bool = False,
+    ) -> None:
         episode = attempt.episode
         self._clock.restart()
         robot = self._robot(episode.scene)
@@ -263,7 +270,9 @@ class Runner:
             if moving is not None:
                 moving.close()
             if recorder is not None:
-                recorder.close()
+                done = [result.success for result in stack.episode_runner.results]
+                succeeded = len(done) == len(episode.tasks) and all(done)
+                recorder.close(keep=not (only_failed and succeeded))
 
     def _stack(self, robot: EnvRobot, episode: Episode, conditions: Conditions) -> ControlStack:
         config = self._config.model_copy(
@@ -380,12 +389,14 @@ class _Camera:
     def __call__(self, tick: Tick) -> None:
         self._tell(self._teller(tick))
 
-    def close(self) -> None:
-        """Finish the film."""
+    def close(self, keep: bool = True) -> None:
+        """Finish the film, or leave it."""
         self._tell(self._teller.rest())
         if self._live is not None:
             self._live.close()
-        elif self._messages:
+            if not keep:
+                self._path.unlink(missing_ok=True)
+        elif self._messages and keep:
             make_film(self._messages, self._path, self._about, FILM_SIZE)
 
     def _tell(self, message: TickMessage | None) -> None:

@@ -169,34 +169,41 @@ def to_keep(report: Mapping[str, Any]) -> dict[str, Any]:
     return {**report, "cells": cells}
 
 
-def plot(name: str, cells: Sequence[Cell]) -> bytes:
-    """Return score against interval, one line a latency, as PNG."""
+def plot(name: str, cells: Sequence[Cell]) -> plots.Drawing:
+    """Return score against the time between two latents, one line a latency."""
     chain = "avg_len" in cells[0]
     scale = 1.0 if chain else 100.0
     series: dict[str, list[tuple[float, float, float, float]]] = {}
     rows = {c["sees"] for c in cells}
     for c in cells:
         low, high = c["ci95"]
-        point = (float(c["interval"]), scale * _score(c), scale * low, scale * high)
-        late = "its own latency" if c["latency"] is None else f"latency {c['latency']} steps"
+        point = (c["interval"] * STEP_S, scale * _score(c), scale * low, scale * high)
+        late = "its own latency"
+        if c["latency"] is not None:
+            late = f"arrives {c['latency'] * STEP_S:.2g} s later"
         line = late if rows == {"image"} else f"{c['sees']}, {late}"
         series.setdefault(line, []).append(point)
+    counts = [int(c.get("n_sequences") or c.get("n_episodes") or 0) for c in cells]
+    what, bars = ("chains", plots.BOOTSTRAP) if chain else ("episodes", plots.WILSON)
     return plots.lines(
         series,
-        "environment steps from one latent to the next",
-        "tasks in a row" if chain else "success, %",
+        "time from one latent to the next (s)",
+        "tasks in a row" if chain else "success (%)",
         f"{name}: success against asynchrony",
-        sorted({c["interval"] for c in cells}),
+        f"{plots.trials(counts, what)}; bars: {bars}",
+        sorted({c["interval"] * STEP_S for c in cells}),
+        5.0 if chain else 100.0,
     )
 
 
 def write(report: Mapping[str, Any], folder: Path, kept: bool = False) -> None:
-    """Write the sweep as JSON, Markdown and one PNG a suite; with HTML if it is not to be kept."""
+    """Write the sweep as JSON, Markdown and a plot a suite; with HTML if it is not to be kept."""
     body: list[str] = []
     for name, cells in suites_of(report).items():
         picture = plot(name, cells)
-        replace_file(folder / picture_of(name), picture)
-        body += [f"<h2>{name}</h2><p>{note(report, cells)}</p>", image(picture)]
+        for file, data in picture.files(picture_of(name).removesuffix(".png")).items():
+            replace_file(folder / file, data)
+        body += [f"<h2>{name}</h2><p>{note(report, cells)}</p>", image(picture.svg, "svg+xml")]
         body.append(html_table(table_of(cells)))
     replace_file(folder / "sweep.json", json.dumps(report, indent=1).encode() + b"\n")
     replace_file(folder / "sweep.md", to_markdown(report, pictures=True).encode())
@@ -206,6 +213,7 @@ def write(report: Mapping[str, Any], folder: Path, kept: bool = False) -> None:
 
 # -- The sweep -------------------------------------------------------------------------
 
+STEP_S = 1 / 30  # CALVIN's environment step
 INTERVALS = (1, 2, 5, 10, 20, 30, 60)
 LATENCIES = (0, 6, 15)  # 0, 0.2 and 0.5 s at 30 Hz
 SUITES_SWEPT = ("calvin", "calvin-d")

@@ -26,7 +26,15 @@ from openhelix.benchmarks.calvin.phrases import validation
 from openhelix.benchmarks.calvin.starts import StartError, begin
 from openhelix.benchmarks.calvin.tasks import TASKS, get_task
 from openhelix.benchmarks.evaluation.measurement import cosine
-from openhelix.benchmarks.evaluation.plots import BAR, COLOURS, INK, PALE, png
+from openhelix.benchmarks.evaluation.plots import (
+    BAR,
+    COLOURS,
+    DIM,
+    INK,
+    PALE,
+    Drawing,
+    drawing,
+)
 from openhelix.benchmarks.evaluation.stats import mean_interval, paired_permutation
 from openhelix.benchmarks.paper.judge import ALPHA, HOLDS, NOT, OPEN
 from openhelix.runtime.core.config import ConfigError
@@ -39,8 +47,8 @@ from openhelix.system2.probe import SPATIAL_WORDS, WordSpace
 SHOWN = 6
 
 
-def draw(made: Mapping[str, Any], moved: Sequence[U8], shift_at: int, title: str) -> bytes:
-    """Return the figure as PNG.
+def draw(made: Mapping[str, Any], moved: Sequence[U8], shift_at: int, title: str) -> Drawing:
+    """Return the figure.
 
     Args:
         made: what `latent_probe.probe` returned.
@@ -65,8 +73,11 @@ def draw(made: Mapping[str, Any], moved: Sequence[U8], shift_at: int, title: str
         picture.set_title(f"step {episode[row]['step']}", fontsize=9, color=INK)
         words = above.add_subplot(grid[1, column])
         words.set_axis_off()
-        lines = [f"{n['word'][:14]} {n['cosine']:.2f}" for n in episode[row]["nearest"][:10]]
-        words.text(0.02, 1.0, "\n".join(lines), va="top", fontsize=8, color=INK)
+        near, own = episode[row]["nearest"][:7], episode[row].get("above_others", [])[:7]
+        lines = [f"{n['word'][:11]} {n['cosine']:.2f}" for n in near]
+        words.text(0.0, 1.0, "\n".join(["nearest", *lines]), va="top", fontsize=7, color=DIM)
+        lines = [f"{n['word'][:11]} {n['above']:+.2f}" for n in own]
+        words.text(0.52, 1.0, "\n".join(["above others", *lines]), va="top", fontsize=7, color=INK)
     steps = [row["step"] for row in episode]
     for number, word in enumerate(made["words"]):
         colour = COLOURS[number % len(COLOURS)]
@@ -91,7 +102,7 @@ def draw(made: Mapping[str, Any], moved: Sequence[U8], shift_at: int, title: str
     right.set_xlabel("1 - cosine of the latent (dots: starts)", fontsize=9)
     right.set_title("what moves the latent", fontsize=9, color=INK, loc="left")
     figure.suptitle(title, fontsize=10, color=INK)
-    return png(figure)
+    return drawing(figure)
 
 
 # -- The probe -------------------------------------------------------------------------
@@ -99,6 +110,10 @@ def draw(made: Mapping[str, Any], moved: Sequence[U8], shift_at: int, title: str
 SHARP = 0.05  # temperature of the softmax over words, as `openhelix probe` has it
 CLEAR_M = 0.09  # between the centres of the moved block and any other
 OTHERS = {"another colour": "lift_red_block_table", "another task": "open_drawer"}
+BASELINE = (  # tasks whose sentences say what is usual of a latent: one of each kind
+    *("rotate_red_block_left", "push_pink_block_right", "lift_blue_block_table"),
+    *("place_in_slider", "stack_block", "open_drawer", "move_slider_left", "turn_on_led"),
+)
 TRIES = 60
 BATCH = 8
 
@@ -197,7 +212,9 @@ def probe(
 
     `distances` are 1 - cosine of the states at `<ACT>`, a list over the starts each:
     `block moved`, `time`, and one for each of `OTHERS`. `episode` has the nearest words and
-    the probabilities of the words of space over the first start; `left_over_right` is by how
+    the probabilities of the words of space over the first start. The nearest words of any latent
+    are much the same, so beside them are those that this one is nearer to than the latents of other
+    tasks' sentences over the same picture are (`above_others`). `left_over_right` is by how
     much moving the block to the left raised the cosine to "left" above that to "right".
     """
     text = TASKS[options.task].sentence
@@ -205,6 +222,8 @@ def probe(
     first = pictures[0]
     episode = states(engine, first.moved, text)
     similar = space.similarity(torch.from_numpy(episode), SPATIAL_WORDS)
+    said_else = [TASKS[name].sentence for name in BASELINE if TASKS[name].sentence != text]
+    usual = np.concatenate([states(engine, first.moved[:1], other) for other in said_else])
     distances: dict[str, list[float]] = {"block moved": [], "time": []}
     distances |= {name: [] for name in OTHERS}
     lean: list[float] = []
@@ -228,6 +247,7 @@ def probe(
             {
                 "step": row * options.every,
                 "nearest": nearest_words(space, state),
+                "above_others": space.above(torch.from_numpy(state), torch.from_numpy(usual)),
                 "similarity": _named(similar[row]),
                 "probability": _named((similar[row] / SHARP).softmax(-1)),
             }

@@ -90,7 +90,8 @@ class Probes:
                 engine.close()
             folder.mkdir(parents=True, exist_ok=True)
             picture = draw(made, self._pictures[0].moved, self.options.shift_at, who)
-            replace_file(folder / "probe.png", picture)
+            for name, data in picture.files("probe").items():
+                replace_file(folder / name, data)
             replace_file(folder / "probe.json", json.dumps(made).encode())
 
     def outcome(self) -> dict[str, Any]:
@@ -128,10 +129,11 @@ class Probes:
         """Return the drawings by file name."""
         found = {}
         for number, (who, part) in enumerate(self.engines().items()):
-            path = self.place(who, part) / "probe.png"
-            if path.exists():
-                suffix = f"-{number}" if number else ""
-                found[f"{self._experiment.name}{suffix}.png"] = path.read_bytes()
+            suffix = f"-{number}" if number else ""
+            for path in sorted(self.place(who, part).glob("probe.[ps][ndv]*")):
+                if path.suffix in (".png", ".svg", ".pdf"):
+                    name = f"{self._experiment.name}{suffix}{path.suffix}"
+                    found[name] = path.read_bytes()
         return found
 
 

@@ -11,8 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openhelix.benchmarks.evaluation.plots import beside, lines
+from openhelix.benchmarks.evaluation.plots import (
+    BOOTSTRAP,
+    WILSON,
+    Drawing,
+    beside,
+    lines,
+    trials,
+)
 from openhelix.benchmarks.evaluation.report import interval, markdown_table, percent
+from openhelix.benchmarks.evaluation.sweep import STEP_S
 from openhelix.benchmarks.paper.judge import MISSING
 from openhelix.runtime.core.files import replace_file
 
@@ -212,22 +220,24 @@ def weights(score: Outcome) -> str:
     return f"`{score['policy_sha256']}`" + (f", latents `{latents}`" if latents else "")
 
 
-def picture(outcome: Outcome) -> bytes | None:
-    """Return ours beside the paper's as PNG, or None where nothing has been run."""
+def picture(outcome: Outcome) -> Drawing | None:
+    """Return ours beside the paper's, or None where nothing has been run."""
     done = [row for row in outcome["rows"] if row["score"] is not None]
     if not done:
         return None
     if outcome["name"].startswith("figure") and len({r["interval"] for r in done}) > 1:
         points = [
-            (float(r["interval"]), *(100 * v for v in (_score(r), *r["score"]["ci95"])))
+            (r["interval"] * STEP_S, *(100 * v for v in (_score(r), *r["score"]["ci95"])))
             for r in done
         ]
         return lines(
             {"ours": points},
-            "environment steps from one latent to the next",
-            "success, %",
+            "time from one latent to the next (s)",
+            "success (%)",
             outcome["title"],
-            [r["interval"] for r in done],
+            _rests_on(done),
+            [r["interval"] * STEP_S for r in done],
+            100.0,
         )
     chains = [row for row in done if "avg_len" in row["score"]]
     rows = chains or done
@@ -239,9 +249,17 @@ def picture(outcome: Outcome) -> bytes | None:
         for r in rows
     ]
     theirs = [r["paper_length"] if chains else _percent_of(r) for r in rows]
-    return beside(
-        names, ours, theirs, "tasks in a row" if chains else "success, %", outcome["title"]
-    )
+    label, top = ("tasks in a row", 5.0) if chains else ("success (%)", 100.0)
+    return beside(names, ours, theirs, label, outcome["title"], _rests_on(rows), top)
+
+
+def _rests_on(rows: Sequence[Outcome]) -> str:
+    """Return what a plot rests on: trials and intervals."""
+    scores = [row["score"] for row in rows]
+    chains = all("avg_len" in score for score in scores)
+    counts = [int(s.get("n_sequences") or s.get("n_episodes") or 0) for s in scores]
+    what, bars = ("chains", BOOTSTRAP) if chains else ("episodes", WILSON)
+    return f"{trials(counts, what)}; bars: {bars}"
 
 
 def _percent_of(row: Outcome) -> float | None:
@@ -269,10 +287,11 @@ def write(outcome: Outcome, folder: Path, drawn: Mapping[str, bytes] | None = No
         return False
     if drawn is None:
         found = picture(outcome)
-        drawn = {} if found is None else {f"{outcome['name']}.png": found}
+        drawn = {} if found is None else found.files(str(outcome["name"]))
     for name, data in drawn.items():
         replace_file(folder / name, data)
-    replace_file(folder / f"{outcome['name']}.md", to_markdown(outcome, list(drawn)).encode())
+    shown = [name for name in drawn if name.endswith(".png")]  # the others are for papers
+    replace_file(folder / f"{outcome['name']}.md", to_markdown(outcome, shown).encode())
     text = json.dumps(outcome, indent=1, default=str)
     replace_file(folder / f"{outcome['name']}.json", text.encode() + b"\n")
     return True

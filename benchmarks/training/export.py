@@ -89,6 +89,8 @@ def stage_card(folder: Path) -> dict[str, Any]:
         "last": {k: v for k, v in (losses or [{}])[-1].items() if k not in skipped},
         "held_out": {k: v for k, v in (held or [{}])[-1].items() if k.startswith("val_")},
     }
+    if (folder / LATENT).is_file() and "act" in (note := LatentHead.load(folder / LATENT).note):
+        card["act"] = note["act"]
     settings = folder / SETTINGS
     if settings.is_file():
         card["settings"] = shown(json.loads(settings.read_text()))
@@ -168,6 +170,16 @@ def markdown(card: dict[str, Any]) -> str:
         held = ", ".join(f"{k.removeprefix('val_')} {v:.4g}" for k, v in stage["held_out"].items())
         losses = " | ".join("-" if x is None else f"{x:.3f}" for x in (first, last))
         lines.append(f"| {name} | {stage['steps']} | {stage['hours']:.2f} | {losses} | {held} |")
+    for name, stage in card["stages"].items():
+        if "act" in stage:
+            act = stage["act"]
+            lines += [
+                "",
+                f"`<ACT>` after {name}: cosine to its seed {act['cosine_to_seed']:.3f}, moved by "
+                f"{act['moved']:.2f} of its length; nearest words "
+                + "; ".join(", ".join(words[:5]) for words in act["nearest"])
+                + ".",
+            ]
     return "\n".join([*lines, ""])
 
 

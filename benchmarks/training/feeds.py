@@ -32,7 +32,14 @@ from openhelix.benchmarks.training.config import REGIMES, LatentSection
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.data import Cache
 from openhelix.system2.latents import digest
-from openhelix.system2.train import Prefix, Regime, Sample, System2Learner, encode_states
+from openhelix.system2.train import (
+    CACHEABLE,
+    Prefix,
+    Regime,
+    Sample,
+    System2Learner,
+    encode_states,
+)
 
 # -- Ages: which observation a frame's latent comes from -------------------------------
 #
@@ -518,7 +525,8 @@ def joined(rows: list[dict[str, Tensor]]) -> Prefix:
     lengths = torch.stack([row["length"] for row in rows])
     longest = int(lengths.max())
     kv = torch.stack([fitted(row["kv"], longest) for row in rows], 2)  # (2, layers, B, kv, T, d)
-    return Prefix(kv[0], kv[1], lengths)
+    names = ("rest", "filled") if "rest" in rows[0] else ()
+    return Prefix(kv[0], kv[1], lengths, *(torch.stack([r[n] for r in rows]) for n in names))
 
 
 def fitted(kv: Tensor, longest: int) -> Tensor:
@@ -548,15 +556,15 @@ def feed_kind(section: LatentSection, stage: str, device: str) -> str:
             return "states" if device == "cpu" else "live"
         if device != "cpu":
             return "live"
-        return "prefix" if stage == "stage1" and section.kind == "act_last" else "states"
+        return "prefix" if section.kind in CACHEABLE else "states"
     if wanted != "live" and learns_before_act:
         raise ConfigError(
             f"latent.feed: {wanted!r} keeps what regime {regime!r} trains; use live or auto"
         )
-    if wanted == "prefix" and (section.kind != "act_last" or regime == "frozen"):
+    if wanted == "prefix" and (section.kind not in CACHEABLE or regime == "frozen"):
         raise ConfigError(
-            "latent.feed: 'prefix' trains <ACT> at the last layer: it needs latent.kind=act_last "
-            "and latent.regime=prompt_tuning"
+            f"latent.feed: 'prefix' trains <ACT>: it needs latent.kind={'|'.join(CACHEABLE)} and "
+            "latent.regime=prompt_tuning"
         )
     if wanted == "states" and section.kind == "pool_map":
         raise ConfigError("latent.feed: 'states' cannot train the pooling of 'pool_map'; use live")
@@ -573,8 +581,11 @@ def prefix_store(
     longest = max(learner.prompts(t).layout.length for t in source.sentences[said[:, 0].unique()])
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     each = 2 * text.num_hidden_layers * text.num_key_value_heads * width * longest
+    config = learner.head.config
+    beside = {"act_words": 1, "act_lang": config.text_rows}.get(config.kind, 0)
+    each += beside * learner.checkpoint.hidden * config.width
     each *= torch.finfo(learner.model.dtype).bits // 8
-    identity = about(learner, source, section) | {"kind": "prefix"}
+    identity = about(learner, source, section) | {"kind": "prefix", "read_out": asdict(config)}
     return Store(root, "prefix", identity, StoreLayout(frames, said, each, PREFIX_PART))
 
 
@@ -621,7 +632,10 @@ def encode_prefix(
         parts.append(learner.prefix(pictures, source.sentences[said[rows, 0]]).at("cpu"))
     whole = Prefix.join(parts)
     kv = torch.stack((whole.keys, whole.values)).permute(2, 0, 1, 3, 4, 5)
-    return {"kv": kv.to(learner.model.dtype), "length": whole.lengths}
+    found = {"kv": kv.to(learner.model.dtype), "length": whole.lengths}
+    if whole.rest is not None and whole.filled is not None:
+        found |= {"rest": whole.rest.to(learner.model.dtype), "filled": whole.filled}
+    return found
 
 
 def encode_read_outs(

@@ -88,6 +88,7 @@ class Joint:
         self.val_frames = self.ages.reachable(held)
         if len(self.train_frames) == 0:
             raise ConfigError("latent.frames: no frame has a latent within latent.lag_steps")
+        self.act_seed: Tensor | None = None  # (n_act, hidden), to say how far it has moved from
         self.ema = Ema(self.pair, self.section.ema)
         self.optimizers = self.made_optimizers()
 
@@ -142,6 +143,7 @@ class Joint:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        act = self.act_row()
         norm = nn.utils.clip_grad_norm_(list(trained(self.pair).values()), s.clip_norm)
         share = cosine_rate(number, s.warmup, s.steps)
         for optimizer in self.optimizers:
@@ -154,8 +156,47 @@ class Joint:
             "step": number + 1,
             "loss": float(loss.detach()),
             **values,
+            **act,
             "grad_norm": float(norm),
         }
+
+    def act_row(self) -> dict[str, float]:
+        """Return how far `<ACT>` is from its seed, and its gradient; nothing where it does not learn.
+
+        `act_cosine` is the mean over the tokens, `act_moved` in units of the seed's length.
+        """
+        act = self.learner.head.act
+        if not act.requires_grad or self.act_seed is None:
+            return {}
+        now, seed = act.detach().float(), self.act_seed.to(act.device)
+        return {
+            "act_cosine": float(nn.functional.cosine_similarity(now, seed, dim=-1).mean()),
+            "act_moved": float((now - seed).norm() / seed.norm()),
+            "act_grad": 0.0 if act.grad is None else float(act.grad.norm()),
+        }
+
+    def act_gradients(self) -> dict[str, float]:
+        """Return what reaches `<ACT>` of the auxiliary head's loss and of the policy's: the norms.
+
+        Of one batch of training frames, by its own generator; weights and gradients stay as
+        they are.
+        """
+        act = self.learner.head.act
+        if not act.requires_grad:
+            return {}
+        generator = self.generator(0, 2)
+        picks = torch.randint(len(self.train_frames), (self.section.batch,), generator=generator)
+        terms, _ = self.terms(self.train_frames[picks], generator, None, 1)
+        groups = {
+            "aux": [v for k, v in terms.items() if k.startswith("aux_")],
+            "policy": [terms["policy"]],
+        }
+        found = {}
+        for name, parts in groups.items():
+            if parts:
+                (grad,) = torch.autograd.grad(torch.stack(parts).sum(), act, retain_graph=True)
+                found[f"act_grad_{name}"] = float(grad.norm())
+        return found
 
     def terms(
         self,

@@ -52,6 +52,7 @@ from openhelix.system1.train import TrainConfig, Trainer, fresh_network, policy_
 from openhelix.system1.train_loop import STATE, Pace, load_state, run_loop, save_state
 from openhelix.system2.latents import LatentHead
 from openhelix.system2.model import open_checkpoint, pick_dtype, sha256_file
+from openhelix.system2.probe import WordSpace
 from openhelix.system2.text import FILE
 from openhelix.system2.train import System2Learner
 
@@ -191,6 +192,7 @@ class JointRun:
             self._settings(write=True)
         feed = self._feed()
         self.joint = Joint(config, stage, self.cache, policy, self.learner, feed)
+        self.joint.act_seed = seed_of(config, self.learner)
         if config.latent.clip:
             self.joint.clip_text = alignment_text(self.joint, self.source)
         self.step = 0
@@ -286,7 +288,7 @@ class JointRun:
 
     def evaluate(self) -> dict[str, float]:
         """See `openhelix.system1.train_loop.Run`."""
-        return self.joint.evaluate()
+        return self.joint.evaluate() | self.joint.act_gradients()
 
     def save(self) -> None:
         """Write both systems' average weights, then the state, then the plot."""
@@ -307,7 +309,7 @@ class JointRun:
         spec = learner.head.spec(learner.checkpoint, raw=False)
         policy.config = with_latent(policy.config, spec)
         save_policy(out, policy.config, policy.state_dict(), policy.normalizer)
-        note = {"stage": self.stage, "step": self.step}
+        note = {"stage": self.stage, "step": self.step, **self._act_note()}
         part = out / f".{LATENT}.part"
         learner.head.save(part, base=learner.checkpoint.model_id, note=note)
         part.replace(out / LATENT)
@@ -315,6 +317,21 @@ class JointRun:
         language = {n: p for n, p in learner.model.named_parameters() if p.requires_grad}
         if language:
             write_tensors(out / LANGUAGE, dict(language))
+
+    def _act_note(self) -> dict[str, Any]:
+        """Return what a card says of `<ACT>`: how far it has moved, and the words nearest to it."""
+        moved = self.joint.act_row()
+        if not moved or self.step < self.section.steps:
+            return {}
+        space = WordSpace(self.learner.checkpoint)
+        tokens = self.learner.head.act.detach().float().cpu()
+        return {
+            "act": {
+                "cosine_to_seed": round(moved["act_cosine"], 4),
+                "moved": round(moved["act_moved"], 4),
+                "nearest": [[near["word"] for near in space.nearest(token)] for token in tokens],
+            }
+        }
 
     def run(self) -> dict[str, Any]:
         """Train to the last step.
@@ -362,6 +379,15 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
         if (before / LANGUAGE).is_file():
             model.load_state_dict(load_file(before / LANGUAGE), strict=False)
     return learner
+
+
+def seed_of(config: TrainingConfig, learner: System2Learner) -> Tensor:
+    """Return the `<ACT>` (n_act, hidden) that the first joint stage began with."""
+    section = config.latent
+    if section.init is not None:
+        return LatentHead.load(section.init.expanduser()).act.detach().float()
+    table = learner.model.get_input_embeddings().weight[: learner.checkpoint.act_ids[0]]
+    return LatentHead.fresh(section.read_out(), table, seed=config.seed).act.detach().float()
 
 
 def alignment_text(joint: Joint, source: Source) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 from openhelix.runtime.control.goals import Goals, refused
@@ -17,7 +18,7 @@ from openhelix.runtime.control.plans import ChunkBuffer, Planner
 from openhelix.runtime.core.clock import Clock
 from openhelix.runtime.core.interfaces import Action, ActionChunk, LatentGoal, Observation
 from openhelix.runtime.core.safety import Mode, SafetyFilter, SafetyState, Watchdog
-from openhelix.runtime.robots.base import Robot
+from openhelix.runtime.robots.base import Robot, RobotError
 
 State = Literal["wait", "run", "hold", "stop"]
 Order = Literal["", "told_to_wait", "told_to_stop", "nothing_to_do"]
@@ -173,8 +174,14 @@ class ControlLoop:
         return self.safety.reason
 
     def observe(self) -> Observation:
-        """Read the robot's newest state, stamped with the instruction it is seen under."""
+        """Read the robot's newest state, stamped with the instruction it is seen under.
+
+        Raises:
+            RobotError: the robot does not answer, or not with a pose.
+        """
         seen = self.robot.get_observation()
+        if not isfinite(seen.tcp_pose.sum()):
+            raise RobotError("where the robot is, it says in numbers that are not finite")
         # Spelt out: `dataclasses.replace` takes five times as long.
         observation = Observation(
             seen.t_ns,

@@ -174,7 +174,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def none_of(name: object, known: Iterable[str]) -> str:
     """Return what to say of a name that is not in a list: the list, and the one that was meant."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) if isinstance(name, str) else []
     if near and len(known) > MANY:
         return f"{name!r} is unknown; did you mean {near[0]!r}?"
     meant = f"; did you mean {near[0]!r}?" if near else ""

@@ -313,6 +313,7 @@ class _Camera:
 
     def __init__(self) -> None:
         self.frame_t_ns = -1
+        self.shape: tuple[int, ...] = ()  # of all its frames, as the first one's
         self._pictures: deque[_Picture] = deque(maxlen=self.PICTURES)
         self.repeats = 0  # frames in a row whose picture had been seen before
         self.moved_m = 0.0  # the farthest that the arm has meanwhile been from where it was then
@@ -362,6 +363,7 @@ class Watchdog:
         self._newest_ns: dict[str, int] = {}
         self._cameras = {name: _Camera() for name in cameras}
         self.future_refused = 0
+        self.misshapen = 0  # frames of another size than their camera's first
         self._ordered: SafeStop | None = None
         self._mismatch: SafeStop | None = None
 
@@ -393,6 +395,10 @@ class Watchdog:
         """Note a camera's frame and where the arm was; compares pixels if it is a new one."""
         camera = self._cameras.get(name)
         if camera is None or frame.t_ns == camera.frame_t_ns:
+            return
+        camera.shape = camera.shape or frame.rgb.shape
+        if frame.rgb.shape != camera.shape:
+            self.misshapen += 1  # not this camera's: it is silent
             return
         self.saw(f"camera:{name}", frame.t_ns, now_ns)
         camera.frame_t_ns = frame.t_ns

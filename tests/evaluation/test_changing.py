@@ -172,7 +172,8 @@ def test_the_oracle_knows_no_more_than_when_it_was_asked() -> None:
     for tick in range(15):
         if tick == 5:
             right.append("turn_off_led")
-        goals.update(observation(tick))
+        seen = observation(tick)
+        goals.update(seen, seen.frames["static"].t_ns)
         if goals.recent:
             z = goals.filled(goals.recent[-1]).z
             which = [t for t in right if np.array_equal(z, teller.latent(t))]

@@ -48,7 +48,7 @@ def two(pool, tmp_path_factory):
 
 
 def images(text):
-    return [base64.b64decode(d) for d in re.findall(r"data:image/\w+;base64,([^\"]+)", text)]
+    return [base64.b64decode(d) for d in re.findall(r"data:image/[\w+]+;base64,([^\"]+)", text)]
 
 
 def test_generated_scenes_are_evaluated_like_others(tmp_path, capsys):
@@ -75,7 +75,7 @@ def test_the_command_prints_one_json_object_and_writes_reports(tmp_path, capsys)
     assert report["folder"] == str(folder)
     page = (folder / "report.html").read_text()
     found = images(page)
-    assert found[0].startswith(b"\x89PNG") and found[-1].startswith(b"\xff\xd8")
+    assert b"<svg" in found[0] and found[-1].startswith(b"\xff\xd8")
     assert "http" not in page  # nothing is fetched
     text = (folder / "report.md").read_text()
     for stated in (
@@ -169,6 +169,16 @@ def test_two_runs_are_compared_in_pairs(two, capsys):
     assert json.loads(capsys.readouterr().out) == found
 
 
+def test_a_comparison_is_written_as_a_page_with_its_plot(two, tmp_path, capsys):
+    words = ["compare", str(two / "long"), str(two / "short"), "--out", str(tmp_path / "c")]
+    assert main(words) == 0
+    page = (tmp_path / "c" / "compare.html").read_text()
+    assert "data:image/svg+xml" in page and "<h2>What differs</h2>" in page
+    assert "<td>steps_limit</td>" in page and "<td>turn_on_led</td>" in page
+    assert (tmp_path / "c" / "compare.pdf").read_bytes().startswith(b"%PDF")
+    assert (tmp_path / "c" / "compare.md").read_text() in capsys.readouterr().out
+
+
 def test_chains_are_compared_by_their_length(pool, tmp_path):
     suite = Suite("calvin", count=2)
     for name, interval in (("a", 5), ("b", 10)):
@@ -199,7 +209,10 @@ def test_a_report_says_what_is_untrained(two):
 def test_a_report_escapes_what_it_quotes(two):
     report = json.loads((two / "long" / "report.json").read_text())
     report["errors"] = [{"key": "D/x", "error": "<script>a|b</script>"}]
-    assert "<script>" not in reports.to_html(report, {})
+    result = {"key": "D/<b>", "tasks": [], "error": "<script>alert(1)</script>"}
+    shown = reports.to_html(report, [result])
+    assert "<script>a" not in shown and "<b>" not in shown
+    assert "&lt;script&gt;alert(1)" in shown
     assert "a\\|b" in reports.to_markdown(report)
 
 
@@ -222,6 +235,8 @@ def test_a_sweep_on_both_clocks_has_the_same_cadences():
 def test_chosen_episodes_are_filmed():
     words = ["--suite", "calvin", "--sequences", "2", "--videos", "D/1", *PARTS]
     assert make_plan(*read_eval(words)).filmed == ("D/1",)
+    both = make_plan(*read_eval([*words[:-5], "--videos", "2,failures,D/0", *PARTS]))
+    assert (both.videos, both.filmed, both.failures) == (2, ("D/0",), True)
     with pytest.raises(ValueError, match="'D/7' is no number and no episode; 'D/0' would be one"):
         make_plan(*read_eval([*words[:-5], "--videos", "D/7", *PARTS]))
 
@@ -248,7 +263,8 @@ def test_a_sweep_has_a_cell_for_each_interval_and_latency(pool, tmp_path):
     assert cells[1]["against"]["interval"] == 1 and cells[1]["against"]["difference"] == 0
     assert cells[4]["per_pattern"]["circular"]["n_episodes"] == 1
     write(report, tmp_path / "sweep")
-    assert (tmp_path / "sweep" / "calvin.png").read_bytes().startswith(b"\x89PNG")
+    for kind, begins in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+        assert (tmp_path / "sweep" / f"calvin.{kind}").read_bytes().startswith(begins)
     text = (tmp_path / "sweep" / "sweep.md").read_text()
     assert "2 sequences a cell, lockstep clock, at most 20 environment steps" in text
     assert "![calvin](calvin.png)" in text and report["policy"]["sha256"] in text

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from openhelix.benchmarks.calvin.tasks import TASKS
 from openhelix.benchmarks.evaluation.evaluation import Console, evaluate, fingerprint, shares_engine
 from openhelix.benchmarks.evaluation.pool import LocalPool
+from openhelix.benchmarks.evaluation.report import write_reports
 from openhelix.benchmarks.evaluation.results import ResultsError, read_results
 from openhelix.benchmarks.evaluation.suites import Suite
 from openhelix.runtime.core.config import ConfigError, Part
@@ -128,13 +130,30 @@ def test_videos_of_chosen_episodes(pool, tmp_path):
     assert report["n_errors"] == 0
 
 
+def test_a_report_plays_films_lists_episodes_and_shows_failures(pool, tmp_path):
+    plan = replace(small_plan(SUITE, steps=3), videos=0, failures=True)
+    report = evaluate(plan, pool, tmp_path / "r")
+    results = read_results(tmp_path / "r")
+    failed = [r for r in results if not r["success"]]
+    films = {p.stem for p in (tmp_path / "r" / "videos").iterdir()}
+    assert films == {r["key"].replace("/", "-") for r in failed} and films
+    write_reports(report, tmp_path / "r", results)
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert page.count("<video controls") == min(len(failed), 24)
+    assert f'src="videos/{min(films)}.mp4"' in page and "<h2>Failures</h2>" in page
+    assert page.count("<tr data-result=") == len(results)
+    assert page.count('data-result="failure"') == len(failed)
+    assert "&#10007;" in page  # a cross, for whoever does not see the colours
+    assert (tmp_path / "r" / "plots" / "tasks.pdf").read_bytes().startswith(b"%PDF")
+
+
 @pytest.fixture(scope="module")
 def ray_session():
     """One Ray for all tests here: starting it takes longest."""
     import ray
 
     options = {"include_dashboard": False, "log_to_driver": False}
-    ray.init(num_cpus=4, **options)
+    ray.init("local", num_cpus=4, **options)
     yield
     ray.shutdown()
 

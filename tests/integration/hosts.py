@@ -101,7 +101,7 @@ class Machine:
     def __init__(self, name: str, number: int, base: Path, ahead_s: int = 0) -> None:
         self.name, self.address = name, f"{NETWORK}.{number}"
         self.card = f"02:00:00:00:00:{number:02x}"
-        self.base, self._ahead_s = base, ahead_s
+        self.base, self.ahead_s = base, ahead_s
         self._shell: subprocess.Popen[bytes] | None = None
         self.init = 0  # pid of its first process, as seen from outside
 
@@ -122,7 +122,7 @@ class Machine:
         (self.base / "resolv.conf").write_text("")
         shutil.rmtree(self.base / "tmp", ignore_errors=True)  # a reboot clears it
         (self.base / "tmp").mkdir()
-        clock = ("--monotonic", str(self._ahead_s), "--boottime", str(self._ahead_s))
+        clock = ("--monotonic", str(self.ahead_s), "--boottime", str(self.ahead_s))
         environment = {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": "/srv/home",

@@ -83,8 +83,9 @@ def test_verdicts_follow_the_test(made, monkeypatch):
         assert {c["verdict"] for c in claims(made, "x")} == {verdict}
 
 
-def test_the_figure_is_a_png(made, pictures):
-    assert draw(made, pictures[0].moved, OPTIONS.shift_at, "tiny").startswith(b"\x89PNG")
+def test_the_figure_is_drawn(made, pictures):
+    drawing = draw(made, pictures[0].moved, OPTIONS.shift_at, "tiny")
+    assert drawing.png.startswith(b"\x89PNG") and drawing.pdf.startswith(b"%PDF")
 
 
 def test_a_move_that_no_start_has_room_for_is_refused():

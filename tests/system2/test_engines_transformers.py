@@ -28,7 +28,8 @@ def test_every_kind_gives_what_its_spec_says(kind: str, tiny_model: str, images)
     assert z.dtype == np.float32
     alone = np.concatenate([made.encode([i], [t]) for i, t in zip(images, TEXTS, strict=True)])
     assert np.abs(z - alone).max() < 1e-4
-    assert made.states(images, TEXTS).shape == (3, made.spec.n_tokens, 64)
+    width = 64 * made.head.config.width  # of the model, and states side by side
+    assert made.states(images, TEXTS).shape == (3, made.spec.n_tokens, width)
 
 
 def test_it_is_the_hidden_state_that_transformers_itself_gives(engine, images) -> None:

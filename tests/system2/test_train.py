@@ -48,11 +48,21 @@ def total(made: System2Learner, sample: Any) -> torch.Tensor:
     return torch.stack(list(terms.values())).sum()
 
 
-@pytest.mark.parametrize("n_act", [1, 3])
+@pytest.mark.parametrize(
+    "read_out",
+    [
+        {},
+        {"n_act": 3},
+        {"kind": "act_mid", "n_act": 2},
+        {"kind": "act_words", "n_act": 2, "layers": (1, 2)},
+        {"kind": "act_lang", "text_rows": 12},
+        {"kind": "act_words", "vision": False},
+    ],
+)
 def test_gradients_through_the_prefix_are_those_of_full_backpropagation(
-    tiny_model: str, images, n_act: int
+    tiny_model: str, images, read_out: dict[str, Any]
 ) -> None:
-    made = learner(tiny_model, n_act=n_act)
+    made = learner(tiny_model, **read_out)
     pictures = [as_pil(image) for image in images]
     gradients = []
     for sample in (
@@ -70,8 +80,9 @@ def test_gradients_through_the_prefix_are_those_of_full_backpropagation(
         assert (value - cached[name]).norm() <= 1e-5 * value.norm(), name
 
 
-def test_prefixes_join_and_split(tiny_model: str, images) -> None:
-    made = learner(tiny_model)
+@pytest.mark.parametrize("kind", ["act_last", "act_words"])
+def test_prefixes_join_and_split(tiny_model: str, images, kind: str) -> None:
+    made = learner(tiny_model, kind=kind)
     pictures = [as_pil(image) for image in images]
     whole = made.from_prefix(made.prefix(pictures, TEXTS)).z
     parts = Prefix.join([made.prefix([p], [t]) for p, t in zip(pictures, TEXTS, strict=True)])

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from openhelix.benchmarks.training.config import LATENT, NotDone
+from openhelix.benchmarks.training.export import make_card
 from openhelix.benchmarks.training.stages import JointRun, prepare, run_joint, run_policy
 from openhelix.benchmarks.training.start import heard
 from openhelix.runtime.core.config import ConfigError
@@ -47,8 +48,10 @@ def moved(run: JointRun, steps: int = 2) -> set[str]:
         ("stage1", ("latent.aux=false",), {"act", "projector"}),
         ("stage1", ("latent.regime=frozen",), {"projector", "aux"}),
         ("stage1", ("latent.regime=full",), {"act", "projector", "aux"}),
-        ("stage2", (), {"projector", "aux", "policy"}),
-        ("stage2", ("latent.feed=prefix",), {"act", "projector", "aux", "policy"}),
+        ("stage2", (), {"act", "projector", "aux", "policy"}),
+        ("stage2", ("latent.kind=act_words",), {"act", "projector", "aux", "policy"}),
+        ("stage2", ("latent.feed=states",), {"projector", "aux", "policy"}),
+        ("stage2", ("latent.kind=lang_mean",), {"projector", "aux", "policy"}),
         ("stage2", ("latent.feed=live",), {"act", "projector", "aux", "policy"}),
         ("stage2", ("latent.regime=lora",), {"act", "projector", "aux", "policy", "lora"}),
         ("stage2", ("latent.regime=full",), {"act", "projector", "aux", "policy", "language"}),
@@ -87,6 +90,39 @@ def test_the_pair_learns_and_round_trips(frames, llava, tmp_path) -> None:
     alone = load_policy(tmp_path / "policy").state_dict()
     for name, tensor in alone.items():
         assert torch.equal(trained[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["act_last", "act_words"])
+def test_act_moves_as_far_as_it_still_learns_in_both_stages(
+    frames, llava, trained_policy, tmp_path, kind
+) -> None:
+    config = settings(
+        frames, llava, tmp_path, f"policy.checkpoint={trained_policy}", f"latent.kind={kind}",
+        *(f"{s}.{k}={v}" for s in ("stage1", "stage2")
+          for k, v in (("steps", 30), ("lr_act", 1e-2), ("ema", 0.5),
+                       ("save_every", 30), ("eval_every", 30))),
+    )  # fmt: skip
+    reached = []
+    for stage in ("stage1", "stage2"):
+        run_joint(config, stage, 0)
+        history = json.loads((tmp_path / stage / "train.json").read_text())["history"]
+        steps = [row for row in history if "act_grad" in row]
+        assert all(row["act_grad"] > 0 for row in steps)
+        held = [row for row in history if "act_grad_aux" in row]
+        assert held and all(r["act_grad_aux"] > 0 and r["act_grad_policy"] > 0 for r in held)
+        reached.append((steps[-1]["act_cosine"], steps[-1]["act_moved"]))
+        note = LatentHead.load(tmp_path / stage / LATENT).note["act"]
+        assert note["cosine_to_seed"] == pytest.approx(reached[-1][0], abs=0.05)
+        assert len(note["nearest"]) == 1 and len(note["nearest"][0]) == 10
+        assert make_card(config, stage, tmp_path / stage)["stages"][stage]["act"] == note
+    (first, moved), (second, further) = reached
+    assert first < 0.9 and second < first and further > moved > 0.3
+    fixed = settings(
+        frames, llava, tmp_path / "fixed", f"policy.checkpoint={trained_policy}",
+        "latent.regime=frozen", "stage1.steps=1",
+    )  # fmt: skip
+    run_joint(fixed, "stage1", 0)
+    assert "act" not in LatentHead.load(tmp_path / "fixed" / "stage1" / LATENT).note
 
 
 def test_the_projector_starts_by_naming_the_task(frames, llava, trained_policy, tmp_path) -> None:

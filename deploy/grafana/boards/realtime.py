@@ -137,13 +137,22 @@ def _latents() -> list[Any]:
             "Unused latents per second",
             "Late: more than one period after their image. Void: for an earlier instruction. "
             "Missed: never arrived. Mismatched: from another model; the robot stops. "
+            "Refused: the instruction is not understood; the robot holds. "
             "Future, old, before_stop: dropped for the time of their image.",
             HZ,
             (rate("latents_late_total"), f"late {NAME}"),
             (rate("latents_void_total"), f"void {NAME}"),
             (rate("latents_missed_total"), f"missed {NAME}"),
             (rate("latents_mismatched_total"), f"mismatched {NAME}"),
+            (rate("latents_refused_total"), f"refused {NAME}"),
             (rate("latents_mistimed_total"), f"{{{{reason}}}} {NAME}"),
+        ),
+        lines(
+            "Instruction understood",
+            "Calibrated probability that the instruction names a task.",
+            "percentunit",
+            (f"openhelix_instruction_understood{HERE}", NAME),
+            top=1,
         ),
     ]
 

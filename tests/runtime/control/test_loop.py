@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,20 @@ def test_a_robot_that_does_not_answer_is_stopped(option: dict[str, int]) -> None
     results = run(stack)
     assert len(results) == 1 and results[0].reason.startswith("safe stop: robot error")
     assert stack.loop.stopped and stack.loop.robot.stops  # type: ignore[attr-defined]
+
+
+def test_a_robot_whose_pose_is_not_a_number_is_stopped_at_once(monkeypatch: Any) -> None:
+    stack = make()
+    arm, seen = stack.loop.robot, stack.loop.robot.get_observation
+
+    def lost() -> Any:
+        pose = np.full(7, np.nan) if stack.loop.ticks >= 5 else seen().tcp_pose
+        return replace(seen(), tcp_pose=pose)
+
+    monkeypatch.setattr(arm, "get_observation", lost)
+    results = run(stack)
+    assert len(results) == 1 and "not finite" in results[0].reason
+    assert stack.loop.ticks == 5 and len(arm.sent) == 5  # type: ignore[attr-defined]
 
 
 class Faulty(ReachPolicy):

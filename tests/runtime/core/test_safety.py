@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -273,6 +274,19 @@ def test_identical_images_while_the_arm_moves_are_a_frozen_camera():
         stops.append(dog.check(t))
     assert stops[2] is None
     assert stops[-1].reason == "camera_frozen"
+
+
+def test_frames_of_another_size_are_none_of_this_camera():
+    dog = watched()
+    for i in range(60):
+        t = i * S // 30
+        alive(dog, t)
+        rgb = frame(t, seed=i).rgb
+        dog.saw_frame("static", replace(frame(t), rgb=rgb[::2] if i > 10 else rgb), tcp(0), t)
+        if (stop := dog.check(t)) is not None:
+            break
+    assert stop.reason == "camera_stale" and 1.0 < stop.age_s < 1.1
+    assert dog.misshapen == i - 10
 
 
 def test_identical_images_of_a_still_arm_are_fine():

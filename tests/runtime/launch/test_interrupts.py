@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from openhelix.runtime.launch.node import NUMBERS, Interrupts, interruptible
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """Under nohup a hang-up is ignored, and stays so: these tests are not about that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def raise_here(number: signal.Signals) -> None:

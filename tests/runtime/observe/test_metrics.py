@@ -152,7 +152,7 @@ def test_the_loop_on_a_scrape(served):
     clock = FakeClock(10**9)
     loop, pacer = make_loop(clock), Pacer(clock, 33_333_333)
     result = SimpleNamespace(task="open_drawer", success=True, env_steps=42)
-    free = SimpleNamespace(task="", success=False, env_steps=60)
+    free = SimpleNamespace(task="", success=None, env_steps=60)
     episode_runner = SimpleNamespace(results=[result, free], chains=[1])
     status = SimpleNamespace(fifo=True, memory_locked=False, gc_frozen=True)
     metrics = LoopMetrics(loop, pacer, episode_runner, lambda: status, ("push_into_drawer",), 0.3)

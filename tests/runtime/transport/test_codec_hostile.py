@@ -86,7 +86,7 @@ def packed(row: Any, tail: bytes) -> bytes:
 
 
 def latent_row(array: Any) -> list[Any]:
-    return [array, 0, 0, 0, 0, "s", "", 0.0]
+    return [array, 0, 0, 0, 0, "s", "", 0.0, 1.0, False]
 
 
 @pytest.mark.parametrize(
