@@ -23,7 +23,8 @@ from typing import Annotated, Any
 
 from openhelix.benchmarks.training.config import STAGES, TrainingConfig
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
-from openhelix.runtime.core.config import ConfigError, read_settings
+from openhelix.runtime.core.config import CommandFailed, ConfigError, read_settings
+from openhelix.runtime.core.files import NO_ROOM
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import none_of
 
@@ -49,7 +50,15 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     for name in ("httpx", "urllib3", "matplotlib", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    results = run(config, options.stage)
+    try:
+        results = run(config, options.stage)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise CommandFailed(
+            f"{error.filename}: {error.strerror}; what was saved before is kept, and the same "
+            "command goes on"
+        ) from None
     text = json.dumps(results, indent=None if options.as_json else 1, default=str)
     answer(text)
     return 0
