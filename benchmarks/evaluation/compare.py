@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import html
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -222,7 +221,7 @@ def main(argv: Sequence[str]) -> int:
         }
         for name, data in files.items():
             replace_file(options.out / name, data)
-    if sys.stdout.isatty() and not options.as_json:
+    if not options.as_json and RichConsole().is_terminal:
         RichConsole().print(Markdown(to_markdown(found)))
         if options.out is not None:
             RichConsole(stderr=True).print(f"{options.out}/compare.html", soft_wrap=True)

@@ -43,6 +43,7 @@ from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES, Suite
 from openhelix.runtime.cli.arguments import Options, Words, option, parse
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import (
+    CommandFailed,
     ConfigError,
     Count,
     RunConfig,
@@ -50,6 +51,7 @@ from openhelix.runtime.core.config import (
     read_yaml,
     validate,
 )
+from openhelix.runtime.core.files import NO_ROOM
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import CONFIGS
 from openhelix.runtime.launch.graph import require_parts
@@ -157,8 +159,17 @@ def main(argv: Sequence[str]) -> int:
             report = evaluate(plan, pool, folder, metrics.watch(plan, console))
     finally:
         pool.close()
-    write_reports(report, folder, read_results(folder))
+    try:
+        write_reports(report, folder, read_results(folder))
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        report.setdefault("unwritten", f"{error.filename}: {error.strerror}")
     answer(json.dumps(report) if options.as_json else brief(report))
+    if "unwritten" in report:
+        raise CommandFailed(
+            f"{report['unwritten']}; every episode is kept, and the same command writes the report"
+        )
     return 0
 
 

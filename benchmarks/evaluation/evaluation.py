@@ -21,8 +21,8 @@ from openhelix.benchmarks.evaluation.suites import Suite, spread
 from openhelix.runtime.control.episodes import versions
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.clock import duration_text
-from openhelix.runtime.core.config import ConfigError, Part, PolicyPart, RunConfig
-from openhelix.runtime.core.files import replace_file
+from openhelix.runtime.core.config import CommandFailed, ConfigError, Part, PolicyPart, RunConfig
+from openhelix.runtime.core.files import NO_ROOM, replace_file
 from openhelix.runtime.core.paths import ROOT
 from openhelix.system1.config import SHIPPED
 
@@ -96,8 +96,12 @@ def evaluate(
         folder: of the results; continued if it holds some of this very evaluation.
         progress: told after each episode how many are finished, of how many, and the last.
 
+    Returns:
+        The summary; where the disk had no room for it, `unwritten` says so.
+
     Raises:
         ValueError: something is refused; one line says what. Nothing was overwritten.
+        CommandFailed: the disk has no room for a result.
     """
     episodes = plan.suite.episodes()
     store = Store(folder, plan.identity(), episodes, code_hash())
@@ -114,7 +118,16 @@ def evaluate(
         ready_s = time.monotonic()
         jobs = [Job(e, plan.conditions, "yes" if e.index in films else others) for e in missing]
         for _, outcome in pool.run(jobs) if jobs else ():
-            store.add(outcome.result, outcome.video)
+            try:
+                store.add(outcome.result, outcome.video)
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                kept = len(store.results) - 1
+                raise CommandFailed(
+                    f"{error.filename}: {error.strerror}; {kept} of {len(episodes)} episodes are "
+                    "kept, and the same command goes on"
+                ) from None
             if progress is not None:
                 progress(len(store.results), len(episodes), outcome.result)
         report = summarise(plan.suite, store.results) | {
@@ -127,7 +140,14 @@ def evaluate(
             "wall_s": round(time.monotonic() - ready_s, 2),
             "versions": versions(),
         }
-        store.finish(report)
+        if store.films_lost:
+            report["films_lost"] = store.films_lost
+        try:
+            store.finish(report)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            report["unwritten"] = f"{error.filename}: {error.strerror}"
         return report
     finally:
         store.close()

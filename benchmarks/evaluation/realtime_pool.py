@@ -22,6 +22,7 @@ from openhelix.runtime.cli.film import film
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.control.episodes import Assignment
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig
+from openhelix.runtime.core.files import NO_ROOM, refusal_of
 from openhelix.runtime.core.interfaces import PolicySpec
 from openhelix.runtime.launch.graph import ScratchFolder
 from openhelix.runtime.launch.run import run_realtime
@@ -77,6 +78,8 @@ class RealtimePool:
                 if report["interrupted"]:
                     raise KeyboardInterrupt
             except (CommandFailed, RuntimeError) as failure:
+                if refusal_of(failure) in NO_ROOM:  # no failure of the policy
+                    raise
                 error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:300]
             done = [row["success"] for row in report.get("tasks", [])]
             failed = len(done) < len(episode.tasks) or not all(done)

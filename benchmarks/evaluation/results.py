@@ -28,7 +28,7 @@ from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.evaluation.stats import chain_interval, wilson
 from openhelix.benchmarks.evaluation.suites import Episode, Suite
 from openhelix.runtime.core.config import ConfigError
-from openhelix.runtime.core.files import replace_file
+from openhelix.runtime.core.files import NO_ROOM, replace_file
 
 SHARD = 32
 FORMAT = 1
@@ -94,6 +94,7 @@ class Store:
         self._identity = json.loads(json.dumps(identity))
         self.codes: list[str] = [code]
         self._lock: IO[bytes] | None = None
+        self.films_lost = 0
         self._made = not (folder / RUN).exists()
         self._open(code)
 
@@ -152,11 +153,19 @@ class Store:
         return [episode for episode in self._episodes if episode.index not in self._results]
 
     def add(self, result: Mapping[str, Any], video: bytes | None = None) -> None:
-        """Keep a finished episode."""
+        """Keep a finished episode; a film for which there is no room is counted, and left out.
+
+        Raises:
+            OSError: the disk refuses the result; those before it are kept.
+        """
         if video is not None:
             folder = self.folder / VIDEOS
-            folder.mkdir(exist_ok=True)
-            replace_file(folder / f"{str(result['key']).replace('/', '-')}.mp4", video)
+            try:
+                replace_file(folder / f"{str(result['key']).replace('/', '-')}.mp4", video)
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                self.films_lost += 1
         self._results[result["index"]] = dict(result)
         shard = result["index"] // SHARD
         span = range(shard * SHARD, (shard + 1) * SHARD)

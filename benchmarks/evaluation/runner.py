@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -42,6 +43,7 @@ from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import ConfigError, RunConfig
+from openhelix.runtime.core.files import NO_ROOM, refusal_of
 from openhelix.runtime.core.interfaces import (
     ActionChunk,
     Engine,
@@ -202,19 +204,19 @@ class Runner:
         started_s, cpu_s = time.perf_counter(), time.process_time()
         attempt = Attempt(episode)
         try:
-            if film != "no":
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / "episode.mp4"
-                    try:
-                        self._attempt(attempt, conditions, path, film == "failed")
-                    finally:
-                        attempt.video = path.read_bytes() if path.exists() else None
-            else:
-                self._attempt(attempt, conditions, None)
+            with _place(film) as path:
+                try:
+                    self._attempt(attempt, conditions, path, film == "failed")
+                finally:
+                    if path is not None and path.exists():
+                        attempt.video = path.read_bytes()
         except ConfigError:
             self._discard(episode.scene)
             raise
         except Exception as error:
+            if refusal_of(error) in NO_ROOM:  # no failure of the policy
+                self._discard(episode.scene)
+                raise
             said = " ".join(str(error).split())
             named = isinstance(error, PartFailed)  # it says itself whose error it is
             attempt.error = (said if named else f"{type(error).__name__}: {said}")[:REASON_CHARS]
@@ -368,6 +370,23 @@ class Runner:
                 log.warning("scene %s: the world did not close", scene, exc_info=True)
 
 
+@contextmanager
+def _place(film: Film) -> Iterator[Path | None]:
+    """Give the path of a film that lives as long as the block; None where there is none.
+
+    An episode for whose film there is no room is run without one.
+    """
+    with ExitStack() as stack:
+        path = None
+        if film != "no":
+            try:
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                path = Path(folder) / "episode.mp4"
+            except OSError as error:
+                log.warning("no film: %s", error)
+        yield path
+
+
 class _Camera:
     """A subscriber that films an episode.
 
@@ -390,14 +409,19 @@ class _Camera:
         self._tell(self._teller(tick))
 
     def close(self, keep: bool = True) -> None:
-        """Finish the film, or leave it."""
+        """Finish the film, or leave it; one that fails is no failure of the episode."""
         self._tell(self._teller.rest())
         if self._live is not None:
-            self._live.close()
-            if not keep:
+            whole = self._live.close()
+            if not keep or not whole:
                 self._path.unlink(missing_ok=True)
+            if not whole:
+                log.warning("no film: %s", self._live.error)
         elif self._messages and keep:
-            make_film(self._messages, self._path, self._about, FILM_SIZE)
+            try:
+                make_film(self._messages, self._path, self._about, FILM_SIZE)
+            except OSError as error:
+                log.warning("no film: %s", error)
 
     def _tell(self, message: TickMessage | None) -> None:
         if message is None:

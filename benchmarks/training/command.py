@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from openhelix.benchmarks.training.config import STAGES, TrainingConfig
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
-from openhelix.runtime.core.config import ConfigError, read_settings
+from openhelix.runtime.core.config import CommandFailed, ConfigError, read_settings
+from openhelix.runtime.core.files import NO_ROOM
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import none_of
 
@@ -56,7 +57,15 @@ def main(argv: Sequence[str]) -> int:
         progress.check_tensorboard()
     begun = time.monotonic()
     shown = progress.Showing(progress.open_log(), config.tensorboard)
-    results = run(config, options.stage, shown)
+    try:
+        results = run(config, options.stage, shown)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise CommandFailed(
+            f"{error.filename}: {error.strerror}; what was saved before is kept, and the same "
+            "command goes on"
+        ) from None
     if options.as_json:
         answer(json.dumps(results, default=str))
     else:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-from safetensors.torch import save_file
-from torch import Tensor
 
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.files import read_json, replace_file
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system1.checkpoint import CONFIG
 from openhelix.system1.train_loop import OptimizerName
@@ -356,10 +355,11 @@ def keep_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
 
     Raises:
         ConfigError: a stage is being continued with another setting.
+        BadFile: what it was begun with cannot be read.
     """
     settings = json.loads(json.dumps(settings, default=str))
     file = folder / SETTINGS
-    before = json.loads(file.read_text()) if file.is_file() else settings
+    before = read_json(file) if file.is_file() else settings
     for section, values in settings.items():
         old = before.get(section)
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
@@ -372,8 +372,7 @@ def keep_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
                 )
     if not write:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=1) + "\n")
+    replace_file(file, (json.dumps(settings, indent=1) + "\n").encode())
 
 
 def section_settings(section: Any) -> dict[str, Any]:
@@ -411,10 +410,3 @@ def base_policy_folder(config: TrainingConfig) -> Path | None:
             "a folder, or say policy.pretrained=false"
         )
     return folder
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors, first under another name."""
-    part = path.with_name(f".{path.name}.part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
-    part.replace(path)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from openhelix.benchmarks.training.config import (
@@ -33,9 +32,10 @@ from openhelix.benchmarks.training.config import (
     base_policy_folder,
 )
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.files import load_tensors, read_json, replace_file
 from openhelix.system1.cache import frames_digest
 from openhelix.system1.checkpoint import Network, load_policy, save_policy
-from openhelix.system1.data import Cache
+from openhelix.system1.data import Cache, read_index
 from openhelix.system1.model import gaussian
 from openhelix.system1.train_loop import LOG
 from openhelix.system2.latents import LatentHead
@@ -77,7 +77,7 @@ def make_card(config: TrainingConfig, stage: str, source: Path) -> dict[str, Any
 
 def stage_card(folder: Path) -> dict[str, Any]:
     """Return steps, hours and last figures of a stage."""
-    log = json.loads((folder / LOG).read_text())
+    log = read_json(folder / LOG)
     history = log["history"]
     losses = [row for row in history if "loss" in row]
     held = [row for row in history if "val_loss" in row]
@@ -93,13 +93,13 @@ def stage_card(folder: Path) -> dict[str, Any]:
         card["act"] = note["act"]
     settings = folder / SETTINGS
     if settings.is_file():
-        card["settings"] = shown(json.loads(settings.read_text()))
+        card["settings"] = shown(read_json(settings))
     return card
 
 
 def data_card(frames: Path) -> dict[str, Any]:
     """Return what the collection's own card says, and a digest of the frames trained on."""
-    meta = json.loads((frames / "cache.json").read_text())
+    meta = read_index(frames)
     out = {
         "frames": sum(int(shard["frames"]) for shard in meta["shards"]),
         "frames_sha256": frames_digest(frames, meta["shards"]),
@@ -107,7 +107,7 @@ def data_card(frames: Path) -> dict[str, Any]:
     }
     card = frames.parent / "card.json"
     if card.is_file():
-        about = json.loads(card.read_text())
+        about = read_json(card)
         keys = ("demonstrations", "hours_of_play", "expert_success", "sha256")
         out |= {k: about[k] for k in keys if k in about}
         out["collection_settings"] = about.get("settings", {})
@@ -220,8 +220,8 @@ def export(config: TrainingConfig) -> dict[str, Any]:
             str(f.relative_to(out)): f.stat().st_size for f in sorted(out.rglob("*.safetensors"))
         },
     }
-    (out / CARD).write_text(json.dumps(card, indent=1, default=str) + "\n")
-    (out / "README.md").write_text(markdown(card))
+    replace_file(out / CARD, (json.dumps(card, indent=1, default=str) + "\n").encode())
+    replace_file(out / "README.md", markdown(card).encode())
     return {"stage": "export", "folder": str(out), "from": stage, **card["precision"]}
 
 
@@ -260,7 +260,7 @@ def merged(config: TrainingConfig, source: Path, base: str, out: Path) -> Path:
     from openhelix.system2.model import MANIFEST, rename_tower, sha256_file, write_manifest
 
     model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
-    state, learned = model.model.state_dict(), load_file(source / LANGUAGE)
+    state, learned = model.model.state_dict(), load_tensors(source / LANGUAGE)[0]
     for name, tensor in learned.items():
         if ".lora_" not in name:
             state[name] = tensor
@@ -275,7 +275,7 @@ def merged(config: TrainingConfig, source: Path, base: str, out: Path) -> Path:
         rename_tower(file)
     AutoProcessor.from_pretrained(base).save_pretrained(out)
     manifest = Path(base) / MANIFEST
-    about = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    about = read_json(manifest) if manifest.is_file() else {}
     about["model_id"] = sha256_file(source / LANGUAGE)[:16]
     write_manifest(out, about)
     return out

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from openhelix.benchmarks.calvin.phrases import PhraseError, development
@@ -30,6 +29,7 @@ from openhelix.benchmarks.calvin.tasks import TASKS
 from openhelix.benchmarks.calvin.wordings import wordings as drawn_wordings
 from openhelix.benchmarks.training.config import REGIMES, LatentSection
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.files import load_tensors, replace_file, save_tensors, tensor_header
 from openhelix.system1.data import Cache
 from openhelix.system2.latents import digest
 from openhelix.system2.train import (
@@ -157,6 +157,9 @@ class Pictures:
                     f"data: {missing[0].parent} lacks {missing[0].name}; run `openhelix collect` "
                     "again"
                 )
+            for place in drawn:
+                if "rgb" not in tensor_header(place)[0]:
+                    raise ConfigError(f"data: {place}: holds no images")
             self._parts = [safe_open(place, framework="pt").get_slice("rgb") for place in drawn]
             self.source = "drawn at the camera's size"
         elif "static" not in cache.cameras:
@@ -360,8 +363,7 @@ class Store:
         if not todo:
             return True
         self.check_disk(max_gb)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / ABOUT).write_text(json.dumps(self.identity, indent=1) + "\n")
+        replace_file(self.folder / ABOUT, (json.dumps(self.identity, indent=1) + "\n").encode())
         size = len(self.layout.frames) * self.layout.bytes_each / 1e9
         log.info("%s: %d frames, at most %.2f GB", self.kind, len(self.layout.frames), size)
         begun, done = time.monotonic_ns(), 0
@@ -370,9 +372,7 @@ class Store:
                 return False
             rows = self.layout.rows(part)
             tensors = encode(self.layout.frames[rows], self.layout.instructions[rows])
-            temporary = self.path(part).with_suffix(".part")
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-            temporary.replace(self.path(part))
+            save_tensors(self.path(part), tensors)
             done += rows.stop - rows.start
             each = (time.monotonic_ns() - begun) * 1e-9 / done
             left = sum(self.layout.rows(p).stop - self.layout.rows(p).start for p in todo) - done
@@ -391,6 +391,7 @@ class Store:
         for row in rows.tolist():
             part, at = divmod(row, self.layout.part)
             if part not in self._files:
+                tensor_header(self.path(part))  # says which file it is, if it is damaged
                 self._files[part] = safe_open(self.path(part), framework="pt")
             file = self._files[part]
             out.append({k: file.get_slice(k)[at : at + 1][0] for k in file.keys()})  # noqa: SIM118
@@ -400,8 +401,7 @@ class Store:
         """Return every tensor of the store in memory, in the layout's order."""
         parts = []
         for part in range(self.layout.parts):
-            with safe_open(self.path(part), framework="pt") as file:
-                parts.append({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
+            parts.append(load_tensors(self.path(part))[0])
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from openhelix.benchmarks.training.config import (
@@ -25,7 +24,6 @@ from openhelix.benchmarks.training.config import (
     finished,
     keep_settings,
     section_settings,
-    write_tensors,
 )
 from openhelix.benchmarks.training.feeds import (
     Feed,
@@ -46,7 +44,8 @@ from openhelix.benchmarks.training.progress import Showing
 from openhelix.benchmarks.training.start import start_from_table
 from openhelix.benchmarks.training.told import prepare_told
 from openhelix.runtime.core.config import CommandFailed, ConfigError
-from openhelix.system1.checkpoint import WEIGHTS, Network, load_policy, save_policy
+from openhelix.runtime.core.files import BadFile, load_tensors, replace_file, save_tensors
+from openhelix.system1.checkpoint import WEIGHTS, Network, load_policy, load_strict, save_policy
 from openhelix.system1.data import Cache
 from openhelix.system1.latent_adapter import adapt_to_latent, task_anchors, with_latent
 from openhelix.system1.train import TrainConfig, Trainer, fresh_network, policy_config
@@ -239,7 +238,7 @@ class JointRun:
         origin = self.before or base_policy_folder(self.config)
         if write and origin is not None and not (self.folder / BEGAN).is_file():
             began = {"policy": str(origin), "sha256": sha256_file(origin / WEIGHTS)}
-            (self.folder / BEGAN).write_text(json.dumps(began, indent=1) + "\n")
+            replace_file(self.folder / BEGAN, (json.dumps(began, indent=1) + "\n").encode())
 
     def _feed(self) -> Feed:
         section, learner = self.config.latent, self.learner
@@ -311,10 +310,10 @@ class JointRun:
         part = out / f".{LATENT}.part"
         learner.head.save(part, base=learner.checkpoint.model_id, note=note)
         part.replace(out / LATENT)
-        write_tensors(out / AUX, dict(learner.aux.state_dict()))
+        save_tensors(out / AUX, learner.aux.state_dict())
         language = {n: p for n, p in learner.model.named_parameters() if p.requires_grad}
         if language:
-            write_tensors(out / LANGUAGE, dict(language))
+            save_tensors(out / LANGUAGE, language)
 
     def _act_note(self) -> dict[str, Any]:
         """Return what a card says of `<ACT>`: how far it has moved, and the words nearest to it."""
@@ -373,9 +372,12 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
         torch.manual_seed(config.seed)
         learner = System2Learner(model, checkpoint, head, regime, section.lora_rank)
     if before is not None:
-        learner.aux.load_state_dict(load_file(before / AUX))
+        load_strict(learner.aux, load_tensors(before / AUX)[0], str(before / AUX))
         if (before / LANGUAGE).is_file():
-            model.load_state_dict(load_file(before / LANGUAGE), strict=False)
+            learned, _ = load_tensors(before / LANGUAGE)
+            unknown = model.load_state_dict(learned, strict=False).unexpected_keys
+            if unknown:
+                raise BadFile(f"{before / LANGUAGE}: {unknown[0]} is not of {section.model}")
     return learner
 
 

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from openhelix.runtime.core import output, plugins
 from openhelix.runtime.core.config import CommandFailed
+from openhelix.runtime.core.files import NO_ROOM, refusal_of
 from openhelix.runtime.core.paths import CHECKOUT
 
 # As a person meets them; the metadata of an installed package lists them by the alphabet.
@@ -104,6 +105,13 @@ def _call(name: str, path: str, words: Sequence[str]) -> int:
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
         _complain(f"openhelix {name}: {where}{error.strerror or error}")
+        return 1
+    except Exception as error:
+        # Libraries have names of their own for a disk that is full.
+        number = refusal_of(error)
+        if number not in NO_ROOM or os.environ.get("OPENHELIX_DEBUG"):
+            raise
+        _complain(f"openhelix {name}: {os.strerror(number)}: {' '.join(str(error).split())}")
         return 1
     try:
         sys.stdout.flush()
