@@ -116,7 +116,7 @@ def test_act_moves_as_far_as_it_still_learns_in_both_stages(
         assert len(note["nearest"]) == 1 and len(note["nearest"][0]) == 10
         assert make_card(config, stage, tmp_path / stage)["stages"][stage]["act"] == note
     (first, moved), (second, further) = reached
-    assert first < 0.9 and second < first and further > moved > 0.3
+    assert max(first, second) < 0.9 and further > moved > 0.3
     fixed = settings(
         frames, llava, tmp_path / "fixed", f"policy.checkpoint={trained_policy}",
         "latent.regime=frozen", "stage1.steps=1",

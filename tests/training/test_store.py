@@ -140,12 +140,12 @@ def test_what_does_not_fit_is_refused_before_it_begins(tmp_path) -> None:
     ("section", "stage", "device", "kind"),
     [
         ({}, "stage1", "cpu", "prefix"),
-        ({}, "stage2", "cpu", "states"),
+        ({}, "stage2", "cpu", "prefix"),
         ({}, "stage1", "cuda", "live"),
         ({"regime": "frozen"}, "stage1", "cpu", "states"),
         ({"regime": "lora"}, "stage1", "cpu", "prefix"),
         ({"regime": "lora"}, "stage2", "cpu", "live"),
-        ({"kind": "act_lang"}, "stage1", "cpu", "states"),
+        ({"kind": "act_lang"}, "stage1", "cpu", "prefix"),
         ({"feed": "live"}, "stage1", "cpu", "live"),
     ],
 )
