@@ -274,9 +274,9 @@ class TasksConfig(_Section):
         if len(given) > 1:
             raise ValueError(f"{given[1]}: beside {given[0]}; give one of the two")
         if self.instruction is not None:
-            checked_sentence(self.instruction, "instruction")
+            checked_sentence(self.instruction, "tasks.instruction")
         for number, text in enumerate(self.instructions, 1):
-            checked_sentence(text, f"instructions[{number}]")
+            checked_sentence(text, f"tasks.instructions[{number}]")
         return self
 
     @property
@@ -336,8 +336,11 @@ class RunConfig(_Section):
 
     @property
     def sha256(self) -> str:
-        """Twelve hexadecimal digits of all settings, for a report to say which they were."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """Twelve hexadecimal digits of the settings, for a report to say which they were.
+
+        Where a run's files go is not among them.
+        """
+        text = json.dumps(self.model_dump(mode="json", exclude={"output"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -473,6 +476,8 @@ def explain(where: str, error: Any) -> str:
     value = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
     text = error["msg"].removeprefix("Value error, ")
     if text != error["msg"]:  # our own words say what was given
+        if where and text.startswith(f"{where}."):
+            return text  # and which field of the section it is
         name = where.removeprefix("--").rpartition(".")[2]
         for said in (name, name.removesuffix("s")) if name else ():
             text = text.removeprefix(f"{said}: ")  # and may name the field themselves

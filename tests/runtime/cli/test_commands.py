@@ -191,7 +191,7 @@ FILES = ("output.video=false", "output.metrics_port=null", "output.live=false")
         ("control.hz=20", "action.hz: the robot takes 20.0, the policy gives 30.0"),
         ("system2.camera=wrist", "system2.camera: 'wrist', the robot has gripper, static"),
         ("tasks.task=open_drawr", "tasks?: 'open_drawr' is unknown; did you mean 'open_drawer'"),
-        ("tasks.instruction=open\x07", "tasks: instruction: has a control character"),
+        ("tasks.instruction=open\x07", "tasks.instruction: has a control character"),
         ("--task=open_drawr", "did you mean 'open_drawer'"),
         ("--scene=Q", "world.scene: must be 'A', 'B', 'C' or 'D'"),
     ],
