@@ -86,13 +86,15 @@ class ProcessHost:
     def close(self, timeout_s: float = 5.0) -> None:
         """End every child: politely, then for certain."""
         self._closing.set()
-        self._watch.join(timeout=2.0)  # or it might start one again behind our back
+        if self._watch.ident is not None:  # a signal may come while the first are being started
+            self._watch.join(timeout=2.0)  # or it might start one again behind our back
         for child in self._children.values():
             child.terminate()
         give_up_s = time.monotonic() + timeout_s
         for child in self._children.values():
             reap(child, max(0.0, give_up_s - time.monotonic()))
-        if any(child.returncode for child in self._children.values()):
+        unknown = len(self._children) < len(self._specs)  # being started when a signal came
+        if unknown or any(child.returncode for child in self._children.values()):
             end_strays(self._mark)
 
     def _spawn(self, spec: NodeSpec, again: bool) -> subprocess.Popen[bytes]:

@@ -338,7 +338,8 @@ def _start(graph: Graph, config: RunConfig, display: Display, interrupted: Inter
     if config.system2.connect is not None:
         graph.await_system2(display.waiting, display.say, interrupted)
     display.say("starting the processes" + (" as Ray actors" if config.ray else ""))
-    graph.start()
+    with interrupted.patience(interrupted.heard + 1):  # none is left half started
+        graph.start()
     graph.wait_ready(READY_TIMEOUT_S, display.states, interrupted)
 
 

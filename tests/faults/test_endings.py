@@ -31,7 +31,7 @@ def test_ctrl_c_while_starting_ends_everything(tmp_path: Path) -> None:
     nodes = nodes_of(process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert errors.strip().splitlines()[-1] == "openhelix run: interrupted"
     assert "Traceback" not in errors
     assert not any(node.is_running() for node in nodes)
