@@ -20,7 +20,9 @@ from tests.runtime.codec_records import FLOATS, INTS, MESSAGES, Everything, atte
 @settings(max_examples=200, deadline=None)
 @given(MESSAGES, st.data())
 def test_mutations_raise_only_wire_errors(message: Any, data: st.DataObject) -> None:
-    frames = on_the_wire(message)
+    frames, refused = attempt(lambda: on_the_wire(message))
+    if refused == "nonfinite":  # nobody sends it
+        return
     for _ in range(data.draw(st.integers(1, 4))):
         index = data.draw(st.integers(0, len(frames) - 1))
         frame = bytearray(frames[index])
