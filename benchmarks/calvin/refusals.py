@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ from openhelix.benchmarks.calvin.phrases import (
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.calvin.wordings import TRIES, Rules, drawn, expand, reserved, rules_of
 
+PLAIN = ("errand", "talk", "noise")  # kinds that are about something else
 HELD_OUT = FOLDER / "refusals.json"
 # Things that are not on the table, and no words for what is; none is in a list for choosing by.
 NOUNS: tuple[str, ...] = tuple(json.loads((FOLDER / "nouns.json").read_text(encoding="utf-8")))
@@ -68,6 +70,25 @@ KINDS: Mapping[str, Sequence[str]] = {
         "(leave|keep) <known> (as it is|alone|where it is|untouched|in its place)",
         "(do not|don't|never) (touch|move|use|come near|look at) <known>",
         "<known> (must not|should not) be (touched|moved|used)",
+        "(it is a bad idea|it is not a good idea|it makes no sense|we decided not) to <do>",
+        "it is (too early|too dangerous|pointless|useless|unnecessary|impossible|illegal) to <do>",
+        "(without my permission|unless I say so|for heaven's sake), (do not|never|don't) <do>",
+        "<subject> is (not to be|never to be|not supposed to be) <be>",
+        "the last thing (I want|we need) is (that you|for you to) <do>",
+        "(ignore|disregard|reject) the (request|order|wish) to <do>",
+        "(I|we) (said|asked you|warned you|told you|begged you) not to <do>",
+        "(you cannot|you can't|you won't|you will not|nobody can) <do>",
+        "<subject> needs no (help|moving|touching|attention)",
+        "(better|best|rather) not <do>",
+        "(who said|since when) (you should|we) <do>",
+        "(how dare you|you wouldn't dare to|have you no shame that you) <do>",
+        "(it went wrong when you|you made a mistake when you|sorry that you) <do>",
+        "neither <do> nor (move|wait|turn|look)",
+        "(prevent|stop|protect) <subject> from being <be>",
+        "(I am happy|we are fine|it is better) with <subject> not <be>",
+        "(you tried to|he used to|she always wanted to|they failed to) <do>",
+        "(no|not) <known>[, please|, thanks|!]",
+        "anything (but|except) <known>",
     ),
     "colour": (
         "(lift|pick up|take|grab|raise) <other_block>",
@@ -113,6 +134,13 @@ KINDS: Mapping[str, Sequence[str]] = {
         "(throw|kick|drop|toss) <a_block> (out of the window|on the floor|away|into the air)",
         "<before> (break|paint|wash|eat|burn|clean|repair|measure) <known>",
         "(wrap|fill|dry|photograph|count|smell|describe|name) <known>",
+        "(kiss|tickle|sew|drill|staple|bake|fry|ride|pet|feed|phone|read|play|wear|drink) <known>",
+        "(pour|mix|pierce|squash|crush|stretch|knead|hunt|chase|arrest|thank|praise) <known>",
+        "(repaint|dye|wax|oil|tape|chain|rent|steal|lend|ship|scratch|boil|pump up|plant) <known>",
+        "<before> (squash|kiss|feed|steal|scratch|bake|pour|read|ride|sell|plant) <known>",
+        "(turn|make|change) <known> into (a|an|the) <noun>",
+        "(put|hang|pour|spread|draw) (a|the|some) <noun> on <known>",
+        "use <known> as (a|the) <noun>",
     ),
     "errand": (
         "<deed>",
@@ -139,6 +167,14 @@ KINDS: Mapping[str, Sequence[str]] = {
         "(it is|was it) (raining|late|too cold|monday|very quiet|time for lunch|a pity)",
         "the (robot|arm|gripper|camera|hand) is (broken|ready|nice|too slow|made of steel)",
         "<missing> is (nice|on the table|gone|in the kitchen|too expensive|mine)",
+        "(which|whose|what) (block|drawer|lamp|switch|one) (is|was) (it|that|yours|broken|the best)",
+        "(have|has|had) (you|anyone|he|she) (ever|already) (seen|liked|bought|used) <known>",
+        "(I think|I believe|they say|it seems) <known> (is|was) (broken|old|pretty|dirty|small|mine)",
+        "(why|when|how) (did|does|do) (you|it|they|<known>) (work|break|fall|stop|shine)",
+        "<known> and <known> (are|look|seem) (alike|nice|old|the same|different)",
+        "(my|your|her) (brother|friend|teacher|boss) (likes|sold|made|painted|has) <known>",
+        "there (is|was) (a|no) <noun> (behind|near|below|inside) <known>",
+        "(the weather|this room|the music|my day|your voice|the food) is (bad|lovely|strange|loud)",
     ),
     "noise": (
         "<letters>",
@@ -252,6 +288,40 @@ ALTHOUGH: Sequence[str] = (
     "<do>, (said the <noun>|I promise you a <noun>|as quick as a <noun>|you clever <noun>)",
     "(like|gently as|careful as) a <noun>, <do>",
 )
+# Other words for what the table has and for what can be done; nothing else changes its meaning.
+SYNONYMS: Mapping[str, Sequence[str]] = {
+    "lift": ("heave", "elevate", "scoop up", "pluck", "uplift"),
+    "pick up": ("scoop up", "gather", "pluck", "lift out"),
+    "push": ("thrust", "prod", "propel", "bump", "press"),
+    "rotate": ("pivot", "revolve", "whirl", "swing", "reorient"),
+    "slide": ("glide", "draw", "drag", "ease"),
+    "open": ("pull out", "extend", "unclose", "uncover"),
+    "close": ("shut", "push home", "seal"),
+    "grab": ("clutch", "clasp", "snatch", "catch"),
+    "take": ("fetch", "collect", "carry", "obtain"),
+    "put": ("set", "deposit", "drop", "rest"),
+    "turn on": ("activate", "enable", "power up", "start", "ignite"),
+    "turn off": ("deactivate", "disable", "power down", "shut off"),
+    "switch on": ("activate", "power up", "start"),
+    "switch off": ("deactivate", "power down", "shut down"),
+    "press": ("depress", "hit", "poke", "punch"),
+    "block": ("chunk", "slab", "lump of wood", "wooden thing", "little box"),
+    "cube": ("chunk", "dice-shaped block", "small block", "wooden cube"),
+    "table": ("bench", "counter", "platform", "work top"),
+    "drawer": ("tray", "pull-out", "bottom drawer", "sliding box"),
+    "cabinet": ("locker", "rack", "cubby", "closet"),
+    "sliding door": ("shutter", "sliding panel", "screen door"),
+    "light bulb": ("glow lamp", "incandescent bulb", "round lamp", "bulb light"),
+    "led": ("diode", "indicator", "signal light", "little lamp"),
+    "button": ("knob", "push-button", "round button"),
+    "the switch": ("the toggle", "the lever", "the bar", "that switch"),
+    "your hand": ("your claw", "your fist", "your fingers", "the end effector"),
+    "red": ("ruby", "cherry", "vermilion", "brick red"),
+    "blue": ("cobalt", "sapphire", "royal blue", "sky blue"),
+    "pink": ("magenta", "rosé", "pale red", "hot pink"),
+    "please": ("kindly", "pretty please", "be so good and"),
+}
+REWORDED = 0.35  # share of the sentences about the table that get other words
 REFERRING: Rules = {
     "whose": (
         "(on the far left|at the left end|farthest left|on the left side of the others)",
@@ -348,10 +418,22 @@ def _new(
         pattern = patterns[(turn + ahead) % len(patterns)]
         for _ in range(TRIES):
             text = drawn(task, rng) if task else _expanded(pattern, extra, rng)
+            text = reworded(text, rng) if kind not in PLAIN else text
             if (key := normalised(text)) not in known:
                 known.add(key)
                 return Said(text, kind, task or pattern)
     raise PhraseError(f"refusals: no new sentence {task or kind!r} in {TRIES} draws")
+
+
+def reworded(text: str, rng: np.random.Generator) -> str:
+    """Return a sentence, in some cases with other words for what it is about."""
+    if rng.random() >= REWORDED:
+        return text
+    for word, others in SYNONYMS.items():
+        if rng.random() < 0.6:
+            other = others[int(rng.integers(len(others)))]
+            text = re.sub(rf"\b{word}\b", other, text, count=1, flags=re.IGNORECASE)
+    return text
 
 
 def _expanded(pattern: str, extra: Rules, rng: np.random.Generator) -> str:
