@@ -154,18 +154,23 @@ class TextReader:
         model: "laptop", "smollm2", a LLaVA's folder, or a hub name.
         layers: after which to read; 0 is the word's embedding.
         device: any torch device.
+        most: tokens that a sentence may have.
 
     Raises:
         TextError: the model has no such layer.
     """
 
     def __init__(
-        self, model: str = "laptop", layers: Sequence[int] = LAYERS, device: str = "cpu"
+        self,
+        model: str = "laptop",
+        layers: Sequence[int] = LAYERS,
+        device: str = "cpu",
+        most: int = MOST_TOKENS,
     ) -> None:
         from transformers import LlavaForConditionalGeneration
 
         self.checkpoint: Checkpoint = open_checkpoint(model)
-        self.layers = tuple(layers)
+        self.layers, self._most = tuple(layers), most
         if not self.layers or sorted(set(self.layers)) != list(self.layers):
             raise TextError(f"layers: {list(layers)}, want ascending numbers")
         if not 0 <= self.layers[0] <= self.layers[-1] <= self.checkpoint.layers:
@@ -195,7 +200,7 @@ class TextReader:
         Raises:
             BadInstruction: see `prompt.clean_instruction`; or too long.
         """
-        return sentence_ids(self._tokenizer, sentence, self._special)
+        return sentence_ids(self._tokenizer, sentence, self._special, self._most)
 
     @torch.inference_mode()
     def states(self, sentences: Sequence[str]) -> list[Tensor]:

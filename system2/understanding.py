@@ -3,8 +3,9 @@
 The latent says *what* is asked for; of "sing" or "do not open the drawer" it still says something,
 and a policy would act on it. So the bare sentence (no image, no chat) goes through the language
 model's first layers once more, and a head with one hidden layer gives the probability that it
-names a task of the table. Read are the mean over the sentence's tokens, which says what it is
-about, and the last token's state, which has read the whole: a "not" changes little of the mean.
+names a task of the table. One word can be enough that it does not (a "never", an "umbrella"), and
+changes little of the sentence's mean: the hidden layer looks at every token, and what it finds is
+read as the maximum over the tokens, as their mean, and at the last, which has read the whole.
 
 The probability is calibrated (`scale` and `offset`, on sentences that the head was not fitted
 to). Below `threshold` the instruction is refused. The judgement depends on the sentence alone, so
@@ -55,7 +56,7 @@ class Understanding(nn.Module):
         super().__init__()
         self.layers, self.hidden, self.model = tuple(layers), hidden, model
         self.threshold, self.note = threshold, dict(note or {})
-        read = 2 * len(self.layers) * hidden
+        read = len(self.layers) * hidden
         self.mean: Tensor
         self.spread: Tensor
         self.scale: Tensor
@@ -65,21 +66,29 @@ class Understanding(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("offset", torch.zeros(()))
         self.inner = nn.Linear(read, width)
-        self.last = nn.Linear(width, 1)
+        self.last = nn.Linear(3 * width, 1)
 
-    def forward(self, pooled: Tensor) -> Tensor:
+    def forward(self, states: Tensor, lengths: Tensor, dropout: float = 0.0) -> Tensor:
         """Return uncalibrated log odds (N,) that sentences name a task.
 
         Args:
-            pooled: (N, 2 * len(layers) * hidden), see `pool`.
+            states: (N, T, len(layers) * hidden), filled up on the right.
+            lengths: (N,) real tokens of each.
+            dropout: of the states' channels and of what is found, while it is fitted.
         """
-        z = (pooled.float() - self.mean) / self.spread
-        return self.last(nn.functional.gelu(self.inner(z)))[:, 0]
+        z = nn.functional.dropout((states.float() - self.mean) / self.spread, dropout)
+        found = nn.functional.gelu(self.inner(z))
+        real = (torch.arange(states.shape[1], device=z.device) < lengths[:, None]).unsqueeze(-1)
+        most = found.masked_fill(~real, -torch.inf).amax(1)
+        mean = (found * real).sum(1) / lengths[:, None]
+        end = found[torch.arange(len(found), device=z.device), lengths - 1]
+        read = torch.cat([most, mean, end], -1)
+        return self.last(nn.functional.dropout(read, dropout))[:, 0]
 
     @torch.no_grad()
-    def probability(self, pooled: Tensor) -> Tensor:
-        """Return calibrated probabilities (N,) of pooled states (N, F)."""
-        return torch.sigmoid(self.scale * self(pooled) + self.offset)
+    def probability(self, states: Sequence[Tensor]) -> Tensor:
+        """Return calibrated probabilities (N,) of sentences' states (T, len(layers) * hidden)."""
+        return torch.sigmoid(self.scale * self(*padded(states)) + self.offset)
 
     def judge(self, states: Sequence[Tensor], layers: Sequence[int]) -> list[Judgement]:
         """Judge sentences by their states.
@@ -88,8 +97,7 @@ class Understanding(nn.Module):
             states: of each (T, len(layers) * hidden).
             layers: those after which they were read, at least the head's own.
         """
-        pooled = torch.stack([pool(self._of_mine(s, layers)) for s in states])
-        found = self.probability(pooled.to(self.mean.device)).tolist()
+        found = self.probability([self._of_mine(s, layers) for s in states]).tolist()
         return [Judgement(p, p < self.threshold) for p in found]
 
     def _of_mine(self, states: Tensor, layers: Sequence[int]) -> Tensor:
@@ -146,9 +154,10 @@ class Understanding(nn.Module):
         return head.eval().requires_grad_(False)
 
 
-def pool(states: Tensor) -> Tensor:
-    """Return the mean and the last of a sentence's states (T, F) side by side, (2 F,)."""
-    return torch.cat([states.float().mean(0), states[-1].float()])
+def padded(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return sentences' states (T, F) as one batch (N, T, F), and their lengths (N,)."""
+    lengths = torch.tensor([len(s) for s in states], device=states[0].device)
+    return nn.utils.rnn.pad_sequence(list(states), batch_first=True), lengths
 
 
 def beside(weights: Path | str | None, wanted: Path | str | None) -> Understanding | None:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, gelu
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from openhelix.benchmarks.calvin import phrases, refusals
 from openhelix.benchmarks.calvin.refusals import Said
@@ -29,13 +30,15 @@ from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system2.model import CheckpointError
 from openhelix.system2.text import TextError, TextReader
-from openhelix.system2.understanding import FILE, Understanding, pool
+from openhelix.system2.understanding import FILE, Understanding, padded
 
 log = logging.getLogger(__name__)
 REPORT = "understanding.json"
-BATCH, RATE, DECAY, DROPOUT = 256, 1e-3, 0.1, 0.3
+BATCH, RATE, DECAY, DROPOUT = 192, 1e-3, 0.1, 0.3
 BINS = 10  # of the calibration error
-READ_TOGETHER = 64
+MOST_TOKENS = 256  # of a sentence, whatever the tokenizer
+READ_TOGETHER, JUDGED_TOGETHER = 64, 256  # sentences
+States = list[Tensor]  # of sentences, each (T, layers * hidden) in half precision
 
 
 def understanding_folder(config: TrainingConfig) -> Path:
@@ -55,7 +58,7 @@ def run_understanding(config: TrainingConfig) -> dict[str, Any]:
     """
     section, out = config.understanding, understanding_folder(config)
     try:
-        reader = TextReader(config.latent.model, section.layers, config.device)
+        reader = TextReader(config.latent.model, section.layers, config.device, MOST_TOKENS)
     except CheckpointError as error:
         raise ConfigError(f"latent.{error}") from None
     except TextError as error:
@@ -66,14 +69,14 @@ def run_understanding(config: TrainingConfig) -> dict[str, Any]:
     )
     named = torch.tensor([float(one.kind not in refusals.KINDS) for one in said])
     log.info("reading %d sentences", len(said))
-    pooled = read(reader, [one.text for one in said])
-    head, unseen = fit(pooled, named, said, section, config.seed, reader.checkpoint.model_id)
+    states = read(reader, [one.text for one in said])
+    head, unseen = fit(states, named, said, section, config.seed, reader.checkpoint.model_id)
     chosen = {
         "development": read(reader, flat(phrases.development())),
         "development_nothing": read(reader, list(phrases.development_nothing())),
     }
     allowed = section.false_refusals
-    known = [unseen[named == 1], head.probability(chosen["development"])]
+    known = [unseen[named == 1], probability(head, chosen["development"])]
     head.threshold = min(float(p.quantile(allowed)) for p in known)
     report = {
         "model": config.latent.model,
@@ -86,10 +89,10 @@ def run_understanding(config: TrainingConfig) -> dict[str, Any]:
             "calibration error": calibration_error(unseen, named),
         },
         "chosen by": {
-            name: {"refused": refused(head, states), "n": len(states)}
-            for name, states in chosen.items()
+            name: {"refused": refused(head, read_of), "n": len(read_of)}
+            for name, read_of in chosen.items()
         },
-        "measured": measured(head, lambda sentences: read(reader, sentences)),
+        "measured": measured(head, partial(read, reader)),
     }
     out.mkdir(parents=True, exist_ok=True)
     head.note = {
@@ -102,19 +105,19 @@ def run_understanding(config: TrainingConfig) -> dict[str, Any]:
     return {"stage": "understanding", "folder": str(out), **report}
 
 
-def read(reader: TextReader, sentences: Sequence[str]) -> Tensor:
-    """Return pooled states (S, F); sentences of like length go together."""
+def read(reader: TextReader, sentences: Sequence[str]) -> States:
+    """Return sentences' states; those of like length go through the model together."""
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
-    found: list[Tensor | None] = [None] * len(sentences)
+    found: dict[int, Tensor] = {}
     for start in range(0, len(order), READ_TOGETHER):
         part = order[start : start + READ_TOGETHER]
-        for index, states in zip(part, reader.states([sentences[i] for i in part]), strict=True):
-            found[index] = pool(states)
-    return torch.stack([row for row in found if row is not None])
+        made = reader.states([sentences[i] for i in part])
+        found |= {index: states.half() for index, states in zip(part, made, strict=True)}
+    return [found[index] for index in range(len(sentences))]
 
 
 def fit(
-    pooled: Tensor,
+    states: States,
     named: Tensor,
     said: Sequence[Said],
     section: UnderstandingSection,
@@ -124,7 +127,7 @@ def fit(
     """Return a calibrated head, and the probabilities (S,) of sentences whose pattern was left out.
 
     Args:
-        pooled: (S, F) states.
+        states: of S sentences.
         named: (S,) 1 where a sentence names a task.
         said: the sentences.
         section: the settings.
@@ -135,11 +138,10 @@ def fit(
     odds = torch.zeros(len(said))
     for fold in range(section.folds):
         log.info("fold %d of %d", fold + 1, section.folds)
-        left = torch.from_numpy(folds == fold)
-        part = trained(pooled[~left], named[~left], section, seed, model)
-        with torch.no_grad():
-            odds[left] = part(pooled[left])
-    head = trained(pooled, named, section, seed, model)
+        left, others = (torch.from_numpy(np.flatnonzero(x)) for x in (folds == fold, folds != fold))
+        part = trained(states, named, others, section, seed, model)
+        odds[left] = log_odds(part, [states[i] for i in left])
+    head = trained(states, named, torch.arange(len(states)), section, seed, model)
     scale, offset = calibrated(odds, named)
     head.scale.fill_(scale)
     head.offset.fill_(offset)
@@ -155,29 +157,51 @@ def fold_of(patterns: Sequence[str], folds: int, seed: int) -> list[int]:
 
 
 def trained(
-    pooled: Tensor, named: Tensor, section: UnderstandingSection, seed: int, model: str
+    states: States,
+    named: Tensor,
+    among: Tensor,
+    section: UnderstandingSection,
+    seed: int,
+    model: str,
 ) -> Understanding:
-    """Return a head fitted to samples, as many a step that name a task as that name none."""
+    """Return a head fitted to some sentences, as many a step that name a task as that name none.
+
+    Args:
+        states, named: see `fit`.
+        among: (N,) which sentences.
+        section, seed, model: see `fit`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        hidden = pooled.shape[1] // (2 * len(section.layers))
+        hidden = states[0].shape[1] // len(section.layers)
         head = Understanding(section.layers, hidden, section.width, model)
-        head.mean.copy_(pooled.mean(0))
-        head.spread.copy_(pooled.std(0).clamp_min(1e-6))
-        z = (pooled - head.mean) / head.spread
-        groups = [torch.nonzero(named == value)[:, 0] for value in (1.0, 0.0)]
+        tokens = torch.cat([states[i] for i in among]).float()
+        head.mean.copy_(tokens.mean(0))
+        head.spread.copy_(tokens.std(0).clamp_min(1e-6))
+        groups = [among[named[among] == value] for value in (1.0, 0.0)]
         optimizer = torch.optim.AdamW(head.parameters(), RATE, weight_decay=DECAY)
         rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, section.steps)
         for _ in range(section.steps):
             picks = torch.cat([g[torch.randint(len(g), (BATCH // 2,))] for g in groups])
-            inner = gelu(head.inner(nn.functional.dropout(z[picks], DROPOUT)))
-            odds = head.last(nn.functional.dropout(inner, DROPOUT))[:, 0]
+            odds = head(*padded([states[i] for i in picks]), DROPOUT)
             loss = binary_cross_entropy_with_logits(odds, named[picks])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             rate.step()
     return head.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def log_odds(head: Understanding, states: States) -> Tensor:
+    """Return uncalibrated log odds (S,)."""
+    parts = [states[i : i + JUDGED_TOGETHER] for i in range(0, len(states), JUDGED_TOGETHER)]
+    return torch.cat([head(*padded(part)) for part in parts])
+
+
+def probability(head: Understanding, states: States) -> Tensor:
+    """Return calibrated probabilities (S,)."""
+    return torch.sigmoid(head.scale * log_odds(head, states) + head.offset)
 
 
 def calibrated(odds: Tensor, named: Tensor) -> tuple[float, float]:
@@ -213,7 +237,7 @@ def calibration_error(probability: Tensor, named: Tensor) -> float:
     return round(total, 4)
 
 
-def measured(head: Understanding, states: Callable[[Sequence[str]], Tensor]) -> dict[str, Any]:
+def measured(head: Understanding, states: Callable[[Sequence[str]], States]) -> dict[str, Any]:
     """Return what is refused of the lists that nothing was chosen by."""
     lists = {
         "validation": flat(phrases.validation()),
@@ -226,16 +250,16 @@ def measured(head: Understanding, states: Callable[[Sequence[str]], Tensor]) -> 
     held = refusals.held_out()
     rows = {kind: states(sentences) for kind, sentences in held.items()}
     found["refusals"] = {
-        "refused": refused(head, torch.cat(list(rows.values()))),
+        "refused": refused(head, [s for part in rows.values() for s in part]),
         "n": sum(map(len, rows.values())),
         "by kind": {kind: refused(head, x) for kind, x in rows.items()},
     }
     return found
 
 
-def refused(head: Understanding, states: Tensor) -> float:
-    """Return the share of sentences that a head refuses, by their pooled states (S, F)."""
-    return round(float((head.probability(states) < head.threshold).float().mean()), 4)
+def refused(head: Understanding, states: States) -> float:
+    """Return the share of sentences that a head refuses."""
+    return round(float((probability(head, states) < head.threshold).float().mean()), 4)
 
 
 def by_kind(refused: Tensor, said: Sequence[Said]) -> dict[str, float]:

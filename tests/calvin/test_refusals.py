@@ -1,0 +1,54 @@
+"""Sentences that name no task: drawn alike everywhere, of every kind, apart from what measures."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from openhelix.benchmarks.calvin import phrases, refusals
+from openhelix.benchmarks.calvin.phrases import normalised
+from openhelix.benchmarks.evaluation.referring import REFERENCES
+
+
+def test_equal_arguments_give_equal_sentences() -> None:
+    assert refusals.refusals(70, 3) == refusals.refusals(70, 3) != refusals.refusals(70, 4)
+    assert refusals.requests(800, 3) == refusals.requests(800, 3) != refusals.requests(800, 4)
+
+
+def test_every_kind_and_pattern_comes_up() -> None:
+    drawn = refusals.refusals(7 * 60)
+    assert set(Counter(one.kind for one in drawn).values()) == {60}
+    patterns = {one.pattern for one in drawn}
+    assert all(set(options) <= patterns for options in refusals.KINDS.values())
+    asked = Counter(one.kind for one in refusals.requests(1500))
+    assert asked["plain"] == 680 and min(asked["although"], asked["referring"]) >= 90
+
+
+def test_no_sentence_is_drawn_twice_or_kept_for_measuring() -> None:
+    drawn = [*refusals.refusals(700), *refusals.requests(1500)]
+    keys = [normalised(one.text) for one in drawn]
+    assert len(set(keys)) == len(keys)
+    assert not set(keys) & refusals.for_measuring()
+    referring = {normalised(s) for r in REFERENCES.values() for s in r.sentences}
+    plain = {normalised(s) for said in phrases.training().values() for s in said}
+    assert not (set(keys) - plain) & referring
+
+
+def test_what_is_held_out_is_said_in_other_words() -> None:
+    held = refusals.held_out()
+    assert set(held) == set(refusals.KINDS) and sum(map(len, held.values())) > 350
+    said = [normalised(s) for sentences in held.values() for s in sentences]
+    assert len(set(said)) == len(said)
+    lists = (phrases.training(), phrases.validation(), phrases.development(), phrases.calvin_e())
+    requests = {normalised(s) for each in lists for row in each.values() for s in row}
+    assert not set(said) & requests
+    words = {word for sentence in said for word in sentence.split()}
+    assert not words & set(refusals.NOUNS)  # things that training has are not in it
+
+
+def test_other_words_change_no_kind() -> None:
+    rng = np.random.default_rng(0)
+    found = {refusals.reworded("please lift the red block from the table", rng) for _ in range(60)}
+    assert "please lift the red block from the table" in found and len(found) > 10
+    assert all("from the" in text for text in found)

@@ -1,0 +1,147 @@
+"""The head that judges instructions: what it reads, what it is beside, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openhelix.runtime.core.interfaces import Judgement, judged
+from openhelix.system2.engines.text import TextEngine
+from openhelix.system2.engines.transformers import TransformersEngine
+from openhelix.system2.latents import LatentConfig, LatentHead
+from openhelix.system2.model import CheckpointError, open_checkpoint
+from openhelix.system2.prompt import BadInstruction
+from openhelix.system2.text import TextReader, fitted_code
+from openhelix.system2.understanding import FILE, Understanding, beside
+from tests.system2.conftest import TEXTS
+
+LAYERS = (1, 2)
+
+
+def head(tiny_model: str, layers: tuple[int, ...] = LAYERS, seed: int = 0) -> Understanding:
+    """A head of random weights, with a spread of opinions."""
+    checkpoint = open_checkpoint(tiny_model)
+    torch.manual_seed(seed)
+    made = Understanding(layers, checkpoint.hidden, 8, checkpoint.model_id, threshold=0.5)
+    with torch.no_grad():
+        made.last.weight.mul_(20)
+    return made.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def weights(tiny_model: str, tmp_path: Path) -> Path:
+    """The latent's weights, with the head's beside them."""
+    checkpoint = open_checkpoint(tiny_model)
+    config = LatentConfig("lang_mean", layers=LAYERS)
+    LatentHead.fresh(config, torch.randn(50, checkpoint.hidden)).save(
+        tmp_path / "latent.safetensors"
+    )
+    head(tiny_model).save(tmp_path / FILE)
+    return tmp_path / "latent.safetensors"
+
+
+def test_an_engine_judges_by_the_head_beside_its_weights(
+    tiny_model: str, weights: Path, images
+) -> None:
+    engine = TransformersEngine(tiny_model, latent_projector=weights, dtype="float32", device="cpu")
+    reader = TextReader(tiny_model, LAYERS)
+    expected = head(tiny_model).judge(reader.states(TEXTS), LAYERS)
+    found = engine.judge(TEXTS)
+    assert [j.refused for j in found] == [j.refused for j in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.understood == pytest.approx(other.understood, abs=1e-4)
+    assert len({round(j.understood, 4) for j in found}) == len(TEXTS)
+    alone = [engine.judge([text])[0] for text in reversed(TEXTS)][::-1]
+    assert alone == found  # remembered, and what is said once stays said
+    fresh = TransformersEngine(tiny_model, latent_projector=weights, dtype="float32", device="cpu")
+    for text, one in zip(TEXTS, found, strict=True):
+        assert fresh.judge([text])[0].understood == pytest.approx(one.understood, abs=1e-4)
+    assert engine.encode(images, TEXTS).shape[0] == 3  # and it still encodes
+    with pytest.raises(BadInstruction, match=r"instructions\[1\]"):
+        engine.judge(["push it", ""])
+    fresh.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        fresh.judge(["something new"])
+
+
+def test_without_a_head_everything_is_understood(tiny_model: str, weights: Path) -> None:
+    off = TransformersEngine(
+        tiny_model, latent_projector=weights, dtype="float32", device="cpu", understanding="off"
+    )
+    assert judged(off, TEXTS) == [Judgement()] * 3
+    (weights.parent / FILE).unlink()
+    plain = TransformersEngine(tiny_model, latent_projector=weights, dtype="float32", device="cpu")
+    assert judged(plain, TEXTS) == [Judgement()] * 3
+
+
+def test_the_threshold_and_the_calibration_decide(tiny_model: str) -> None:
+    made, states = head(tiny_model), TextReader(tiny_model, LAYERS).states(TEXTS)
+    plain = [j.understood for j in made.judge(states, LAYERS)]
+    made.threshold = sorted(plain)[1]
+    assert sum(j.refused for j in made.judge(states, LAYERS)) == 1
+    made.offset.fill_(3.0)
+    assert all(j.understood > p for j, p in zip(made.judge(states, LAYERS), plain, strict=True))
+    # Layers that the head does not read may be among those that there are.
+    wide = TextReader(tiny_model, (0, 1, 2)).states(TEXTS)
+    assert made.judge(wide, (0, 1, 2)) == made.judge(states, LAYERS)
+
+
+def test_one_token_can_be_enough(tiny_model: str) -> None:
+    """The maximum over the tokens: a sentence with a bad word is as bad with more good ones."""
+    made = head(tiny_model, layers=(1,))
+    with torch.no_grad():
+        made.inner.weight.zero_()
+        made.inner.weight[0, 0], made.inner.bias[:] = 1.0, 0.0
+        made.last.weight.zero_()
+        made.last.weight[0, 0] = -5.0
+    good = torch.zeros(4, made.hidden)
+    bad = good.clone()
+    bad[1, 0] = 4.0
+    longer = torch.cat([bad, torch.zeros(9, made.hidden)])
+    p = made.probability([good, bad, longer])
+    assert p[0] > 0.4 > p[1] and p[1] == pytest.approx(float(p[2]), abs=1e-6)
+
+
+def test_a_policy_told_in_words_has_its_own(tiny_model: str, tmp_path: Path, images) -> None:
+    reader = TextReader(tiny_model, LAYERS)
+    fitted_code(reader, TEXTS, dim=4).save(tmp_path / "text.safetensors")
+    assert judged(TextEngine(tmp_path, tiny_model), TEXTS) == [Judgement()] * 3
+    head(tiny_model).save(tmp_path / FILE)
+    engine = TextEngine(tmp_path, tiny_model)
+    expected = head(tiny_model).judge(reader.states(TEXTS), LAYERS)
+    for one, other in zip(engine.judge(TEXTS), expected, strict=True):
+        assert one.understood == pytest.approx(other.understood, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "another"}, "understanding: fitted to model another"),
+        ({"layers": (1, 3)}, r"layers \[1, 3\], this read-out has those after \[1, 2\]"),
+    ],
+)
+def test_a_head_of_something_else_is_refused(
+    tiny_model: str, weights: Path, change: dict[str, Any], message: str
+) -> None:
+    made = head(tiny_model, change.get("layers", LAYERS))
+    made.model = change.get("model", made.model)
+    made.save(weights.parent / FILE)
+    with pytest.raises(CheckpointError, match=message):
+        TransformersEngine(tiny_model, latent_projector=weights, dtype="float32", device="cpu")
+
+
+def test_files_that_hold_no_head(tmp_path: Path, tiny_model: str) -> None:
+    assert beside(None, None) is None and beside(tmp_path / "latent.safetensors", None) is None
+    with pytest.raises(CheckpointError, match="understanding: cannot read"):
+        beside(None, tmp_path / "nothing.safetensors")
+    LatentHead(LatentConfig(), 8).save(tmp_path / "latent.safetensors")
+    with pytest.raises(CheckpointError, match="holds no such head"):
+        Understanding.load(tmp_path / "latent.safetensors")
+    broken = head(tiny_model)
+    broken.mean[0] = torch.nan
+    broken.save(tmp_path / FILE)
+    with pytest.raises(CheckpointError, match="not finite"):
+        Understanding.load(tmp_path / FILE)
