@@ -134,17 +134,19 @@ def start_adapter(model: Network, latent: Tensor, task: Tensor, penalty: float) 
 
 
 @torch.no_grad()
-def task_margin(model: Network, latent: Tensor) -> Tensor | None:
-    """Return by how much (B,) latents (B, n, dim) are nearer to a task than to no task.
+def task_confidence(model: Network, latent: Tensor) -> Tensor | None:
+    """Return how probable each task is (B, n_tasks) by latents (B, n, dim): one in all.
 
-    The distance to the table's row for "no task named", less that to the nearest task's row.
-    None for a policy without a table.
+    By the distance to each task's row of the table, in units of that between neighbouring rows,
+    as the projector's start is fitted. None for a policy without a table.
     """
     if not isinstance(model, VisuomotorPolicy):
         return None
-    tokens = adapter_tokens(model, latent).mean(1)
-    apart = torch.cdist(tokens.float(), model.encoder.condition.table.weight.float())
-    return apart[:, 0] - apart[:, 1:].amin(1)
+    table = model.encoder.condition.table.weight[1:].float()
+    apart = torch.cdist(table, table) + torch.eye(len(table), device=table.device) * 1e9
+    tokens = adapter_tokens(model, latent).mean(1).float()
+    squared = torch.cdist(tokens, table).square() / apart.amin(1).square().mean()
+    return (-2.0 * squared).softmax(-1)
 
 
 @torch.no_grad()

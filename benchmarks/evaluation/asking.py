@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from openhelix.runtime.cli.arguments import Many, Options, option, parse
-from openhelix.runtime.core.config import ConfigError, RunConfig, load
+from openhelix.runtime.core.config import ConfigError, Part, RunConfig, load
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import none_of, resolve
 from openhelix.system2.answering import ANSWERERS, Answerer
@@ -53,16 +53,11 @@ def main(argv: Sequence[str]) -> int:
     if (options.image is None) == (options.scene is None):
         raise ConfigError("ask: name one picture, --scene A..D or --image FILE")
     part = load(options.config, overrides).system2.engine
-    name = options.engine or next((n for n in ANSWERERS if n in part.target.lower()), "vllm")
-    if name not in ANSWERERS:
-        raise ConfigError(f"engine: {none_of(name, ANSWERERS)}")
     image = read_image(options.image) if options.image else draw(options.scene or "", options.seed)
     if options.save is not None:
         image.save(options.save)
     shown = Image.new("RGB", image.size) if options.blind else image
-    settings: dict[str, Any] = {k: v for k, v in part.options.items() if k in SETTINGS}
-    if options.model:
-        settings["model"] = options.model
+    name, settings = answering(part, options.engine, options.model)
     answerer: Answerer = resolve(ANSWERERS[name])(**settings)
     try:
         answers = answerer.answer([shown] * len(options.ask), list(options.ask))
@@ -82,6 +77,19 @@ def main(argv: Sequence[str]) -> int:
     text = [f"{row['question']}\n   {row['answer']}" for row in made["answers"]]
     answer(json.dumps(made) if options.as_json else "\n".join(text))
     return 0
+
+
+def answering(part: Part, engine: str | None, model: str | None) -> tuple[str, dict[str, Any]]:
+    """Return which of `ANSWERERS` answers in an engine's place, and its settings.
+
+    Raises:
+        ConfigError: there is no such engine.
+    """
+    name = engine or next((n for n in ANSWERERS if n in part.target.lower()), "vllm")
+    if name not in ANSWERERS:
+        raise ConfigError(f"engine: {none_of(name, ANSWERERS)}")
+    settings: dict[str, Any] = {k: v for k, v in part.options.items() if k in SETTINGS}
+    return name, settings | ({"model": model} if model else {})
 
 
 def draw(scene: str, seed: int) -> Image.Image:

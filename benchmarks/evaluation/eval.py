@@ -320,18 +320,26 @@ def load_config(
     data = read_yaml(path if path is not None else DEFAULT_CONFIG)
     data = apply_overrides(data, overrides, RunConfig)
     if path is None and clock == "lockstep" and not any(map(_names_engine, overrides)):
-        engine = data.get("system2", {}).get("engine", {})
-        # What a file says to vLLM is left out; what is said in words is not, to be refused.
-        words = apply_overrides({}, overrides, RunConfig).get("system2", {}).get("engine", {})
-        taken = _engine_options() | set(words.get("options", {}))
-        kept = {k: v for k, v in engine.get("options", {}).items() if k in taken}
-        data.setdefault("system2", {})["engine"] = {"target": ENGINE, "options": kept}
+        data = on_transformers(data, overrides)
     if not any(map(_names_engine, overrides)):
         data = told_in_words(data)
     data = shown(data, sees, scene_names(scene), clock)
     fixed = [f"control.clock={clock}", f"world.scene={scene_names(scene)[0]}"]
     fixed += [f"world.name={world}", f"robot.name={'calvin' if world == 'calvin' else 'sim'}"]
     return validate(RunConfig, apply_overrides(data, fixed, RunConfig))
+
+
+def on_transformers(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration with System 2 on transformers.
+
+    What a file says to vLLM is left out; what is said in words is not, to be refused.
+    """
+    words = apply_overrides({}, overrides, RunConfig).get("system2", {}).get("engine", {})
+    taken = _engine_options() | set(words.get("options", {}))
+    system2 = data.get("system2", {})
+    options = system2.get("engine", {}).get("options", {})
+    kept = {k: v for k, v in options.items() if k in taken}
+    return data | {"system2": system2 | {"engine": {"target": ENGINE, "options": kept}}}
 
 
 def shown(data: dict[str, Any], sees: str, scenes: Sequence[str], clock: str) -> dict[str, Any]:

@@ -3,30 +3,34 @@
     openhelix probe --image scene.png --text "open the drawer"
     openhelix probe --ask "Is the drawer open?" --scene D
     openhelix probe --sentences sentences.json --scene D --json
+    openhelix probe --recording outputs/latest --out outputs/explained
 
 With `--ask QUESTION` it answers in words (`asking`), with `--sentences FILE` it names every
-sentence of a list by its task (`naming`), otherwise it lists the words nearest to
-its latent (`openhelix.system2.probe`). Each has its own `--help`.
+sentence of a list by its task (`naming`), with `--recording` or `--run` it explains the latents of a
+recording or of a robot that runs (`explaining`), otherwise it lists the words nearest to its latent
+(`openhelix.system2.probe`). Each has its own `--help`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from openhelix.benchmarks.evaluation import asking, naming
+from openhelix.benchmarks.evaluation import asking, explaining, naming
 from openhelix.runtime.core.output import answer
 from openhelix.system2 import probe
 
 
 def main(argv: Sequence[str]) -> int:
-    """Inspect System 2 on an image and an instruction (--ask, --sentences).
+    """Inspect System 2 on an image and an instruction (--ask, --sentences, --recording, --run).
 
     Raises:
         ValueError: bad input, in one line.
     """
     given = {word.partition("=")[0] for word in argv}
     if given & {"-h", "--help"}:
-        answer(f"{__doc__}\n")  # the three ways, before the help of the one asked for
+        answer(f"{__doc__}\n")  # the ways, before the help of the one asked for
+    if given & {"--recording", "--run"}:
+        return explaining.main(argv)
     if "--ask" in given:
         return asking.main(argv)
     if "--sentences" in given:

@@ -32,7 +32,7 @@ from openhelix.runtime.control.realtime import RealtimeStatus
 from openhelix.runtime.control.talk import KEPT, Entry, row
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import RunConfig, validate
-from openhelix.runtime.core.interfaces import U8, ActionChunk, CameraFrame
+from openhelix.runtime.core.interfaces import U8, ActionChunk, CameraFrame, LatentGoal
 from openhelix.runtime.observe.collectors import LoopMetrics, SinkMetrics, WireMetrics, loop_wire
 from openhelix.runtime.observe.film import FILE_NAME as FILM_NAME
 from openhelix.runtime.observe.film import LiveFilm
@@ -44,6 +44,7 @@ from openhelix.runtime.transport.wire import Publisher
 WINDOW_S = 10.0  # over which rates are counted
 MAX_SIDE_PX = 640  # of an image that is handed out; larger ones are thinned
 KEPT_STOPS = 20
+FRAMES_KEPT = 45  # of the camera that System 2 looks through: what a latent was made from
 SHOWN_ENTRIES = 40  # of the journal, in a snapshot
 QUIET_S = 0.3  # after this long without a tick, a run that was broken off has been seen whole
 LATE_S = 5.0  # how long the last ticks of a run may be on their way
@@ -73,6 +74,8 @@ class StatusBoard:
         self._stops: deque[tuple[int, str]] = deque(maxlen=KEPT_STOPS)
         self._entries: tuple[Entry, ...] = ()
         self._plan: ActionChunk | None = None
+        self._looked: deque[CameraFrame] = deque(maxlen=FRAMES_KEPT)  # of System 2's camera
+        self._latent: tuple[LatentGoal, str] | None = None  # the newest, and what was said
         self.finished = False
 
     def take(self, message: TickMessage, frames: Mapping[str, CameraFrame]) -> None:
@@ -84,8 +87,12 @@ class StatusBoard:
         """
         now_ns, tick = self._now_ns(), message.tick
         self._marks["loop"].append(now_ns)
+        looked = frames.get(self._config.system2.camera)
+        if looked is not None and (not self._looked or self._looked[-1].t_ns != looked.t_ns):
+            self._looked.append(looked)
         if tick.new_latent is not None:
             self._marks["system2"].append(now_ns)
+            self._latent = tick.new_latent, message.instruction
         if tick.new_chunk is not None:
             self._marks["system1"].append(now_ns)
         if message.entries:
@@ -124,11 +131,23 @@ class StatusBoard:
     def frame(self, camera: str) -> dict[str, Any]:
         """Return {"t_ns": capture time, "rgb": (h, w, 3) u8}; an empty dict without a frame."""
         frame = self._frames.get(camera)
-        if frame is None:
+        return {} if frame is None else {"t_ns": frame.t_ns, "rgb": _thinned(frame)}
+
+    def latent(self) -> dict[str, Any]:
+        """Return the newest latent and what it was made from; an empty dict without one.
+
+        Its "z", "seq", "t_obs_ns", "spec_id", "understood", "refused"; "instruction"; and "rgb",
+        the image, where it is still at hand.
+        """
+        if self._latent is None:
             return {}
-        step = -(-max(frame.rgb.shape[:2]) // MAX_SIDE_PX)
-        rgb: U8 = np.ascontiguousarray(frame.rgb[::step, ::step])
-        return {"t_ns": frame.t_ns, "rgb": rgb}
+        latent, instruction = self._latent
+        kept = ("z", "seq", "t_obs_ns", "spec_id", "understood", "refused")
+        found = {name: getattr(latent, name) for name in kept} | {"instruction": instruction}
+        for frame in list(self._looked):
+            if frame.t_ns == latent.t_obs_ns:
+                found["rgb"] = _thinned(frame)
+        return found
 
     def _tick(self, message: TickMessage, now_ns: int) -> dict[str, Any]:
         tick, silent_s = message.tick, (now_ns - self._heard_ns) * 1e-9
@@ -182,6 +201,13 @@ class StatusBoard:
         span_s = (now_ns - since_ns) * 1e-9
         count = sum(mark > since_ns for mark in list(marks))
         return count / span_s if span_s > 0.5 else 0.0
+
+
+def _thinned(frame: CameraFrame) -> U8:
+    """Return a frame's image, of at most `MAX_SIDE_PX`."""
+    step = -(-max(frame.rgb.shape[:2]) // MAX_SIDE_PX)
+    rgb: U8 = np.ascontiguousarray(frame.rgb[::step, ::step])
+    return rgb
 
 
 _NOTHING: dict[str, Any] = {
@@ -360,6 +386,7 @@ class ObserverProcess:
             "journal": lambda arguments: self._board.journal(int(arguments["since"])),
             "view": self._on_view,
             "frame": lambda arguments: self._board.frame(str(arguments["camera"])),
+            "latent": lambda _: self._board.latent(),
         }
 
     def close(self) -> None:

@@ -168,6 +168,14 @@ class RunSource:
         """
         return self._ask("frame", camera=camera)
 
+    def latent(self) -> dict[str, Any]:
+        """Return `StatusBoard.latent`: the newest latent, and what it was made from.
+
+        Raises:
+            NoRun: there is no run, or it does not answer.
+        """
+        return self._ask("latent")
+
     def journal(self, since: int = 0) -> list[dict[str, Any]]:
         """Return what happened after the entry of that number; see `talk.row`.
 
