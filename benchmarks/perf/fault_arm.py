@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -137,8 +138,7 @@ class PatrolPolicy:
 
     Args:
         cameras: (name, height, width) of those that it looks through.
-        fail_at: the call (from 1) from which on `act` raises.
-        nan_at: the call from which on the trajectory is not a number.
+        at_signal: what `act` does from a SIGUSR1 on: "raise", or "nan" in the trajectory.
     """
 
     RADIUS_M = 0.08
@@ -148,24 +148,23 @@ class PatrolPolicy:
     def __init__(
         self,
         cameras: Sequence[tuple[str, int, int]] = (("static", 64, 64),),
-        fail_at: int | None = None,
-        nan_at: int | None = None,
+        at_signal: str = "",
     ) -> None:
         specs = tuple(CameraSpec(name, h, w, depth=False) for name, h, w in cameras)
         self.spec = PolicySpec(specs, LATENT, ActionSpec(), self.HORIZON)
-        self._fail_at, self._nan_at = fail_at, nan_at
-        self._calls = 0
+        self._at_signal, self._fails = at_signal, ""
 
     def warm_up(self) -> None:
-        """Nothing to warm up."""
+        """Get ready to fail."""
+        if self._at_signal:
+            signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "_fails", self._at_signal))
 
     def reset(self, seed: int | None = None) -> None:
         """There is nothing to forget."""
 
     def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
         """Return the next half second of the way round."""
-        self._calls += 1
-        if self._fail_at is not None and self._calls >= self._fail_at:
+        if self._fails == "raise":
             raise RuntimeError("the policy fails as configured")
         start_ns = observation.t_ns + PERIOD_NS
         angles = (start_ns + np.arange(self.HORIZON) * PERIOD_NS) * 1e-9 * 2 * np.pi / self.TURN_S
@@ -173,7 +172,7 @@ class PatrolPolicy:
         poses[:, :3] = np.asarray(latents[-1].z[0, :3], np.float64)
         poses[:, 0] += self.RADIUS_M * np.cos(angles)
         poses[:, 1] += self.RADIUS_M * np.sin(angles)
-        if self._nan_at is not None and self._calls >= self._nan_at:
+        if self._fails == "nan":
             poses[-1, 0] = np.nan
         return ActionChunk(
             t_start_ns=start_ns,

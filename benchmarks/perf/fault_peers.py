@@ -32,8 +32,9 @@ INT64_MAX = (1 << 63) - 1
 class Peer:
     """A System 2 whose latents are wrong in the way that `mode` says.
 
-    "good" for those of an honest one. Of the others, those in `BESIDE` send an honest latent after
-    every wrong one: they must be told apart; the rest send nothing that is right.
+    "good" for those of an honest one. Of the others, those in `BESIDE` send an honest latent a moment
+    after every wrong one: they must be told apart. Those in `FLOODING` do so too, but nothing gets
+    through. The rest send nothing that is right.
 
     Args:
         address: where it is served; see `served`.
@@ -41,7 +42,8 @@ class Peer:
         hz: latents per second.
     """
 
-    BESIDE = ("jump", "garbage", "flood", "huge", "replay", "shape", "nan_beside", "future_beside")
+    BESIDE = ("jump", "garbage", "replay", "shape", "nan_beside", "future_beside")
+    FLOODING = ("flood", "huge")
     INSTEAD = ("silent", "future", "int64", "old", "nan", "inf")
     FATAL = ("other_model",)
 
@@ -102,7 +104,9 @@ class Peer:
         mode = self.mode
         if mode != "good":
             self._wrong(mode, request)
-        if mode == "good" or mode in self.BESIDE:
+        if mode in self.BESIDE:
+            time.sleep(self._period_s / 2)  # of two at once only the newer is looked at
+        if mode == "good" or mode in (*self.BESIDE, *self.FLOODING):
             frames = self._frames(request, self._latent(request))
             self._first = self._first or frames
             self._send(frames)
@@ -154,13 +158,14 @@ class Peer:
         elif kind == "replay":
             messages += [self._first] if self._first else []
         elif kind == "garbage":
-            head = self._frames(request, self._latent(request), 0)[0][:-40]
-            messages += [[head + bytes([n % 251]) * n] for n in range(40)]
+            for n in range(20):
+                head = self._frames(request, self._latent(request))[0][:-40]
+                messages.append([head + bytes([n]) * n])
         elif kind == "flood":
             frames = self._frames(request, self._latent(request), 0)
             messages += [frames] * 4000
         elif kind == "huge":
-            head = self._frames(request, self._latent(request), 0)[0]
+            head = self._frames(request, self._latent(request))[0]
             messages.append([head, bytes(32 << 20)])
         for frames in messages:
             self._send(frames)
@@ -180,7 +185,7 @@ class Peer:
             self.sent["not sent"] += 1
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Pipe:
     """One direction of one connection."""
 
@@ -233,7 +238,7 @@ class Line:
             self._listen()
             hole = self._mode == "hole"
             for key, _ in self._selector.select(0.005):
-                if key.data in self._listeners:
+                if isinstance(key.data, int):
                     self._accept(key.data)
                 elif not hole:
                     self._take(key.data)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import urllib.error
@@ -30,6 +34,7 @@ ARM: Final = "openhelix.benchmarks.perf.fault_arm"
 MARK: Final = "OPENHELIX_FAULT"
 LATENT_S, GRACE_S = 1.0, 0.5  # how old a latent may be, and how long to go on after that
 START_S = 180.0
+TIOCSPTLCK, TIOCGPTN = 0x40045431, 0x80045430  # of Linux; `os.openpty` would take it as ours
 GONE_S = 5.0  # until when nothing may be left
 BASE: Final = (
     f"robot.name={ARM}:FaultArm",
@@ -98,7 +103,7 @@ class System:
         theirs: Any = None
         with ExitStack() as stack:
             if self._output == "terminal":
-                self.ours, theirs = os.openpty()
+                self.ours, theirs = terminal()
                 stack.callback(os.close, theirs)
             elif self._output == "pipe":
                 self.ours, theirs = os.pipe()
@@ -112,14 +117,16 @@ class System:
                 stdout=theirs,
                 stderr=theirs,
                 start_new_session=True,
+                preexec_fn=_take_terminal if self._output == "terminal" else None,
             )
         if self.ours >= 0:
             threading.Thread(target=self._drain, daemon=True).start()
         self.until("the arm's first way", lambda: len(moving(read_log(self.log))) > 45, START_S)
 
     def _drain(self) -> None:
-        with suppress(OSError):
-            while os.read(self.ours, 65536):
+        with suppress(OSError, ValueError):  # ours is closed
+            # Never inside a read for long: that would keep the end open that is to be closed.
+            while not select.select([self.ours], [], [], 0.05)[0] or os.read(self.ours, 65536):
                 pass
 
     def until(self, what: str, test: Callable[[], bool], patience_s: float) -> float:
@@ -214,12 +221,12 @@ class System:
             with suppress(Broken, OSError):
                 self.kill("head", signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
-            return self.process.wait(40.0)
+            return self.process.wait(90.0)
         return None
 
-    def left(self) -> list[str]:
+    def left(self, patience_s: float = GONE_S) -> list[str]:
         """Return what is still there some seconds after its end."""
-        give_up_s = time.monotonic() + GONE_S
+        give_up_s = time.monotonic() + patience_s
         while (left := self.processes()) and time.monotonic() < give_up_s:
             time.sleep(0.05)
         return [line[:60] for line in left.values()]
@@ -241,6 +248,19 @@ class System:
             with suppress(OSError):
                 os.close(self.ours)
             self.ours = -1
+
+
+def terminal() -> tuple[int, int]:
+    """Return both ends of a new terminal that is nobody's yet, ours first."""
+    ours = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY)
+    fcntl.ioctl(ours, TIOCSPTLCK, bytes(4))
+    (number,) = struct.unpack("i", fcntl.ioctl(ours, TIOCGPTN, bytes(4)))
+    return ours, os.open(f"/dev/pts/{number}", os.O_RDWR | os.O_NOCTTY)
+
+
+def _take_terminal() -> None:
+    """Make standard input the terminal of this session, whose end is then told by SIGHUP."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def serve(host: Machine | None, address: str, keys: Path) -> subprocess.Popen[bytes]:
@@ -284,6 +304,16 @@ def small_disk(folder: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def await_port(port: int) -> None:
+    """Wait until somebody listens there."""
+    give_up_s = time.monotonic() + START_S
+    while time.monotonic() < give_up_s:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+            return
+        time.sleep(0.05)
+    raise Broken(f"nobody listens on port {port}")
 
 
 def free_ports(count: int) -> int:

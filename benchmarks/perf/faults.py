@@ -16,6 +16,7 @@ Leave the machine alone meanwhile; `--slack 4` forgives one that is busy.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -36,8 +37,10 @@ import psutil
 from openhelix.benchmarks.perf.fault_arm import Told, moving, read_log
 from openhelix.benchmarks.perf.fault_peers import Line, Peer
 from openhelix.benchmarks.perf.fault_system import (
+    GONE_S,
     Broken,
     System,
+    await_port,
     ended,
     free_ports,
     serve,
@@ -48,6 +51,7 @@ from openhelix.benchmarks.perf.places import results_file
 from openhelix.runtime.transport.sockets import generate
 from tests.integration.hosts import Lab, lab, why_not
 
+PAUSE_NS = 300_000_000  # without a target that moves: the arm stands
 IN_FLIGHT = 2  # latents that a run which ends may leave on the way
 
 # Trying one --------------------------------------------------------------------------------------
@@ -108,9 +112,10 @@ def staged(fault: Fault, on: str, folder: Path, made: Lab | None) -> Iterator[St
                 peer = Peer(address, keys)
                 stack.callback(peer.close)
             else:
+                server = serve(None, f"tcp://127.0.0.1:{near + 3}", keys)
+                await_port(near + 5)
                 between = Line({near + i: near + 3 + i for i in range(3)})
                 stack.callback(between.close)
-                server = serve(None, f"tcp://127.0.0.1:{near + 3}", keys)
         if "disk" in fault.words:
             stack.enter_context(small_disk(folder / "out"))
         system = System(folder, on == "ray", words, host, fault.output)
@@ -137,22 +142,23 @@ def _attempt(fault: Fault, stage: Stage, slack: float, outcome: Outcome) -> None
     before = system.counters() if fault.counter else {}
     t0_ns = time.monotonic_ns()
     fault.act(stage)
-    quiet_s = time.monotonic() + fault.look_s * min(slack, 3.0)
+    quiet_s = time.monotonic() + fault.look_s * min(slack, 2.0)
     assert system.process is not None
     while time.monotonic() < quiet_s and system.process.poll() is None:
         time.sleep(0.02)
     healed_ns = time.monotonic_ns()
     if fault.heal is not None:
         fault.heal(stage)
-    if fault.expect == "resumes":
+    if fault.expect in ("resumes", "survives"):
         with suppress(Broken):
             outcome.back_s = system.until(
                 "going on", lambda: bool(since(moving(read_log(system.log)), healed_ns)), 60 * slack
             )
     looked_ns = time.monotonic_ns()
+    time.sleep(fault.drain_s)
     after = system.counters() if fault.counter else {}
     outcome.code = system.end()
-    outcome.left = system.left()
+    outcome.left = system.left(GONE_S * slack)
     rows = read_log(system.log)
     report = system.report()
     outcome.report = report is not None
@@ -163,8 +169,11 @@ def _attempt(fault: Fault, stage: Stage, slack: float, outcome: Outcome) -> None
         if fault.counter and re.fullmatch(f"openhelix_{_pattern(fault.counter)}.*", name)
     ]
     total = sum(more for _, more in grown)
+    if not total and report is not None:  # a run that has stopped for good is asked no more
+        total = float(report.get(fault.counter.removesuffix("_total"), 0.0))
     outcome.counted = f"{total:.0f}" if fault.counter else ""
-    end_ns = healed_ns if fault.heal is not None or fault.expect == "resumes" else looked_ns
+    back = fault.expect in ("resumes", "survives")
+    end_ns = healed_ns if fault.heal is not None or back else looked_ns
     _judge(fault, outcome, since(rows, t0_ns), t0_ns, end_ns, looked_ns, slack)
     if fault.counter and total <= 0:
         outcome.why = outcome.why or f"{fault.counter} has not grown"
@@ -185,9 +194,9 @@ def since(rows: Sequence[Told], t_ns: int) -> list[Told]:
 def _count(outcome: Outcome, report: Mapping[str, Any] | None) -> None:
     if report is None or report.get("latents_published") is None:
         return
-    names = ("received", "void", "mismatched", "missed")
+    names = ("received", "void", "mismatched", "missed", "overtaken")
     known = sum(int(report[f"latents_{name}"]) for name in names)
-    known += sum(report["latents_mistimed"].values())
+    known += sum(sum(report[f"latents_{name}"].values()) for name in ("mistimed", "dropped"))
     outcome.lost = int(report["latents_missed"])
     if outcome.fault.startswith("System 2") or outcome.kind == "wrong latents":
         return  # its own count began anew, or it lies
@@ -208,6 +217,7 @@ def _judge(
     moves = moving(list(rows))
     stops = [row for row in rows if row.kind == "stop"]
     limit_s, complaints = fault.within_s * slack, []
+    back = fault.expect in ("resumes", "survives")
     if fault.expect == "goes on":
         times = [t0_ns, *(row.t_ns for row in moves if row.t_ns < looked_ns), looked_ns]
         gap_s = float(np.diff(times).max()) * 1e-9
@@ -218,26 +228,28 @@ def _judge(
             complaints.append(f"stopped: {stops[0].text}")
     else:
         stop_ns = stops[0].t_ns if stops else None
-        window = [row for row in moves if row.t_ns < end_ns]
-        if fault.expect == "ends":
-            window = targets
-        if stop_ns is not None and stop_ns <= end_ns:
+        stood = stop_ns is not None and stop_ns <= end_ns
+        if stop_ns is not None and stood:
             safe_ns = stop_ns
+        elif fault.expect == "ends":
+            safe_ns = targets[-1].t_ns if targets else t0_ns
         else:
-            safe_ns = window[-1].t_ns if window else t0_ns
+            safe_ns = _pause([t0_ns, *(row.t_ns for row in moves if row.t_ns < end_ns), end_ns])
+            stood = safe_ns < end_ns
         outcome.safe_s = max(0.0, (safe_ns - t0_ns) * 1e-9)
         outcome.targets_after = sum(row.t_ns <= safe_ns for row in targets)
-        until_ns = end_ns if fault.expect == "resumes" else looked_ns + 10**12
+        until_ns = end_ns if back else looked_ns + 10**12
         if stop_ns is not None and stop_ns <= end_ns:
-            outcome.after_stop = sum(stop_ns < row.t_ns < until_ns for row in targets)
+            if fault.heal is not None or not back:  # else it may go on when it can
+                outcome.after_stop = sum(stop_ns < row.t_ns < until_ns for row in targets)
             outcome.stop = stops[0].text
-        if outcome.safe_s > limit_s:
+        if outcome.safe_s > limit_s and not (fault.expect == "survives" and not stood):
             complaints.append(f"safe after {outcome.safe_s:.2f} s, not {limit_s:.2f}")
         if outcome.after_stop:
             complaints.append(f"{outcome.after_stop} targets after the stop")
         if fault.calls_stop and fault.expect in ("ends", "stops") and not stops:
             complaints.append("stop was not called")
-        if fault.expect == "resumes" and outcome.back_s is None:
+        if back and outcome.back_s is None:
             complaints.append("did not resume")
     if outcome.left:
         complaints.append(f"left: {outcome.left}")
@@ -246,6 +258,14 @@ def _judge(
     if fault.report is not None and outcome.report != fault.report:
         complaints.append("no report" if fault.report else "a report")
     outcome.why = "; ".join(complaints)
+
+
+def _pause(times_ns: Sequence[int]) -> int:
+    """Return when it began not to move for a while; the last time where it never did."""
+    for before, after in itertools.pairwise(times_ns):
+        if after - before > PAUSE_NS:
+            return before
+    return times_ns[-1]
 
 
 # The campaign ------------------------------------------------------------------------------------

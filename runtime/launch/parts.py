@@ -310,6 +310,8 @@ class ControlProcess:
             "latents_void": goals.void if goals else 0,
             "latents_mismatched": goals.mismatched if goals else 0,
             "latents_mistimed": dict(goals.mistimed) if goals else {},
+            "latents_overtaken": self._goals.reader.stats.overtaken if self._goals else 0,
+            "latents_dropped": dict(self._goals.reader.stats.dropped) if self._goals else {},
             "latents_refused": goals.refusals if goals else 0,
             "latents_missed": goals.missed if goals else 0,
             "s1_latency_s": percentiles(stack.loop.planner.latencies_s, ("p50", "p99")),

@@ -186,6 +186,11 @@ class ReaderStats:
     backlogs: int = 0  # polls that left messages in the queue
     dropped: Counter[str] = field(default_factory=Counter)  # by reason, see `NewestReader`
 
+    @property
+    def overtaken(self) -> int:
+        """Messages of which a newer one was there when they were looked for."""
+        return max(0, self.received - self.delivered - sum(self.dropped.values()))
+
 
 # (source, seq, t_pub_ns), the frames, where the header begins in the first of them, and the key
 # it came with. A plain tuple: this is made for every message, and only the newest is ever
