@@ -591,7 +591,7 @@ class Graph:
         deadline_s = time.monotonic() + patience_s
         said = False
         while not give_up.is_set():
-            health = self.health("system2", min(1.0, patience_s))
+            health = self.health("system2", min(1.0, patience_s / 4))
             state, left_s = health["state"], deadline_s - time.monotonic()
             if state == "ready":
                 return

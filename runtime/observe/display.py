@@ -42,18 +42,26 @@ WAITS_FOR = {  # what a node does before it is ready, as a person would say it
 }
 
 
-def hung_up() -> bool:
-    """Whether the terminal or the reader of a pipe that we write to is gone.
+class Audience:
+    """Who reads what we write: a terminal, or the other end of a pipe, as long as it is there.
 
     A closed terminal that was to be ignored (`nohup`) is.
     """
-    poll = select.poll()
-    for number in descriptors():
-        with contextlib.suppress(OSError):
-            terminal = os.isatty(number) and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-            if stat.S_ISFIFO(os.fstat(number).st_mode) or terminal:
-                poll.register(number, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        for number in descriptors():
+            with contextlib.suppress(OSError):
+                pipe = stat.S_ISFIFO(os.fstat(number).st_mode)
+                if pipe or (os.isatty(number) and not ignored):
+                    self._poll.register(number, 0)
+
+    @property
+    def gone(self) -> bool:
+        """Whether one of them is."""
+        events = self._poll.poll(0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in events)
 
 
 class Outlet:
@@ -107,6 +115,7 @@ class Display:
 
     def __init__(self, live: bool = True, console: Console | None = None) -> None:
         self.console = console or Console(file=cast(IO[str], Outlet("stderr")), highlight=False)
+        self._audience = Audience()
         self._on = live
         self._live: Live | None = None
         self._told: dict[str, str] = {}
@@ -128,7 +137,7 @@ class Display:
     @property
     def gone(self) -> bool:
         """Whether nobody can see this any more: the terminal was closed, a pipe's reader ended."""
-        return hung_up()
+        return self._audience.gone
 
     def above(self, prompt: Prompt) -> None:
         """From now on the live view is above a prompt, which redraws it."""

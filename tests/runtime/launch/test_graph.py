@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from openhelix.runtime.core.config import ConfigError, load
+from openhelix.runtime.core.config import CommandFailed, ConfigError, load
 from openhelix.runtime.core.plugins import resolve
-from openhelix.runtime.launch.graph import Graph
+from openhelix.runtime.launch.graph import Graph, GraphError, cluster_address, probe_cluster
+from openhelix.runtime.launch.node import Interrupts
 
 JOB: dict[str, Any] = {"assignments": [], "initial": None}
 ENGINE = "system2.engine={target: 'openhelix.runtime.robots.fake:PointEngine'}"
@@ -69,3 +73,66 @@ def test_a_part_that_does_not_answer_has_the_fields_that_all_have(tmp_path: Path
     finally:
         run.close()
     assert health == {"name": "system2", "state": "unreachable", "error": "", "pid": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("auto", "auto"),
+        ("localhost", "127.0.0.1:6379"),
+        ("localhost:7000", "127.0.0.1:7000"),
+        ("10.0.0.2", "10.0.0.2:6379"),
+        ("head.local:6380", "head.local:6380"),
+    ],
+)
+def test_a_clusters_address_may_be_written_shortly(text: str, address: str) -> None:
+    assert cluster_address(text) == address
+
+
+@pytest.mark.parametrize("text", ["ray://head:10001", ":6379", "head:", "head:0", "head:70000"])
+def test_what_is_no_clusters_address_is_refused_before_anything_starts(
+    tmp_path: Path, text: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"^ray_address: .*; write auto, HOST or HOST:PORT"):
+        graph(tmp_path, "ray=true", f"ray_address={text}")
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        probe_cluster(f"127.0.0.1:{port}")
+    reach = "system1.policy={target: 'tests.fakes:ReachPolicy'}"
+    run = graph(tmp_path, reach, "ray=true", f"ray_address=localhost:{port}")
+    try:
+        with pytest.raises(CommandFailed, match=rf"^ray_address: no Ray .* '127\.0\.0\.1:{port}'"):
+            run.start()
+        assert not (tmp_path / "logs").exists()
+    finally:
+        run.close()
+
+
+def test_a_shared_system2_is_waited_for_as_long_as_is_said(tmp_path: Path) -> None:
+    nobody = f"ipc://{tmp_path}/nobody"
+    words = (f"system2.connect={nobody}", "system2.connect_timeout_s=0.5")
+    run, told, said = graph(tmp_path, *words), [], []
+    try:
+        with pytest.raises(GraphError, match=r"unreachable after system2\.connect_timeout_s=0\.5"):
+            run.await_system2(told.append, said.append, threading.Event())
+        assert len(said) == 1 and nobody in said[0] and "connect_timeout_s=0.5" in said[0]
+        assert told and all(nobody in text for text in told)
+    finally:
+        run.close()
+
+
+def test_the_wait_for_a_shared_system2_ends_with_a_signal(tmp_path: Path) -> None:
+    run = graph(tmp_path, f"system2.connect=ipc://{tmp_path}/nobody")
+    interrupts, begun_s = Interrupts(), time.monotonic()
+
+    def interrupt(_: str) -> None:
+        interrupts.set()
+
+    try:
+        run.await_system2(interrupt, lambda _: None, interrupts)
+        assert time.monotonic() - begun_s < 30  # of 60
+    finally:
+        run.close()
