@@ -12,7 +12,13 @@ from typing import Any, Protocol
 
 import torch
 
-from openhelix.system2.model import Checkpoint, load_tokenizer, open_checkpoint, pick_dtype
+from openhelix.system2.model import (
+    Checkpoint,
+    load_llava,
+    load_tokenizer,
+    open_checkpoint,
+    pick_dtype,
+)
 from openhelix.system2.prompt import BadInstruction, Prompt, as_batch, clean_instruction
 
 MAX_WORDS = 96  # tokens of an answer
@@ -80,7 +86,7 @@ class TransformersAnswerer:
         vision: bool = True,
         threads: int = 0,
     ) -> None:
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+        from transformers import AutoProcessor
 
         if threads:
             torch.set_num_threads(threads)
@@ -89,7 +95,7 @@ class TransformersAnswerer:
         self._prompts = AnswerPrompts(model, vision)
         self.checkpoint = self._prompts.checkpoint
         path = self.checkpoint.path
-        loaded = LlavaForConditionalGeneration.from_pretrained(path, dtype=pick_dtype(dtype))
+        loaded = load_llava(path, pick_dtype(dtype))
         self._model = loaded.to(device).eval()
         self._processor = AutoProcessor.from_pretrained(path).image_processor
 

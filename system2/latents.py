@@ -26,14 +26,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import ConfigDict
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from openhelix.runtime.core.files import (
+    as_record,
+    load_tensors,
+    parse_object,
+    save_tensors,
+    told_as,
+)
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system2.model import Checkpoint, CheckpointError
 from openhelix.system2.prompt import Layout
@@ -73,6 +79,8 @@ class LatentConfig:
         layers: ascending; the states after each of them side by side, so that the read-out is
             as many times as wide. Empty: those after `layer` alone.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     kind: str = "act_last"
     n_act: int = 1
@@ -409,38 +417,62 @@ class LatentHead(nn.Module):
     def save(self, path: Path | str, base: str = "", note: dict[str, Any] | None = None) -> None:
         """Write the head as safetensors; `base` is the model it was trained on."""
         about = {"latent": asdict(self.config), "base": base, "note": self.note | (note or {})}
-        state = {
-            k: v.detach().to("cpu", torch.float32).contiguous()
-            for k, v in self.state_dict().items()
-        }
-        save_file(state, path, metadata={"openhelix": json.dumps(about, sort_keys=True)})
+        state = {k: v.detach().to("cpu", torch.float32) for k, v in self.state_dict().items()}
+        save_tensors(path, state, {"openhelix": json.dumps(about, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path | str) -> LatentHead:
         """Read a head that `save` wrote.
 
         Raises:
-            CheckpointError: not such a file, or not finite.
+            BadFile: not such a file, or not finite; one line names it.
         """
-        try:
-            with safe_open(path, framework="pt") as stream:
-                about = json.loads((stream.metadata() or {}).get("openhelix", "null"))
-                state = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"latent_projector: cannot read {str(path)!r}: {error}"
-            ) from error
-        if not about or "act" not in state or "projector.weight" not in state:
-            raise CheckpointError(f"latent_projector: {str(path)!r} holds no <ACT> and projector")
-        if not all(bool(value.isfinite().all()) for value in state.values()):
-            raise CheckpointError(f"latent_projector: {str(path)!r} has values that are not finite")
-        dim, inner = state["projector.weight"].shape
-        hidden = state["act"].shape[1]
-        width = inner if "neck.weight" in state else 0
-        head = cls(LatentConfig(**about["latent"]), hidden, dim, width)
-        head.load_state_dict(state)
-        head.note = dict(about.get("note") or {})
+        with told_as(CheckpointError, "latent_projector"):
+            state, metadata = load_tensors(path)
+            where = f"{path}: its account of the read-out"
+            about = parse_object(metadata.get("openhelix", ""), where)
+            latent = about.get("latent")
+            if not isinstance(latent, dict):
+                raise CheckpointError(f"{where}: latent: must be an object")
+            config = as_record(LatentConfig, latent, f"{where}: latent")
+            act, projector = state.get("act"), state.get("projector.weight")
+            if act is None or projector is None or act.ndim != 2 or projector.ndim != 2:
+                raise CheckpointError(f"{path}: holds no <ACT> and projector")
+            (n_act, hidden), (dim, inner) = act.shape, projector.shape
+            neck = state.get("neck.weight")
+            width = inner if neck is not None else 0
+            read = inner if neck is None else neck.shape[-1]
+            # Compared before anything of that size is made.
+            if (
+                config.n_act != n_act
+                or hidden * config.width != read
+                or (neck is not None and neck.ndim != 2)
+            ):
+                raise CheckpointError(
+                    f"{path}: its tensors are not those of n_act={config.n_act} and "
+                    f"{config.width} states side by side"
+                )
+            head = cls(config, hidden, dim, width)
+            load_strictly(head, state, str(path))
+            head.note = dict(about.get("note") or {}) if isinstance(about.get("note"), dict) else {}
         return head
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Load tensors whose names and shapes must be exactly the module's.
+
+    Raises:
+        CheckpointError: naming one that is missing, extra or of another shape.
+    """
+    want = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    have = {name: tuple(t.shape) for name, t in state.items()}
+    if want != have:
+        name, _ = min(set(want.items()) ^ set(have.items()))
+        what = "is missing" if name in want else "does not belong there"
+        if name in want and name in have:
+            what = f"has shape {have[name]}, needs {want[name]}"
+        raise CheckpointError(f"{where}: {name} {what}")
+    module.load_state_dict(state)
 
 
 def head_for(

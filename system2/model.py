@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +25,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openhelix.runtime.core.files import (
+    BadFile,
+    as_record,
+    check_finite,
+    load_tensors,
+    parse_object,
+    read_json,
+    tensor_header,
+)
 from openhelix.runtime.core.paths import cache_folder, make_in_cache
 from openhelix.system2.prompt import TEMPLATES, PromptBuilder, Template, with_offsets
 
@@ -93,7 +103,7 @@ IMAGE_TOKEN = "<image>"
 MAX_ACT = 8  # rows that a checkpoint made here keeps for <ACT> tokens
 
 
-class CheckpointError(ValueError):
+class CheckpointError(BadFile):
     """A checkpoint folder that cannot serve; the message says what is missing."""
 
 
@@ -330,10 +340,18 @@ class Checkpoint:
 
 @functools.lru_cache(maxsize=4)
 def load_tokenizer(path: str) -> Any:
-    """Return the fast tokenizer of a checkpoint; kept, since reading it takes a second."""
+    """Return the fast tokenizer of a checkpoint; kept, since reading it takes a second.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # it has a type of error for everything that a file may hold
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"model: {path!r} has no tokenizer: {said[:200]}") from error
 
 
 def language_model_file() -> Path:
@@ -411,7 +429,6 @@ def _assemble(
 ) -> None:
     """Write the whole checkpoint into the empty folder `out`."""
     import torch
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -421,7 +438,7 @@ def _assemble(
     # vLLM refuses a checkpoint whose text config still says that it is quantised.
     if hasattr(language.config, "quantization_config"):
         del language.config.quantization_config
-    weights = load_file(vision_weights) if vision_weights else None
+    weights = load_tensors(vision_weights)[0] if vision_weights else None
     write_llava(out, language, tokenizer, shape, weights, seed, key, "chatml", recipe)
 
 
@@ -454,6 +471,8 @@ def open_checkpoint(model: str = "laptop", n_act: int = 1) -> Checkpoint:
     if Path(path).is_dir() and is_small(Path(path)):
         path = str(base_from(Path(path)))
     described = _describe(path)
+    if not Path(path).is_relative_to(cache_folder()):  # what was made there was made of whole parts
+        check_weights(path)
     if len(described.act_ids) < n_act:
         described = _describe(str(_with_act_rows(path, n_act)))
     return described
@@ -468,16 +487,22 @@ def _describe(path: str) -> Checkpoint:
 
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"model: {path!r} cannot be read: {error}") from error
+    except Exception as error:  # it has a type of error for everything that a file may hold
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"model: {path!r} cannot be read: {said[:300]}") from error
     if config.model_type != "llava":
         raise CheckpointError(f"model: {path!r} is a {config.model_type!r}, want a 'llava'")
+    _check_sizes(path, config)
     manifest = _manifest(path)
     rows = config.text_config.vocab_size
     act_ids = manifest.get("act_ids")
     if act_ids is None:
         taken = max(len(load_tokenizer(path)), config.image_token_index + 1)
         act_ids = list(range(taken, min(rows, taken + MAX_ACT)))
+    elif max(act_ids, default=0) >= rows:
+        raise CheckpointError(
+            f"{path}/{MANIFEST}: act_ids: {max(act_ids)} is no row of a table of {rows}"
+        )
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     # CLIP has a class token, which "default" drops and "full" keeps; SigLIP has none.
@@ -495,8 +520,164 @@ def _describe(path: str) -> Checkpoint:
 
 
 def _manifest(path: str) -> dict[str, Any]:
+    """Return what stands beside the weights; empty for a LLaVA that is not ours."""
     file = Path(path) / MANIFEST
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    manifest = read_json(file)
+    rows = manifest.get("act_ids")
+    if rows is not None and not (
+        isinstance(rows, list) and all(type(row) is int and row >= 0 for row in rows)
+    ):
+        raise CheckpointError(f"{file}: act_ids: must be a list of rows")
+    if not isinstance(manifest.get("model_id", ""), str):
+        raise CheckpointError(f"{file}: model_id: must be text")
+    if manifest.get("template", "llava_v1") not in TEMPLATES:
+        valid = ", ".join(TEMPLATES)
+        raise CheckpointError(f"{file}: template: {manifest['template']!r} is none of {valid}")
+    return manifest
+
+
+# What a LLaVA's config.json may ask for; a 70B model has 80 layers of width 8192.
+LARGEST = {
+    "text_config": {
+        "hidden_size": 32_768,
+        "intermediate_size": 262_144,
+        "num_hidden_layers": 256,
+        "num_attention_heads": 512,
+        "vocab_size": 2_000_000,
+    },
+    "vision_config": {
+        "hidden_size": 16_384,
+        "intermediate_size": 131_072,
+        "num_hidden_layers": 128,
+        "image_size": 4096,
+        "patch_size": 4096,
+    },
+}
+
+
+def _check_sizes(path: str, config: Any) -> None:
+    """Refuse sizes beyond reason, and a network larger than the weights beside its description.
+
+    Raises:
+        CheckpointError: naming the field, or a file of weights that is damaged.
+    """
+    file = f"{path}/config.json"
+    for section, limits in LARGEST.items():
+        for name, most in limits.items():
+            value = getattr(getattr(config, section), name, 1)
+            if type(value) is not int or not 1 <= value <= most:
+                raise CheckpointError(f"{file}: {section}.{name}: {value!r} is not in 1..{most}")
+    if not Path(path).is_dir():
+        return  # of the hub: its files are not here yet
+    _check_pictures(path)
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"model: {path!r} holds no .safetensors, the only weights that are read"
+        )
+    held = sum(math.prod(shape) for f in files for _, shape in tensor_header(f)[0].values())
+    text, vision = config.text_config, config.vision_config
+    least = text.vocab_size * text.hidden_size
+    least += text.num_hidden_layers * text.hidden_size**2
+    least += vision.num_hidden_layers * vision.hidden_size**2
+    if least > held:
+        raise CheckpointError(
+            f"{file}: describes at least {least} weights, the files beside it hold {held}"
+        )
+
+
+def _check_pictures(path: str) -> None:
+    """Refuse pictures beyond reason, which the processor would make before the tower refuses."""
+    most = LARGEST["vision_config"]["image_size"]
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        file = Path(path) / name
+        if not file.is_file():
+            continue
+        found = read_json(file)
+        inner = found.get("image_processor")
+        for about in (found, inner if isinstance(inner, dict) else {}):
+            for key in ("size", "crop_size"):
+                size = about.get(key)
+                for side in size.values() if isinstance(size, dict) else (size,):
+                    if side is not None and not (type(side) is int and 1 <= side <= most):
+                        raise CheckpointError(f"{file}: {key}: {side!r} is not in 1..{most}")
+
+
+def check_weights(path: str) -> None:
+    """Refuse a LLaVA whose weights are not all in its files, or that holds others.
+
+    transformers gives what is missing random values, and says so in a table that scrolls by. Here
+    nothing is loaded: only names and shapes are compared, as transformers finds them.
+
+    Raises:
+        CheckpointError: naming what is missing, extra or of another shape.
+    """
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    with _quietly():
+        try:
+            with torch.device("meta"):
+                _, found = LlavaForConditionalGeneration.from_pretrained(
+                    path,
+                    device_map="meta",
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    use_safetensors=True,
+                )
+        except Exception as error:  # see `_describe`
+            said = " ".join(str(error).split())
+            raise CheckpointError(f"model: {path!r} cannot be read: {said[:300]}") from error
+    lines = [f"missing {name}" for name in sorted(found["missing_keys"])]
+    lines += [f"unknown {name}" for name in sorted(found["unexpected_keys"])]
+    lines += [
+        f"{name} has shape {tuple(have)}, needs {tuple(want)}"
+        for name, have, want in sorted(found["mismatched_keys"])
+    ]
+    if lines:
+        more = f"; and {len(lines) - 8} more" if lines[8:] else ""
+        raise CheckpointError(
+            f"model: {path!r}: {len(lines)} weights do not fit: {'; '.join(lines[:8])}{more}"
+        )
+
+
+def load_llava(path: str | Path, dtype: Any = "auto", **options: Any) -> Any:
+    """Return a checked LLaVA (see `open_checkpoint`) with its weights.
+
+    Args:
+        path: of its folder.
+        dtype: of the weights; "auto" keeps the file's.
+        options: of `from_pretrained`.
+
+    Raises:
+        BadFile: a weight is not finite.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    with _quietly():
+        model = LlavaForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, **options
+        )
+    check_finite(dict(model.named_parameters()), f"model: {str(path)!r}")
+    return model
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers from drawing bars and tables while it loads."""
+    from transformers.utils import logging as said
+
+    level, bars = said.get_verbosity(), said.is_progress_bar_enabled()
+    said.set_verbosity_error()
+    said.disable_progress_bar()
+    try:
+        yield
+    finally:
+        said.set_verbosity(level)
+        if bars:
+            said.enable_progress_bar()
 
 
 def _folder_id(path: str) -> str:
@@ -518,12 +699,12 @@ def _folder_id(path: str) -> str:
 def _with_act_rows(path: str, n_act: int) -> Path:
     """Return a copy of a LLaVA whose embedding table has rows for `<ACT>`."""
     import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoProcessor
 
     key = hashlib.sha256(f"{_FORMAT}:{_folder_id(path)}:{n_act}".encode()).hexdigest()[:16]
 
     def make(out: Path) -> None:
-        model = LlavaForConditionalGeneration.from_pretrained(path, dtype="auto")
+        model = load_llava(path)
         rows = model.get_input_embeddings().weight.shape[0]
         processor = AutoProcessor.from_pretrained(path)
         taken = max(rows, len(processor.tokenizer))
@@ -596,42 +777,50 @@ def base_from(folder: Path) -> Path:
 
 
 def _small_shape(file: Path) -> VisionShape:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as stream:
-            about = json.loads((stream.metadata() or {}).get(ABOUT, "null"))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"model: cannot read {str(file)!r}: {error}") from error
-    if about is None:
-        raise CheckpointError(f"model: {str(file)!r} does not say which tower it is of")
-    if about["shipped"]:
+    _, metadata = tensor_header(file)
+    where = f"{file}: its account of the tower"
+    about = parse_object(metadata.get(ABOUT, ""), where)
+    if about.get("shipped"):
         return VisionShape()
-    return VisionShape(**{key: about[key] for key in VisionShape.__dataclass_fields__})
+    fields = {key: about.get(key) for key in VisionShape.__dataclass_fields__}
+    shape = as_record(VisionShape, fields, where)
+    most = LARGEST["vision_config"]
+    sizes = (shape.width, shape.layers, shape.image_size, shape.heads, shape.patch_size)
+    if (
+        min(sizes) < 1
+        or shape.width > most["hidden_size"]
+        or shape.layers > most["num_hidden_layers"]
+        or shape.image_size > most["image_size"]
+    ):
+        raise CheckpointError(f"{where}: {shape} is beyond reason")
+    return shape
 
 
 def _join_small(out: Path, base: Path, language: Path, key: str) -> None:
     import torch
-    from safetensors import safe_open
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoProcessor
 
-    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    model = load_llava(base, torch.float32)
     weights: dict[str, Any] = dict(model.model.language_model.named_parameters())
-    with safe_open(language, framework="pt") as stream, torch.no_grad():
-        scale = float(stream.metadata()["scale"])
-        for name in stream.keys():  # noqa: SIM118
-            if not name.endswith(".down"):
-                continue
-            layer = name.removesuffix(".down")
+    parts, about = load_tensors(language)
+    try:
+        scale = float(about["scale"])
+    except (KeyError, ValueError):
+        raise CheckpointError(f"{language}: does not say its scale") from None
+    layers = {name.removesuffix(end) for name in parts for end in (".down", ".up")}
+    with torch.no_grad():
+        for layer in sorted(layers - set(parts)):
             place = f"{layer.removeprefix('language.')}.weight"
-            down, up = stream.get_tensor(name).float(), stream.get_tensor(f"{layer}.up").float()
-            if place not in weights or weights[place].shape != (len(up), down.shape[1]):
-                raise CheckpointError(f"model: {str(language)!r} does not fit: no {place}")
-            weights[place] += scale * up @ down
+            down, up = parts.get(f"{layer}.down"), parts.get(f"{layer}.up")
+            if down is None or up is None or place not in weights:
+                raise CheckpointError(f"{language}: {layer} is of no layer, or not whole")
+            if down.ndim != 2 or up.ndim != 2 or weights[place].shape != (len(up), down.shape[1]):
+                raise CheckpointError(f"{language}: {layer} does not fit {place}")
+            weights[place] += scale * up.float() @ down.float()
     model.to(torch.bfloat16).save_pretrained(out)
     for file in out.glob("*.safetensors"):
         rename_tower(file)
     AutoProcessor.from_pretrained(base).save_pretrained(out)
-    about = json.loads((base / "openhelix.json").read_text())
-    about |= {"model_id": key, "recipe": {**about.get("recipe", {}), "language": key}}
-    write_manifest(out, about)
+    made = read_json(base / MANIFEST)
+    made |= {"model_id": key, "recipe": {**made.get("recipe", {}), "language": key}}
+    write_manifest(out, made)

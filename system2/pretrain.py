@@ -36,6 +36,7 @@ from openhelix.system2.model import (
     CheckpointError,
     VisionShape,
     build,
+    load_llava,
     load_tokenizer,
     load_vision,
     open_checkpoint,
@@ -625,9 +626,9 @@ def open_for_training(
     model_path: str, vision_weights: Path | None = None
 ) -> tuple[Any, Any, Callable[[str], list[int]]]:
     """Return a LLaVA in fp32 with a fresh or given tower, its image processor, and words to ids."""
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoProcessor
 
-    model = LlavaForConditionalGeneration.from_pretrained(model_path, dtype=torch.float32)
+    model = load_llava(model_path, torch.float32)
     model.requires_grad_(False)
     if vision_weights is not None:
         load_vision(model, load_file(vision_weights))

@@ -21,14 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from openhelix.runtime.core.files import (
+    BadFile,
+    as_record,
+    load_tensors,
+    parse_object,
+    save_tensors,
+    told_as,
+)
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system2.latents import LATENT_DIM, digest
-from openhelix.system2.model import Checkpoint, load_tokenizer, open_checkpoint
+from openhelix.system2.model import Checkpoint, load_llava, load_tokenizer, open_checkpoint
 from openhelix.system2.prompt import BadInstruction, clean_instruction
 
 KIND = "text"  # how the `kind` of such a latent begins
@@ -38,7 +44,7 @@ MOST_TOKENS = 96
 LEAST_SPREAD = 1e-6
 
 
-class TextError(ValueError):
+class TextError(BadFile):
     """Sentences or a code that cannot be used; the message says which."""
 
 
@@ -103,27 +109,38 @@ class TextCode:
     def save(self, path: Path) -> None:
         """Write the code, first under another name."""
         about = {"layers": list(self.layers), "words": self.words, "model": self.model}
-        part = path.with_name(f".{path.name}.part")
-        tensors = {k: v.contiguous() for k, v in self._tensors().items()}
-        save_file(tensors, part, metadata={"text": json.dumps(about)})
-        part.replace(path)
+        save_tensors(path, self._tensors(), {"text": json.dumps(about)})
 
     @staticmethod
     def load(path: Path | str) -> TextCode:
         """Read what `save` wrote.
 
         Raises:
-            TextError: not such a file.
+            BadFile: not such a file; one line names it.
         """
-        try:
-            with safe_open(path, framework="pt") as stream:
-                about = json.loads((stream.metadata() or {}).get("text", "null"))
-                tensors = {k: stream.get_tensor(k) for k in stream.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise TextError(f"text: cannot read {str(path)!r}: {error}") from error
-        if about is None or set(tensors) != {"mean", "spread", "basis"}:
-            raise TextError(f"text: {str(path)!r} holds no text code")
-        return TextCode(tuple(about["layers"]), about["words"], about["model"], **tensors)
+        with told_as(TextError, "text"):
+            tensors, metadata = load_tensors(path, ("mean", "spread", "basis"))
+            where = f"{path}: its account of the code"
+            about = as_record(_About, parse_object(metadata.get("text", ""), where), where)
+            width = tensors["mean"].numel()
+            if (
+                tensors["mean"].shape != (width,)
+                or tensors["spread"].shape != (width,)
+                or tensors["basis"].shape[1:] != (width,)
+                or width % max(1, len(about.layers))
+                or not 0 <= about.words <= MOST_TOKENS
+            ):
+                raise TextError(f"{path}: its tensors and its account do not fit each other")
+        return TextCode(about.layers, about.words, about.model, **tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    """What a file says of its code."""
+
+    layers: tuple[int, ...]
+    words: int
+    model: str
 
 
 def sentence_ids(
@@ -167,17 +184,13 @@ class TextReader:
         device: str = "cpu",
         most: int = MOST_TOKENS,
     ) -> None:
-        from transformers import LlavaForConditionalGeneration
-
         self.checkpoint: Checkpoint = open_checkpoint(model)
         self.layers, self._most = tuple(layers), most
         if not self.layers or sorted(set(self.layers)) != list(self.layers):
             raise TextError(f"layers: {list(layers)}, want ascending numbers")
         if not 0 <= self.layers[0] <= self.layers[-1] <= self.checkpoint.layers:
             raise TextError(f"layers: {list(layers)} is not within 0..{self.checkpoint.layers}")
-        whole = LlavaForConditionalGeneration.from_pretrained(
-            self.checkpoint.path, dtype=torch.float32
-        )
+        whole = load_llava(self.checkpoint.path, torch.float32)
         self._model: Any = whole.model.language_model.to(device).eval().requires_grad_(False)
         self._model.layers = self._model.layers[: self.layers[-1]]
         self._tokenizer = load_tokenizer(self.checkpoint.path)

@@ -16,15 +16,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from openhelix.runtime.core.files import (
+    as_record,
+    load_tensors,
+    parse_object,
+    save_tensors,
+    told_as,
+)
 from openhelix.runtime.core.interfaces import Judgement
+from openhelix.system2.latents import load_strictly
 from openhelix.system2.model import Checkpoint, CheckpointError
 
 FILE = "understanding.safetensors"  # beside `latent.safetensors`, or in a policy's folder
@@ -127,31 +134,38 @@ class Understanding(nn.Module):
             "threshold": self.threshold,
             "note": self.note,
         }
-        part = path.with_name(f".{path.name}.part")
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        save_file(state, part, metadata={"understanding": json.dumps(about, sort_keys=True)})
-        part.replace(path)
+        save_tensors(path, self.state_dict(), {"understanding": json.dumps(about, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path | str) -> Understanding:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: not such a file, or not finite.
+            BadFile: not such a file, or not finite; one line names it.
         """
-        try:
-            with safe_open(path, framework="pt") as stream:
-                about = json.loads((stream.metadata() or {}).get("understanding", "null"))
-                state = {key: stream.get_tensor(key).float() for key in stream.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"understanding: cannot read {str(path)!r}: {error}") from error
-        if about is None:
-            raise CheckpointError(f"understanding: {str(path)!r} holds no such head")
-        if not all(bool(value.isfinite().all()) for value in state.values()):
-            raise CheckpointError(f"understanding: {str(path)!r} has values that are not finite")
-        head = cls(**about)
-        head.load_state_dict(state)
+        with told_as(CheckpointError, "understanding"):
+            state, metadata = load_tensors(path)
+            where = f"{path}: its account of the head"
+            about = as_record(_About, parse_object(metadata.get("understanding", ""), where), where)
+            inner = state.get("inner.weight")
+            # Compared before anything of that size is made.
+            if inner is None or inner.shape != (about.width, len(about.layers) * about.hidden):
+                raise CheckpointError(f"{path}: its tensors and its account do not fit each other")
+            head = cls(**{name: getattr(about, name) for name in _About.__slots__})
+            load_strictly(head, {name: tensor.float() for name, tensor in state.items()}, str(path))
         return head.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    """What a file says of its head."""
+
+    layers: tuple[int, ...]
+    hidden: int
+    width: int
+    model: str
+    threshold: float
+    note: dict[str, Any]
 
 
 def padded(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ from openhelix.system2.model import (
     VisionShape,
     build,
     builtin,
+    load_llava,
     load_tokenizer,
     open_checkpoint,
     rename_tower,
@@ -266,7 +267,7 @@ class VlmRun:
     """
 
     def __init__(self, config: VlmSection, out: Path, seed: int = 0, device: str = "auto") -> None:
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+        from transformers import AutoProcessor
 
         self.config, self.out, self.seed = config, out, seed
         if device == "auto":
@@ -285,9 +286,9 @@ class VlmRun:
         torch.manual_seed(seed)
         # On a CPU plain products are a tenth faster here than the fused attention with its mask.
         attention = "eager" if self.device.type == "cpu" else "sdpa"
-        model = LlavaForConditionalGeneration.from_pretrained(
+        model = load_llava(
             self.checkpoint.path,
-            dtype=torch.float32,
+            torch.float32,
             attn_implementation={"text_config": attention},
         )
         # Weights that do not learn need no more precision than they are computed in.
@@ -858,11 +859,9 @@ class VlmRun:
 
     def export(self) -> Path:
         """Write the trained model as a LLaVA folder for both engines; return it."""
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+        from transformers import AutoProcessor
 
-        fresh = LlavaForConditionalGeneration.from_pretrained(
-            self.checkpoint.path, dtype=torch.bfloat16
-        )
+        fresh = load_llava(self.checkpoint.path, torch.bfloat16)
         state = folded_state(self.learner.model)
         fresh.load_state_dict({k: v.to("cpu", torch.bfloat16) for k, v in state.items()})
         part, folder = self.out / f".{LLAVA}.part", self.out / LLAVA

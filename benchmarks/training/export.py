@@ -255,11 +255,17 @@ def ship_system2(config: TrainingConfig, source: Path, out: Path) -> str:
 
 def merged(config: TrainingConfig, source: Path, base: str, out: Path) -> Path:
     """Write a LLaVA folder with the trained language model, adapters merged into it."""
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoProcessor
 
-    from openhelix.system2.model import MANIFEST, rename_tower, sha256_file, write_manifest
+    from openhelix.system2.model import (
+        MANIFEST,
+        load_llava,
+        rename_tower,
+        sha256_file,
+        write_manifest,
+    )
 
-    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    model = load_llava(base, torch.float32)
     state, learned = model.model.state_dict(), load_tensors(source / LANGUAGE)[0]
     for name, tensor in learned.items():
         if ".lora_" not in name:

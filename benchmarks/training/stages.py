@@ -60,7 +60,7 @@ from openhelix.system1.train_loop import (
     save_state,
 )
 from openhelix.system2.latents import LatentHead
-from openhelix.system2.model import open_checkpoint, pick_dtype, sha256_file
+from openhelix.system2.model import load_llava, open_checkpoint, pick_dtype, sha256_file
 from openhelix.system2.probe import WordSpace
 from openhelix.system2.text import FILE
 from openhelix.system2.train import System2Learner
@@ -348,14 +348,13 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
     Raises:
         ConfigError: the stage before was trained for another read-out.
     """
-    from transformers import LlavaForConditionalGeneration
 
     section, regime = config.latent, regime_of(config.latent, stage)
     read_out = section.read_out()
     checkpoint = open_checkpoint(section.model, section.n_act)
     read_out.layers_of(checkpoint.layers)
     dtype = torch.float32 if regime in ("lora", "full") else pick_dtype(section.dtype)
-    whole = LlavaForConditionalGeneration.from_pretrained(checkpoint.path, dtype=dtype)
+    whole = load_llava(checkpoint.path, dtype)
     model = whole.model.eval()
     table = model.get_input_embeddings().weight[: checkpoint.act_ids[0]]
     if before is None and section.init is not None:

@@ -53,6 +53,19 @@ class BadFile(ValueError):
     """A file that is not what it should be; one line names it and says what is wrong."""
 
 
+@contextmanager
+def told_as(kind: type[BadFile], name: str) -> Iterator[None]:
+    """Put the name of the setting in front that a bad file was given as.
+
+    Raises:
+        BadFile: of that kind, for every one that the block raises.
+    """
+    try:
+        yield
+    except BadFile as error:
+        raise kind(f"{name}: {error}") from None
+
+
 # Writing -----------------------------------------------------------------------------------------
 
 
@@ -324,6 +337,8 @@ def tensor_header(
                     f"{'' if length > MAX_HEADER_BYTES else f', the file has {total}'}"
                 )
             head = parse_object(stream.read(length), f"{path}: header")
+    except FileNotFoundError:
+        raise BadFile(f"{path}: no such file") from None
     except OSError as error:
         raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
     metadata = head.pop("__metadata__", {})

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from openhelix.system2.engines.base import EngineBase
 from openhelix.system2.latents import LatentConfig, stop_after
+from openhelix.system2.model import load_llava
 from openhelix.system2.prompt import Prompt
 
 
@@ -33,11 +34,9 @@ class TransformersEngine(EngineBase):
         super().__init__(model, **options)
 
     def _load(self, config: Any, max_instruction_tokens: int) -> None:
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+        from transformers import AutoProcessor
 
-        model = LlavaForConditionalGeneration.from_pretrained(
-            self.checkpoint.path, dtype=self._dtype
-        )
+        model = load_llava(self.checkpoint.path, self._dtype)
         # The vocabulary's output layer is never read: the latent is a hidden state.
         self._model = model.model.eval().requires_grad_(False)
         layers = (config or LatentConfig()).layers_of(self.checkpoint.layers)

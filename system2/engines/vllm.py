@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from openhelix.runtime.core.files import check_finite
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system2.answering import MAX_WORDS, AnswerPrompts
 from openhelix.system2.engines.base import EncodeError, EngineBase
@@ -163,6 +164,7 @@ class VllmEngine(EngineBase):
             disable_log_stats=False,  # they are served with our own; see openhelix.runtime.observe.metrics.Library
             seed=0,
         )
+        self._llm.apply_model(partial(_check_finite, path=self.checkpoint.path))
         if middle:
             self._llm.apply_model(partial(_stop, layers=layers, n_layers=self.checkpoint.layers))
 
@@ -259,6 +261,10 @@ def _accept_new_tower_names() -> None:
 
 def _embedding(model: Any) -> Any:
     return model.language_model.model.embed_tokens
+
+
+def _check_finite(model: Any, path: str) -> None:
+    check_finite(dict(model.named_parameters()), f"model: {path!r}")
 
 
 def _stop(model: Any, layers: Sequence[int], n_layers: int) -> None:

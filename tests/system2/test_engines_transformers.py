@@ -107,7 +107,9 @@ def test_swap_refuses_what_does_not_fit(engine, images) -> None:
         engine.swap(LatentHead(LatentConfig(), hidden=32))
     with pytest.raises(CheckpointError, match="started with"):
         engine.swap(LatentHead(LatentConfig(n_act=2), hidden=64))
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(
+        CheckpointError, match=r"latent_projector: /nowhere.safetensors: no such file"
+    ):
         engine.swap("/nowhere.safetensors")
     assert np.array_equal(engine.encode(images, TEXTS), before)
 

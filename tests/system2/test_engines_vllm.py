@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
+from openhelix.runtime.core.files import BadFile
 from openhelix.runtime.observe.metrics import Library
 from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.engines.vllm import VllmEngine, serving_folder
@@ -49,6 +52,17 @@ def test_a_request_does_not_depend_on_its_batch(vllm, images) -> None:
     together = vllm.encode(images, TEXTS)
     alone = np.concatenate([vllm.encode([i], [t]) for i, t in zip(images, TEXTS, strict=True)])
     assert np.abs(together - alone).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_a_weight_that_is_not_finite_is_refused(tiny_model, tmp_path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "llava")
+    state = load_file(tmp_path / "llava" / "model.safetensors")
+    name = next(name for name in state if name.endswith("mlp.down_proj.weight"))
+    state[name].view(-1)[3] = float("nan")
+    save_file(state, tmp_path / "llava" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadFile, match=r"down_proj\.weight has values that are not finite"):
+        VllmEngine(str(tmp_path / "llava"), dtype="float32", untrained=True)
 
 
 def test_what_vllm_counts_is_there_for_prometheus(vllm, images) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from openhelix.system2.latents import (
     KINDS,
@@ -110,10 +114,44 @@ def test_head_round_trip(tmp_path, layers: tuple[int, ...]) -> None:
 def test_a_damaged_head_is_refused(tmp_path) -> None:
     path = tmp_path / "h.safetensors"
     path.write_bytes(b"not a tensor file")
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match=r"latent_projector: .*: not safetensors"):
         LatentHead.load(path)
     head = LatentHead.fresh(LatentConfig(), torch.randn(50, 12))
     head.act.data[0, 0] = float("nan")
     head.save(path)
     with pytest.raises(CheckpointError, match="not finite"):
         LatentHead.load(path)
+
+
+HEAD = {"latent": asdict(LatentConfig())}
+
+
+@pytest.mark.parametrize(
+    ("about", "change", "said"),
+    [
+        ("{", {}, "its account of the read-out: not JSON"),
+        ("[1]", {}, "its account of the read-out: holds list"),
+        ("{}", {}, "latent: must be an object"),
+        (json.dumps({"latent": {"kind": 5}}), {}, "latent: kind"),
+        (json.dumps({"latent": {"kind": "nope"}}), {}, "latent.kind: 'nope'"),
+        (json.dumps({"latent": {"colour": 1}}), {}, "latent: colour: no such field"),
+        (json.dumps({"latent": {"n_act": 10**9}}), {}, "are not those of n_act=1000000000"),
+        (json.dumps({"latent": {"layers": list(range(1, 99))}}), {}, "98 states side by side"),
+        (json.dumps(HEAD), {"act": torch.zeros(3)}, "holds no <ACT> and projector"),
+        (json.dumps(HEAD), {"act": None}, "holds no <ACT> and projector"),
+        (json.dumps(HEAD), {"projector.weight": torch.zeros(3)}, "holds no <ACT> and projector"),
+        (json.dumps(HEAD), {"projector.bias": None}, "projector.bias is missing"),
+        (json.dumps(HEAD), {"projector.bias": torch.zeros(3)}, "projector.bias has shape (3,)"),
+        (json.dumps(HEAD), {"more": torch.zeros(3)}, "more does not belong there"),
+        (json.dumps(HEAD), {"act": torch.full((1, 12), float("inf"))}, "act has values that are"),
+    ],
+)
+def test_a_head_that_is_not_as_it_says_is_refused_in_one_line(tmp_path, about, change, said):
+    path = tmp_path / "h.safetensors"
+    LatentHead.fresh(LatentConfig(), torch.randn(50, 12)).save(path)
+    state = {k: v for k, v in (load_file(path) | change).items() if v is not None}
+    save_file(state, path, metadata={"openhelix": about})
+    with pytest.raises(CheckpointError) as caught:
+        LatentHead.load(path)
+    text = str(caught.value)
+    assert text.startswith(f"latent_projector: {path}: ") and said in text and "\n" not in text

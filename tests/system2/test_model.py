@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+from openhelix.runtime.core.files import BadFile
 from openhelix.system2 import model
+from openhelix.system2.engines.transformers import TransformersEngine
+from openhelix.system2.engines.vllm import VllmEngine
 from openhelix.system2.model import (
     MANIFEST,
     CheckpointError,
@@ -122,3 +129,147 @@ def test_the_laptop_model_is_assembled_and_found_again() -> None:
     first = open_checkpoint("laptop")
     assert (first.n_image, first.hidden, first.layers) == (64, 576, 30)
     assert open_checkpoint("laptop") == first
+
+
+# ------------------------------------------------------------------------------------------------
+# What is damaged, hostile or not whole
+
+
+def changed(tiny_model: str, folder: Path, edit: Any = None, **config: Any) -> str:
+    """A copy of a LLaVA with other weights, or other sizes in its description."""
+    shutil.copytree(tiny_model, folder)
+    file = folder / "model.safetensors"
+    if edit is not None:
+        state = load_file(file)
+        edit(state)
+        save_file(state, file, metadata={"format": "pt"})
+    if config:
+        about = json.loads((folder / "config.json").read_text())
+        for section, values in config.items():
+            about[section] |= values
+        (folder / "config.json").write_text(json.dumps(about))
+    return str(folder)
+
+
+def without(word: str) -> Any:
+    def edit(state: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in state if word in name]:
+            del state[name]
+
+    return edit
+
+
+def misnamed(state: dict[str, torch.Tensor]) -> None:
+    name = next(name for name in state if name.endswith("self_attn.q_proj.weight"))
+    state[name.replace("q_proj", "q_prog")] = state.pop(name)
+
+
+def narrower(state: dict[str, torch.Tensor]) -> None:
+    name = next(name for name in state if name.endswith("mlp.down_proj.weight"))
+    state[name] = state[name][:-1].contiguous()
+
+
+@pytest.mark.parametrize("engine", [TransformersEngine, VllmEngine])
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (without("vision_tower."), r"missing model\.vision_tower\.embeddings\.class_embedding"),
+        (without("multi_modal_projector"), r"missing model\.multi_modal_projector\.linear_1"),
+        (misnamed, r"2 weights do not fit: missing .*q_proj\.weight; unknown .*q_prog\.weight"),
+        (narrower, r"down_proj\.weight has shape \(63, 128\), needs \(64, 128\)"),
+        (lambda state: state.update(more=torch.zeros(3)), r"unknown .*more"),
+    ],
+)
+def test_no_engine_serves_weights_that_are_not_all_there(
+    tiny_model: str, tmp_path: Path, engine: Any, edit: Any, said: str
+) -> None:
+    folder = changed(tiny_model, tmp_path / "llava", edit)
+    with pytest.raises(CheckpointError, match=f"{re.escape(folder)}.*{said}") as caught:
+        engine(folder, untrained=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(tiny_model: str, tmp_path: Path, bad: float) -> None:
+    def edit(state: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in state if name.endswith("mlp.down_proj.weight"))
+        state[name].view(-1)[3] = bad
+
+    folder = changed(tiny_model, tmp_path / "llava", edit)
+    with pytest.raises(BadFile, match=r"down_proj\.weight has values that are not finite"):
+        TransformersEngine(folder, untrained=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "said"),
+    [
+        ("text_config", {"vocab_size": 10**9}, "text_config.vocab_size: 1000000000 is not in"),
+        ("text_config", {"num_hidden_layers": 10**6}, "num_hidden_layers: 1000000 is not in"),
+        ("text_config", {"num_hidden_layers": 250}, "describes at least"),
+        ("text_config", {"num_hidden_layers": 5}, r"missing .*layers\.4\."),
+        ("text_config", {"hidden_size": 32_000}, "describes at least"),
+        ("text_config", {"hidden_size": "64"}, "hidden_size"),
+        ("vision_config", {"image_size": 10**6}, "vision_config.image_size: 1000000 is not in"),
+        ("vision_config", {"patch_size": 0}, "vision_config.patch_size: 0 is not in"),
+        ("vision_config", {"num_hidden_layers": -1}, "num_hidden_layers: -1 is not in"),
+    ],
+)
+def test_a_description_beyond_reason_is_refused_before_anything_is_built(
+    tiny_model: str, tmp_path: Path, section: str, values: dict[str, Any], said: str
+) -> None:
+    folder = changed(tiny_model, tmp_path / "llava", **{section: values})
+    with pytest.raises(CheckpointError, match=said) as caught:
+        open_checkpoint(folder)
+    assert folder in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", b"{", "cannot be read"),
+        ("config.json", b"[]", "cannot be read"),
+        ("config.json", b"", "cannot be read"),
+        ("model.safetensors", b"", "not safetensors: 0 bytes"),
+        ("model.safetensors", struct.pack("<Q", 2**62) + b"{}", "claims a header"),
+        ("model.safetensors", None, "holds no .safetensors"),
+        ("tokenizer.json", b"{", "has no tokenizer"),
+        ("openhelix.json", b"[]", "holds list"),
+        ("openhelix.json", b"{", "not JSON"),
+        ("openhelix.json", b'{"act_ids": [99999999]}', "is no row of a table of"),
+        ("openhelix.json", b'{"act_ids": "x"}', "act_ids: must be a list"),
+        ("openhelix.json", b'{"model_id": 3}', "model_id: must be text"),
+        ("openhelix.json", b'{"template": "nope"}', "template: 'nope' is none of"),
+        (
+            "processor_config.json",
+            b'{"image_processor": {"size": {"height": 1000000, "width": 3}}}',
+            "size: 1000000 is not in",
+        ),
+    ],
+)
+def test_a_damaged_file_of_a_llava_is_named(
+    tiny_model: str, tmp_path: Path, name: str, content: bytes | None, said: str
+) -> None:
+    folder = changed(tiny_model, tmp_path / "llava")
+    if content is None:
+        (tmp_path / "llava" / name).unlink()
+    else:
+        (tmp_path / "llava" / name).write_bytes(content)
+    with pytest.raises(BadFile, match=re.escape(said)) as caught:
+        open_checkpoint(folder).prompts(1)
+    assert folder in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        "{",
+        "[]",
+        json.dumps({"shipped": False}),
+        json.dumps({f: 10**9 for f in ("image_size", "patch_size", "width", "layers", "heads")}),
+        json.dumps({f: "1" for f in ("image_size", "patch_size", "width", "layers", "heads")}),
+    ],
+)
+def test_a_small_base_model_with_a_false_account_is_named(tmp_path: Path, about: str) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "vision.safetensors", metadata={"tower": about})
+    with pytest.raises(BadFile, match=r"vision\.safetensors: its account of the tower"):
+        open_checkpoint(str(tmp_path))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from openhelix.system2.engines.text import TextEngine
+from openhelix.system2.model import CheckpointError
 from openhelix.system2.prompt import BadInstruction
 from openhelix.system2.text import FILE, TextCode, TextError, TextReader, fitted_code
+from openhelix.system2.understanding import Understanding
 from tests.system2.tiny import write_laptop_like
 
 SAID = [
@@ -84,7 +88,7 @@ def test_a_code_comes_back_from_its_file_and_no_other_has_its_name(code, tmp_pat
     assert back.spec == code.spec and torch.equal(back.basis, code.basis)
     assert replace(code, mean=code.mean + 1).spec.model_id != code.spec.model_id
     (tmp_path / "junk").write_bytes(b"junk")
-    with pytest.raises(TextError, match="cannot read"):
+    with pytest.raises(TextError, match=r"text: .*junk: not safetensors"):
         TextCode.load(tmp_path / "junk")
 
 
@@ -113,3 +117,60 @@ def test_a_code_of_other_layers_is_refused(reader, code):
         reader.encode(replace(code, layers=(1, 2)), ["go"])
     with pytest.raises(TextError, match="at least 2"):
         fitted_code(reader, SAID[:1])
+
+
+TEXT = {"layers": [1, 3], "words": 2, "model": "m"}
+CODE = {"mean": torch.zeros(8), "spread": torch.ones(8), "basis": torch.eye(8)[:4].clone()}
+JUDGE = {"layers": [2], "hidden": 4, "width": 3, "model": "m", "threshold": 0.5, "note": {}}
+
+
+@pytest.mark.parametrize(
+    ("about", "change"),
+    [
+        ("{", {}),
+        ("[]", {}),
+        (json.dumps(TEXT | {"layers": "1"}), {}),
+        (json.dumps(TEXT | {"words": 10**9}), {}),
+        (json.dumps(TEXT | {"words": "2"}), {}),
+        (json.dumps({"words": 2}), {}),
+        (json.dumps(TEXT | {"layers": [1, 2, 3]}), {}),
+        (json.dumps(TEXT), {"mean": torch.zeros(3)}),
+        (json.dumps(TEXT), {"basis": torch.zeros(4, 7)}),
+        (json.dumps(TEXT), {"basis": torch.full((4, 8), float("nan"))}),
+        (json.dumps(TEXT), {"more": torch.zeros(1)}),
+    ],
+)
+def test_a_code_that_is_not_as_it_says_is_refused_in_one_line(tmp_path, about, change):
+    path = tmp_path / "text.safetensors"
+    save_file(CODE, path, metadata={"text": json.dumps(TEXT)})
+    assert TextCode.load(path).layers == (1, 3)
+    save_file(CODE | change, path, metadata={"text": about})
+    with pytest.raises(TextError) as caught:
+        TextCode.load(path)
+    assert str(caught.value).startswith(f"text: {path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("about", "change"),
+    [
+        ("{", {}),
+        ("null", {}),
+        (json.dumps(JUDGE | {"width": 10**9}), {}),
+        (json.dumps(JUDGE | {"hidden": 10**9}), {}),
+        (json.dumps(JUDGE | {"threshold": "0.5"}), {}),
+        (json.dumps({"layers": [2]}), {}),
+        (json.dumps(JUDGE), {"mean": torch.zeros(3)}),
+        (json.dumps(JUDGE), {"inner.weight": torch.full((3, 8), float("inf"))}),
+        (json.dumps(JUDGE), {"more": torch.zeros(1)}),
+    ],
+)
+def test_a_judge_that_is_not_as_it_says_is_refused_in_one_line(tmp_path, about, change):
+    path = tmp_path / "understanding.safetensors"
+    head = Understanding([2], 4, 3, "m")
+    head.save(path)
+    assert Understanding.load(path).layers == (2,)
+    save_file(load_file(path) | change, path, metadata={"understanding": about})
+    with pytest.raises(CheckpointError) as caught:
+        Understanding.load(path)
+    assert str(caught.value).startswith(f"understanding: {path}: ")
+    assert "\n" not in str(caught.value)
