@@ -1,6 +1,7 @@
 """Panels of the dashboards: the few kinds that are used, with one look.
 
-Every panel says what it shows in its description; units are Grafana's names of base units.
+Every panel says what it shows in its description, and what it means that it shows nothing; units
+are Grafana's names of base units.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from grafana_foundation_sdk.builders import (
     statetimeline,
     table,
     timeseries,
+    trend,
 )
 from grafana_foundation_sdk.models import common as c
 from grafana_foundation_sdk.models import dashboard as d
@@ -29,6 +31,8 @@ from openhelix.deploy.grafana.promql import Column, Query
 SOURCE = d.DataSourceRef(type_val="prometheus", uid="openhelix-prometheus")
 TAG = "openhelix"
 STEPS = ("interval", "latency", "le")  # labels that are numbers
+NOTHING = "nothing in this time range"
+SCHEME = "Cividis"  # the same order of brightness for every eye
 
 
 def query(expr: str, legend: str, letter: str = "A") -> prometheus.Dataquery:
@@ -52,9 +56,32 @@ def lines(
     log: bool = False,
     stack: bool = False,
     top: float | None = None,
+    band: tuple[str, str] | None = None,
+    empty: str = NOTHING,
 ) -> timeseries.Panel:
-    """Return curves over time."""
-    panel = timeseries.Panel().title(title).description(about).unit(unit).datasource(SOURCE)
+    """Return curves over time.
+
+    Args:
+        title: of the panel.
+        about: what it shows.
+        unit: of the values.
+        queries: the curves.
+        width: in cells of the grid, 24 wide.
+        height: in cells.
+        log: a logarithmic axis.
+        stack: one curve upon the other.
+        top: of the axis.
+        band: legends of two curves that are drawn as the bounds of a band.
+        empty: shown where there is no data.
+    """
+    panel = (
+        timeseries.Panel()
+        .no_value(empty)
+        .title(title)
+        .description(about)
+        .unit(unit)
+        .datasource(SOURCE)
+    )
     panel.span(width).height(height).line_width(1).fill_opacity(30 if stack else 5)
     panel.show_points(c.VisibilityMode.NEVER)
     panel.tooltip(common.VizTooltipOptions().mode(c.TooltipDisplayMode.MULTI))
@@ -71,15 +98,28 @@ def lines(
         panel.max(top)
     for number, (expr, legend_format) in enumerate(queries):
         panel.with_target(query(expr, legend_format, chr(ord("A") + number)))
-    return panel
+    return panel if band is None else _with_band(panel, *band)
 
 
-def heat(title: str, about: str, unit: str, expr: str, width: int = 12) -> heatmap.Panel:
+def _with_band(panel: Any, low: str, high: str) -> Any:
+    """Fill between two curves and draw neither."""
+    unseen = d.DynamicConfigValue("custom.lineWidth", 0)
+    panel.override_by_name(low, [unseen, d.DynamicConfigValue("custom.fillOpacity", 0)])
+    below = d.DynamicConfigValue("custom.fillBelowTo", low)
+    grey = d.DynamicConfigValue("color", {"mode": "fixed", "fixedColor": "text"})
+    return panel.override_by_name(
+        high, [unseen, below, grey, d.DynamicConfigValue("custom.fillOpacity", 15)]
+    )
+
+
+def heat(
+    title: str, about: str, unit: str, expr: str, width: int = 12, empty: str = NOTHING
+) -> heatmap.Panel:
     """Return a histogram over time; `expr` gives the increase of each bucket, by `le`."""
-    panel = heatmap.Panel().title(title).description(about).datasource(SOURCE)
+    panel = heatmap.Panel().no_value(empty).title(title).description(about).datasource(SOURCE)
     panel.span(width).height(8).calculate(False).cell_gap(1).show_legend()
     panel.y_axis(_y_axis(unit))
-    color = heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Turbo")
+    color = heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme(SCHEME)
     panel.color(color.exponent(0.5).steps(64).fill("dark-orange"))
     buckets = query(expr, "{{le}}").format(PromQueryFormat.HEATMAP)
     return panel.with_target(buckets)
@@ -98,7 +138,9 @@ def figure(
     bad: Sequence[tuple[float, str]] = (),
 ) -> stat.Panel:
     """Return the newest values as numbers; `bad` says from where on which colour."""
-    panel = stat.Panel().title(title).description(about).unit(unit).datasource(SOURCE)
+    panel = (
+        stat.Panel().no_value("none").title(title).description(about).unit(unit).datasource(SOURCE)
+    )
     panel.span(width).height(4).graph_mode(c.BigValueGraphMode.AREA)
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
     steps = [d.Threshold(None, "green"), *(d.Threshold(at, color) for at, color in bad)]
@@ -162,22 +204,47 @@ def rows(
     *columns: Column,
     width: int = 12,
     height: int = 10,
+    empty: str = NOTHING,
 ) -> table.Panel:
     """Return a table: one row for each value of the labels `by`."""
-    panel = table.Panel().title(title).description(about).datasource(SOURCE)
+    panel = table.Panel().no_value(empty).title(title).description(about).datasource(SOURCE)
     panel.span(width).height(height)
     found: table.Panel = _joined(panel, by, columns)
     return found
 
 
-def bars(title: str, about: str, by: str, *columns: Column, width: int = 12) -> barchart.Panel:
-    """Return bars side by side for each value of one label, in its order."""
-    panel = barchart.Panel().title(title).description(about).datasource(SOURCE)
-    panel.span(width).height(9).x_field(by).show_value(c.VisibilityMode.NEVER)
-    panel.min(0).unit(columns[0][2]).group_width(0.7).bar_width(0.9).fill_opacity(70)
+def bars(
+    title: str, about: str, by: str, column: Column, width: int = 12, empty: str = NOTHING
+) -> barchart.Panel:
+    """Return a bar for each value of one label, in its order."""
+    panel = barchart.Panel().no_value(empty).title(title).description(about).datasource(SOURCE)
+    panel.span(width).height(9).x_field(by).show_value(c.VisibilityMode.ALWAYS)
+    panel.min(0).unit(column[2]).group_width(0.7).bar_width(0.9).fill_opacity(70)
+    panel.legend(common.VizLegendOptions().show_legend(False))
+    found: barchart.Panel = _joined(panel, [by], [column])
+    return found
+
+
+def curve(
+    title: str,
+    about: str,
+    by: str,
+    *columns: Column,
+    width: int = 12,
+    empty: str = NOTHING,
+) -> trend.Panel:
+    """Return a curve over one label's values, which are numbers; two more columns are its band."""
+    panel = trend.Panel().no_value(empty).title(title).description(about).datasource(SOURCE)
+    panel.span(width).height(9).x_field(by).min(0).unit(columns[0][2])
+    panel.line_width(2).point_size(7).show_points(c.VisibilityMode.ALWAYS)
     legend = common.VizLegendOptions().display_mode(c.LegendDisplayMode.LIST)
     panel.legend(legend.placement(c.LegendPlacement.BOTTOM).show_legend(True))
-    found: barchart.Panel = _joined(panel, [by], columns)
+    found: trend.Panel = _joined(panel, [by], columns)
+    if len(columns) == 3:
+        found.max(1)
+        _with_band(found, columns[1][0], columns[2][0])
+        for title, _, _ in columns[1:]:
+            found.override_by_name(title, [d.DynamicConfigValue("custom.showPoints", "never")])
     return found
 
 

@@ -2,19 +2,34 @@
 
 Rates are over Grafana's `$__rate_interval`, sums over what the time picker says (`$__range`);
 `$instance` is the dashboard's choice of targets.
+
+A run lasts seconds to minutes, and `rate` divides by the whole window even if the run began or
+ended within it: a loop of 30 Hz would show 19. So rates are divided by those of a counter of
+seconds that the same process serves: its loop's, or its endpoint's.
 """
 
 from __future__ import annotations
 
+from openhelix.runtime.observe.metrics import sections
+
 HERE = '{instance=~"$instance"}'
+LOOP_S, UP_S = "openhelix_loop_running_seconds_total", "openhelix_up_seconds_total"
+OF_THE_LOOP = {e.name for s in sections() if s.served_by == "control" for e in s.entries}
 Query = tuple[str, str]  # expression, legend
 Column = tuple[str, str, str]  # title, expression, unit
 
 
 def rate(name: str, by: str = "", more: str = "", here: bool = True) -> str:
-    """Return a counter's increase a second, in total for each value of the labels `by`."""
-    inner = f"rate(openhelix_{name}{_chosen(more, here)}[$__rate_interval])"
-    return f"sum by ({by}) ({inner})" if by else inner
+    """Return a counter's increase a second of running, in total for each value of `by`."""
+    seconds = LOOP_S if f"openhelix_{name}" in OF_THE_LOOP else UP_S
+    found = per_second(f"openhelix_{name}{_chosen(more, here)}", seconds)
+    return f"sum by ({by}) ({found})" if by else found
+
+
+def per_second(counter: str, seconds: str = UP_S) -> str:
+    """Return a counter's increase for every second that another one counts in its process."""
+    while_running = f"(rate({seconds}[$__rate_interval]) > 0)"
+    return f"rate({counter}[$__rate_interval]) / on (instance) group_left () {while_running}"
 
 
 def events(name: str, by: str = "", more: str = "", here: bool = True) -> str:
@@ -30,7 +45,8 @@ def buckets(name: str, here: bool = True) -> str:
 
 def quantile(name: str, q: float) -> str:
     """Return a quantile of a distribution, a series a target."""
-    return f"histogram_quantile({q}, {rate(f'{name}_bucket', 'instance, le')})"
+    grown = f"rate(openhelix_{name}_bucket{HERE}[$__rate_interval])"
+    return f"histogram_quantile({q}, sum by (instance, le) ({grown}))"
 
 
 def quantiles(name: str) -> list[Query]:

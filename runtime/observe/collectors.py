@@ -76,6 +76,8 @@ class LoopMetrics:
         self._loop, self._pacer, self._episode_runner = loop, pacer, episode_runner
         self._realtime = realtime
         self._states: dict[str, int] = dict.fromkeys(("wait", "run", "hold", "stop"), 0)
+        self._first_ns: int | None = None
+        self._last_ns = 0
         self._limited = dict.fromkeys(LIMITS, 0)
         self._lateness = Histogram("loop_tick_lateness_seconds")
         self._duration = Histogram("loop_tick_duration_seconds")
@@ -96,6 +98,9 @@ class LoopMetrics:
     def __call__(self, tick: Tick) -> None:
         """Take one tick; a few microseconds."""
         self._states[tick.state] += 1
+        self._last_ns = tick.t_ns
+        if self._first_ns is None:
+            self._first_ns = tick.t_ns
         self._duration.observe(tick.duration_s)
         if self._pacer is not None:
             self._lateness.observe(self._pacer.stats.last_ns * 1e-9)
@@ -114,6 +119,8 @@ class LoopMetrics:
         """Return all families of the loop."""
         loop = self._loop
         yield counter("loop_ticks", dict(self._states))
+        ran_ns = 0 if self._first_ns is None else self._last_ns - self._first_ns
+        yield counter("loop_running_seconds", ran_ns * 1e-9)
         yield gauge("loop_period_seconds", loop.period_ns * 1e-9)
         yield gauge("loop_instruction_id", loop.instruction_id)
         if self._pacer is not None:

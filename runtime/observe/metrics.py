@@ -98,6 +98,11 @@ _LOOP = (
         "Control ticks by state: wait, run, hold, stop.",
         "state",
     ),
+    _counter(
+        "loop_running_seconds",
+        "Time from the first tick to the newest one. Dashboards divide by it: a rate over a window "
+        "in which the loop began or ended is too low.",
+    ),
     _counter("loop_deadlines_missed", "Control periods skipped because a tick overran."),
     _histogram("loop_tick_lateness_seconds", "How late a tick woke after its deadline.", LATENESS),
     _histogram("loop_tick_duration_seconds", "A tick's own work, without waiting.", LATENESS),
@@ -232,6 +237,9 @@ _WIRE = (
         "channel",
     ),
 )
+_EVERY = (
+    _counter("up_seconds", "Time since this endpoint opened; what rates of other parts are over."),
+)
 _SINKS = (
     _counter("sink_written", "Items written.", "sink"),
     _counter("sink_dropped", "Items dropped rather than delay the loop.", "sink"),
@@ -248,7 +256,8 @@ _SECTIONS = (
     Section("Tasks", "control", _TASKS),
     Section("Evaluations", "eval", _EVALUATIONS),
     Section("Transport", "control, system1, system2, observer", _WIRE),
-    Section("Recording, video and viewer", "observer", _SINKS),
+    Section("Recording, film and viewer", "observer", _SINKS),
+    Section("Every endpoint", "control, system1, system2, eval, observer", _EVERY),
 )
 _BY_NAME: Mapping[str, Entry] = {e.name: e for section in _SECTIONS for e in section.entries}
 
@@ -379,9 +388,10 @@ class Library:
 
 
 class _Visits:
-    """Notes when somebody scrapes: a part that gives no family."""
+    """Notes when somebody scrapes, and says since when that is possible."""
 
     def __init__(self) -> None:
+        self._begun_s = time.monotonic()
         self._changed = threading.Condition()
         self._times_s: deque[float] = deque(maxlen=2)
         self._count = 0
@@ -391,7 +401,7 @@ class _Visits:
             self._times_s.append(time.monotonic())
             self._count += 1
             self._changed.notify_all()
-        return ()
+        yield counter("up_seconds", time.monotonic() - self._begun_s)
 
     def await_next(self, limit_s: float) -> bool:
         with self._changed:

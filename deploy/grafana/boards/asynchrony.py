@@ -6,7 +6,7 @@ from typing import Any
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from openhelix.deploy.grafana.panels import bars, board, heat, lines, rows
+from openhelix.deploy.grafana.panels import board, curve, heat, lines, rows
 from openhelix.deploy.grafana.promql import HERE, buckets, mean, quantile, rate, success
 
 CELL = ["suite", "clock", "interval", "latency"]
@@ -27,26 +27,30 @@ def dashboard() -> Dashboard:
 
 
 def _sweeps() -> list[Any]:
-    age = "mean age, steps"
+    age, steps = "mean age", "suffix: steps"
+    none = "no sweep in this time range; `openhelix sweep` runs one"
     return [
-        bars(
+        curve(
             "Success by interval",
             "All suites and latencies in the selected time range, with 95 % Wilson intervals.",
             "interval",
             *success("eval_attempts_total", "interval", here=False)[:3],
+            empty=none,
         ),
-        bars(
+        curve(
             "Latent age by interval",
             "Mean age of the latents used for planning, in environment steps.",
             "interval",
-            (age, mean(AGES, "interval", here=False), "none"),
+            (age, mean(AGES, "interval", here=False), steps),
+            empty=none,
         ),
         rows(
             "Every combination",
             "On the wall clock, the latency is System 2's own.",
             CELL,
             *success("eval_attempts_total", ", ".join(CELL), here=False),
-            (age, mean(AGES, ", ".join(CELL), here=False), "none"),
+            (age, mean(AGES, ", ".join(CELL), here=False), steps),
+            empty=none,
             width=24,
             height=12,
         ),
@@ -65,11 +69,11 @@ def _live() -> list[Any]:
             (came, f"actual interval {NAME}"),
         ),
         lines(
-            "Success and latent age",
-            "Success over the last hour, and median age in seconds.",
-            "none",
-            (f"instance:openhelix_success:ratio1h{HERE}", f"success {NAME}"),
-            (f"instance:openhelix_latent_age_seconds:p50_1m{HERE}", f"age, s {NAME}"),
+            "Success",
+            "Over the last hour; the dashboard about success shows its interval.",
+            "percentunit",
+            (f"instance:openhelix_success:ratio1h{HERE}", NAME),
+            top=1,
         ),
         lines(
             "Late latents",

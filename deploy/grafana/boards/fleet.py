@@ -7,12 +7,13 @@ from typing import Any
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from openhelix.deploy.grafana.panels import board, figure, heat, lines, rows
-from openhelix.deploy.grafana.promql import HERE, buckets, events, rate
+from openhelix.deploy.grafana.promql import HERE, buckets, events, per_second, rate
 
 NAME = "{{instance}}"
 BUSY = f"instance:openhelix_system2_busy:ratio1m{HERE}"
 SKIPPED = f"instance:openhelix_system2_skipped:ratio1m{HERE}"
 ROBOTS, QUEUE = f"openhelix_system2_robots{HERE}", f"openhelix_system2_queue{HERE}"
+NO_VLLM = "System 2 runs on another engine than vLLM"
 PUBLISHED = rate("system2_published_total")
 
 
@@ -70,7 +71,7 @@ def _load() -> list[Any]:
         lines(
             "Robots and queue",
             "Served, and waiting.",
-            "none",
+            "suffix: robots",
             (ROBOTS, f"robots {NAME}"),
             (QUEUE, f"queue {NAME}"),
         ),
@@ -89,7 +90,7 @@ def _load() -> list[Any]:
             (SKIPPED, f"skipped {NAME}"),
             top=1,
         ),
-        lines("Batch size", "Requests per engine call.", "none", (together, NAME)),
+        lines("Batch size", "Requests per engine call.", "suffix: requests", (together, NAME)),
         heat("Latency", "Per engine call.", "s", buckets("system2_latency_seconds")),
         heat(
             "Wait",
@@ -117,7 +118,7 @@ def _robots() -> list[Any]:
         lines(
             "Deadlines skipped per second, by robot",
             "Should be even across robots.",
-            "hertz",
+            "suffix: /s",
             (rate("system2_robot_skipped_total"), "{{robot}}"),
         ),
         lines(
@@ -135,13 +136,14 @@ def _turned_away() -> list[Any]:
             "Shed",
             "In the selected time range, by reason.",
             ["instance", "reason"],
-            ("requests", f"round({events('system2_shed_total', 'instance, reason')})", "none"),
+            ("requests", f"round({events('system2_shed_total', 'instance, reason')}) > 0", "none"),
             height=8,
+            empty="no request was rejected in this time range",
         ),
         lines(
             "Failed, refused, lost",
             "Requests per second that got no latent.",
-            "hertz",
+            "suffix: /s",
             (rate("system2_failed_total"), f"failed {NAME}"),
             (rate("system2_refused_total"), f"refused {NAME}"),
             (rate("wire_gaps_total", more='channel="requests"'), f"lost {NAME}"),
@@ -151,7 +153,7 @@ def _turned_away() -> list[Any]:
             "Connections refused and closed per second",
             "key: missing or wrong; protocol: no CURVE; unfinished: dropped during the handshake. "
             "ended: a robot left, or was disconnected for an oversized frame.",
-            "hertz",
+            "suffix: /s",
             (rate("wire_refused_total", "channel, reason", here=False), "{{channel}} {{reason}}"),
             (rate("wire_ended_total", "channel", here=False), "{{channel}} ended"),
             width=24,
@@ -165,15 +167,17 @@ def _engine() -> list[Any]:
         lines(
             "vLLM: requests",
             "Running and waiting in vLLM.",
-            "none",
+            "suffix: requests",
             (f"vllm:num_requests_running{HERE}", f"running {NAME}"),
             (f"vllm:num_requests_waiting{HERE}", f"waiting {NAME}"),
+            empty=NO_VLLM,
         ),
         lines(
             "vLLM: prompt tokens per second",
             "Tokens prefilled.",
-            "none",
-            (f"rate(vllm:prompt_tokens_total{HERE}[$__rate_interval])", NAME),
+            "suffix: tokens/s",
+            (per_second(f"vllm:prompt_tokens_total{HERE}"), NAME),
+            empty=NO_VLLM,
         ),
         lines(
             "GPU memory",
@@ -182,6 +186,7 @@ def _engine() -> list[Any]:
             (f"{memory}_used_bytes", f"used {{{{gpu}}}} {NAME}"),
             (f"{memory}_reserved_bytes", f"{{{{part}}}} {{{{gpu}}}} {NAME}"),
             (f"{memory}_total_bytes", f"total {{{{gpu}}}} {NAME}"),
+            empty="no GPU is in use",
             width=24,
         ),
     ]

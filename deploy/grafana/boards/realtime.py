@@ -7,11 +7,19 @@ from typing import Any
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from openhelix.deploy.grafana.panels import board, figure, heat, lines, rows, states
-from openhelix.deploy.grafana.promql import HERE, buckets, events, quantile, quantiles, rate
+from openhelix.deploy.grafana.promql import (
+    HERE,
+    buckets,
+    events,
+    per_second,
+    quantile,
+    quantiles,
+    rate,
+)
 
 LATE, AGE = "loop_tick_lateness_seconds", "latent_age_seconds"
 MODES = {"run": "green", "hold": "orange", "stop": "red"}
-HZ, NAME = "hertz", "{{instance}}"
+HZ, PER_S, NAME = "hertz", "suffix: /s", "{{instance}}"
 
 
 def dashboard() -> Dashboard:
@@ -111,7 +119,7 @@ def _lateness() -> list[Any]:
         heat("Tick lateness", "How long after its deadline each tick wakes.", "s", buckets(LATE)),
         heat("Tick duration", "Work per tick.", "s", buckets("loop_tick_duration_seconds")),
         lines("Tick lateness", "Median and 99th percentile.", "s", *quantiles(LATE), log=True),
-        lines("Deadlines missed", "Control periods skipped per second.", HZ, (missed, NAME)),
+        lines("Deadlines missed", "Control periods skipped per second.", PER_S, (missed, NAME)),
     ]
 
 
@@ -139,7 +147,7 @@ def _latents() -> list[Any]:
             "Missed: never arrived. Mismatched: from another model; the robot stops. "
             "Refused: the instruction is not understood; the robot holds. "
             "Future, old, before_stop: dropped for the time of their image.",
-            HZ,
+            PER_S,
             (rate("latents_late_total"), f"late {NAME}"),
             (rate("latents_void_total"), f"void {NAME}"),
             (rate("latents_missed_total"), f"missed {NAME}"),
@@ -172,7 +180,7 @@ def _systems() -> list[Any]:
         lines(
             "Trajectory rows per second, by outcome",
             "Executed, expired, replaced by a newer trajectory, or voided.",
-            HZ,
+            PER_S,
             (rate("chunk_rows_total", "fate"), "{{fate}}"),
             stack=True,
         ),
@@ -191,22 +199,24 @@ def _safety() -> list[Any]:
         lines(
             "Ticks per second limited, by limit",
             "Workspace, speed, acceleration, gripper, not finite.",
-            HZ,
+            PER_S,
             (rate("safety_limited_total", "limit"), "{{limit}}"),
         ),
         rows(
             "Safe stops",
             "In the selected time range, by reason.",
             by,
-            ("stops", f"round({events('safety_stops_total', 'instance, reason')})", "none"),
+            ("stops", f"round({events('safety_stops_total', 'instance, reason')}) > 0", "none"),
             height=8,
+            empty="no safe stop in this time range",
         ),
         rows(
             "Holds",
             "In the selected time range, by reason.",
             by,
-            ("holds", f"round({events('safety_holds_total', 'instance, reason')})", "none"),
+            ("holds", f"round({events('safety_holds_total', 'instance, reason')}) > 0", "none"),
             height=8,
+            empty="no hold in this time range",
         ),
     ]
 
@@ -217,23 +227,23 @@ def _beside() -> list[Any]:
         lines(
             "Messages lost or rejected per second, by channel",
             "Across all processes and runs; lost: sent, but never received.",
-            HZ,
+            PER_S,
             (rate("wire_gaps_total", "channel", here=False), "lost {{channel}}"),
             (rate("wire_dropped_total", "channel", here=False), "rejected {{channel}}"),
             (rate("wire_send_dropped_total", "channel", here=False), "not sent {{channel}}"),
         ),
         lines(
-            "Recording, video, viewer",
+            "Recording, film, viewer",
             "Items per second written, and dropped to avoid delaying the loop.",
-            HZ,
+            PER_S,
             (rate("sink_written_total", "sink", here=False), "written {{sink}}"),
             (rate("sink_dropped_total", "sink", here=False), "dropped {{sink}}"),
         ),
         lines(
             "CPU by process",
-            "In cores.",
-            "none",
-            (f"rate(process_cpu_seconds_total{job}[$__rate_interval])", f"{{{{part}}}} {NAME}"),
+            "Cores in use.",
+            "suffix: cores",
+            (per_second(f"process_cpu_seconds_total{job}"), f"{{{{part}}}} {NAME}"),
             stack=True,
         ),
         lines(

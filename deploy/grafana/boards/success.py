@@ -10,6 +10,7 @@ from openhelix.deploy.grafana.panels import bars, board, figure, heat, lines, ro
 from openhelix.deploy.grafana.promql import HERE, buckets, events, longer, mean, rate, success
 
 CHAINS, EVAL_CHAINS = "chain_successes", "eval_chain_successes"
+NO_EVAL = "no evaluation in this time range"
 HOUR = "instance:openhelix_success"
 
 
@@ -62,10 +63,12 @@ def _now() -> list[Any]:
 def _robots() -> list[Any]:
     rules = (
         ("ratio1h", "last hour"),
-        ("wilson_low1h", "from"),
+        ("wilson_low1h", "95 % from"),
         ("wilson_high1h", "to"),
         ("ratio1d", "last day"),
     )
+    none = "no sequence ended in this time range"
+
     return [
         rows(
             "By task",
@@ -76,22 +79,24 @@ def _robots() -> list[Any]:
         ),
         lines(
             "Success over the last hour",
-            "With its 95 % Wilson interval, and the last day's success.",
+            "With its 95 % Wilson interval, and the last day's success; a panel for each robot.",
             "percentunit",
-            *((f"{HOUR}:{rule}{HERE}", f"{name} {{{{instance}}}}") for rule, name in rules),
+            *((f"{HOUR}:{rule}{HERE}", name) for rule, name in rules),
             height=12,
             top=1,
-        ),
+            band=("95 % from", "to"),
+        ).repeat("instance"),
         bars(
             "Chains",
             "Share of sequences with more than this many successes in a row.",
             "le",
             ("share", longer(CHAINS), "percentunit"),
+            empty=none,
         ),
         heat(
             "Environment steps per success",
             "Steps under the policy's control.",
-            "none",
+            "suffix: steps",
             buckets("task_env_steps"),
         ),
     ]
@@ -107,12 +112,14 @@ def _evaluations() -> list[Any]:
             ["suite", "task"],
             *success("eval_tasks_total", "suite, task", here=False),
             height=12,
+            empty=NO_EVAL,
         ),
         lines(
             "Episodes per minute, by outcome",
             "error: aborted; counts as a failure.",
-            "none",
+            "suffix: /min",
             (minute, "{{suite}} {{outcome}}"),
+            empty=NO_EVAL,
             height=12,
         ),
         rows(
@@ -122,11 +129,13 @@ def _evaluations() -> list[Any]:
             ("tasks in a row", mean(EVAL_CHAINS, "suite", here=False), "none"),
             ("chains", chains, "none"),
             height=9,
+            empty=NO_EVAL,
         ),
         bars(
             "Evaluation chains",
             "Share with more than this many successes in a row; CALVIN's five rates.",
             "le",
             ("share", longer(EVAL_CHAINS, here=False), "percentunit"),
+            empty=NO_EVAL,
         ),
     ]
