@@ -100,7 +100,8 @@ def run(seconds: float, config: Path, words: tuple[str, ...]) -> dict[str, Any]:
                 ),
                 *("tasks.instruction=push the sliding door to the left side",),
                 *(f"tasks.steps_limit={steps}", f"output.folder={folder}"),
-                *("output.metrics_port=0", "system2.hz=1", *words),
+                # Its film would be drawn afterwards, for as long again.
+                *("output.metrics_port=0", "output.video=false", "system2.hz=1", *words),
             ],
             stdout=subprocess.PIPE,
             text=True,

@@ -9,8 +9,10 @@ the world said of each task.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
@@ -49,6 +51,7 @@ TITLE_S: Final = 1.6
 MARK_S: Final = 1.3  # how long what became of a task is shown
 TRAIL_TICKS: Final = 45
 _MS: Final = Fraction(1, 1000)
+Scene = tuple[CameraFrame, U8 | None]  # from the room, and (side, side, 3) from the hand
 WORDS: Final = {"wait": "waits for a plan", "run": "", "hold": "holds", "stop": "stopped"}
 
 
@@ -205,9 +208,15 @@ class Sheet:
         self._about, self.size = about, size
         self._unit = size[1] / 720.0  # what is written scales with the picture
 
-    def draw(self, message: TickMessage, story: Story) -> U8:
-        """Return the frame (H, W, 3) of a tick, which `story` has taken."""
-        picture, inset = self._pictures(message, story)
+    def draw(self, message: TickMessage, story: Story, scene: Scene | None = None) -> U8:
+        """Return the frame (H, W, 3) of a tick, which `story` has taken.
+
+        Args:
+            message: the tick.
+            story: of the run so far.
+            scene: what `scene_of` drew for it before; None draws it now.
+        """
+        picture, inset = scene or self.scene_of(message) or self._seen(story)
         image = Image.fromarray(picture.rgb)
         self._plan(image, picture, story)
         if inset is not None:
@@ -242,15 +251,22 @@ class Sheet:
     def _px(self, pixels: float) -> int:
         return max(1, round(pixels * self._unit))
 
-    def _pictures(self, message: TickMessage, story: Story) -> tuple[CameraFrame, U8 | None]:
+    def scene_of(self, message: TickMessage) -> Scene | None:
+        """Draw the world as it was at a tick, from the room and from the hand; None without a scenery.
+
+        Takes nearly all of a frame's time, and may run in several threads at once.
+        """
+        scenery, visual, side = self._about.scenery, message.visual, self._px(216)
+        if scenery is None or visual is None:
+            return None
+        room = scenery.picture(visual, "room", *self.size)
+        inset = None
+        if "gripper" in self._about.cameras:
+            inset = scenery.picture(visual, "gripper", side, side).rgb
+        return room, inset
+
+    def _seen(self, story: Story) -> Scene:
         side = self._px(216)
-        scenery, visual = self._about.scenery, message.visual
-        if scenery is not None and visual is not None:
-            room = scenery.picture(visual, "room", *self.size)
-            inset = None
-            if "gripper" in self._about.cameras:
-                inset = scenery.picture(visual, "gripper", side, side).rgb
-            return room, inset
         first, second, *_ = [*(story.frames.get(name) for name in self._about.cameras), None, None]
         return self._framed(first), None if second is None else _resized(second.rgb, side)
 
@@ -390,24 +406,50 @@ def frames_of(
     if about.lines:
         card = sheet.title()
         yield from (card for _ in range(round(TITLE_S * fps)))
-    story, number = Story(images=about.scenery is None), 0
-    first_ns, frame = None, None
-    step_ns = 1e9 * speed / fps
+    story, frame = Story(images=about.scenery is None), None
+    steps = _steps(messages, begin_s, end_s, 1e9 * speed / fps)
+    for message, times, scene in _drawn_ahead(steps, sheet.scene_of):
+        story.take(message)
+        if times is None:
+            continue
+        frame = sheet.draw(message, story, scene)
+        yield from (frame for _ in range(times))
+    if frame is not None and story.marked:  # what became of the last task
+        yield from (frame for _ in range(round(MARK_S * fps)))
+
+
+def _steps(
+    messages: Iterable[TickMessage], begin_s: float, end_s: float | None, step_ns: float
+) -> Iterator[tuple[TickMessage, int | None]]:
+    """Yield every tick with how often its frame is shown; None for one that is not drawn."""
+    first_ns, number = None, 0
     for message in messages:
         t_ns = message.tick.t_ns
         first_ns = t_ns if first_ns is None else first_ns
-        story.take(message)
-        at_ns = t_ns - first_ns - begin_s * 1e9
         if end_s is not None and t_ns - first_ns > end_s * 1e9:
             return
-        if at_ns < number * step_ns - 1e6 and not message.entries:
-            continue
-        frame = sheet.draw(message, story)
-        while number * step_ns - 1e6 <= at_ns:
-            yield frame
-            number += 1
-    if frame is not None and story.marked:  # what became of the last task
-        yield from (frame for _ in range(round(MARK_S * fps)))
+        late_ns = t_ns - first_ns - begin_s * 1e9 + 1e6 - number * step_ns
+        times = int(late_ns // step_ns) + 1 if late_ns >= 0 else 0
+        number += times
+        yield message, times if times or message.entries else None
+
+
+def _drawn_ahead(
+    steps: Iterable[tuple[TickMessage, int | None]], draw: Callable[[TickMessage], Scene | None]
+) -> Iterator[tuple[TickMessage, int | None, Scene | None]]:
+    """Yield the steps with their scenes, which as many threads draw as there are cores."""
+    cores, ahead = os.cpu_count() or 1, 0
+    waiting: deque[tuple[TickMessage, int | None, Future[Scene | None] | None]] = deque()
+    with ThreadPoolExecutor(cores, "film") as pool:
+        for message, times in steps:
+            waiting.append((message, times, None if times is None else pool.submit(draw, message)))
+            ahead += times is not None
+            while ahead > 2 * cores:
+                first, shown, drawn = waiting.popleft()
+                ahead -= drawn is not None
+                yield first, shown, None if drawn is None else drawn.result()
+        for first, shown, drawn in waiting:
+            yield first, shown, None if drawn is None else drawn.result()
 
 
 def make_film(

@@ -197,6 +197,8 @@ class Scenery(Protocol):
     def picture(self, visual: F64, view: str, width: int, height: int) -> CameraFrame:
         """Draw without jagged edges, for people to look at; without depth, stamped 0.
 
+        Called from several threads at once.
+
         Args:
             visual: of the instant.
             view: "room" (from where the static camera stands) or a camera's name.

@@ -113,7 +113,8 @@ def test_compose_mounts_what_is_there_and_starts_the_versions_named() -> None:
             else:
                 assert source.startswith("/tmp") or source in compose["volumes"]
     provider = DEPLOY / "grafana" / "provisioning" / "dashboards" / "openhelix.yml"
-    path = yaml.safe_load(provider.read_text())["providers"][0]["options"]["path"]
+    named = yaml.safe_load(provider.read_text())["providers"][0]["options"]["path"]
+    path = compose["services"]["grafana"]["environment"][named.removeprefix("$")]
     assert inside[path] == DEPLOY / "grafana" / "dashboards" or inside[path].samefile(FOLDER)
     home = compose["services"]["grafana"]["environment"][
         "GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"

@@ -25,7 +25,7 @@ from tests.runtime.docs_code import DOCS, blocks, commands
 ROOT = DOCS.parent
 PAGES = ("../README.md", "../CONTRIBUTING.md", *sorted(page.name for page in DOCS.glob("*.md")))
 PLAIN = "system2.engine.target=openhelix.system2.engines.transformers:TransformersEngine"
-LOCKSTEP = f"{PLAIN} ray=false control.clock=lockstep tasks.steps_limit=1 output.video=false"
+LOCKSTEP = f"{PLAIN} ray=false control.clock=lockstep tasks.steps_limit=1 output.track=false"
 SHORT = f"--steps 1 --workers 1 {PLAIN}"
 
 
@@ -70,6 +70,18 @@ RULES = (
         "weights of the reader's own",
     ),
     Rule(r"openhelix run --config configs/run.yaml$", LOCKSTEP),
+    Rule(
+        r"openhelix run .*--interactive",
+        None,
+        "goes on until it is left; tests/integration/test_talk.py talks to runs",
+    ),
+    Rule(r"openhelix run --task ", LOCKSTEP),
+    Rule(r"openhelix say ", "", code=1),  # no run is alive
+    Rule(
+        r"openhelix (view|film)",
+        None,
+        "of a run of the reader's; tests/runtime/cli/test_commands.py makes one and looks at it",
+    ),
     Rule(r"openhelix serve ", None, "goes on until it is stopped; tests/integration/test_fleet.py"),
     Rule(
         r"openhelix status --web",
@@ -110,9 +122,13 @@ RULES = (
         "needs other hosts or Docker",
     ),
     Rule(r"^deploy/install-debian.sh", None, "installs packages; CI runs it"),
+    Rule(
+        r"deploy.grafana.picture", None, "needs a Prometheus; tests/deploy/test_grafana_picture.py"
+    ),
+    Rule(r"^GF_SERVER", None, "needs Grafana"),
 )
 PROGRAM = re.compile(
-    r"^(?:\.venv/bin/)?(?:openhelix|make|python|ray|docker|prometheus|OPENHELIX_ROBOT|deploy/\S+\.sh)(?= |=|$)"
+    r"^(?:\.venv/bin/)?(?:openhelix|make|python|ray|docker|prometheus|OPENHELIX_ROBOT|GF_SERVER_HTTP_ADDR|deploy/\S+\.sh)(?= |=|$)"
 )
 
 
