@@ -67,6 +67,9 @@ from openhelix.runtime.core.interfaces import (
     Observation,
     PartFailed,
     Policy,
+    PolicySpec,
+    SpecMismatch,
+    check_frame,
 )
 from openhelix.runtime.core.quaternion import angle_between, normalise
 from openhelix.runtime.observe.background import Background, Counted
@@ -764,7 +767,8 @@ def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
         (rad), openness; p50, p99 and max over all rows. Null without a chunk to compare.
 
     Raises:
-        RecordingError: there is no recording, or its seed is none.
+        RecordingError: there is no recording, its seed is none, or what it holds is no input of
+            the policy.
         PartFailed: the policy raised.
     """
     reader, matcher = Reader(path), _Inputs(memory)
@@ -789,6 +793,7 @@ def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
             if message.instruction_id != instruction_id:
                 instruction_id = message.instruction_id
                 policy.reset(seed + instruction_id)
+            _check_given(reader.path, policy.spec, *given)
             start_s = time.perf_counter()
             try:
                 again = checked_chunk(policy.act(*given), given[0])
@@ -810,6 +815,30 @@ def replay(path: Path, policy: Policy, memory: int = 1) -> dict[str, Any]:
         "gripper_error": _spread(rows[:, 2]),
         "s1_latency_s": _spread(np.array(latencies_s)),
     }
+
+
+def _check_given(
+    path: Path, spec: PolicySpec, observation: Observation, latents: Sequence[LatentGoal]
+) -> None:
+    """Refuse what is recorded and is no input of this policy.
+
+    Raises:
+        RecordingError: an image or a latent is missing or of another size.
+    """
+    try:
+        for camera in spec.cameras:
+            frame = observation.frames.get(camera.name)
+            if frame is None:
+                raise SpecMismatch(f"camera {camera.name!r}: is not in it")
+            check_frame(frame, camera)
+        if spec.latent is None:
+            return
+        shape = (spec.latent.n_tokens, spec.latent.dim)
+        for latent in latents:
+            if latent.z.shape != shape:
+                raise SpecMismatch(f"latent: has shape {latent.z.shape}, the policy takes {shape}")
+    except SpecMismatch as error:
+        raise RecordingError(f"{path}: {error}") from None
 
 
 class _Inputs:

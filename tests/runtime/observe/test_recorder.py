@@ -25,7 +25,13 @@ from mcap_protobuf.decoder import DecoderFactory
 
 from openhelix.runtime.control.talk import Entry
 from openhelix.runtime.core.config import ConfigError, RunConfig
-from openhelix.runtime.core.interfaces import PartFailed
+from openhelix.runtime.core.interfaces import (
+    ActionSpec,
+    CameraSpec,
+    LatentSpec,
+    PartFailed,
+    PolicySpec,
+)
 from openhelix.runtime.observe import recorder as module
 from openhelix.runtime.observe.recorder import (
     Reader,
@@ -417,8 +423,10 @@ def test_a_small_file_does_not_unpack_to_gigabytes(tmp_path, unpacked, packed):
 class Policy:
     """Answers as the run's policy did; `off_m` makes it another one."""
 
-    def __init__(self, off_m=0.0):
+    def __init__(self, off_m=0.0, side=64, dim=8):
         self.off_m, self.seeds = off_m, []
+        cameras = (CameraSpec("static", side, side),)
+        self.spec = PolicySpec(cameras, LatentSpec("x", 1, dim), ActionSpec(), 4)
 
     def reset(self, seed=None):
         self.seeds.append(seed)
@@ -459,6 +467,20 @@ def test_replay_says_what_it_could_not_match(tmp_path):
     report = replay(tmp_path / "r.mcap", Policy())
     assert report["unmatched"] == report["chunks"] > 0
     assert report["position_error_m"] is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (Policy(side=200), r"camera 'static': rgb is uint8\(64, 64, 3\), promised"),
+        (Policy(dim=512), r"latent: has shape \(1, 8\), the policy takes \(1, 512\)"),
+    ],
+)
+def test_a_recording_that_is_no_input_of_the_policy_is_named(tmp_path, policy, said):
+    path = tmp_path / "r.mcap"
+    record(path, ticks(20))
+    with pytest.raises(RecordingError, match=rf"^{re.escape(str(path))}: {said}"):
+        replay(path, policy)
 
 
 @pytest.mark.parametrize("seed", ["abc", -1, None, 1.5])
