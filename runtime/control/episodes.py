@@ -137,7 +137,8 @@ class EpisodeRunner:
             elif self._stopped_by:
                 todo.clear()
             if not todo:
-                if not stay or self.talk.closed:
+                # Who said "stop" may say what to do instead.
+                if not (stay or self._stopped_by) or self.talk.closed:
                     break
                 self._rest(stop)
                 continue

@@ -188,7 +188,8 @@ class Display:
                 continue
             self._entries_told = entry["number"]
             own = self._prompt is not None and entry["who"] == myself()  # what is typed is there
-            if entry["kind"] in TOLD and not own:
+            first = self._prompt is not None and entry["kind"] == "acting"
+            if (entry["kind"] in TOLD or first) and not own:
                 self.say(entry["line"], STYLES.get(_mood(entry), ""))
         if not health.get("loop_state"):
             return
@@ -262,7 +263,7 @@ def _live_table(health: Mapping[str, Any], steps_limit: int) -> Table:
     table.add_row("step", f"{health['steps']} of {steps_limit}, {state}")
     age = _number(health["latent_age_s"], ".2f")
     rate = f"control {_number(health['control_hz'], '.1f')} Hz, latent {age} s old"
-    if health["understood"] is not None:
+    if health["understood"] is not None and health["understood"] < 1.0:  # 1: nobody judges
         rate += f", {health['understood']:.0%} understood"
     table.add_row("now", rate)
     judged = [row for row in health["tasks"] if row["task"]]

@@ -1,12 +1,11 @@
 """Makes the pictures of the documentation anew, on a machine that is left alone meanwhile.
 
     python -m tests.integration.pictures [--sequence 0] [--out docs/images]
-    python -m tests.integration.pictures --film outputs/latest/video.mp4
 
-The first: one run of the shipped pair on the wall clock, seen by the status page in headless Chromium and
+One run of the shipped pair on the wall clock, seen by the status page in headless Chromium and
 by a real Prometheus, then a small asynchrony sweep; the dashboards are drawn from what that
-Prometheus answers. Needs `deploy/install-debian.sh prometheus browser`; takes five to eight minutes.
-The second: a run's video as the moving picture of the README, in seconds.
+Prometheus answers, and ten seconds of the run's film are the README's moving picture. Needs
+`deploy/install-debian.sh prometheus browser`; takes five to ten minutes.
 """
 
 from __future__ import annotations
@@ -17,11 +16,9 @@ import contextlib
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import av
 from PIL import Image
 
 from openhelix.deploy.grafana.picture import main as draw
@@ -86,7 +83,9 @@ def make(folder: Path, out: Path, sequence: int) -> None:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 run.terminate()
-            run.wait(60.0)
+            run.wait(300.0)  # it draws its film
+        part = ("--seconds", "10", "--height", "360", "--no-title", "--out", str(out / "run.webp"))
+        subprocess.run([*CLI, "film", str(folder / "run-0001"), *part], check=True)
         board("realtime", 1.0, server, out)
         cells = ("--intervals", "2,10,30,60", "--latencies", "0", "--drift-sequences", "0")
         small = ("--suites", "calvin", "--sequences", "6", "--steps", "60", "--workers", "1")
@@ -101,35 +100,11 @@ def make(folder: Path, out: Path, sequence: int) -> None:
             board(name, 10.0, server, out)
 
 
-def moving_picture(video: Path, out: Path, width: int = 480, speed: int = 3, hz: int = 10) -> None:
-    """Write a video of 30 frames per second as a GIF, `speed` times as fast."""
-
-    def frames() -> Iterator[Image.Image]:
-        with av.open(str(video)) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number % (30 * speed // hz) == 0:
-                    image = frame.to_image()
-                    size = (width, round(image.height * width / image.width))
-                    yield image.resize(size, Image.Resampling.LANCZOS)
-
-    images = list(frames())
-    sheet = Image.new("RGB", (images[0].width, images[0].height * 8))
-    for row in range(8):  # colours of the whole film
-        sheet.paste(images[row * (len(images) - 1) // 7], (0, row * images[0].height))
-    palette = sheet.quantize(96)  # one for all frames: what does not move costs nothing
-    first, *rest = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images)
-    first.save(out, save_all=True, append_images=rest, duration=1000 // hz, loop=0, optimize=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequence", type=int, default=0, help="of the 1000, for the run")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
-    parser.add_argument("--film", type=Path, help="only the README's moving picture, of this video")
     options = parser.parse_args()
-    if options.film is not None:
-        moving_picture(options.film, options.out / "run.gif")
-        return
     if BINARY is None or CHROMIUM is None:
         parser.error("needs Prometheus and Chromium: deploy/install-debian.sh prometheus browser")
     with tempfile.TemporaryDirectory(prefix="openhelix-pictures-") as folder:

@@ -194,7 +194,7 @@ def test_other_terminals_and_python_talk_to_a_run(tmp_path: Path) -> None:
         assert json.loads(done.stdout)["word"] == "stop"
         assert run.poll() is None
         robot.stop()
-        assert run.wait(PATIENCE_S) == 3
+        assert run.wait(PATIENCE_S) == 3, run.stderr.read()
     said = [(e["who"], e["text"]) for e in journal(tmp_path) if e["kind"] == "said"]
     assert said[:2] == [("ann", NEAR), ("ben", FAR)]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+from PIL import Image
 from pydantic import BaseModel
 
 from openhelix.runtime.cli import completion
@@ -227,6 +228,30 @@ def test_replay_uses_what_the_recording_carries(tmp_path, capsys) -> None:
     replayed = json.loads(capsys.readouterr().out)
     assert replayed["policy"]["target"] == "tests.fakes:ReachPolicy"
     assert replayed["policy"]["options"] == {"horizon": 9}
+
+
+def test_film_and_viewer_are_made_from_what_a_run_left(tmp_path, capsys) -> None:
+    world = [word for word in LOCKSTEP if not word.startswith("robot.name")]
+    small = "system1.policy.options={horizon: 9, cameras: [[static, 200, 200], [gripper, 84, 84]]}"
+    words = ["run", "--no-ray", *world, *PARTS, small, *FILES, f"output.folder={tmp_path}"]
+    assert main(words) == 0
+    capsys.readouterr()
+    run = str(tmp_path / "latest")
+    out = tmp_path / "moving.webp"
+    part = ["--seconds", "0.2", "--height", "180", "--no-title", "--out", str(out), "--json"]
+    assert main(["film", run, *part]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["path"] == str(out) and made["frames"] >= 2
+    with Image.open(out) as image:
+        assert image.size == (320, 180)
+    assert main(["film", run, "--out", str(tmp_path / "film.avi")]) == 2
+    assert "a film is .mp4, .webp or .gif" in capsys.readouterr().err
+    assert main(["film", str(tmp_path / "none")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "none") in line
+    pytest.importorskip("rerun")
+    assert main(["view", run, "--out", str(tmp_path / "run.rrd"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] > 10_000
 
 
 def test_an_evaluation_in_a_world_that_is_not_there_is_refused(

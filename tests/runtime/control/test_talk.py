@@ -119,7 +119,8 @@ def test_wait_and_go_on() -> None:
     ]
 
 
-def test_stop_stands_still_drops_the_instruction_and_go_on_takes_it_up_again() -> None:
+@pytest.mark.parametrize("stay", [True, False])  # whoever said "stop" may say what to do instead
+def test_stop_stands_still_drops_the_instruction_and_go_on_takes_it_up_again(stay: bool) -> None:
     stack = make("tasks.steps_limit=40")
     runner = stack.episode_runner
     runner._frozen = False
@@ -127,7 +128,7 @@ def test_stop_stands_still_drops_the_instruction_and_go_on_takes_it_up_again() -
     stops: list[str] = stack.loop.robot.stops  # type: ignore[attr-defined]
     before = len(stops)
     stack.loop.subscribers.append(lambda t: runner.talk.close() if t.index == 80 else None)
-    results = runner.run([Assignment("", FAR)], never, stay=True)
+    results = runner.run([Assignment("", FAR)], never, stay=stay)
     assert [r.reason for r in results] == ["stopped by anna", "step limit"]
     assert [r.instruction for r in results] == [FAR, FAR]
     assert {t.state for t in ticks[10:20]} == {"stop"}
