@@ -109,6 +109,7 @@ class EvalOptions(SuiteOptions):
     clock: str = option("lockstep", "lockstep or realtime (lockstep)", "lockstep|realtime")
     interval: int | None = option(None, "System 2 every N steps (30)", "N")
     latency: int = option(0, "its delay in steps (0)", "N")
+    delay: int = option(0, "System 1's own delay in steps (0)", "N")
     drift: bool = option(False, "compare latents with fresh ones")
     videos: Words = option(
         (), "film N episodes, these (as D/7), or those that fail", "N|KEY|failures,..."
@@ -194,14 +195,15 @@ def make_plan(options: EvalOptions, overrides: Sequence[str]) -> Evaluation:
     )
     require_parts(config)
     interval = config.interval_steps if options.interval is None else options.interval
-    if interval < 1 or options.latency < 0:
-        raise ConfigError("--interval must be at least 1, --latency at least 0")
-    if options.clock == "realtime" and (options.interval or options.latency or options.drift):
+    if interval < 1 or min(options.latency, options.delay) < 0:
+        raise ConfigError("--interval must be at least 1, --latency and --delay at least 0")
+    chosen = options.interval or options.latency or options.delay or options.drift
+    if options.clock == "realtime" and chosen:
         raise ConfigError(
-            "--interval, --latency, --drift: belong to the lockstep clock; "
+            "--interval, --latency, --delay, --drift: belong to the lockstep clock; "
             "on the wall clock say system2.hz=HZ"
         )
-    conditions = Conditions(options.steps, interval, options.latency, options.drift)
+    conditions = Conditions(options.steps, interval, options.latency, options.drift, options.delay)
     films = _films(options.videos, suite)
     return Evaluation(suite, conditions, config, options.threads, options.sees, *films)
 
@@ -255,8 +257,10 @@ def refuse_ignored(overrides: Sequence[str], options: SuiteOptions, clock: str) 
     }
     if isinstance(options, EvalOptions):
         instead["lockstep.latency_steps"] = ("--latency", options.latency)
+        instead["lockstep.plan_delay_steps"] = ("--delay", options.delay)
     else:  # of a sweep
         instead["lockstep.latency_steps"] = ("--latencies", None)
+        instead["lockstep.plan_delay_steps"] = ("--delays", None)
         instead["lockstep.interval_steps"] = ("--intervals", None)
     given = apply_overrides({}, overrides, RunConfig)
     for field, (flag, value) in instead.items():

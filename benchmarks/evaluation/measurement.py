@@ -22,6 +22,8 @@ from openhelix.runtime.control.goals import LockstepGoals
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.core.interfaces import (
     F32,
+    F64,
+    Action,
     ActionChunk,
     Engine,
     Judgement,
@@ -32,7 +34,11 @@ from openhelix.runtime.core.interfaces import (
     PolicySpec,
     judged,
 )
+from openhelix.runtime.core.quaternion import Quat, angle_between, conjugate, multiply
+from openhelix.runtime.observe.collectors import LIMITS
 from openhelix.runtime.robots.env import EnvRobot
+
+CUT = frozenset(LIMITS)  # what an action's `info` says that the safety limits did to it
 
 # -- System 2 on a schedule, computed on demand ----------------------------------------
 #
@@ -236,6 +242,84 @@ class Watch:
         return self._tasks[number] | {"latent_age_steps": age}
 
 
+class Motion:
+    """A subscriber that measures, task by task, how smoothly the arm is led.
+
+    All of it is of the targets that were sent, position in m and rotation in rad, at the control
+    rate. A *border* is where a newer chunk takes over from one that is being followed: the tick
+    of its arrival and the two after it, about the time of a blend.
+    """
+
+    BORDER_TICKS = 3
+
+    def __init__(self, stack: ControlStack) -> None:
+        self._rate_hz = 1e9 / stack.loop.period_ns
+        self._tasks: list[dict[str, list[float]]] = []
+        self._sent: list[Action] = []  # the newest four at most, without a pause between them
+        self._border = 0  # ticks of it that are left
+        self._peak = (0.0, 0.0)
+        self._limited = False
+
+    def __call__(self, tick: Tick) -> None:
+        while len(self._tasks) < tick.observation.instruction_id:
+            self._tasks.append({"jerk": [], "jump_m": [], "jump_rad": [], "limited": []})
+            self._sent, self._border = [], 0
+        if tick.state != "run":
+            self._sent, self._border = [], 0
+            return
+        if tick.new_chunk is not None and self._sent:
+            self._border, self._peak, self._limited = self.BORDER_TICKS, (0.0, 0.0), False
+        self._sent = [*self._sent[-3:], tick.sent]
+        at = [action.pose[:3] for action in self._sent]
+        if len(at) == 4:
+            third = at[3] - 3 * at[2] + 3 * at[1] - at[0]
+            self._tasks[-1]["jerk"].append(float(third @ third) * self._rate_hz**6)
+        if self._border and len(at) >= 3:
+            self._at_border(at, bool(CUT & set(tick.sent.info)))
+
+    def _at_border(self, at: Sequence[F64], limited: bool) -> None:
+        a, b, c = (quat(action.pose[3:]) for action in self._sent[-3:])
+        bend = float(np.linalg.norm(at[-1] - 2 * at[-2] + at[-3]))
+        turn = angle_between(multiply(c, conjugate(b)), multiply(b, conjugate(a)))
+        self._peak = (max(self._peak[0], bend), max(self._peak[1], turn))
+        self._limited |= limited
+        self._border -= 1
+        if not self._border:
+            task = self._tasks[-1]
+            task["jump_m"].append(self._peak[0])
+            task["jump_rad"].append(self._peak[1])
+            task["limited"].append(float(self._limited))
+
+    def row(self, number: int) -> dict[str, Any]:
+        """What to report of a task, by its place in the chain.
+
+        `jerk_m_s3` is the root of the mean square; `jump_m` and `jump_rad` are the means over
+        borders of the greatest change of the step from one tick to the next; `limited` counts the
+        borders at which the safety limits cut a target.
+        """
+        if number >= len(self._tasks):
+            return {"motion": None}
+        task = self._tasks[number]
+        borders = len(task["jump_m"])
+        return {
+            "motion": {
+                "jerk_m_s3": round(float(np.mean(task["jerk"])) ** 0.5, 4)
+                if task["jerk"]
+                else None,
+                "borders": borders,
+                "jump_m": round(float(np.mean(task["jump_m"])), 6) if borders else None,
+                "jump_rad": round(float(np.mean(task["jump_rad"])), 6) if borders else None,
+                "limited": int(sum(task["limited"])),
+            }
+        }
+
+
+def quat(values: F64) -> Quat:
+    """Return four numbers as a rotation."""
+    x, y, z, w = values.tolist()
+    return x, y, z, w
+
+
 class Drift:
     """A subscriber that compares the latent behind each plan with a fresh one.
 
@@ -293,6 +377,7 @@ class Attempt:
         self.video: bytes | None = None
         self.drift: Drift | None = None
         self._watch: Watch | None = None
+        self._motion: Motion | None = None
         self._stack: ControlStack | None = None
         self._robot: EnvRobot | None = None
         self._renders = 0
@@ -301,7 +386,8 @@ class Attempt:
         """Watch this stack from now on."""
         self._stack, self._robot, self._renders = stack, robot, robot.renders
         self._watch = Watch(stack, engine)
-        stack.loop.subscribers.append(self._watch)
+        self._motion = Motion(stack)
+        stack.loop.subscribers += [self._watch, self._motion]
 
     def outcome(self, wall_s: float, cpu_s: float = 0.0) -> Outcome:
         """Return the result as plain data; `cpu_s` is the process's own time."""
@@ -332,7 +418,7 @@ class Attempt:
         return Outcome(result, self.video)
 
     def _row(self, number: int, result: TaskResult) -> dict[str, Any]:
-        assert self._watch is not None
+        assert self._watch is not None and self._motion is not None
         return {
             "task": result.task,
             "instruction": result.instruction,
@@ -343,6 +429,7 @@ class Attempt:
             "understood": result.understood,
             "refused": result.refused,
             **self._watch.row(number),
+            **self._motion.row(number),
         }
 
     def _broken(self, done: int) -> list[dict[str, Any]]:

@@ -344,6 +344,8 @@ def work(results: Sequence[Result]) -> dict[str, Any]:
         "latents_encoded": sum(row["encoded"] for row in rows),
         "latents_per_task": _mean([row["latents"] for row in rows]),
         "renders": sum(r["renders"] for r in results),
+        "steps_to_success": _mean([row["env_steps"] for row in rows if row["success"]]),
+        "motion": motion([row["motion"] for row in rows if row.get("motion")]),
         "latent_age_steps": {"mean": _mean(ages), "max": max(oldest, default=None)},
         "drift": {
             "n": len(samples),
@@ -351,6 +353,23 @@ def work(results: Sequence[Result]) -> dict[str, Any]:
             "cosine_p05": float(np.quantile([c for _, c in samples], 0.05)) if samples else None,
             "age_steps_mean": _mean([age for age, _ in samples]),
         },
+    }
+
+
+def motion(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How smoothly the arm was led, over all tasks; see `measurement.Motion`."""
+    squares = [row["jerk_m_s3"] ** 2 for row in rows if row["jerk_m_s3"] is not None]
+    borders = sum(row["borders"] for row in rows)
+    met = [row for row in rows if row["borders"]]
+    jumps = {
+        name: sum(row[name] * row["borders"] for row in met) / borders if borders else None
+        for name in ("jump_m", "jump_rad")
+    }
+    return {
+        "jerk_m_s3": float(np.mean(squares)) ** 0.5 if squares else None,
+        "borders": borders,
+        **jumps,
+        "limited": sum(row["limited"] for row in rows),
     }
 
 

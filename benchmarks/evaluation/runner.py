@@ -36,11 +36,10 @@ from openhelix.runtime.control.assembly import (
     build_stack,
     make,
     make_policy,
-    replan_ns,
+    sync_planner,
 )
 from openhelix.runtime.control.episodes import Assignment
 from openhelix.runtime.control.loop import Tick
-from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import ConfigError, RunConfig
 from openhelix.runtime.core.files import NO_ROOM, refusal_of
@@ -78,6 +77,7 @@ class Conditions:
         steps_limit: environment steps per task.
         interval: System 2 refreshes every so many steps.
         latency: steps until its latent arrives.
+        delay: steps from an observation to the arrival of System 1's chunk.
         drift: compare the latents in use with fresh ones (costs System 2 calls).
     """
 
@@ -85,6 +85,7 @@ class Conditions:
     interval: int
     latency: int = 0
     drift: bool = False
+    delay: int = 0
 
 
 class EpisodeClock(FakeClock):
@@ -287,6 +288,7 @@ class Runner:
                     update={
                         "interval_steps": conditions.interval,
                         "latency_steps": conditions.latency,
+                        "plan_delay_steps": conditions.delay,
                     }
                 ),
             }
@@ -303,7 +305,7 @@ class Runner:
                 draw_now = not isinstance(robot, PlayTableRobot)
                 goals = DemandGoals(self._engine, camera, *when, draw_now=draw_now)
             policy = DemandPolicy(policy, goals)
-        planner = SyncPlanner(policy, replan_ns(config))
+        planner = sync_planner(config, policy)
         stack = build_stack(config, robot, spec, planner, goals, self._clock)
         runner = stack.episode_runner
 

@@ -2,12 +2,14 @@
 
     openhelix sweep --intervals 2,10,30,60 --latencies 0,10 --sequences 20 --workers 2
     openhelix sweep --clock realtime --intervals 10,30 --sequences 4
+    openhelix sweep --delays 0,4,8,15 --intervals 30 --latencies 0 --suites calvin,calvin-d
 
 Every cell of the sweep is an evaluation of its own, on the same episodes: System 2 refreshes
 every `interval` environment steps and its latent arrives `latency` steps later. Beside the
 score it reports the age of the latents behind the plans, their drift (cosine similarity to the
 latent System 2 would give at that moment, measured on the first episodes of a cell) and System
-2's cost per task. Finished cells are not run again.
+2's cost per task, and how smoothly the arm was led. Finished cells are not run again. `--delays`
+makes System 1 late as well: so many steps pass from an observation to the arrival of its chunk.
 
 `--clock realtime` (or `both`) runs the same intervals on the wall clock, with System 2 in its own
 process at `control.hz / interval` hertz. The latency is then that of this machine, and a rate
@@ -21,6 +23,7 @@ import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,7 @@ def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
         "sees",
         "interval",
         "latency",
+        "plan delay",
         "average length" if chain else "success %",
         "95 % interval",
         "against the first: difference",
@@ -88,7 +92,7 @@ def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
             [
                 c["sees"],
                 str(c["interval"]),
-                "its own" if c["latency"] is None else str(c["latency"]),
+                *("its own" if c[k] is None else str(c[k]) for k in ("latency", "delay")),
                 f"{scale * _score(c):.{digits}f}",
                 interval(c["ci95"], scale, digits),
                 f"{scale * c['against']['difference']:+.{digits}f}",
@@ -98,6 +102,32 @@ def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
                 f"{c['latents_per_task'] or 0:.1f}",
                 f"{c['s2_s_per_task']:.2f}",
                 "" if c.get("s2_cpu_s_per_task") is None else f"{c['s2_cpu_s_per_task']:.2f}",
+            ]
+        )
+    return header, rows
+
+
+def motion_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Return how the arm was led in the cells of one suite, as a table."""
+    header = [
+        *("interval", "latency", "plan delay", "steps to success", "held steps per task"),
+        *("borders", "jump at a border, mm", "rad", "cut by limits", "jerk, m/s3"),
+    ]
+    rows = []
+    for c in cells:
+        moved = c["motion"]
+        jump_m, turn, jerk = (moved[k] for k in ("jump_m", "jump_rad", "jerk_m_s3"))
+        rows.append(
+            [
+                str(c["interval"]),
+                *("its own" if c[k] is None else str(c[k]) for k in ("latency", "delay")),
+                "" if c["steps_to_success"] is None else f"{c['steps_to_success']:.0f}",
+                f"{c['hold_steps_per_task']:.1f}",
+                str(moved["borders"]),
+                "" if jump_m is None else f"{1000 * jump_m:.2f}",
+                "" if turn is None else f"{turn:.4f}",
+                str(moved["limited"]),
+                "" if jerk is None else f"{jerk:.2f}",
             ]
         )
     return header, rows
@@ -144,7 +174,7 @@ def to_markdown(report: Mapping[str, Any], pictures: bool = False) -> str:
     for name, cells in suites_of(report).items():
         parts += [f"## {name}\n", note(report, cells) + "\n"]
         parts += [f"![{name}]({picture_of(name)})\n"] if pictures else []
-        parts.append(markdown_table(table_of(cells)))
+        parts += [markdown_table(table_of(cells)), markdown_table(motion_table(cells))]
     return "\n".join(parts)
 
 
@@ -170,28 +200,39 @@ def to_keep(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plot(name: str, cells: Sequence[Cell]) -> plots.Drawing:
-    """Return score against the time between two latents, one line a latency."""
+    """Return score against the time between two latents, one line a latency.
+
+    With several delays of System 1's own it is score against that delay.
+    """
     chain = "avg_len" in cells[0]
     scale = 1.0 if chain else 100.0
     series: dict[str, list[tuple[float, float, float, float]]] = {}
     rows = {c["sees"] for c in cells}
+    delays = {c["delay"] for c in cells} - {None}
+    along, other = ("delay", "interval") if len(delays) > 1 else ("interval", "delay")
     for c in cells:
         low, high = c["ci95"]
-        point = (c["interval"] * STEP_S, scale * _score(c), scale * low, scale * high)
+        point = (c[along] * STEP_S, scale * _score(c), scale * low, scale * high)
         late = "its own latency"
         if c["latency"] is not None:
             late = f"arrives {c['latency'] * STEP_S:.2g} s later"
         line = late if rows == {"image"} else f"{c['sees']}, {late}"
+        if along == "delay":
+            line = f"a latent every {c['interval'] * STEP_S:.2g} s, {line}"
+        elif c[other]:
+            line = f"{line}, plans {c[other] * STEP_S:.2g} s late"
         series.setdefault(line, []).append(point)
     counts = [int(c.get("n_sequences") or c.get("n_episodes") or 0) for c in cells]
     what, bars = ("chains", plots.BOOTSTRAP) if chain else ("episodes", plots.WILSON)
     return plots.lines(
         series,
-        "time from one latent to the next (s)",
+        "time from one latent to the next (s)"
+        if along == "interval"
+        else "time from an observation to its plan (s)",
         "tasks in a row" if chain else "success (%)",
         f"{name}: success against asynchrony",
         f"{plots.trials(counts, what)}; bars: {bars}",
-        sorted({c["interval"] * STEP_S for c in cells}),
+        sorted({c[along] * STEP_S for c in cells}),
         5.0 if chain else 100.0,
     )
 
@@ -204,7 +245,7 @@ def write(report: Mapping[str, Any], folder: Path, kept: bool = False) -> None:
         for file, data in picture.files(picture_of(name).removesuffix(".png")).items():
             replace_file(folder / file, data)
         body += [f"<h2>{name}</h2><p>{note(report, cells)}</p>", image(picture.svg, "svg+xml")]
-        body.append(html_table(table_of(cells)))
+        body += [html_table(table_of(cells)), html_table(motion_table(cells))]
     replace_file(folder / "sweep.json", json.dumps(report, indent=1).encode() + b"\n")
     replace_file(folder / "sweep.md", to_markdown(report, pictures=True).encode())
     if not kept:
@@ -230,6 +271,7 @@ class SweepOptions(SuiteOptions):
     suites: Words = option(SUITES_SWEPT, "suites to evaluate", "SUITE,...")
     intervals: Numbers = option(INTERVALS, "System 2 every N steps", "N,...")
     latencies: Numbers = option(LATENCIES, "latency of its latents in steps", "N,...")
+    delays: Numbers = option((0,), "System 1's own delay in steps (0)", "N,...")
     sees: Words = option(("image",), "rows: what System 2 is shown", "|".join(SEES))
     clock: str = option("lockstep", "which clock (lockstep)", "|".join(CLOCKS))
     results: Path | None = option(None, "write the finished sweep here too, to keep", "DIR")
@@ -299,8 +341,9 @@ def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Evaluati
     Raises:
         ConfigError: in one line, the option and what is valid.
     """
-    if min(options.intervals, default=0) < 1 or min(options.latencies, default=-1) < 0:
-        raise ConfigError("--intervals must be at least 1, --latencies at least 0")
+    least = min((*options.latencies, *options.delays), default=-1)
+    if min(options.intervals, default=0) < 1 or least < 0 or not options.delays:
+        raise ConfigError("--intervals must be at least 1, --latencies and --delays at least 0")
     for name in options.suites:
         if name not in SUITES:
             raise ConfigError(f"--suites: {none_of(name, SUITES)}")
@@ -324,12 +367,12 @@ def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Evaluati
             # Chains are CALVIN's own: a choice of tasks is for the other suites swept.
             chosen = {"tasks": ()} if name in CHAINS and len(options.suites) > 1 else {}
             suite = make_suite(options.model_copy(update=chosen), name)
-            # On the wall clock the latency is System 2's own.
-            for latency in options.latencies if clock == "lockstep" else (0,):
-                for steps in options.intervals:
-                    conditions = Conditions(options.steps, steps, latency)
-                    here = _at(config, steps)
-                    plans.append(Evaluation(suite, conditions, here, options.threads, sees))
+            # On the wall clock latency and delay are the systems' own.
+            late = product(options.delays, options.latencies) if clock == "lockstep" else ((0, 0),)
+            for (delay, latency), steps in product(late, options.intervals):
+                conditions = Conditions(options.steps, steps, latency, delay=delay)
+                here = _at(config, steps)
+                plans.append(Evaluation(suite, conditions, here, options.threads, sees))
     return plans
 
 
@@ -388,8 +431,9 @@ def _drift(plan: Evaluation, pool: Pool, folder: Path, count: int) -> dict[str, 
 
 
 def name_of(plan: Evaluation) -> str:
-    """Return a cell's name: suite, row, interval, latency; on the wall clock "wall"."""
+    """Return a cell's name: suite, row, interval, latency, delay; on the wall clock "wall"."""
     interval, latency = plan.conditions.interval, f"d{plan.conditions.latency:02d}"
+    latency += f"-p{plan.conditions.delay:02d}" if plan.conditions.delay else ""
     wall = plan.config.control.clock == "realtime"
     name = plan.suite.name + ("-changing" if plan.suite.changing else "")
     row = "" if plan.sees == "image" else f"-{plan.sees}"
@@ -404,12 +448,18 @@ def cell(report: Mapping[str, Any], interval: int) -> Cell:
         score = {k: report[k] for k in ("success_rate", "ci95", "n_episodes")}
         score |= {k: report[k] for k in ("per_pattern",) if k in report}
     return {
-        **{key: report[key] for key in ("suite", "sees", "clock", "latency", "hz2", *SHARED)},
+        **{
+            key: report[key]
+            for key in ("suite", "sees", "clock", "latency", "delay", "hz2", *SHARED)
+        },
         "interval": interval,
         **score,
         "n_errors": report["n_errors"],
         "latent_age_steps": report["work"]["latent_age_steps"],
         "latents_per_task": report["work"]["latents_per_task"],
+        "hold_steps_per_task": report["work"]["hold_steps"] / report["work"]["tasks_attempted"],
+        "steps_to_success": report["work"]["steps_to_success"],
+        "motion": report["work"]["motion"],
         "s2_s_per_task": report["timing"]["s2_s_per_task"],
         "s2_cpu_s_per_task": report["timing"].get("s2_cpu_s_per_task"),
         "folder": report["folder"],
@@ -429,6 +479,7 @@ def _compare(cells: Sequence[Cell]) -> None:
     now["against"] = {
         "interval": base["interval"],
         "latency": base["latency"],
+        "delay": base["delay"],
         "difference": test.difference,
         "ci95": list(test.ci95),
         "p": test.p,

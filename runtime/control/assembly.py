@@ -13,7 +13,13 @@ from typing import Any
 from openhelix.runtime.control.episodes import EpisodeRunner
 from openhelix.runtime.control.goals import Goals, LockstepGoals, WireGoals
 from openhelix.runtime.control.loop import ControlLoop
-from openhelix.runtime.control.plans import ChunkBuffer, Planner, PlanReply, RemotePlanner
+from openhelix.runtime.control.plans import (
+    ChunkBuffer,
+    Planner,
+    PlanReply,
+    RemotePlanner,
+    SyncPlanner,
+)
 from openhelix.runtime.core.clock import Clock, FakeClock, MonotonicClock, Pacer, using_the_slack
 from openhelix.runtime.core.config import ConfigError, Part, RunConfig, SafetyLimits
 from openhelix.runtime.core.interfaces import (
@@ -197,6 +203,22 @@ def remote_planner(config: RunConfig, plans: str, chunks: str) -> RemotePlanner:
         NewestReader(chunks, "chunks", PlanReply, keys=keys),
         replan_ns(config),
     )
+
+
+def sync_planner(config: RunConfig, policy: Policy) -> SyncPlanner:
+    """Return System 1 inside the tick, with the delay that the lockstep clock gives it.
+
+    Raises:
+        ConfigError: no chunk of this policy lasts as long as the delay.
+    """
+    delay, period = config.lockstep.plan_delay_steps, period_ns(config)
+    lasts = int(policy.spec.horizon * 1e9 / (policy.spec.action.hz * period))
+    if delay >= lasts:
+        raise ConfigError(
+            f"lockstep.plan_delay_steps: {delay}, must be less than {lasts}, the steps that a "
+            "chunk of this policy lasts"
+        )
+    return SyncPlanner(policy, replan_ns(config), delay * period)
 
 
 def lockstep_goals(config: RunConfig, engine: Engine, expected: LatentSpec) -> LockstepGoals:

@@ -254,7 +254,7 @@ class EpisodeRunner:
         if self.steps >= self._steps_limit:
             return "step limit"
         if self._holds >= self._hold_limit:
-            return f"held still too long: {tick.reason or 'no latent'}"
+            return f"held still too long: {self._loop.explained(tick.reason) or 'no latent'}"
         return ""
 
     def _result(self, assignment: Assignment, success: bool | None, reason: str) -> TaskResult:
@@ -493,6 +493,11 @@ class LoopStatistics:
         return self._newest
 
     @property
+    def reason(self) -> str:
+        """Why the robot does not move, with what a person can do about it; empty if it does."""
+        return self._loop.explained(self._newest.reason) if self._newest else ""
+
+    @property
     def control_hz(self) -> float | None:
         """Ticks per second, from the first to the last."""
         span_s = (self._last_ns - self._first_ns) * 1e-9
@@ -520,7 +525,7 @@ def live(statistics: LoopStatistics | None) -> dict[str, Any]:
         "ticks": statistics.ticks if statistics else 0,
         "control_hz": statistics.control_hz if statistics else None,
         "loop_state": tick.state if tick else "wait",
-        "loop_reason": tick.reason if tick else "",
+        "loop_reason": statistics.reason if statistics else "",
         "latent_age_s": tick.latent_age_s if tick else None,
         "understood": tick.understood if tick else None,
     }

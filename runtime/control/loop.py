@@ -102,6 +102,16 @@ class ControlLoop:
         newest = None if self.goals is None else self.goals.newest
         return None if newest is None else newest.understood
 
+    def explained(self, reason: str) -> str:
+        """Return a tick's reason, and beside it what a person can do about it."""
+        late_s = self.chunks.late_s
+        if late_s is None or reason != "plan too late":
+            return reason
+        return (
+            f"{reason}: the newest plan came {late_s:.2f} s after its own end; the policy needs a "
+            "longer horizon, or less time for a plan"
+        )
+
     def arm(self) -> None:
         """Call once before the first tick: every source counts as seen now."""
         self.watchdog.arm(self.clock.now_ns())
@@ -232,12 +242,16 @@ class ControlLoop:
         """
         if self._resting:
             return None, None
+        # First what has come, or a System 1 that is free again would wait a tick for its next
+        # input; then again, for one that answers at once.
+        chunk = self.planner.poll(now_ns)
         if self.goals is None or self.goals.recent:
             self.planner.offer(observation, tuple(self.goals.recent) if self.goals else ())
-        chunk = self.planner.poll()
+        chunk = chunk or self.planner.poll(now_ns)
         if chunk is None:
             return None, None
-        if not self.chunks.put(chunk, now_ns):
+        held = observation.tcp_pose if self._last is None else self._last.pose
+        if not self.chunks.put(chunk, now_ns, held):
             return None, chunk
         self._planned = True
         return chunk, None
@@ -251,6 +265,8 @@ class ControlLoop:
             hold = "not_understood"
         elif target is None:
             hold = "chunk_ran_out" if self._planned else "first_plan_due"
+            if self.chunks.late_s is not None:
+                hold = "plan_too_late"
         mode = self.safety.update(self.watchdog.check(now_ns), self.order or hold)
         if mode is Mode.HOLD and self.order == "told_to_stop":
             return "stop", None

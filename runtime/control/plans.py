@@ -21,6 +21,15 @@ the loop actually sampled.
     joined                 *====o----o----o----o----o     * = what was being executed at `now`
                            |blend|                        = is mixed, afterwards the new one
 
+Where nothing was being executed, the arm stood still while the chunk was made, and its first rows
+are not past: the plan begins at the row nearest to where the arm is held, and all its times are
+moved so that this row is due next.
+
+    arm          x  x  x  x  x  x            held at x
+    new chunk    o----o----o----o----o----o
+                           ^ now
+    joined                 x====o----o----o----o----o----o
+
 Planners and buffer belong to one thread, the control loop's: no locks.
 """
 
@@ -32,11 +41,13 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import dist
 from typing import Protocol
 
 import numpy as np
 
 from openhelix.runtime.core.interfaces import (
+    F64,
     Action,
     ActionChunk,
     LatentGoal,
@@ -45,7 +56,13 @@ from openhelix.runtime.core.interfaces import (
     Policy,
     PolicyFault,
 )
-from openhelix.runtime.core.quaternion import Quat, QuaternionError, normalise, slerp
+from openhelix.runtime.core.quaternion import (
+    Quat,
+    QuaternionError,
+    angle_between,
+    normalise,
+    slerp,
+)
 from openhelix.runtime.transport.codec import register
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 
@@ -56,6 +73,7 @@ from openhelix.runtime.transport.wire import NewestReader, Publisher
 log = logging.getLogger(__name__)
 
 LATENCIES_KEPT = 4096
+METRES_PER_RADIAN = 0.1  # a turn of the hand, compared with a way: about its fingers' length
 EARLY_NS = 500_000  # a tick may come a little early; half a millisecond is still due
 LOST_AFTER_NS = 1_000_000_000  # an answer this late is not waited for: System 1 may have died
 
@@ -92,8 +110,8 @@ class Planner(Protocol):
     def offer(self, observation: Observation, latents: Sequence[LatentGoal]) -> None:
         """Give the newest input; a plan is started if one is due."""
 
-    def poll(self) -> ActionChunk | None:
-        """Return a finished chunk once, or None."""
+    def poll(self, now_ns: int) -> ActionChunk | None:
+        """Return a chunk that is finished by `now_ns` once, or None."""
 
     def reset(self, seed: int) -> None:
         """A new instruction: the next offer is due at once."""
@@ -139,19 +157,27 @@ class SyncPlanner:
     A `PolicyFault` is counted and the loop goes on without that chunk, as on the wall clock.
     Whatever else a policy raises ends the run as a `PartFailed`: a study must not score a
     defect as a failure of the method.
+
+    Args:
+        policy: System 1.
+        replan_ns: time from one chunk's observation to the next one's.
+        delay_ns: from an observation to the arrival of its chunk; until then no other is begun.
     """
 
-    def __init__(self, policy: Policy, replan_ns: int) -> None:
+    def __init__(self, policy: Policy, replan_ns: int, delay_ns: int = 0) -> None:
         self._policy = policy
         self._due = _Due(replan_ns)
+        self._delay_ns = delay_ns
         self._chunk: ActionChunk | None = None
+        self._ready_ns = 0
         self.latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.failures = 0
 
     def offer(self, observation: Observation, latents: Sequence[LatentGoal]) -> None:
-        if not self._due(observation):
+        if self._chunk is not None or not self._due(observation):
             return
         self._due.mark(observation)
+        self._ready_ns = observation.t_ns + self._delay_ns
         start_s = time.perf_counter()
         try:
             self._chunk = checked_chunk(self._policy.act(observation, latents), observation)
@@ -165,7 +191,9 @@ class SyncPlanner:
             raise PartFailed("system1", error) from error
         self.latencies_s.append(time.perf_counter() - start_s)
 
-    def poll(self) -> ActionChunk | None:
+    def poll(self, now_ns: int) -> ActionChunk | None:
+        if self._chunk is None or now_ns < self._ready_ns - EARLY_NS:
+            return None
         chunk, self._chunk = self._chunk, None
         return chunk
 
@@ -205,7 +233,7 @@ class RemotePlanner:
         self._out = (observation.instruction_id, observation.t_ns)
         self.sender.send(PlanRequest(observation, tuple(latents), self._seed))
 
-    def poll(self) -> ActionChunk | None:
+    def poll(self, now_ns: int) -> ActionChunk | None:
         reply = self.reader.poll()
         if reply is None:
             return None
@@ -252,6 +280,7 @@ class ChunkCounters:
     chunks_accepted: int = 0
     chunks_used: int = 0  # of the accepted: at least one action was sampled from it
     chunks_void: int = 0  # refused: for another instruction, or of before the plan was voided
+    chunks_moved: int = 0  # of the accepted: the arm stood still, and the plan began from there
     chunks_late: int = 0  # refused: every row had expired
     chunks_stale: int = 0  # refused: older observation than the plan's
     chunks_bad: int = 0  # refused: wrong shape, not finite, no rotation, no time step
@@ -286,6 +315,7 @@ class ChunkBuffer:
         self._from_ns = 0  # chunks of older observations are void
         self._latent_seq = -1
         self._ran_out = False
+        self.late_s: float | None = None  # of the newest chunk, where it came after its last row
 
     @property
     def instruction_id(self) -> int:
@@ -310,8 +340,9 @@ class ChunkBuffer:
         self._t_obs_ns = None
         self._latent_seq = -1
         self._ran_out = False
+        self.late_s = None
 
-    def put(self, chunk: ActionChunk, now_ns: int) -> bool:
+    def put(self, chunk: ActionChunk, now_ns: int, held: F64 | None = None) -> bool:
         """Join a chunk to the plan; return whether it was accepted.
 
         A refused chunk (for another instruction, wholly expired, older than the plan's,
@@ -320,6 +351,8 @@ class ChunkBuffer:
         Args:
             chunk: rows due at `t_start_ns + i * dt_ns`; quaternions need not be unit.
             now_ns: the loop's time, on the clock that stamped the chunk.
+            held: pose (7,) at which the arm stands, in W, m and a unit quaternion; looked at only
+                where there is no plan. None: unknown, and the chunk keeps its times.
 
         Raises:
             TypeError: it is no `ActionChunk`.
@@ -342,11 +375,20 @@ class ChunkBuffer:
         if first >= len(rows):
             count.chunks_late += 1
             count.rows_expired += len(rows)
+            self.late_s = (now_ns - chunk.t_start_ns - (len(rows) - 1) * chunk.dt_ns) * 1e-9
             return False
+        start_ns, standing = chunk.t_start_ns, None
+        if first and held is not None and self._at(now_ns) is None:
+            x, y, z, *turn = held.tolist()
+            standing = (x, y, z, normalise(turn), rows[0][4])
+            first = _nearest(rows[: first + 2], standing)
+            start_ns = now_ns + (1 - first) * chunk.dt_ns
+            count.chunks_moved += 1
         count.rows_expired += first
         count.chunks_accepted += 1
-        times = [chunk.t_start_ns + i * chunk.dt_ns for i in range(len(rows))]
-        self._join(times, rows, first, chunk.dt_ns, now_ns)
+        self.late_s = None
+        times = [start_ns + i * chunk.dt_ns for i in range(len(rows))]
+        self._join(times, rows, first, chunk.dt_ns, now_ns, standing)
         self._fresh, self._fresh_from_ns = True, max(now_ns, times[0])
         self._t_obs_ns, self._latent_seq = chunk.t_obs_ns, chunk.latent_seq
         return True
@@ -420,15 +462,25 @@ class ChunkBuffer:
         del self._times[:keep], self._rows[:keep], self._joins[:keep], self._mine[:keep]
 
     def _join(
-        self, times: list[int], rows: list[_Row], first: int, dt_ns: int, now_ns: int
+        self,
+        times: list[int],
+        rows: list[_Row],
+        first: int,
+        dt_ns: int,
+        now_ns: int,
+        standing: _Row | None,
     ) -> None:
-        """Replace the plan from the later of `now` and the chunk's start by the chunk."""
-        start_ns = max(now_ns, times[0])
-        at_start = self._at(start_ns)
+        """Replace the plan from the later of `now` and the chunk's start by the chunk.
+
+        `standing` is where the arm is held at `now`; None where it follows a plan, or the chunk
+        is not to begin from there.
+        """
+        start_ns = now_ns if standing is not None else max(now_ns, times[0])
+        at_start = standing or self._at(start_ns)
         old_rows: list[_Row | None] = [None] * (len(rows) - first)
         if at_start is not None:  # an older plan that ends within the blend counts as holding
             overlap = bisect_left(times, start_ns + self._blend_ns, first) - first
-            last = self._rows[-1]
+            last = standing or self._rows[-1]
             old_rows[:overlap] = [self._at(t) or last for t in times[first : first + overlap]]
         kept = bisect_right(self._times, start_ns)
         if kept and self._times[kept - 1] == start_ns:
@@ -438,7 +490,9 @@ class ChunkBuffer:
         # chunk that starts later remains the plan until then.
         self._times, self._rows = self._times[:kept], self._rows[:kept]
         self._joins, self._mine = self._joins[:kept], self._mine[:kept]
-        if times[first] > start_ns:  # between two rows: an anchor at the join itself
+        if standing is not None:
+            self._append(start_ns, standing, False, mine=False)
+        elif times[first] > start_ns:  # between two rows: an anchor at the join itself
             anchor = _mix(rows[first - 1], rows[first], (start_ns - times[first - 1]) / dt_ns)
             if at_start is not None and self._blend_ns:
                 anchor = (*at_start[:4], anchor[4])
@@ -480,6 +534,20 @@ def _rows(chunk: ActionChunk) -> list[_Row] | None:
         ]
     except QuaternionError:
         return None
+
+
+def _nearest(rows: Sequence[_Row], to: _Row) -> int:
+    """Return the first of the rows that are nearest to a pose, or the next where it is past that.
+
+    A millimetre is nothing: of rows that stand still, as around a grasp, none may be left out.
+    """
+    far = [dist(row[:3], to[:3]) + METRES_PER_RADIAN * angle_between(row[3], to[3]) for row in rows]
+    least = min(far)
+    i = next(i for i, away in enumerate(far) if away <= least + 1e-3)
+    if i + 1 == len(rows):
+        return i
+    way = [(b - a) * (x - a) for a, b, x in zip(rows[i][:3], rows[i + 1][:3], to[:3], strict=True)]
+    return i + (sum(way) > 1e-6)
 
 
 def _mix(a: _Row, b: _Row, weight: float) -> _Row:

@@ -158,6 +158,7 @@ class LockstepConfig(_Section):
 
     interval_steps: Count | None = None  # System 2 refreshes every so many steps; None: hz / HZ2
     latency_steps: Annotated[int, Field(ge=0)] = 0  # steps from a refresh to its arrival
+    plan_delay_steps: Annotated[int, Field(ge=0)] = 0  # from an observation to its chunk's arrival
 
 
 class RobotConfig(_Section):

@@ -26,7 +26,7 @@ from openhelix.runtime.control.assembly import (
     make,
     make_clock,
     make_policy,
-    replan_ns,
+    sync_planner,
 )
 from openhelix.runtime.control.episodes import (
     Assignment,
@@ -38,7 +38,6 @@ from openhelix.runtime.control.episodes import (
     versions,
 )
 from openhelix.runtime.control.loop import Tick
-from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.config import CommandFailed, RunConfig
 from openhelix.runtime.core.interfaces import PartFailed, Policy, PolicySpec, check_engine
 from openhelix.runtime.core.targets import written_spec
@@ -97,7 +96,7 @@ def run_lockstep(
     untrained = say_untrained(display, system1=policy, system2=engine)
     spec_id = engine.spec.spec_id if engine is not None else None
     robot.connect()
-    planner = SyncPlanner(policy, replan_ns(config))
+    planner = sync_planner(config, policy)
     stack = build_stack(config, robot, policy.spec, planner, goals, clock)
     subscribers = Subscribers(config, folder, stack)
     statistics = subscribers.statistics

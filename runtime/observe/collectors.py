@@ -37,7 +37,7 @@ STOP_REASONS = (
     *("latent_mismatch", "robot_error", "operator"),
 )
 HOLD_REASONS = (
-    *("chunk_ran_out", "first_plan_due", "not_understood"),
+    *("chunk_ran_out", "first_plan_due", "plan_too_late", "not_understood"),
     *("told_to_wait", "told_to_stop", "nothing_to_do"),
 )
 SHED_REASONS = ("too_many_robots", "name_taken", "bad_name", "too_old", "out_of_order")

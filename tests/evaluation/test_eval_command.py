@@ -6,7 +6,9 @@ import base64
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from openhelix.benchmarks.evaluation import report as reports
@@ -14,6 +16,7 @@ from openhelix.benchmarks.evaluation.compare import compare, to_markdown
 from openhelix.benchmarks.evaluation.eval import brief, default_folder, make_plan
 from openhelix.benchmarks.evaluation.eval import read as read_eval
 from openhelix.benchmarks.evaluation.evaluation import Console, evaluate
+from openhelix.benchmarks.evaluation.measurement import Motion
 from openhelix.benchmarks.evaluation.pool import LocalPool
 from openhelix.benchmarks.evaluation.suites import Suite
 from openhelix.benchmarks.evaluation.sweep import (
@@ -27,6 +30,8 @@ from openhelix.benchmarks.evaluation.sweep import (
 )
 from openhelix.benchmarks.evaluation.sweep import read as read_sweep
 from openhelix.runtime.cli.main import main
+from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.interfaces import Action
 from tests.evaluation.small import CAMERAS, small_config, small_plan
 
 PARTS = (
@@ -230,6 +235,69 @@ def test_a_sweep_on_both_clocks_has_the_same_cadences():
         "calvin": (),
         "calvin-d": ("lift_red_block_table",),
     }
+
+
+def test_a_sweep_over_delays_of_plans_is_plotted_along_them_with_how_the_arm_was_led(
+    pool, tmp_path
+):
+    words = ["--intervals", "10", "--latencies", "0", "--delays", "0,4,8", *PARTS]
+    assert [name_of(plan) for plan in make_plans(*read_sweep([*words, "--suites", "calvin"]))] == [
+        *("calvin-i10-d00", "calvin-i10-d00-p04", "calvin-i10-d00-p08"),
+    ]
+    with pytest.raises(ConfigError, match="--latencies and --delays at least 0"):
+        make_plans(*read_sweep([*words[:4], "--delays", "-1", *PARTS]))
+    plans = [
+        replace(plan, conditions=replace(plan.conditions, interval=10, delay=delay))
+        for plan in (small_plan(Suite("calvin", count=2), steps=40),)
+        for delay in (0, 6)
+    ]
+    report = sweep(plans, lambda config: pool, tmp_path, 0, Console("sweep", every_s=1e9))
+    fresh, late = report["cells"]
+    assert (fresh["delay"], late["delay"], late["against"]["delay"]) == (0, 6, 0)
+    assert fresh["hold_steps_per_task"] == 0 and late["hold_steps_per_task"] == 6
+    assert late["steps_to_success"] is None or late["steps_to_success"] > 0
+    for one in (fresh["motion"], late["motion"]):
+        assert one["borders"] > 0 and 0 <= one["jump_m"] < 0.02 and one["jerk_m_s3"] > 0
+    write(report, tmp_path)
+    text = (tmp_path / "sweep.md").read_text()
+    assert "| interval | latency | plan delay | steps to success |" in text
+    assert "time from an observation to its plan (s)" in (tmp_path / "calvin.svg").read_text()
+
+
+def test_a_jump_at_a_border_is_measured():
+    class Stack:
+        class loop:
+            period_ns = 10_000_000
+
+    motion = Motion(Stack())
+
+    def tick(x, chunk=None, state="run", info=()):
+        pose = np.array([x, 0, 0, 0, 0, 0, 1.0])
+        seen = SimpleNamespace(instruction_id=1)
+        sent = Action(pose, 1.0, 1, dict.fromkeys(info, 0.0))
+        motion(SimpleNamespace(observation=seen, state=state, new_chunk=chunk, sent=sent))
+
+    tick(0.0, chunk=1)  # the first one: there is nothing to take over from
+    for x in (0.01, 0.02, 0.03):
+        tick(x)
+    assert motion.row(0)["motion"] | {"jerk_m_s3": 0.0} == {
+        "jerk_m_s3": 0.0,
+        "borders": 0,
+        "jump_m": None,
+        "jump_rad": None,
+        "limited": 0,
+    }
+    assert motion.row(0)["motion"]["jerk_m_s3"] == pytest.approx(0, abs=1e-6)
+    tick(0.045, chunk=2, info=("speed",))
+    tick(0.055)
+    tick(0.065)
+    row = motion.row(0)["motion"]
+    assert (row["borders"], row["limited"]) == (1, 1)
+    assert row["jump_m"] == pytest.approx(0.005) and row["jump_rad"] == 0
+    tick(0.065, state="hold")
+    tick(0.165, chunk=3)  # it stood still: no border
+    assert motion.row(0)["motion"]["borders"] == 1
+    assert motion.row(1) == {"motion": None}
 
 
 def test_chosen_episodes_are_filmed():

@@ -205,7 +205,7 @@ def test_a_fault_is_counted_on_both_clocks_and_the_policy_asked_again():
         weight.copy_(torch.full_like(kept, torch.nan) if broken else kept)
         obs = observe(config, t_ns=t_ns)
         planner.offer(obs, [goal(config)])
-        assert (planner.poll() is None) == broken
+        assert (planner.poll(obs.t_ns) is None) == broken
         node._answer(PlanRequest(obs, (goal(config),), seed=0))
         assert (replies[-1].chunk is None) == broken
     assert planner.failures == node._failed == 1

@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from openhelix.runtime.control.assembly import ControlStack, build_stack, lockstep_goals, replan_ns
+from openhelix.runtime.control.assembly import (
+    ControlStack,
+    build_stack,
+    lockstep_goals,
+    sync_planner,
+)
 from openhelix.runtime.control.episodes import Assignment
 from openhelix.runtime.control.goals import WireGoals
 from openhelix.runtime.control.plans import SyncPlanner
 from openhelix.runtime.core.clock import FakeClock
-from openhelix.runtime.core.config import RunConfig, load
+from openhelix.runtime.core.config import ConfigError, RunConfig, load
 from openhelix.runtime.core.interfaces import (
     CameraSpec,
     LatentGoal,
@@ -34,6 +39,7 @@ def make(
     *overrides: str,
     policy: ReachPolicy | None = None,
     engine: PointEngine | None = None,
+    planner: SyncPlanner | None = None,
     **robot: Any,
 ) -> ControlStack:
     config: RunConfig = load(None, ["control.clock=lockstep", "tasks.steps_limit=80", *overrides])
@@ -42,7 +48,7 @@ def make(
     arm = FakeRobot(clock=clock, goals=GOAL, lag_s=0.02, **robot)
     arm.connect()
     goals = lockstep_goals(config, engine or PointEngine(), LATENT)
-    planner = SyncPlanner(policy, replan_ns(config))
+    planner = planner or sync_planner(config, policy)
     stack = build_stack(config, arm, policy.spec, planner, goals, clock)
     stack.loop.arm()
     return stack
@@ -318,6 +324,54 @@ def test_what_was_planned_before_a_refusal_is_void() -> None:
     assert states[:10] == ["run"] * 10 and states[10:20] == ["hold"] * 10
     assert set(states[20:]) == {"run"} and result.success
     assert loop.chunks.counters.rows_voided > 0
+
+
+def slow(horizon: int) -> ReachPolicy:
+    """A policy at 0.2 m/s."""
+    return ReachPolicy(horizon, 0.2 / 30, [CameraSpec("static", 200, 200)])
+
+
+@pytest.mark.parametrize("horizon", [20, 40])
+@pytest.mark.parametrize("delay", [0, 1, 4, 9, 15, 18])
+@pytest.mark.parametrize("replan", [4, 10])
+def test_however_late_plans_are_the_arm_never_goes_back(
+    horizon: int, delay: int, replan: int
+) -> None:
+    late, again = f"lockstep.plan_delay_steps={delay}", f"system1.replan_steps={replan}"
+    stack = make("tasks.steps_limit=400", late, again, policy=slow(horizon))
+    place, away = np.array(GOAL["far"]), []
+
+    def look(tick: Any) -> None:
+        sent, arm = tick.sent.pose[:3], tick.observation.tcp_pose[:3]
+        away.append([np.linalg.norm(place - arm), np.linalg.norm(place - sent)])
+
+    stack.loop.subscribers.append(look)
+    (result,) = stack.episode_runner.run([TASKS[1]], lambda: False)
+    assert result.success
+    assert np.diff(np.array(away), axis=0).max() < 1e-4  # of m: the arm's own springiness
+    steps = np.abs(np.diff([a.pose[:3] for a in stack.loop.robot.sent], axis=0))  # type: ignore[attr-defined]
+    assert steps.max() < 2 * 0.2 / 30  # never a leap
+    assert stack.loop.chunks.counters.chunks_late == 0
+    assert result.hold_steps >= delay  # it stands until the first plan has come
+
+
+def test_plans_that_come_after_their_end_are_told_with_what_to_do() -> None:
+    policy = slow(20)
+    planner = SyncPlanner(policy, 4 * 33_333_333, delay_ns=24 * 33_333_333)
+    stack = make("control.hold_limit_s=3", policy=policy, planner=planner)
+    (result,) = stack.episode_runner.run([TASKS[1]], lambda: False)
+    assert result.env_steps == 0
+    assert result.reason == (
+        "held still too long: plan too late: the newest plan came 0.13 s after its own end; the "
+        "policy needs a longer horizon, or less time for a plan"
+    )
+    assert stack.loop.chunks.counters.chunks_late > 0
+
+
+def test_a_delay_that_no_chunk_outlasts_is_refused() -> None:
+    said = r"lockstep\.plan_delay_steps: 20, must be less than 20, the steps that a chunk of this "
+    with pytest.raises(ConfigError, match=said):
+        make("lockstep.plan_delay_steps=20", policy=slow(20))
 
 
 def test_a_stop_event_ends_the_run_between_ticks() -> None:

@@ -395,6 +395,81 @@ def test_running_out_is_counted_once_until_there_was_a_target_again():
     assert buffer.counters.runs_out == 3
 
 
+def held(x, yaw=0.0):
+    return np.array([x, 0, 0, *from_rotation_vector((0, 0, yaw))])
+
+
+def test_an_arm_that_stood_still_begins_at_the_row_nearest_to_it():
+    buffer = ChunkBuffer(blend_s=0.02)
+    assert buffer.put(chunk(x=range(1, 11)), now_ns=35 * MS, held=held(0))  # nothing was followed
+    assert buffer.counters.chunks_moved == 1 and buffer.counters.rows_expired == 0
+    assert x_at(buffer, 35) == 0
+    assert x_at(buffer, 45) == 0.5  # half of the blend from where it is held to the first row
+    assert x_at(buffer, 55) == 2
+    assert x_at(buffer, 135) == 10
+    assert rows_accounted(buffer) == 10
+
+
+def test_an_arm_whose_plan_ran_out_goes_on_from_where_it_stands():
+    buffer = ChunkBuffer(blend_s=0.0)
+    buffer.put(chunk(x=range(4)), now_ns=0)
+    assert x_at(buffer, 30) == 3
+    assert buffer.sample(50 * MS) is None
+    # Seen at row 1 while the arm moved; it went on to row 3.
+    late = chunk(start_ms=20, x=range(2, 12), t_obs_ms=10)
+    assert buffer.put(late, now_ns=70 * MS, held=held(3.2))
+    assert x_at(buffer, 80) == 4 and x_at(buffer, 90) == 5
+    assert buffer.counters.rows_expired == 2
+
+
+def test_rows_at_which_the_hand_works_are_not_left_out():
+    buffer = ChunkBuffer(blend_s=0.0)
+    grasp = chunk(x=[0, 0, 0, 0, 1, 2], gripper=[1, 1, 0, 0, 0, 0])
+    assert buffer.put(grasp, now_ns=45 * MS, held=held(0))
+    assert [buffer.sample(t * MS).gripper for t in (55, 65, 75)] == [1, 1, 0]
+
+
+def test_a_chunk_that_is_not_late_keeps_its_times_though_the_arm_stood():
+    buffer = ChunkBuffer()
+    assert buffer.put(chunk(start_ms=10, x=[5, 6, 7]), now_ns=0, held=held(0))
+    assert x_at(buffer, 10) == 5
+    assert buffer.counters.chunks_moved == 0
+
+
+def test_how_late_a_chunk_was_is_known_until_one_is_in_time():
+    buffer = ChunkBuffer()
+    assert not buffer.put(chunk(x=range(3)), now_ns=50 * MS, held=held(0))
+    assert buffer.late_s == pytest.approx(0.03)
+    assert buffer.put(chunk(x=range(9), t_obs_ms=1), now_ns=50 * MS, held=held(0))
+    assert buffer.late_s is None
+
+
+@given(
+    delay=st.integers(1, 15),
+    rows=st.integers(18, 30),
+    place=st.floats(-1, 16),
+    blend_ms=st.sampled_from([0, 15, 40]),
+)
+def test_what_an_arm_at_rest_is_sent_goes_from_its_place_towards_the_end(
+    delay, rows, place, blend_ms
+):
+    buffer = ChunkBuffer(blend_s=blend_ms / 1e3)
+    now_ns = round((delay + 0.5) * 10) * MS
+    assert buffer.put(chunk(x=range(rows)), now_ns, held=held(place))
+    sent = [place]
+    for tick in range(1, rows + 20):
+        target = buffer.sample(now_ns + tick * 10 * MS)
+        if target is not None:
+            sent.append(float(target.pose[0]))
+    if place < delay:  # else it stands where the plan will only be later
+        assert np.diff(sent).min() >= -1e-3
+    assert np.diff(sent).max() <= 2.0 + max(0.0, -place) + 1e-9
+    assert sent[-1] <= rows - 1
+    if rows - place > 2 + blend_ms / 10:  # enough is left to be blended
+        assert sent[-1] == rows - 1
+    assert rows_accounted(buffer) == rows
+
+
 @pytest.mark.parametrize("blend_s", [-0.001, 10.0, float("nan")])
 def test_a_blend_time_out_of_bounds_is_named(blend_s):
     with pytest.raises(ValueError, match=r"blend_s: \S+ is not a time between 0 and 10 s"):
@@ -426,12 +501,27 @@ def test_a_chunk_is_due_every_replan_interval_and_after_a_reset() -> None:
     planned = []
     for tick in range(10):
         planner.offer(observation(tick), [latent()])
-        if planner.poll() is not None:
+        if planner.poll(tick * PERIOD_NS) is not None:
             planned.append(tick)
     assert planned == [0, 4, 8]
     planner.reset(3)
     planner.offer(observation(9), [latent()])
-    assert planner.poll() is not None and policy.seeds == [3]
+    assert planner.poll(9 * PERIOD_NS) is not None and policy.seeds == [3]
+
+
+def test_a_chunk_can_be_late_and_none_is_begun_meanwhile() -> None:
+    policy = ReachPolicy()
+    planner = SyncPlanner(policy, REPLAN_NS, delay_ns=6 * PERIOD_NS)
+    arrived = []
+    for tick in range(20):
+        now_ns = tick * PERIOD_NS
+        chunk = planner.poll(now_ns)
+        planner.offer(observation(tick), [latent()])
+        chunk = chunk or planner.poll(now_ns)
+        if chunk is not None:
+            arrived.append((tick, chunk.t_obs_ns // PERIOD_NS))
+    assert arrived == [(6, 0), (12, 6), (18, 12)]
+    assert policy.calls == 4
 
 
 @dataclass
@@ -447,7 +537,7 @@ class Remote:
             self.planner.reset(11)
             self.planner.offer(observation(-number), [latent()])
             for _ in range(4 + 2 * number):  # more and more patient, on a busy machine
-                chunk = self.planner.poll()
+                chunk = self.planner.poll(0)
                 if chunk is not None and chunk.t_obs_ns == observation(-number).t_ns:
                     return
                 threading.Event().wait(0.02)
@@ -456,7 +546,7 @@ class Remote:
     def reply(self, timeout_s: float = 60.0) -> Any:
         """Poll until the reply to the last request is there; None if it has no chunk."""
         for _ in range(int(timeout_s / 0.005)):
-            chunk = self.planner.poll()
+            chunk = self.planner.poll(0)
             if chunk is not None or self.planner.failures:
                 return chunk
             threading.Event().wait(0.005)
@@ -529,7 +619,7 @@ def test_a_lost_request_is_given_up_after_a_while(tmp_path: Path) -> None:
     late = LOST_AFTER_NS // PERIOD_NS + 1
     for tick in (0, 1, 4, 8, late + 1, late + 2):
         planner.offer(observation(tick), [latent()])
-        assert planner.poll() is None
+        assert planner.poll(0) is None
     assert [m.observation.t_ns // PERIOD_NS for m in sent] == [0, late + 1]
     planner.reset(1)  # a new instruction waits for no answer of the old one
     planner.offer(observation(late + 3, instruction_id=2), [latent(2)])
