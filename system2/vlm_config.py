@@ -41,6 +41,8 @@ class VlmStage(_Section):
         steps: 0 leaves the stage out.
         batch: pictures a step.
         questions: asked of each; unused by `see`.
+        often: how much more often than others a question of some kinds is drawn, by kind:
+            {nearest: 3} asks three times as often which block is nearest to something.
         lr_vision, lr_projector: of tower and projector; 0 keeps them as they are.
         lr_language: of the language model; read by `tune`.
         sight: weight of the read-out without language.
@@ -50,6 +52,7 @@ class VlmStage(_Section):
     steps: Whole
     batch: Count = 16
     questions: Count = 8
+    often: dict[str, Positive] = {}
     lr_vision: NotNegative = 3e-4
     lr_projector: NotNegative = 1e-3
     lr_language: NotNegative = 0.0

@@ -19,7 +19,7 @@ import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from openhelix.runtime.core.plugins import none_of
 from openhelix.system2.model import (
     BUILTIN,
     LANGUAGE,
@@ -279,6 +280,7 @@ class VlmRun:
         self.checkpoint: Checkpoint = open_checkpoint(self.base)
         self.processor = AutoProcessor.from_pretrained(self.checkpoint.path).image_processor
         train = read(config.data / "train", config.pictures)
+        self._check_kinds({q.kind for record in train for q in record.questions})
         self.train = Pictures(train, self.processor, config.max_gb)
         self.held_out = self._held("held-out")
         self.labels = Labels(train)
@@ -350,6 +352,12 @@ class VlmRun:
                     )
         self.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(mine, indent=1) + "\n")
+
+    def _check_kinds(self, there: set[str]) -> None:
+        for stage in STAGES:
+            for kind in self.section(stage).often:
+                if kind not in there:
+                    raise ValueError(f"vlm.{stage}.often: {none_of(kind, sorted(there))}")
 
     def _held(self, name: str) -> Pictures | None:
         try:
@@ -515,15 +523,25 @@ class VlmRun:
         for r in rows:
             told, other = parted(self.train.records[r].questions)
             asked.append(
-                self._draw(other, section.questions, draws) + self._draw(told, goals, draws)
+                self._draw(other, section.questions, draws, section.often)
+                + self._draw(told, goals, draws)
             )
         plain = [q.answer for each in asked for q in each if q.kind in GOAL_KINDS]
         return Batch(rows, pixels, self.packer(asked), sum(map(len, asked)), plain)
 
     @staticmethod
-    def _draw(questions: Sequence[Question], n: int, generator: torch.Generator) -> list[Question]:
-        order = torch.randperm(len(questions), generator=generator)[:n].tolist()
-        return [questions[i] for i in order]
+    def _draw(
+        questions: Sequence[Question],
+        n: int,
+        generator: torch.Generator,
+        often: Mapping[str, float] | None = None,
+    ) -> list[Question]:
+        if not often or len(questions) <= n:
+            order = torch.randperm(len(questions), generator=generator)[:n]
+        else:
+            weights = torch.tensor([often.get(q.kind, 1.0) for q in questions])
+            order = torch.multinomial(weights, n, generator=generator)
+        return [questions[i] for i in order.tolist()]
 
     def run(
         self, deadline_ns: int = 0, tell: Callable[[dict[str, Any]], None] | None = None

@@ -9,13 +9,13 @@ others, which no training sees. Nothing here needs the simulator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from openhelix.benchmarks.calvin.phrases import normalised
-from openhelix.benchmarks.calvin.table_talk import COLOURS, TableView, labels
+from openhelix.benchmarks.calvin.table_talk import COLOURS
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS
 from openhelix.benchmarks.calvin.wordings import drawn, reserved, say_nothing
 
@@ -259,44 +259,81 @@ def every_wording() -> set[str]:
     return said
 
 
-def goals(known: Labels, rng: np.random.Generator, looking: int = 6, told: int = 5) -> list[Goal]:
+def by_relation(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names that `references` gives by what has to be looked for."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        relation = next((key for key in _BLOCKS if key in name), name)
+        found.setdefault(relation, []).append(name)
+    return found
+
+
+def goals(
+    known: Labels, rng: np.random.Generator, blocks: int = 8, fixtures: int = 2, told: int = 4
+) -> list[Goal]:
     """Return instructions for one picture.
+
+    Every relation between blocks that the picture has is asked for once before any is asked for
+    again: which block is nearest to the switch is far harder to see than whether a lamp is lit,
+    and the lift, the push and the turn of one block teach the eye the same thing.
 
     Args:
         known: what it shows.
         rng: where every draw comes from.
-        looking: at most so many that only the picture resolves, of all kinds evenly.
+        blocks: at most so many that only the picture resolves, about blocks.
+        fixtures: and about drawer, door and lights.
         told: sentences that name their task, of any task, in the training grammar's words;
             one more means no task at all.
     """
     possible = references(known)
-    made: list[Goal] = []
-    # Families first: else five in six would be about blocks.
-    families: dict[str, list[str]] = {}
-    for name in possible:
-        families.setdefault(name.split("_")[0], []).append(name)
-    order = [str(f) for f in rng.permutation(sorted(families))] if families else []
-    while len(made) < looking and any(families[f] for f in order):
-        for family in order:
-            if families[family] and len(made) < looking:
-                name = families[family].pop(int(rng.integers(len(families[family]))))
-                task, said = possible[name]
-                made.append(Goal(str(rng.choice(said)), task, True))
+    relations = by_relation(possible)
+    made = [
+        Goal(str(rng.choice(said)), task, True)
+        for wanted, among in (
+            (blocks, [key for key in relations if key in _BLOCKS]),
+            (fixtures, [key for key in relations if key not in _BLOCKS]),
+        )
+        for name in _in_turn({key: relations[key] for key in among}, wanted, rng)
+        for task, said in [possible[name]]
+    ]
     for _ in range(told):
-        task = str(rng.choice(TASK_NAMES))
-        if TASKS[task].family == "lift":
-            # Many sentences do not say where the block is: the picture does.
-            colour = task.split("_")[1]
-            link = _LINKS.get(known.get(f"{colour} place", ""))
-            task = f"lift_{colour}_block_{link}" if link else task
-        text = drawn(task, rng)
-        while normalised(text) in reserved():
-            text = drawn(task, rng)
-        made.append(Goal(text, task, False))
+        made.append(_told(known, rng))
     nothing = say_nothing(1, int(rng.integers(1 << 31)))[0]
     return [*made, Goal(nothing, None, False)]
 
 
-def goals_of(view: TableView, rng: np.random.Generator) -> list[Goal]:
-    """Return `goals` of a view."""
-    return goals(labels(view), rng)
+def _in_turn(
+    relations: Mapping[str, list[str]], wanted: int, rng: np.random.Generator
+) -> list[str]:
+    """Draw names, one of each relation in turn; lifts, pushes and turns evenly within one."""
+    left = {key: _by_family(names) for key, names in relations.items()}
+    order = [str(key) for key in rng.permutation(sorted(left))] if left else []
+    chosen: list[str] = []
+    while len(chosen) < wanted and any(left[key] for key in order):
+        for key in order:
+            if left[key] and len(chosen) < wanted:
+                families = sorted(left[key])
+                family = families[int(rng.integers(len(families)))]
+                chosen.append(str(rng.choice(left[key].pop(family))))
+    return chosen
+
+
+def _by_family(names: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.split("_")[0], []).append(name)
+    return found
+
+
+def _told(known: Labels, rng: np.random.Generator) -> Goal:
+    """A sentence that names its task, in the training grammar's words."""
+    task = str(rng.choice(TASK_NAMES))
+    if TASKS[task].family == "lift":
+        # Many sentences do not say where the block is: the picture does.
+        colour = task.split("_")[1]
+        link = _LINKS.get(known.get(f"{colour} place", ""))
+        task = f"lift_{colour}_block_{link}" if link else task
+    text = drawn(task, rng)
+    while normalised(text) in reserved():
+        text = drawn(task, rng)
+    return Goal(text, task, False)

@@ -82,6 +82,14 @@ class TableView:
             return None
         return order[0][1]
 
+    @property
+    def middle(self) -> str | None:
+        """The block between the two others; None unless all are seen and in a clear order."""
+        left, right = self.extreme(-1), self.extreme(1)
+        if len(self.seen) < len(COLOURS) or left is None or right is None:
+            return None
+        return next(c for c in COLOURS if c not in (left, right))
+
     def left_of(self, a: str, b: str) -> bool | None:
         """Whether block a is left of block b; None where it cannot be said."""
         gap = self.xyz[b][0] - self.xyz[a][0]
@@ -218,6 +226,23 @@ WORDINGS: dict[str, Wordings] = {
             "Which is closer to the {c} block, the {a} block or the {b} block?",
         ),
         ("Of the {a} and the {b} block, which is nearer to the {c} block?",),
+    ),
+    "nearer spot": Wordings(
+        (
+            "Which block is nearer to the {spot}, the {a} or the {b} one?",
+            "Is the {a} or the {b} block closer to the {spot}?",
+            "Which is closer to the {spot}, the {a} block or the {b} block?",
+        ),
+        ("Of the {a} and the {b} block, which is nearer to the {spot}?",),
+    ),
+    "middle": Wordings(
+        (
+            "Which block has one block on either side of it?",
+            "Which block is neither the leftmost nor the rightmost?",
+            "What is the middle block?",
+            "Which block comes second from the left?",
+        ),
+        ("Name the block in the middle of the row.",),
     ),
     "drawer": Wordings(
         (
@@ -537,7 +562,7 @@ class _Asker:
 
 
 def talk(view: TableView, rng: np.random.Generator, held_out: float = 0.0) -> list[Asked]:
-    """Return about thirty questions with answers, in wordings drawn at random.
+    """Return about forty questions with answers, in wordings drawn at random.
 
     Args:
         view: what the picture shows.
@@ -606,17 +631,30 @@ def _relations(view: TableView, asker: _Asker) -> None:
         near = view.nearest(spot, among)
         if near is not None and len(view.seen) > 1 and not (name == "gripper" and view.holds):
             asker.ask("nearest", the([near]), spot=name)
-    c = asker.pick(COLOURS)
-    a, b = (other for other in COLOURS if other != c)
-    near = view.nearest(view.xyz[c], (a, b))
-    if len(view.seen) == 3 and near is not None:
-        asker.ask("nearer", the([near]), a=a, b=b, c=c)
+    for name, spot in view.spots.items():
+        a, b = _two(asker)
+        near = view.nearest(spot, (a, b))
+        if near is not None and "hidden" not in (view.place[a], view.place[b]):
+            asker.ask("nearer spot", the([near]), a=a, b=b, spot=name)
+    if view.middle is not None:
+        asker.ask("middle", the([view.middle]))
+    for c in COLOURS:
+        a, b = (other for other in COLOURS if other != c)
+        near = view.nearest(view.xyz[c], (a, b))
+        if len(view.seen) == 3 and near is not None:
+            asker.ask("nearer", the([near]), a=a, b=b, c=c)
     stacked = [c for c in view.seen if view.place[c] == "stack"]
     asker.ask("stack", yes(bool(stacked)))
     for c in stacked:
         asker.ask("on top", the([c]), c=view.under[c])
     if not stacked and asker.chance(0.3):
         asker.ask("on top", "none", c=asker.pick(view.seen or COLOURS))
+
+
+def _two(asker: _Asker) -> tuple[str, str]:
+    """Two colours in any order."""
+    a = asker.pick(COLOURS)
+    return a, asker.pick(tuple(c for c in COLOURS if c != a))
 
 
 def _furniture(view: TableView, asker: _Asker) -> None:

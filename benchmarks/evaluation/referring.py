@@ -104,13 +104,6 @@ def _only_in(place: str) -> Referent:
     return find
 
 
-def _middle(view: TableView) -> str | None:
-    left, right = view.extreme(-1), view.extreme(1)
-    if len(view.seen) < 3 or left is None or right is None:
-        return None
-    return next(c for c in COLOURS if c not in (left, right))
-
-
 BLOCKS: Mapping[str, tuple[Referent, tuple[str, ...]]] = {
     "leftmost": (
         lambda view: view.extreme(-1),
@@ -120,7 +113,10 @@ BLOCKS: Mapping[str, tuple[Referent, tuple[str, ...]]] = {
         lambda view: view.extreme(1),
         ("the rightmost block", "the block furthest to the right"),
     ),
-    "middle": (_middle, ("the middle one of the three blocks", "the block between the other two")),
+    "middle": (
+        lambda view: view.middle,
+        ("the middle one of the three blocks", "the block between the other two"),
+    ),
     "on_table": (
         _only_in("table"),
         ("the block that lies on the table", "the only block on the table top"),

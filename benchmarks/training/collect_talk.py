@@ -3,10 +3,14 @@
     python -m openhelix.benchmarks.training.collect_talk --out FOLDER            # train, held-out, scene-D
     python -m openhelix.benchmarks.training.collect_talk --out FOLDER --small SUBSET --megabytes 55
 
+    python -m openhelix.benchmarks.training.collect_talk --out FOLDER --pictures-of OTHER
+
 `train` and `held-out` are random states of the training scenes by different seeds; half of the
 questions of `held-out` are put in wordings that training never sees. `scene-D` is for
 measuring only. Everything follows from the seed and the shard's number, so an interrupted run
-resumes, and asking for more pictures keeps the existing ones.
+resumes, and asking for more pictures keeps the existing ones. What is asked follows from what a
+picture shows, which is written beside it: `--pictures-of` asks anew of another folder's pictures,
+without drawing one.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import argparse
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,7 @@ from openhelix.benchmarks.calvin import goals
 from openhelix.benchmarks.calvin.appearance import Appearance
 from openhelix.benchmarks.calvin.cameras import SceneRenderer
 from openhelix.benchmarks.calvin.captions import StateMaker, facts_of
-from openhelix.benchmarks.calvin.scene import Scene, get_scene
+from openhelix.benchmarks.calvin.scene import BLOCK_SIDE_M, Scene, get_scene
 from openhelix.benchmarks.calvin.table_talk import COLOURS, KINDS, TableView, labels, talk
 from openhelix.system2.prompt import asked_of_robot
 from openhelix.system2.vlm_data import (
@@ -42,7 +46,7 @@ from openhelix.system2.vlm_data import (
 )
 
 log = logging.getLogger(__name__)
-FORMAT = 2  # raise it when the same seed would give other pictures or questions
+FORMAT = 3  # raise it when the same seed would give other pictures or questions
 SHARD, STATES_PER_LOOK = 200, 20
 BUTTON_YZ_M, SWITCH_YZ_M = (-0.12, 0.48), (0.04, 0.53)
 SHUT_IN = 0.06  # share of the states with a block in the closed drawer
@@ -132,25 +136,65 @@ def view_of(truth: dict[str, Any], seen: dict[str, int], scene: Scene) -> TableV
         led=facts.led,
         holds=str(truth["held"]),
         tcp=point(truth["tcp"]),
-        spots={
-            "button": (scene.button_x, *BUTTON_YZ_M),
-            "switch": (scene.switch_x, *SWITCH_YZ_M),
-        },
+        spots=spots_of(scene),
         gripper_height=facts.gripper_height,
     )
 
 
-def instructions(known: goals.Labels, seed: int, index: int, row: int) -> tuple[Question, ...]:
-    """Return what a robot may be told in front of a picture, as questions.
+def spots_of(scene: Scene) -> dict[str, tuple[float, float, float]]:
+    """Return where button and switch are, m in W."""
+    return {"button": (scene.button_x, *BUTTON_YZ_M), "switch": (scene.switch_x, *SWITCH_YZ_M)}
 
-    They are answered by the plain sentence that is meant. Picture `row` of shard `index` has its
-    own draws, so that none of the other questions depend on them.
-    """
-    rng = np.random.default_rng([seed, index, row, 1])
-    return tuple(
-        Question(GOAL_KINDS[0 if g.looks else 1], asked_of_robot(g.said), g.plain)
-        for g in goals.goals(known, rng)
+
+def view_again(record: Record, scene: Scene) -> TableView:
+    """Return what a picture shows by its labels and numbers, as `make_shard` writes them."""
+    known = record.labels
+    numbers = [0.0 if v is None else float(v) for v in record.numbers]
+    xyz = {c: point(numbers[3 * i : 3 * i + 3]) for i, c in enumerate(COLOURS)}
+    place = {c: known[f"{c} place"] for c in COLOURS}
+    return TableView(
+        place=place,
+        under={c: _below(c, place, xyz) for c in COLOURS if place[c] == "stack"},
+        xyz=xyz,
+        drawer=known.get("drawer"),
+        door=known.get("door"),
+        bulb=known["bulb"],
+        led=known["led"],
+        holds=known["holds"] if known["holds"] in COLOURS else "",
+        tcp=point(numbers[12:15]),
+        spots=spots_of(scene),
+        gripper_height=known.get("gripper height"),
     )
+
+
+def _below(
+    colour: str, place: Mapping[str, str], xyz: Mapping[str, tuple[float, float, float]]
+) -> str:
+    """The block under another one: the seen one that is there, else the one that is not seen."""
+    others = [c for c in COLOURS if c != colour]
+    away = {c: float(np.hypot(*np.subtract(xyz[c], xyz[colour])[:2])) for c in others}
+    near = [c for c in others if place[c] != "hidden" and away[c] < BLOCK_SIDE_M]
+    return min(near or [c for c in others if place[c] == "hidden"] or others, key=away.__getitem__)
+
+
+def asked(
+    record: Record, scene: Scene, plan: TalkPlan, index: int, row: int
+) -> tuple[Question, ...]:
+    """Return the questions and instructions of picture `row` of shard `index`.
+
+    An instruction is answered by the plain sentence that is meant.
+    """
+    rng = np.random.default_rng([plan.seed, index, row, 2])
+    questions = [
+        Question(q.kind, q.question, q.answer, q.held_out)
+        for q in talk(view_again(record, scene), rng, plan.held_out)
+    ]
+    rng = np.random.default_rng([plan.seed, index, row, 1])
+    told = [
+        Question(GOAL_KINDS[0 if g.looks else 1], asked_of_robot(g.said), g.plain)
+        for g in goals.goals(record.labels, rng)
+    ]
+    return (*questions, *told)
 
 
 def make_shard(folder: Path, plan: TalkPlan, index: int, size: int = SHARD) -> None:
@@ -172,17 +216,14 @@ def make_shard(folder: Path, plan: TalkPlan, index: int, size: int = SHARD) -> N
         frame = renderer.render(state)["static"]
         seen = {c: int((frame.segmentation == uid).sum()) for c, uid in ids.items()}
         view = view_of(truth, seen, scene)
-        asked = tuple(
-            Question(q.kind, q.question, q.answer, q.held_out)
-            for q in talk(view, rng, plan.held_out)
-        ) + instructions(labels(view), plan.seed, index, row)
         numbers = facts_of(truth, seen).numbers
         # Where a block is that cannot be seen is nothing to learn.
         known = [view.place[c] != "hidden" for c in COLOURS for _ in range(3)]
         told = tuple(
             round(v, 4) if i >= len(known) or known[i] else None for i, v in enumerate(numbers)
         )
-        made.append(Record(encoded(frame.rgb), scene.name, asked, labels(view), told))
+        shown = Record(encoded(frame.rgb), scene.name, (), labels(view), told)
+        made.append(replace(shown, questions=asked(shown, scene, plan, index, row)))
     maker.close()
     write_shard(folder, index, made)
 
@@ -206,6 +247,36 @@ def make(folder: Path, plan: TalkPlan, pictures: int) -> None:
         if index not in there:
             make_shard(folder, plan, index)
             log.info("%s: %d pictures", folder, (index + 1) * SHARD)
+
+
+def ask_again(source: Path, out: Path, plan: TalkPlan) -> int:
+    """Copy a folder's pictures and ask anew what they show; return their number.
+
+    Raises:
+        ValueError: the pictures are not this plan's.
+    """
+    before, about = read_about(source), plan.about()
+    odd = [key for key in ("scenes", "seed", "random_looks") if before.get(key) != about[key]]
+    if odd:
+        raise ValueError(
+            f"pictures-of: {source} was made with {odd[0]} {before.get(odd[0])!r}, "
+            f"not {about[odd[0]]!r}"
+        )
+    count = 0
+    write_about(out, about)
+    for index in shards(source):
+        scene = get_scene(plan.scenes[index % len(plan.scenes)])
+        records = list(read_shard(source, index))
+        write_shard(
+            out,
+            index,
+            [
+                replace(record, questions=asked(record, scene, plan, index, row))
+                for row, record in enumerate(records)
+            ],
+        )
+        count += len(records)
+    return count
 
 
 def subset(source: Path, out: Path, max_bytes: int, side: int, quality: int = 82) -> int:
@@ -239,6 +310,24 @@ def subset(source: Path, out: Path, max_bytes: int, side: int, quality: int = 82
     return count
 
 
+def fill(options: argparse.Namespace, plan: Mapping[str, TalkPlan]) -> None:
+    """Make the three folders that the command line wants.
+
+    Raises:
+        ValueError: a folder was made by another plan.
+    """
+    if options.pictures_of is not None:
+        for name, of in plan.items():
+            count = ask_again(options.pictures_of / name, options.out / name, of)
+            log.info("%s: %d pictures", options.out / name, count)
+        return
+    # A little of each first: what is measured with is there from the beginning.
+    make(options.out / HELD_OUT, plan[HELD_OUT], options.held_out)
+    make(options.out / TRAIN, plan[TRAIN], min(3000, options.train))
+    make(options.out / MEASURED, plan[MEASURED], options.scene_d)
+    make(options.out / TRAIN, plan[TRAIN], options.train)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the three folders, or a small copy of them."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -249,6 +338,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scene-d", type=int, default=600)
     parser.add_argument("--small", type=Path, help="write a small copy of --out there instead")
     parser.add_argument("--megabytes", type=float, default=55.0, help="of the small copy")
+    parser.add_argument(
+        "--pictures-of", type=Path, help="ask anew of the pictures of this folder's folders"
+    )
     parser.add_argument("--side", type=int, default=160, help="of the small copy's pictures")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -256,12 +348,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         count = subset(options.out, options.small, int(options.megabytes * 1e6), options.side)
         log.info("%s: %d pictures", options.small, count)
         return 0
-    # A little of each first: what is measured with is there from the beginning.
-    plan = plans(options.scenes.split(","))
-    make(options.out / HELD_OUT, plan[HELD_OUT], options.held_out)
-    make(options.out / TRAIN, plan[TRAIN], min(3000, options.train))
-    make(options.out / MEASURED, plan[MEASURED], options.scene_d)
-    make(options.out / TRAIN, plan[TRAIN], options.train)
+    try:
+        fill(options, plans(options.scenes.split(",")))
+    except ValueError as error:
+        parser.error(str(error))
     return 0
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
-from openhelix.benchmarks.calvin.goals import NOTHING, every_wording, goals, plain, references
+from openhelix.benchmarks.calvin.goals import (
+    NOTHING,
+    by_relation,
+    every_wording,
+    goals,
+    plain,
+    references,
+)
 from openhelix.benchmarks.calvin.phrases import normalised
 from openhelix.benchmarks.calvin.table_talk import COLOURS, TableView, labels
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
@@ -75,3 +84,27 @@ def test_a_lift_that_does_not_say_from_where_is_from_where_the_block_is() -> Non
         if (g.task or "").startswith("lift_red")
     ]
     assert lifts and set(lifts) == {"lift_red_block_drawer"}
+
+
+def test_every_relation_of_a_picture_is_asked_for_before_one_is_asked_for_twice() -> None:
+    rng = np.random.default_rng(8)
+    for _ in range(40):
+        known = labels(view(rng))
+        possible = references(known)
+        relations = by_relation(possible)
+        looks = [g for g in goals(known, rng) if g.looks]
+        of = {
+            said: key for key, names in relations.items() for n in names for said in possible[n][1]
+        }
+        asked = Counter(of[g.said] for g in looks)
+        blocks = {key for key in relations if any(n.startswith("lift") for n in relations[key])}
+        assert blocks <= set(asked)  # there are eight, and as many are asked for
+        assert sum(asked[key] for key in set(relations) - blocks) == 2
+
+
+def test_what_can_be_pushed_is_lifted_pushed_and_turned_alike() -> None:
+    rng = np.random.default_rng(2)
+    known = {"bulb": "on", "leftmost": "red", "red place": "table"}
+    said = [g.task for _ in range(300) for g in goals(known, rng, blocks=1, told=0) if g.looks]
+    families = Counter(str(task).split("_")[0] for task in said)
+    assert min(families[name] for name in ("lift", "push", "rotate")) > 70

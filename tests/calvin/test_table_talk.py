@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
+from math import dist
 
 import numpy as np
 import pytest
@@ -81,6 +83,29 @@ def test_relations() -> None:
         sign = 1 if "left" in q.question else -1
         near = min((a, b), key=lambda c: sign * VIEW.xyz[c][0])
         assert q.answer == f"the {near} block"
+
+
+def test_which_is_nearer_and_which_is_in_the_middle() -> None:
+    assert answers(VIEW, "middle") == {"the pink block"} and VIEW.middle == "pink"
+    assert {len(asked(VIEW, kind)) > 20 for kind in ("nearer spot", "nearer")} == {True}
+    for q in asked(VIEW, "nearer spot"):
+        spot = VIEW.spots["button" if "button" in q.question else "switch"]
+        near = min((c for c in COLOURS if c in q.question), key=lambda c: dist(VIEW.xyz[c], spot))
+        assert q.answer == f"the {near} block", q
+    for q in asked(VIEW, "nearer"):
+        a, b, c = next(
+            order
+            for order in permutations(COLOURS)
+            for wording in WORDINGS["nearer"].train
+            if wording.format(a=order[0], b=order[1], c=order[2]) == q.question
+        )
+        near = min((a, b), key=lambda other: dist(VIEW.xyz[other], VIEW.xyz[c]))
+        assert q.answer == f"the {near} block", q
+    close = replace(VIEW, xyz={**VIEW.xyz, "pink": (0.195, 0.08, 0.46)})
+    assert close.middle is None and not answers(close, "middle")
+    hidden = replace(VIEW, place={**VIEW.place, "red": "hidden"})
+    assert hidden.middle is None
+    assert not any("red" in q.question for q in asked(hidden, "nearer spot"))
 
 
 def test_fixtures_lights_counts_and_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from openhelix.runtime.core.files import BadFile
 from openhelix.system2.answering import TransformersAnswerer
 from openhelix.system2.engines.transformers import TransformersEngine
-from openhelix.system2.model import CheckpointError, open_checkpoint
+from openhelix.system2.model import open_checkpoint
 from openhelix.system2.prompt import asked_of_robot
 from openhelix.system2.text import TextReader, fitted_code
 from openhelix.system2.vlm import IGNORED, Learner, Packer, Sight, adapt, folded_state
@@ -212,6 +214,21 @@ def test_a_hub_llava_trains_by_the_same_code(data: Path, tmp_path: Path) -> None
     assert any("multi_modal_projector" in k for k in moved)
 
 
+def test_some_kinds_are_asked_more_often(tiny_model: str, data: Path, tmp_path: Path) -> None:
+    config = section(data, tiny_model, tune={"questions": 1, "often": {"block": 9.0}})
+    run = VlmRun(config, tmp_path, device="cpu")
+    often, evenly = Counter[str](), Counter[str]()
+    draws = torch.Generator().manual_seed(0)
+    for record in run.train.records * 10:
+        often.update(q.kind for q in run._draw(record.questions, 1, draws, config.tune.often))
+        evenly.update(q.kind for q in run._draw(record.questions, 1, draws))
+    kinds, total = len(evenly), sum(often.values())
+    assert often["block"] / total == pytest.approx(9 / (8 + kinds), abs=0.06)
+    assert evenly["block"] / total == pytest.approx(1 / kinds, abs=0.06)
+    whole = run._draw(run.train.records[0].questions, 99, draws, config.tune.often)
+    assert sorted(q.kind for q in whole) == sorted(q.kind for q in run.train.records[0].questions)
+
+
 def test_one_run_is_not_continued_as_another(tiny_model: str, data: Path, tmp_path: Path) -> None:
     VlmRun(section(data, tiny_model), tmp_path, device="cpu").save()
     with pytest.raises(ValueError, match=r"vlm\.rank.*begun with 16, not 8"):
@@ -255,7 +272,7 @@ def test_a_few_megabytes_stand_for_the_whole(
         moved = max(moved, float((mine - old).detach().float().abs().max()))
     assert moved > 4e-3
     (small / "vision.safetensors").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(BadFile, match=r"vision\.safetensors: not safetensors"):
         open_checkpoint(str(small))
 
 

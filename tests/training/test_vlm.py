@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from openhelix.benchmarks.calvin.scene import get_scene
-from openhelix.benchmarks.training.collect_talk import PLANS, TalkPlan, make, subset
+from openhelix.benchmarks.training.collect_talk import (
+    PLANS,
+    TalkPlan,
+    ask_again,
+    make,
+    subset,
+)
+from openhelix.benchmarks.training.collect_talk import main as collect
 from openhelix.runtime.cli.main import main
 from openhelix.system2.model import open_checkpoint
-from openhelix.system2.vlm_data import read, read_about, shards
+from openhelix.system2.vlm_data import read, read_about, shards, write_about
 
 QUICK = [
     "vlm.see.steps=2", "vlm.align.steps=2", "vlm.tune.steps=3", "vlm.pictures=6",
@@ -72,6 +80,23 @@ def test_pictures_grow_and_are_the_same_for_a_seed(tmp_path: Path) -> None:
         make(tmp_path / "a", TalkPlan(scenes=(get_scene("B"),), seed=8, random_looks=0.5), 6)
 
 
+def test_what_a_picture_shows_can_be_asked_anew(tmp_path: Path, capsys) -> None:
+    """From what stands beside it: the same seed asks the same, another seed something else."""
+    plan = PLANS["train"]
+    make(tmp_path / "a" / "train", plan, 12)
+    assert ask_again(tmp_path / "a" / "train", tmp_path / "b", plan) == 12
+    assert read(tmp_path / "a" / "train") == read(tmp_path / "b")
+    write = dict(read_about(tmp_path / "a" / "train"))
+    write_about(tmp_path / "a" / "train", write | {"seed": 5})
+    ask_again(tmp_path / "a" / "train", tmp_path / "c", replace(plan, seed=5))
+    other, same = read(tmp_path / "c"), read(tmp_path / "b")
+    assert [r.picture for r in other] == [r.picture for r in same]
+    assert all(a.questions != b.questions for a, b in zip(other, same, strict=True))
+    with pytest.raises(SystemExit):
+        collect(["--out", str(tmp_path / "d"), "--pictures-of", str(tmp_path / "a")])
+    assert "pictures-of: " in capsys.readouterr().err
+
+
 def test_a_small_copy_holds_the_same_questions(tmp_path: Path) -> None:
     for name in ("train", "held-out"):
         make(tmp_path / "talk" / name, PLANS[name], 6)
@@ -93,6 +118,8 @@ def test_a_small_copy_holds_the_same_questions(tmp_path: Path) -> None:
         (["vlm.model=/nowhere"], "vlm.model: no folder"),
         (["vlm.init=/nowhere"], "vlm.init: no state.safetensors"),
         (["vlm.colour=red"], "vlm.colour"),
+        (["vlm.tune.often={nearset: 3}"], "vlm.tune.often: 'nearset' is unknown"),
+        (["vlm.tune.often={nearest: 0}"], "vlm.tune.often"),
         (
             ["vlm.scenes=[A,D]", "vlm.data=NEW"],
             "vlm.scenes: name one or more to train on, without D",
