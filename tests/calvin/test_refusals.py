@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from openhelix.benchmarks.calvin import phrases, refusals
+from openhelix.benchmarks.calvin import phrases, refusals, wordings
 from openhelix.benchmarks.calvin.phrases import normalised
 from openhelix.benchmarks.evaluation.referring import REFERENCES
 
@@ -45,6 +47,37 @@ def test_what_is_held_out_is_said_in_other_words() -> None:
     assert not set(said) & requests
     words = {word for sentence in said for word in sentence.split()}
     assert not words & set(refusals.NOUNS)  # things that training has are not in it
+    fitted = words_of(refusals.KINDS, refusals.WORDS, refusals.SYNONYMS, refusals.REFERRING)
+    fitted |= words_of(refusals.ALTHOUGH, wordings.COMMON, wordings.FRAMES, wordings.FAMILIES)
+    fitted |= words_of(phrases.training())
+    assert [s for s in said if set(s.split()) <= fitted] == []  # each has a word of its own
+
+
+def test_no_pattern_that_is_held_out_is_drawn() -> None:
+    """A pattern is what is left of a sentence without the words that requests have too."""
+    common = {w for one in refusals.requests(3000) for w in normalised(one.text).split()}
+
+    def pattern(sentence: str) -> str:
+        words = ("_" if word in common else word for word in normalised(sentence).split())
+        return re.sub(r"_( _)+", "_", " ".join(words))
+
+    drawn = {pattern(one.text) for one in refusals.refusals(7 * 800)}
+    held = [s for sentences in refusals.held_out().values() for s in sentences]
+    assert [s for s in held if pattern(s) in drawn] == []
+    assert pattern("do not open the drawer") in drawn  # such a one would be found
+
+
+def words_of(*rules: object) -> set[str]:
+    """Every word that patterns can come to."""
+    found: set[str] = set()
+    for rule in rules:
+        if isinstance(rule, str):
+            found |= set(normalised(re.sub(r"<\w+>|[()|\[\]]", " ", rule)).split())
+        elif isinstance(rule, Mapping):
+            found |= words_of(*rule, *rule.values())
+        elif isinstance(rule, Iterable):
+            found |= words_of(*rule)
+    return found
 
 
 def test_other_words_change_no_kind() -> None:
