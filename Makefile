@@ -123,6 +123,16 @@ bench-eval: setup ## Evaluation figures as JSON.
 bench-fleet: setup ## Robots that one System 2 serves, and what looking on costs the loop, as JSON.
 	$(PY) -m openhelix.benchmarks.perf.bench_fleet
 
+.PHONY: faults fuzz soak
+faults: setup ## Break everything in every way, and count what the arm was told (leave the machine alone): ARGS=
+	$(PY) -m openhelix.benchmarks.perf.faults $(ARGS)
+
+fuzz: setup ## A million damaged messages, and files and requests beside them: ARGS=
+	$(PY) -m openhelix.benchmarks.perf.fuzz $(ARGS)
+
+soak: setup ## Half an hour at 30 Hz: is the memory of every process flat? ARGS=
+	$(PY) -m openhelix.benchmarks.perf.faults --soak 30 $(ARGS)
+
 dashboards: setup ## Write Grafana's dashboards and docs/metrics.md from their sources.
 	$(PY) -m openhelix.deploy.grafana.build
 	$(PY) -m openhelix.deploy.metrics_page

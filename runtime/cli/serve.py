@@ -1,8 +1,8 @@
 """`openhelix serve ADDRESS`: one System 2 for many robots, until told to stop.
 
-    openhelix serve ipc:///tmp/system2                        for the robots on this host
+    openhelix serve ipc://system2                             for the robots on this host
     openhelix serve tcp://0.0.0.0:5800 transport.keys=keys    for others, with CURVE keys
-    openhelix run system2.connect=ipc:///tmp/system2 robot.id=left
+    openhelix run system2.connect=ipc://system2 robot.id=left
 
 The same node as in a run's graph, alone in this process. Robots on this host or others run
 with `system2.connect=ADDRESS` and a `robot.id` of their own, each with its own topic and
@@ -30,7 +30,7 @@ class ServeOptions(Options):
     """Options of `serve`; all else is `RunConfig`."""
 
     address: Annotated[str, Positional()] = option(
-        ..., "tcp://HOST:PORT (and the two ports after) or ipc://PATH"
+        ..., "tcp://HOST:PORT (and the two ports after) or ipc://NAME"
     )
     max_batch: Count = option(8, "most requests in one call (8)", "N")
     max_robots: Count = option(64, "further ones are refused (64)", "N")

@@ -69,6 +69,8 @@ class Interrupts(threading.Event):
             yield
         finally:
             self._patience = before
+        if before is not None and self.heard > before:
+            raise KeyboardInterrupt  # it came within, and was too much for those around it
 
     def listen(self) -> None:
         """Take the signals, also back from a library that took them meanwhile.

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,22 @@ def reap(process: subprocess.Popen[Any], patience_s: float) -> None:
         process.wait()
 
 
-def end_strays(mark: str) -> None:
-    """Kill what a child that did not end in order has left behind: its own children."""
-    ours = f"{MARK}={mark}".encode()
+def end_strays(sessions: Collection[int], mark: str | None = None) -> None:
+    """Kill what children that have ended left behind: their own children.
+
+    Args:
+        sessions: of those children, each of which began one. Some programs overwrite their
+            environment with a title; the session they are in stays.
+        mark: of the whole run, for children of which nothing is known, and for programs that
+            began a session of their own.
+    """
+    ours = f"{MARK}={mark}".encode() if mark is not None else None
     for number in psutil.pids():
         with suppress(OSError):
             # As it stands: where a process has changed its title, psutil reads nothing here.
-            if ours in Path(f"/proc/{number}/environ").read_bytes():
+            if os.getsid(number) in sessions or (
+                ours is not None and ours in Path(f"/proc/{number}/environ").read_bytes()
+            ):
                 os.kill(number, signal.SIGKILL)
 
 
@@ -93,9 +102,8 @@ class ProcessHost:
         give_up_s = time.monotonic() + timeout_s
         for child in self._children.values():
             reap(child, max(0.0, give_up_s - time.monotonic()))
-        unknown = len(self._children) < len(self._specs)  # being started when a signal came
-        if unknown or any(child.returncode for child in self._children.values()):
-            end_strays(self._mark)
+        # Whatever their exit codes: one that was deaf to the signal ends with 0 and leaves its own.
+        end_strays([child.pid for child in self._children.values()], self._mark)
 
     def _spawn(self, spec: NodeSpec, again: bool) -> subprocess.Popen[bytes]:
         with (self._log_folder / f"{spec.name}.log").open("ab") as output:
@@ -123,6 +131,7 @@ class ProcessHost:
                 # What fails at once would fail again at once: wait longer each time.
                 self._not_before_s[name] = now_s + min(0.5 * 2**count, 30.0)
                 log.warning("%s ended with code %s; starting it again", name, child.returncode)
+                end_strays([child.pid])  # they hold what the new one needs: memory, a GPU, ports
                 self._children[name] = self._spawn(self._specs[name], again=True)
 
 

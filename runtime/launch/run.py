@@ -38,8 +38,15 @@ from openhelix.runtime.control.episodes import (
     versions,
 )
 from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.core.clock import Clock
 from openhelix.runtime.core.config import CommandFailed, RunConfig
-from openhelix.runtime.core.interfaces import PartFailed, Policy, PolicySpec, check_engine
+from openhelix.runtime.core.interfaces import (
+    Engine,
+    PartFailed,
+    Policy,
+    PolicySpec,
+    check_engine,
+)
 from openhelix.runtime.core.targets import written_spec
 from openhelix.runtime.launch.graph import RAY, Graph, GraphError
 from openhelix.runtime.launch.node import Interrupts, interruptible
@@ -47,7 +54,7 @@ from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.observer import Subscribers
 from openhelix.runtime.observe.prompt import Prompt, Say
 from openhelix.runtime.observe.status_source import StatusRecord
-from openhelix.runtime.robots.base import make_robot, set_world, world_options
+from openhelix.runtime.robots.base import Robot, make_robot, set_world, world_options
 from openhelix.runtime.robots.env import stepped
 from openhelix.runtime.transport.rpc import RpcError
 
@@ -81,17 +88,10 @@ def run_lockstep(
     started_s = time.monotonic()
     display.say("loading System 1 and System 2")
     clock = make_clock(config)
-    name, options = _embedded(config, clock)
-    robot = make_robot(name, **options)  # first: its options are checked before models are loaded
-    written = written_spec(config.system1.policy)
-    if written is not None:
-        check_parts(config, robot.spec, written)
-    policy: Policy = _made("system1", lambda: make_policy(config.system1.policy))
-    check_parts(config, robot.spec, policy.spec)
-    goals = engine = None
-    if policy.spec.latent is not None:
-        engine = _made("system2", lambda: make(config.system2.engine))
-        check_engine(engine, f"system2.engine.target: {config.system2.engine.target}")
+    with interruptible() as interrupted, interrupted.patience(0):  # loading takes its time
+        robot, policy, engine = _lockstep_parts(config, clock)
+    goals = None
+    if engine is not None and policy.spec.latent is not None:
         goals = lockstep_goals(config, engine, policy.spec.latent)
     untrained = say_untrained(display, system1=policy, system2=engine)
     spec_id = engine.spec.spec_id if engine is not None else None
@@ -135,6 +135,22 @@ def run_lockstep(
         "error": failure,
         **parts_of(config, policy.spec, spec_id),
     }
+
+
+def _lockstep_parts(config: RunConfig, clock: Clock) -> tuple[Robot, Policy, Engine | None]:
+    """Build the robot, System 1, and System 2 where it needs one; they fit each other."""
+    name, options = _embedded(config, clock)
+    robot = make_robot(name, **options)  # first: its options are checked before models are loaded
+    written = written_spec(config.system1.policy)
+    if written is not None:
+        check_parts(config, robot.spec, written)
+    policy: Policy = _made("system1", lambda: make_policy(config.system1.policy))
+    check_parts(config, robot.spec, policy.spec)
+    if policy.spec.latent is None:
+        return robot, policy, None
+    engine: Engine = _made("system2", lambda: make(config.system2.engine))
+    check_engine(engine, f"system2.engine.target: {config.system2.engine.target}")
+    return robot, policy, engine
 
 
 def _made(part: str, make_it: Callable[[], Any]) -> Any:

@@ -649,7 +649,7 @@ register(
 )
 register("observation", Observation, shapes={"tcp_pose": (7,), "joints": ("n",)})
 register("goal_request", GoalRequest, shapes={"rgb": ("H", "W", 3)})
-register("latent", LatentGoal, shapes={"z": ("n", "d")}, finite=("z", "compute_s"))
+register("latent", LatentGoal, shapes={"z": ("n", "d")}, finite=("z", "compute_s", "understood"))
 register(
     "chunk", ActionChunk, shapes={"poses": ("H", 7), "gripper": ("H",)}, finite=("poses", "gripper")
 )

@@ -56,6 +56,24 @@ def test_a_signal_beyond_the_patience_raises(number: signal.Signals, patience: i
             assert interrupts.is_set()
 
 
+def test_what_a_patient_block_let_pass_raises_at_its_end_if_it_is_too_much_around_it() -> None:
+    done = []
+
+    def work(interrupts: Interrupts) -> None:
+        with interrupts.patience(0):
+            with interrupts.patience(1):
+                raise_here(signal.SIGTERM)
+                done.append("in order")
+            done.append("never")
+
+    with interruptible() as interrupts:
+        with pytest.raises(KeyboardInterrupt):
+            work(interrupts)
+        with interrupts.patience(interrupts.heard):
+            done.append("afterwards")
+    assert done == ["in order", "afterwards"]
+
+
 def test_within_another_block_it_is_the_same_event() -> None:
     with interruptible() as outer:
         with interruptible() as inner:

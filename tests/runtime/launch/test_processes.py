@@ -148,6 +148,50 @@ def test_who_does_not_end_when_told_is_ended_for_certain() -> None:
         assert process.returncode == code
 
 
+class Parent(Idle):
+    """A node with a process of its own, which it does not end; beside it one with a new session."""
+
+    def setup(self) -> None:
+        for apart in (False, True):
+            # Without our mark where the session tells: as one that overwrites its environment.
+            env = os.environ if apart else {"PATH": os.environ["PATH"]}
+            subprocess.Popen(["sleep", "600"], env=env, start_new_session=apart)
+
+
+def strays_of(node: NodeSpec) -> list[psutil.Process]:
+    return psutil.Process(health(node, "ready")["pid"]).children()
+
+
+def test_what_a_child_leaves_behind_is_ended_though_its_exit_code_is_0(
+    host: ProcessHost, tmp_path: Path
+) -> None:
+    node = replace(spec(tmp_path, "parent"), target="tests.runtime.launch.test_processes:Parent")
+    host.start([node])
+    strays = strays_of(node)
+    assert len(strays) == 2
+    host.close(timeout_s=60.0)
+    _, alive = psutil.wait_procs(strays, timeout=60)
+    assert not alive
+
+
+def test_what_a_child_that_is_started_again_left_behind_is_ended_before(
+    host: ProcessHost, tmp_path: Path
+) -> None:
+    node = replace(spec(tmp_path, "parent"), target="tests.runtime.launch.test_processes:Parent")
+    other = replace(node, name="other", control=f"ipc://{tmp_path}/other.rpc")
+    host.start([node, other])
+    first, bystanders = strays_of(node), strays_of(other)
+    os.kill(health(node, "ready")["pid"], signal.SIGKILL)
+    deadline_s = time.monotonic() + 30.0
+    while host.restarts.get("parent") != 1:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    _, alive = psutil.wait_procs(first[:1], timeout=60)
+    assert not alive
+    strays_of(node)
+    assert all(stray.is_running() for stray in bystanders)
+
+
 class Deaf(Idle):
     """A node whose main thread hears no signal, as in a library that does not return."""
 

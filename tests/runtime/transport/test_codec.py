@@ -30,6 +30,8 @@ def test_round_trip(message: Any) -> None:
         (latent(z=[1.0]), "dtype"),
         (latent(z=np.ones(512, np.float32)), "shape"),
         (latent(z=np.full((1, 512), np.inf, np.float32)), "nonfinite"),
+        (latent(compute_s=np.inf), "nonfinite"),
+        (latent(understood=np.nan), "nonfinite"),
         (latent(seq=1.5), "field"),
         (latent(seq=True), "field"),
         (latent(seq=2**63), "field"),
