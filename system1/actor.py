@@ -171,7 +171,7 @@ class DiffuserActor(DiffusionNetwork):
         self.check(*tensors)
         scene = self.encode(*tensors, mask=not bool(torch.isfinite(tensors[1]).all()))
         return diffusion_loss(
-            lambda x, t: self.prediction_head(x, t, scene),
+            lambda x, t, given: self.prediction_head(x, t, scene),
             self.normalizer.normalize(rows),
             openness,
             mask,

@@ -58,6 +58,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "ffn_mult": (1, 16),
     "scene_tokens": (0, 65_536),
     "dropout": (0, 0.99),
+    "given_rows": (0, 1023),
     "train_steps": (1, 10_000),
     "clip_sample": (0, 1000),
 }
@@ -121,6 +122,7 @@ class PolicyConfig:
     scene_tokens: int = 0  # farthest-point-sampled scene tokens; 0 keeps all
     keyposes: int = 0  # next keyposes that the scene's tokens vote for; 0 for none
     dropout: float = 0.0
+    given_rows: int = 0  # first rows, at most, that a chunk can be made to go on from; 0 for none
     # diffusion
     train_steps: int = 100
     position_schedule: ScheduleName = "squaredcos_cap_v2"
@@ -143,6 +145,14 @@ class PolicyConfig:
             )
         if not 1 <= self.sample_steps <= self.train_steps:
             raise ConfigError(f"sample_steps: {self.sample_steps} is not in 1..{self.train_steps}")
+        if self.given_rows and self.head != "trajectory":
+            raise ConfigError(
+                f"given_rows: {self.given_rows}; head {self.head!r} goes on from none"
+            )
+        if self.given_rows >= self.horizon:
+            raise ConfigError(
+                f"given_rows: {self.given_rows}, must be less than horizon={self.horizon}"
+            )
         if self.keyposes not in (0, KEYPOSES):
             raise ConfigError(f"keyposes: {self.keyposes} is neither 0 nor {KEYPOSES}")
         if not 1 <= len(self.cameras) <= MAX_CAMERAS:

@@ -209,11 +209,44 @@ def draw_noise(
     return first.to(device), drawn.to(device)
 
 
+def leading(count: Tensor, rows: int) -> Tensor:
+    """Return (B, rows) bool, True for the first `count` (B,) rows of each."""
+    return torch.arange(rows, device=count.device) < count.unsqueeze(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known beforehand of a trajectory that is to be sampled.
+
+    Attributes:
+        rows: (B, T, 9) in the diffusion's space.
+        weight: (B, T), 1 where a row is to be as it is known, 0 where nothing is; between them
+            the predicted clean row is drawn towards it.
+        given: (B,) of the first rows, so many go into the network clean and marked as such; for
+            one trained so (`PolicyConfig.given_rows`). None: all rows go in noisy.
+    """
+
+    rows: Tensor
+    weight: Tensor
+    given: Tensor | None = None
+
+    def impose(self, clean: Tensor) -> Tensor:
+        """Return a predicted clean trajectory drawn towards what is known."""
+        return torch.lerp(clean, self.rows, self.weight.unsqueeze(-1))
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Return the state as it enters the network."""
+        if self.given is None:
+            return x
+        return torch.where(leading(self.given, x.shape[1]).unsqueeze(-1), self.rows, x)
+
+
 def run_table(
     table: SamplerTable,
     model: Callable[[int, Tensor], tuple[Tensor, Tensor]],
     first: Tensor,
     step_noise: Tensor | None,
+    known: Known | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Denoise.
 
@@ -222,6 +255,7 @@ def run_table(
         model: (step index, state (B, T, 9)) to (output (B, T, 9), openness logit (B, T, 1)).
         first: the initial state (B, T, 9).
         step_noise: (S, B, T, 9) or None, from `draw_noise`.
+        known: what is known of the result; None for nothing.
 
     Returns:
         The clean trajectory (B, T, 9) in the diffusion's space and the last openness logits
@@ -229,10 +263,13 @@ def run_table(
     """
     x, logits, before = first, first[..., :1], None
     for i in range(len(table.timesteps)):
+        x = x if known is None else known.enter(x)
         output, logits = model(i, x)
         clean = output * table.out_in[i] + x * table.state_in[i]
         if table.clip > 0:
             clean = clean.clamp(-table.clip, table.clip)
+        if known is not None:
+            clean = known.impose(clean)
         following = clean * table.clean_out[i] + x * table.state_out[i]
         if table.multistep and before is not None:
             following = following + before * table.before_out[i]

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from openhelix.system1.config import Prediction
-from openhelix.system1.diffusion import POSITION, add_noise, target_of
+from openhelix.system1.diffusion import POSITION, add_noise, leading, target_of
 from openhelix.system1.geometry import matrix_from_6d, quat_to_matrix
 
+GIVEN_ONE_IN = 4  # of the noise draws
 POSITION_WEIGHT, ROTATION_WEIGHT, GRIPPER_WEIGHT = 30.0, 10.0, 1.0
 
 
@@ -65,7 +66,7 @@ def trajectory_loss(
 
 
 def diffusion_loss(
-    model: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    model: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]],
     clean: Tensor,
     openness: Tensor,
     mask: Tensor,
@@ -73,11 +74,13 @@ def diffusion_loss(
     prediction: Prediction,
     draws: int,
     generator: torch.Generator | None,
+    given_rows: int = 0,
 ) -> LossParts:
     """Noise the clean trajectories, predict, compare.
 
     Args:
-        model: (x (B * draws, T, 9), t (B * draws,)) to (prediction, logits).
+        model: (x (B * draws, T, 9), t (B * draws,), given (B * draws,) or None) to (prediction,
+            logits).
         clean: (B, T, 9) in the diffusion's space.
         openness: (B, T).
         mask: (B, T) bool; masked rows are noised from zero and never counted.
@@ -85,6 +88,8 @@ def diffusion_loss(
         prediction: what the model predicts.
         draws: noise draws an observation; timesteps are spread over them evenly.
         generator: source of randomness, on the CPU; the global one when None.
+        given_rows: of one draw in four, 1 to so many first rows stay clean and do not count, as
+            when a chunk is to go on from one that is being executed; 0 for none.
     """
     clean = torch.where(mask.unsqueeze(-1), clean, 0.0)
     clean, openness, mask = (x.repeat_interleave(draws, 0) for x in (clean, openness, mask))
@@ -94,7 +99,14 @@ def diffusion_loss(
     stratum = torch.arange(count) % draws
     t = ((stratum + start) * (total / draws)).long().clamp_max(total - 1).to(clean.device)
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-    predicted, logits = model(add_noise(alphas, clean, noise, t), t)
+    noisy, given = add_noise(alphas, clean, noise, t), None
+    if given_rows:
+        drawn = torch.randint(1, given_rows + 1, (count,), generator=generator)
+        given = torch.where(torch.arange(count) % GIVEN_ONE_IN == 0, drawn, 0).to(clean.device)
+        first = leading(given, clean.shape[1])
+        noisy = torch.where(first.unsqueeze(-1), clean, noisy)
+        mask = mask & ~first
+    predicted, logits = model(noisy, t, given)
     target = target_of(prediction, alphas, clean, noise, t)
     return trajectory_loss(predicted, target, logits, openness, mask)
 

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from openhelix.system1.config import PolicyConfig
 from openhelix.system1.diffusion import (
+    Known,
     Noise,
     Normalizer,
     SamplerTable,
@@ -155,7 +156,7 @@ class VisuomotorPolicy(DiffusionNetwork):
             predicted, logits = self.head(scene, rows.shape[1])
             return trajectory_loss(predicted, clean, logits, openness, mask)
         return diffusion_loss(
-            lambda x, t: self.head(x, t, scene),
+            lambda x, t, given: self.head(x, t, scene, *(() if given is None else (given,))),
             clean,
             openness,
             mask,
@@ -163,27 +164,37 @@ class VisuomotorPolicy(DiffusionNetwork):
             self.config.prediction,
             draws,
             generator,
+            self.config.given_rows,
         )
 
     @torch.inference_mode()
-    def sample_inputs(self, inputs: Inputs, noise: Noise | None = None) -> Tensor:
-        """Return trajectories (B, T, 8) relative to the gripper; see `sample`."""
+    def sample_inputs(
+        self, inputs: Inputs, noise: Noise | None = None, known: Known | None = None
+    ) -> Tensor:
+        """Return trajectories (B, T, 8) relative to the gripper; see `sample`.
+
+        Args:
+            inputs: B observations.
+            noise: source of every Gaussian draw.
+            known: what is known of the trajectories; a head without diffusion takes none.
+        """
         source = noise or gaussian(None)
         table = self.sampler
         first, drawn = draw_noise(table, inputs.batch, self.config.horizon, source)
-        rows, logits = self.denoise_inputs(inputs, first, drawn)
+        rows, logits = self.denoise_inputs(inputs, first, drawn, known)
         return rows_to_poses(self.normalizer.denormalize(rows.float()), logits.float())
 
     def denoise_inputs(
-        self, inputs: Inputs, first: Tensor, drawn: Tensor | None
+        self, inputs: Inputs, first: Tensor, drawn: Tensor | None, known: Known | None = None
     ) -> tuple[Tensor, Tensor]:
         """Encode, then run the sampler from `first`; everything a CUDA graph captures."""
         table = self.sampler
         scene = self.encode(inputs)
         if isinstance(self.head, DirectHead):
             return self.head(scene, first.shape[1])
-        step = self.head.prepare(scene, table.times)
-        return run_table(table, step, first, drawn)
+        given = () if known is None or known.given is None else (known.given,)
+        step = self.head.prepare(scene, table.times, *given)
+        return run_table(table, step, first, drawn, known)
 
     def sample(
         self,

@@ -15,6 +15,7 @@ from torch.nn.functional import layer_norm
 
 from openhelix.system1.attention import Block, blocks_of, metric_frequencies, rotary_code, sinusoid
 from openhelix.system1.config import PolicyConfig
+from openhelix.system1.diffusion import leading
 from openhelix.system1.geometry import Scene, merge_masks
 from openhelix.system1.heads.base import DiffusionHead, Step
 
@@ -33,6 +34,9 @@ class TrajectoryHead(DiffusionHead):
         self.dim, self.heads = dim, config.heads
         self.embed = nn.Linear(9, dim)
         self.row = nn.Parameter(0.02 * torch.randn(config.horizon, dim))
+        # Marks rows that are given, not noisy; zero at first, so that a policy that knew of none
+        # is what it was.
+        self.given = nn.Parameter(torch.zeros(dim)) if config.given_rows else None
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.blocks = nn.ModuleList(
             Block(dim, config.heads, config.ffn_mult) for _ in range(config.layers)
@@ -70,27 +74,32 @@ class TrajectoryHead(DiffusionHead):
         final: tuple[Tensor, Tensor],
         context: list[tuple[Tensor, Tensor]],
         mask: Tensor | None,
+        given: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run the blocks on one noisy trajectory a row."""
+        """Run the blocks on one noisy trajectory a row, of which the first `given` are not."""
         code = rotary_code(x[..., :3] * self.metres, self.frequencies, self.heads)
         h = self.embed(x.to(self.row.dtype)) + self.row
+        if given is not None and self.given is not None:
+            h = h + leading(given, x.shape[1]).unsqueeze(-1) * self.given
         for block, table, kv in zip(self.blocks, tables, context, strict=True):
             h = block(h, table, code, kv, mask)
         h = torch.addcmul(final[1], layer_norm(h, (self.dim,)), final[0])
         return self.out(h), self.openness(h)
 
-    def forward(self, x: Tensor, t: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
-        """See `DiffusionHead.forward`."""
+    def forward(
+        self, x: Tensor, t: Tensor, scene: Scene, given: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `DiffusionHead.forward`; `given` (B * k,) are the rows of each that are clean."""
         draws = len(x) // len(scene.signal)
         signal = self.time(
             sinusoid(t, self.dim).to(self.row.dtype)
         ) + scene.signal.repeat_interleave(draws, 0)
         tables, final = self.tables(signal)
         context, mask = self.context(scene)
-        return self.denoise(x, tables, final, context, mask)
+        return self.denoise(x, tables, final, context, mask, given)
 
-    def prepare(self, scene: Scene, timesteps: Tensor) -> Step:
-        """See `DiffusionHead.prepare`."""
+    def prepare(self, scene: Scene, timesteps: Tensor, given: Tensor | None = None) -> Step:
+        """See `DiffusionHead.prepare`; `given` (B,) are the rows of each that are clean."""
         signal = (
             self.time(sinusoid(timesteps, self.dim).to(self.row.dtype)).unsqueeze(1) + scene.signal
         )
@@ -99,6 +108,6 @@ class TrajectoryHead(DiffusionHead):
         steps = [[tuple(part[i] for part in table) for table in tables] for i in range(len(signal))]
 
         def step(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.denoise(x, steps[i], (scale[i], shift[i]), context, mask)
+            return self.denoise(x, steps[i], (scale[i], shift[i]), context, mask, given)
 
         return step

@@ -9,6 +9,7 @@ from diffusers.schedulers import scheduling_ddpm
 
 from openhelix.system1.config import official_calvin, small
 from openhelix.system1.diffusion import (
+    Known,
     add_noise,
     alphas_cumprod,
     draw_noise,
@@ -157,6 +158,31 @@ def test_noising_matches_diffusers():
     t = torch.tensor([0, 12, 24])
     ours = add_noise(bars, clean, noise, t)[..., :3]
     torch.testing.assert_close(ours, theirs.add_noise(clean[..., :3], noise[..., :3], t))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
+def test_what_is_known_of_a_trajectory_is_in_the_result(sampler):
+    table = make_table(small(), sampler, 8)
+    first, drawn = draw_noise(table, 2, 6, seeded(0))
+    free, _ = run_table(table, toy, first, drawn)
+    rows, weight = torch.full((2, 6, 9), 0.7), torch.zeros(2, 6)
+    nothing, _ = run_table(table, toy, first, drawn, Known(rows, weight))
+    torch.testing.assert_close(nothing, free, rtol=0, atol=0)
+    weight[:, :2], weight[:, 2] = 1.0, 0.5
+    led, _ = run_table(table, toy, first, drawn, Known(rows, weight))
+    torch.testing.assert_close(led[:, :2], rows[:, :2])
+    assert ((led[:, 2] - 0.7).abs() < (free[:, 2] - 0.7).abs()).all()
+    torch.testing.assert_close(led[:, 3:], free[:, 3:])  # this network knows of no neighbours
+    entered = []
+
+    def watched(i, x):
+        entered.append(x)
+        return toy(i, x)
+
+    run_table(table, watched, first, drawn, Known(rows, weight, torch.tensor([2, 0])))
+    for x in entered:
+        torch.testing.assert_close(x[0, :2], rows[0, :2])
+        assert (x[1, :2] != 0.7).all() and (x[0, 2:] != 0.7).all()
 
 
 @pytest.mark.parametrize("steps", [0, 101])

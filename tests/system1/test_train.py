@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from openhelix.runtime.core.config import ConfigError
+from openhelix.system1.checkpoint import load_policy
 from openhelix.system1.data import Augment, Cache
 from openhelix.system1.diffusion import row_alphas
 from openhelix.system1.latent_adapter import ADAPTER
@@ -199,7 +200,7 @@ def test_masked_rows_do_not_count():
 def test_draws_spread_the_timesteps():
     config, seen = tiny(), []
 
-    def model(x, t):
+    def model(x, t, given):
         seen.append(t)
         return x, x[..., :1]
 
@@ -208,6 +209,45 @@ def test_draws_spread_the_timesteps():
     diffusion_loss(model, clean, ones, ones.bool(), row_alphas(config), "sample", 4, None)
     t = seen[0].view(3, 4)
     assert ((t // 25) == torch.arange(4)).all()
+
+
+def test_given_rows_go_in_clean_and_do_not_count():
+    config, seen = tiny(), []
+
+    def model(x, t, given):
+        seen.append((x, given))
+        return torch.zeros_like(x), x[..., :1]
+
+    clean = torch.arange(1.0, 7)[None, :, None].expand(5, 6, 9)
+    ones = torch.ones(5, 6)
+    source = torch.Generator().manual_seed(0)
+    args = (clean, ones, ones.bool(), row_alphas(config), "sample", 4)
+    parts = diffusion_loss(model, *args, source, given_rows=3)
+    (x, given), *_ = seen
+    assert (given.view(5, 4)[:, 1:] == 0).all()
+    assert set(given.view(5, 4)[:, 0].tolist()) <= {1, 2, 3} and given.max() > given[::4].min()
+    left = []
+    for row, count in zip(x, given.tolist(), strict=True):
+        torch.testing.assert_close(row[:count], clean[0, :count], rtol=0, atol=0)
+        assert (row[count:] != clean[0, count:]).any()
+        left += clean[0, count:, 0].tolist()
+    assert float(parts.position) == pytest.approx(sum(left) / len(left))
+    diffusion_loss(model, *args, None)
+    assert seen[-1][1] is None
+
+
+def test_a_policy_that_learns_to_go_on_begins_as_it_was(folder, tmp_path):
+    first = run_config(folder, tmp_path / "a", steps=2)
+    train(first)
+    again = run_config(folder, tmp_path / "b", init=first.out)
+    grown_run = Trainer(replace(again, changes={**again.changes, "given_rows": 3}))
+    before, after = load_policy(first.out), grown_run.model
+    torch.testing.assert_close(after.head.given, torch.zeros_like(after.head.given))
+    with torch.no_grad():
+        for name, p in before.named_parameters():
+            torch.testing.assert_close(dict(after.named_parameters())[name], p, rtol=0, atol=0)
+    grown_run.train_step()
+    assert float(after.head.given.abs().max()) > 0
 
 
 def test_a_run_planned_by_time_ends_with_its_rate_down_and_is_then_left_alone(folder, tmp_path):
