@@ -190,7 +190,10 @@ class PolicyConfig:
                 self.latent_kind, self.latent_tokens, self.latent_dim, self.latent_model_id
             )
         cameras = tuple(CameraSpec(c.name, c.height, c.width) for c in self.cameras)
-        return PolicySpec(cameras, latent, ActionSpec(hz=self.hz), self.horizon)
+        joins = ("blend",)
+        if self.head not in ("lstm", "diffuser_actor"):  # the others sample with our own loop
+            joins = ("blend", "inpaint", *(("prefix",) if self.given_rows else ()))
+        return PolicySpec(cameras, latent, ActionSpec(hz=self.hz), self.horizon, joins)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, ready for `json.dumps`."""

@@ -8,6 +8,7 @@ latents are masked and counted, and a result that is not finite is never returne
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from openhelix.runtime.core.interfaces import (
 )
 from openhelix.system1.checkpoint import CheckpointError, Network, load_policy, seeded_model
 from openhelix.system1.config import SHIPPED, CameraConfig, PolicyConfig, small
+from openhelix.system1.data import relative_rows
+from openhelix.system1.diffusion import ROW, Known
 from openhelix.system1.fast_modes import GraphedSampler, to_bf16
 from openhelix.system1.geometry import (
     Inputs,
@@ -42,7 +45,7 @@ from openhelix.system1.geometry import (
     wxyz_to_xyzw,
     xyzw_to_wxyz,
 )
-from openhelix.system1.model import gaussian
+from openhelix.system1.model import VisuomotorPolicy, gaussian
 
 
 @dataclass(slots=True)
@@ -199,13 +202,61 @@ class DiffusionPolicy:
             SpecMismatch: a frame or a latent is not what the spec promised.
             PolicyFault: the network's output was not finite.
         """
+        return self._plan(observation, latents)
+
+    def go_on(
+        self,
+        observation: Observation,
+        latents: Sequence[LatentGoal],
+        plan: ActionChunk,
+        given: int,
+        join: str,
+    ) -> ActionChunk:
+        """Return a trajectory that goes on from a plan; see `GoesOn`.
+
+        Sources: "inpaint" is real-time chunking's soft mask (Black et al. 2025, eq. 5), imposed
+        on the predicted clean trajectory; "prefix" its form that is learned in training.
+
+        Raises:
+            SpecMismatch: this policy cannot be joined so.
+            PolicyFault: the network's output was not finite.
+        """
+        if join not in self._spec.joins or join == "blend":
+            raise SpecMismatch(f"join: {join!r}; this policy can {', '.join(self._spec.joins)}")
+        tcp = torch.as_tensor(observation.tcp_pose, dtype=torch.float64)
+        poses = torch.as_tensor(plan.poses[: self.config.horizon], dtype=torch.float64)
+        count, rows = len(poses), self.config.horizon
+        relative = torch.zeros(rows, ROW)
+        relative[:count] = relative_rows(poses[None], tcp[None], self.config.rotation)[0].float()
+        clean = self.model.normalizer.normalize(relative.to(self.device))[None]
+        at = torch.arange(rows, device=self.device)
+        if join == "prefix":
+            given = min(given, self.config.given_rows)
+            weight, first = (at < given).float(), torch.tensor([given], device=self.device)
+            known = Known(clean, weight[None], first)
+        else:
+            left = ((count - at) / max(1, count - given + 1)).clamp(0.0, 1.0)
+            soft = left * torch.expm1(left) / math.expm1(1.0)
+            known = Known(clean, torch.where(at < given, 1.0, soft)[None])
+        chunk = self._plan(observation, latents, known)
+        chunk.gripper[:given] = plan.gripper[:given]
+        return chunk
+
+    def _plan(
+        self, observation: Observation, latents: Sequence[LatentGoal], known: Known | None = None
+    ) -> ActionChunk:
         if observation.instruction_id != self._instruction_id:
             self._history.clear()
             self._instruction_id = observation.instruction_id
         usable = self._usable(latents, observation.instruction_id)
         inputs = self.prepare(observation, usable)
         noise = gaussian(self._generator)
-        rows = self._sampler.sample_inputs(inputs, noise)[0].cpu().double()
+        if known is None:
+            sampled = self._sampler.sample_inputs(inputs, noise)
+        else:
+            assert isinstance(self.model, VisuomotorPolicy)  # others' specs know no such join
+            sampled = self.model.sample_inputs(inputs, noise, known)
+        rows = sampled[0].cpu().double()
         self._counters.calls += 1
         tcp = torch.as_tensor(observation.tcp_pose, dtype=torch.float64)
         position, quat = to_absolute(rows, tcp, self.config.rotation)

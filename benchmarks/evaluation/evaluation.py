@@ -73,6 +73,7 @@ class Evaluation:
             "camera": config.system2.camera,
             "replan_steps": config.system1.replan_steps,
             "blend_s": config.system1.blend_s,
+            "join": config.system1.join,
             "latent_memory": config.system1.latent_memory,
             "control_hz": config.control.hz,
             "safety": _plain(config.model_dump(mode="json")["safety"]),
@@ -247,6 +248,7 @@ def header(plan: Evaluation, about: Mapping[str, Any]) -> dict[str, Any]:
         "delay": None if wall else plan.conditions.delay,
         "hz2": plan.config.system2.hz if wall else None,
         "replan_steps": plan.config.system1.replan_steps,
+        "join": plan.config.system1.join,
         "untrained": about.get("untrained", []),
         "policy": {
             "target": policy.target,

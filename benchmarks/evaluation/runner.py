@@ -34,6 +34,7 @@ from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.control.assembly import (
     ControlStack,
     build_stack,
+    check_join,
     make,
     make_policy,
     sync_planner,
@@ -167,6 +168,7 @@ class Runner:
 
     def _load(self, engine: Engine | None) -> None:
         spec, scene = self._policy.spec, self._config.world.scene
+        check_join(self._config, spec)
         # Before System 2 is loaded, which takes longest. The world is opened too: one that is
         # not usable is refused here, and would make every episode a failed one.
         check_robot(self._make_robot(scene).spec, spec)

@@ -70,6 +70,7 @@ def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     chain = "avg_len" in cells[0]
     header = [
         "sees",
+        "join",
         "interval",
         "latency",
         "plan delay",
@@ -91,6 +92,7 @@ def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 c["sees"],
+                c["join"],
                 str(c["interval"]),
                 *("its own" if c[k] is None else str(c[k]) for k in ("latency", "delay")),
                 f"{scale * _score(c):.{digits}f}",
@@ -110,7 +112,7 @@ def table_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
 def motion_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     """Return how the arm was led in the cells of one suite, as a table."""
     header = [
-        *("interval", "latency", "plan delay", "steps to success", "held steps per task"),
+        *("join", "interval", "latency", "plan delay", "steps to success", "held steps per task"),
         *("borders", "jump at a border, mm", "rad", "cut by limits", "jerk, m/s3"),
     ]
     rows = []
@@ -119,6 +121,7 @@ def motion_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
         jump_m, turn, jerk = (moved[k] for k in ("jump_m", "jump_rad", "jerk_m_s3"))
         rows.append(
             [
+                c["join"],
                 str(c["interval"]),
                 *("its own" if c[k] is None else str(c[k]) for k in ("latency", "delay")),
                 "" if c["steps_to_success"] is None else f"{c['steps_to_success']:.0f}",
@@ -221,6 +224,8 @@ def plot(name: str, cells: Sequence[Cell]) -> plots.Drawing:
             line = f"a latent every {c['interval'] * STEP_S:.2g} s, {line}"
         elif c[other]:
             line = f"{line}, plans {c[other] * STEP_S:.2g} s late"
+        if len({c["join"] for c in cells}) > 1:
+            line = f"{c['join']}: {line}"
         series.setdefault(line, []).append(point)
     counts = [int(c.get("n_sequences") or c.get("n_episodes") or 0) for c in cells]
     what, bars = ("chains", plots.BOOTSTRAP) if chain else ("episodes", plots.WILSON)
@@ -260,6 +265,7 @@ LATENCIES = (0, 6, 15)  # 0, 0.2 and 0.5 s at 30 Hz
 SUITES_SWEPT = ("calvin", "calvin-d")
 FOLDER = Path("outputs") / "sweep"
 CLOCKS = ("lockstep", "realtime", "both")
+JOINS = ("blend", "inpaint", "prefix")
 DRIFT_COUNT = 1  # of the count, the part on which drift is measured
 SHARED = ("world", "scene", "seed", "steps_limit", "policy", "system2")  # by all cells
 PoolFor = Callable[[RunConfig], Pool]
@@ -272,6 +278,7 @@ class SweepOptions(SuiteOptions):
     intervals: Numbers = option(INTERVALS, "System 2 every N steps", "N,...")
     latencies: Numbers = option(LATENCIES, "latency of its latents in steps", "N,...")
     delays: Numbers = option((0,), "System 1's own delay in steps (0)", "N,...")
+    joins: Words = option((), "rows: how plans are joined", "|".join(JOINS))
     sees: Words = option(("image",), "rows: what System 2 is shown", "|".join(SEES))
     clock: str = option("lockstep", "which clock (lockstep)", "|".join(CLOCKS))
     results: Path | None = option(None, "write the finished sweep here too, to keep", "DIR")
@@ -353,7 +360,10 @@ def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Evaluati
     clocks = CLOCKS[:2] if options.clock == "both" else (options.clock,)
     refuse_ignored(overrides, options, options.clock)
     plans: list[Evaluation] = []
-    for clock, sees in ((clock, sees) for clock in clocks for sees in options.sees):
+    for name in options.joins:
+        if name not in JOINS:
+            raise ConfigError(f"--joins: {none_of(name, JOINS)}")
+    for clock, sees, join in product(clocks, options.sees, options.joins or (None,)):
         config = load_config(
             overrides,
             options.config,
@@ -362,6 +372,9 @@ def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Evaluati
             clock=clock,
             sees=sees,
         )
+        if join is not None:
+            system1 = config.system1.model_copy(update={"join": join})
+            config = config.model_copy(update={"system1": system1})
         require_parts(config)
         for name in options.suites:
             # Chains are CALVIN's own: a choice of tasks is for the other suites swept.
@@ -437,6 +450,8 @@ def name_of(plan: Evaluation) -> str:
     wall = plan.config.control.clock == "realtime"
     name = plan.suite.name + ("-changing" if plan.suite.changing else "")
     row = "" if plan.sees == "image" else f"-{plan.sees}"
+    join = plan.config.system1.join
+    row += "" if join == "blend" else f"-{join}"
     return f"{name}{row}-i{interval:02d}-{'wall' if wall else latency}"
 
 
@@ -450,7 +465,7 @@ def cell(report: Mapping[str, Any], interval: int) -> Cell:
     return {
         **{
             key: report[key]
-            for key in ("suite", "sees", "clock", "latency", "delay", "hz2", *SHARED)
+            for key in ("suite", "sees", "clock", "latency", "delay", "join", "hz2", *SHARED)
         },
         "interval": interval,
         **score,
@@ -480,6 +495,7 @@ def _compare(cells: Sequence[Cell]) -> None:
         "interval": base["interval"],
         "latency": base["latency"],
         "delay": base["delay"],
+        "join": base["join"],
         "difference": test.difference,
         "ci95": list(test.ci95),
         "p": test.p,

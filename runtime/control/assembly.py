@@ -15,6 +15,7 @@ from openhelix.runtime.control.goals import Goals, LockstepGoals, WireGoals
 from openhelix.runtime.control.loop import ControlLoop
 from openhelix.runtime.control.plans import (
     ChunkBuffer,
+    Following,
     Planner,
     PlanReply,
     RemotePlanner,
@@ -129,6 +130,14 @@ def check_parts(config: RunConfig, robot: RobotSpec, policy: PolicySpec) -> None
         )
 
 
+def check_join(config: RunConfig, policy: PolicySpec) -> None:
+    """Raise SpecMismatch unless the policy's chunks can be joined as the configuration says."""
+    if policy.joins and config.system1.join not in policy.joins:
+        raise SpecMismatch(
+            f"system1.join: {config.system1.join!r}; this policy can {', '.join(policy.joins)}"
+        )
+
+
 def watched(config: RunConfig, policy: PolicySpec) -> tuple[str, ...]:
     """Return the cameras that System 1 or System 2 looks through: each must be alive."""
     names = [camera.name for camera in policy.cameras]
@@ -147,7 +156,11 @@ def build_stack(
 ) -> ControlStack:
     """Join the parts; `robot` is connected. Raises SpecMismatch when they do not fit."""
     check_parts(config, robot.spec, spec)
+    check_join(config, spec)
     period = period_ns(config)
+    chunks = ChunkBuffer(config.system1.blend_s)
+    if config.system1.join != "blend":
+        planner.follow(Following(chunks, config.system1.join, spec.horizon, spec.action.hz))
     # A frame that is drawn when it is looked at is never stale, and looking would draw it.
     lively = not getattr(robot, "frames_on_demand", False)
     names = watched(config, spec) if lively else ()
@@ -155,7 +168,7 @@ def build_stack(
         robot=robot,
         goals=goals,
         planner=planner,
-        chunks=ChunkBuffer(config.system1.blend_s),
+        chunks=chunks,
         limits=SafetyFilter(config.safety),
         watchdog=Watchdog(freshness(config), names, use_latent=goals is not None),
         safety=SafetyState(),

@@ -50,6 +50,7 @@ from openhelix.runtime.core.interfaces import (
     F64,
     Action,
     ActionChunk,
+    GoesOn,
     LatentGoal,
     Observation,
     PartFailed,
@@ -74,6 +75,7 @@ log = logging.getLogger(__name__)
 
 LATENCIES_KEPT = 4096
 METRES_PER_RADIAN = 0.1  # a turn of the hand, compared with a way: about its fingers' length
+DELAYS_KEPT = 10  # chunks whose delays say how late the next one will be
 EARLY_NS = 500_000  # a tick may come a little early; half a millisecond is still due
 LOST_AFTER_NS = 1_000_000_000  # an answer this late is not waited for: System 1 may have died
 
@@ -85,6 +87,9 @@ class PlanRequest:
     observation: Observation  # names the instruction that the chunk is for
     latents: tuple[LatentGoal, ...]  # newest last
     seed: int  # of this instruction's randomness
+    plan: ActionChunk | None = None  # that is being executed; None: nothing to go on from
+    given: int = 0  # rows of it that will have been executed
+    join: str = "blend"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,53 @@ register("plan_request", PlanRequest)
 register("plan_reply", PlanReply, finite=("compute_s",))
 
 
+class Following:
+    """What a new chunk is to go on from, asked for when one is begun.
+
+    Args:
+        chunks: the plan that is being executed.
+        join: "inpaint" or "prefix"; see `openhelix.runtime.core.interfaces.GoesOn`.
+        horizon: rows of the policy's chunks.
+        hz: their rate.
+    """
+
+    def __init__(self, chunks: ChunkBuffer, join: str, horizon: int, hz: float) -> None:
+        self.join = join
+        self._chunks, self._horizon, self._dt_ns = chunks, horizon, round(1e9 / hz)
+        self._took_ns: deque[int] = deque(maxlen=DELAYS_KEPT)
+
+    def took(self, delay_ns: int) -> None:
+        """A chunk came so long after its observation."""
+        self._took_ns.append(delay_ns)
+
+    def plan(self, t_obs_ns: int, delay_ns: int | None = None) -> tuple[ActionChunk | None, int]:
+        """Return the plan in the new chunk's own times, and how much of it will be executed.
+
+        Args:
+            t_obs_ns: of the new chunk's observation.
+            delay_ns: until it arrives; None: as long as the longest of the newest ones took.
+        """
+        rows = self._chunks.ahead(t_obs_ns + self._dt_ns, self._dt_ns, self._horizon)
+        if rows is None:
+            return None, 0
+        late_ns = max(self._took_ns, default=0) if delay_ns is None else delay_ns
+        return rows, min(len(rows.poses), -(-(late_ns - EARLY_NS) // self._dt_ns))
+
+
+def planned(policy: Policy, request: PlanRequest) -> ActionChunk:
+    """Return what a policy makes of a request, stamped.
+
+    Raises:
+        TypeError: it is no `ActionChunk`.
+    """
+    seen, latents = request.observation, request.latents
+    if request.plan is None:
+        return checked_chunk(policy.act(seen, latents), seen)
+    going: GoesOn = policy  # type: ignore[assignment]  # its spec says so
+    made = going.go_on(seen, latents, request.plan, request.given, request.join)
+    return checked_chunk(made, seen)
+
+
 class Planner(Protocol):
     """What the loop knows of System 1."""
 
@@ -112,6 +164,9 @@ class Planner(Protocol):
 
     def poll(self, now_ns: int) -> ActionChunk | None:
         """Return a chunk that is finished by `now_ns` once, or None."""
+
+    def follow(self, following: Following) -> None:
+        """From now on every new chunk is made to go on from the plan that is being executed."""
 
     def reset(self, seed: int) -> None:
         """A new instruction: the next offer is due at once."""
@@ -170,6 +225,7 @@ class SyncPlanner:
         self._delay_ns = delay_ns
         self._chunk: ActionChunk | None = None
         self._ready_ns = 0
+        self._following: Following | None = None
         self.latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.failures = 0
 
@@ -178,9 +234,13 @@ class SyncPlanner:
             return
         self._due.mark(observation)
         self._ready_ns = observation.t_ns + self._delay_ns
+        request = PlanRequest(observation, tuple(latents), 0)
+        if self._following is not None:
+            plan, given = self._following.plan(observation.t_ns, self._delay_ns)
+            request = replace(request, plan=plan, given=given, join=self._following.join)
         start_s = time.perf_counter()
         try:
-            self._chunk = checked_chunk(self._policy.act(observation, latents), observation)
+            self._chunk = planned(self._policy, request)
         except PolicyFault as fault:
             self.failures += 1
             log.warning("System 1: %s; the loop goes on without this chunk", fault)
@@ -196,6 +256,9 @@ class SyncPlanner:
             return None
         chunk, self._chunk = self._chunk, None
         return chunk
+
+    def follow(self, following: Following) -> None:
+        self._following = following
 
     def reset(self, seed: int) -> None:
         self._due.clear()
@@ -221,6 +284,7 @@ class RemotePlanner:
         self._due = _Due(replan_ns)
         self._out: tuple[int, int] | None = None  # the request's instruction and time
         self._seed = 0
+        self._following: Following | None = None
         self.latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.failures = 0
 
@@ -231,7 +295,11 @@ class RemotePlanner:
             return
         self._due.mark(observation)
         self._out = (observation.instruction_id, observation.t_ns)
-        self.sender.send(PlanRequest(observation, tuple(latents), self._seed))
+        request = PlanRequest(observation, tuple(latents), self._seed)
+        if self._following is not None:
+            plan, given = self._following.plan(observation.t_ns)
+            request = replace(request, plan=plan, given=given, join=self._following.join)
+        self.sender.send(request)
 
     def poll(self, now_ns: int) -> ActionChunk | None:
         reply = self.reader.poll()
@@ -243,7 +311,12 @@ class RemotePlanner:
             self.failures += 1
         else:
             self.latencies_s.append(reply.compute_s)
+            if self._following is not None:
+                self._following.took(now_ns - reply.t_obs_ns)
         return reply.chunk
+
+    def follow(self, following: Following) -> None:
+        self._following = following
 
     def reset(self, seed: int) -> None:
         self._due.clear()
@@ -419,6 +492,23 @@ class ChunkBuffer:
     def rehearse(self, t_ns: int) -> None:
         """Go through what `sample` does, without taking anything."""
         self._at(t_ns)
+
+    def ahead(self, start_ns: int, dt_ns: int, rows: int) -> ActionChunk | None:
+        """Return the plan at `start_ns + i * dt_ns`, up to `rows` rows, as far as it goes.
+
+        None where there is no plan at `start_ns`. Nothing is taken.
+        """
+        found: list[_Row] = []
+        for i in range(rows):
+            row = self._at(start_ns + i * dt_ns)
+            if row is None:
+                break
+            found.append(row)
+        if not found:
+            return None
+        poses = np.array([(x, y, z, *turn) for x, y, z, turn, _ in found])
+        gripper = np.array([row[4] for row in found])
+        return ActionChunk(start_ns, dt_ns, poses, gripper, self._instruction_id)
 
     def remaining_s(self, t_ns: int) -> float:
         """Return the seconds of plan left after `t_ns`; 0 when it has run out."""

@@ -179,6 +179,8 @@ class PolicySpec:
     latent: LatentSpec | None  # None: the policy runs without System 2
     action: ActionSpec
     horizon: int  # rows of a chunk
+    # How its chunks can follow one that is being executed; see `GoesOn`. Empty: not known yet.
+    joins: tuple[str, ...] = ("blend",)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PolicySpec:
@@ -189,6 +191,7 @@ class PolicySpec:
             latent=None if latent is None else LatentSpec(**latent),
             action=ActionSpec(**data["action"]),
             horizon=int(data["horizon"]),
+            joins=tuple(data.get("joins", ())),
         )
 
 
@@ -289,6 +292,33 @@ class Policy(Protocol):
         Raises:
             PolicyFault: the output was not finite. On both clocks the fault is counted, the
                 loop holds when its plan runs out, and the policy is asked again.
+        """
+
+
+class GoesOn(Protocol):
+    """A policy whose chunks can go on from the plan that is being executed meanwhile.
+
+    Its spec's `joins` says how: "inpaint" (real-time chunking: the overlap is imposed on the
+    sampled chunk, firmly where it will have been executed and ever less after that) or "prefix"
+    (it was trained given the first rows).
+    """
+
+    def go_on(
+        self,
+        observation: Observation,
+        latents: Sequence[LatentGoal],
+        plan: ActionChunk,
+        given: int,
+        join: str,
+    ) -> ActionChunk:
+        """Return a trajectory as `act` does, whose first rows are the plan's.
+
+        Args:
+            observation, latents: see `Policy.act`.
+            plan: what is being executed, in rows of this policy's own times: row i is due when
+                row i of the new chunk is.
+            given: its first rows that will have been executed when the new chunk arrives.
+            join: "inpaint" or "prefix".
         """
 
 

@@ -31,7 +31,7 @@ from openhelix.runtime.control.assembly import (
 )
 from openhelix.runtime.control.episodes import Assignment, live, percentiles, task_rows
 from openhelix.runtime.control.goals import WireGoals
-from openhelix.runtime.control.plans import PlanReply, PlanRequest, checked_chunk
+from openhelix.runtime.control.plans import PlanReply, PlanRequest, planned
 from openhelix.runtime.control.realtime import RealtimeStatus, enter, leave
 from openhelix.runtime.core.config import Part, RunConfig, validate
 from openhelix.runtime.core.interfaces import (
@@ -441,7 +441,7 @@ class System1Process:
             if self._reset_for != (observation.instruction_id, request.seed):
                 self._reset_for = (observation.instruction_id, request.seed)
                 self._policy.reset(request.seed)
-            chunk = checked_chunk(self._policy.act(observation, request.latents), observation)
+            chunk = planned(self._policy, request)
             self._planned += 1
         except Exception:
             self._failed += 1

@@ -244,6 +244,12 @@ def test_a_sweep_over_delays_of_plans_is_plotted_along_them_with_how_the_arm_was
     assert [name_of(plan) for plan in make_plans(*read_sweep([*words, "--suites", "calvin"]))] == [
         *("calvin-i10-d00", "calvin-i10-d00-p04", "calvin-i10-d00-p08"),
     ]
+    rows = ["--joins", "blend,inpaint", "--suites", "calvin", *words[:4], *PARTS]
+    assert [name_of(plan) for plan in make_plans(*read_sweep(rows))] == [
+        *("calvin-i10-d00", "calvin-inpaint-i10-d00"),
+    ]
+    with pytest.raises(ConfigError, match="--joins: 'inpant' is none of .*mean 'inpaint'"):
+        make_plans(*read_sweep(["--joins", "inpant", *rows[2:]]))
     with pytest.raises(ConfigError, match="--latencies and --delays at least 0"):
         make_plans(*read_sweep([*words[:4], "--delays", "-1", *PARTS]))
     plans = [
@@ -260,7 +266,7 @@ def test_a_sweep_over_delays_of_plans_is_plotted_along_them_with_how_the_arm_was
         assert one["borders"] > 0 and 0 <= one["jump_m"] < 0.02 and one["jerk_m_s3"] > 0
     write(report, tmp_path)
     text = (tmp_path / "sweep.md").read_text()
-    assert "| interval | latency | plan delay | steps to success |" in text
+    assert "| join | interval | latency | plan delay | steps to success |" in text
     assert "time from an observation to its plan (s)" in (tmp_path / "calvin.svg").read_text()
 
 

@@ -36,6 +36,13 @@ def run(runner, episode, **conditions):
     return runner.run(episode, Conditions(**({"steps_limit": 40, "interval": 10} | conditions)))
 
 
+def test_a_policy_whose_plans_cannot_be_joined_so_is_refused_before_any_episode():
+    config = small_config()
+    system1 = config.system1.model_copy(update={"join": "prefix"})
+    with pytest.raises(SpecMismatch, match="system1.join: 'prefix'; this policy can blend"):
+        Runner(config.model_copy(update={"system1": system1}))
+
+
 def test_a_policy_that_can_is_seen_to_succeed(runner):
     result = run(runner, chain("turn_on_led")).result
     (row,) = result["tasks"]

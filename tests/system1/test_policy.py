@@ -10,12 +10,14 @@ import torch
 
 from openhelix.runtime.control.plans import PlanRequest, SyncPlanner
 from openhelix.runtime.core.interfaces import (
+    ActionChunk,
     CameraFrame,
     LatentGoal,
     Observation,
     PolicyFault,
     SpecMismatch,
 )
+from openhelix.runtime.core.quaternion import angle_between, from_rotation_vector, multiply
 from openhelix.runtime.launch.parts import System1Process
 from openhelix.system1.config import CameraConfig, PolicyConfig, small
 from openhelix.system1.geometry import matrix_to_6d, quat_to_matrix, xyzw_to_wxyz
@@ -149,6 +151,62 @@ def test_a_policy_without_latents_acts_on_its_task():
     assert not np.array_equal(poses[1], poses[2])
     with pytest.raises(ValueError, match=r"task: 34 is not in -1\.\.33"):
         policy.set_task(34)
+
+
+def executed(config: PolicyConfig, obs: Observation, rows: int) -> ActionChunk:
+    """A plan that leads away from the arm, turning."""
+    step = np.arange(1, rows + 1)[:, None]
+    place = obs.tcp_pose[:3] + step * np.array([0.004, -0.002, 0.001])
+    turns = [
+        multiply(from_rotation_vector((0, 0, 0.02 * i)), tuple(obs.tcp_pose[3:]))
+        for i in range(1, rows + 1)
+    ]
+    dt_ns = config.dt_ns
+    poses = np.hstack([place, np.array(turns)])
+    return ActionChunk(obs.t_ns + dt_ns, dt_ns, poses, np.full(rows, 0.25), obs.instruction_id)
+
+
+@pytest.mark.parametrize("rotation", ["so3", "euler"])
+@pytest.mark.parametrize("join", ["inpaint", "prefix"])
+def test_a_chunk_goes_on_from_the_plan_that_is_being_executed(join, rotation):
+    config = tiny(given_rows=3, rotation=rotation)
+    policy = DiffusionPolicy.build(config, 0)
+    assert policy.spec.joins == ("blend", "inpaint", "prefix")
+    torch.nn.init.normal_(policy.model.head.given)
+    obs, latents = observe(config), [goal(config)]
+    plan = executed(config, obs, 5)
+    policy.reset(1)
+    free = policy.act(obs, latents)
+    policy.reset(1)
+    led = policy.go_on(obs, latents, plan, 3, join)
+    np.testing.assert_allclose(led.poses[:3, :3], plan.poses[:3, :3], atol=1e-6)
+    for made, given in zip(led.poses[:3], plan.poses[:3], strict=True):
+        assert angle_between(tuple(made[3:]), tuple(given[3:])) < 1e-4
+    assert (led.gripper[:3] == 0.25).all()
+    assert np.linalg.norm(free.poses[:3, :3] - plan.poses[:3, :3], axis=1).max() > 1e-3
+    off = np.linalg.norm(led.poses[:, :3] - free.poses[:, :3], axis=1)
+    assert (off[3:] > 1e-7).any()  # the rest is not what it would have been
+    asked = []
+    inner = policy.model.sample_inputs
+    policy.model.sample_inputs = lambda *given: (asked.append(given[2]), inner(*given))[1]
+    policy.go_on(obs, latents, plan, 2, join)
+    weight, first = asked[0].weight[0].tolist(), asked[0].given
+    if join == "inpaint":  # firm, then ever less, and nothing where the plan has ended
+        assert weight[:2] == [1, 1] and weight[5] == 0 and first is None
+        assert 1 > weight[2] > weight[3] > weight[4] > 0
+    else:
+        assert weight == [1, 1, 0, 0, 0, 0] and first.tolist() == [2]
+    policy.reset(1)
+    assert policy.go_on(obs, latents, plan, 5, join).poses.shape == (6, 7)
+
+
+def test_a_policy_that_cannot_go_on_says_so():
+    policy = DiffusionPolicy.build(tiny(), 0)
+    assert policy.spec.joins == ("blend", "inpaint")
+    obs = observe(tiny())
+    with pytest.raises(SpecMismatch, match="join: 'prefix'; this policy can blend, inpaint"):
+        policy.go_on(obs, [goal(tiny())], executed(tiny(), obs, 4), 1, "prefix")
+    assert tiny(head="lstm").spec().joins == ("blend",)
 
 
 def wrong_frames(obs: Observation) -> dict[str, dict[str, CameraFrame]]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from openhelix.runtime.control.plans import (
     LOST_AFTER_NS,
     ChunkBuffer,
+    Following,
     PlanReply,
     RemotePlanner,
     SyncPlanner,
@@ -522,6 +523,50 @@ def test_a_chunk_can_be_late_and_none_is_begun_meanwhile() -> None:
             arrived.append((tick, chunk.t_obs_ns // PERIOD_NS))
     assert arrived == [(6, 0), (12, 6), (18, 12)]
     assert policy.calls == 4
+
+
+def test_a_new_chunk_is_given_what_is_being_executed_in_its_own_times() -> None:
+    buffer = ChunkBuffer(instruction_id=1)
+    following = Following(buffer, "prefix", horizon=6, hz=100.0)
+    assert following.plan(0) == (None, 0)
+    buffer.put(chunk(start_ms=10, x=range(20), gripper=[0.5] * 20, instruction_id=1), now_ns=0)
+    plan, given = following.plan(25 * MS, delay_ns=30 * MS)
+    assert plan is not None and given == 3
+    assert (plan.t_start_ns, plan.dt_ns, plan.instruction_id) == (35 * MS, 10 * MS, 1)
+    np.testing.assert_allclose(plan.poses[:, 0], [2.5, 3.5, 4.5, 5.5, 6.5, 7.5])
+    assert (plan.gripper == 0.5).all()
+    assert following.plan(25 * MS)[1] == 0  # nothing is known yet of how late chunks are
+    for delay_ms in (12, 31, 5):
+        following.took(delay_ms * MS)
+    assert following.plan(25 * MS)[1] == 4
+    plan, given = following.plan(170 * MS, delay_ns=60 * MS)  # it ends before the chunk comes
+    assert plan is not None and len(plan.poses) == given == 3
+    assert buffer.counters.actions_sampled == 0  # nothing was taken
+
+
+class Going(ReachPolicy):
+    """Goes on from the plan it is given, and remembers it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[int, int, str]] = []
+
+    def go_on(self, observation, latents, plan, given, join):  # type: ignore[no-untyped-def]
+        self.asked.append((len(plan.poses), given, join))
+        return self.act(observation, latents)
+
+
+def test_a_planner_asks_for_a_chunk_that_goes_on_once_there_is_a_plan() -> None:
+    policy, buffer = Going(), ChunkBuffer(instruction_id=1)
+    planner = SyncPlanner(policy, REPLAN_NS, delay_ns=2 * PERIOD_NS)
+    planner.follow(Following(buffer, "inpaint", policy.spec.horizon, 30.0))
+    for tick in range(9):
+        planner.offer(observation(tick), [latent()])
+        made = planner.poll(tick * PERIOD_NS)
+        if made is not None:
+            buffer.put(made, tick * PERIOD_NS)
+        buffer.sample((tick + 1) * PERIOD_NS)
+    assert policy.asked == [(12, 2, "inpaint"), (12, 2, "inpaint")]
 
 
 @dataclass
