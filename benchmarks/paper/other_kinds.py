@@ -142,8 +142,8 @@ def _words(made: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     episode = made["episode"]
     for row in (*episode[:3], episode[-1]):
         words = ", ".join(f"{n['word']} {n['cosine']:.2f}" for n in row["nearest"])
-        best = max(row["probability"], key=row["probability"].get)
-        rows.append([str(row["step"]), words, f"{best} {row['probability'][best]:.2f}"])
+        best = max(row["similarity"], key=row["similarity"].get)
+        rows.append([str(row["step"]), words, f"{best} {row['similarity'][best]:.2f}"])
     return ["step", "ten nearest words", "first word of space"], rows
 
 

@@ -5,19 +5,27 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from openhelix.benchmarks.calvin.phrases import normalised, validation
 from openhelix.benchmarks.evaluation.stats import Paired
 from openhelix.benchmarks.paper import figure5 as latent_probe
 from openhelix.benchmarks.paper.figure5 import (
     OTHERS,
+    VOCABULARY,
+    WORDS,
     ProbeOptions,
+    SaidWords,
     claims,
+    content_words,
     distance_table,
     draw,
+    kind_of,
+    own_words,
     probe,
     take_pictures,
 )
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system2.engines.transformers import TransformersEngine
+from openhelix.system2.probe import SPATIAL_WORDS
 from tests.system2.tiny import write_laptop_like
 
 OPTIONS = ProbeOptions(starts=2, steps=8)
@@ -64,16 +72,54 @@ def test_what_is_measured(made):
     assert all(len(v) == 2 for v in made["distances"].values())
     assert all(d >= -1e-6 for values in made["distances"].values() for d in values)
     for row in made["episode"]:
-        assert sum(row["probability"].values()) == pytest.approx(1.0, abs=1e-4)
-        assert len(row["nearest"]) == 10
+        assert len(row["nearest"]) == 10 and set(row["similarity"]) == set(SPATIAL_WORDS)
+        assert all(-1 <= n["cosine"] <= 1 for n in row["nearest"])
+    assert all(len(values) == 2 for values in made["spatial"].values())
+    own = made["own_words"]
+    assert len(own["own"]) == len(own["others"]) == 34
+    assert all(0 <= share <= 1 for share in (*own["own"], *own["others"]))
+    assert sum(own["kinds"].values()) == pytest.approx(10, abs=0.01)
     header, rows = distance_table(made)
     assert len(rows) == 4 and len(header) == 4
 
 
-def test_two_starts_prove_nothing(made):
+def test_an_instructions_words_are_those_of_the_vocabulary():
+    assert content_words("Push the sliding door to the left side.") == {
+        "push", "door", "left", "side",
+    }  # fmt: skip
+    assert content_words("pick up the blue blocks") == {"pick", "up", "blue", "block"}
+    assert content_words("sing of cats and rivers") == set()
+    assert {kind_of(word) for word in SPATIAL_WORDS} == {"relation"}
+    assert len(set(WORDS)) == len(WORDS)
+    said = [sentence for sentences in validation().values() for sentence in sentences]
+    spoken = {word for sentence in said for word in normalised(sentence).split()}
+    assert not spoken & set(VOCABULARY["none"])
+    counts = [len(content_words(sentence)) for sentence in said]
+    assert min(counts) >= 1 and np.mean(counts) > 3
+
+
+class Bag:
+    """A System 2 that is a bag of the vocabulary's words; pictures mean nothing to it."""
+
+    def encode(self, images, instructions):
+        rows = [[word in text.split() for word in WORDS] for text in instructions]
+        return np.array(rows, np.float32)[:, None]
+
+
+def test_a_latent_that_is_its_words_is_nearest_to_them():
+    texts = ["lift the red block", "open the drawer", "turn on the lamp", "close the cabinet"]
+    space = SaidWords(Bag(), np.zeros((4, 4, 3), np.uint8), WORDS, texts)  # type: ignore[arg-type]
+    found = own_words(space, texts)
+    assert found["own"] == [1.0] * 4 and max(found["others"]) < 0.2
+    near = space.nearest(space.similarity(space.usual[1:2])[0], 2)
+    assert {n["word"] for n in near} == {"open", "drawer"}
+
+
+def test_each_observation_is_judged_and_two_starts_prove_nothing(made):
     found = claims(made, "tiny")
-    assert len(found) == len(OTHERS)
-    assert {c["verdict"] for c in found} == {"undecided"} and found[0]["finding"] == 5
+    assert len(found) == 3 + len(OTHERS) and {c["finding"] for c in found} == {5}
+    few = [c for c in found if c["n_pairs"] == 2]
+    assert len(few) == 2 + len(OTHERS) and {c["verdict"] for c in few} == {"undecided"}
 
 
 def test_verdicts_follow_the_test(made, monkeypatch):
