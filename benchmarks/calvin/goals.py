@@ -14,13 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from openhelix.benchmarks.calvin import refusals
 from openhelix.benchmarks.calvin.phrases import normalised
 from openhelix.benchmarks.calvin.table_talk import COLOURS
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS
-from openhelix.benchmarks.calvin.wordings import drawn, reserved, say_nothing
+from openhelix.benchmarks.calvin.wordings import drawn, reserved
 
 Labels = Mapping[str, str]  # as `table_talk.labels` returns them
 NOTHING = "do nothing"
+ALTHOUGH = 0.25  # of what names its task: with a "not", or more around it than it needs
 _LINKS = {"table": "table", "cabinet": "slider", "drawer": "drawer"}  # place: as tasks name it
 _LIFT_FROM = {"table": "from the table", "slider": "from the cabinet", "drawer": "from the drawer"}
 _OTHERS = {
@@ -269,7 +271,12 @@ def by_relation(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def goals(
-    known: Labels, rng: np.random.Generator, blocks: int = 8, fixtures: int = 2, told: int = 4
+    known: Labels,
+    rng: np.random.Generator,
+    blocks: int = 8,
+    fixtures: int = 2,
+    told: int = 4,
+    nothing: int = 2,
 ) -> list[Goal]:
     """Return instructions for one picture.
 
@@ -282,8 +289,8 @@ def goals(
         rng: where every draw comes from.
         blocks: at most so many that only the picture resolves, about blocks.
         fixtures: and about drawer, door and lights.
-        told: sentences that name their task, of any task, in the training grammar's words;
-            one more means no task at all.
+        told: sentences that name their task, of any task, in the training grammar's words.
+        nothing: sentences that name no task: what is not to be done, not there, or nonsense.
     """
     possible = references(known)
     relations = by_relation(possible)
@@ -296,10 +303,8 @@ def goals(
         for name in _in_turn({key: relations[key] for key in among}, wanted, rng)
         for task, said in [possible[name]]
     ]
-    for _ in range(told):
-        made.append(_told(known, rng))
-    nothing = say_nothing(1, int(rng.integers(1 << 31)))[0]
-    return [*made, Goal(nothing, None, False)]
+    made += [_told(known, rng) for _ in range(told)]
+    return made + [Goal(refusals.nothing(rng), None, False) for _ in range(nothing)]
 
 
 def _in_turn(
@@ -333,6 +338,8 @@ def _told(known: Labels, rng: np.random.Generator) -> Goal:
         colour = task.split("_")[1]
         link = _LINKS.get(known.get(f"{colour} place", ""))
         task = f"lift_{colour}_block_{link}" if link else task
+    if rng.random() < ALTHOUGH:
+        return Goal(refusals.although(task, rng), task, False)
     text = drawn(task, rng)
     while normalised(text) in reserved():
         text = drawn(task, rng)

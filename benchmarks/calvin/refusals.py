@@ -366,6 +366,27 @@ def refusals(count: int, seed: int = 0) -> tuple[Said, ...]:
     return tuple(found)
 
 
+def nothing(rng: np.random.Generator) -> str:
+    """Return one sentence that names no task: any kind alike, any pattern within it."""
+    kind = tuple(KINDS)[int(rng.integers(len(KINDS)))]
+    patterns = KINDS[kind]
+    turn = int(rng.integers(len(patterns)))
+    return _new(kind, patterns, turn, WORDS, rng, set(for_measuring())).text
+
+
+def although(task: str, rng: np.random.Generator) -> str:
+    """Return one sentence that names a task although it says "not" or has more around it.
+
+    Raises:
+        PhraseError: no such task.
+    """
+    pattern = ALTHOUGH[int(rng.integers(len(ALTHOUGH)))]
+    while True:
+        text = reworded(_expanded(pattern, WORDS, rng, task), rng)
+        if normalised(text) not in for_measuring():
+            return text
+
+
 def requests(count: int, seed: int = 0) -> tuple[Said, ...]:
     """Return `count` different sentences that name a task, three quarters as `wordings` says them.
 
@@ -436,8 +457,9 @@ def reworded(text: str, rng: np.random.Generator) -> str:
     return text
 
 
-def _expanded(pattern: str, extra: Rules, rng: np.random.Generator) -> str:
-    task = TASK_NAMES[int(rng.integers(len(TASK_NAMES)))]
+def _expanded(pattern: str, extra: Rules, rng: np.random.Generator, task: str = "") -> str:
+    """Return a sentence of a pattern, its `<do>` and `<be>` those of a task; "" for any."""
+    task = task or TASK_NAMES[int(rng.integers(len(TASK_NAMES)))]
     text = " ".join(expand(pattern, {**rules_of(task), **extra}, rng).split())
     text = text.replace(" ,", ",").replace(",,", ",")
     style = rng.random(2)

@@ -27,6 +27,21 @@ def test_every_kind_and_pattern_comes_up() -> None:
     assert asked["plain"] == 680 and min(asked["although"], asked["referring"]) >= 90
 
 
+def test_one_is_drawn_of_any_kind() -> None:
+    rng = np.random.default_rng(1)
+    drawn = {normalised(refusals.nothing(rng)) for _ in range(300)}
+    assert len(drawn) > 250 and not drawn & refusals.for_measuring()
+
+
+def test_a_not_that_asks_for_something_keeps_its_task() -> None:
+    rng = np.random.default_rng(4)
+    said = [refusals.although("open_drawer", rng).lower() for _ in range(60)]
+    assert any("not" in s or "n't" in s for s in said) and len(set(said)) > 50
+    assert not {normalised(s) for s in said} & refusals.for_measuring()
+    drawer = ("drawer", "tray", "pull-out", "sliding box")
+    assert sum(any(word in s for word in drawer) for s in said) > 50
+
+
 def test_no_sentence_is_drawn_twice_or_kept_for_measuring() -> None:
     drawn = [*refusals.refusals(700), *refusals.requests(1500)]
     keys = [normalised(one.text) for one in drawn]
