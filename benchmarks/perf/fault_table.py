@@ -246,6 +246,7 @@ def guesses(stage: Stage) -> None:
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BOTH: Final = ("plain", "ray")
+ALL: Final = (*BOTH, "hosts")
 LEAKY = f"system2.engine={{target: '{ARM}:LeakyEngine', options: {{}}}}"
 THROUGH_GRIPPER = (
     f"system1.policy={{target: '{ARM}:PatrolPolicy', options: {{cameras: [[gripper, 48, 48]]}}}}",
@@ -272,13 +273,14 @@ def faults() -> list[Fault]:
 def _endings() -> Iterator[Fault]:
     kind = "the command ends"
     yield Fault(
-        *("kill -9 of the command", kind, sends("head"), "ends", 0.2, BOTH),
+        *("kill -9 of the command", kind, sends("head"), "ends", 0.2, ALL),
         quick=True,
         report=False,
     )
     for number in SIGNALS:
         act = sends("head", number)
-        yield Fault(number.name, kind, act, "ends", 0.2, BOTH, report=True)
+        on = ALL if number == signal.SIGINT else BOTH
+        yield Fault(number.name, kind, act, "ends", 0.2, on, report=True)
     yield Fault("SIGINT twice", kind, twice, "ends", 0.2, BOTH, quick=True, report=True)
     for name, output in (("terminal closed", "terminal"), ("reader of the output gone", "pipe")):
         yield Fault(
@@ -288,10 +290,10 @@ def _endings() -> Iterator[Fault]:
 
 def _processes() -> Iterator[Fault]:
     kind = "a process"
-    yield Fault(*("control killed", kind, sends("control"), "ends", 0.2, BOTH), calls_stop=False)
+    yield Fault(*("control killed", kind, sends("control"), "ends", 0.2, ALL), calls_stop=False)
     stopped = signal.SIGSTOP
     yield Fault(
-        *("control stopped, 2 s", kind, sends("control", stopped), "resumes", 0.2),
+        *("control stopped, 2 s", kind, sends("control", stopped), "resumes", 0.2, BOTH),
         heal=goes_on("control"),
         look_s=2.0,
     )
@@ -299,12 +301,12 @@ def _processes() -> Iterator[Fault]:
         *("command stopped", kind, sends("head", stopped), "goes on", 0.3),
         heal=goes_on("head"),
     )
-    yield Fault("System 1 killed", kind, sends("system1"), "resumes", PLAN_S, BOTH)
+    yield Fault("System 1 killed", kind, sends("system1"), "resumes", PLAN_S, ALL)
     yield Fault(
-        *("System 1 stopped", kind, sends("system1", stopped), "resumes", PLAN_S),
+        *("System 1 stopped", kind, sends("system1", stopped), "resumes", PLAN_S, BOTH),
         heal=goes_on("system1"),
     )
-    yield Fault("System 1 slow", kind, slows("system1"), "survives", PLAN_S)
+    yield Fault("System 1 slow", kind, slows("system1"), "survives", PLAN_S, BOTH)
     yield Fault(
         *("System 1 raises", kind, sends("system1", signal.SIGUSR1), "holds", PLAN_S),
         words=policy("at_signal: raise"),
@@ -315,11 +317,11 @@ def _processes() -> Iterator[Fault]:
     )
     yield Fault("System 2 killed", kind, sends("system2"), "resumes", SILENT_S, BOTH)
     yield Fault(
-        *("System 2 stopped", kind, sends("system2", stopped), "resumes", SILENT_S),
+        *("System 2 stopped", kind, sends("system2", stopped), "resumes", SILENT_S, BOTH),
         heal=goes_on("system2"),
         quick=True,
     )
-    yield Fault("System 2 slow", kind, slows("system2"), "survives", SILENT_S)
+    yield Fault("System 2 slow", kind, slows("system2"), "survives", SILENT_S, BOTH)
     memory, files = resource.RLIMIT_AS, resource.RLIMIT_NOFILE
     yield Fault(
         *("System 2 leaks memory", kind, limits("system2", memory, 64 << 20), "resumes"),
@@ -347,7 +349,7 @@ def _processes() -> Iterator[Fault]:
 def _cameras_and_states() -> Iterator[Fault]:
     kind = "camera"
     frozen_s = CAMERA_S + 0.2
-    yield Fault("no new frames", kind, orders("freeze static"), "stops", frozen_s, quick=True)
+    yield Fault("no new frames", kind, orders("freeze static"), "stops", frozen_s, ALL, quick=True)
     yield Fault("same pixels", kind, orders("pixels static"), "stops", frozen_s)
     yield Fault("two pictures in turn", kind, orders("alternate static"), "stops", frozen_s)
     yield Fault("frames of another size", kind, orders("shape static"), "stops", frozen_s)
@@ -363,7 +365,8 @@ def _cameras_and_states() -> Iterator[Fault]:
         *(("stale", "its state always the same"), ("fail", "it does not answer")),
         ("fail_send", "it takes no target"),
     ):
-        yield Fault(name, kind, orders(order), "stops", STATE_S + 0.15)
+        on = ALL if order == "fail" else ("plain",)
+        yield Fault(name, kind, orders(order), "stops", STATE_S + 0.15, on)
     yield Fault("it answers after 3 s", kind, orders("hang"), "resumes", 3.3)
     yield Fault("it answers after 0.2 s", kind, orders("slow"), "goes on", 0.5)
 
@@ -411,7 +414,7 @@ def _network() -> Iterator[Fault]:
     kind = "network to System 2"
     for mode, name in (("cut", "connections reset"), ("hole", "nothing passes")):
         yield Fault(
-            *(name, kind, line(mode), "resumes", SILENT_S),
+            *(name, kind, line(mode), "resumes", SILENT_S, BOTH),
             needs="line",
             heal=line("good"),
             quick=mode == "hole",
@@ -446,7 +449,7 @@ def _network() -> Iterator[Fault]:
 def _surroundings() -> Iterator[Fault]:
     kind = "surroundings"
     record = ("output.record=true", "output.video=true")
-    yield Fault("disk full", kind, fills_disk, "goes on", 0.3, words=(*record, "disk"))
+    yield Fault("disk full", kind, fills_disk, "goes on", 0.3, BOTH, words=(*record, "disk"))
     yield Fault("token guessed, page attacked", kind, guesses, "goes on", 0.3, quick=True)
 
 

@@ -14,8 +14,6 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 from openhelix.runtime.core import output, plugins
-from openhelix.runtime.core.config import CommandFailed
-from openhelix.runtime.core.files import NO_ROOM, refusal_of
 from openhelix.runtime.core.paths import CHECKOUT
 
 # As a person meets them; the metadata of an installed package lists them by the alphabet.
@@ -75,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _call(name: str, path: str, words: Sequence[str]) -> int:
     """Call a command; tell its refusals and failures in one line, and return the exit code."""
     try:
+        # Not at the top: numpy and pydantic take long enough for somebody to press Ctrl-C.
+        from openhelix.runtime.core.config import CommandFailed
+        from openhelix.runtime.core.files import NO_ROOM, refusal_of
+    except KeyboardInterrupt:
+        return _interrupted(name)
+    try:
         code = int(plugins.resolve(path)(words))
     except ModuleNotFoundError as error:
         extra = plugins.missing(error)
@@ -94,8 +98,7 @@ def _call(name: str, path: str, words: Sequence[str]) -> int:
         _complain(f"openhelix {name}: {error}")
         return 1
     except KeyboardInterrupt:
-        _complain(f"openhelix {name}: interrupted")
-        return 130
+        return _interrupted(name)
     except BrokenPipeError:
         # The reader of a pipe (head, less) went away: not an error of ours.
         code = 0
@@ -121,6 +124,11 @@ def _call(name: str, path: str, words: Sequence[str]) -> int:
             _complain(f"openhelix {name}: standard output: {error.strerror}")
             return 1
     return code
+
+
+def _interrupted(name: str) -> int:
+    _complain(f"openhelix {name}: interrupted")
+    return 130
 
 
 def _complain(text: str) -> None:

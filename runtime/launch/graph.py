@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
+
 from openhelix.runtime.control.assembly import check_parts
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import (
@@ -77,6 +79,7 @@ BESIDE = ("control", "observer")
 MOVABLE = ("system2", "system1", "world", "camera")
 RAY = "ray"  # the node that has Ray host the movable ones
 RAY_PORT = 6379  # Ray's own default
+RAY_DAEMON = "raylet"  # on each host of a cluster
 PROBE_S = 3.0  # for a host to answer at all
 CONNECT_S = 10.0  # for a cluster to let this host in
 CLOSE_S, RAY_CLOSE_S = 5.0, 15.0  # for processes to end in order; what hangs is killed
@@ -441,7 +444,10 @@ def probe_cluster(address: str) -> None:
         CommandFailed: nobody does.
     """
     if address == "auto":
-        return  # Ray looks for it on this host, which takes no time
+        # Ray looks for it on this host; whoever joins a cluster needs Ray's own daemon beside him.
+        if os.environ.get("RAY_ADDRESS") or _runs(RAY_DAEMON):
+            return
+        raise CommandFailed(no_cluster(address))
     host, _, port = address.rpartition(":")
     # A cluster of this host may listen at its name's address alone.
     hosts = [host, socket.gethostname()] if is_local(f"tcp://{address}") else [host]
@@ -450,6 +456,11 @@ def probe_cluster(address: str) -> None:
             socket.create_connection((name, int(port)), PROBE_S).close()
             return
     raise CommandFailed(no_cluster(address))
+
+
+def _runs(name: str) -> bool:
+    """Whether a program of that name runs on this host."""
+    return any(process.info["name"] == name for process in psutil.process_iter(["name"]))
 
 
 # ------------------------------------------------------------------------------------------------

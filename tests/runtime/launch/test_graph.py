@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from openhelix.runtime.core.config import CommandFailed, ConfigError, load
 from openhelix.runtime.core.plugins import resolve
+from openhelix.runtime.launch import graph as graph_module
 from openhelix.runtime.launch.graph import Graph, GraphError, cluster_address, probe_cluster
 from openhelix.runtime.launch.node import Interrupts
 
@@ -109,6 +111,17 @@ def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
         assert not (tmp_path / "logs").exists()
     finally:
         run.close()
+
+
+def test_no_cluster_on_this_host_is_told_without_asking_ray(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(graph_module, "RAY_DAEMON", "no-such-daemon")
+    with pytest.raises(CommandFailed, match=r"^ray_address: no Ray cluster answers at 'auto'"):
+        probe_cluster("auto")
+    monkeypatch.setattr(graph_module, "RAY_DAEMON", psutil.Process().name())
+    probe_cluster("auto")  # it is for Ray to say whether that is a cluster
 
 
 def test_a_shared_system2_is_waited_for_as_long_as_is_said(tmp_path: Path) -> None:
