@@ -117,7 +117,7 @@ class System:
                 stdout=theirs,
                 stderr=theirs,
                 start_new_session=True,
-                preexec_fn=_take_terminal if self._output == "terminal" else None,
+                preexec_fn=_in_a_terminal if self._output == "terminal" else _by_hand,
             )
         if self.ours >= 0:
             threading.Thread(target=self._drain, daemon=True).start()
@@ -258,8 +258,15 @@ def terminal() -> tuple[int, int]:
     return ours, os.open(f"/dev/pts/{number}", os.O_RDWR | os.O_NOCTTY)
 
 
-def _take_terminal() -> None:
+def _by_hand() -> None:
+    """Hear the signals that `nohup` and a shell's background jobs make their children ignore."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _in_a_terminal() -> None:
     """Make standard input the terminal of this session, whose end is then told by SIGHUP."""
+    _by_hand()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

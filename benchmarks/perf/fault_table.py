@@ -244,6 +244,7 @@ def guesses(stage: Stage) -> None:
         page.wait(20)
 
 
+ENDINGS: Final = "the command ends"  # the heading of what must halt within 0.2 s
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BOTH: Final = ("plain", "ray")
 ALL: Final = (*BOTH, "hosts")
@@ -271,7 +272,7 @@ def faults() -> list[Fault]:
 
 
 def _endings() -> Iterator[Fault]:
-    kind = "the command ends"
+    kind = ENDINGS
     yield Fault(
         *("kill -9 of the command", kind, sends("head"), "ends", 0.2, ALL),
         quick=True,
@@ -284,7 +285,7 @@ def _endings() -> Iterator[Fault]:
     yield Fault("SIGINT twice", kind, twice, "ends", 0.2, BOTH, quick=True, report=True)
     for name, output in (("terminal closed", "terminal"), ("reader of the output gone", "pipe")):
         yield Fault(
-            *(name, kind, hangs_up, "ends", 0.3, BOTH), output=output, report=True, quick=True
+            *(name, kind, hangs_up, "ends", 0.2, BOTH), output=output, report=True, quick=True
         )
 
 

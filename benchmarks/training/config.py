@@ -26,7 +26,7 @@ from openhelix.system2.vlm_config import VlmSection
 STAGES = ("policy", "prepare", "stage1", "stage2", "export", "all", "understanding", "vlm")
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 # The paper's names and System 2's.
 REGIMES: dict[str, Regime] = {

@@ -24,9 +24,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from openhelix.runtime.core.quaternion import Vec3
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1000)]  # per second; a loop that never sleeps is no rate
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+MAX_YAML_BYTES = 4 * 1024 * 1024
 TARGET = r"^[\w.]+:[\w.]+$"  # "module:Class"
 METRICS_PARTS = ("control", "system2", "eval", "system1", "observer")  # in order of their ports
 M = TypeVar("M", bound=BaseModel)
@@ -111,7 +114,7 @@ class System2Config(_Section):
     """The slow system."""
 
     engine: EnginePart = EnginePart()
-    hz: Positive = 1.0
+    hz: Rate = 1.0
     camera: str = "static"
     connect: str | None = None  # a System 2 that `openhelix serve` runs; None starts one
     connect_timeout_s: Positive = 60.0  # how long to wait for it to be up
@@ -145,7 +148,7 @@ class ControlConfig(_Section):
     """The control loop."""
 
     clock: Literal["realtime", "lockstep"] = "realtime"
-    hz: Positive = 30.0
+    hz: Rate = 30.0
     fifo_priority: Annotated[int, Field(ge=0, le=99)] = 50  # 0: no SCHED_FIFO
     spin_us: NonNegative = 300.0  # sleep until this long before a deadline, then spin
     cpu: Annotated[int, Field(ge=0)] | None = None  # pin the control thread to this core
@@ -203,11 +206,11 @@ class WorldConfig(_Section):
 
     name: str = "playtable"  # an entry of the group `openhelix.worlds`
     scene: Annotated[str, AfterValidator(_known_scene)] = "D"
-    seed: Annotated[int, Field(ge=0)] = 0  # of what is drawn at random in its first state
+    seed: Seed = 0  # of what is drawn at random in its first state
     static_camera: StaticCamera | None = None  # {eye, target, up, fov}; null: the scene's own
     layout: dict[str, Any] | None = None  # its first state, in words: {drawer: open, ...}
     cameras: tuple[Literal["static", "gripper"], ...] = ("static", "gripper")
-    camera_hz: Positive = 10.0
+    camera_hz: Rate = 10.0
     # A world that the machine is too busy to step looks like a robot that does not answer.
     placement: Placement = Placement(cpus=0.3, fifo=5)
     camera_placement: Placement = Placement(cpus=0.3, nice=5)
@@ -244,8 +247,8 @@ class SafetyLimits:
             value = getattr(self, name)
             if not (isfinite(value) and value > 0.0):
                 raise ValueError(f"safety.{name}: {value} is not a positive number")
-        if not self.latent_grace_s >= 0.0:
-            raise ValueError(f"safety.latent_grace_s: {self.latent_grace_s} is negative")
+        if not (isfinite(self.latent_grace_s) and self.latent_grace_s >= 0.0):
+            raise ValueError(f"safety.latent_grace_s: {self.latent_grace_s} is no number from 0")
 
 
 _POSITIVE = (
@@ -323,7 +326,7 @@ class TransportConfig(_Section):
 class RunConfig(_Section):
     """One run of the whole system."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     robot: RobotConfig = RobotConfig()
     world: WorldConfig = WorldConfig()
     tasks: TasksConfig = TasksConfig()
@@ -373,13 +376,19 @@ def read_yaml(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        data = yaml.safe_load(path.read_text())
+        with path.open() as file:
+            text = file.read(MAX_YAML_BYTES + 1)
+        if len(text) > MAX_YAML_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES >> 20} MiB: no settings")
+        data = yaml.safe_load(text)
     except FileNotFoundError:
         raise ConfigError(f"--config: no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config: cannot read {path}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deep") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -438,7 +447,7 @@ def _drop_options(
 def _from_yaml(value: str) -> Any:
     try:
         return yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return value
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
 from openhelix.runtime.core.config import ConfigError, Part, PolicyPart
+from openhelix.runtime.core.files import BadFile, read_json
 from openhelix.runtime.core.interfaces import PolicySpec
 from openhelix.runtime.core.paths import CHECKPOINTS
 from openhelix.runtime.core.plugins import ResolveError, find_module, nearest
@@ -231,17 +231,23 @@ def written_spec(part: Part) -> PolicySpec | None:
     if not isinstance(path, str) or part.options.get("untrained"):
         return None
     folder = SHIPPED["system1"] if ours and path == "shipped" else Path(path).expanduser()
-    try:
-        return PolicySpec.from_dict(json.loads((folder / SPEC).read_text()))
-    except OSError:
+    if not (folder / SPEC).is_file():
         if not ours:
             return None
         raise ConfigError(
             f"system1.policy.options.path: {path} holds no checkpoint (it has no {SPEC}); "
             "`openhelix train export` writes one"
+        )
+    try:
+        found = read_json(folder / SPEC)
+    except BadFile as error:
+        raise ConfigError(f"system1.policy.options.path: {error}") from None
+    try:
+        return PolicySpec.from_dict(found)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"system1.policy.options.path: {folder / SPEC}: no spec of a policy: {error!r}"
         ) from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"system1.policy.options.path: {folder / SPEC}: {error!r}") from None
 
 
 def fingerprint(path: Path) -> str | None:

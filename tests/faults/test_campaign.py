@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from openhelix.benchmarks.perf.fault_table import Fault, faults
-from openhelix.benchmarks.perf.faults import attempt, choose, table
+from openhelix.benchmarks.perf.faults import Outcome, attempt, choose, joined, table
 
 SLACK = 10.0  # for a machine that does other things too: what counts is what the arm was told
 QUICK = [(fault, "plain") for fault in faults() if fault.quick]
@@ -22,6 +22,25 @@ def test_the_arm_is_safe_and_nothing_is_left(fault: Fault, on: str, tmp_path: Pa
     assert outcome.ok, outcome.why
     assert outcome.after_stop == 0 and not outcome.left and not outcome.uncounted
     assert outcome.kind in table([outcome], SLACK)
+
+
+def test_a_row_that_was_tried_again_takes_the_place_of_the_first() -> None:
+    def row(fault: Fault, on: str, safe_s: float) -> Outcome:
+        outcome = Outcome(fault.name, fault.kind, on, fault.expect, fault.within_s, ok=True)
+        outcome.safe_s = safe_s
+        return outcome
+
+    first, second, third = faults()[:3]
+    before = [row(second, "plain", 0.1), row(first, "plain", 0.19)]
+    now = [row(third, "plain", 0.05), row(first, "plain", 0.02)]
+    rows = joined(before, now)
+    assert [(o.fault, o.safe_s) for o in rows] == [
+        (first.name, 0.02),
+        (second.name, 0.1),
+        (third.name, 0.05),
+    ]
+    assert "halt: 100 ms of 200" in table(rows, 1.0)
+    assert f"0.02 of {first.within_s:.2f}" in table(rows, 1.0)
 
 
 def test_every_fault_has_a_name_of_its_own_and_can_be_chosen() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from openhelix.runtime.core.config import (
+    MAX_YAML_BYTES,
     ConfigError,
     RunConfig,
     apply_overrides,
@@ -59,13 +60,33 @@ def test_wrong_values_get_one_clear_line(override: str, words: list[str]) -> Non
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [("- a\n- b\n", "mapping"), ("a: [", "not YAML"), ("sead: 1\n", "did you mean 'seed'")],
+    [
+        ("- a\n- b\n", "mapping"),
+        ("a: [", "not YAML"),
+        ("a: " + "[" * 5000, "nested too deep"),
+        ("# " + "x" * MAX_YAML_BYTES, "larger than 4 MiB"),
+        ("sead: 1\n", "did you mean 'seed'"),
+    ],
 )
 def test_wrong_files_get_one_clear_line(tmp_path: Path, content: str, word: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError, match=word) as caught:
         load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("control.hz=.inf", "control.hz=1e9", "control.hz=.nan", "world.camera_hz=1e6"),
+        *("system2.hz=.inf", "control.hold_limit_s=.inf", "system2.connect_timeout_s=.inf"),
+        *(f"seed={10**20}", f"world.seed={10**20}", f"tasks.steps_limit={10**20}"),
+    ],
+)
+def test_numbers_beyond_reason_are_refused_by_name(word: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{word.partition('=')[0]}: ") as caught:
+        load(None, [word])
     assert "\n" not in str(caught.value)
 
 

@@ -204,6 +204,7 @@ def test_from_standstill_a_step_is_never_longer_than_asked(move, turn):
         ({"max_linear_speed_m_s": 0.0}, "max_linear_speed_m_s"),
         ({"camera_max_age_s": -1.0}, "camera_max_age_s"),
         ({"latent_grace_s": -1.0}, "latent_grace_s"),
+        ({"latent_grace_s": float("inf")}, "latent_grace_s"),  # nothing would ever stop the arm
     ],
 )
 def test_bad_limits_name_the_field(changes, field):

@@ -112,7 +112,7 @@ def test_what_a_policy_expects_is_read_beside_its_weights(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("written", "why"),
-    [(None, "holds no checkpoint"), ("{", "spec.json"), ("{}", "KeyError"), ("[]", "TypeError")],
+    [(None, "holds no checkpoint"), ("{", "spec.json"), ("{}", "KeyError"), ("[]", "holds list")],
 )
 def test_a_folder_without_a_checkpoint_is_refused_before_it_is_loaded(
     tmp_path, written, why
