@@ -83,11 +83,12 @@ lock: ## Compile requirements/*.in into the locks (needs uv; UPGRADE=1 for newer
 	UV_FIND_LINKS= uv pip compile -q $(if $(UPGRADE),-U) --no-header --no-annotate --python-version 3.11 \
 	  --override requirements/overrides-gpu.txt requirements/gpu.in -o requirements/gpu.lock
 
-bench-runtime: setup ## Wire, pacing, tick and whole-run figures as JSON (leave the machine alone meanwhile).
+bench-runtime: setup ## Wire, pacing, tick, whole-run and talking figures as JSON (leave the machine alone meanwhile).
 	$(PY) -m openhelix.benchmarks.perf.bench_wire
 	$(PY) -m openhelix.benchmarks.perf.bench_loop
 	$(PY) -m openhelix.benchmarks.perf.bench_tick_parts --out benchmarks/perf/results/tick_parts.json
 	$(PY) -m openhelix.benchmarks.perf.bench_run
+	$(PY) -m openhelix.benchmarks.perf.bench_talk
 
 bench-sim: setup ## Simulator figures as JSON, beside calvin_env where it is installed.
 	$(PY) -m openhelix.benchmarks.perf.bench_sim

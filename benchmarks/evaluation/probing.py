@@ -16,19 +16,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from openhelix.benchmarks.evaluation import asking, explaining, naming
+from openhelix.runtime.cli.arguments import fitted
 from openhelix.runtime.core.output import answer
 from openhelix.system2 import probe
 
 
 def main(argv: Sequence[str]) -> int:
-    """Inspect System 2 on an image and an instruction (--ask, --sentences, --recording, --run).
+    """Inspect System 2: its nearest words, its answers, what it names.
 
     Raises:
         ValueError: bad input, in one line.
     """
     given = {word.partition("=")[0] for word in argv}
     if given & {"-h", "--help"}:
-        answer(f"{__doc__}\n")  # the ways, before the help of the one asked for
+        answer(f"{fitted(__doc__ or '')}\n")  # the ways, before the help of the one asked for
     if given & {"--recording", "--run"}:
         return explaining.main(argv)
     if "--ask" in given:

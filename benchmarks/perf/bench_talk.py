@@ -7,9 +7,11 @@ outside, as `openhelix say` does. From the moment of saying it, on this host's m
     say to answer    `say` is back with who was replaced
     say to action    the tick that sends the first target of a plan for the new instruction
 
-The run is done twice: plain, and with film, viewer and a status page that a browser looks at, so
-that the loop's figures can be compared. From the second come the sizes a minute of film, recording
-of the viewer and track, and the page's weight and first paint.
+So that the loop's figures can be compared, the run is done three times: `bare`, without anybody who
+looks on, so that nobody can talk to it either; `plain`, with a track for the film, which is the
+default; and `looked_at`, with the viewer and a status page that a browser shows as well. From the last
+come the sizes per minute of film, of the viewer's recording and of the track, and the page's weight
+and first paint.
 
     python -m openhelix.benchmarks.perf.bench_talk [--times 40] [--config FILE] [--out FILE]
 """
@@ -44,6 +46,8 @@ SENTENCES = (
 )
 LOOKING = ("output.viewer=true",)
 PLAIN = ("output.viewer=false",)
+BARE = (*PLAIN, "output.status=false", "output.track=false", "output.video=false")
+BARE_S = 2.5  # for each sentence that the others are told, so that the runs are about as long
 READY_S, ACTION_S, APART_S, END_S, FILM_S = 300.0, 20.0, 1.0, 600.0, 30.0
 LOOP = (
     *("control_hz", "ticks", "deadline_missed", "tick_lateness_s", "tick_duration_s"),
@@ -56,16 +60,35 @@ PAINTED = (
 )
 
 
+def command(config: Path, folder: Path, *words: str) -> list[str]:
+    """The words of a run that follows one instruction until it is told another."""
+    return [
+        *(*CLI, "run", "--config", str(config), "--json", f"output.folder={folder}"),
+        *(f"tasks.instruction={SENTENCES[-1]}", "output.metrics_port=0", *words),
+    ]
+
+
+def bare(config: Path, folder: Path, times: int) -> dict[str, Any]:
+    """Run as long as it takes to talk `times` times, looked at by nobody; return its figures."""
+    steps = f"tasks.steps_limit={round(30 * times * BARE_S)}"
+    done = subprocess.run(
+        command(config, folder, steps, *BARE),
+        capture_output=True,
+        text=True,
+        timeout=READY_S + END_S,
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"bench_talk: the run ended with code {done.returncode}: {done.stderr}")
+    report = json.loads(done.stdout)
+    return {"loop": {name: report.get(name) for name in LOOP}}
+
+
 def run(
     config: Path, folder: Path, times: int, words: tuple[str, ...], page: bool
 ) -> dict[str, Any]:
     """Run, talk `times` times, stop; return what was measured and the run's report."""
     process = subprocess.Popen(
-        [
-            *(*CLI, "run", "--config", str(config), "--json", f"output.folder={folder}"),
-            *(f"tasks.instruction={SENTENCES[-1]}", "tasks.steps_limit=100000"),
-            *("output.metrics_port=0", *words),
-        ],
+        command(config, folder, "tasks.steps_limit=100000", *words),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -181,19 +204,19 @@ def _browser(url: str, profile: Path, seen: dict[str, Any]) -> Iterator[None]:
 
 
 def _sizes(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """Return bytes a minute of what the run left."""
+    """Return bytes per minute of what the run left."""
     minutes = report["ticks"] / report["control_hz"] / 60
     found: dict[str, Any] = {"minutes": minutes}
     for name in ("run.rrd", "track.mcap"):
         size = (folder / name).stat().st_size
-        found[f"{name.rpartition('.')[2]}_bytes_a_minute"] = round(size / minutes)
+        found[f"{name.rpartition('.')[2]}_bytes_per_minute"] = round(size / minutes)
     # Half a minute of it: a film is drawn about as fast as the run went.
     words = ("--seconds", str(FILM_S), "--no-title", "--json")
     done = subprocess.run(
         [*CLI, "film", str(folder), *words], capture_output=True, text=True, check=True
     )
     film = json.loads(done.stdout)
-    found["mp4_bytes_a_minute"] = round(film["bytes"] / film["seconds"] * 60)
+    found["mp4_bytes_per_minute"] = round(film["bytes"] / film["seconds"] * 60)
     return found
 
 
@@ -208,6 +231,9 @@ def main() -> int:
         "load_before": os.getloadavg(),
         "config": str(options.config),
     }
+    with tempfile.TemporaryDirectory(prefix="openhelix-talk-") as folder:
+        result["bare"] = bare(options.config, Path(folder), options.times)
+    sys.stdout.write(f"bare {json.dumps(result['bare'])}\n")
     for name, words, page in (("plain", PLAIN, False), ("looked_at", LOOKING, True)):
         with tempfile.TemporaryDirectory(prefix="openhelix-talk-") as folder:
             result[name] = run(options.config, Path(folder), options.times, words, page)

@@ -157,7 +157,9 @@ def _draw(board: dict[str, Any], source: Source) -> Figure:
     figure.text(0.006, 1 - 0.32 / size[1], board["title"], size=13)
     ours = "drawn from the dashboard's queries by openhelix.deploy.grafana.picture, not by Grafana"
     figure.text(0.994, 1 - 0.32 / size[1], ours, size=8, color=FAINT, ha="right")
-    figure.text(0.994, 0.08 / size[1], f"last {source.range_s // 60} min", color=FAINT, ha="right")
+    minutes, seconds = divmod(source.range_s, 60)
+    last = f"last {minutes} min" if not seconds else f"last {minutes}:{seconds:02d} min"
+    figure.text(0.994, 0.08 / size[1], last, color=FAINT, ha="right")
     return figure
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from openhelix.runtime.core.config import ConfigError, explain
 
+WIDEST = 100  # columns of a help page, in however wide a terminal
 OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
 O = TypeVar("O", bound="Options")  # noqa: E741
 
@@ -137,13 +140,15 @@ def _parser(
             for row in help_of_settings(settings)
             if not sections or any(re.match(rf"  {part}[.=]", row) for part in sections)
         ]
-        rows = "\n".join(listed)
-        epilog = f"settings, written section.field=value, and their defaults:\n{rows}"
+        epilog = "settings, written section.field=value, and their defaults:\n" + _side_by_side(
+            listed
+        )
     words = " [section.field=value ...]" if settings is not None else ""
+    usage = f"openhelix {command} [OPTIONS]{_usage(options)}{words}"
     parser = _Parser(
         prog=f"openhelix {command}",
-        usage=f"openhelix {command} [OPTIONS]{_usage(options)}{words}",
-        description=doc,
+        usage="\n".join(wrapped(f"usage: {usage}", "", " " * 7)).removeprefix("usage: "),
+        description=fitted(doc),
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -157,7 +162,8 @@ def _parser(
         positional = next((m for m in field.metadata if isinstance(m, Positional)), None)
         says = (field.description or "").replace("%", "%%")
         if positional is not None:
-            count = "*" if positional.many else "?" if not field.is_required() else None
+            required = field.is_required()
+            count = ("+" if required else "*") if positional.many else None if required else "?"
             parser.add_argument(key, nargs=count, metavar=_metavar(field) or key.upper(), help=says)
             continue
         flag = f"--{key.replace('_', '-')}"
@@ -187,9 +193,75 @@ def _metavar(field: FieldInfo) -> str:
 def _usage(options: type[Options]) -> str:
     words = ""
     for name, field in options.model_fields.items():
-        if any(isinstance(m, Positional) for m in field.metadata):
-            words += f" {_metavar(field) or name.upper()}"
+        found = next((m for m in field.metadata if isinstance(m, Positional)), None)
+        if found is not None:
+            word = (_metavar(field) or name.upper()) + (" ..." if found.many else "")
+            words += f" {word}" if field.is_required() else f" [{word}]"
     return words
+
+
+def _columns() -> int:
+    return max(40, min(shutil.get_terminal_size().columns, WIDEST) - 1)
+
+
+def wrapped(text: str, first: str, others: str, spared: int = 0) -> list[str]:
+    """Return a text in lines as wide as the terminal, less `spared`, with these beginnings."""
+    lines = textwrap.wrap(
+        text,
+        _columns() - spared,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return lines or [first.rstrip()]
+
+
+def fitted(doc: str) -> str:
+    """Return what `--help` says of a command as wide as the terminal: prose filled, examples whole.
+
+    An example's remark goes below it where there is no room beside it, and one that is itself too
+    long is continued on the next line as a shell does, so that it can be copied.
+    """
+    blocks = []
+    for block in doc.strip().split("\n\n"):
+        rows = block.split("\n")
+        if all(row.startswith("    ") for row in rows):
+            blocks.append("\n".join(_examples(rows)))
+        else:
+            blocks.append("\n".join(wrapped(" ".join(block.split()), "", "")))
+    return "\n\n".join(blocks)
+
+
+def _examples(rows: Sequence[str]) -> Iterator[str]:
+    split = [re.split(r"\s{2,}", row.strip(), maxsplit=1) for row in rows]
+    beside = [row for row in split if len(row) > 1 and len("  ".join(row)) + 4 <= _columns()]
+    column = max((len(row[0]) for row in beside), default=0) + 6
+    for command, *remark in split:
+        whole = wrapped(command, "    ", "        ")
+        if len(whole) > 1:  # room for the backslash
+            whole = wrapped(command, "    ", "      ", spared=2)
+            whole = [f"{line} \\" for line in whole[:-1]] + whole[-1:]
+        if len(whole) == 1 and len(told := f"{whole[0]:<{column}}" + "".join(remark)) <= _columns():
+            yield told.rstrip()
+            continue
+        yield from whole
+        for words in remark:
+            yield from wrapped(words, "        ", "        ")
+
+
+def _side_by_side(rows: Sequence[str]) -> str:
+    """Settings of a section one after the other, as many in a line as fit."""
+    lines: list[str] = []
+    section = None
+    for row in rows:
+        own = row.strip().partition("=")[0].rpartition(".")[0].split(".")[0]
+        if own == section and len(lines[-1]) + len(row) <= _columns():
+            lines[-1] += row
+        else:
+            lines.append(row)
+        section = own
+    return "\n".join(lines)
 
 
 def _separate(

@@ -64,7 +64,7 @@ class CompletionOptions(Options):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a script that lets bash, zsh or fish complete commands and options."""
+    """Print a script for completion in bash, zsh or fish."""
     options, _ = parse("completion", CompletionOptions, argv, __doc__ or "")
     if options.shell not in SHELLS:
         raise ConfigError(f"SHELL: {plugins.none_of(options.shell, SHELLS)}")
@@ -80,11 +80,15 @@ def words() -> dict[str, list[str]]:
         # Other packages' commands may do anything when asked for help but give it.
         with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit, Exception):
             plugins.resolve(path)(["--help"])
-        text = said.getvalue()
-        flags = re.findall(r"^  (?:-\w, )?(--[a-z][\w-]*)", text, re.M)
-        settings = re.findall(r"^  ([a-z_][\w.]*=)", text, re.M)
-        found[name] = [*dict.fromkeys([*flags, *settings])]
+        found[name] = taken(said.getvalue())
     return found
+
+
+def taken(text: str) -> list[str]:
+    """Return the options and settings that a command takes, by its help."""
+    flags = re.findall(r"^  (?:-\w, )?(--[a-z][\w-]*)", text, re.M)
+    _, _, listed = text.rpartition("\nsettings, written")
+    return [*dict.fromkeys([*flags, *re.findall(r"  ([a-z_][\w.]*=)", listed)])]
 
 
 def bash(found: Mapping[str, Sequence[str]]) -> str:

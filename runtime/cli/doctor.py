@@ -283,7 +283,7 @@ CHECKS: dict[str, Callable[[], Check]] = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Say what this machine can do, and what to do about what is missing.
+    """Say what this machine can do, and how to add what is missing.
 
     0 when everything is there that a run needs, else 1.
     """

@@ -27,7 +27,7 @@ class KeysOptions(Options):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Make the CURVE keys that other hosts need; existing ones are never overwritten."""
+    """Make the CURVE keys that other hosts need; replaces none."""
     options, _ = parse("keys", KeysOptions, argv, __doc__ or "")
     names = list(options.robot) or ["client"]
     if not (options.folder.expanduser() / f"{SERVER}.secret").exists():

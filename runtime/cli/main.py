@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
+from openhelix.runtime.cli.arguments import fitted, wrapped
 from openhelix.runtime.core import output, plugins
 from openhelix.runtime.core.paths import CHECKOUT
 
@@ -31,11 +32,12 @@ def usage() -> str:
     commands = {name: found[name] for name in ORDER if name in found} | found
     width = max(map(len, commands), default=0) + 1
     rows = "\n".join(
-        f"  {name:<{width}} {plugins.summary(path)}".rstrip() for name, path in commands.items()
+        "\n".join(wrapped(plugins.summary(path), f"  {name:<{width}} ", " " * (width + 3)))
+        for name, path in commands.items()
     )
     return (
         f"usage: openhelix COMMAND [--config FILE] [section.field=value ...] [--json]\n\n{rows}\n\n"
-        "`openhelix COMMAND --help` says more; `openhelix --version` says which one this is."
+        + fitted("`openhelix COMMAND --help` says more, `openhelix --version` which one this is.")
     )
 
 

@@ -33,7 +33,7 @@ class ReplayOptions(Options):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run recorded observations through System 1 again, and compare its trajectories."""
+    """Run recorded observations through System 1 again, and compare."""
     options, overrides = parse(
         "replay", ReplayOptions, argv, __doc__ or "", RunConfig, ("system1",)
     )

@@ -1,8 +1,8 @@
 """`openhelix run`: the whole system, on the wall clock or in lockstep.
 
-    openhelix run                                             CALVIN's first chain, on the wall clock
-    openhelix run --task open_drawer --scene D                one task, judged by the world
-    openhelix run --interactive --no-ray                      type what the robot is to do
+    openhelix run                                 CALVIN's first chain
+    openhelix run --task open_drawer --scene D    one task, judged by the world
+    openhelix run --interactive --no-ray          type what the robot is to do
     openhelix run tasks.instruction="open the drawer" system2.hz=2
     openhelix run control.clock=lockstep tasks.steps_limit=60 tasks.sequence=7
 

@@ -27,7 +27,9 @@ from openhelix.runtime.observe.robot import Robot, Told
 class SayOptions(Options):
     """Options of `say`."""
 
-    text: Annotated[str, Positional()] = option(..., "what the robot is to do", "TEXT")
+    text: Annotated[tuple[str, ...], Positional(many=True)] = option(
+        ..., "what the robot is to do", "TEXT"
+    )
     run: Path | None = option(None, "folder of a run (the newest)", "FOLDER")
     who: str | None = option(None, "who says it (your user name)", "NAME")
     follow: bool = option(False, "tell what happens until the instruction has ended")
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     )
     base = load(options.config, overrides).output.folder
     with Robot(options.run, outputs=base, who=options.who) as robot:
-        told = robot.say(options.text, options.timeout)
+        told = robot.say(" ".join(options.text), options.timeout)
         if options.as_json:
             entries = _followed(robot, told, False) if options.follow else []
             answer(json.dumps({**asdict(told), "entries": entries}))

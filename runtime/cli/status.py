@@ -142,7 +142,9 @@ def _table(status: dict[str, Any]) -> Table:
         "instruction": status["instruction"] or "-",
         "task": f"{status['number']} {status['task']}".strip(),
         "step": f"{status['steps']} of {status['steps_limit']}",
-        "so far": f"{status['succeeded']} of {status['attempted']} succeeded",
+        "so far": f"{status['succeeded']} of {status['judged']} tasks done"
+        if status["judged"]
+        else "-",
         "understood": "-" if understood is None else f"{100 * understood:.0f} %",
         "latent age": "-" if age is None else f"{age:.2f} s",
         "System 2": f"{rates['system2']:.2f} Hz of {expected['system2']:g}",

@@ -41,7 +41,7 @@ class ViewOptions(Options):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Look at a run in 3D and over time, live or afterwards; needs Rerun."""
+    """Look at a run in 3D and over time; needs Rerun."""
     options, overrides = parse(
         "view", ViewOptions, argv, __doc__ or "", RunConfig, ("output.folder",)
     )

@@ -115,7 +115,8 @@ class EpisodeRunner:
         self._holds, self._start_s = 0, 0.0  # of the current assignment
         self._seen: list[Seen] = []
         self._answer = ""  # System 2's last, to this instruction
-        self.succeeded = 0  # of the results, counted for those who look on at every tick
+        # Of the results, counted for those who look on at every tick.
+        self.judged, self.succeeded = 0, 0
 
     def run(
         self, assignments: Sequence[Assignment], stop: Callable[[], bool], stay: bool = False
@@ -144,6 +145,7 @@ class EpisodeRunner:
                 continue
             result = self._attempt(todo.popleft(), stop)
             self.results.append(result)
+            self.judged += result.success is not None
             self.succeeded += bool(result.success)
             if self._stop_at_failure and result.success is False and self._next is None:
                 todo.clear()
@@ -280,7 +282,7 @@ class EpisodeRunner:
             if not said.word:
                 self._next = Assignment("", said.text, said.number, said.who, said.t_ns)
                 continue
-            told = self._obey(said)
+            told = said.heard_as + self._obey(said)
             self.journal.add(self._loop.clock.now_ns(), "held", told, said=said.number)
 
     def _obey(self, said: Said) -> str:

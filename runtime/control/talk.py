@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
 from typing import Any, Final, Literal
 
 from openhelix.runtime.core.config import ConfigError, checked_sentence
@@ -118,17 +119,44 @@ def answer_of(latent: LatentGoal) -> str:
 
 Word = Literal["", "stop", "wait", "go on"]
 WORDS: Final[dict[str, Word]] = {
-    **dict.fromkeys(("stop", "halt", "freeze", "stop now", "stop it"), "stop"),
+    **dict.fromkeys(("stop", "halt", "freeze", "stop now", "stop it", "stop moving"), "stop"),
+    **dict.fromkeys(("stop the robot", "stop the arm", "do not move", "don't move"), "stop"),
     **dict.fromkeys(("wait", "hold", "hold on", "hold still", "pause", "wait a moment"), "wait"),
     **dict.fromkeys(("go on", "go ahead", "continue", "resume", "carry on", "proceed"), "go on"),
 }
+ALIKE: Final = 0.8  # of two words: one letter too many, or another one, in five
 WHO_CHARS: Final = 60
 
 
 def word_of(text: str) -> Word:
-    """Return which of the runtime's own words a text is; "" for an instruction."""
+    """Return which of the runtime's own words a text is; "" for an instruction.
+
+    A slip of the keyboard must not make an instruction of "stop": "stopp" and "wiat" are obeyed, for
+    to hold still is safe.
+
+    Raises:
+        ConfigError: it is nearly "go on"; one line asks.
+    """
+    plain = _plain(text)
+    if plain in WORDS:
+        return WORDS[plain]
+    meant = next((word for word in WORDS if _is_slip(plain, word)), "")
+    if WORDS.get(meant) == "go on":
+        raise ConfigError(f"text: {plain!r}: did you mean {meant!r}?")
+    return WORDS.get(meant, "")
+
+
+def _plain(text: str) -> str:
     plain = " ".join(text.lower().split()).strip(" .,!")
-    return WORDS.get(plain.removeprefix("please ").removesuffix(" please").strip(" ,"), "")
+    return plain.removeprefix("please ").removesuffix(" please").strip(" ,")
+
+
+def _is_slip(plain: str, word: str) -> bool:
+    words = len(word.split())
+    if words > 2 or words != len(plain.split()):
+        return False
+    swapped = sorted(plain) == sorted(word)
+    return swapped or SequenceMatcher(None, plain, word).ratio() >= ALIKE
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +168,13 @@ class Said:
     text: str
     who: str
     word: Word  # "" for an instruction
+
+    @property
+    def heard_as(self) -> str:
+        """How a slip of the keyboard was taken, in words; "" where nothing was to be guessed."""
+        if not self.word or _plain(self.text) in WORDS:
+            return ""
+        return f'"{self.text}" taken as "{self.word}": '
 
 
 class Talk:
@@ -173,14 +208,15 @@ class Talk:
         Raises:
             ConfigError: the text is no sentence; one line says why.
         """
-        said = checked_sentence(text, "say")
+        said = checked_sentence(text, "text")
         name = " ".join(str(who).split())[:WHO_CHARS] or "somebody"
         name = "".join(c for c in name if c.isprintable())
+        word = word_of(said)
         with self._lock:
             if self._over:
-                raise ConfigError("say: the run has ended")
+                raise ConfigError("text: not heard: the run has ended")
             self._count += 1
-            one = Said(self._count, self._now_ns(), said, name, word_of(said))
+            one = Said(self._count, self._now_ns(), said, name, word)
             before, by = self._following
             if not one.word:
                 self._following = (said, name)

@@ -148,9 +148,17 @@ class Display:
 
     def say(self, text: str, style: str = "") -> None:
         """One line of news, with the time since the start."""
-        if self._on:
-            since = f"[dim]{time.monotonic() - self._start_s:6.1f} s[/dim]  "
-            self.console.print(Text.from_markup(since) + Text(text, style), soft_wrap=True)
+        if not self._on:
+            return
+        since, line = Text(f"{time.monotonic() - self._start_s:6.1f} s", "dim"), Text(text, style)
+        if not self.console.is_terminal:  # a log has one line for each
+            self.console.print(since + Text("  ") + line, soft_wrap=True)
+            return
+        row = Table.grid(padding=(0, 2, 0, 0))
+        row.add_column(no_wrap=True)
+        row.add_column(overflow="fold")
+        row.add_row(since, line)
+        self.console.print(row)
 
     def warn(self, text: str) -> None:
         """One line that must be read, also where only the report is wanted (`--json`)."""
@@ -261,8 +269,9 @@ def _live_table(health: Mapping[str, Any], steps_limit: int) -> Table:
     sentence = Text(health.get("instruction") or "-", "bold")
     table.add_row("instruction", sentence)
     table.add_row("step", f"{health['steps']} of {steps_limit}, {state}")
-    age = _number(health["latent_age_s"], ".2f")
-    rate = f"control {_number(health['control_hz'], '.1f')} Hz, latent {age} s old"
+    age = health["latent_age_s"]
+    rate = f"control {_number(health['control_hz'], '.1f')} Hz, "
+    rate += "no latent yet" if age is None else f"latent {age:.2f} s old"
     if health["understood"] is not None and health["understood"] < 1.0:  # 1: nobody judges
         rate += f", {health['understood']:.0%} understood"
     table.add_row("now", rate)

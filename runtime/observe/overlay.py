@@ -81,9 +81,11 @@ def _systems(config: RunConfig) -> Iterator[str]:
     for line in told(config):
         yield line.partition(" (")[0].partition(", ")[0]
     if config.control.clock == "lockstep":
-        yield f"a latent every {config.interval_steps} steps"
+        every = "step" if config.interval_steps == 1 else f"{config.interval_steps} steps"
+        yield f"a latent every {every}"
     else:
-        yield f"{config.system2.hz:g} latents per second"
+        several = "" if config.system2.hz == 1 else "s"
+        yield f"{config.system2.hz:g} latent{several} per second"
 
 
 def world_of(config: RunConfig) -> str | None:

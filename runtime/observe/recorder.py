@@ -108,6 +108,7 @@ class TickRecord:
     understood: float | None = None  # None where nobody judges, or nobody has yet
     number: int = 1  # of the instruction; see `TickMessage`
     steps: int = 0
+    judged: int = 0
     succeeded: int = 0
 
 
@@ -477,7 +478,7 @@ class Recorder(Counted):
         came_to = TickRecord(
             *(tick.index, tick.state, tick.reason, tick.latent_age_s, tick.duration_s),
             tick.understood,
-            *(message.number, message.steps, message.succeeded),
+            *(message.number, message.steps, message.judged, message.succeeded),
         )
         put("/tick", tick.t_ns, came_to)
         self._ends.append(self._writer.records)
@@ -735,6 +736,7 @@ def playback(path: Path) -> Iterator[TickMessage]:
                 told.text,
                 message.number,
                 message.steps,
+                message.judged,
                 message.succeeded,
                 None if visual is None else visual.values,
                 tuple(entries),

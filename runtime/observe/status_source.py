@@ -232,7 +232,7 @@ class RunSource:
             ConfigError: the text is no sentence.
             NoRun: there is no run, or it does not answer: it may have been heard.
         """
-        sentence = checked_sentence(text, "say")  # here already: no need to bother the robot
+        sentence = checked_sentence(text, "text")  # here already: no need to bother the robot
         record = self.record()
         try:
             return self._order(record, "say", text=sentence, who=who)

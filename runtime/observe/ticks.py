@@ -34,7 +34,8 @@ class TickMessage:
     instruction: str
     number: int  # of the instruction, from 1
     steps: int  # environment steps of this instruction so far
-    succeeded: int  # tasks before this one that succeeded
+    judged: int  # tasks before this one that the world judged: none of one's own sentences
+    succeeded: int  # of these
     visual: F64 | None = None  # what a simulated world looks like; see `Robot.visual_state`
     entries: tuple[Entry, ...] = ()  # of the journal, since the message before
 
@@ -69,6 +70,7 @@ class Teller:
             instruction=current.instruction if current else "",
             number=len(runner.results) + 1,
             steps=runner.steps,
+            judged=runner.judged,
             succeeded=runner.succeeded,
             visual=self._robot.visual_state() if self._robot is not None else None,
             entries=entries,

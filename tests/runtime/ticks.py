@@ -96,6 +96,7 @@ def told(run, task="", instruction="open the drawer", visual=None, entries=None)
             instruction,
             number=1,
             steps=tick.index,
+            judged=0,
             succeeded=0,
             visual=visual,
             entries=tuple((entries or {}).get(tick.index, ())),

@@ -76,8 +76,9 @@ function show(status) {
   put("hz-loop", number(rates.loop, 1), status.started && rates.loop < 0.9 * want.loop);
   put("want-system2", String(want.system2));
   put("want-loop", String(want.loop));
-  put("succeeded", String(status.succeeded));
-  put("attempted", String(status.attempted));
+  put("succeeded", status.judged ? String(status.succeeded) : "\u2013");
+  put("judged", String(status.judged));
+  byId("of-judged").hidden = !status.judged;
   put("steps", String(status.steps));
   put("steps-limit", String(status.steps_limit));
   put("silent", status.started ? number(status.silent_s, 1) : "\u2013", status.silent_s > SILENT_S);

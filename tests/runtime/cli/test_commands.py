@@ -21,6 +21,7 @@ from openhelix.runtime.cli.arguments import (
     Options,
     Positional,
     Words,
+    fitted,
     help_of_settings,
     option,
     parse,
@@ -290,6 +291,25 @@ def test_every_help_has_examples_and_their_options_are_there(helps) -> None:
             assert name == "probe" or known.issuperset(flags), (name, flags, known)
 
 
+def test_every_help_fits_80_columns_and_its_long_examples_can_be_copied(
+    helps, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    pages = {**helps, "": capsys.readouterr().out}
+    wide = [line for text in pages.values() for line in text.splitlines() if len(line) > 80]
+    assert not wide
+    monkeypatch.setenv("COLUMNS", "60")
+    typed = "it go" + " --farther" * 7
+    doc = f"What it does:\nin two lines of prose.\n\n    {typed}     a remark\n    it go   home"
+    head, example = fitted(doc).split("\n\n")
+    assert head == "What it does: in two lines of prose."
+    *command, remark, short = example.split("\n")
+    assert len(command) == 2 and all(len(line) < 60 for line in command)
+    assert "".join(line.strip().removesuffix("\\") for line in command) == typed
+    assert remark == "        a remark" and short.split() == ["it", "go", "home"]
+
+
 def test_settings_are_listed_with_units_ranges_and_what_they_are(capsys) -> None:
     assert main(["config", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -315,8 +335,7 @@ def test_some_settings_as_they_would_be(capsys) -> None:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_bash_completes_commands_options_and_settings(helps, tmp_path, monkeypatch, capsys) -> None:
-    own = {name: [*re.findall(r"^  (--[a-z][\w-]*)", text, re.M)] for name, text in helps.items()}
-    own["run"].append("system2.hz=")
+    own = {name: completion.taken(text) for name, text in helps.items()}
     monkeypatch.setattr(completion, "words", lambda: own)
     assert main(["completion", "bash"]) == 0
     (tmp_path / "openhelix").write_text(capsys.readouterr().out)

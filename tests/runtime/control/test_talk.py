@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from openhelix.benchmarks.calvin.phrases import TRAINING
 from openhelix.runtime.control.assembly import ControlStack
 from openhelix.runtime.control.episodes import Assignment, task_rows
 from openhelix.runtime.control.loop import Tick
@@ -63,6 +65,7 @@ def test_a_sentence_of_ones_own_is_never_failed_and_the_world_says_what_it_saw()
     assert [seen.task for seen in result.seen] == ["near"]
     assert 15 <= result.seen[0].steps <= 25
     assert ("seen", "near") in entries(stack)
+    assert stack.episode_runner.judged == 0
     rows = task_rows([result])
     assert rows["n_success"] == 0 and rows["tasks"][0]["seen"][0]["task"] == "near"
     line = next(e for e in stack.episode_runner.journal.since(0) if e.kind == "seen").line()
@@ -244,13 +247,37 @@ def test_the_first_action_is_timed_from_when_it_was_said() -> None:
         ("please wait", "wait"),
         ("wait, please", "wait"),
         ("Go on.", "go on"),
+        ("stopp", "stop"),
+        ("Stpo!", "stop"),
+        ("wiat", "wait"),
+        ("hodl on", "wait"),
+        ("don't move", "stop"),
         ("stop the drawer from closing", ""),
+        ("drop it", ""),
+        ("open it", ""),
+        ("lift the arm", ""),
         ("wait for the red block", ""),
         ("open the drawer", ""),
     ],
 )
 def test_three_words_are_the_runtimes_and_no_others(text: str, word: str) -> None:
     assert word_of(text) == word
+
+
+def test_no_instruction_of_the_bench_is_taken_for_a_word() -> None:
+    told = [text for texts in json.loads(TRAINING.read_text()).values() for text in texts]
+    assert len(told) > 300 and not [text for text in told if word_of(text)]
+
+
+def test_what_is_nearly_go_on_is_asked_back_and_a_slip_of_stop_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"^text: 'go onn': did you mean 'go on'\?$"):
+        Talk().say("go onn", "anna")
+    stack = make("tasks.steps_limit=12")
+    at(stack, (4, "stopp", "anna"))
+    stack.episode_runner.talk.close()  # nobody will say more: the run ends
+    stack.episode_runner.run([Assignment("", FAR)], never)
+    told = '"stopp" taken as "stop": stands still, and waits for an instruction'
+    assert entries(stack, "held") == [("held", told)]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +299,7 @@ def test_what_is_no_sentence_is_refused_in_one_line(text: Any, why: str) -> None
     with pytest.raises(ConfigError, match=why) as caught:
         talk.say(text, "anna")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 120
-    assert str(caught.value).startswith("say: ") and not talk.take()
+    assert str(caught.value).startswith("text: ") and not talk.take()
 
 
 def test_a_sentence_is_taken_with_single_spaces_in_any_script() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from openhelix.benchmarks.perf.fault_system import terminal
 from openhelix.runtime.observe.display import Display
@@ -84,3 +86,18 @@ def test_a_state_is_told_once_it_is_one(capsys: pytest.CaptureFixture[str]) -> N
     display = Display()
     display.states({"ray": "starting", "system2": "unreachable", "control": "ready"})
     assert "control: ready" in capsys.readouterr().err
+
+
+def test_news_are_broken_between_words_in_a_terminal_and_not_at_all_in_a_log() -> None:
+    text = "System 2: shipped, e0bbd89cb2e1 (openhelix.system2.engines.vllm:VllmEngine)"
+    for seen in (True, False):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=seen, width=60, color_system=None)
+        Display(console=console).say(text)
+        lines = [line.rstrip() for line in file.getvalue().splitlines()]
+        if not seen:
+            assert len(lines) == 1 and lines[0].endswith(text)
+            continue
+        assert len(lines) == 2 and max(map(len, lines)) <= 60
+        assert lines[0].endswith(" s  System 2: shipped, e0bbd89cb2e1")
+        assert lines[1].split() == ["(openhelix.system2.engines.vllm:VllmEngine)"]

@@ -21,7 +21,7 @@ from openhelix.runtime.transport.wire import Publisher
 from tests.runtime.ticks import ticks
 
 QUIET = SimpleNamespace(since=lambda _: ())
-RUNNER = SimpleNamespace(current=None, results=[], steps=0, succeeded=0, journal=QUIET)
+RUNNER = SimpleNamespace(current=None, results=[], steps=0, judged=0, succeeded=0, journal=QUIET)
 
 
 class Ticks:

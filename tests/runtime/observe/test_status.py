@@ -58,7 +58,7 @@ def message(index: int, t_ns: int, **changes: Any) -> TickMessage:
         latent_age_s=values["age_s"],
         duration_s=1e-4,
     )
-    return TickMessage(tick, "open_drawer", "open the drawer", 2, 11, 1)
+    return TickMessage(tick, "open_drawer", "open the drawer", 3, 11, 2, 1)
 
 
 class Here:
@@ -102,7 +102,7 @@ def test_a_running_robot_is_shown_with_its_rates_and_ages() -> None:
     assert status["silent_s"] == pytest.approx(0.25)
     assert status["latent_age_s"] == pytest.approx(0.75)
     assert status["cameras"]["static"]["age_s"] == pytest.approx(0.35)
-    assert (status["attempted"], status["succeeded"], status["steps"]) == (1, 1, 11)
+    assert (status["judged"], status["succeeded"], status["steps"]) == (2, 1, 11)
     here.ns += 20 * S
     assert board.snapshot()["rates_hz"]["loop"] == 0.0
     json.dumps(status)
