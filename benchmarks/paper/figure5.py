@@ -449,7 +449,7 @@ def claims(made: Mapping[str, Any], who: str) -> list[dict[str, Any]]:
             for name in OTHERS
         ),
     ]
-    return [_judged(*pair, f"{who}: {says}") for *pair, says in tests]
+    return [_judged(a, b, f"{who}: {says}") for a, b, says in tests]
 
 
 def _judged(

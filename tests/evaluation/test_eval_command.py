@@ -248,7 +248,7 @@ def test_a_sweep_over_delays_of_plans_is_plotted_along_them_with_how_the_arm_was
     assert [name_of(plan) for plan in make_plans(*read_sweep(rows))] == [
         *("calvin-i10-d00", "calvin-inpaint-i10-d00"),
     ]
-    with pytest.raises(ConfigError, match="--joins: 'inpant' is none of .*mean 'inpaint'"):
+    with pytest.raises(ConfigError, match=r"--joins: 'inpant' is none of .*mean 'inpaint'"):
         make_plans(*read_sweep(["--joins", "inpant", *rows[2:]]))
     with pytest.raises(ConfigError, match="--latencies and --delays at least 0"):
         make_plans(*read_sweep([*words[:4], "--delays", "-1", *PARTS]))

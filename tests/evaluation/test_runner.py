@@ -39,7 +39,7 @@ def run(runner, episode, **conditions):
 def test_a_policy_whose_plans_cannot_be_joined_so_is_refused_before_any_episode():
     config = small_config()
     system1 = config.system1.model_copy(update={"join": "prefix"})
-    with pytest.raises(SpecMismatch, match="system1.join: 'prefix'; this policy can blend"):
+    with pytest.raises(SpecMismatch, match=r"system1\.join: 'prefix'; this policy can blend"):
         Runner(config.model_copy(update={"system1": system1}))
 
 
