@@ -24,7 +24,7 @@ PER_TASK ?= 20
 ARGS ?=
 SCALE ?= laptop
 
-.PHONY: help setup run-sim test test-slow test-gpu check format lock clean bench-runtime bench-sim bench-s1 bench-s2 bench-eval sweep paper data train dashboards
+.PHONY: help setup run-sim test test-slow test-gpu check format lock clean bench-runtime bench-sim bench-s1 bench-gpu bench-s2 bench-eval sweep paper data train dashboards
 
 help: ## Show this help.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -96,6 +96,9 @@ bench-sim: setup ## Simulator figures as JSON, beside calvin_env where it is ins
 
 bench-s1: setup ## System 1 figures as JSON.
 	$(PY) -m openhelix.benchmarks.perf.bench_s1
+
+bench-gpu: setup ## On a machine with a GPU: its tests, both systems and training, as one JSON, in eight minutes.
+	$(PY) -m openhelix.benchmarks.perf.bench_gpu
 
 bench-s2: setup ## System 2 figures as JSON.
 	$(PY) -m openhelix.benchmarks.perf.bench_s2
