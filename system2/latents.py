@@ -414,10 +414,16 @@ class LatentHead(nn.Module):
         dim = self.hidden * self.config.width if raw else self.projector.out_features
         return self.config.spec(checkpoint.n_image, dim, self.model_id(checkpoint, raw))
 
-    def save(self, path: Path | str, base: str = "", note: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        path: Path | str,
+        base: str = "",
+        note: dict[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Write the head as safetensors; `base` is the model it was trained on."""
         about = {"latent": asdict(self.config), "base": base, "note": self.note | (note or {})}
-        state = {k: v.detach().to("cpu", torch.float32) for k, v in self.state_dict().items()}
+        state = {k: v.detach().to("cpu", dtype) for k, v in self.state_dict().items()}
         save_tensors(path, state, {"openhelix": json.dumps(about, sort_keys=True)})
 
     @classmethod

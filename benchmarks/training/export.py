@@ -3,21 +3,22 @@
     ship/system1-laptop/   the policy (half precision where that is exact enough), normaliser,
                            configuration, and the spec with System 2's latent
     ship/system2-laptop/   latent.safetensors: <ACT> and projector, what `system2` reads beside
-                           its model; language.safetensors or a whole LLaVA folder where the
-                           regime trained the language model itself
+                           its model (half precision where that turns no latent); the base
+                           model's own few megabytes where `latent.model` is a folder of them; a
+                           whole LLaVA folder where the regime trained the language model itself
     ship/README.md, ship/card.json
 
-The policy of the last finished stage is taken: stage 2's pair, else stage 1's, else the
-policy alone.
+The policy of the last finished stage is taken: stage 2's pair, else stage 1's, else the policy
+alone; with `latent.init`, a base model's own latents in the policy's code beside it.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import shlex
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,15 @@ from openhelix.benchmarks.training.config import (
 )
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import load_tensors, read_json, replace_file
+from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.cache import frames_digest
 from openhelix.system1.checkpoint import Network, load_policy, save_policy
 from openhelix.system1.data import Cache, read_index
+from openhelix.system1.latent_adapter import with_latent
 from openhelix.system1.model import gaussian
 from openhelix.system1.train_loop import LOG
 from openhelix.system2.latents import LatentHead
-from openhelix.system2.model import open_checkpoint
+from openhelix.system2.model import VISION, is_small, open_checkpoint
 from openhelix.system2.text import FILE
 
 # -- The card: data, command, seed, hours and losses, for people and for checks --------
@@ -191,6 +194,7 @@ SHIP, SYSTEM1, SYSTEM2, CARD = "ship", "system1-laptop", "system2-laptop", "card
 # A rounded policy may move a trajectory by this much and no more: a tenth of the error that a
 # trained small policy makes (`val_position_m` of its card is several millimetres).
 EXACT_M, EXACT_FRAMES = 5e-4, 32
+EXACT_TURN = 1e-5  # of a latent: 1 less the cosine
 
 
 # -- The folder ------------------------------------------------------------------------
@@ -207,10 +211,21 @@ def export(config: TrainingConfig) -> dict[str, Any]:
     if out.exists():
         shutil.rmtree(out)
     policy = load_policy(source)
-    if (source / LATENT).is_file():
-        policy.config = replace(
-            policy.config, latent_model_id=ship_system2(config, source, out / SYSTEM2)
-        )
+    head = source / LATENT
+    if not head.is_file() and config.latent.init is not None:
+        head = config.latent.init.expanduser()
+    if head.is_file():
+        spec = ship_system2(config, head, source, out / SYSTEM2)
+        have = (policy.config.latent_tokens, policy.config.latent_dim)
+        if (spec.n_tokens, spec.dim) != have:
+            raise ConfigError(
+                f"latent.init: its latents have {spec.n_tokens} tokens of {spec.dim} numbers, the "
+                f"policy reads {have[0]} of {have[1]}"
+            )
+        policy.config = with_latent(policy.config, spec)
+        stage = "vlm" if stage == "policy" else stage
+    elif config.latent.init is not None:
+        raise ConfigError(f"latent.init: there is no file {head}")
     dtype, moved = ship_policy(policy, Cache(config.frames_folders()), out / SYSTEM1)
     if stage == "policy" and (source / FILE).is_file():
         shutil.copyfile(source / FILE, out / SYSTEM1 / FILE)
@@ -240,17 +255,45 @@ def last_stage(config: TrainingConfig) -> tuple[Path, str]:
     return folder, "policy"
 
 
-def ship_system2(config: TrainingConfig, source: Path, out: Path) -> str:
-    """Write what System 2 learned; return the identity of its latents."""
+def ship_system2(config: TrainingConfig, file: Path, source: Path, out: Path) -> LatentSpec:
+    """Write what System 2 learned; return the spec of its latents.
+
+    Args:
+        config: of the training.
+        file: the head.
+        source: folder of the stage whose language model is shipped.
+        out: where it goes.
+    """
     out.mkdir(parents=True)
-    head = LatentHead.load(source / LATENT)
-    checkpoint = open_checkpoint(config.latent.model, head.config.n_act)
+    head = LatentHead.load(file)
+    model = Path(config.latent.model).expanduser()
+    if is_small(model):
+        for part in (VISION, LANGUAGE):
+            if (model / part).is_file():
+                shutil.copyfile(model / part, out / part)
+        checkpoint = open_checkpoint(str(out), head.config.n_act)
+    else:
+        checkpoint = open_checkpoint(config.latent.model, head.config.n_act)
     if (source / LANGUAGE).is_file():
         path = merged(config, source, checkpoint.path, out / "llava")
         checkpoint = open_checkpoint(str(path), head.config.n_act)
-    note = {"stage": source.name, "model": config.latent.model}
-    head.save(out / LATENT, base=checkpoint.model_id, note=note)
-    return LatentHead.load(out / LATENT).model_id(checkpoint, raw=False)
+    note = {"stage": source.name, "model": shown(config.latent.model)}
+    exact = turned_by_half(head) <= EXACT_TURN
+    dtype = torch.float16 if exact else torch.float32
+    head.save(out / LATENT, base=checkpoint.model_id, note=note, dtype=dtype)
+    return LatentHead.load(out / LATENT).spec(checkpoint, raw=False)
+
+
+def turned_by_half(head: LatentHead) -> float:
+    """Return by how much half precision turns a latent, 1 less the cosine; the worst of many."""
+    rounded = copy.deepcopy(head).half().float()
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(256, 1, head.hidden * head.config.width, generator=generator)
+    states *= torch.logspace(-1, 2, 256)[:, None, None]  # layers differ in size by that much
+    there = torch.ones(256, 1, dtype=torch.bool)
+    with torch.no_grad():
+        a, b = (h.project(states, there)[:, 0] for h in (head, rounded))
+    return float(1 - torch.nn.functional.cosine_similarity(a, b, dim=-1).min())
 
 
 def merged(config: TrainingConfig, source: Path, base: str, out: Path) -> Path:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from openhelix.benchmarks.training.export import changed
 from openhelix.runtime.cli.main import main
+from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system2.latents import LatentHead
 from openhelix.system2.model import open_checkpoint
@@ -24,6 +25,7 @@ from tests.training.conftest import settings
 KILLED_AT_STEP_17 = """
 import os, signal, sys
 from openhelix.runtime.cli.main import main
+from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.train import Trainer
 
 step = Trainer.train_step
@@ -119,6 +121,51 @@ def test_an_exported_language_model_speaks_as_the_trained_one(frames, llava, tmp
     served = torch.from_numpy(engine.encode([np.asarray(p) for p in pictures], texts))
     assert torch.nn.functional.cosine_similarity(served, trained, dim=-1).min() > 0.999
     assert DiffusionPolicy.load(ship / "system1-laptop").spec.latent == engine.spec
+
+
+def test_a_base_models_own_latents_are_exported_beside_a_policy_that_reads_their_code(
+    frames, llava, tmp_path
+) -> None:
+    from openhelix.benchmarks.training.export import export
+    from openhelix.benchmarks.training.stages import run_policy
+    from openhelix.system2.engines.transformers import TransformersEngine
+    from openhelix.system2.latents import LatentConfig
+
+    config = settings(frames, llava, tmp_path)
+    run_policy(config, 0)
+    policy = DiffusionPolicy.load(tmp_path / "policy")
+    checkpoint = open_checkpoint(llava)
+    table = torch.randn(50, checkpoint.hidden, generator=torch.Generator().manual_seed(0))
+    said = LatentConfig("lang_mean", layers=(1,))
+    for dim, name in ((policy.config.latent_dim, "good"), (7, "narrow")):
+        LatentHead.fresh(said, table, dim).save(tmp_path / f"{name}.safetensors")
+    with_init = [f"latent.init={tmp_path}/good.safetensors"]
+    card = export(settings(frames, llava, tmp_path, *with_init))
+    assert card["from"] == "vlm"
+    ship = tmp_path / "ship"
+    engine = TransformersEngine(
+        llava, latent_projector=ship / "system2-laptop" / "latent.safetensors", device="cpu"
+    )
+    assert DiffusionPolicy.load(ship / "system1-laptop").spec.latent == engine.spec
+    assert engine.spec.kind == "lang_mean@1"
+    for name, said_of_it in (
+        ("narrow", "latent.init: its latents have 1 tokens of 7 numbers, the policy reads 1 of"),
+        ("none", "latent.init: there is no file"),
+    ):
+        with pytest.raises(ConfigError, match=said_of_it):
+            export(settings(frames, llava, tmp_path, f"latent.init={tmp_path}/{name}.safetensors"))
+
+
+def test_half_precision_turns_no_latent() -> None:
+    from openhelix.benchmarks.training.export import EXACT_TURN, turned_by_half
+    from openhelix.system2.latents import LatentConfig
+
+    torch.manual_seed(0)
+    head = LatentHead(LatentConfig("lang_mean", layers=(1, 2)), 48, width=32)
+    assert 0 < turned_by_half(head) <= EXACT_TURN
+    with torch.no_grad():
+        head.projector.weight[0, 0] = 1e30  # half precision has no such number
+    assert not turned_by_half(head) <= EXACT_TURN
 
 
 @pytest.mark.parametrize(
