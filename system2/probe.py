@@ -24,6 +24,7 @@ from torch import Tensor
 
 from openhelix.runtime.cli.arguments import Many, Options, Words, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
+from openhelix.runtime.core.files import read_json
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import resolve
 from openhelix.system2.engines.base import EngineBase
@@ -53,7 +54,9 @@ def output_table(checkpoint: Checkpoint) -> Tensor:
     )
     try:
         index = cached_file(checkpoint.path, "model.safetensors.index.json")
-        shards = json.loads(Path(index).read_text())["weight_map"]
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise CheckpointError(f"model: {index}: has no weight_map")
     except OSError:
         single = cached_file(checkpoint.path, "model.safetensors")
         with safe_open(single, framework="pt") as stream:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from openhelix.runtime.core.files import read_json
 from openhelix.runtime.core.interfaces import U8
 
 ABOUT = "about.json"
+MAX_TEXT_BYTES = (
+    256 * 1024 * 1024
+)  # of a shard's questions, unpacked; a thousand pictures have 1 MB
 # Instructions to a robot, answered by the plain sentence that is meant: only the picture tells
 # which, or the words do.
 GOAL_KINDS = ("goal look", "goal told")
@@ -125,12 +130,15 @@ def read_shard(folder: Path, index: int) -> Iterator[Record]:
     """
     try:
         blob = (folder / f"{index:05d}.bin").read_bytes()
-        text = gzip.decompress((folder / f"{index:05d}.jsonl.gz").read_bytes()).decode()
-        for line in text.splitlines():
+        with gzip.open(folder / f"{index:05d}.jsonl.gz") as packed:
+            text = packed.read(MAX_TEXT_BYTES + 1)
+        if len(text) > MAX_TEXT_BYTES:
+            raise TalkError(f"unpacks to more than {MAX_TEXT_BYTES >> 20} MiB")
+        for line in text.decode().splitlines():
             row = json.loads(line)
             start, stop = row["bytes"]
             if not 0 <= start < stop <= len(blob):
-                raise TalkError(f"data: {folder}/{index:05d}.bin is too short")
+                raise TalkError("its .bin is too short")
             asked = tuple(
                 Question(kind, words, answer, bool(held))
                 for kind, words, answer, held in row["questions"]
@@ -138,8 +146,9 @@ def read_shard(folder: Path, index: int) -> Iterator[Record]:
             yield Record(
                 blob[start:stop], row["group"], asked, row["labels"], tuple(row["numbers"])
             )
-    except (OSError, EOFError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise TalkError(f"data: {folder}/{index:05d}: {error}") from error
+    # What gzip, JSON and wrong kinds of values raise; a record is a few hundred bytes of text.
+    except (OSError, EOFError, zlib.error, LookupError, TypeError, ValueError, RecursionError) as e:
+        raise TalkError(f"data: {folder}/{index:05d}: {' '.join(str(e).split())}") from e
 
 
 def read(folder: Path, limit: int = 0) -> list[Record]:
@@ -161,4 +170,4 @@ def read(folder: Path, limit: int = 0) -> list[Record]:
 def read_about(folder: Path) -> dict[str, Any]:
     """Return what made a folder; empty where nobody wrote it down."""
     file = folder / ABOUT
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}

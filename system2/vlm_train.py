@@ -27,10 +27,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from openhelix.runtime.core.files import BadFile, load_tensors, parse_object, read_json
 from openhelix.runtime.core.plugins import none_of
 from openhelix.system2.model import (
     BUILTIN,
@@ -77,6 +77,19 @@ Shown = Literal["image", "none", "other"]
 CALIBRATED_ON = 8  # batches
 ACT_RATE = 1e-2  # of <ACT>, one row that stands against millions of weights
 GOAL_RATE = 1e-3  # of the head that makes latents of instructions
+
+
+def read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a run that was stopped, and where it stood.
+
+    Raises:
+        BadFile: the file is damaged, or is of something else.
+    """
+    state, metadata = load_tensors(file)
+    about = parse_object(metadata.get("vlm", ""), str(file))
+    if missing := sorted({"stage", "step", "samples", "pictures", "seconds"} - set(about)):
+        raise BadFile(f"{file}: does not say its {missing[0]}")
+    return state, about
 
 
 class Pictures:
@@ -343,7 +356,7 @@ class VlmRun:
         mine |= {"seed": self.seed, "tune": self.config.tune.mode, "rank": self.config.tune.rank}
         file = self.out / "settings.json"
         if file.is_file():
-            before = json.loads(file.read_text())
+            before = read_json(file)
             for key, value in mine.items():
                 if before.get(key, value) != value:
                     raise ValueError(
@@ -816,9 +829,7 @@ class VlmRun:
         part.replace(self.out / STATE)
 
     def _resume(self) -> None:
-        with safe_open(self.out / STATE, framework="pt") as stream:
-            about = json.loads(stream.metadata()["vlm"])
-        state = load_file(self.out / STATE)
+        state, about = read_state(self.out / STATE)
         self._enter(about["stage"])
         self._load_weights(state)
         chosen = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -837,11 +848,9 @@ class VlmRun:
         file = folder.expanduser() / STATE
         if not file.is_file():
             raise ValueError(f"vlm.init: no {STATE} in {folder}")
-        with safe_open(file, framework="pt") as stream:
-            stage = json.loads(stream.metadata()["vlm"])["stage"]
-        if stage == "tune":
+        state, about = read_state(file)
+        if about["stage"] == "tune":
             self._language()
-        state = load_file(file)
         if self.goals is not None and any(
             (was := state.get(f"weights.goals.{name}")) is not None and was.shape != now.shape
             for name, now in self.goals.state_dict().items()
@@ -889,7 +898,7 @@ class VlmRun:
             rename_tower(file)
         AutoProcessor.from_pretrained(self.checkpoint.path).save_pretrained(part)
         manifest = Path(self.checkpoint.path) / MANIFEST
-        about = json.loads(manifest.read_text()) if manifest.is_file() else {}
+        about = read_json(manifest) if manifest.is_file() else {}
         about |= {"template": self.checkpoint.template.name}
         digests = [sha256_file(file) for file in sorted(part.glob("*.safetensors"))]
         about["model_id"] = "-".join(digest[:16] for digest in digests)

@@ -47,7 +47,7 @@ from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 from openhelix.benchmarks.calvin.units import collect_unit, read_unit, unit_bytes
 from openhelix.runtime.cli.arguments import Options, parse
 from openhelix.runtime.core.config import ConfigError, read_settings
-from openhelix.runtime.core.files import replace_file
+from openhelix.runtime.core.files import BadFile, read_json, replace_file
 from openhelix.runtime.core.interfaces import F64
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import cache_folder
@@ -212,7 +212,7 @@ def _check_system2_folder(config: CollectConfig) -> None:
     """Make the folder of System 2's images, or refuse one of another size."""
     folder = config.folder / FRAMES / SYSTEM2
     sizes = folder / "size.json"
-    if sizes.exists() and json.loads(sizes.read_text()) != config.frames.system2_px:
+    if sizes.exists() and sizes.read_text().strip() != str(config.frames.system2_px):
         raise ConfigError(f"frames.system2_px: {folder} was drawn with another size")
     replace_file(sizes, json.dumps(config.frames.system2_px).encode())
 
@@ -250,7 +250,7 @@ def check_frames_folder(folder: Path, settings: FramesConfig, more: int) -> None
         more: bytes that are to come, estimated.
     """
     about = folder / ABOUT
-    if about.exists() and json.loads(about.read_text(encoding="utf-8")) != settings.moments():
+    if about.exists() and read_json(about) != settings.moments():
         raise ConfigError(
             f"frames: {folder} was drawn with other settings; remove it or use the same"
         )
@@ -261,7 +261,7 @@ def check_frames_folder(folder: Path, settings: FramesConfig, more: int) -> None
         )
     free = shutil.disk_usage(folder.parent).free
     if more > free:
-        raise ConfigError(f"out: {more / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+        raise ConfigError(f"out: {more / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
     replace_file(about, json.dumps(settings.moments(), indent=1).encode())
     for torn in folder.rglob(".*.part"):
         torn.unlink()
@@ -296,8 +296,8 @@ def open_folder(config: CollectConfig) -> Path:
     folder, settings = config.folder, config.folder / SETTINGS
     if settings.exists():
         try:
-            before = json.loads(settings.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            before = read_json(settings)
+        except BadFile:
             before = {}
         for key, value in json.loads(json.dumps(config.identity())).items():
             if before.get(key) != value:

@@ -215,7 +215,7 @@ def _about(folder: Path, about: dict[str, Any] | None, resumed: bool) -> dict[st
     if path.exists():
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError:
+        except (ValueError, TypeError, RecursionError):
             raise ResultsError(f"{path}: damaged; choose another folder") from None
         if about is None:
             return before

@@ -60,7 +60,7 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
         result = data["episode"]
         text = json.dumps(result, separators=(",", ":"), ensure_ascii=False)
         whole = data["sha256"] == _digest(text) and set(result) == FIELDS
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole, result = False, {}
     if not whole:
         raise ResultsError(
@@ -204,7 +204,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise ResultsError(f"{folder}: no {RUN} here, so no evaluation") from None
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, ResultsError):
             raise
         raise ResultsError(f"{path}: damaged; choose another folder") from None

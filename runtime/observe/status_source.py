@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.runtime.core.config import CommandFailed, RunConfig, checked_sentence
-from openhelix.runtime.core.files import written
+from openhelix.runtime.core.files import BadFile, as_record, read_json, written
 from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcTimeout
 from openhelix.runtime.transport.sockets import check_connect, served
 
@@ -68,12 +68,13 @@ class StatusRecord:
         Raises:
             NoRun: there is none, or it is not readable.
         """
+        path = folder / RECORD
+        if not path.exists():
+            raise NoRun(f"{folder}: no run is alive there")
         try:
-            return cls(**json.loads((folder / RECORD).read_text()))
-        except FileNotFoundError:
-            raise NoRun(f"{folder}: no run is alive there") from None
-        except (OSError, ValueError, TypeError) as error:
-            raise NoRun(f"{folder / RECORD}: cannot be read: {error}") from None
+            return as_record(cls, read_json(path), str(path))
+        except BadFile as error:
+            raise NoRun(str(error)) from None
 
     @contextmanager
     def kept(self, folder: Path) -> Iterator[None]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openhelix.runtime.core.files import check_finite
+from openhelix.runtime.core.files import BadFile, check_finite, read_json
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system2.answering import MAX_WORDS, AnswerPrompts
 from openhelix.system2.engines.base import EncodeError, EngineBase
@@ -70,8 +69,8 @@ def serving_folder(checkpoint: Checkpoint) -> str:
 def _image_token(source: Path) -> str | None:
     """Return the word for an image in a checkpoint's processor."""
     try:
-        word = json.loads((source / "processor_config.json").read_text()).get("image_token")
-    except (OSError, ValueError):
+        word = read_json(source / "processor_config.json").get("image_token")
+    except BadFile:
         return None
     return word if isinstance(word, str) and word else None
 

@@ -218,9 +218,10 @@ def test_the_development_list_is_apart_from_all_others() -> None:
 def test_no_file_no_json_no_split(tmp_path: Path) -> None:
     with pytest.raises(PhraseError, match="cannot be read"):
         phrases.load(tmp_path / "nowhere.json")
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(PhraseError, match="not JSON"):
-        phrases.load(tmp_path / "bad.json")
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(PhraseError, match="not JSON"):
+            phrases.load(tmp_path / "bad.json")
     with pytest.raises(PhraseError, match="split: 'train' is none of"):
         phrases.calvin_e("train")
 

@@ -114,7 +114,14 @@ def test_damage_is_refused_and_nothing_is_touched(filled, damage):
 
 
 def test_a_damaged_run_file_is_refused(filled):
-    for text in ("", "{", "[]", '{"format": 1}', '{"format": 99, "identity": {}, "code": []}'):
+    for text in (
+        "",
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"format": 1}',
+        '{"format": 99, "identity": {}, "code": []}',
+    ):
         (filled / "run.json").write_text(text)
         with pytest.raises(ResultsError, match=r"run\.json"):
             store(filled)
@@ -164,3 +171,5 @@ def test_a_line_carries_its_checksum():
     assert "\n" not in line and parse_line(line, "x") == result(EPISODES[0])
     with pytest.raises(ResultsError, match="x: damaged"):
         parse_line(line.replace('"success":true', '"success":false'), "x")
+    with pytest.raises(ResultsError, match="x: damaged"):
+        parse_line("[" * 100_000, "x")

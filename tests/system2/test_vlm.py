@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from openhelix.runtime.core.files import BadFile
+from openhelix.runtime.core.files import BadFile, save_tensors
+from openhelix.system2 import vlm_data
 from openhelix.system2.answering import TransformersAnswerer
 from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.model import open_checkpoint
@@ -29,7 +31,7 @@ from openhelix.system2.vlm_data import (
     read_shard,
     write_shard,
 )
-from openhelix.system2.vlm_train import VlmRun
+from openhelix.system2.vlm_train import VlmRun, read_state
 from tests.system2.tiny import write_llava_15_like
 
 
@@ -89,6 +91,46 @@ def test_shards_hold_what_was_written(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(TalkError, match="no pictures"):
         read(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"no gzip", "gzip"),
+        (gzip.compress(b"{}")[:-9], "end-of-stream"),
+        (gzip.compress(b"{}")[:10] + b"\xff" * 20, "."),
+        (gzip.compress(b"[" * 100_000), "recursion"),
+        (gzip.compress(b"[1]"), "."),
+        (gzip.compress(b'{"bytes": [0]}'), "."),
+        (gzip.compress(b"\xff"), "utf-8"),
+        (gzip.compress(bytes(3000)), "unpacks to more than"),
+    ],
+)
+def test_a_damaged_shard_is_named_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, said: str
+) -> None:
+    if said.startswith("unpacks"):
+        monkeypatch.setattr(vlm_data, "MAX_TEXT_BYTES", 2000)
+    write_shard(tmp_path, 3, records(1))
+    (tmp_path / "00003.jsonl.gz").write_bytes(content)
+    with pytest.raises(TalkError, match=said) as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path / "00003") in str(caught.value)
+
+
+def test_what_is_no_state_of_a_stopped_run_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    for tensors, about, said in (
+        ({"a": torch.ones(2)}, None, "not JSON"),
+        ({"a": torch.ones(2)}, {"vlm": '{"stage": "see"}'}, "does not say its pictures"),
+        ({"a": torch.full((2,), torch.nan)}, {"vlm": "{}"}, "not finite"),
+    ):
+        save_tensors(file, tensors, about)
+        with pytest.raises(BadFile, match=said):
+            read_state(file)
+    file.write_bytes(b"garbage")
+    with pytest.raises(BadFile, match=r"state\.safetensors"):
+        read_state(file)
 
 
 def learner_of(model: str) -> tuple[Learner, Any]:

@@ -176,9 +176,14 @@ def test_a_record_lives_as_long_as_its_run_and_is_its_owners(tmp_path: Path) -> 
         newest_run(tmp_path)
     with pytest.raises(NoRun, match="no run is alive"):
         StatusRecord.read(folder)
-    (folder / RECORD).write_text('{"robot": 1}')
-    with pytest.raises(NoRun, match="cannot be read"):
-        StatusRecord.read(folder)
+    for text, said in (
+        *(('{"robot": 1}', "robot: "), ('{"robot": "x"}', "observer: "), ("{", "not JSON")),
+        *(("[1]", "must be a JSON object"), ("[" * 100_000, "nested too deep")),
+    ):
+        (folder / RECORD).write_text(text)
+        with pytest.raises(NoRun, match=said) as caught:
+            StatusRecord.read(folder)
+        assert str(folder / RECORD) in str(caught.value)
 
 
 def test_every_run_has_a_token_of_its_own() -> None:
