@@ -327,6 +327,8 @@ def table(outcomes: Sequence[Outcome], slack: float) -> str:
         "",
         counts,
         "",
+        *by_kind(outcomes),
+        "",
         "| | fault | on | expected | safe after | targets | reason | back after | lost | counted | |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -340,6 +342,26 @@ def table(outcomes: Sequence[Outcome], slack: float) -> str:
         )
         kind = o.kind
     return "\n".join(lines) + "\n"
+
+
+def by_kind(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return a short table with a row for each kind of fault, as lines of Markdown."""
+    lines = [
+        "| what breaks | tried | as expected | slowest to be safe, of the time allowed | "
+        "targets after a stop | lost and not counted | processes left |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind in dict.fromkeys(o.kind for o in outcomes):
+        rows = [o for o in outcomes if o.kind == kind]
+        timed = [o for o in rows if o.safe_s is not None and o.allowed_s]
+        slowest = max(timed, key=lambda o: (o.safe_s or 0.0) / o.allowed_s, default=None)
+        told = "" if slowest is None else f"{slowest.safe_s:.2f} s of {slowest.allowed_s:.2f} s"
+        lines.append(
+            f"| {kind} | {len(rows)} | {sum(o.ok for o in rows)} | {told} "
+            f"| {sum(o.after_stop for o in rows)} | {sum(o.uncounted or 0 for o in rows)} "
+            f"| {sum(len(o.left) for o in rows)} |"
+        )
+    return lines
 
 
 def _of(value: float | None, allowed: float) -> str:

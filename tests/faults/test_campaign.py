@@ -40,6 +40,7 @@ def test_a_row_that_was_tried_again_takes_the_place_of_the_first() -> None:
         (third.name, 0.05),
     ]
     assert "halt: 100 ms of 200" in table(rows, 1.0)
+    assert f"| {first.kind} | 3 | 3 | 0.10 s of 0.20 s | 0 | 0 | 0 |" in table(rows, 1.0)
     assert f"0.02 of {first.within_s:.2f}" in table(rows, 1.0)
 
 
