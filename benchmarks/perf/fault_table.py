@@ -240,7 +240,7 @@ def guesses(stage: Stage) -> None:
                 end.recv(4096)
         stage.notes["accepted"] = accepted
     finally:
-        page.terminate()
+        page.kill()  # it is nice to others, and would take its time to end in order
         page.wait(20)
 
 

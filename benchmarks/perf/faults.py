@@ -133,7 +133,7 @@ def attempt(fault: Fault, on: str, folder: Path, slack: float, made: Lab | None)
     try:
         with staged(fault, on, folder, made) as stage:
             _attempt(fault, stage, slack, outcome)
-    except (Broken, RuntimeError, AssertionError, OSError) as error:
+    except (Broken, RuntimeError, AssertionError, OSError, subprocess.SubprocessError) as error:
         outcome.why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return outcome
 
@@ -512,6 +512,7 @@ def main() -> int:
         _write(
             folder / "soak", text, {"minutes": options.soak, "slopes": [asdict(s) for s in slopes]}
         )
+        print(text)
         return int(not all(slope.flat for slope in slopes))
     chosen, left_out = choose(options.quick, options.only, hostings)
     for words in left_out:
@@ -520,7 +521,27 @@ def main() -> int:
         print("\n".join(f"{fault.kind}: {fault.name}, {on}" for fault, on in chosen))
         return 0
 
+    before: list[Outcome] = []
+    if options.keep and (folder / "faults.json").is_file():
+        rows = json.loads((folder / "faults.json").read_text())["faults"]
+        before = [Outcome(**row) for row in rows]
+    tried: list[Outcome] = []
+
+    def write() -> str:
+        """Write all that is known; after every row, because half an hour is long."""
+        outcomes = joined(before, tried)
+        text = table(outcomes, options.slack)
+        data = {
+            "slack": options.slack,
+            "left_out": left_out,
+            "faults": [asdict(o) for o in outcomes],
+        }
+        _write(folder / "faults", text, data)
+        return text
+
     def tell(o: Outcome) -> None:
+        tried.append(o)
+        write()
         print(
             f"{'ok  ' if o.ok else 'BAD '} {o.on:<5} {o.kind}: {o.fault}: {o.expected}, safe after "
             f"{_number(o.safe_s) or '-'} s, {o.targets_after}/{o.after_stop} targets {o.why}",
@@ -528,21 +549,14 @@ def main() -> int:
             flush=True,
         )
 
-    before: list[Outcome] = []
-    if options.keep and (folder / "faults.json").is_file():
-        rows = json.loads((folder / "faults.json").read_text())["faults"]
-        before = [Outcome(**row) for row in rows]
-    outcomes = joined(before, campaign(chosen, options.slack, tell))
-    text = table(outcomes, options.slack)
-    data = {"slack": options.slack, "left_out": left_out, "faults": [asdict(o) for o in outcomes]}
-    _write(folder / "faults", text, data)
-    return int(not all(outcome.ok for outcome in outcomes))
+    campaign(chosen, options.slack, tell)
+    print(write())
+    return int(not all(outcome.ok for outcome in tried))
 
 
 def _write(path: Path, text: str, data: Mapping[str, Any]) -> None:
     path.with_suffix(".md").write_text(text)
     path.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n")
-    print(text)
 
 
 if __name__ == "__main__":
