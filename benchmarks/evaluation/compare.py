@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -194,9 +195,11 @@ def to_html(found: Mapping[str, Any]) -> str:
             lines = lines[1:]
         if lines and lines[0].startswith("|"):
             cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
-            body.append(html_table((cells[0], cells[2:])))
+            kind = "words" if cells[0][0] == "setting" else ""
+            body.append(html_table((cells[0], cells[2:]), kind))
         elif any(lines):
-            body.append(f"<p>{html.escape(' '.join(lines))}</p>")
+            told = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(" ".join(lines)))
+            body.append(f"<p>{told}</p>")
     return page(f"{found['suite']}: A and B", body)
 
 

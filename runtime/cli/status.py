@@ -29,8 +29,9 @@ from rich.table import Table
 from openhelix.runtime.cli.arguments import Options, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
 from openhelix.runtime.core.output import answer
+from openhelix.runtime.observe.robot import PATIENCE_S
 from openhelix.runtime.observe.status_server import StatusServer, is_loopback
-from openhelix.runtime.observe.status_source import RunSource
+from openhelix.runtime.observe.status_source import ASK_TIMEOUT_S, RunSource
 
 PORT = 9120
 
@@ -60,7 +61,10 @@ def main(argv: Sequence[str]) -> int:
         "status", StatusOptions, argv, __doc__ or "", RunConfig, ("output.folder", "transport.keys")
     )
     config = load(options.config, overrides)
-    source = RunSource(config.output.folder, options.run, options.serve, config.transport.keys)
+    patience_s = ASK_TIMEOUT_S if options.web else PATIENCE_S
+    source = RunSource(
+        config.output.folder, options.run, options.serve, config.transport.keys, patience_s
+    )
     try:
         return _do(options, source)
     finally:

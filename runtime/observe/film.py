@@ -331,11 +331,11 @@ class Sheet:
         middle = top + height // 2
         left = gap + self._px(18)
         age, limit = tick.latent_age_s, self._about.latent_max_age_s
-        pen.text((left, middle), "latent", DIM, type_, anchor="lm")
+        pen.text((left, middle), "latent age", DIM, type_, anchor="lm")
         bar = (
-            left + self._px(66),
+            left + self._px(106),
             middle - self._px(6),
-            left + self._px(326),
+            left + self._px(366),
             middle + self._px(6),
         )
         pen.rectangle(bar, fill=(58, 66, 76))
@@ -344,12 +344,12 @@ class Sheet:
             colour = GOOD if part < 0.5 else WAIT if part < 1.0 else BAD
             end = bar[0] + round((bar[2] - bar[0]) * part)
             pen.rectangle((bar[0], bar[1], end, bar[3]), fill=colour)
-        told = "none yet" if age is None else f"{age:.2f} s old"
+        told = "no latent yet" if age is None else f"{age:.2f} s"
         pen.text((bar[2] + self._px(14), middle), told, INK, type_, anchor="lm")
         word = WORDS[tick.state] + (f": {tick.reason}" if tick.reason and WORDS[tick.state] else "")
         colour = {"stop": BAD, "run": INK}.get(tick.state, WAIT)
-        row = fitted(word, self._px(19), self._px(470), 1)[0]
-        pen.text((left + self._px(480), middle), row, colour, type_, anchor="lm")
+        row = fitted(word, self._px(19), self._px(440), 1)[0]
+        pen.text((left + self._px(510), middle), row, colour, type_, anchor="lm")
         seconds = (tick.t_ns - (story.start_ns or tick.t_ns)) * 1e-9
         clock = f"step {message.steps}    {int(seconds) // 60}:{seconds % 60:04.1f}"
         pen.text((gap + width - self._px(18), middle), clock, DIM, type_, anchor="rm")

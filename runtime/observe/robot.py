@@ -24,6 +24,7 @@ from openhelix.runtime.observe.prompt import myself
 from openhelix.runtime.observe.status_source import NoRun, RunSource
 
 POLL_S: Final = 0.02
+PATIENCE_S: Final = 5.0  # for an answer, on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,8 @@ class Robot:
         who: str | None = None,
     ) -> None:
         base = Path(outputs) if outputs is not None else RunConfig().output.folder
-        self._source = RunSource(base, Path(run) if run is not None else None)
+        folder = Path(run) if run is not None else None
+        self._source = RunSource(base, folder, timeout_s=PATIENCE_S)
         self._who = who or myself()
 
     def say(self, text: str, timeout_s: float = 15.0) -> Told:

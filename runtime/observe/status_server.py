@@ -78,7 +78,7 @@ class StatusServer:
         self._source, self._host, self._port, self._tls = source, host, port, tls
         self._loopback = is_loopback(host)
         self.open = self._loopback and not other_users()
-        self._asking = asyncio.Lock()
+        self._asking, self._counting = asyncio.Lock(), asyncio.Lock()
         self._answer: tuple[float, dict[str, Any]] = (-1.0, {})
         self._robots: tuple[float, dict[str, Any]] = (-1.0, {})
         self._images: dict[str, tuple[float, int, bytes]] = {}
@@ -190,8 +190,11 @@ class StatusServer:
         return web.Response(body=jpeg, content_type="image/jpeg", headers={"X-Time-Ns": str(t_ns)})
 
     async def _fleet(self, request: web.Request) -> web.StreamResponse:
-        """Every robot that can be asked; whoever does not answer in time says so itself."""
-        async with self._asking:
+        """Every robot that can be asked; whoever does not answer in time says so itself.
+
+        One that does not must not hold up the robot that is shown: this has a lock of its own.
+        """
+        async with self._counting:
             now_s = asyncio.get_running_loop().time()
             if now_s - self._robots[0] > FLEET_S:
                 self._robots = (now_s, await asyncio.to_thread(self._source.fleet))

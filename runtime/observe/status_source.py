@@ -116,6 +116,8 @@ class RunSource:
         folder: of one run, to show that and no other.
         system2: address of an `openhelix serve`, whose robots `fleet` lists too.
         keys: folder of CURVE keys for it, off this host.
+        timeout_s: how long to wait for an answer; a page that is redrawn all the time waits for
+            less than a person who asked once.
     """
 
     def __init__(
@@ -124,8 +126,9 @@ class RunSource:
         folder: Path | None = None,
         system2: str | None = None,
         keys: Path | None = None,
+        timeout_s: float = ASK_TIMEOUT_S,
     ) -> None:
-        self._base, self._folder = base, folder
+        self._base, self._folder, self._timeout_s = base, folder, timeout_s
         self._shared: RpcClient | None = None
         if system2 is not None:
             endpoint = served(system2)["control"]
@@ -271,7 +274,7 @@ class RunSource:
             self._shared.close()
 
     def _ask(
-        self, question: str, timeout_s: float = ASK_TIMEOUT_S, **arguments: Any
+        self, question: str, timeout_s: float | None = None, **arguments: Any
     ) -> dict[str, Any]:
         with self._lock:
             record = self._find()
@@ -282,7 +285,9 @@ class RunSource:
             if self._observer is None:
                 self._observer = RpcClient(record.observer, keys=record.keys)
             try:
-                return self._observer.call("ask", {"question": question, **arguments}, timeout_s)
+                return self._observer.call(
+                    "ask", {"question": question, **arguments}, timeout_s or self._timeout_s
+                )
             except RpcError as error:
                 self._forget()
                 raise NoRun(f"{record.robot}: does not answer ({error})") from None

@@ -180,6 +180,7 @@ def test_a_comparison_is_written_as_a_page_with_its_plot(two, tmp_path, capsys):
     page = (tmp_path / "c" / "compare.html").read_text()
     assert "data:image/svg+xml" in page and "<h2>What differs</h2>" in page
     assert "<td>steps_limit</td>" in page and "<td>turn_on_led</td>" in page
+    assert f"A is <code>{two / 'long'}</code>" in page
     assert (tmp_path / "c" / "compare.pdf").read_bytes().startswith(b"%PDF")
     assert (tmp_path / "c" / "compare.md").read_text() in capsys.readouterr().out
 

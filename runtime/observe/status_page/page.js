@@ -13,6 +13,7 @@ const byId = (id) => document.getElementById(id);
 const SVG = byId("drawing").namespaceURI; // of what is drawn over images
 const ages = []; // [time, seconds or null], of the last minute
 const shown = new Map(); // camera -> {image, caption, stamp, url}
+let ageLimit = 0;
 let token = "";
 
 function takeTokenFromAddress() {
@@ -85,7 +86,7 @@ function show(status) {
   put("ticks", String(status.ticks));
   showStops(status.stops);
   showHistory(status.entries);
-  drawAges(status.latent_age_s, limit);
+  noteAge(status.latent_age_s, limit);
 }
 
 function showStops(stops) {
@@ -120,10 +121,17 @@ function showHistory(entries) {
   if (rows.length) byId("history").replaceChildren(...rows.reverse());
 }
 
-function drawAges(age, limit) {
+function noteAge(age, limit) {
   const now = performance.now();
   ages.push([now, age]);
   while (ages.length && now - ages[0][0] > MINUTE_MS) ages.shift();
+  ageLimit = limit;
+  drawAges();
+}
+
+function drawAges() {
+  if (!ages.length) return;
+  const now = ages[ages.length - 1][0], limit = ageLimit;
   const canvas = byId("ages"), pen = canvas.getContext("2d");
   const style = getComputedStyle(document.documentElement), scale = window.devicePixelRatio || 1;
   const width = canvas.clientWidth, height = canvas.clientHeight;
@@ -291,7 +299,7 @@ async function showFleet() {
     const count = `${rows.length} robot${rows.length === 1 ? "" : "s"}`;
     byId("fleet-line").textContent = !system2 ? count
       : system2.error ? `${count}; System 2: ${system2.error}`
-        : `${count}; System 2 gives ${system2.hz} latents per second each, ${system2.published} so far`;
+        : `${count}; System 2 gives each ${system2.hz} latent${system2.hz === 1 ? "" : "s"} per second, ${system2.published} so far`;
     byId("robots").replaceChildren(...rows);
   } catch {
     // What is wrong with the server is told by `refresh`.
@@ -329,6 +337,7 @@ byId("talk").addEventListener("submit", (event) => {
 for (const button of document.querySelectorAll("button.word")) {
   button.addEventListener("click", () => say(button.dataset.word));
 }
+window.addEventListener("resize", drawAges);
 takeTokenFromAddress();
 refresh();
 showFleet();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from openhelix.runtime.core.interfaces import (
     Observation,
 )
 from openhelix.runtime.observe.observer import MAX_SIDE_PX, SHOWN_ENTRIES, StatusBoard
+from openhelix.runtime.observe.robot import Robot
 from openhelix.runtime.observe.status_source import (
     RECORD,
     NoRun,
@@ -256,3 +258,20 @@ def test_a_run_at_which_nobody_looks_says_how_to_change_that(tmp_path: Path) -> 
     folder.mkdir()
     with record(tmp_path).kept(folder), pytest.raises(NoRun, match=r"output\.status=true"):
         RunSource(tmp_path, folder).snapshot()
+
+
+def test_who_asks_once_is_more_patient_than_a_page_that_asks_all_the_time(tmp_path: Path) -> None:
+    def answer(_: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(0.3)
+        return {"robot": "arm"}
+
+    server = RpcServer(f"ipc://{tmp_path}/o", {"ask": answer})
+    server.start()
+    folder = tmp_path / "run-0001"
+    folder.mkdir()
+    with record(tmp_path, observer=f"ipc://{tmp_path}/o").kept(folder):
+        with pytest.raises(NoRun, match="does not answer"):
+            RunSource(tmp_path, timeout_s=0.05).snapshot()
+        with Robot(outputs=tmp_path) as robot:
+            assert robot.status()["robot"] == "arm"
+    server.close()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -13,10 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from openhelix.runtime.control.talk import Entry, row
 from openhelix.runtime.core.config import checked_sentence
 from openhelix.runtime.observe import status_server
 from openhelix.runtime.observe.status_server import HEADERS, StatusServer, host_name, is_loopback
 from openhelix.runtime.observe.status_source import NoRun
+from tests.integration.browser import CHROMIUM, browse
 
 TOKEN = "a-token-of-some-length"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -54,7 +58,7 @@ class FakeSource:
         return {"runs": [{"run": "run-0001", "robot": "arm"}], "system2": None}
 
     def say(self, text: Any, who: str) -> dict[str, Any]:
-        sentence = checked_sentence(text, "say")
+        sentence = checked_sentence(text, "text")
         if not self.alive:
             raise NoRun("arm: does not answer")
         self.said.append((sentence, who))
@@ -399,3 +403,96 @@ def test_what_is_no_http_is_told_in_one_line_now_and_then(caplog: pytest.LogCapt
     assert all(record.exc_info is None for record in caplog.records)
     counts = [int(text.rpartition("; ")[2].split()[0]) for text in lines]
     assert counts == [2**i for i in range(len(counts))]
+
+
+class Shop(FakeSource):
+    """Three robots at work, of which one is shown and one does not answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = threading.Event()
+        self.answers.set()
+
+    def snapshot(self) -> dict[str, Any]:
+        entries = (
+            Entry(1, 0, "said", "open the drawer", who="ann", said=1),
+            Entry(2, 0, "begun", "open the drawer", said=1),
+            Entry(3, 0, "answer", "understood (98 %)", said=1, success=True),
+            Entry(4, 0, "seen", "open_drawer", task="open_drawer", steps=41, said=1),
+        )
+        seen = {
+            **{"robot": "arm1", "driver": "sim", "run": "run-0001", "steps_limit": 360},
+            **{"expected_hz": {"loop": 30.0, "system2": 1.0}, "latent_max_age_s": 4.0},
+            **{"finished": False, "started": True, "stops": [], "task": "", "number": 2},
+            **{"rates_hz": {"loop": 30.0, "system1": 7.5, "system2": 1.0}, "judged": 0},
+            **{"instruction": "open the drawer", "steps": 52, "succeeded": 0, "ticks": 900},
+            **{"state": "wait", "reason": "first plan due", "silent_s": 0.02, "latent_age_s": 0.8},
+            "understood": 0.98,
+        }
+        plan = [[[0.4, 0.4], [0.5, 0.5]], [[0.5, 0.5], [0.6, 0.4]]]
+        return seen | {
+            "cameras": {"static": {"t_ns": self.t_ns, "age_s": 0.05, "plan": plan}},
+            "entries": [row(entry) | {"ago_s": 4.0 - entry.number} for entry in entries],
+        }
+
+    def fleet(self) -> dict[str, Any]:
+        self.answers.wait()
+        robot = {"published": 120, "skipped": 3, "error": ""}
+        kept = {"robot": "arm1", "instruction": "open the drawer", "state": "run"}
+        runs = [
+            {"run": "run-0001", **kept, "latent_age_s": 0.8, "finished": False},
+            {"run": "run-0002", "error": "arm2: does not answer"},
+        ]
+        robots = {"arm1": robot, "elsewhere": {**robot, "published": 80}}
+        return {"runs": runs, "system2": {"hz": 1.0, "published": 200, "robots": robots}}
+
+
+def test_a_robot_that_does_not_answer_does_not_hold_up_the_one_that_is_shown() -> None:
+    source = Shop()
+
+    async def talk(ask: Ask) -> None:
+        source.answers.clear()
+        waiting = asyncio.create_task(ask("api/fleet"))
+        await asyncio.sleep(0.1)
+        status, _, told = await asyncio.wait_for(ask("api/status"), 60.0)
+        assert status == 200 and json.loads(told)["robot"] == "arm1" and not waiting.done()
+        source.answers.set()
+        assert (await waiting)[0] == 200
+
+    serve(source, talk)
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None,
+    reason="Chromium is not installed; deploy/install-debian.sh browser installs it",
+)
+def test_all_robots_are_on_the_page_of_one_at_the_width_of_a_desk_and_of_a_hand(
+    tmp_path: Path,
+) -> None:
+    text = "document.getElementById('{}').textContent"
+
+    async def look() -> None:
+        server = StatusServer(Shop())  # type: ignore[arg-type]
+        async with browse(f"{await server.start()}#token={TOKEN}", tmp_path / "profile") as tab:
+            await tab.until("document.querySelectorAll('#robots tr').length === 3")
+            rows = await tab.evaluate(text.format("robots"))
+            for word in ("arm1", "arm2: does not answer", "elsewhere", "120", "80"):
+                assert word in rows
+            told = await tab.evaluate(text.format("fleet-line"))
+            assert told == "3 robots; System 2 gives each 1 latent per second, 200 so far"
+            assert await tab.evaluate(text.format("succeeded")) == "\u2013"  # nobody judged
+            happened = await tab.evaluate(text.format("history"))
+            assert "ann: open the drawer" in happened and "open_drawer after 41 steps" in happened
+            colour = "getComputedStyle(document.getElementById('state')).color"
+            red = "getComputedStyle(document.getElementById('trouble')).color"
+            assert await tab.evaluate(f"{colour} !== {red}")  # to wait is not to be in trouble
+            for width in (1180, 390):
+                await tab.screenshot(tmp_path / f"{width}.png", width, 1500)
+                wide = await tab.evaluate("document.documentElement.scrollWidth")
+                assert wide <= width, f"{wide} pixels at a width of {width}"
+                sharp = "(c => c.width === c.clientWidth)(document.getElementById('ages'))"
+                assert await tab.evaluate(sharp)
+            assert not tab.told
+        await server.close()
+
+    asyncio.run(look())
