@@ -3,7 +3,9 @@
 Its `sample` reproduces the published inference: points and gripper relative to the newest
 gripper position, the workspace box to [-1, 1], DDPM with the published schedules, positions
 in metres and rotations as quaternions at the end. Relative rotations of these checkpoints
-are differences of Euler angles; `system1.policy.to_absolute` undoes that.
+are differences of Euler angles; `system1.policy.to_absolute` undoes that. Weights whose training
+read quaternions in another order than they were written in (`PolicyConfig.quaternion`) know
+rotations by the matrix of the misread quaternion; `sample` and `loss` speak of true ones.
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ from openhelix.system1.denoiser import DiffuserActorHead
 from openhelix.system1.diffusion import Noise, Normalizer, draw_noise, run_table
 from openhelix.system1.encoder import OfficialEncoder, OfficialScene
 from openhelix.system1.encoder_light import KeyposeTargets
-from openhelix.system1.geometry import Inputs, clean_points
+from openhelix.system1.geometry import (
+    Inputs,
+    clean_points,
+    matrix_from_6d,
+    matrix_to_6d,
+    matrix_to_quat,
+    quat_to_matrix,
+)
 from openhelix.system1.losses import LossParts, diffusion_loss
 from openhelix.system1.model import DiffusionNetwork, gaussian, rows_to_poses
 
@@ -108,7 +117,10 @@ class DiffuserActor(DiffusionNetwork):
         # On a GPU the masked path always runs: looking would wait for the device.
         mask = pcd.device.type != "cpu" or not bool(torch.isfinite(pcd).all())
         rows, logits = self.denoise(self.encode(rgb, pcd, gripper, latent, mask), first, drawn)
-        return rows_to_poses(self.normalizer.denormalize(rows.float()), logits.float())
+        poses = rows_to_poses(self.normalizer.denormalize(rows.float()), logits.float())
+        if self.config.quaternion == "xyzw":
+            poses[..., 3:7] = poses[..., (4, 5, 6, 3)]
+        return poses
 
     def check(self, rgb: Tensor, pcd: Tensor, gripper: Tensor, latent: Tensor) -> None:
         """Raise `ValueError`, naming the argument, unless all shapes fit."""
@@ -170,6 +182,9 @@ class DiffuserActor(DiffusionNetwork):
         tensors = self.tensors_of(inputs)
         self.check(*tensors)
         scene = self.encode(*tensors, mask=not bool(torch.isfinite(tensors[1]).all()))
+        if self.config.quaternion == "xyzw":
+            turned = matrix_to_quat(matrix_from_6d(rows[..., 3:9]))[..., (3, 0, 1, 2)]
+            rows = torch.cat((rows[..., :3], matrix_to_6d(quat_to_matrix(turned))), -1)
         return diffusion_loss(
             lambda x, t, given: self.prediction_head(x, t, scene),
             self.normalizer.normalize(rows),

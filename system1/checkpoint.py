@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -163,10 +164,29 @@ def _read_normalizer(path: Path, horizon: int) -> Normalizer:
     return Normalizer(scales["offset"].float(), scales["scale"].float())
 
 
+def _harmless() -> list[Any]:
+    """Return what training scripts leave beside weights and what makes plain values alone."""
+    import argparse
+
+    from numpy._core import multiarray
+
+    numbers = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
+    makers = ((multiarray.scalar, "scalar"), (multiarray._reconstruct, "_reconstruct"))
+    named = [
+        (made, f"numpy.{core}.multiarray.{name}")
+        for made, name in makers
+        for core in ("core", "_core")  # before numpy 2 and since
+    ]
+    return [argparse.Namespace, np.dtype, np.ndarray, *numbers, *named]
+
+
+WRAPPERS = ("weight", "state_dict", "model", "model_state_dict")  # what weights are kept under
+
+
 def read_official(source: Path | str | Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the bare state dict of a published checkpoint.
 
-    The `weight` wrapper and the `module.` prefix of distributed training are taken off.
+    Wrappers (`WRAPPERS`) and the `module.` prefix of distributed training are taken off.
 
     Raises:
         BadFile: the file is not a dictionary of tensors, or cannot be read without unpickling
@@ -181,9 +201,13 @@ def read_official(source: Path | str | Mapping[str, Any]) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             data, _ = load_tensors(path)
         else:
-            data = load_torch(path, torch.load)
-    if isinstance(data, Mapping) and isinstance(data.get("weight"), Mapping):
-        data = data["weight"]
+            with torch.serialization.safe_globals(_harmless()):
+                data = load_torch(path, torch.load)
+    for _ in range(len(WRAPPERS)):  # some are wrapped twice
+        inner = [data[name] for name in WRAPPERS if isinstance(data, Mapping) and name in data]
+        if not inner or not isinstance(inner[0], Mapping):
+            break
+        data = inner[0]
     if not isinstance(data, Mapping) or not data:
         raise CheckpointError(f"{where}: not a dictionary of parameters")
     for name, value in data.items():
@@ -228,9 +252,12 @@ def load_official(
 
 
 def convert_official(
-    source: Path | str | Mapping[str, Any], folder: Path | str, latent_tokens: int | None = None
+    source: Path | str | Mapping[str, Any],
+    folder: Path | str,
+    latent_tokens: int | None = None,
+    **changes: Any,
 ) -> DiffuserActor:
-    """Read a published checkpoint and write it as a checkpoint folder of ours."""
-    model = load_official(source, latent_tokens)
+    """Read a published checkpoint and write it as a checkpoint folder of ours; see `load_official`."""
+    model = load_official(source, latent_tokens, **changes)
     save_policy(folder, model.config, model.state_dict(), model.normalizer)
     return model

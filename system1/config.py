@@ -132,6 +132,8 @@ class PolicyConfig:
     sample_steps: int = 5
     clip_sample: float = 0.0  # clamp of the predicted clean sample; 0 for none
     rotation: Literal["so3", "euler"] = "so3"
+    # Of published weights: "xyzw" were trained reading CALVIN's w, x, y, z in that order.
+    quaternion: Literal["wxyz", "xyzw"] = "wxyz"
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
@@ -153,6 +155,8 @@ class PolicyConfig:
             raise ConfigError(
                 f"given_rows: {self.given_rows}, must be less than horizon={self.horizon}"
             )
+        if self.quaternion != "wxyz" and self.head != "diffuser_actor":
+            raise ConfigError(f"quaternion: {self.quaternion!r}; only published weights have it")
         if self.keyposes not in (0, KEYPOSES):
             raise ConfigError(f"keyposes: {self.keyposes} is neither 0 nor {KEYPOSES}")
         if not 1 <= len(self.cameras) <= MAX_CAMERAS:

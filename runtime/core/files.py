@@ -462,6 +462,19 @@ def _array(stream: IO[bytes], total: int) -> npt.NDArray[Any]:
     return array
 
 
+def _lfs_pointer(path: Path) -> str:
+    """Return how large the file is that a git-lfs pointer stands for; empty if it is none."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(512)
+    except OSError:
+        return ""
+    if not head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return ""
+    size = next((x[5:] for x in head.decode(errors="replace").split("\n") if x[:5] == "size "), "?")
+    return f"a file of {size} bytes"
+
+
 def load_torch(path: Path | str, load: Any) -> Any:
     """Return what a file of `torch.save` holds, read by `load` (`torch.load`) without code.
 
@@ -471,6 +484,8 @@ def load_torch(path: Path | str, load: Any) -> Any:
     Raises:
         BadFile: it is no such file, damaged, or wants to run code.
     """
+    if Path(path).is_file() and (text := _lfs_pointer(Path(path))):
+        raise BadFile(f"{path}: is only a pointer of git-lfs to {text}; `git lfs pull` brings it")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()

@@ -112,9 +112,7 @@ RULES = (
     Rule(r"openhelix experiment", None, "trains; tests/paper runs a session on stand-ins"),
     Rule(r"openhelix probe ", None, "a 7B checkpoint; tests/system2/test_probe.py has a tiny one"),
     Rule(r"openhelix collect format=calvin", "jobs=1 per_task=1"),
-    Rule(
-        r"convert_official\(", None, "weights of the reader's own; tests/system1/test_checkpoint.py"
-    ),
+    Rule(r"openhelix convert ", None, "weights of the reader's own; tests/system1/test_convert.py"),
     Rule(r"pytest -m slow|perf\.bench_two_hosts", None, "slow, needs root; run by make test-slow"),
     Rule(
         r"\bray (up|down|exec|get-auth-token)|^docker |^prometheus ",
