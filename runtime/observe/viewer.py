@@ -5,8 +5,9 @@ asked for. It runs off the control thread: a viewer that is slow or gone loses p
 nothing else. The same class shows a run that is alive, writes `run.rrd` beside a report, and makes
 one of a recording afterwards (`openhelix view`).
 
-What is written is thinned to stay below 10 MB a minute: images as JPEG at most ten times a second,
-poses fifteen, a coarse point cloud once.
+What is written is thinned to stay below 10 MB per minute: images as JPEG at most ten times per second,
+poses fifteen, a coarse point cloud once. A file gets many rows at once, for every piece that is
+written of an entity costs more than a kilobyte; who looks on live sees each row soon.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +32,7 @@ JPEG_QUALITY: Final = 60
 CLOUD_STEP: Final = 4  # every fourth pixel, both ways
 TRAIL_S: Final = 8.0
 WINDOW_S: Final = 60.0  # of the curves
+PIECE_S: Final = 5.0  # how much of a run a file may lack when the process is killed
 FRUSTUM_M: Final = 0.06  # a camera 3.6 m away must not be what one sees of the scene
 TARGET: Final = (255, 190, 60)
 STATES: Final[Mapping[str, tuple[str, int]]] = {
@@ -70,7 +73,11 @@ class RerunViewer(Counted):
     ) -> None:
         self._rr = rr = require()
         self._about = about or About()
-        self._stream = rr.RecordingStream(f"openhelix {self._about.robot}")
+        batching = None
+        if path is not None:
+            batching = rr.ChunkBatcherConfig(flush_tick=timedelta(seconds=PIECE_S))
+        name = f"openhelix {self._about.robot}"
+        self._stream = rr.RecordingStream(name, batcher_config=batching)
         self.url: str | None = None
         if path is None:
             self.url = str(self._stream.serve_grpc(grpc_port=0, server_memory_limit="256MB"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import threading
+import time
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
@@ -45,7 +46,8 @@ class Stream:
 
     gate = threading.Event()
 
-    def __init__(self, name):
+    def __init__(self, name, batcher_config=None):
+        self.batching = batcher_config
         self.logged, self.calls, self.blueprint, self.now_s = [], [], None, None
 
     def save(self, path):
@@ -179,6 +181,24 @@ def test_rerun_takes_all_of_it_and_a_minute_is_small(tmp_path):
     for path in (b"world/scene/block", b"world/cameras/static/rgb/plan", b"latent/similarity"):
         assert path in data
     assert all(50_000 < size < 10_000_000 / 6 for size in sizes.values()), sizes
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("rerun") is None,
+    reason="Rerun is not installed; pip install 'openhelix[viewer]' installs it",
+)
+def test_a_file_that_is_written_while_a_robot_works_is_no_larger_than_one_made_at_once(tmp_path):
+    run = told(ticks(60, camera_every=1), visual=np.array([0.0]))
+    sizes = []
+    for pause_s in (0.0, 0.25):  # Rerun's own batches are of 0.2 s
+        path = tmp_path / f"{pause_s}.rrd"
+        view = RerunViewer(path, About(), queue_size=1000)
+        for number, message in enumerate(run):
+            view(message)
+            time.sleep(pause_s if number % 6 == 0 else 0.0)
+        assert view.close() and view.dropped == 0
+        sizes.append(path.stat().st_size)
+    assert sizes[1] < 1.15 * sizes[0], sizes
 
 
 def test_similarity_is_the_cosine():
