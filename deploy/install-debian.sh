@@ -7,8 +7,9 @@
 #   tests        all that tests use: hosts, prometheus, browser
 set -euo pipefail
 
+[ $# -gt 0 ] || { echo "install-debian.sh: say what: hosts, prometheus, browser, tests" >&2; exit 2; }
 packages=()
-for what in "${@:-}"; do
+for what in "$@"; do
   case "$what" in
     hosts) packages+=(openssh-server openssh-client rsync iproute2 util-linux) ;;
     prometheus) packages+=(prometheus) ;;

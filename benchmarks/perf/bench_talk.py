@@ -14,6 +14,7 @@ come the sizes per minute of film, of the viewer's recording and of the track, a
 and first paint.
 
     python -m openhelix.benchmarks.perf.bench_talk [--times 40] [--config FILE] [--out FILE]
+    python -m openhelix.benchmarks.perf.bench_talk --config my_robot.yaml --sentences "go home" "fold it"
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +61,19 @@ PAINTED = (
 )
 
 
-def command(config: Path, folder: Path, *words: str) -> list[str]:
+def command(config: Path, folder: Path, sentence: str, *words: str) -> list[str]:
     """The words of a run that follows one instruction until it is told another."""
     return [
         *(*CLI, "run", "--config", str(config), "--json", f"output.folder={folder}"),
-        *(f"tasks.instruction={SENTENCES[-1]}", "output.metrics_port=0", *words),
+        *(f"tasks.instruction={sentence}", "output.metrics_port=0", *words),
     ]
 
 
-def bare(config: Path, folder: Path, times: int) -> dict[str, Any]:
+def bare(config: Path, folder: Path, sentences: Sequence[str], times: int) -> dict[str, Any]:
     """Run as long as it takes to talk `times` times, looked at by nobody; return its figures."""
     steps = f"tasks.steps_limit={round(30 * times * BARE_S)}"
     done = subprocess.run(
-        command(config, folder, steps, *BARE),
+        command(config, folder, sentences[-1], steps, *BARE),
         capture_output=True,
         text=True,
         timeout=READY_S + END_S,
@@ -84,11 +85,16 @@ def bare(config: Path, folder: Path, times: int) -> dict[str, Any]:
 
 
 def run(
-    config: Path, folder: Path, times: int, words: tuple[str, ...], page: bool
+    config: Path,
+    folder: Path,
+    sentences: Sequence[str],
+    times: int,
+    words: tuple[str, ...],
+    page: bool,
 ) -> dict[str, Any]:
     """Run, talk `times` times, stop; return what was measured and the run's report."""
     process = subprocess.Popen(
-        command(config, folder, "tasks.steps_limit=100000", *words),
+        command(config, folder, sentences[-1], "tasks.steps_limit=100000", *words),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -98,7 +104,7 @@ def run(
             _until_acting(robot, process)
             with contextlib.ExitStack() as looking:
                 seen = looking.enter_context(_looked_at(folder)) if page else {}
-                found = [_say(robot, SENTENCES[i % len(SENTENCES)]) for i in range(times)]
+                found = [_say(robot, sentences[i % len(sentences)]) for i in range(times)]
             robot.stop()
         output, _ = process.communicate(timeout=END_S)
     finally:
@@ -223,6 +229,7 @@ def _sizes(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=40, help="sentences in each run")
+    parser.add_argument("--sentences", nargs="+", default=SENTENCES, help="said in turn")
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--out", type=Path, default=results_file("talk.json"))
     options = parser.parse_args()
@@ -232,11 +239,13 @@ def main() -> int:
         "config": str(options.config),
     }
     with tempfile.TemporaryDirectory(prefix="openhelix-talk-") as folder:
-        result["bare"] = bare(options.config, Path(folder), options.times)
+        result["bare"] = bare(options.config, Path(folder), options.sentences, options.times)
     sys.stdout.write(f"bare {json.dumps(result['bare'])}\n")
     for name, words, page in (("plain", PLAIN, False), ("looked_at", LOOKING, True)):
         with tempfile.TemporaryDirectory(prefix="openhelix-talk-") as folder:
-            result[name] = run(options.config, Path(folder), options.times, words, page)
+            result[name] = run(
+                options.config, Path(folder), options.sentences, options.times, words, page
+            )
         sys.stdout.write(f"{name} {json.dumps(result[name])}\n")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -297,8 +297,8 @@ class OutputConfig(_Section):
 
     folder: Path = Path("outputs")
     video: bool = True
-    track: bool = True  # what the robot did, without images: 1 MB a minute, for film and viewer
-    record: bool = False  # the same with every image: 400 MB a minute
+    track: bool = True  # what the robot did, without images: 2 to 4 MB per minute, for film, viewer
+    record: bool = False  # the same with every image: 400 MB per minute
     viewer: bool = False
     urdf: Path | None = None  # of the arm, for the viewer; its root is the world frame
     # The first of the ports at which the parts serve their metrics (METRICS_PARTS); 0: free
