@@ -17,8 +17,10 @@ from __future__ import annotations
 import copy
 import json
 import platform
+import re
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ from openhelix.system2.text import FILE
 
 # -- The card: data, command, seed, hours and losses, for people and for checks --------
 
+VLM_LOG = "log.jsonl"  # of `openhelix.system2.vlm_train`
 KEPT = ("collection", "moments")
 
 
@@ -58,16 +61,20 @@ def make_card(config: TrainingConfig, stage: str, source: Path) -> dict[str, Any
         stage: whose weights are shipped.
         source: that stage's folder.
     """
+    first, *others = config.frames_folders()
     folders = {"policy": config.policy.checkpoint or config.folder / "policy"}
     folders |= {name: config.folder / name for name in ("stage1", "stage2")}
     stages = {
         name: stage_card(folder) for name, folder in folders.items() if (folder / LOG).is_file()
     }
+    model = Path(config.latent.model).expanduser()
+    if (model / VLM_LOG).is_file():
+        stages["vlm"] = vlm_card(model)
     return {
         "what": "a System 1 policy and the trained tensors of its System 2",
         "weights_of": stage,
-        "data": data_card(config.frames_folder()),
-        "command": command(config),
+        "data": data_card(first) | ({"also": [data_card(f) for f in others]} if others else {}),
+        "command": command(config, "export" if stage == "vlm" else "all"),
         "seed": config.seed,
         "device": config.device,
         "machine": platform.processor() or platform.machine(),
@@ -100,6 +107,20 @@ def stage_card(folder: Path) -> dict[str, Any]:
     return card
 
 
+def vlm_card(folder: Path) -> dict[str, Any]:
+    """Return steps, hours and last figures of a base model's training."""
+    rows = [json.loads(line) for line in (folder / VLM_LOG).read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    examined = [row for row in rows if "accuracy_image" in row]
+    return {
+        "steps": rows[-1]["step"],
+        "hours": round(rows[-1]["seconds"] / 3600, 5),
+        "first": {"loss": losses[0]} if losses else {},
+        "last": {"loss": losses[-1]} if losses else {},
+        "held_out": {"questions": examined[-1]["accuracy_image"]} if examined else {},
+    }
+
+
 def data_card(frames: Path) -> dict[str, Any]:
     """Return what the collection's own card says, and a digest of the frames trained on."""
     meta = read_index(frames)
@@ -117,9 +138,9 @@ def data_card(frames: Path) -> dict[str, Any]:
     return out
 
 
-def command(config: TrainingConfig) -> str:
+def command(config: TrainingConfig, stage: str = "all") -> str:
     """Return the command that makes the same again: all settings that are not the defaults."""
-    words = ["openhelix", "train", "all"]
+    words = ["openhelix", "train", stage]
     values = shown(config.model_dump(mode="json"))
     words += changed(values, TrainingConfig().model_dump(mode="json"), "")
     return shlex.join(words)
@@ -129,9 +150,9 @@ def shown(value: Any) -> Any:
     """Return settings with folders as another user would name them: `~` for the home folder."""
     if isinstance(value, dict):
         return {k: shown(v) for k, v in value.items()}
-    home = str(Path.home())
-    if isinstance(value, str) and value.startswith(home + "/"):
-        return "~" + value[len(home) :]
+    home = re.escape(str(Path.home()))
+    if isinstance(value, str):  # a list of folders is one string too
+        return re.sub(rf"(?<![^,=]){home}(?=/)", "~", value)
     return value
 
 
@@ -151,6 +172,12 @@ def changed(values: dict[str, Any], defaults: dict[str, Any], prefix: str) -> li
     return out
 
 
+def _data_line(data: Mapping[str, Any]) -> str:
+    of = f" of {data['demonstrations']} demonstrations" if "demonstrations" in data else ""
+    name = data.get("collection", "frames")
+    return f"Data: {name}, {data['frames']} frames{of}, SHA-256 `{data['frames_sha256']}`."
+
+
 def markdown(card: dict[str, Any]) -> str:
     """Return the card as a page."""
     data = card["data"]
@@ -165,9 +192,7 @@ def markdown(card: dict[str, Any]) -> str:
         f"Seed {card['seed']}, {card['device']} ({card['machine']}), torch {card['torch']}, "
         f"{card['hours']:.2f} hours of training.",
         "",
-        f"Data: {data.get('collection', 'frames')}, {data['frames']} frames"
-        + (f" of {data['demonstrations']} demonstrations" if "demonstrations" in data else "")
-        + f", SHA-256 `{data['frames_sha256']}`.",
+        *(_data_line(one) for one in (data, *data.get("also", ()))),
         "",
         "| stage | steps | hours | first loss | last loss | held out |",
         "|---|---|---|---|---|---|",

@@ -156,6 +156,20 @@ def test_a_base_models_own_latents_are_exported_beside_a_policy_that_reads_their
             export(settings(frames, llava, tmp_path, f"latent.init={tmp_path}/{name}.safetensors"))
 
 
+def test_a_card_names_all_its_data_and_no_place_of_this_machine(monkeypatch) -> None:
+    from openhelix.benchmarks.training.export import _data_line, shown
+
+    monkeypatch.setenv("HOME", "/home/one")
+    assert shown({"data": "/home/one/a,/home/one/b", "at": ["/home/one/c"], "n": 3}) == {
+        "data": "~/a,~/b",
+        "at": ["/home/one/c"],
+        "n": 3,
+    }
+    assert shown("x=/home/one/a") == "x=~/a" and shown("/data/home/one/a") == "/data/home/one/a"
+    line = _data_line({"frames": 5, "frames_sha256": "ab", "collection": "mine"})
+    assert line == "Data: mine, 5 frames, SHA-256 `ab`."
+
+
 def test_half_precision_turns_no_latent() -> None:
     from openhelix.benchmarks.training.export import EXACT_TURN, turned_by_half
     from openhelix.system2.latents import LatentConfig
