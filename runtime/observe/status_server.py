@@ -159,8 +159,10 @@ class StatusServer:
     def _authorized(self, request: web.Request) -> bool:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         token = self._source.token
-        # Compared even where there is nothing to compare with: the time tells nothing.
-        same = hmac.compare_digest(given.strip().encode(), (token or "-").encode())
+        # Compared even where there is nothing to compare with: the time tells nothing. Bytes that are
+        # no text come as lone surrogates.
+        told = given.strip().encode(errors="surrogateescape")
+        same = hmac.compare_digest(told, (token or "-").encode())
         return same and token is not None and scheme.lower() == "bearer"
 
     async def _page(self, request: web.Request) -> web.StreamResponse:
@@ -177,6 +179,8 @@ class StatusServer:
 
     async def _camera(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
+        if not name.isprintable():  # what is no text cannot be asked for either
+            raise web.HTTPNotFound(reason="there is no such camera, or no image yet")
         async with self._asking:
             now_s = asyncio.get_running_loop().time()
             asked_s, t_ns, jpeg = self._images.get(name, (-1.0, -1, b""))
@@ -207,6 +211,7 @@ class StatusServer:
             raise ConfigError("say: the body is not JSON") from None
         text = given.get("text") if isinstance(given, dict) else None
         name = str(given.get("who") or "status page") if isinstance(given, dict) else ""
+        name = name.encode(errors="replace").decode()  # JSON can say what is no text
         answer = await asyncio.to_thread(self._source.say, text, f"{name}, {request.remote}")
         return web.json_response(answer)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from openhelix.runtime.control import episodes
 from openhelix.runtime.control.assembly import (
     ControlStack,
     build_stack,
@@ -30,6 +33,7 @@ from openhelix.runtime.core.interfaces import (
 )
 from openhelix.runtime.robots.fake import FakeRobot, PointEngine
 from tests.fakes import LATENT, DoubtingEngine, ReachPolicy
+from tests.runtime.ticks import ticks
 
 GOAL = {"near": (0.15, -0.1, 0.6), "far": (0.1, 0.2, 0.8)}
 TASKS = [Assignment(name, f"reach {x} {y} {z}") for name, (x, y, z) in GOAL.items()]
@@ -396,3 +400,32 @@ def test_parts_that_do_not_fit_refuse_to_start() -> None:
     config = load(None, ["control.clock=lockstep"])
     with pytest.raises(SpecMismatch, match=r"latent\.dim"):
         lockstep_goals(config, PointEngine(LatentSpec("act_last", 1, 9)), LATENT)
+
+
+def test_figures_are_of_the_last_ticks_in_memory_allocated_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclass
+    class Counters:
+        joined: int = 0
+
+    monkeypatch.setattr(episodes, "KEPT", 8)
+    loop: Any = SimpleNamespace(
+        prefetch_s=0.0,
+        chunks=SimpleNamespace(counters=Counters()),
+        planner=SimpleNamespace(failures=0),
+        safety=SimpleNamespace(holds={}),
+    )
+    statistics = episodes.LoopStatistics(loop)
+    assert statistics.report()["tick_duration_s"]["p50"] is None
+    rings = (statistics._durations_s, statistics._ages_s, statistics._prefetches_s)
+    sizes = [sys.getsizeof(ring._ring) for ring in rings]
+    (seen,) = ticks(1)
+    for i in range(20):
+        loop.prefetch_s = float(i)
+        statistics(replace(seen, t_ns=i, duration_s=float(i), state="run", latent_age_s=float(i)))
+    report = statistics.report()
+    assert report["ticks"] == 20
+    for name in ("tick_duration_s", "prefetch_duration_s", "latent_age_s"):
+        assert report[name]["p50"] == 15.5 and report[name]["max"] == 19.0
+    assert [sys.getsizeof(ring._ring) for ring in rings] == sizes

@@ -172,6 +172,45 @@ def test_without_the_token_nobody_stops_the_robot(headers: dict[str, str]) -> No
     assert source.stops == []
 
 
+def test_bytes_that_are_no_text_are_refused_as_any_others(caplog: pytest.LogCaptureFixture) -> None:
+    source = FakeSource()
+    head = b" HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+
+    async def first_line(port: int, request: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        line = await reader.readline()
+        writer.close()
+        return line
+
+    async def main() -> None:
+        server = StatusServer(source)  # type: ignore[arg-type]
+        port = int((await server.start()).rsplit(":", 1)[1].strip("/"))
+        for token in (b"\xff\xfe", TOKEN.encode() + b"\x80", "ü".encode()):
+            claim = b"Authorization: Bearer " + token + b"\r\nContent-Length: 0\r\n\r\n"
+            assert b" 401 " in await first_line(port, b"POST /api/stop" + head + claim)
+        for name in (b"\xff", b"%FF", b"st%00atic", b"%ED%A0%80"):
+            answer = await first_line(port, b"GET /api/camera/" + name + head + b"\r\n")
+            assert b" 404 " in answer or b" 400 " in answer, answer
+        await server.close()
+
+    asyncio.run(main())
+    assert source.stops == []
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_who_speaks_is_text_whatever_the_request_says() -> None:
+    source = FakeSource()
+
+    async def talk(ask: Ask) -> None:
+        body = b'{"text": "open the drawer", "who": "me\\ud800"}'
+        assert (await ask("api/say", "POST", body, **BEARER))[0] == 200
+
+    serve(source, talk)
+    ((_, who),) = source.said
+    assert who.encode().startswith(b"me?, ")
+
+
 def test_with_the_token_a_post_stops_the_robot_and_nothing_else_does() -> None:
     source = FakeSource()
 
