@@ -41,6 +41,11 @@ class Rule(NamedTuple):
 RULES = (
     Rule(r"^make (run-sim|test|check|setup)\b", None, "CI and each fresh clone run these"),
     Rule(
+        r"^make (faults|fuzz|soak)\b",
+        None,
+        "half an hour; tests/faults and tests/perf/test_fuzz.py try the same, short",
+    ),
+    Rule(
         r"^make (data|train)\b", None, "hours; the commands in them are run small by tests/training"
     ),
     Rule(r"openhelix train ", None, "hours; tests/training runs every stage small"),
