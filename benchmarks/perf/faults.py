@@ -244,7 +244,9 @@ def _judge(
             if fault.heal is not None or not back:  # else it may go on when it can
                 outcome.after_stop = sum(stop_ns < row.t_ns < until_ns for row in targets)
             outcome.stop = stops[0].text
-        if outcome.safe_s > limit_s and not (fault.expect == "survives" and not stood):
+        if fault.expect == "survives" and not stood:
+            outcome.safe_s, outcome.targets_after = None, 0  # it has gone on all the while
+        elif outcome.safe_s > limit_s:
             complaints.append(f"safe after {outcome.safe_s:.2f} s, not {limit_s:.2f}")
         if outcome.after_stop:
             complaints.append(f"{outcome.after_stop} targets after the stop")
@@ -436,7 +438,7 @@ def soak(
         slopes.append(Slope(name, what, first, slope * 3600, error * 3600, last))
     samples = {
         f"{name}, {what}": [
-            (round(t_s), round(value, 2)) for t_s, value in rows[:: len(rows) // 60 + 1]
+            (round(t_s, 1), round(value, 2)) for t_s, value in rows[:: len(rows) // 60 + 1]
         ]
         for (name, what), rows in sorted(seen.items())
     }

