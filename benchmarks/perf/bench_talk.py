@@ -8,10 +8,10 @@ outside, as `openhelix say` does. From the moment of saying it, on this host's m
     say to action    the tick that sends the first target of a plan for the new instruction
 
 So that the loop's figures can be compared, the run is done three times: `bare`, without anybody who
-looks on, so that nobody can talk to it either; `plain`, with a track for the film, which is the
-default; and `looked_at`, with the viewer and a status page that a browser shows as well. From the last
-come the sizes per minute of film, of the viewer's recording and of the track, and the page's weight
-and first paint.
+looks on, so that nobody can talk to it either; `plain`, with the track from which a film is drawn
+afterwards, which is the default; and `looked_at`, with the viewer as well, and a status page that a
+browser shows. From the last come the sizes per minute of film, of the viewer's recording and of the
+track, and the page's weight and first paint.
 
     python -m openhelix.benchmarks.perf.bench_talk [--times 40] [--config FILE] [--out FILE]
     python -m openhelix.benchmarks.perf.bench_talk --config my_robot.yaml --sentences "go home" "fold it"
@@ -47,7 +47,7 @@ SENTENCES = (
 )
 LOOKING = ("output.viewer=true",)
 PLAIN = ("output.viewer=false",)
-BARE = (*PLAIN, "output.status=false", "output.track=false", "output.video=false")
+BARE = (*PLAIN, "output.status=false", "output.track=false")
 BARE_S = 2.5  # for each sentence that the others are told, so that the runs are about as long
 READY_S, ACTION_S, APART_S, END_S, FILM_S = 300.0, 20.0, 1.0, 600.0, 30.0
 LOOP = (
@@ -65,7 +65,8 @@ def command(config: Path, folder: Path, sentence: str, *words: str) -> list[str]
     """The words of a run that follows one instruction until it is told another."""
     return [
         *(*CLI, "run", "--config", str(config), "--json", f"output.folder={folder}"),
-        *(f"tasks.instruction={sentence}", "output.metrics_port=0", *words),
+        # Its film would be drawn afterwards, for as long again.
+        *(f"tasks.instruction={sentence}", "output.metrics_port=0", "output.video=false", *words),
     ]
 
 
@@ -142,10 +143,10 @@ def _say(robot: Robot, text: str) -> dict[str, float | None]:
         if "acting" in at:
             break
     time.sleep(APART_S)
+    at["answered"] = answered_ns
     return {
-        "say_to_effect_s": (at["begun"] - begun_ns) * 1e-9,
-        "say_to_answer_s": (answered_ns - begun_ns) * 1e-9,
-        "say_to_action_s": (at["acting"] - begun_ns) * 1e-9 if "acting" in at else None,
+        f"say_to_{name}_s": (at[kind] - begun_ns) * 1e-9 if kind in at else None
+        for name, kind in (("effect", "begun"), ("answer", "answered"), ("action", "acting"))
     }
 
 
