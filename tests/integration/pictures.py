@@ -43,6 +43,7 @@ SEEN = """JSON.stringify({
     state: document.getElementById('state').textContent,
     steps: Number(document.getElementById('steps').textContent),
     good: document.querySelectorAll('#history .good').length,
+    seen: [...document.querySelectorAll('figure img')].filter(i => i.naturalWidth > 0).length,
     age: Number(document.getElementById('age').textContent),
     limit: Number(document.getElementById('age-limit').textContent)})"""
 CLOSING_S = 1.2  # what became of a sentence is looked at before the next one
@@ -63,7 +64,7 @@ async def _better(tab: Page, best: int, out: Path) -> int:
     if not _at_work(seen) or seen["good"] <= best:
         return best
     trial = out.with_suffix(".new.png")
-    await tab.screenshot(trial, height=1040)
+    await tab.screenshot(trial, height=1340)
     after = json.loads(await tab.evaluate(SEEN))  # what changed meanwhile may be in the picture
     if not _at_work(after) or after["good"] != seen["good"]:
         trial.unlink()
@@ -74,7 +75,8 @@ async def _better(tab: Page, best: int, out: Path) -> int:
 
 def _at_work(seen: dict[str, Any]) -> bool:
     fresh = 0 < (seen["age"] or 0) < (seen["limit"] or 0)
-    return seen["state"].lower() == "run" and seen["steps"] > 20 and fresh
+    acts = seen["state"].lower() == "run" and seen["steps"] > 20
+    return acts and fresh and seen["seen"] == 2
 
 
 def board(name: str, minutes: float, server: Prometheus, out: Path) -> None:
