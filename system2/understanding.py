@@ -75,27 +75,28 @@ class Understanding(nn.Module):
         self.inner = nn.Linear(read, width)
         self.last = nn.Linear(3 * width, 1)
 
-    def forward(self, states: Tensor, lengths: Tensor, dropout: float = 0.0) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor, dropout: float = 0.0) -> Tensor:
         """Return uncalibrated log odds (N,) that sentences name a task.
 
         Args:
-            states: (N, T, len(layers) * hidden), filled up on the right.
-            lengths: (N,) real tokens of each.
+            tokens: (sum of lengths, len(layers) * hidden), one sentence after the other.
+            lengths: (N,) tokens of each.
             dropout: of the states' channels and of what is found, while it is fitted.
         """
-        z = nn.functional.dropout((states.float() - self.mean) / self.spread, dropout)
+        z = nn.functional.dropout((tokens.float() - self.mean) / self.spread, dropout)
         found = nn.functional.gelu(self.inner(z))
-        real = (torch.arange(states.shape[1], device=z.device) < lengths[:, None]).unsqueeze(-1)
-        most = found.masked_fill(~real, -torch.inf).amax(1)
-        mean = (found * real).sum(1) / lengths[:, None]
-        end = found[torch.arange(len(found), device=z.device), lengths - 1]
-        read = torch.cat([most, mean, end], -1)
+        of = torch.repeat_interleave(torch.arange(len(lengths), device=z.device), lengths)
+        shape = (len(lengths), found.shape[1])
+        index = of.unsqueeze(-1).expand_as(found)
+        most = found.new_full(shape, -torch.inf).scatter_reduce(0, index, found, "amax")
+        mean = found.new_zeros(shape).index_add(0, of, found) / lengths[:, None]
+        read = torch.cat([most, mean, found[lengths.cumsum(0) - 1]], -1)
         return self.last(nn.functional.dropout(read, dropout))[:, 0]
 
     @torch.no_grad()
     def probability(self, states: Sequence[Tensor]) -> Tensor:
         """Return calibrated probabilities (N,) of sentences' states (T, len(layers) * hidden)."""
-        return torch.sigmoid(self.scale * self(*padded(states)) + self.offset)
+        return torch.sigmoid(self.scale * self(*joined(states)) + self.offset)
 
     def judge(self, states: Sequence[Tensor], layers: Sequence[int]) -> list[Judgement]:
         """Judge sentences by their states.
@@ -168,10 +169,10 @@ class _About:
     note: dict[str, Any]
 
 
-def padded(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return sentences' states (T, F) as one batch (N, T, F), and their lengths (N,)."""
+def joined(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return sentences' states (T, F) one after the other, and their lengths (N,)."""
     lengths = torch.tensor([len(s) for s in states], device=states[0].device)
-    return nn.utils.rnn.pad_sequence(list(states), batch_first=True), lengths
+    return torch.cat(list(states)), lengths
 
 
 def beside(weights: Path | str | None, wanted: Path | str | None) -> Understanding | None:

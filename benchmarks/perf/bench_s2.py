@@ -4,7 +4,7 @@ Each section runs in a process of its own, so that one's memory and threads are 
 next's; what is compared is measured in turns within one process. Nothing is downloaded: the
 laptop model is assembled on the first run.
 
-    python -m openhelix.benchmarks.perf.bench_s2 [--threads 2] [--only latency robots tuning start]
+    python -m openhelix.benchmarks.perf.bench_s2 [--threads 2] [--only latency agreement robots tuning start]
                                        [--model laptop] [--out FILE]
 """
 
@@ -38,6 +38,7 @@ TEXTS = (
     "take the pink block and rotate it to the left",
 )
 N_ROBOTS = 8
+ENGINES, DTYPES = ("transformers", "vllm"), ("float32", "bfloat16")
 
 
 def pictures(n: int) -> list[Any]:
@@ -79,6 +80,112 @@ def latency(options: argparse.Namespace) -> dict[str, Any]:
         row["vllm_to_transformers"] = row["vllm"]["p50_ms"] / row["transformers"]["p50_ms"]
         result[f"batch_{batch}"] = row
     return result
+
+
+# -- Does a latent depend on its batch, its engine, its precision? -----------------------
+
+
+def agreement(options: argparse.Namespace) -> dict[str, Any]:
+    """Least cosines of eight latents and of every read-out, and what a latent costs.
+
+    `batch` is each alone against all eight together, of one engine in one precision; `engines` is
+    vLLM against transformers; `exact` is against transformers in float32. Each engine runs in a
+    process of its own; a latent's cost at batch 1 is the least of its repeats, on one thread.
+    With `--last` the states are those after the model's last layer, read at an untrained `<ACT>`.
+    """
+    folder, made = Path(tempfile.mkdtemp()), {}
+    for engine in ENGINES:
+        for dtype in DTYPES:
+            out = folder / f"{engine}-{dtype}.npz"
+            done = subprocess.run(
+                [sys.executable, "-c", _read_code(options, engine, dtype, out)],
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                raise RuntimeError(f"{engine}, {dtype}: {done.stderr[-2000:]}")
+            made[engine, dtype] = dict(np.load(out))
+    exact = made["transformers", "float32"]
+    result: dict[str, Any] = {
+        "batch": {},
+        "engines": {},
+        "exact": {},
+        "latent_ms": {},
+        "latent_cpu_ms": {},
+    }
+    for (engine, dtype), found in made.items():
+        name = f"{engine}, {dtype}"
+        kinds = sorted({key.split("/")[0] for key in found if "/" in key})
+        for cost in ("latent_ms", "latent_cpu_ms"):
+            result[cost][name] = round(float(found[cost]), 1)
+        result["batch"][name] = {k: cosines(found[f"{k}/8"], found[f"{k}/1"]) for k in kinds}
+        result["exact"][name] = {k: cosines(found[f"{k}/1"], exact[f"{k}/1"]) for k in kinds}
+    for dtype in DTYPES:
+        one, other = (made[engine, dtype] for engine in ENGINES)
+        kinds = sorted({key.split("/")[0] for key in one if "/" in key})
+        result["engines"][dtype] = {k: cosines(one[f"{k}/1"], other[f"{k}/1"]) for k in kinds}
+    return result
+
+
+def _read_code(options: argparse.Namespace, engine: str, dtype: str, out: Path) -> str:
+    how = (options.weights, options.last, options.repeats)
+    given = (engine, dtype, options.model, *how, str(out))
+    return f"from openhelix.benchmarks.perf.bench_s2 import read; read(*{given!r})"
+
+
+def cosines(a: Any, b: Any) -> float:
+    """Return the least cosine of latents (N, n, d), each taken as one vector."""
+    x, y = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (a, b))
+    return float(((x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)).min())
+
+
+def read(
+    engine_name: str, dtype: str, model: str, weights: str, last: bool, repeats: int, out: str
+) -> None:
+    """Write latents and every read-out, each alone ("KIND/1") and eight together ("KIND/8")."""
+    import torch
+
+    from openhelix.runtime.core.plugins import resolve
+    from openhelix.system2.latents import KINDS, LatentConfig, MapPool, read_out
+    from openhelix.system2.probe import ENGINES as TARGETS
+
+    options = {"model": model, "dtype": dtype, "threads": 1, "understanding": "off"}
+    if last:
+        options |= {"kind": "lang_mean", "untrained": True}
+    elif weights:
+        options |= {"latent_projector": weights}
+    engine: Any = resolve(TARGETS[engine_name])(**options)
+    torch.manual_seed(0)
+    states = engine.hidden(pictures(1), TEXTS[:1])[0]
+    whole = states.shape[0] == engine.layout(TEXTS[0]).length
+    pool = MapPool(states.shape[1])
+    kinds = KINDS if whole else ("act_last",)
+
+    def everything(images: list[Any], texts: Sequence[str]) -> dict[str, Any]:
+        hidden = engine.hidden(images, texts)
+        rows = {
+            kind: torch.stack(
+                [
+                    read_out(LatentConfig(kind), h, engine.layout(t), pool)[0].detach()
+                    for h, t in zip(hidden, texts, strict=True)
+                ]
+            ).numpy()
+            for kind in kinds
+        }
+        return rows | {"latent": engine.encode(images, texts)}
+
+    images = pictures(len(TEXTS))
+    together = everything(images, TEXTS)
+    alone = [everything(images[i : i + 1], TEXTS[i : i + 1]) for i in range(len(TEXTS))]
+    wall, cpu = [], []
+    for _ in range(repeats):
+        start, used = time.perf_counter(), time.process_time()
+        engine.encode(images[:1], TEXTS[:1])
+        wall.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - used)
+    found = {f"{kind}/8": rows for kind, rows in together.items()}
+    found |= {f"{kind}/1": np.concatenate([row[kind] for row in alone]) for kind in together}
+    np.savez(out, latent_ms=min(wall) * 1e3, latent_cpu_ms=min(cpu) * 1e3, **found)
 
 
 def robots(options: argparse.Namespace) -> dict[str, Any]:
@@ -224,6 +331,7 @@ def start(options: argparse.Namespace) -> dict[str, Any]:
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "latency": latency,
+    "agreement": agreement,
     "robots": robots,
     "tuning": tuning,
     "start": start,
@@ -234,6 +342,10 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", default="laptop")
+    parser.add_argument(
+        "--weights", default="", help="latent.safetensors of --model, if not shipped"
+    )
+    parser.add_argument("--last", action="store_true", help="agreement after the last layer")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--repeats", type=int, default=17, help="turns a batch size")

@@ -178,6 +178,7 @@ class UnderstandingSection(_Section):
 
     Attributes:
         layers: after which the language model's states are read; the latent must read them too.
+            Empty: those in the middle of the model that the latent reads.
         width: of the hidden layer.
         requests, refusals: sentences that name a task, and that name none.
         folds: the sentences' patterns are split into as many parts.
@@ -186,7 +187,7 @@ class UnderstandingSection(_Section):
             that may be refused.
     """
 
-    layers: tuple[Whole, ...] = (8, 12)
+    layers: tuple[Whole, ...] = ()
     width: Count = 64
     requests: Annotated[int, Field(ge=1000)] = 4600
     refusals: Annotated[int, Field(ge=100)] = 2800

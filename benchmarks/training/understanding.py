@@ -25,16 +25,20 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from openhelix.benchmarks.calvin import phrases, refusals
 from openhelix.benchmarks.calvin.refusals import Said
+from openhelix.benchmarks.calvin.tasks import TASKS
 from openhelix.benchmarks.training.config import TrainingConfig, UnderstandingSection
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.paths import cache_folder
-from openhelix.system2.model import CheckpointError
+from openhelix.system2.latents import BadReadOut, LatentHead
+from openhelix.system2.model import SHIPPED, CheckpointError, open_checkpoint
 from openhelix.system2.text import TextError, TextReader
-from openhelix.system2.understanding import FILE, Understanding, padded
+from openhelix.system2.understanding import FILE, Understanding, joined
 
 log = logging.getLogger(__name__)
 REPORT = "understanding.json"
 BATCH, RATE, DECAY, DROPOUT = 192, 1e-3, 0.1, 0.3
+MIDDLE = (0.25, 0.6)  # of a model's layers: below are words, above is what comes next
+LATENT = "latent.safetensors"
 BINS = 10  # of the calibration error
 MOST_TOKENS = 256  # of a sentence, whatever the tokenizer
 READ_TOGETHER, JUDGED_TOGETHER = 64, 256  # sentences
@@ -58,11 +62,13 @@ def run_understanding(config: TrainingConfig) -> dict[str, Any]:
     """
     section, out = config.understanding, understanding_folder(config)
     try:
+        section = section.model_copy(update={"layers": section.layers or layers_for(config)})
         reader = TextReader(config.latent.model, section.layers, config.device, MOST_TOKENS)
     except CheckpointError as error:
         raise ConfigError(f"latent.{error}") from None
-    except TextError as error:
-        raise ConfigError(f"understanding.{error}") from None
+    except (TextError, BadReadOut) as error:
+        where = "understanding." if isinstance(error, TextError) else ""
+        raise ConfigError(f"{where}{error}") from None
     said = (
         *refusals.requests(section.requests, config.seed),
         *refusals.refusals(section.refusals, config.seed),
@@ -105,6 +111,27 @@ def run_understanding(config: TrainingConfig) -> dict[str, Any]:
     return {"stage": "understanding", "folder": str(out), **report}
 
 
+def layers_for(config: TrainingConfig) -> tuple[int, ...]:
+    """Return after which layers the head is to read: middle ones that the latent reads too.
+
+    The latent is that of `latent.init`, else the one beside the model or the shipped one, else
+    the read-out that the settings describe.
+
+    Raises:
+        ConfigError: no such latent.
+        CheckpointError: the model or the latent cannot be used.
+    """
+    latent = config.latent
+    checkpoint = open_checkpoint(latent.model)
+    own = SHIPPED if latent.model == "laptop" else Path(latent.model).expanduser()
+    beside = [own / LATENT, own.parent / LATENT]
+    file = latent.init or next((f for f in beside if f.is_file()), None)
+    read_out = latent.read_out() if file is None else LatentHead.load(file.expanduser()).config
+    layers = read_out.layers_of(checkpoint.layers)
+    low, high = (share * checkpoint.layers for share in MIDDLE)
+    return tuple(layer for layer in layers if low <= layer <= high) or layers[-1:]
+
+
 def read(reader: TextReader, sentences: Sequence[str]) -> States:
     """Return sentences' states; those of like length go through the model together."""
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
@@ -134,7 +161,9 @@ def fit(
         seed: of folds, weights and batches.
         model: `Checkpoint.model_id`.
     """
-    folds = np.array(fold_of([one.pattern for one in said], section.folds, seed))
+    # A task is not left out whole: every task is known to whoever is told one.
+    parts = [one.text if one.pattern in TASKS else one.pattern for one in said]
+    folds = np.array(fold_of(parts, section.folds, seed))
     odds = torch.zeros(len(said))
     for fold in range(section.folds):
         log.info("fold %d of %d", fold + 1, section.folds)
@@ -183,7 +212,7 @@ def trained(
         rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, section.steps)
         for _ in range(section.steps):
             picks = torch.cat([g[torch.randint(len(g), (BATCH // 2,))] for g in groups])
-            odds = head(*padded([states[i] for i in picks]), DROPOUT)
+            odds = head(*joined([states[i] for i in picks]), DROPOUT)
             loss = binary_cross_entropy_with_logits(odds, named[picks])
             optimizer.zero_grad()
             loss.backward()
@@ -196,7 +225,7 @@ def trained(
 def log_odds(head: Understanding, states: States) -> Tensor:
     """Return uncalibrated log odds (S,)."""
     parts = [states[i : i + JUDGED_TOGETHER] for i in range(0, len(states), JUDGED_TOGETHER)]
-    return torch.cat([head(*padded(part)) for part in parts])
+    return torch.cat([head(*joined(part)) for part in parts])
 
 
 def probability(head: Understanding, states: States) -> Tensor:

@@ -34,7 +34,7 @@ from openhelix.system2.model import (
     open_checkpoint,
     pick_dtype,
 )
-from openhelix.system2.prompt import BadInstruction, Prompt, as_batch
+from openhelix.system2.prompt import BadInstruction, Layout, Prompt, as_batch
 from openhelix.system2.text import sentence_ids
 from openhelix.system2.understanding import KEPT, beside
 
@@ -259,18 +259,36 @@ class EngineBase:
         checked, texts = as_batch(images, instructions)
         checked = [self._seen(image) for image in checked]
         with self._lock, torch.inference_mode():
-            prompts = []
-            for index, text in enumerate(texts):
-                try:
-                    prompts.append(self._prompts(text))
-                except BadInstruction as error:
-                    raise BadInstruction(f"instructions[{index}]: {error}") from error
+            prompts = self._prompted(texts)
             hidden = self._hidden(checked, prompts)
             rows = [self._read(states, p, raw) for states, p in zip(hidden, prompts, strict=True)]
             latents = torch.stack(rows).to("cpu", torch.float32).numpy()
         if not np.isfinite(latents).all():
             raise NotFinite("the latent is not finite")
         return latents
+
+    def hidden(self, images: Sequence[Any], instructions: Sequence[str]) -> list[Tensor]:
+        """Return what every read-out is made of: each sequence's states (T, width) float32.
+
+        With a read-out of the last token alone only its state may be there, (1, width).
+        """
+        checked, texts = as_batch(images, instructions)
+        with self._lock, torch.inference_mode():
+            found = self._hidden([self._seen(image) for image in checked], self._prompted(texts))
+            return [states.to("cpu", torch.float32) for states in found]
+
+    def layout(self, instruction: str) -> Layout:
+        """Return where image, words and `<ACT>` lie in an instruction's sequence."""
+        return self._prompts(instruction).layout
+
+    def _prompted(self, texts: Sequence[str]) -> list[Prompt]:
+        prompts = []
+        for index, text in enumerate(texts):
+            try:
+                prompts.append(self._prompts(text))
+            except BadInstruction as error:
+                raise BadInstruction(f"instructions[{index}]: {error}") from error
+        return prompts
 
     def _seen(self, image: Image.Image) -> Image.Image:
         """Return what is shown in the place of an image."""

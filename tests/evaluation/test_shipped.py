@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from openhelix.benchmarks.calvin import phrases
 from openhelix.runtime.cli.main import main
 from openhelix.system1.config import SHIPPED
+from openhelix.system2 import model
+from openhelix.system2.understanding import FILE
 
 # Of every kind that the pair does well; it does nine tenths of these.
 TASKS = (
@@ -24,6 +27,11 @@ TASKS = (
     "lift_pink_block_slider",
 )
 AT_LEAST = 6  # of ten
+NO_TASK = {"nothing": ["do not open the drawer", "lift the green block", "sing"]}
+TRANSFORMERS = "system2.engine.target=openhelix.system2.engines.transformers:TransformersEngine"
+judges = pytest.mark.skipif(
+    not (model.SHIPPED / FILE).is_file(), reason="the shipped pair has no head that refuses"
+)
 
 
 @pytest.mark.skipif(not SHIPPED.is_dir(), reason="no weights are shipped")
@@ -33,9 +41,32 @@ def test_told_by_system2_it_does_most_of_ten_tasks_in_the_held_out_scene(
     words = ["eval", "--suite", "tasks", "--scene", "D", "--tasks", ",".join(TASKS)]
     words += ["--episodes-per-task", "1", "--steps", "60", "--seed", "3", "--json"]
     words += ["--out", str(tmp_path / "found")]
-    words += ["system2.engine.target=openhelix.system2.engines.transformers:TransformersEngine"]
+    words += [TRANSFORMERS]
     assert main(words) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["n_episodes"] == len(TASKS)
     done = [task for task, row in report["per_task"].items() if row["success_rate"] == 1.0]
     assert len(done) >= AT_LEAST, done
+
+
+@judges
+def test_what_names_no_task_is_refused_and_plain_sentences_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = NO_TASK | {task: list(some) for task, some in phrases.validation().items()}
+    file = tmp_path / "said.json"
+    file.write_text(json.dumps(said))
+    assert main(["probe", "--sentences", str(file), "--scene", "D", "--json"]) == 0
+    per_task = json.loads(capsys.readouterr().out)["per_task"]
+    assert per_task.pop("nothing")["refused"] == 1.0
+    assert {task: row["refused"] for task, row in per_task.items() if row["refused"]} == {}
+
+
+@judges
+def test_a_robot_that_is_told_what_names_no_task_holds(tmp_path: Path) -> None:
+    words = ["run", "--no-ray", "control.clock=lockstep", TRANSFORMERS]
+    words += ["tasks.instruction=do not open the drawer", "tasks.steps_limit=6"]
+    words += ["output.track=false", f"output.folder={tmp_path}"]
+    assert main(words) in (0, 1)
+    report = json.loads((tmp_path / "latest" / "report.json").read_text())
+    assert report["latents_refused"] > 0 and report["tasks"][0]["refused"]

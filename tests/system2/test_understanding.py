@@ -135,10 +135,10 @@ def test_a_head_of_something_else_is_refused(
 
 def test_files_that_hold_no_head(tmp_path: Path, tiny_model: str) -> None:
     assert beside(None, None) is None and beside(tmp_path / "latent.safetensors", None) is None
-    with pytest.raises(CheckpointError, match="understanding: cannot read"):
+    with pytest.raises(CheckpointError, match=r"understanding: .*no such file"):
         beside(None, tmp_path / "nothing.safetensors")
     LatentHead(LatentConfig(), 8).save(tmp_path / "latent.safetensors")
-    with pytest.raises(CheckpointError, match="holds no such head"):
+    with pytest.raises(CheckpointError, match="its account of the head: not JSON"):
         Understanding.load(tmp_path / "latent.safetensors")
     broken = head(tiny_model)
     broken.mean[0] = torch.nan

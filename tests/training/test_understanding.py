@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from openhelix.benchmarks.calvin import refusals
 from openhelix.benchmarks.training import understanding as u
 from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.runtime.cli.main import main
-from openhelix.system2.model import open_checkpoint
+from openhelix.system2.latents import LatentConfig, LatentHead
+from openhelix.system2.model import SHIPPED, open_checkpoint
 from openhelix.system2.understanding import FILE, Understanding
 
 FEW = (
@@ -70,6 +72,23 @@ def test_mistakes_are_one_line(llava, tmp_path, words, message, capsys) -> None:
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in said
     assert not (tmp_path / FILE).exists()
+
+
+def test_it_reads_middle_layers_that_the_latent_reads(llava, tmp_path) -> None:
+    depth = open_checkpoint(llava).layers
+
+    def chosen(**latent: Any) -> tuple[int, ...]:
+        return u.layers_for(TrainingConfig(latent={"model": llava, **latent}))
+
+    assert depth == 4 and chosen() == (4,)  # the last state is all that there is
+    assert chosen(kind="lang_mean", layers=(1, 2, 3)) == (1, 2)
+    file = tmp_path / "latent.safetensors"
+    LatentHead(LatentConfig("lang_mean", layers=(2, 4)), 8).save(file)
+    assert chosen(init=file) == (2,)
+    shipped = u.layers_for(TrainingConfig(latent={"model": "laptop"}))
+    head = SHIPPED / FILE
+    if head.is_file():  # what is shipped was fitted as the command fits it
+        assert Understanding.load(head).layers == shipped
 
 
 def test_it_needs_no_collection() -> None:
