@@ -51,6 +51,7 @@ TOP = 5  # tasks that are listed
 MOST_KEPT = 256  # latents of a recording that are looked through, evenly over it
 FRAMES_KEPT = 90  # images that a latent may look back on
 BATCH = 8
+LEAST_TURN = 0.01  # 1 less the cosine: a map of less has no bright spots, for none of it matters
 PICTURE = "explained.png"
 
 
@@ -332,17 +333,21 @@ def _heat(axis: Any, row: dict[str, Any], most: float) -> None:
         cmap="inferno",
         alpha=0.6,
         vmin=0.0,
-        vmax=max(most, 1e-6),
+        vmax=max(most, LEAST_TURN),
         interpolation="bilinear",
     )
-    axis.set_title(f"covered: turns by up to {np.max(row['map']):.4f}", fontsize=9, loc="left")
+    turned = float(np.max(row["map"]))
+    little = ", next to nothing" if turned < LEAST_TURN else ""
+    axis.set_title(f"covered: turns by up to {turned:.4f}{little}", fontsize=9, loc="left")
 
 
 def said(row: dict[str, Any]) -> str:
     """Return in a few lines what there is to say of a latent."""
-    judged = "refused" if row["refused"] else "understood"
+    judged = ": refused" if row["refused"] else ": understood"
+    # Exactly 1 is what an engine without a head for it says of everything.
+    unjudged = row["understood"] in (None, 1.0) and not row["refused"]
     sure = "" if row["understood"] is None else f" ({100 * row['understood']:.0f} %)"
-    lines = [f"{row['instruction']!r}: {judged}{sure}"]
+    lines = [f"{row['instruction']!r}" + ("" if unjudged else judged + sure)]
     lines.append(
         f"cosine to the first {row['drift']['first']:.3f}, to the one before "
         f"{row['drift']['before']:.3f}"

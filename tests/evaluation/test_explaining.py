@@ -117,6 +117,28 @@ def test_the_command_writes_one_picture_and_says_what_is_in_it(tmp_path, capsys)
     assert "understood (90 %)" in capsys.readouterr().out
 
 
+def test_what_nobody_judged_is_not_said_to_be_understood() -> None:
+    row = {"instruction": "go", "drift": {"first": 1.0, "before": 1.0}, "refused": False}
+    assert explaining.said(row | {"understood": 1.0}).startswith("'go'\n")
+    assert explaining.said(row | {"understood": 0.98}).startswith("'go': understood (98 %)\n")
+    refused = row | {"refused": True, "understood": 0.02}
+    assert explaining.said(refused).startswith("'go': refused (2 %)\n")
+
+
+def test_a_map_of_next_to_nothing_says_so_and_is_dark(tmp_path: Path) -> None:
+    row = {
+        "t_s": 0.0, "instruction": "go", "understood": None, "refused": False, "tasks": None,
+        "drift": {"first": 1.0, "before": 1.0}, "image": np.zeros((40, 40, 3), np.uint8),
+    }  # fmt: skip
+    shown = []
+    for most in (0.0001, 0.5):
+        explaining.picture([row | {"map": [[0.0, most], [0.0, 0.0]]}], tmp_path / "made.png")
+        with Image.open(tmp_path / "made.png") as made:
+            shown.append(np.asarray(made.convert("RGB"), int)[40:220, 340:680])
+    bright = [int((part[..., 0] > part[..., 2] + 60).sum()) for part in shown]
+    assert bright[0] == 0 < bright[1]
+
+
 def test_a_run_gives_its_newest_latents_once_each(monkeypatch) -> None:
     answers = [
         {},
