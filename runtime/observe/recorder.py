@@ -174,7 +174,8 @@ def _to_plain(value: Any) -> Any:
 
 def _to_array(hint: Any, value: Any) -> Any:
     dtype = typing.get_args(typing.get_args(hint)[1])[0]
-    return np.asarray(value, dtype)  # null, as JSON writes NaN, becomes NaN again
+    with np.errstate(over="ignore"):  # too large a number becomes infinite, and is refused as that
+        return np.asarray(value, dtype)  # null, as JSON writes NaN, becomes NaN again
 
 
 def _schema(cls: type[Any]) -> bytes:
