@@ -390,9 +390,9 @@ class Slope:
 
     process: str
     what: str  # "MB" or "descriptors"
-    at_start: float
+    at_start: float  # mean of the first of `BLOCKS` parts
     per_hour: float
-    error: float  # of the slope, at two standard deviations
+    error: float  # of the slope, at 95 %
     at_end: float
 
     @property
@@ -427,15 +427,8 @@ def soak(
             system.end()
         finally:
             system.close()
-    slopes = []
-    for (name, what), rows in sorted(seen.items()):
-        kept = np.array([row for row in rows if row[0] > minutes * 12])  # warm after a fifth
-        if len(kept) < 8:
-            continue
-        (slope, _), covariance = np.polyfit(kept[:, 0], kept[:, 1], 1, cov=True)
-        error = 2 * float(np.sqrt(max(0.0, covariance[0, 0])))
-        first, last = float(kept[0, 1]), float(kept[-1, 1])
-        slopes.append(Slope(name, what, first, slope * 3600, error * 3600, last))
+    fits = [fitted(name, what, rows, minutes) for (name, what), rows in sorted(seen.items())]
+    slopes = [slope for slope in fits if slope is not None]
     samples = {
         f"{name}, {what}": [
             (round(t_s, 1), round(value, 2)) for t_s, value in rows[:: len(rows) // 60 + 1]
@@ -443,6 +436,25 @@ def soak(
         for (name, what), rows in sorted(seen.items())
     }
     return slopes, samples
+
+
+BLOCKS = 8  # what a process takes at one moment depends on the moment before: means of so many
+STUDENT = 2.45  # 95 % of such a fit's errors are within so many standard errors, of 6 degrees
+
+
+def fitted(
+    name: str, what: str, rows: Sequence[tuple[float, float]], minutes: float
+) -> Slope | None:
+    """Fit a line through samples (seconds, value), once it is warm; None where there are too few."""
+    kept = np.array([row for row in rows if row[0] > minutes * 12])  # warm after a fifth
+    if len(kept) < 2 * BLOCKS:
+        return None
+    means = np.array([block.mean(axis=0) for block in np.array_split(kept, BLOCKS)])
+    (slope, _), covariance = np.polyfit(means[:, 0], means[:, 1], 1, cov=True)
+    error = STUDENT * float(np.sqrt(max(0.0, covariance[0, 0])))
+    return Slope(
+        *(name, what, float(means[0, 1]), float(slope) * 3600, error * 3600, float(means[-1, 1]))
+    )
 
 
 def _title(line: str) -> str:
