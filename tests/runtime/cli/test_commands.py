@@ -315,7 +315,8 @@ def test_settings_are_listed_with_units_ranges_and_what_they_are(capsys) -> None
     told = json.loads(capsys.readouterr().out)
     names = {row.split("=")[0].strip() for row in help_of_settings(RunConfig)}
     assert set(told) == names  # every one, and no other
-    assert told["system2.hz"] == {"value": 1.0, "unit": "Hz", "valid": "above 0", "says": ""}
+    found = {"value": 1.0, "unit": "Hz", "valid": "above 0, at most 1000", "says": ""}
+    assert told["system2.hz"] == found
     assert told["control.clock"]["valid"] == "one of realtime, lockstep"
     assert told["safety.max_linear_speed_m_s"]["unit"] == "m/s"
     assert told["control.fifo_priority"]["valid"] == "at least 0, at most 99"
