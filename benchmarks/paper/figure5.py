@@ -110,7 +110,7 @@ def _words_of_space(axes: Any, episode: Sequence[Mapping[str, Any]], shift_at: i
     axes.axvline(shift_at, color=INK, lw=0.8, ls=":")
     axes.set_xlabel("environment step (dotted: the block is moved)", fontsize=9)
     axes.set_ylabel("cosine to the word", fontsize=9)
-    axes.legend(fontsize=7, ncols=2, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.grid(color=PALE, lw=0.5)
 
 
