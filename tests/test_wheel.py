@@ -109,6 +109,7 @@ def test_the_wheel_holds_weights_configurations_and_licence(wheel) -> None:
     for name in (
         "openhelix/checkpoints/system1-laptop/model.safetensors",
         "openhelix/checkpoints/system2-laptop/vision.safetensors",
+        "openhelix/checkpoints/system2-laptop/language.safetensors",
         "openhelix/checkpoints/system2-laptop/latent.safetensors",
         "openhelix/configs/run.yaml",
         "openhelix/py.typed",
