@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,7 +37,15 @@ with Display() as display:
 def talking(mark: Path, out: int, err: int) -> Iterator[subprocess.Popen[str]]:
     """A program that tells news once it may."""
     program = [sys.executable, "-c", TALK.format(mark=str(mark))]
-    process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True)
+    process = subprocess.Popen(
+        program,
+        stdin=subprocess.PIPE,
+        stdout=out,
+        stderr=err,
+        text=True,
+        # Under `nohup`, which these tests may run under, a closed terminal is nobody's absence.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     try:
         while not mark.exists():
             assert process.poll() is None
