@@ -21,6 +21,7 @@ from typing import Annotated, Any
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import CommandFailed, NonNegative, RunConfig, load
 from openhelix.runtime.core.output import answer
+from openhelix.runtime.observe.display import Audience
 from openhelix.runtime.observe.robot import Robot, Told
 
 
@@ -83,11 +84,14 @@ def lines(told: Told) -> list[str]:
 
 
 def _followed(robot: Robot, told: Told, tell: bool) -> list[dict[str, Any]]:
-    """Tell what happens until the instruction has ended; return it."""
+    """Tell what happens until the instruction has ended, or nobody reads it; return it."""
     kept = []
+    readers = Audience()
     begun = False
     for entry in robot.events():
         begun = begun or entry["said"] >= told.said
+        if tell and readers.gone:
+            break
         if not begun or entry["kind"] in ("begun", "acting"):
             continue
         kept.append(entry)

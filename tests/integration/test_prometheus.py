@@ -124,7 +124,10 @@ def test_every_query_of_every_panel_returns_something(seen: Seen) -> None:
     empty = [
         f"{query.board} / {query.panel}: {query.expr}"
         for query, samples in seen.answers
-        if not samples and not any(name in query.expr for name in ELSEWHERE)
+        if not samples
+        and not any(name in query.expr for name in ELSEWHERE)
+        # What never happened has no row in a table of events; the panel says so.
+        and not query.expr.endswith("> 0")
     ]
     assert not empty, "\n".join(empty)
 
