@@ -81,7 +81,9 @@ def make_card(config: TrainingConfig, stage: str, source: Path) -> dict[str, Any
         "torch": torch.__version__,
         "hours": round(sum(s["hours"] for s in stages.values()), 5),
         "stages": stages,
-        "settings": shown(config.model_dump(mode="json")),
+        "settings": {
+            k: v for k, v in shown(config.model_dump(mode="json")).items() if k not in OWN
+        },
     }
 
 
@@ -134,7 +136,7 @@ def data_card(frames: Path) -> dict[str, Any]:
         about = read_json(card)
         keys = ("demonstrations", "hours_of_play", "expert_success", "sha256")
         out |= {k: about[k] for k in keys if k in about}
-        out["collection_settings"] = about.get("settings", {})
+        out["collection_settings"] = shown(about.get("settings", {}))
     return out
 
 
@@ -150,6 +152,8 @@ def shown(value: Any) -> Any:
     """Return settings with folders as another user would name them: `~` for the home folder."""
     if isinstance(value, dict):
         return {k: shown(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [shown(v) for v in value]
     home = re.escape(str(Path.home()))
     if isinstance(value, str):  # a list of folders is one string too
         return re.sub(rf"(?<![^,=]){home}(?=/)", "~", value)

@@ -162,7 +162,7 @@ def test_a_card_names_all_its_data_and_no_place_of_this_machine(monkeypatch) -> 
     monkeypatch.setenv("HOME", "/home/one")
     assert shown({"data": "/home/one/a,/home/one/b", "at": ["/home/one/c"], "n": 3}) == {
         "data": "~/a,~/b",
-        "at": ["/home/one/c"],
+        "at": ["~/c"],
         "n": 3,
     }
     assert shown("x=/home/one/a") == "x=~/a" and shown("/data/home/one/a") == "/data/home/one/a"
