@@ -51,7 +51,8 @@ from openhelix.benchmarks.calvin.phrases import choose, training
 from openhelix.benchmarks.calvin.scene import get_scene, is_held_out, scene_names
 from openhelix.benchmarks.calvin.units import Unit, unit_bytes
 from openhelix.benchmarks.evaluation.eval import load_config
-from openhelix.benchmarks.evaluation.runner import AroundPolicy, Conditions, Runner, TaskPolicy
+from openhelix.benchmarks.evaluation.measurement import AroundPolicy
+from openhelix.benchmarks.evaluation.runner import Conditions, Runner, TaskPolicy
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.cli import arguments
 from openhelix.runtime.cli.arguments import Options
@@ -66,8 +67,6 @@ from openhelix.runtime.core.config import (
 from openhelix.runtime.core.files import replace_file
 from openhelix.runtime.core.interfaces import (
     ActionChunk,
-    LatentGoal,
-    Observation,
     Policy,
 )
 from openhelix.runtime.core.output import answer
@@ -195,8 +194,7 @@ class LabelledPolicy(AroundPolicy):
         """For a student without System 2."""
         self.inner.set_task(task)
 
-    def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
-        chunk = super().act(observation, latents)
+    def passed(self, chunk: ActionChunk) -> ActionChunk:
         return chunk if self.labeller is None else self.labeller.visit(chunk)
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -119,29 +119,59 @@ class DemandGoals(LockstepGoals):
                 del kept[seq]
 
 
-class DemandPolicy:
-    """A policy whose latents are filled when it plans.
+class AroundPolicy:
+    """A policy that passes everything on to another one, `inner`; for subclasses to step in."""
 
-    Args:
-        policy: the policy.
-        goals: what its latents come from.
-    """
-
-    def __init__(self, policy: Policy, goals: DemandGoals) -> None:
-        self._policy, self._goals = policy, goals
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
 
     @property
     def spec(self) -> PolicySpec:
-        return self._policy.spec
+        return cast(PolicySpec, self.inner.spec)
 
     def warm_up(self) -> None:
-        self._policy.warm_up()
+        self.inner.warm_up()
 
     def reset(self, seed: int | None = None) -> None:
-        self._policy.reset(seed)
+        self.inner.reset(seed)
+
+    def conditioned(self, latents: Sequence[LatentGoal]) -> Sequence[LatentGoal]:
+        """Return what the inner policy is given; called before every plan."""
+        return latents
+
+    def passed(self, chunk: ActionChunk) -> ActionChunk:
+        """Return what becomes of a plan of the inner policy; called after every one."""
+        return chunk
 
     def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
-        return self._policy.act(observation, [self._goals.filled(goal) for goal in latents])
+        return self.passed(self.inner.act(observation, self.conditioned(latents)))
+
+    def go_on(
+        self,
+        observation: Observation,
+        latents: Sequence[LatentGoal],
+        plan: ActionChunk,
+        given: int,
+        join: str,
+    ) -> ActionChunk:
+        latents = self.conditioned(latents)
+        return self.passed(self.inner.go_on(observation, latents, plan, given, join))
+
+
+class DemandPolicy(AroundPolicy):
+    """A policy whose latents are filled when it plans.
+
+    Args:
+        inner: the policy.
+        goals: what its latents come from.
+    """
+
+    def __init__(self, inner: Policy, goals: DemandGoals) -> None:
+        super().__init__(inner)
+        self._goals = goals
+
+    def conditioned(self, latents: Sequence[LatentGoal]) -> Sequence[LatentGoal]:
+        return [self._goals.filled(goal) for goal in latents]
 
 
 # -- Meters: System 2's work, the latents' age and their drift -------------------------

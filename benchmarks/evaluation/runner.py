@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.evaluation.measurement import (
+    AroundPolicy,
     Attempt,
     DemandGoals,
     DemandPolicy,
@@ -45,13 +46,10 @@ from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import ConfigError, RunConfig
 from openhelix.runtime.core.files import NO_ROOM, refusal_of
 from openhelix.runtime.core.interfaces import (
-    ActionChunk,
     Engine,
     LatentGoal,
-    Observation,
     PartFailed,
     Policy,
-    PolicySpec,
     SpecMismatch,
     check_engine,
     check_latent,
@@ -97,26 +95,6 @@ class EpisodeClock(FakeClock):
         self._now_ns = 1_000_000_000
 
 
-class AroundPolicy:
-    """A policy that passes everything on to another one, `inner`; for subclasses to step in."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    @property
-    def spec(self) -> PolicySpec:
-        return cast(PolicySpec, self.inner.spec)
-
-    def warm_up(self) -> None:
-        self.inner.warm_up()
-
-    def reset(self, seed: int | None = None) -> None:
-        self.inner.reset(seed)
-
-    def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
-        return cast(ActionChunk, self.inner.act(observation, latents))
-
-
 class TaskPolicy(AroundPolicy):
     """A policy without System 2 is told the task's number instead of an instruction."""
 
@@ -124,10 +102,10 @@ class TaskPolicy(AroundPolicy):
         super().__init__(inner)
         self.task: Callable[[], str] = lambda: ""
 
-    def act(self, observation: Observation, latents: Sequence[LatentGoal]) -> ActionChunk:
+    def conditioned(self, latents: Sequence[LatentGoal]) -> Sequence[LatentGoal]:
         task = self.task()
         self.inner.set_task(TASK_NAMES.index(task) if task else -1)
-        return super().act(observation, latents)
+        return latents
 
 
 class Runner:

@@ -117,7 +117,7 @@ class Following:
     """
 
     def __init__(self, chunks: ChunkBuffer, join: str, horizon: int, hz: float) -> None:
-        self.join = join
+        self._join = join
         self._chunks, self._horizon, self._dt_ns = chunks, horizon, round(1e9 / hz)
         self._took_ns: deque[int] = deque(maxlen=DELAYS_KEPT)
 
@@ -125,18 +125,20 @@ class Following:
         """A chunk came so long after its observation."""
         self._took_ns.append(delay_ns)
 
-    def plan(self, t_obs_ns: int, delay_ns: int | None = None) -> tuple[ActionChunk | None, int]:
-        """Return the plan in the new chunk's own times, and how much of it will be executed.
+    def joined(self, request: PlanRequest, delay_ns: int | None = None) -> PlanRequest:
+        """Return the request with the plan in the new chunk's own times, as far as there is one.
 
         Args:
-            t_obs_ns: of the new chunk's observation.
+            request: for the new chunk.
             delay_ns: until it arrives; None: as long as the longest of the newest ones took.
         """
-        rows = self._chunks.ahead(t_obs_ns + self._dt_ns, self._dt_ns, self._horizon)
+        start_ns = request.observation.t_ns + self._dt_ns
+        rows = self._chunks.ahead(start_ns, self._dt_ns, self._horizon)
         if rows is None:
-            return None, 0
+            return request
         late_ns = max(self._took_ns, default=0) if delay_ns is None else delay_ns
-        return rows, min(len(rows.poses), -(-(late_ns - EARLY_NS) // self._dt_ns))
+        given = min(len(rows.poses), -(-(late_ns - EARLY_NS) // self._dt_ns))
+        return replace(request, plan=rows, given=given, join=self._join)
 
 
 def planned(policy: Policy, request: PlanRequest) -> ActionChunk:
@@ -236,8 +238,7 @@ class SyncPlanner:
         self._ready_ns = observation.t_ns + self._delay_ns
         request = PlanRequest(observation, tuple(latents), 0)
         if self._following is not None:
-            plan, given = self._following.plan(observation.t_ns, self._delay_ns)
-            request = replace(request, plan=plan, given=given, join=self._following.join)
+            request = self._following.joined(request, self._delay_ns)
         start_s = time.perf_counter()
         try:
             self._chunk = planned(self._policy, request)
@@ -297,8 +298,7 @@ class RemotePlanner:
         self._out = (observation.instruction_id, observation.t_ns)
         request = PlanRequest(observation, tuple(latents), self._seed)
         if self._following is not None:
-            plan, given = self._following.plan(observation.t_ns)
-            request = replace(request, plan=plan, given=given, join=self._following.join)
+            request = self._following.joined(request)
         self.sender.send(request)
 
     def poll(self, now_ns: int) -> ActionChunk | None:

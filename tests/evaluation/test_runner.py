@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,9 +13,10 @@ from openhelix.benchmarks.evaluation.suites import Episode, Suite
 from openhelix.runtime.cli.main import main
 from openhelix.runtime.control.goals import LockstepGoals
 from openhelix.runtime.core.config import ConfigError
-from openhelix.runtime.core.interfaces import SpecMismatch
+from openhelix.runtime.core.interfaces import CameraSpec, SpecMismatch
 from openhelix.runtime.robots.env import PlayTableRobot
 from tests.evaluation.small import CAMERAS, WordEngine, small_config, untimed
+from tests.fakes import ReachPolicy
 
 LED = TASKS["turn_on_led"].sentence
 
@@ -41,6 +44,35 @@ def test_a_policy_whose_plans_cannot_be_joined_so_is_refused_before_any_episode(
     system1 = config.system1.model_copy(update={"join": "prefix"})
     with pytest.raises(SpecMismatch, match=r"system1\.join: 'prefix'; this policy can blend"):
         Runner(config.model_copy(update={"system1": system1}))
+
+
+class GoingPolicy(ReachPolicy):
+    """Goes on from what is being executed, and remembers how often it was asked to."""
+
+    def __init__(self, cameras):
+        super().__init__(cameras=cameras)
+        self.spec = replace(self.spec, joins=("blend", "inpaint"))
+        self.given = []
+
+    def go_on(self, observation, latents, plan, given, join):
+        assert latents[-1].z.size and join == "inpaint"  # filled, though computed on demand
+        self.given.append(given)
+        return self.act(observation, latents)
+
+
+def test_chunks_go_on_from_the_plan_in_an_evaluation_too():
+    config = small_config()
+    system1 = config.system1.model_copy(update={"join": "inpaint"})
+    cameras = [CameraSpec("static", 200, 200), CameraSpec("gripper", 84, 84)]
+    policy = GoingPolicy(cameras)
+    runner = Runner(config.model_copy(update={"system1": system1}), policy=policy)
+    try:
+        result = run(runner, chain("turn_on_led"), delay=3).result
+    finally:
+        runner.close()
+    assert result["error"] is None and result["success"]
+    assert policy.given and set(policy.given) == {3}
+    assert policy.calls > len(policy.given)  # the first plan follows nothing
 
 
 def test_a_policy_that_can_is_seen_to_succeed(runner):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from openhelix.runtime.control.plans import (
     ChunkBuffer,
     Following,
     PlanReply,
+    PlanRequest,
     RemotePlanner,
     SyncPlanner,
 )
@@ -528,18 +529,25 @@ def test_a_chunk_can_be_late_and_none_is_begun_meanwhile() -> None:
 def test_a_new_chunk_is_given_what_is_being_executed_in_its_own_times() -> None:
     buffer = ChunkBuffer(instruction_id=1)
     following = Following(buffer, "prefix", horizon=6, hz=100.0)
-    assert following.plan(0) == (None, 0)
+
+    def asked(t_ms: int, delay_ms: int | None = None) -> tuple[ActionChunk | None, int, str]:
+        seen = replace(observation(0), t_ns=t_ms * MS)
+        delay_ns = None if delay_ms is None else delay_ms * MS
+        request = following.joined(PlanRequest(seen, (), 0), delay_ns)
+        return request.plan, request.given, request.join
+
+    assert asked(0) == (None, 0, "blend")
     buffer.put(chunk(start_ms=10, x=range(20), gripper=[0.5] * 20, instruction_id=1), now_ns=0)
-    plan, given = following.plan(25 * MS, delay_ns=30 * MS)
-    assert plan is not None and given == 3
+    plan, given, join = asked(25, delay_ms=30)
+    assert plan is not None and (given, join) == (3, "prefix")
     assert (plan.t_start_ns, plan.dt_ns, plan.instruction_id) == (35 * MS, 10 * MS, 1)
     np.testing.assert_allclose(plan.poses[:, 0], [2.5, 3.5, 4.5, 5.5, 6.5, 7.5])
     assert (plan.gripper == 0.5).all()
-    assert following.plan(25 * MS)[1] == 0  # nothing is known yet of how late chunks are
+    assert asked(25)[1] == 0  # nothing is known yet of how late chunks are
     for delay_ms in (12, 31, 5):
         following.took(delay_ms * MS)
-    assert following.plan(25 * MS)[1] == 4
-    plan, given = following.plan(170 * MS, delay_ns=60 * MS)  # it ends before the chunk comes
+    assert asked(25)[1] == 4
+    plan, given, _ = asked(170, delay_ms=60)  # it ends before the chunk comes
     assert plan is not None and len(plan.poses) == given == 3
     assert buffer.counters.actions_sampled == 0  # nothing was taken
 
