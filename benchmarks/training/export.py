@@ -230,15 +230,14 @@ EXACT_TURN = 1e-5  # of a latent: 1 less the cosine
 
 
 def export(config: TrainingConfig) -> dict[str, Any]:
-    """Write the folder to ship; return the card.
+    """Write the folder to ship; return the card. What was shipped before stays until it is whole.
 
     Raises:
-        ConfigError: nothing is trained yet.
+        ConfigError: nothing is trained yet, or the latents of `latent.init` do not fit.
     """
     source, stage = last_stage(config)
-    out = config.folder / SHIP
-    if out.exists():
-        shutil.rmtree(out)
+    shipped, out = config.folder / SHIP, config.folder / f".{SHIP}.part"
+    shutil.rmtree(out, ignore_errors=True)
     policy = load_policy(source)
     head = source / LATENT
     if not head.is_file() and config.latent.init is not None:
@@ -266,7 +265,9 @@ def export(config: TrainingConfig) -> dict[str, Any]:
     }
     replace_file(out / CARD, (json.dumps(card, indent=1, default=str) + "\n").encode())
     replace_file(out / "README.md", markdown(card).encode())
-    return {"stage": "export", "folder": str(out), "from": stage, **card["precision"]}
+    shutil.rmtree(shipped, ignore_errors=True)
+    out.rename(shipped)
+    return {"stage": "export", "folder": str(shipped), "from": stage, **card["precision"]}
 
 
 def last_stage(config: TrainingConfig) -> tuple[Path, str]:

@@ -154,6 +154,7 @@ def test_a_base_models_own_latents_are_exported_beside_a_policy_that_reads_their
     ):
         with pytest.raises(ConfigError, match=said_of_it):
             export(settings(frames, llava, tmp_path, f"latent.init={tmp_path}/{name}.safetensors"))
+        assert DiffusionPolicy.load(ship / "system1-laptop").spec.latent == engine.spec  # as it was
 
 
 def test_a_card_names_all_its_data_and_no_place_of_this_machine(monkeypatch) -> None:
