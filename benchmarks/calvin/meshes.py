@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -35,6 +33,7 @@ from openhelix.benchmarks.calvin.scene import (
     TABLE_LINKS,
     Scene,
 )
+from openhelix.runtime.core.files import replace_file
 from openhelix.runtime.core.interfaces import F32, F64, U8
 from openhelix.runtime.core.paths import cache_folder, make_in_cache
 
@@ -144,10 +143,7 @@ def _cached(key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
         make_in_cache(folder)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **build())
-        handle, name = tempfile.mkstemp(dir=folder)
-        with os.fdopen(handle, "wb") as file:
-            file.write(buffer.getvalue())
-        Path(name).replace(path)
+        replace_file(path, buffer.getvalue())
     with np.load(path, allow_pickle=False) as data:
         return {name: data[name] for name in data.files}
 

@@ -39,6 +39,10 @@ def content_folder(kind: str, files: Mapping[str, bytes]) -> Path:
     Args:
         kind: what they are; a folder name under the cache.
         files: contents by relative file name.
+
+    Raises:
+        CacheError: the cache cannot be written.
+        OSError: the disk refuses; `filename` is the folder's.
     """
     digest = hashlib.sha256()
     for name in sorted(files):
@@ -54,9 +58,9 @@ def content_folder(kind: str, files: Mapping[str, bytes]) -> Path:
             (made / name).write_bytes(data)
         made.chmod(0o755)
         made.rename(final)
-    except OSError:
+    except OSError as error:
         if not final.is_dir():  # a rename onto a folder that another process just made is fine
-            raise
+            raise OSError(error.errno, error.strerror, str(final)) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return final

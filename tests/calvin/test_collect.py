@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ from openhelix.benchmarks.calvin.collect import (
 )
 from openhelix.benchmarks.calvin.dataset import Dataset
 from openhelix.benchmarks.calvin.demonstrations import Demonstration
+from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.frames import FramesConfig, chosen_steps, instructions, usable_rows
 from openhelix.benchmarks.calvin.phrases import training
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
@@ -376,21 +379,33 @@ raise SystemExit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("limit", [100, 1000])
+@pytest.mark.parametrize("refused", ["collection.json", "units/A_00000.npz", "the cache"])
 def test_a_full_disk_ends_a_collection_in_one_line_that_names_the_file(
-    tmp_path: Path, limit: int
+    tmp_path: Path, refused: str
 ) -> None:
-    out = tmp_path / "data"
+    out, cache = tmp_path / "data", tmp_path / "cache"
     words = ["collect", "--json", f"out={out}", "scenes=A", "tasks=[turn_on_led]", "per_task=1"]
+    if refused != "the cache":
+        cache = cache_folder()
+        PlayTableEnv("A").close()  # what it keeps in the cache is there, whichever test came first
+    limit = 100 if refused == "collection.json" else 1000
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(limit), *words, "jobs=1", "frames.every=0"],
         capture_output=True,
         text=True,
         timeout=300,
+        env={**os.environ, "OPENHELIX_CACHE": str(cache)},
     )
     assert done.returncode == 1 and done.stdout == ""
-    name = "collection.json" if limit == 100 else "units/A_00000.npz"
-    assert done.stderr.splitlines()[-1] == f"openhelix collect: {out}/{name}: File too large"
+    if refused == "the cache":
+        assert re.fullmatch(
+            rf"openhelix collect: {cache}/playtable/.+: File too large",
+            done.stderr.splitlines()[-1],
+        )
+        assert not [path for path in cache.rglob(".*") if path.is_file()]
+    else:
+        last = f"openhelix collect: {out}/{refused}: File too large"
+        assert done.stderr.splitlines()[-1] == last
     assert "Traceback" not in done.stderr
     assert not list(out.rglob("*.part"))
     # The same command goes on once there is room.
