@@ -190,7 +190,7 @@ class DiffuserActor(DiffusionNetwork):
             self.normalizer.normalize(rows),
             openness,
             mask,
-            self.alphas,
+            self.levels,
             self.config.prediction,
             draws,
             generator,

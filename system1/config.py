@@ -26,9 +26,11 @@ from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, LatentSpec
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "system1-laptop"
 
 Head = Literal["diffuser_actor", "trajectory", "plain", "dit", "lstm"]
-Prediction = Literal["epsilon", "sample", "v"]
-ScheduleName = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
-SamplerName = Literal["ddpm", "ddim", "dpmpp"]
+Prediction = Literal["epsilon", "sample", "v", "flow"]
+ScheduleName = Literal["scaled_linear", "linear", "squaredcos_cap_v2", "rectified_flow"]
+SamplerName = Literal["ddpm", "ddim", "dpmpp", "euler"]
+DIFFUSION_SAMPLERS, FLOW_SAMPLERS = ("ddpm", "ddim", "dpmpp"), ("euler",)
+FLOW_PREDICTIONS = ("sample", "flow")
 
 KEYPOSES = 2  # labels of a frame: the next keypose; the next change of the gripper or the end
 
@@ -147,6 +149,7 @@ class PolicyConfig:
             )
         if not 1 <= self.sample_steps <= self.train_steps:
             raise ConfigError(f"sample_steps: {self.sample_steps} is not in 1..{self.train_steps}")
+        self._check_path()
         if self.given_rows and self.head != "trajectory":
             raise ConfigError(
                 f"given_rows: {self.given_rows}; head {self.head!r} goes on from none"
@@ -162,6 +165,31 @@ class PolicyConfig:
         if not 1 <= len(self.cameras) <= MAX_CAMERAS:
             raise ConfigError(f"cameras: {len(self.cameras)}, must be 1 to {MAX_CAMERAS}")
         self._check_size()
+
+    @property
+    def flow(self) -> bool:
+        """Whether noise and trajectory are joined by a straight line: flow matching."""
+        return self.position_schedule == "rectified_flow"
+
+    def _check_path(self) -> None:
+        """Refuse schedules, predictions and samplers that do not go together."""
+        if self.flow != (self.rotation_schedule == "rectified_flow"):
+            raise ConfigError(
+                f"rotation_schedule: {self.rotation_schedule!r}; rectified_flow is for position "
+                "and rotation or for neither"
+            )
+        if self.flow and self.prediction not in FLOW_PREDICTIONS:
+            names = " or ".join(FLOW_PREDICTIONS)
+            raise ConfigError(f"prediction: {self.prediction!r}; with rectified_flow it is {names}")
+        if not self.flow and self.prediction == "flow":
+            raise ConfigError("prediction: 'flow' needs both schedules to be rectified_flow")
+        if self.sampler not in self.samplers:
+            raise ConfigError(f"sampler: {self.sampler!r} is not {' or '.join(self.samplers)}")
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """The samplers that fit the schedules."""
+        return FLOW_SAMPLERS if self.flow else DIFFUSION_SAMPLERS
 
     def _check_size(self) -> None:
         """Refuse what is within its range field by field, and beyond reason taken together."""
@@ -250,4 +278,15 @@ def official_calvin(nhist: int = 1, latent_tokens: int = 1, **changes: Any) -> P
     return replace(base, **changes)
 
 
-PRESETS = {"small": small, "official_calvin": official_calvin}
+def small_flow(**changes: Any) -> PolicyConfig:
+    """Return `small` trained by flow matching (Lipman et al. 2023) instead of diffusion."""
+    flow = {
+        "position_schedule": "rectified_flow",
+        "rotation_schedule": "rectified_flow",
+        "prediction": "flow",
+        "sampler": "euler",
+    }
+    return small(**{**flow, **changes})
+
+
+PRESETS = {"small": small, "small_flow": small_flow, "official_calvin": official_calvin}

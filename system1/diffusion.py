@@ -1,4 +1,4 @@
-"""Diffusion: noise schedules and samplers as tables of coefficients, and the space they work in.
+"""Diffusion and flow matching: noise schedules and samplers as tables, and the space they work in.
 
 Every sampler here is linear in the current state, the predicted clean sample, the one
 predicted a step earlier, and fresh noise. So a sampler is a table with one row per step and
@@ -9,6 +9,9 @@ can capture it.
 Sources: DDPM (Ho et al. 2020, eq. 6-7, variance "fixed small"), DDIM (Song et al. 2021,
 eq. 12, eta = 0), DPM-Solver++ 2M (Lu et al. 2022, algorithm 2). Tests hold them against the
 diffusers schedulers.
+
+Flow matching (Lipman et al. 2023; rectified flow, Liu et al. 2023) is the schedule whose levels of
+trajectory and noise add up to one: a straight line between the two, walked by Euler's steps.
 
 A trajectory row is nine numbers: position relative to the gripper (3) and the 6D form of the
 relative rotation (6). A `Normalizer` maps metres and rotations to what the diffusion works on.
@@ -67,6 +70,20 @@ def row_alphas(config: PolicyConfig) -> Tensor:
     return torch.cat(columns, 1)
 
 
+def row_levels(config: PolicyConfig) -> Tensor:
+    """Return how much of the trajectory and of noise each timestep's state holds.
+
+    Returns:
+        (2, train_steps, 9) float64: the factors of the clean trajectory and of the noise.
+    """
+    if config.flow:
+        noise = torch.arange(1, config.train_steps + 1, dtype=torch.float64) / config.train_steps
+        noise = noise[:, None].expand(-1, ROW)
+        return torch.stack((1 - noise, noise))
+    bars = row_alphas(config)
+    return torch.stack((bars.sqrt(), (1 - bars).sqrt()))
+
+
 @dataclass(frozen=True, slots=True)
 class SamplerTable:
     """One sampler, tabulated: step i turns x into the state of the next timestep.
@@ -114,6 +131,8 @@ def clean_from_output(
         return 1 / alpha, -sigma / alpha
     if prediction == "v":
         return alpha, -sigma
+    if prediction == "flow":  # alpha + sigma = 1
+        return torch.ones_like(alpha), -sigma
     return torch.zeros_like(alpha), torch.ones_like(alpha)
 
 
@@ -124,29 +143,30 @@ def make_table(
 
     Args:
         config: gives schedules, prediction type, clipping and the defaults of the rest.
-        sampler: "ddpm", "ddim" or "dpmpp".
+        sampler: "ddpm", "ddim" or "dpmpp"; "euler" for flow matching.
         steps: how many model evaluations.
 
     Raises:
-        ValueError: `steps` is out of range or the sampler has no such name.
+        ValueError: `steps` is out of range, or the sampler is none of those that fit the schedules.
     """
     sampler = sampler or config.sampler
     steps = steps or config.sample_steps
     if not 1 <= steps <= config.train_steps:
         raise ValueError(f"steps: {steps} is not in 1..{config.train_steps}")
-    bars = row_alphas(config)
+    if sampler not in config.samplers:
+        raise ValueError(f"sampler: {sampler!r} is not {' or '.join(config.samplers)}")
     times = spread_timesteps(config.train_steps, steps)
-    now = bars[list(times)]
-    following = torch.cat((bars[list(times[1:])], torch.ones(1, ROW, dtype=bars.dtype)))
-    alpha, sigma = now.sqrt(), (1 - now).sqrt()
-    alpha_to, sigma_to = following.sqrt(), (1 - following).sqrt()
+    alpha, sigma = row_levels(config)[:, list(times)]
+    alpha_to = torch.cat((alpha[1:], torch.ones_like(alpha[:1])))
+    sigma_to = torch.cat((sigma[1:], torch.zeros_like(sigma[:1])))
     state_in, out_in = clean_from_output(config.prediction, alpha, sigma)
     before = torch.zeros_like(alpha)
     noise = torch.zeros_like(alpha)
     if sampler == "ddpm":
         # In float32 on purpose: 1 - now / following cancels, checkpoints were trained and
         # published with what float32 makes of it, and the difference reaches the output.
-        now, following = now.float(), following.float()
+        now = row_alphas(config)[list(times)].float()
+        following = torch.cat((now[1:], torch.ones_like(now[:1])))
         alpha, sigma, alpha_to = now.sqrt(), (1 - now).sqrt(), following.sqrt()
         state_in, out_in = clean_from_output(config.prediction, alpha, sigma)
         kept = now / following  # alpha_t between the two timesteps
@@ -154,9 +174,6 @@ def make_table(
         state = kept.sqrt() * (1 - following) / (1 - now)
         noise = ((1 - following) / (1 - now) * (1 - kept)).clamp_min(1e-20).sqrt()
         noise[-1] = 0  # the step to the clean sample adds none, and draws none
-    elif sampler == "ddim":
-        state = sigma_to / sigma
-        clean = alpha_to - state * alpha
     elif sampler == "dpmpp":
         state = sigma_to / sigma
         log_snr = (alpha / sigma).log()
@@ -166,8 +183,9 @@ def make_table(
             ahead = step[i] / (2 * step[i - 1])
             before[i] = -clean[i] * ahead
             clean[i] = clean[i] * (1 + ahead)
-    else:
-        raise ValueError(f"sampler: {sampler!r} is not ddpm, ddim or dpmpp")
+    else:  # DDIM; on a straight line the same step is Euler's
+        state = sigma_to / sigma
+        clean = alpha_to - state * alpha
     return SamplerTable(
         timesteps=times,
         times=torch.tensor(times),
@@ -279,29 +297,31 @@ def run_table(
     return x, logits
 
 
-def add_noise(bars: Tensor, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def add_noise(levels: Tensor, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Return the noisy trajectory at timesteps `t`.
 
     Args:
-        bars: `row_alphas`, (train_steps, 9).
+        levels: `row_levels`, (2, train_steps, 9).
         clean: (B, T, 9).
         noise: (B, T, 9).
         t: (B,) int64.
     """
-    bar = bars[t].unsqueeze(1)
-    return (bar.sqrt() * clean + (1 - bar).sqrt() * noise).to(clean.dtype)
+    alpha, sigma = levels[:, t].unsqueeze(2)
+    return (alpha * clean + sigma * noise).to(clean.dtype)
 
 
 def target_of(
-    prediction: Prediction, bars: Tensor, clean: Tensor, noise: Tensor, t: Tensor
+    prediction: Prediction, levels: Tensor, clean: Tensor, noise: Tensor, t: Tensor
 ) -> Tensor:
     """Return what the model is to predict, (B, T, 9)."""
     if prediction == "epsilon":
         return noise
     if prediction == "sample":
         return clean
-    bar = bars[t].unsqueeze(1)
-    return (bar.sqrt() * noise - (1 - bar).sqrt() * clean).to(clean.dtype)
+    if prediction == "flow":
+        return noise - clean
+    alpha, sigma = levels[:, t].unsqueeze(2)
+    return (alpha * noise - sigma * clean).to(clean.dtype)
 
 
 # ------------------------------------------------------------------------------------------------

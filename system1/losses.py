@@ -70,7 +70,7 @@ def diffusion_loss(
     clean: Tensor,
     openness: Tensor,
     mask: Tensor,
-    alphas: Tensor,
+    levels: Tensor,
     prediction: Prediction,
     draws: int,
     generator: torch.Generator | None,
@@ -84,7 +84,7 @@ def diffusion_loss(
         clean: (B, T, 9) in the diffusion's space.
         openness: (B, T).
         mask: (B, T) bool; masked rows are noised from zero and never counted.
-        alphas: (train_steps, 9) cumulative.
+        levels: (2, train_steps, 9) of trajectory and noise; see `diffusion.row_levels`.
         prediction: what the model predicts.
         draws: noise draws an observation; timesteps are spread over them evenly.
         generator: source of randomness, on the CPU; the global one when None.
@@ -93,13 +93,13 @@ def diffusion_loss(
     """
     clean = torch.where(mask.unsqueeze(-1), clean, 0.0)
     clean, openness, mask = (x.repeat_interleave(draws, 0) for x in (clean, openness, mask))
-    count, total = len(clean), len(alphas)
+    count, total = len(clean), levels.shape[1]
     # Stratified over the draws of one observation: less variance for the same work.
     start = torch.rand(count, generator=generator)
     stratum = torch.arange(count) % draws
     t = ((stratum + start) * (total / draws)).long().clamp_max(total - 1).to(clean.device)
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-    noisy, given = add_noise(alphas, clean, noise, t), None
+    noisy, given = add_noise(levels, clean, noise, t), None
     if given_rows:
         drawn = torch.randint(1, given_rows + 1, (count,), generator=generator)
         given = torch.where(torch.arange(count) % GIVEN_ONE_IN == 0, drawn, 0).to(clean.device)
@@ -107,7 +107,7 @@ def diffusion_loss(
         noisy = torch.where(first.unsqueeze(-1), clean, noisy)
         mask = mask & ~first
     predicted, logits = model(noisy, t, given)
-    target = target_of(prediction, alphas, clean, noise, t)
+    target = target_of(prediction, levels, clean, noise, t)
     return trajectory_loss(predicted, target, logits, openness, mask)
 
 

@@ -21,7 +21,7 @@ from openhelix.system1.diffusion import (
     SamplerTable,
     draw_noise,
     make_table,
-    row_alphas,
+    row_levels,
     run_table,
 )
 from openhelix.system1.encoder_light import KeyposeTargets, LightEncoder, keypose_loss
@@ -41,14 +41,14 @@ from openhelix.system1.losses import LossParts, diffusion_loss, trajectory_loss
 class DiffusionNetwork(nn.Module):
     """A network that denoises trajectories; its parts are the subclass's."""
 
-    alphas: Tensor
+    levels: Tensor
     offset: Tensor
     scale: Tensor
 
     def __init__(self, config: PolicyConfig, normalizer: Normalizer) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("alphas", row_alphas(config), persistent=False)
+        self.register_buffer("levels", row_levels(config), persistent=False)
         self.register_buffer("offset", normalizer.offset.clone(), persistent=False)
         self.register_buffer("scale", normalizer.scale.clone(), persistent=False)
         self._sampler = make_table(config)
@@ -160,7 +160,7 @@ class VisuomotorPolicy(DiffusionNetwork):
             clean,
             openness,
             mask,
-            self.alphas,
+            self.levels,
             self.config.prediction,
             draws,
             generator,

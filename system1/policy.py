@@ -116,7 +116,7 @@ class DiffusionPolicy:
             path: a folder that `openhelix.system1.checkpoint.save_policy` wrote, or "shipped": the
                 one that comes with the project.
             device: "cpu", "cuda" or "cuda:N".
-            sampler: "ddpm", "ddim" or "dpmpp" instead of the configuration's.
+            sampler: "ddpm", "ddim" or "dpmpp" ("euler" for flow matching) instead of the configuration's.
             steps: denoising steps instead of the configuration's.
             bf16: run in bfloat16; see `openhelix.system1.fast_modes`.
             untrained: take the `small` policy with random weights (seed 0) instead.

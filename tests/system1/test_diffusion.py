@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.schedulers import scheduling_ddpm
 
-from openhelix.system1.config import official_calvin, small
+from openhelix.runtime.core.config import ConfigError
+from openhelix.system1.config import official_calvin, small, small_flow
 from openhelix.system1.diffusion import (
     Known,
     add_noise,
@@ -15,6 +21,7 @@ from openhelix.system1.diffusion import (
     draw_noise,
     make_table,
     row_alphas,
+    row_levels,
     run_table,
     spread_timesteps,
     target_of,
@@ -124,6 +131,45 @@ def test_dpmpp_is_diffusers_dpmpp(steps):
     torch.testing.assert_close(ours, x, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_flow_matching_is_diffusers_flow_matching(steps):
+    table = make_table(small_flow(), steps=steps)
+    theirs = FlowMatchEulerDiscreteScheduler(num_train_timesteps=100)
+    theirs.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    first, drawn = draw_noise(table, 1, 6, seeded(3))
+    assert drawn is None
+    ours, _ = run_table(table, toy, first, None)
+    x = first
+    for i, t in enumerate(theirs.timesteps):
+        x = theirs.step(toy(i, x)[0], t, x).prev_sample
+    torch.testing.assert_close(ours, x, atol=1e-5, rtol=1e-4)
+    clean, noise = torch.randn(2, 3, 5, 9).unbind(0)
+    t = torch.tensor([0, 49, 99])
+    begun = add_noise(row_levels(small_flow()), clean, noise, t)
+    torch.testing.assert_close(begun[1], (clean[1] + noise[1]) / 2)
+    torch.testing.assert_close(begun[2], noise[2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"rotation_schedule": "linear"}, "rotation_schedule: 'linear'; rectified_flow is for"),
+        ({"prediction": "v"}, "prediction: 'v'; with rectified_flow it is sample or flow"),
+        ({"sampler": "ddim"}, "sampler: 'ddim' is not euler"),
+    ],
+)
+def test_what_does_not_go_with_flow_matching_is_named(changes, line):
+    with pytest.raises(ConfigError, match=line):
+        small_flow(**changes)
+
+
+def test_diffusion_takes_none_of_flow_matching():
+    with pytest.raises(ConfigError, match="prediction: 'flow' needs both schedules"):
+        small(prediction="flow")
+    with pytest.raises(ValueError, match="sampler: 'euler' is not ddpm or ddim or dpmpp"):
+        make_table(small(), "euler")
+
+
 def test_timesteps_start_at_the_noisiest():
     assert spread_timesteps(25, 25) == tuple(range(24, -1, -1))
     assert spread_timesteps(100, 5) == (99, 79, 59, 39, 19)
@@ -134,35 +180,41 @@ def test_our_schedule_reaches_noise_and_the_official_one_does_not():
     assert row_alphas(official_calvin())[-1, 0] == pytest.approx(0.832, abs=1e-3)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
+@pytest.mark.parametrize(
+    ("prediction", "sampler"),
+    [(p, s) for p in ("epsilon", "sample", "v") for s in ("ddpm", "ddim", "dpmpp")]
+    + [("flow", "euler"), ("sample", "euler")],
+)
 def test_a_perfect_network_gives_the_clean_trajectory(prediction, sampler):
-    config = small(prediction=prediction, position_schedule="scaled_linear")
-    bars, table = row_alphas(config), make_table(config, sampler, 10)
+    if sampler == "euler":
+        config = small_flow(prediction=prediction)
+    else:
+        config = small(prediction=prediction, position_schedule="scaled_linear")
+    levels, table = row_levels(config), make_table(config, sampler, 10)
     clean = 0.5 * torch.randn(1, 6, 9, generator=torch.Generator().manual_seed(0))
 
     def perfect(i: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         t = torch.tensor([table.timesteps[i]])
-        bar = bars[t].unsqueeze(1)
-        noise = ((x - bar.sqrt() * clean) / (1 - bar).sqrt()).float()
-        return target_of(prediction, bars, clean, noise, t), x[..., :1]
+        alpha, sigma = levels[:, t].unsqueeze(2)
+        noise = ((x - alpha * clean) / sigma).float()
+        return target_of(prediction, levels, clean, noise, t), x[..., :1]
 
     out, _ = run_table(table, perfect, *draw_noise(table, 1, 6, seeded(0)))
     torch.testing.assert_close(out, clean, atol=2e-3, rtol=0)
 
 
 def test_noising_matches_diffusers():
-    bars = row_alphas(official_calvin())
+    levels = row_levels(official_calvin())
     theirs = DDPMScheduler(num_train_timesteps=25, beta_schedule="scaled_linear")
     clean, noise = torch.randn(2, 3, 5, 9).unbind(0)
     t = torch.tensor([0, 12, 24])
-    ours = add_noise(bars, clean, noise, t)[..., :3]
+    ours = add_noise(levels, clean, noise, t)[..., :3]
     torch.testing.assert_close(ours, theirs.add_noise(clean[..., :3], noise[..., :3], t))
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "euler"])
 def test_what_is_known_of_a_trajectory_is_in_the_result(sampler):
-    table = make_table(small(), sampler, 8)
+    table = make_table(small_flow() if sampler == "euler" else small(), sampler, 8)
     first, drawn = draw_noise(table, 2, 6, seeded(0))
     free, _ = run_table(table, toy, first, drawn)
     rows, weight = torch.full((2, 6, 9), 0.7), torch.zeros(2, 6)

@@ -11,7 +11,7 @@ import torch
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.checkpoint import load_policy
 from openhelix.system1.data import Augment, Cache
-from openhelix.system1.diffusion import row_alphas
+from openhelix.system1.diffusion import row_levels
 from openhelix.system1.latent_adapter import ADAPTER
 from openhelix.system1.losses import LossParts, diffusion_loss, trajectory_loss
 from openhelix.system1.policy import DiffusionPolicy
@@ -206,7 +206,7 @@ def test_draws_spread_the_timesteps():
 
     clean = torch.zeros(3, 6, 9)
     ones = torch.ones(3, 6)
-    diffusion_loss(model, clean, ones, ones.bool(), row_alphas(config), "sample", 4, None)
+    diffusion_loss(model, clean, ones, ones.bool(), row_levels(config), "sample", 4, None)
     t = seen[0].view(3, 4)
     assert ((t // 25) == torch.arange(4)).all()
 
@@ -221,7 +221,7 @@ def test_given_rows_go_in_clean_and_do_not_count():
     clean = torch.arange(1.0, 7)[None, :, None].expand(5, 6, 9)
     ones = torch.ones(5, 6)
     source = torch.Generator().manual_seed(0)
-    args = (clean, ones, ones.bool(), row_alphas(config), "sample", 4)
+    args = (clean, ones, ones.bool(), row_levels(config), "sample", 4)
     parts = diffusion_loss(model, *args, source, given_rows=3)
     (x, given), *_ = seen
     assert (given.view(5, 4)[:, 1:] == 0).all()
