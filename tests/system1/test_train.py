@@ -66,9 +66,11 @@ def test_the_loss_falls_with_every_head(folder, tmp_path, head):
 
 
 @pytest.mark.slow
-def test_the_policy_learns_where_to_go(tmp_path):
+@pytest.mark.parametrize("preset", ["small", "small_flow"])
+def test_the_policy_learns_where_to_go(tmp_path, preset):
     make_cache(tmp_path / "cache", tiny(n_tasks=2), episodes=60)
     config = run_config(tmp_path / "cache", tmp_path / "run", steps=400, batch=16, eval_every=400)
+    config = replace(config, preset=preset)
     history = Trainer(replace(config, warmup=10, validation=0.1, ema=0.95)).run()
     assert history[-1]["val_position_m"] < 0.012  # of 35 mm moved on average
     assert history[-1]["val_gripper_error"] < 0.05
