@@ -33,13 +33,28 @@ Rules = Mapping[str, Sequence[str]]
 TRIES = 60  # draws for one new sentence
 
 HUES: dict[str, Sequence[str]] = {
-    "red": ("red",) * 6 + ("crimson", "scarlet", "red-coloured", "red colored", "bright red"),
-    "blue": ("blue",) * 6 + ("navy", "azure", "blue-coloured", "blue colored", "dark blue"),
-    "pink": ("pink",) * 6 + ("rose-coloured", "rosy", "fuchsia", "pink colored", "light pink"),
+    "red": ("red",) * 6
+    + (
+        *("crimson", "scarlet", "red-coloured", "red colored", "bright red", "ruby", "reddish"),
+        *("cherry-coloured", "vermilion"),
+    ),
+    "blue": ("blue",) * 6
+    + (
+        *("navy", "azure", "blue-coloured", "blue colored", "dark blue", "cobalt", "bluish"),
+        *("indigo", "sapphire blue"),
+    ),
+    "pink": ("pink",) * 6
+    + (
+        *("rose-coloured", "rosy", "fuchsia", "pink colored", "light pink", "magenta", "pinkish"),
+        *("salmon pink", "rose"),
+    ),
 }
 
 COMMON: Rules = {
-    "thing": ("(block|block|block|block|cube|cube|brick|box|object|piece|toy|item|wooden block)",),
+    "thing": (
+        "(block|block|block|block|cube|cube|brick|box|object|piece|toy|item|wooden block|cuboid"
+        "|piece of wood|thing)",
+    ),
     "block": (
         "the <hue> <thing>",
         "the <hue> <thing>",
@@ -53,7 +68,7 @@ COMMON: Rules = {
     "drawer": ("the (drawer|drawer|drawer|drawer|open drawer|drawer of the table|table's drawer)",),
     "cabinet": (
         "the (sliding cabinet|cabinet|slider|cupboard|shelf behind the door|sliding compartment"
-        "|cabinet with the sliding door|slider's cabinet|closet)",
+        "|cabinet with the sliding door|slider's cabinet|closet|compartment|sliding cupboard)",
     ),
     "door": (
         "the (sliding door|sliding door|slider|door|door of the cabinet|cabinet door|cupboard door"
@@ -120,15 +135,24 @@ COMMON: Rules = {
         "(90|ninety) degrees (to the left|counterclockwise)",
         "by a quarter turn to the left",
     ),
-    "take": ("(grab|grasp|take|get|take hold of|pick|reach for|seize|grip)",),
-    "lift": ("(lift|lift|lift up|pick up|raise|take|grab|take up)",),
+    "take": (
+        "(grab|grasp|take|get|take hold of|pick|reach for|seize|grip)",
+        "(grab|grasp|take|get|clutch|clasp|snatch|pluck|pinch|catch|secure|capture)",
+    ),
+    "lift": (
+        "(lift|lift|lift up|pick up|raise|take|grab|take up)",
+        "(lift|pick up|hoist|elevate|heave|scoop up|snatch|hold up|bring up|pull up|boost)",
+    ),
 }
 
 # For each family: what is to be done ("do"), in the infinitive; what is to be so ("be"), after
 # "should"; what is done ("done"), a clause of its own.
 FAMILIES: dict[str, Rules] = {
     "rotate": {
-        "spin": ("(rotate|rotate|rotate|turn|turn|turn|twist|spin)",),
+        "spin": (
+            "(rotate|rotate|rotate|turn|turn|turn|twist|spin)",
+            "(rotate|turn|swivel|pivot|revolve|twirl|reorient|swing around|wheel around|whirl)",
+        ),
         "do": (
             "<spin> <block> <turn>",
             "<spin> <block> <turn>",
@@ -140,13 +164,20 @@ FAMILIES: dict[str, Rules] = {
             "(rotate|turn) <turn> <block>",
             "hold <block> and twist your hand <turn>",
             "change the orientation of <block> by turning it <turn>",
+            "turn <block> (around|round|about) <turn>",
+            "(change|alter) the (direction|way) <block> (faces|points) by (turning|pivoting) it <turn>",
+            "make <block> (face|point) (further|more) to the <side>",
+            "<take> <block> and (swivel|pivot|revolve|swing) it <turn>",
             "let <block> (rotate|turn) <turn>",
             "(do|perform) a <side> (turn|rotation) (of|with) <block>",
         ),
-        "be": ("(rotated|turned|twisted|spun) <turn>",),
+        "be": ("(rotated|turned|twisted|spun|swivelled|pivoted|revolved|reoriented) <turn>",),
     },
     "push": {
-        "shift": ("(push|push|push|slide|slide|shove|move|shift|nudge|drag)",),
+        "shift": (
+            "(push|push|push|slide|slide|shove|move|shift|nudge|drag)",
+            "(push|slide|propel|thrust|press|scoot|edge|poke|bump|prod|drive|displace|ease|budge)",
+        ),
         "do": (
             "<shift> <block> <way>",
             "<shift> <block> <way>",
@@ -162,7 +193,11 @@ FAMILIES: dict[str, Rules] = {
             "give <block> a push <way>",
             "bring <block> further <way>",
         ),
-        "be": ("(pushed|slid|shoved|moved|shifted) <way>", "(further|farther) <way>"),
+        "be": (
+            "(pushed|slid|shoved|moved|shifted) <way>",
+            "(pushed|propelled|nudged|displaced|pressed) <way>",
+            "(further|farther) <way>",
+        ),
     },
     "move_slider": {
         "do": (
@@ -178,6 +213,7 @@ FAMILIES: dict[str, Rules] = {
             "get <door> over to the <side> side",
             "(go to|reach for) <door> and (push|slide|move) it <way>",
             "bring <door> all the way <way>",
+            "(shove|roll|glide|haul|tug|press|nudge|propel) <door> <way>",
         ),
         "be": ("(pushed|slid|moved|shifted) <way>", "on the <side> [side]"),
         "subject": ("<door>",),
@@ -195,6 +231,8 @@ FAMILIES: dict[str, Rules] = {
             "(get|have) <drawer_itself> (open|opened)",
             "(go|reach) to <drawer_itself> and (open it|pull it open|pull it out)",
             "slide <drawer_itself> out [of the table|all the way]",
+            "(tug|yank|haul|draw) [on] <drawer_itself> (open|out|until it is open)",
+            "(unclose|extend|draw open) <drawer_itself>",
         ),
         "be": ("(opened|pulled out|pulled open|open|slid open)",),
         "subject": ("<drawer_itself>",),
@@ -212,6 +250,7 @@ FAMILIES: dict[str, Rules] = {
             "(get|have) <drawer_itself> (closed|shut)",
             "(go|reach) to <drawer_itself> and (close it|push it shut|shut it)",
             "push <drawer_itself> (into|back into) the (table|desk) [completely]",
+            "(shove|press|thrust|slam|ease|return) <drawer_itself> (shut|closed|in|home)",
         ),
         "be": ("(closed|shut|pushed in|pushed shut|slid shut)",),
         "subject": ("<drawer_itself>",),
@@ -231,6 +270,7 @@ FAMILIES: dict[str, Rules] = {
             "from <table>, (lift|pick up|take) <block>",
             "(collect|fetch) <block> from <table>",
             "get <block> off <table>",
+            "(retrieve|hoist|elevate|heave|snatch|pluck) <block> (from|off) <table>",
         ),
         "be": ("(lifted|picked up|raised|taken) [from <table>|off <table>]",),
         "place": ("on <table>",),
@@ -254,6 +294,7 @@ FAMILIES: dict[str, Rules] = {
             "(reach|go) (into|inside) <cabinet> and (grab|take|lift|pick up) <block>",
             "(collect|fetch) <block> from <cabinet>",
             "remove <block> from <cabinet>",
+            "(retrieve|extract|withdraw|recover|snatch|pluck|fish out) <block> from <cabinet>",
         ),
         "be": ("(lifted|picked up|taken|removed) (from|out of) <cabinet>",),
         "place": ("(in|inside) <cabinet>",),
@@ -277,6 +318,7 @@ FAMILIES: dict[str, Rules] = {
             "(reach|go) (into|inside) <drawer> and (grab|take|lift|pick up) <block>",
             "(collect|fetch) <block> from <drawer>",
             "remove <block> from <drawer>",
+            "(retrieve|extract|withdraw|recover|snatch|pluck|fish out) <block> from <drawer>",
         ),
         "be": ("(lifted|picked up|taken|removed) (from|out of) <drawer>",),
         "place": ("(in|inside) <drawer>",),
@@ -291,6 +333,7 @@ FAMILIES: dict[str, Rules] = {
             "(let go of|release|leave) <held> <into>",
             "go to <cabinet> and (put|place|drop) <held> (there|inside|in it)",
             "(stow|keep|deposit) <held> <into>",
+            "(insert|tuck|stash|position|slip|lower|rest|leave) <held> <into>",
         ),
         "be": ("(put|placed|stored|dropped|left) <into>",),
         "subject": ("<held>",),
@@ -305,6 +348,7 @@ FAMILIES: dict[str, Rules] = {
             "(let go of|release|leave) <held> <into>",
             "go to <drawer> and (put|place|drop) <held> (there|inside|in it)",
             "(stow|keep|deposit) <held> <into>",
+            "(insert|tuck|stash|position|slip|lower|rest|leave) <held> <into>",
         ),
         "be": ("(put|placed|stored|dropped|left) <into>",),
         "subject": ("<held>",),
@@ -322,6 +366,7 @@ FAMILIES: dict[str, Rules] = {
             "(release|let go of) <held> on top of <other>",
             "(move|bring|carry) <held> (on top of|onto) <other>",
             "pile (the blocks|the cubes|one block on the other|the bricks up)",
+            "(rest|position|balance|lower|pile|deposit) <held> (on|onto|on top of|above) <other>",
         ),
         "be": ("(stacked|put|placed|set) (on|onto|on top of) <other>",),
         "subject": ("<held>",),
@@ -342,6 +387,8 @@ FAMILIES: dict[str, Rules] = {
             "(take|break) (apart|down) the (stack|tower|pile) [of (blocks|cubes)]",
             "take (a block|the block|one cube) (off|from) the (stack|tower|pile)",
             "(undo|dismantle) the (stack|tower|pile) [of (blocks|cubes)]",
+            "(disassemble|separate|demolish) the (stack|tower|pile) [of (blocks|cubes)]",
+            "(separate|detach|pull off|pluck|hoist) <upper> [from the (one|block) below]",
         ),
         "be": ("(removed|taken off|unstacked|lifted off|taken away) [from the (stack|tower)]",),
         "subject": ("<upper>",),
@@ -351,7 +398,7 @@ FAMILIES: dict[str, Rules] = {
             "(turn|switch|put) on <bulb>",
             "(turn|switch|put) on <bulb>",
             "(turn|switch) <bulb> on [with <switch>|by (moving|pushing) <switch> up]",
-            "(light|light up) <bulb>",
+            "(light|light up|illuminate|activate|power on|power up) <bulb>",
             "(move|push|slide|flip|pull|lift|toggle) <switch> (up|upwards|upward|to the top)",
             "(move|push|slide|flip|pull|lift|toggle) <switch> (up|upwards|upward|to the top)",
             "(move|push|slide|flip) up <switch>",
@@ -369,7 +416,7 @@ FAMILIES: dict[str, Rules] = {
             "(turn|switch|put) off <bulb>",
             "(turn|switch|put) off <bulb>",
             "(turn|switch) <bulb> off [with <switch>|by (moving|pushing) <switch> down]",
-            "(put out|darken) <bulb>",
+            "(put out|darken|extinguish|deactivate|power off|shut off|power down) <bulb>",
             "(move|push|slide|flip|pull|press|toggle) <switch> (down|downwards|downward|to the bottom)",
             "(move|push|slide|flip|pull|press|toggle) <switch> (down|downwards|downward|to the bottom)",
             "(move|push|slide|flip) down <switch>",
@@ -388,7 +435,7 @@ FAMILIES: dict[str, Rules] = {
             "(turn|switch|put) on <led>",
             "(turn|switch) on <led>",
             "(turn|switch) <led> on [with <button>|by pressing <button>]",
-            "(light|light up) <led>",
+            "(light|light up|illuminate|activate|power on|power up) <led>",
             "(press|push|push down|press down|hit|use|tap) <button> to (turn|switch) on <led>",
             "(press|push|push down|press down|hit|use|tap) <button> to (turn|switch) <led> on",
             "(press|push|hit|tap) <button> (so that|until) <led> (lights up|goes on|is on|shines)",
@@ -404,7 +451,7 @@ FAMILIES: dict[str, Rules] = {
             "(turn|switch|put) off <led>",
             "(turn|switch) off <led>",
             "(turn|switch) <led> off [with <button>|by pressing <button>]",
-            "(put out|darken) <led>",
+            "(put out|darken|extinguish|deactivate|power off|shut off|power down) <led>",
             "(press|push|push down|press down|hit|use|tap) <button> to (turn|switch) off <led>",
             "(press|push|push down|press down|hit|use|tap) <button> to (turn|switch) <led> off",
             "(press|push|hit|tap) <button> (so that|until) <led> (goes dark|goes out|is off|goes off)",
@@ -425,6 +472,7 @@ FAMILIES: dict[str, Rules] = {
             "let <any> (fall|drop|slide) into <drawer> by (pushing|sliding|shoving) it",
             "go to <any> and (push|slide|shove) it into <drawer>",
             "move <any> into <drawer> (by pushing [it]|with a push|without lifting it)",
+            "(tip|knock|brush|bump|thrust|propel|roll|press|drive) <any> into <drawer>",
         ),
         "be": ("(pushed|slid|shoved|swept) into <drawer>",),
         "subject": ("<any>",),
