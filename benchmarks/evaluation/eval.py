@@ -203,6 +203,10 @@ def make_plan(options: EvalOptions, overrides: Sequence[str]) -> Evaluation:
             "--interval, --latency, --delay, --drift: belong to the lockstep clock; "
             "on the wall clock say system2.hz=HZ"
         )
+    if options.interval is not None and config.system2.trigger != "cadence":
+        raise ConfigError(
+            f"--interval: belongs to system2.trigger=cadence, not to {config.system2.trigger}"
+        )
     conditions = Conditions(options.steps, interval, options.latency, options.drift, options.delay)
     films = _films(options.videos, suite)
     return Evaluation(suite, conditions, config, options.threads, options.sees, *films)

@@ -79,12 +79,22 @@ class Evaluation:
             "safety": _plain(config.model_dump(mode="json")["safety"]),
             "threads": self.threads,
             **self._stand(),
+            **_asked(config),
         }
 
     def _stand(self) -> dict[str, Any]:
         """Return where the static camera stands, if it is not the scene's own."""
         camera = self.config.world.static_camera
         return {} if camera is None else {"static_camera": camera.model_dump(mode="json")}
+
+
+def _asked(config: RunConfig) -> dict[str, Any]:
+    """Return when System 2 is asked, if not at its cadence."""
+    system2 = config.system2
+    if system2.trigger == "cadence":
+        return {}
+    names = ("trigger", "trigger_floor_s", "trigger_ceiling_s", "trigger_base_m")
+    return {name: getattr(system2, name) for name in names}
 
 
 def evaluate(
@@ -247,6 +257,7 @@ def header(plan: Evaluation, about: Mapping[str, Any]) -> dict[str, Any]:
         "latency": None if wall else plan.conditions.latency,
         "delay": None if wall else plan.conditions.delay,
         "hz2": plan.config.system2.hz if wall else None,
+        **_asked(plan.config),
         "replan_steps": plan.config.system1.replan_steps,
         "join": plan.config.system1.join,
         "untrained": about.get("untrained", []),

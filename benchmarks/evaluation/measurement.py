@@ -20,6 +20,7 @@ from openhelix.runtime.control.assembly import ControlStack
 from openhelix.runtime.control.episodes import TaskResult
 from openhelix.runtime.control.goals import LockstepGoals
 from openhelix.runtime.control.loop import Tick
+from openhelix.runtime.control.trigger import Trigger
 from openhelix.runtime.core.interfaces import (
     F32,
     F64,
@@ -53,7 +54,7 @@ class DemandGoals(LockstepGoals):
     """`LockstepGoals` whose latents have no content until `filled` is asked for them.
 
     Args:
-        engine, camera, interval, latency, memory: see `LockstepGoals`.
+        engine, camera, interval, latency, memory, trigger: see `LockstepGoals`.
         draw_now: look at the image when the latent is scheduled, for worlds that cannot show
             an instant later.
 
@@ -69,8 +70,9 @@ class DemandGoals(LockstepGoals):
         latency: int,
         memory: int = 1,
         draw_now: bool = False,
+        trigger: Trigger | None = None,
     ) -> None:
-        super().__init__(engine, camera, interval, latency, memory)
+        super().__init__(engine, camera, interval, latency, memory, trigger=trigger)
         self._draw_now = draw_now
         self._ask: dict[int, Callable[[], F32]] = {}  # by seq, of this instruction
         self._z: dict[int, F32] = {}
@@ -222,7 +224,9 @@ class Watch:
     """A subscriber that keeps, for each task, System 2's work and the age of the latents in use.
 
     `latents` are those that the schedule asked for, `encoded` those that were computed because
-    a plan was made from them; see `openhelix.benchmarks.evaluation.measurement`.
+    a plan was made from them; see `openhelix.benchmarks.evaluation.measurement`. `reaction_steps`
+    says, where somebody changed what is meant (`changing.Change`), how many steps later the first
+    plan came from a latent that had seen it; None where none did.
     """
 
     EMPTY: Mapping[str, Any] = MappingProxyType(
@@ -237,12 +241,18 @@ class Watch:
         self._begin_calls = engine.calls if engine else 0
         self._tasks: list[dict[str, int]] = []
         self._ages: list[list[int]] = []  # of the latent behind each plan, in steps
+        self._robot = stack.loop.robot
+        self._changed_ns: int | None = None  # when somebody changed what is meant
+        self._reaction: int | None = None
 
     def __call__(self, tick: Tick) -> None:
         while len(self._tasks) < tick.observation.instruction_id:
             self._tasks.append({"latents": 0, "encoded": 0, "plans": 0})
             self._ages.append([])
         task = self._tasks[-1]
+        referee = getattr(self._robot, "referee", None)
+        if self._changed_ns is None and referee is not None and referee.right != referee.before:
+            self._changed_ns = tick.observation.t_ns
         if isinstance(self._goals, DemandGoals) and self._engine is not None:
             before = self._tasks[:-1]
             calls = self._engine.calls - self._begin_calls
@@ -252,6 +262,15 @@ class Watch:
             task["plans"] += 1
             if tick.latent_age_s is not None:
                 self._ages[-1].append(round(tick.latent_age_s / self._period_s))
+                self._see(tick.observation.t_ns, self._ages[-1][-1])
+
+    def _see(self, now_ns: int, age: int) -> None:
+        """Take in a plan and the age of its latent in steps."""
+        if self._changed_ns is None or self._reaction is not None:
+            return
+        since = round((now_ns - self._changed_ns) * 1e-9 / self._period_s)
+        if age <= since:
+            self._reaction = since
 
     @property
     def seconds(self) -> float:
@@ -269,7 +288,10 @@ class Watch:
             return dict(self.EMPTY)
         ages = self._ages[number]
         age = {"mean": round(float(np.mean(ages)), 3), "max": max(ages)} if ages else None
-        return self._tasks[number] | {"latent_age_steps": age}
+        row: dict[str, Any] = self._tasks[number] | {"latent_age_steps": age}
+        if self._changed_ns is not None:
+            row["reaction_steps"] = self._reaction
+        return row
 
 
 class Motion:

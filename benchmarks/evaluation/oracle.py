@@ -18,6 +18,7 @@ import numpy as np
 
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.evaluation.measurement import DemandGoals
+from openhelix.runtime.control.trigger import Trigger
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import F32, Engine, LatentGoal, LatentSpec, Observation
 from openhelix.runtime.core.paths import cache_folder
@@ -106,7 +107,7 @@ class ToldGoals(DemandGoals):
 
     Args:
         teller: the oracle.
-        engine, camera, interval, latency, memory: see `LockstepGoals`.
+        engine, camera, interval, latency, memory, trigger: see `LockstepGoals`.
     """
 
     def __init__(
@@ -117,8 +118,9 @@ class ToldGoals(DemandGoals):
         interval: int,
         latency: int,
         memory: int = 1,
+        trigger: Trigger | None = None,
     ) -> None:
-        super().__init__(engine, camera, interval, latency, memory)
+        super().__init__(engine, camera, interval, latency, memory, trigger=trigger)
         self._teller = teller
 
     def _compute(self, observation: Observation) -> LatentGoal:

@@ -346,6 +346,7 @@ def work(results: Sequence[Result]) -> dict[str, Any]:
         "renders": sum(r["renders"] for r in results),
         "steps_to_success": _mean([row["env_steps"] for row in rows if row["success"]]),
         "motion": motion([row["motion"] for row in rows if row.get("motion")]),
+        **reaction([row["reaction_steps"] for row in rows if "reaction_steps" in row]),
         "latent_age_steps": {"mean": _mean(ages), "max": max(oldest, default=None)},
         "drift": {
             "n": len(samples),
@@ -353,6 +354,22 @@ def work(results: Sequence[Result]) -> dict[str, Any]:
             "cosine_p05": float(np.quantile([c for _, c in samples], 0.05)) if samples else None,
             "age_steps_mean": _mean([age for age, _ in samples]),
         },
+    }
+
+
+def reaction(steps: Sequence[int | None]) -> dict[str, Any]:
+    """How soon plans knew of a change of what is meant; nothing where none came."""
+    seen = [n for n in steps if n is not None]
+    if not steps:
+        return {}
+    p50, p90 = np.quantile(seen, (0.5, 0.9), method="higher") if seen else (None, None)
+    return {
+        "reaction_steps": {
+            "n": len(steps),
+            "never": len(steps) - len(seen),
+            "p50": None if p50 is None else int(p50),
+            "p90": None if p90 is None else int(p90),
+        }
     }
 
 

@@ -38,6 +38,7 @@ from openhelix.runtime.control.assembly import (
     check_join,
     make,
     make_policy,
+    make_trigger,
     sync_planner,
 )
 from openhelix.runtime.control.episodes import Assignment
@@ -278,12 +279,12 @@ class Runner:
         if self._engine is not None:
             camera, memory = config.system2.camera, config.system1.latent_memory
             when = (conditions.interval, conditions.latency, memory)
-            teller = self._engine.engine
+            teller, trigger = self._engine.engine, make_trigger(config)
             if isinstance(teller, OracleEngine):
-                goals = ToldGoals(teller, self._engine, camera, *when)
+                goals = ToldGoals(teller, self._engine, camera, *when, trigger=trigger)
             else:
                 draw_now = not isinstance(robot, PlayTableRobot)
-                goals = DemandGoals(self._engine, camera, *when, draw_now=draw_now)
+                goals = DemandGoals(self._engine, camera, *when, draw_now=draw_now, trigger=trigger)
             policy = DemandPolicy(policy, goals)
         planner = sync_planner(config, policy)
         stack = build_stack(config, robot, spec, planner, goals, self._clock)

@@ -21,6 +21,7 @@ from openhelix.runtime.control.plans import (
     RemotePlanner,
     SyncPlanner,
 )
+from openhelix.runtime.control.trigger import ChangeTrigger, Trigger
 from openhelix.runtime.core.clock import Clock, FakeClock, MonotonicClock, Pacer, using_the_slack
 from openhelix.runtime.core.config import ConfigError, Part, RunConfig, SafetyLimits
 from openhelix.runtime.core.interfaces import (
@@ -111,8 +112,8 @@ def freshness(config: RunConfig) -> SafetyLimits:
 
     At a slow cadence a latent is a period old before the next is even due.
     """
-    slowest_s = 2.5 / config.system2.hz
-    if config.control.clock == "lockstep":
+    slowest_s = 2.5 * config.system2.longest_s
+    if config.control.clock == "lockstep" and config.system2.trigger == "cadence":
         steps = 2.5 * config.interval_steps + config.lockstep.latency_steps
         slowest_s = steps / config.control.hz
     limits = config.safety
@@ -128,6 +129,12 @@ def check_parts(config: RunConfig, robot: RobotSpec, policy: PolicySpec) -> None
             f"system2.camera: {config.system2.camera!r}, the robot has "
             f"{', '.join(sorted(names)) or 'none'}"
         )
+    if config.system2.trigger == "change":
+        seen = next((c for c in robot.cameras if c.name == config.system2.camera), None)
+        if seen is not None and not seen.depth:
+            raise SpecMismatch(
+                f"system2.trigger: change needs depth, which camera {seen.name!r} does not give"
+            )
 
 
 def check_join(config: RunConfig, policy: PolicySpec) -> None:
@@ -205,6 +212,20 @@ def wire_goals(config: RunConfig, requests: str, latents: str) -> WireGoals:
         min_interval_ns=request_interval_ns(config.system2.hz),
         memory=config.system1.latent_memory,
         max_age_s=freshness(config).latent_max_age_s,
+        trigger=make_trigger(config),
+    )
+
+
+def make_trigger(config: RunConfig) -> Trigger | None:
+    """Return what decides when System 2 is asked; None for its cadence."""
+    system2 = config.system2
+    if system2.trigger == "cadence":
+        return None
+    return ChangeTrigger(
+        system2.camera,
+        system2.trigger_floor_s,
+        system2.trigger_ceiling_s,
+        system2.trigger_base_m,
     )
 
 
@@ -243,6 +264,7 @@ def lockstep_goals(config: RunConfig, engine: Engine, expected: LatentSpec) -> L
         interval=config.interval_steps,
         latency=config.lockstep.latency_steps,
         memory=config.system1.latent_memory,
+        trigger=make_trigger(config),
     )
 
 

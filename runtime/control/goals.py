@@ -17,9 +17,11 @@ from collections.abc import Callable
 from math import inf
 from typing import Final, Protocol
 
+from openhelix.runtime.control.trigger import Cadence, Trigger
 from openhelix.runtime.core.interfaces import (
     F32,
     U8,
+    CameraFrame,
     Engine,
     GoalRequest,
     Judgement,
@@ -168,7 +170,8 @@ class WireGoals(_Recent):
     """System 2 in another process: truly asynchronous.
 
     An image goes out when it is new, at most every `min_interval_ns`; System 2 takes the
-    newest when its own cadence comes round, so sending more would be wasted bandwidth.
+    newest when its own cadence comes round, so sending more would be wasted bandwidth. With a
+    `trigger` an image goes out when that says so.
     """
 
     def __init__(
@@ -181,8 +184,10 @@ class WireGoals(_Recent):
         memory: int = 1,
         *,
         max_age_s: float,
+        trigger: Trigger | None = None,
     ) -> None:
         super().__init__(memory, max_age_s)
+        self._trigger = trigger
         self.sender, self.reader = sender, reader
         self._robot, self._camera = robot, camera
         self._min_interval_ns = min_interval_ns
@@ -196,10 +201,17 @@ class WireGoals(_Recent):
     def begin(self, instruction_id: int, instruction: str) -> None:
         super().begin(instruction_id, instruction)
         self._sent_ns = -self._min_interval_ns  # the next image goes out at once
+        if self._trigger is not None:
+            self._trigger.begin()
+
+    def forget(self, now_ns: int) -> None:
+        super().forget(now_ns)
+        if self._trigger is not None:
+            self._trigger.begin()
 
     def update(self, observation: Observation, now_ns: int) -> LatentGoal | None:
         frame = observation.frames.get(self._camera)
-        if frame is not None and frame.t_ns - self._sent_ns >= self._min_interval_ns:
+        if frame is not None and self._is_due(frame, observation):
             self._sent_ns = frame.t_ns
             self.sender.send(
                 GoalRequest(
@@ -215,6 +227,12 @@ class WireGoals(_Recent):
         latent = self.reader.poll()
         return latent if latent is not None and self.accept(latent, now_ns) else None
 
+    def _is_due(self, frame: CameraFrame, observation: Observation) -> bool:
+        if self._trigger is not None:
+            # The same picture again shows nothing new, and must not be taken for one that does.
+            return frame.t_ns > self._sent_ns and self._trigger.due(observation)
+        return frame.t_ns - self._sent_ns >= self._min_interval_ns
+
     def close(self) -> None:
         self.sender.close()
         self.reader.close()
@@ -224,7 +242,7 @@ class LockstepGoals(_Recent):
     """System 2 on a schedule counted in environment steps (the paper's asynchrony interval).
 
     A latent is computed from the image of every `interval`-th tick after an instruction
-    began, and arrives `latency` ticks later. An engine that raises, or whose latent is not finite
+    began, or when `trigger` says so, and arrives `latency` ticks later. An engine that raises, or whose latent is not finite
     or not of its spec, ends the run (`PartFailed`): no plan may be made from it.
     """
 
@@ -238,10 +256,12 @@ class LockstepGoals(_Recent):
         latency: int,
         memory: int = 1,
         timer: Callable[[], float] = time.perf_counter,
+        trigger: Trigger | None = None,
     ) -> None:
         super().__init__(memory, inf)  # how old a latent gets is the schedule's to say
         self._engine, self._camera = engine, camera
-        self._interval, self._latency = interval, latency
+        self._latency = latency
+        self._trigger: Trigger = Cadence(interval) if trigger is None else trigger
         self.expect(engine.spec)
         self._timer = timer
         self._tick = 0
@@ -251,10 +271,15 @@ class LockstepGoals(_Recent):
     def begin(self, instruction_id: int, instruction: str) -> None:
         super().begin(instruction_id, instruction)
         self._tick = 0
+        self._trigger.begin()
         self._on_the_way.clear()
 
+    def forget(self, now_ns: int) -> None:
+        super().forget(now_ns)
+        self._trigger.begin()
+
     def update(self, observation: Observation, now_ns: int) -> LatentGoal | None:
-        if self._tick % self._interval == 0:
+        if self._trigger.due(observation):
             latent = self._compute(observation)
             self._on_the_way.append((self._tick + self._latency, latent))
         arrived = None

@@ -116,10 +116,34 @@ class System2Config(_Section):
     engine: EnginePart = EnginePart()
     hz: Rate = 1.0
     camera: str = "static"
+    # When a new latent is asked for: `hz` times per second, or when somebody changes the scene.
+    trigger: Literal["cadence", "change"] = "cadence"
+    trigger_floor_s: Positive = 0.2  # of "change": least time between two latents
+    trigger_ceiling_s: Positive = 10.0  # of "change": longest time between two latents
+    trigger_base_m: Vec3 = (-0.34, -0.46, 0.24)  # of "change": where the arm stands, in W
     connect: str | None = None  # a System 2 that `openhelix serve` runs; None starts one
     connect_timeout_s: Positive = 60.0  # how long to wait for it to be up
     placement: Placement = Placement(cpus=0.5, threads=1, nice=10)
     blind: bool = False  # System 2 is shown black pictures: what it does without seeing
+
+    @property
+    def shortest_s(self) -> float:
+        """Least time between two latents."""
+        return self.trigger_floor_s if self.trigger == "change" else 1.0 / self.hz
+
+    @property
+    def longest_s(self) -> float:
+        """Longest time between two latents, as long as System 2 keeps up."""
+        return self.trigger_ceiling_s if self.trigger == "change" else 1.0 / self.hz
+
+    @model_validator(mode="after")
+    def _floor_below_ceiling(self) -> Self:
+        if self.trigger_floor_s >= self.trigger_ceiling_s:
+            raise ValueError(
+                f"trigger_floor_s: {self.trigger_floor_s:g}, must be less than "
+                f"trigger_ceiling_s={self.trigger_ceiling_s:g}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tell_the_engine(self) -> Self:

@@ -300,7 +300,7 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
         ),
     ]
     if system2.connect is None:
-        serves = own("system2", engine=engine, hz=system2.hz, **metrics("system2"))
+        serves = own("system2", engine=engine, hz=1 / system2.shortest_s, **metrics("system2"))
         parts.append(
             ("system2", plugins.entries(plugins.NODES)["system2"], system2.placement, serves)
         )

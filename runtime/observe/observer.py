@@ -112,7 +112,7 @@ class StatusBoard:
             "robot": config.robot.id,
             "driver": config.robot.name,
             "steps_limit": config.tasks.steps_limit,
-            "expected_hz": {"loop": config.control.hz, "system2": config.system2.hz},
+            "expected_hz": {"loop": config.control.hz, "system2": 1 / config.system2.longest_s},
             "latent_max_age_s": config.safety.latent_max_age_s,
             "finished": self.finished,
             "started": message is not None,
@@ -489,7 +489,7 @@ class Subscribers:
             stack.loop.subscribers.append(self._teller)
         port = config.output.metrics_port
         if port is not None and config.control.clock == "realtime":
-            period_s = 1.0 / config.system2.hz
+            period_s = config.system2.longest_s
             metrics = LoopMetrics(
                 stack.loop, stack.pacer, stack.episode_runner, realtime, tasks, period_s
             )

@@ -80,7 +80,9 @@ def _systems(config: RunConfig) -> Iterator[str]:
     """Yield which systems they are, without their classes."""
     for line in told(config):
         yield line.partition(" (")[0].partition(", ")[0]
-    if config.control.clock == "lockstep":
+    if config.system2.trigger == "change":
+        yield "a latent when the scene changes"
+    elif config.control.clock == "lockstep":
         every = "step" if config.interval_steps == 1 else f"{config.interval_steps} steps"
         yield f"a latent every {every}"
     else:

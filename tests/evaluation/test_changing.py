@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from openhelix.benchmarks.calvin.cameras import SceneRenderer
 from openhelix.benchmarks.calvin.demonstrations import perform, random_expert
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
@@ -14,14 +15,18 @@ from openhelix.benchmarks.evaluation import changing
 from openhelix.benchmarks.evaluation.eval import load_config
 from openhelix.benchmarks.evaluation.oracle import OracleEngine, ToldGoals, other_pictures
 from openhelix.benchmarks.evaluation.referring import get_reference, whole_view
+from openhelix.benchmarks.evaluation.results import reaction
 from openhelix.benchmarks.evaluation.runner import Conditions, Runner, TaskPolicy
 from openhelix.benchmarks.evaluation.staging import Starts, stage
 from openhelix.benchmarks.evaluation.suites import Episode, Suite
 from openhelix.runtime.cli.main import main
-from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.control.trigger import ChangeTrigger
+from openhelix.runtime.core.config import ConfigError, System2Config
+from openhelix.runtime.core.interfaces import Observation
 from openhelix.runtime.robots.base import INSTEAD
 from openhelix.system1.policy import DiffusionPolicy
 from tests.evaluation.small import TaskReach, small_config
+from tests.fakes import PERIOD_NS
 from tests.runtime.control.test_goals import observation
 from tests.system1.test_policy import tiny
 
@@ -131,6 +136,42 @@ def test_the_list_is_balanced_and_travels_as_plain_data() -> None:
     assert "changing" not in Suite("tasks").identity()
     first = made.episodes()[0]
     assert Episode.from_json(json.loads(json.dumps(first.to_json()))) == first
+
+
+def look(env: PlayTableEnv, renderer: SceneRenderer, step: int) -> Observation:
+    hand = [*env.get_info()["robot_info"]["tcp_pos"], 0.0, 0.0, 0.0, 1.0]
+    t_ns = step * PERIOD_NS
+    frame = renderer.render(env.visual_state())["static"].camera_frame(t_ns)
+    return Observation(t_ns, {"static": frame}, np.array(hand), 0.08, True, np.zeros(7))
+
+
+def test_a_change_is_noticed_and_the_arm_alone_is_not(env) -> None:
+    change = stage(env, episode("toggle_bulb", "turn_on_lightbulb"))
+    system2 = System2Config()
+    trigger = ChangeTrigger("static", 0.2, 100.0, system2.trigger_base_m)
+    trigger.begin()
+    renderer, asked = SceneRenderer("D", ("static",)), []
+    came = None
+    for step in range(change.about[3] + 40):
+        wave(env, 1)
+        came = step if came is None and change.done else came
+        if trigger.due(look(env, renderer, step)):
+            asked.append(step)
+    change.close()
+    assert came is not None and len(asked) == 2 and asked[0] == 0
+    assert came < asked[1] <= came + 12
+
+
+def test_how_soon_a_change_is_known_is_in_the_results() -> None:
+    assert reaction([]) == {}
+    assert reaction([None, None])["reaction_steps"] == {
+        "n": 2,
+        "never": 2,
+        "p50": None,
+        "p90": None,
+    }
+    found = reaction([4, None, *range(1, 10)])["reaction_steps"]
+    assert found == {"n": 11, "never": 1, "p50": 5, "p90": 9}
 
 
 def test_a_kept_start_is_the_same_start(env) -> None:

@@ -192,6 +192,11 @@ FILES = ("output.video=false", "output.metrics_port=null", "output.live=false")
         ("world.cameras=[static]", "camera 'gripper': the robot has static"),
         ("control.hz=20", "action.hz: the robot takes 20.0, the policy gives 30.0"),
         ("system2.camera=wrist", "system2.camera: 'wrist', the robot has gripper, static"),
+        (
+            "system2.trigger_floor_s=20",
+            "trigger_floor_s: 20, must be less than trigger_ceiling_s=10",
+        ),
+        ("system2.trigger=learned", "system2.trigger"),
         ("tasks.task=open_drawr", "tasks?: 'open_drawr' is unknown; did you mean 'open_drawer'"),
         ("tasks.instruction=open\x07", "tasks.instruction: has a control character"),
         ("--task=open_drawr", "did you mean 'open_drawer'"),
