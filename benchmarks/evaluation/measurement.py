@@ -412,6 +412,23 @@ def cosine(a: F32, b: F32) -> float:
 # -- An attempt at an episode ----------------------------------------------------------
 
 
+def switched(
+    first: Sequence[Mapping[str, Any]], rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the rows that count, which say what they replaced, and how soon it was left.
+
+    Args:
+        first: rows of tasks that do not count: another sentence came.
+        rows: of those that do. Until it first acts on the new sentence the robot holds still:
+            those steps are the first one's `reaction_steps`, None if it never did.
+    """
+    if first and rows:
+        known = ("task", "success", "env_steps", "reason")
+        rows[0]["replaced"] = {name: first[-1][name] for name in known}
+        rows[0]["reaction_steps"] = rows[0]["hold_steps"] if rows[0]["env_steps"] else None
+    return rows
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of an episode: plain data, and the film of it, if it was filmed."""
@@ -444,7 +461,9 @@ class Attempt:
     def outcome(self, wall_s: float, cpu_s: float = 0.0) -> Outcome:
         """Return the result as plain data; `cpu_s` is the process's own time."""
         results: Sequence[TaskResult] = self._stack.episode_runner.results if self._stack else ()
-        rows = [self._row(number, result) for number, result in enumerate(results)]
+        every = [self._row(number, result) for number, result in enumerate(results)]
+        skip = self.episode.uncounted
+        first, rows = every[:skip], every[skip:]
         in_a_row = next((i for i, row in enumerate(rows) if not row["success"]), len(rows))
         planner = self._stack.loop.planner if self._stack else None
         result = {
@@ -453,9 +472,9 @@ class Attempt:
             "scene": self.episode.scene,
             "groups": dict(self.episode.groups),
             "in_a_row": in_a_row,
-            "success": in_a_row == len(self.episode.tasks),
+            "success": in_a_row == len(self.episode.tasks) - skip,
             "error": self.error,
-            "tasks": rows + self._broken(len(rows)),
+            "tasks": switched(first, rows + self._broken(max(len(every), skip))),
             "renders": self._robot.renders - self._renders if self._robot else 0,
             "drift": self.drift.samples if self.drift else [],
             "timing": {

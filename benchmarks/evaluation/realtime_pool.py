@@ -14,13 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from openhelix.benchmarks.evaluation.measurement import Outcome, Watch
+from openhelix.benchmarks.evaluation.measurement import Outcome, Watch, switched
 from openhelix.benchmarks.evaluation.pool import Job
 from openhelix.benchmarks.evaluation.runner import FILM_SIZE
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.cli.film import film
 from openhelix.runtime.control.assembly import make
-from openhelix.runtime.control.episodes import Assignment
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig
 from openhelix.runtime.core.files import NO_ROOM, refusal_of
 from openhelix.runtime.core.interfaces import PolicySpec
@@ -67,10 +66,7 @@ class RealtimePool:
             try:
                 report = run_realtime(
                     self._config_of(job),
-                    [
-                        Assignment(t, i)
-                        for t, i in zip(episode.tasks, episode.instructions, strict=True)
-                    ],
+                    episode.assignments,
                     start_of(episode),
                     folder,
                     Display(live=False),
@@ -82,7 +78,7 @@ class RealtimePool:
                     raise
                 error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:300]
             done = [row["success"] for row in report.get("tasks", [])]
-            failed = len(done) < len(episode.tasks) or not all(done)
+            failed = len(done) < len(episode.tasks) or not all(done[episode.uncounted :])
             if job.film == "yes" or (job.film == "failed" and failed):
                 video = _film(folder)
         wall_s = time.perf_counter() - started_s
@@ -138,7 +134,8 @@ def _result(
         | dict(Watch.EMPTY)
         for row in report.get("tasks", ())
     ]
-    in_a_row = int(report.get("success_in_a_row", 0))
+    first, rows = rows[: episode.uncounted], rows[episode.uncounted :]
+    in_a_row = next((i for i, row in enumerate(rows) if not row["success"]), len(rows))
     s2 = (report.get("s2_latency_s") or {}).get("p50")
     age = report.get("latent_age_s") or {}
     if rows:  # the run's figures, which are of all tasks, stand in the first one's row
@@ -153,9 +150,9 @@ def _result(
         "scene": episode.scene,
         "groups": dict(episode.groups),
         "in_a_row": in_a_row,
-        "success": in_a_row == len(episode.tasks),
+        "success": in_a_row == len(episode.tasks) - episode.uncounted,
         "error": error,
-        "tasks": rows,
+        "tasks": switched(first, rows),
         "renders": 0,
         "drift": [],
         "timing": {

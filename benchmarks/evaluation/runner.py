@@ -41,7 +41,6 @@ from openhelix.runtime.control.assembly import (
     make_trigger,
     sync_planner,
 )
-from openhelix.runtime.control.episodes import Assignment
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.core.clock import FakeClock
 from openhelix.runtime.core.config import ConfigError, RunConfig
@@ -244,10 +243,7 @@ class Runner:
         try:
             stack.loop.arm()
             stack.episode_runner.run(
-                [
-                    Assignment(task, text)
-                    for task, text in zip(episode.tasks, episode.instructions, strict=True)
-                ],
+                episode.assignments,
                 lambda: False,
             )
         finally:
@@ -255,7 +251,7 @@ class Runner:
                 moving.close()
             if recorder is not None:
                 done = [result.success for result in stack.episode_runner.results]
-                succeeded = len(done) == len(episode.tasks) and all(done)
+                succeeded = len(done) == len(episode.tasks) and all(done[episode.uncounted :])
                 recorder.close(keep=not (only_failed and succeeded))
 
     def _stack(self, robot: EnvRobot, episode: Episode, conditions: Conditions) -> ControlStack:

@@ -15,16 +15,18 @@ from typing import Any
 import numpy as np
 
 from openhelix.benchmarks.calvin.env import PlayTableEnv
+from openhelix.benchmarks.calvin.expert_control import View
 from openhelix.benchmarks.calvin.motions import MovingBlock
 from openhelix.benchmarks.calvin.sequences import get_sequences, initial_state
 from openhelix.benchmarks.calvin.spaces import State
-from openhelix.benchmarks.calvin.starts import StartError, begin, carry_over
+from openhelix.benchmarks.calvin.starts import StartError, begin, carry_over, feasible
 from openhelix.benchmarks.evaluation.changing import Change, begin_changing
 from openhelix.benchmarks.evaluation.referring import begin as begin_referring
 from openhelix.benchmarks.evaluation.suites import Episode
 from openhelix.runtime.core.interfaces import F64
 
 DRAWS = 5  # of a start, each with another seed, before an episode is given up
+SWITCH_DRAWS = 40  # of one in which either of two tasks can be done
 
 
 def sequence_start(episode: Episode) -> tuple[F64, F64]:
@@ -41,7 +43,7 @@ def draw_start(env: Any, episode: Episode) -> Change | None:
         StartError: none was found.
     """
     failed = StartError("no draw")
-    for attempt in range(DRAWS):
+    for attempt in range(SWITCH_DRAWS if episode.switch_steps else DRAWS):
         rng = np.random.default_rng([*episode.draw, attempt])
         try:
             if episode.changing:
@@ -50,11 +52,20 @@ def draw_start(env: Any, episode: Episode) -> Change | None:
                 begin_referring(env, episode.groups["reference"], episode.tasks[0], rng)
             else:
                 begin(env, episode.tasks[0], rng)
+                _both(env, episode)
         except StartError as error:
             failed = error
         else:
             return None
     raise failed
+
+
+def _both(env: Any, episode: Episode) -> None:
+    """Raise StartError if a task that is to be done instead cannot be done from here."""
+    possible = feasible(View(env.scene, env.get_info()))
+    for task in episode.tasks[1:]:
+        if task not in possible:
+            raise StartError(f"{task}: not possible where {episode.tasks[0]} is")
 
 
 class Starts:

@@ -10,6 +10,7 @@ is made:
     calvin-d  grasping blocks that move (CALVIN-D), every lift task and pattern
     calvin-r  sentences that need the image (CALVIN-R), every reference and what it can mean,
               at the start or, `changing`, after what is meant has changed on the way
+    switch    a task whose sentence is replaced by another one on the way; the second counts
 
 The static pattern of calvin-d is its control: the same starts, nothing moves.
 """
@@ -31,12 +32,22 @@ from openhelix.benchmarks.calvin.scene import get_scene
 from openhelix.benchmarks.calvin.sequences import N_SEQUENCES, get_sequences
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS, get_task
 from openhelix.benchmarks.evaluation.referring import referred
+from openhelix.runtime.control.episodes import Assignment
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.plugins import none_of
 
-SUITES = ("tasks", "calvin", "calvin-e", "calvin-d", "calvin-r")
+SUITES = ("tasks", "calvin", "calvin-e", "calvin-d", "calvin-r", "switch")
 CHAINS = ("calvin", "calvin-e")  # scored by tasks in a row, not by success
 GRASP_TASKS = tuple(name for name, task in TASKS.items() if task.family == "lift")
+# Of "switch": what can be interrupted, and what can be done instead, whatever the hand holds.
+BEGUN = tuple(name for name in TASK_NAMES if not name.startswith(("place_in", "stack", "unstack")))
+FIXTURES: Mapping[str, tuple[str, ...]] = {
+    "slider": ("move_slider_left", "move_slider_right"),
+    "drawer": ("open_drawer", "close_drawer"),
+    "lightbulb": ("turn_on_lightbulb", "turn_off_lightbulb"),
+    "led": ("turn_on_led", "turn_off_led"),
+}
+SWITCH_STEPS = (8, 30)  # environment steps after which the second sentence comes
 
 
 class SuiteError(ValueError):
@@ -67,6 +78,8 @@ class Episode:
         draw: seed of a drawn start.
         motion: of the block to grasp.
         changing: whether what the sentence means comes to be the task on the way.
+        switch_steps: environment steps after which the last sentence takes the place of the one
+            before, whatever has become of that; the last task alone counts. 0: there is no such.
         groups: what results are grouped by, besides task and scene.
     """
 
@@ -80,7 +93,22 @@ class Episode:
     draw: tuple[int, ...] = ()
     motion: Motion | None = None
     changing: bool = False
+    switch_steps: int = 0
     groups: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def uncounted(self) -> int:
+        """How many of the tasks, from the first on, are not what it is scored on."""
+        return len(self.tasks) - 1 if self.switch_steps else 0
+
+    @property
+    def assignments(self) -> tuple[Assignment, ...]:
+        """What the robot is told, in order."""
+        steps = [self.switch_steps] * self.uncounted + [0] * len(self.tasks)
+        return tuple(
+            Assignment(task, said, replaced_after=after)
+            for task, said, after in zip(self.tasks, self.instructions, steps, strict=False)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -108,7 +136,7 @@ class Suite:
         count: sequences of a chain suite (the first of CALVIN's 1000); else episodes for each
             task, and for each pattern and speed of calvin-d.
         seed: of starts, wording and the policy's noise.
-        tasks: which tasks of "tasks" or "calvin-d"; () for all.
+        tasks: which tasks of "tasks" or "calvin-d", or which to begin with of "switch"; () for all.
         patterns, speeds: of calvin-d; speeds are names of `motions.PRESETS` or m/s.
         phrases: of calvin-e: "seen", "unseen", "all", or a file `{task: [sentence]}`.
         changing: of calvin-r: what a sentence means changes on the way; see `changing.py`.
@@ -153,7 +181,7 @@ class Suite:
         self._check_choices()
 
     def _check_choices(self) -> None:
-        valid = GRASP_TASKS if self.name == "calvin-d" else TASK_NAMES
+        valid = {"calvin-d": GRASP_TASKS, "switch": BEGUN}.get(self.name, TASK_NAMES)
         for task in self.tasks:
             if self.is_chain:
                 raise SuiteError(f"--tasks: {self.name} is made of CALVIN's chains; leave it out")
@@ -209,7 +237,12 @@ class Suite:
 
     def episodes(self) -> list[Episode]:
         """Return the list; the same settings give the same list."""
-        make = {"tasks": self._single, "calvin-d": self._moving, "calvin-r": self._referred}
+        make = {
+            "tasks": self._single,
+            "calvin-d": self._moving,
+            "calvin-r": self._referred,
+            "switch": self._switched,
+        }
         return make.get(self.name, self._chains)()
 
     def _referred(self) -> list[Episode]:
@@ -236,6 +269,31 @@ class Suite:
             for n in range(self.count):
                 for task in self.tasks or TASK_NAMES:
                     episodes.append(self._drawn(len(episodes), scene, task, n))
+        return episodes
+
+    def _switched(self) -> list[Episode]:
+        episodes: list[Episode] = []
+        for scene in self.scenes:
+            for n in range(self.count):
+                for first in self.tasks or BEGUN:
+                    key = f"{scene}/{first}/{n}"
+                    draw = (zlib.crc32(f"switch {key}".encode()), self.seed)
+                    rng = np.random.default_rng(draw)
+                    others = [name for name in FIXTURES if name not in first]
+                    second = str(rng.choice(FIXTURES[str(rng.choice(others))]))
+                    episodes.append(
+                        Episode(
+                            index=len(episodes),
+                            key=key,
+                            scene=scene,
+                            tasks=(first, second),
+                            instructions=(get_task(first).sentence, get_task(second).sentence),
+                            seed=_seed(self.seed, f"switch {key}"),
+                            draw=draw,
+                            switch_steps=int(rng.integers(SWITCH_STEPS[0], SWITCH_STEPS[1] + 1)),
+                            groups={"begun": TASKS[first].family},
+                        )
+                    )
         return episodes
 
     def _moving(self) -> list[Episode]:

@@ -46,6 +46,7 @@ class Assignment:
     said: int = 0  # which of the sayings it is (`talk.Said`); 0: it was there from the start
     who: str = ""  # said it
     t_ns: int = 0  # when
+    replaced_after: int = 0  # environment steps after which the next one takes its place; 0: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +194,11 @@ class EpisodeRunner:
                 break
             self._count(tick, begun_ns)
             reason = self._verdict(success, tick, stop) or _wrong(done)
+            if not reason and 0 < assignment.replaced_after <= self.steps:
+                reason = "replaced"
         self.talk.follows("")
-        judged = success if assignment.task and not self._ended_by_words() else None
+        unjudged = not assignment.task or reason == "replaced" or self._ended_by_words()
+        judged = None if unjudged else success
         self._tell("ended", reason, success=judged)
         return self._result(assignment, judged, reason)
 

@@ -90,6 +90,25 @@ def test_a_chain_ends_at_its_first_failure(runner):
     assert result["tasks"][1]["reason"] == "step limit"
 
 
+def test_a_sentence_that_replaces_another_is_what_counts(runner):
+    pair = chain("open_drawer", "turn_on_led")
+    result = run(runner, replace(pair, switch_steps=9), latency=4).result
+    (row,) = result["tasks"]
+    assert row["task"] == "turn_on_led" and row["success"] and result["success"]
+    assert row["replaced"] == {
+        "task": "open_drawer",
+        "success": None,
+        "env_steps": 9,
+        "reason": "replaced",
+    }
+    assert row["reaction_steps"] == row["hold_steps"] >= 4  # until its own latent came
+    first, *_ = run(runner, replace(chain("turn_on_led", "open_drawer"), switch_steps=39)).result[
+        "tasks"
+    ]
+    assert first["replaced"]["success"] and first["replaced"]["reason"] == "success"
+    assert first["task"] == "open_drawer" and not first["success"]
+
+
 def test_each_task_of_a_chain_starts_from_the_world_as_it_is(runner):
     """The second pressing turns the LED off: judged since the first, it would be no change."""
     twice = chain("turn_on_led", "turn_off_led", instructions=(LED, LED))
@@ -140,8 +159,8 @@ def test_latents_that_are_not_computed_change_nothing(runner, monkeypatch, inter
     assert len(ways[0]) >= 40 and np.array_equal(ways[0], ways[1])
 
 
-def eager(engine, camera, interval, latency, memory, draw_now):
-    return LockstepGoals(engine, camera, interval, latency, memory)
+def eager(engine, camera, interval, latency, memory, draw_now, trigger):
+    return LockstepGoals(engine, camera, interval, latency, memory, trigger=trigger)
 
 
 def test_latency_makes_the_first_latent_late_and_the_others_older(runner):

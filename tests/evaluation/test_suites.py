@@ -10,7 +10,15 @@ from openhelix.benchmarks.calvin.motions import PATTERNS
 from openhelix.benchmarks.calvin.phrases import calvin_e
 from openhelix.benchmarks.calvin.sequences import get_sequences
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS
-from openhelix.benchmarks.evaluation.suites import GRASP_TASKS, SUITES, Episode, Suite, spread
+from openhelix.benchmarks.evaluation.suites import (
+    BEGUN,
+    FIXTURES,
+    GRASP_TASKS,
+    SUITES,
+    Episode,
+    Suite,
+    spread,
+)
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -81,6 +89,17 @@ def test_calvin_d_moves_the_block_to_grasp_from_the_same_starts():
         next(e.motion for e in mine if e.groups["motion"] == f"left {s}") for s in ("paper", "x5")
     )
     assert fast.speed_m_s == pytest.approx(5 * slow.speed_m_s) and slow.speed_m_s > 0
+
+
+def test_switch_has_a_second_task_that_the_first_does_not_touch():
+    found = Suite("switch", count=3).episodes()
+    assert {e.tasks[0] for e in found} == set(BEGUN)
+    assert {e.tasks[1] for e in found} == {task for tasks in FIXTURES.values() for task in tasks}
+    for e in found:
+        (fixture,) = (name for name, tasks in FIXTURES.items() if e.tasks[1] in tasks)
+        assert fixture not in e.tasks[0] and 8 <= e.switch_steps <= 30 and e.uncounted == 1
+        assert [a.replaced_after for a in e.assignments] == [e.switch_steps, 0]
+        assert e.instructions == tuple(a.instruction for a in e.assignments)
 
 
 def test_episodes_to_film_are_spread_over_the_list():

@@ -72,6 +72,19 @@ def test_a_sentence_of_ones_own_is_never_failed_and_the_world_says_what_it_saw()
     assert line == f"near after {result.seen[0].steps} steps"
 
 
+def test_a_list_can_say_after_how_many_steps_the_next_one_comes() -> None:
+    stack = make("tasks.steps_limit=20", "tasks.stop_at_failure=true")
+    begun = [Assignment("far", FAR, replaced_after=6), Assignment("near", NEAR)]
+    results = stack.episode_runner.run(begun, never)
+    assert next((r.task, r.success, r.reason, r.env_steps) for r in results) == (
+        "far",
+        None,  # what it would have come to nobody knows; the list goes on
+        "replaced",
+        6,
+    )
+    assert results[1].task == "near" and results[1].success
+
+
 def test_what_a_person_says_replaces_the_rest_of_a_list() -> None:
     stack = make("tasks.steps_limit=20")
     at(stack, (5, FAR, "anna"))
