@@ -51,6 +51,7 @@ class FaultArm(FakeRobot):
         *("freeze", "pixels", "alternate"),  # a camera: no new frame, old pixels, two in turn
         *("shape", "future_frame"),  # a camera: frames of another size, or of in an hour
         *("nan", "future", "stale"),  # the state: not a number, of in an hour, always the same
+        *("future_once", "future_frame_once"),  # a single state, a single frame
         *("hang", "slow", "fail", "fail_send"),  # calls: 3 s, 0.2 s each, errors
         "none",
     )
@@ -79,7 +80,8 @@ class FaultArm(FakeRobot):
         seen = super().get_observation()
         if self._order == "nan":
             return replace(seen, tcp_pose=np.full(7, np.nan))
-        if self._order == "future":
+        if self._order in ("future", "future_once"):
+            self._over("future_once")
             return replace(seen, t_ns=seen.t_ns + HOUR_NS)
         if self._order == "stale" and self._seen is not None:
             return self._seen
@@ -112,9 +114,14 @@ class FaultArm(FakeRobot):
             return replace(frame, rgb=kept.rgb)
         if self._order == "shape":
             return replace(frame, rgb=frame.rgb[::2, ::2], depth=None)
-        if self._order == "future_frame":
+        if self._order in ("future_frame", "future_frame_once"):
+            self._over("future_frame_once")
             return replace(frame, t_ns=frame.t_ns + HOUR_NS)
         return frame
+
+    def _over(self, order: str) -> None:
+        if self._order == order:
+            self._order = "none"
 
     def _read_order(self) -> None:
         if self._file is None or not self._file.exists():

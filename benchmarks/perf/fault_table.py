@@ -101,6 +101,12 @@ def twice(stage: Stage) -> None:
     stage.system.kill("head", signal.SIGINT)
 
 
+def halted_then_killed(stage: Stage) -> None:
+    """Somebody has halted a part that the end of the command does not reach."""
+    stage.system.kill("system2", signal.SIGSTOP)
+    stage.system.kill("head")
+
+
 def hangs_up(stage: Stage) -> None:
     """The terminal is closed, or the reader of a pipe ends."""
     os.close(stage.system.ours)
@@ -278,6 +284,10 @@ def _endings() -> Iterator[Fault]:
         quick=True,
         report=False,
     )
+    yield Fault(
+        *("kill -9 of the command, System 2 halted", kind, halted_then_killed, "ends", 0.2, BOTH),
+        report=False,
+    )
     for number in SIGNALS:
         act = sends("head", number)
         on = ALL if number == signal.SIGINT else BOTH
@@ -355,6 +365,8 @@ def _cameras_and_states() -> Iterator[Fault]:
     yield Fault("two pictures in turn", kind, orders("alternate static"), "stops", frozen_s)
     yield Fault("frames of another size", kind, orders("shape static"), "stops", frozen_s)
     yield Fault("frames an hour ahead", kind, orders("future_frame static"), "stops", frozen_s)
+    once = orders("future_frame_once static")
+    yield Fault("one frame an hour ahead", kind, once, "goes on", 0.3)
     for order in ("freeze", "alternate"):
         yield Fault(
             *(f"System 2's camera alone: {order}", kind, orders(f"{order} static"), "stops"),
@@ -368,6 +380,7 @@ def _cameras_and_states() -> Iterator[Fault]:
     ):
         on = ALL if order == "fail" else ("plain",)
         yield Fault(name, kind, orders(order), "stops", STATE_S + 0.15, on)
+    yield Fault("one state an hour ahead", kind, orders("future_once"), "goes on", 0.3)
     yield Fault("it answers after 3 s", kind, orders("hang"), "resumes", 3.3)
     yield Fault("it answers after 0.2 s", kind, orders("slow"), "goes on", 0.5)
 

@@ -90,6 +90,7 @@ class ControlLoop:
         self.order: Order = ""  # keeps the robot still, whatever is planned
         self._resting = False  # it follows no instruction
         self._standing = False  # the robot was told to stop
+        self._believed = True  # what the robot showed last is of the time that it says
 
     @property
     def stopped(self) -> bool:
@@ -186,6 +187,9 @@ class ControlLoop:
     def observe(self) -> Observation:
         """Read the robot's newest state, stamped with the instruction it is seen under.
 
+        What is stamped in the future, or is no picture of its camera, is shown to neither system:
+        the next one would not be due before that time.
+
         Raises:
             RobotError: the robot does not answer, or not with a pose.
         """
@@ -203,11 +207,12 @@ class ControlLoop:
             self.instruction_id,
         )
         now_ns = self.clock.now_ns()
-        self.watchdog.saw("proprioception", observation.t_ns, now_ns)
+        believed = self.watchdog.saw("proprioception", observation.t_ns, now_ns)
         for name in self.watchdog.cameras:
             frame = observation.frames.get(name)
             if frame is not None:
-                self.watchdog.saw_frame(name, frame, observation.tcp_pose, now_ns)
+                believed &= self.watchdog.saw_frame(name, frame, observation.tcp_pose, now_ns)
+        self._believed = believed
         return observation
 
     def condition(self, observation: Observation, now_ns: int) -> LatentGoal | None:
@@ -220,6 +225,8 @@ class ControlLoop:
             return None
         if self._resting:
             self.watchdog.expect_latent(now_ns)  # none is due
+            return None
+        if not self._believed:
             return None
         acted = not refused(self.goals)
         latent = self.goals.update(observation, now_ns)
@@ -245,7 +252,7 @@ class ControlLoop:
         # First what has come, or a System 1 that is free again would wait a tick for its next
         # input; then again, for one that answers at once.
         chunk = self.planner.poll(now_ns)
-        if self.goals is None or self.goals.recent:
+        if self._believed and (self.goals is None or self.goals.recent):
             self.planner.offer(observation, tuple(self.goals.recent) if self.goals else ())
         chunk = chunk or self.planner.poll(now_ns)
         if chunk is None:

@@ -313,6 +313,7 @@ class _Camera:
 
     def __init__(self) -> None:
         self.frame_t_ns = -1
+        self.refused_t_ns: int | None = None  # of the newest frame that is not believed
         self.shape: tuple[int, ...] = ()  # of all its frames, as the first one's
         self._pictures: deque[_Picture] = deque(maxlen=self.PICTURES)
         self.repeats = 0  # frames in a row whose picture had been seen before
@@ -382,28 +383,44 @@ class Watchdog:
         if "latent" in self._max_age_s:
             self._newest_ns["latent"] = now_ns
 
-    def saw(self, source: str, t_ns: int, now_ns: int) -> None:
-        """Note a datum of `source` ("proprioception", "latent") captured at `t_ns`."""
+    def saw(self, source: str, t_ns: int, now_ns: int) -> bool:
+        """Note a datum of `source` ("proprioception", "latent") captured at `t_ns`.
+
+        Returns:
+            Whether it is believed. One that is not must not be used either: whoever waits for
+            the next one would wait until the time that it is stamped with.
+        """
         if source not in self._max_age_s:
-            return
+            return True
         if t_ns - now_ns > self.FUTURE_S * 1e9:
             self.future_refused += 1
-            return
+            return False
         self._newest_ns[source] = max(t_ns, self._newest_ns.get(source, t_ns))
+        return True
 
-    def saw_frame(self, name: str, frame: CameraFrame, tcp_pose: F64, now_ns: int) -> None:
-        """Note a camera's frame and where the arm was; compares pixels if it is a new one."""
+    def saw_frame(self, name: str, frame: CameraFrame, tcp_pose: F64, now_ns: int) -> bool:
+        """Note a camera's frame and where the arm was; compares pixels if it is a new one.
+
+        Returns:
+            Whether it is believed, as of `saw`, and of its camera's size.
+        """
         camera = self._cameras.get(name)
         if camera is None or frame.t_ns == camera.frame_t_ns:
-            return
+            return True
+        if frame.t_ns == camera.refused_t_ns:
+            return False  # and counted
         camera.shape = camera.shape or frame.rgb.shape
         if frame.rgb.shape != camera.shape:
             self.misshapen += 1  # not this camera's: it is silent
-            return
-        self.saw(f"camera:{name}", frame.t_ns, now_ns)
+            camera.refused_t_ns = frame.t_ns
+            return False
+        if not self.saw(f"camera:{name}", frame.t_ns, now_ns):
+            camera.refused_t_ns = frame.t_ns
+            return False
         camera.frame_t_ns = frame.t_ns
         x, y, z = tcp_pose[:3].tolist()
         camera.see(frame.rgb, (x, y, z))
+        return True
 
     def ages_s(self, now_ns: int) -> Mapping[str, float]:
         """Return the age of each source's newest datum, in seconds."""

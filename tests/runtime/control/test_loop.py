@@ -27,6 +27,7 @@ from openhelix.runtime.core.interfaces import (
     CameraSpec,
     LatentGoal,
     LatentSpec,
+    Observation,
     PartFailed,
     PolicyFault,
     SpecMismatch,
@@ -277,6 +278,49 @@ def test_after_a_stop_the_old_goal_is_dead() -> None:
     before, after = (np.array([x for _, x in rows]) for rows in (said[:first], said[last + 1 :]))
     assert (np.diff(before[2:]) <= 0).all() and before[-1] < before[0] - 0.02
     assert (np.diff(after) >= 0).all() and after[-1] > after[0] + 0.02
+
+
+def ahead(seen: Observation, what: str) -> Observation:
+    """Return what a driver shows whose state or frame is, this once, not to be believed."""
+    hour_ns, frame = 3600 * 10**9, seen.frames["static"]
+    if what == "state":
+        return replace(seen, t_ns=seen.t_ns + hour_ns)
+    wrong = replace(frame, t_ns=frame.t_ns + hour_ns)
+    if what == "size":
+        wrong = replace(frame, rgb=np.zeros((2, 2, 3), np.uint8))
+    return replace(seen, frames={**seen.frames, "static": wrong})
+
+
+@pytest.mark.parametrize("what", ["state", "frame", "size"])
+def test_one_reading_that_is_not_believed_silences_neither_system(
+    what: str, monkeypatch: Any
+) -> None:
+    config = load(None, ["control.clock=lockstep", "tasks.steps_limit=10000"])
+    clock, mail = FakeClock(), Mailbox()
+    arm = FakeRobot(clock=clock, lag_s=0.02)
+    arm.connect()
+    policy = ReachPolicy(cameras=[CameraSpec("static", 200, 200)], speed_m=0.001)
+    goals = WireGoals(mail, mail, "r", "static", 1, max_age_s=2.5)
+    goals.expect(LATENT)
+    planner = SyncPlanner(policy, 1)
+    stack = build_stack(config, arm, policy.spec, planner, goals, clock)
+    see, shown = arm.get_observation, []
+    monkeypatch.setattr(
+        arm, "get_observation", lambda: ahead(see(), what) if stack.loop.ticks == 20 else see()
+    )
+
+    def look(tick: Any) -> None:
+        shown.append((tick.state, mail.sent, len(planner.latencies_s)))
+        now_ns, z = clock.now_ns(), np.full((1, 8), 0.5, np.float32)
+        mail.latents.append(LatentGoal(z, 0, 1, now_ns, 0, LATENT.spec_id))
+
+    stack.loop.subscribers.append(look)
+    stack.loop.arm()
+    stack.episode_runner.run([Assignment("", "reach 0 0 0.5")], lambda: stack.loop.ticks > 180)
+    (_, images, plans), (_, one_image, one_plan) = shown[19], shown[20]
+    assert (one_image, one_plan) == (images, plans)  # that one is shown to neither
+    assert {state for state, *_ in shown[20:]} == {"run"}
+    assert shown[-1][1] - images > 30 and shown[-1][2] - plans > 150
 
 
 def test_system2s_camera_is_watched_though_the_policy_looks_through_another() -> None:

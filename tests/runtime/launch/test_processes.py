@@ -224,3 +224,26 @@ def test_a_child_whose_parent_was_killed_ends_though_its_main_thread_hears_nothi
     _, alive = psutil.wait_procs([child], timeout=60)
     parent.stdout.close()
     assert not alive
+
+
+def test_a_child_that_was_halted_ends_with_its_parent_and_in_order(tmp_path: Path) -> None:
+    nodes = [spec(tmp_path, "halted"), spec(tmp_path, "other")]
+    texts = [node.to_json() for node in nodes]
+    starts = (
+        "import time\n"
+        "from pathlib import Path\n"
+        "from openhelix.runtime.launch.node import NodeSpec\n"
+        "from openhelix.runtime.launch.processes import ProcessHost\n"
+        f"ProcessHost(Path({str(tmp_path)!r})).start([NodeSpec.from_json(t) for t in {texts!r}])\n"
+        "time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", starts])
+    children = [psutil.Process(health(node, "ready")["pid"]) for node in nodes]
+    children[0].suspend()
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    for child in alive:
+        child.kill()
+    assert not alive
+    assert "closed" in (tmp_path / "halted.log").read_text()
