@@ -27,6 +27,8 @@ from openhelix.benchmarks.evaluation.runner import Runner
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig
 from openhelix.runtime.core.interfaces import F32, Engine, Judgement, LatentSpec, judged
+from openhelix.runtime.launch.actors import join
+from openhelix.runtime.launch.graph import cluster_address, probe_cluster
 
 log = logging.getLogger(__name__)
 TRIES = 2
@@ -272,11 +274,14 @@ class RayPool:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self._config.ray_address is not None:
-            options["address"] = self._config.ray_address
-        else:
-            cpus = self.workers * self._threads + 1
-            # "local": the cluster that somebody else runs on this machine is not ours.
-            options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+            address = cluster_address(self._config.ray_address)
+            probe_cluster(address)
+            join(address, **options)
+            self._owns_ray = True
+            return
+        cpus = self.workers * self._threads + 1
+        # "local": the cluster that somebody else runs on this machine is not ours.
+        options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
         for attempt in range(STARTS):
             try:
                 ray.init(**options)

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import ray
 from ray._private.services import canonicalize_bootstrap_address_or_die
-from ray.exceptions import AuthenticationError, RayActorError
+from ray.exceptions import AuthenticationError, RayActorError, RpcError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -156,21 +156,11 @@ class RayNode:
                 "resources": self._resources,
                 "include_dashboard": False,
             }
-        else:
-            options["address"] = self._address
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        try:
-            if self._address is not None:
-                # `init` would ask again for half a minute before it says that a token is wrong.
-                ray._raylet.GcsClient(address=canonicalize_bootstrap_address_or_die(self._address))
+        if self._address is None:
             ray.init(**options)
-        except AuthenticationError as error:
-            text = " ".join(str(error).split(".")[0].split())
-            raise CommandFailed(
-                f"ray_address: {text}; this host needs the cluster's token in ~/.ray/auth_token"
-            ) from None
-        except ConnectionError:
-            raise CommandFailed(no_cluster(str(self._address))) from None
+        else:
+            join(self._address, **options)
 
     def _place(self, spec: NodeSpec, here: str) -> None:
         pinned = self._address is not None and spec.here
@@ -199,6 +189,30 @@ class RayNode:
                 except RayActorError:
                     found[name] = "died"
         return found
+
+
+def join(address: str, **options: Any) -> None:
+    """Make this process a driver of a cluster that runs.
+
+    Args:
+        address: as `graph.cluster_address` gives it, and looked at by `graph.probe_cluster`.
+        options: of `ray.init`.
+
+    Raises:
+        CommandFailed: no cluster answers, or it does not take this host's token.
+    """
+    try:
+        # `init` would ask again for half a minute before it says that a token is wrong.
+        ray._raylet.GcsClient(address=canonicalize_bootstrap_address_or_die(address))
+        ray.init(address=address, **options)
+    except AuthenticationError as error:
+        text = " ".join(str(error).split(".")[0].split())
+        raise CommandFailed(
+            f"ray_address: {text}; this host needs the cluster's token in ~/.ray/auth_token, and "
+            "RAY_AUTH_MODE=token in the environment"
+        ) from None
+    except (ConnectionError, RpcError):
+        raise CommandFailed(no_cluster(address)) from None
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -81,6 +81,8 @@ RAY = "ray"  # the node that has Ray host the movable ones
 RAY_PORT = 6379  # Ray's own default
 RAY_DAEMON = "raylet"  # on each host of a cluster
 PROBE_S = 3.0  # for a host to answer at all
+# What begins a gRPC connection, and settings that change nothing; the server answers with its own.
+GREETING: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 CONNECT_S = 10.0  # for a cluster to let this host in
 CLOSE_S, RAY_CLOSE_S = 5.0, 15.0  # for processes to end in order; what hangs is killed
 # A control loop that crashed must not start again by itself beside a moving arm, and a world
@@ -438,10 +440,10 @@ def cluster_address(text: str) -> str:
 
 
 def probe_cluster(address: str) -> None:
-    """Find out at once whether anybody listens: Ray itself takes minutes to give up.
+    """Find out at once whether a cluster listens: Ray itself takes minutes to give up.
 
     Raises:
-        CommandFailed: nobody does.
+        CommandFailed: nobody does, or who does speaks another protocol than Ray.
     """
     if address == "auto":
         # Ray looks for it on this host; whoever joins a cluster needs Ray's own daemon beside him.
@@ -452,10 +454,26 @@ def probe_cluster(address: str) -> None:
     # A cluster of this host may listen at its name's address alone.
     hosts = [host, socket.gethostname()] if is_local(f"tcp://{address}") else [host]
     for name in hosts:
-        with contextlib.suppress(OSError):
-            socket.create_connection((name, int(port)), PROBE_S).close()
-            return
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((name, int(port)), PROBE_S) as peer,
+        ):
+            if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true") or _greets(peer):
+                return
     raise CommandFailed(no_cluster(address))
+
+
+def _greets(peer: socket.socket) -> bool:
+    """Whether who listens begins as a gRPC server does, within `PROBE_S`.
+
+    Raises:
+        OSError: the connection breaks, or nothing comes.
+    """
+    peer.sendall(GREETING)
+    head = b""
+    while len(head) < 9 and (part := peer.recv(9 - len(head))):
+        head += part
+    return len(head) == 9 and head[3] == 4 and head[5:] == bytes(4)  # settings, of no stream
 
 
 def _runs(name: str) -> bool:

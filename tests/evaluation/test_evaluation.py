@@ -19,7 +19,7 @@ from openhelix.benchmarks.evaluation.pool import LocalPool
 from openhelix.benchmarks.evaluation.report import write_reports
 from openhelix.benchmarks.evaluation.results import ResultsError, read_results
 from openhelix.benchmarks.evaluation.suites import Suite
-from openhelix.runtime.core.config import ConfigError, Part
+from openhelix.runtime.core.config import CommandFailed, ConfigError, Part
 from tests.evaluation.small import small_config, small_plan, untimed
 
 SUITE = Suite("tasks", count=2, tasks=("turn_on_led", "open_drawer", "lift_red_block_table"))
@@ -145,6 +145,24 @@ def test_a_report_plays_films_lists_episodes_and_shows_failures(pool, tmp_path):
     assert page.count('data-result="failure"') == len(failed)
     assert "&#10007;" in page  # a cross, for whoever does not see the colours
     assert (tmp_path / "r" / "plots" / "tasks.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("address", "kind", "told"),
+    [
+        ("localhost:1", CommandFailed, r"^ray_address: no Ray cluster answers at '127.0.0.1:1'"),
+        ("ray://head:10001", ConfigError, r"^ray_address: 'ray://head:10001'; write auto, HOST"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_told_before_ray_is_asked(
+    address: str, kind: type[Exception], told: str
+) -> None:
+    from openhelix.benchmarks.evaluation.ray_pool import RayPool
+
+    pool = RayPool(small_config(f"ray_address={address}"), 2)
+    with pytest.raises(kind, match=told):
+        pool.start()
+    pool.close()
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,6 @@ def test_what_is_no_clusters_address_is_refused_before_anything_starts(
 def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        probe_cluster(f"127.0.0.1:{port}")
     reach = "system1.policy={target: 'tests.fakes:ReachPolicy'}"
     run = graph(tmp_path, reach, "ray=true", f"ray_address=localhost:{port}")
     try:
@@ -111,6 +110,56 @@ def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
         assert not (tmp_path / "logs").exists()
     finally:
         run.close()
+
+
+def answering(listener: socket.socket, words: bytes) -> None:
+    """Be a server that greets everybody with the same words."""
+    while True:
+        try:
+            peer, _ = listener.accept()
+        except OSError:
+            return
+        with peer:
+            peer.recv(4096)
+            peer.sendall(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_one"),
+    [
+        (bytes((0, 0, 6, 4, 0, 0, 0, 0, 0)) + bytes(6), True),  # settings, as gRPC sends them
+        (b"HTTP/1.0 400 Bad Request\r\n\r\n", False),
+        (bytes((0, 0, 8, 7, 0, 0, 0, 0, 0)) + bytes(8), False),  # go away
+        (b"\0\0", False),
+        (b"", False),
+    ],
+)
+def test_who_listens_at_a_clusters_address_and_is_none_is_told_at_once(
+    words: bytes, is_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_module, "PROBE_S", 20.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        server = threading.Thread(target=answering, args=(listener, words), daemon=True)
+        server.start()
+        if is_one:
+            probe_cluster(address)
+        else:
+            with pytest.raises(CommandFailed, match=r"^ray_address: no Ray cluster answers at"):
+                probe_cluster(address)
+        listener.shutdown(socket.SHUT_RDWR)
+    server.join(20)
+
+
+def test_a_listener_that_says_nothing_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_module, "PROBE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(CommandFailed, match=r"^ray_address: no Ray cluster answers at"):
+            probe_cluster(address)
+        # Nothing can be read from one that wants TLS.
+        monkeypatch.setenv("RAY_USE_TLS", "1")
+        probe_cluster(address)
 
 
 def test_no_cluster_on_this_host_is_told_without_asking_ray(
