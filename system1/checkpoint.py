@@ -25,6 +25,7 @@ from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import (
     BadFile,
     check_finite,
+    check_kinds,
     load_tensors,
     load_torch,
     read_json,
@@ -88,7 +89,8 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load a state dict whose names and shapes must be exactly the model's.
 
     Raises:
-        BadFile: naming the missing, extra and misshapen parameters, or one that is not finite.
+        BadFile: naming the missing, extra and misshapen parameters, or one that is not finite or of
+            another kind of number.
     """
     want = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     have = {name: tuple(t.shape) for name, t in state.items()}
@@ -102,6 +104,7 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     if lines:
         shown = "; ".join(lines[:20]) + (f"; and {len(lines) - 20} more" if lines[20:] else "")
         raise CheckpointError(f"{where}: {len(lines)} parameters do not fit: {shown}")
+    check_kinds(state, where, model.state_dict())
     check_finite(state, where)
     model.load_state_dict(state)
 
@@ -154,6 +157,7 @@ def load_policy(folder: Path | str) -> Network:
 
 def _read_normalizer(path: Path, horizon: int) -> Normalizer:
     scales, _ = load_tensors(path, ("offset", "scale"))
+    check_kinds(scales, str(path))
     for name, values in scales.items():
         if values.ndim != 2 or values.shape[1] != 9 or len(values) not in (1, horizon):
             raise CheckpointError(

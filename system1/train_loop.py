@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from openhelix.runtime.core.files import (
     BadFile,
+    check_kinds,
     load_tensors,
     read_json,
     replace_file,
@@ -244,6 +245,7 @@ def load_state(
     learned = {f"ema.{n}" for n in trained(model)}
     if set(weights) != {n for n in model.state_dict() if keep(n)} or not learned <= set(tensors):
         raise BadFile(f"{folder / STATE}: belongs to another network")
+    check_kinds(weights, str(folder / STATE), model.state_dict())
     model.load_state_dict(weights, strict=False)
     for name, p in trained(model).items():
         ema.values[name] = tensors[f"ema.{name}"].to(p.device)

@@ -35,6 +35,7 @@ from torch.nn.functional import gelu
 
 from openhelix.runtime.core.files import (
     as_record,
+    check_kinds,
     load_tensors,
     parse_object,
     save_tensors,
@@ -468,7 +469,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
     """Load tensors whose names and shapes must be exactly the module's.
 
     Raises:
-        CheckpointError: naming one that is missing, extra or of another shape.
+        BadFile: naming one that is missing, extra, of another shape or of another kind of number.
     """
     want = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     have = {name: tuple(t.shape) for name, t in state.items()}
@@ -478,6 +479,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
         if name in want and name in have:
             what = f"has shape {have[name]}, needs {want[name]}"
         raise CheckpointError(f"{where}: {name} {what}")
+    check_kinds(state, where, module.state_dict())
     module.load_state_dict(state)
 
 

@@ -29,6 +29,7 @@ from openhelix.runtime.core.files import (
     BadFile,
     as_record,
     check_finite,
+    check_kinds,
     load_tensors,
     parse_object,
     read_json,
@@ -215,7 +216,7 @@ def load_vision(model: Any, weights: dict[str, Any]) -> None:
     """Put tower and projector weights into a LLaVA, strictly.
 
     Raises:
-        CheckpointError: a tensor is missing, extra or of another shape.
+        BadFile: a tensor is missing, extra, of another shape or of another kind of number.
     """
     for name in ("vision_tower", "multi_modal_projector"):
         part = {k.split(".", 1)[1]: v for k, v in weights.items() if k.startswith(name + ".")}
@@ -226,6 +227,7 @@ def load_vision(model: Any, weights: dict[str, Any]) -> None:
         if have != got:
             odd = sorted(set(have.items()) ^ set(got.items()))[:3]
             raise CheckpointError(f"vision weights: {name} does not fit, for example {odd}")
+        check_kinds(part, f"vision weights: {name}", module.state_dict())
         module.load_state_dict(part, strict=False)
 
 
@@ -803,6 +805,7 @@ def _join_small(out: Path, base: Path, language: Path, key: str) -> None:
     model = load_llava(base, torch.float32)
     weights: dict[str, Any] = dict(model.model.language_model.named_parameters())
     parts, about = load_tensors(language)
+    check_kinds(parts, str(language))
     try:
         scale = float(about["scale"])
     except (KeyError, ValueError):

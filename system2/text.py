@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 from openhelix.runtime.core.files import (
     BadFile,
     as_record,
+    check_kinds,
     load_tensors,
     parse_object,
     save_tensors,
@@ -120,6 +121,7 @@ class TextCode:
         """
         with told_as(TextError, "text"):
             tensors, metadata = load_tensors(path, ("mean", "spread", "basis"))
+            check_kinds(tensors, str(path))
             where = f"{path}: its account of the code"
             about = as_record(_About, parse_object(metadata.get("text", ""), where), where)
             width = tensors["mean"].numel()

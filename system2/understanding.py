@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from openhelix.runtime.core.files import (
     as_record,
+    check_kinds,
     load_tensors,
     parse_object,
     save_tensors,
@@ -152,6 +153,7 @@ class Understanding(nn.Module):
             # Compared before anything of that size is made.
             if inner is None or inner.shape != (about.width, len(about.layers) * about.hidden):
                 raise CheckpointError(f"{path}: its tensors and its account do not fit each other")
+            check_kinds(state, str(path))
             head = cls(**{name: getattr(about, name) for name in _About.__slots__})
             load_strictly(head, {name: tensor.float() for name, tensor in state.items()}, str(path))
         return head.eval().requires_grad_(False)

@@ -44,7 +44,13 @@ from openhelix.benchmarks.training.progress import Showing
 from openhelix.benchmarks.training.start import start_from_table
 from openhelix.benchmarks.training.told import prepare_told
 from openhelix.runtime.core.config import CommandFailed, ConfigError
-from openhelix.runtime.core.files import BadFile, load_tensors, replace_file, save_tensors
+from openhelix.runtime.core.files import (
+    BadFile,
+    check_kinds,
+    load_tensors,
+    replace_file,
+    save_tensors,
+)
 from openhelix.system1.checkpoint import WEIGHTS, Network, load_policy, load_strict, save_policy
 from openhelix.system1.data import Cache
 from openhelix.system1.latent_adapter import adapt_to_latent, task_anchors, with_latent
@@ -374,6 +380,7 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
         load_strict(learner.aux, load_tensors(before / AUX)[0], str(before / AUX))
         if (before / LANGUAGE).is_file():
             learned, _ = load_tensors(before / LANGUAGE)
+            check_kinds(learned, str(before / LANGUAGE), model.state_dict())
             unknown = model.load_state_dict(learned, strict=False).unexpected_keys
             if unknown:
                 raise BadFile(f"{before / LANGUAGE}: {unknown[0]} is not of {section.model}")

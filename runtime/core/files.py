@@ -288,6 +288,28 @@ def check_finite(tensors: Mapping[str, Any], where: str) -> None:
             raise BadFile(f"{where}: {name} has values that are not finite")
 
 
+def check_kinds(
+    tensors: Mapping[str, Any], where: str, wanted: Mapping[str, Any] | None = None
+) -> None:
+    """Raise `BadFile` where a tensor has whole numbers and those it is read for have fractions.
+
+    torch copies either into the other without a word, and the numbers mean something else then.
+
+    Args:
+        tensors: what a file has, by name.
+        where: the file; the line begins with it.
+        wanted: what each is read for; those not named are of fractions.
+    """
+    like = wanted or {}
+    for name, tensor in tensors.items():
+        fractions = name not in like or like[name].is_floating_point()
+        if tensor.is_floating_point() != fractions:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise BadFile(
+                f"{where}: {name} is {kind}, needs {'fractions' if fractions else 'whole numbers'}"
+            )
+
+
 def save_tensors(
     path: Path | str, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:

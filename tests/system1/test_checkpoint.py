@@ -239,6 +239,8 @@ SCALES = [
     {"offset": ONES, "scale": -ONES},
     {"offset": ONES * float("nan"), "scale": ONES},
     {"offset": ONES, "scale": ONES * float("inf")},
+    {"offset": ONES, "scale": ONES.int()},
+    {"offset": ONES.clone().view(torch.int32), "scale": ONES},
 ]
 
 
@@ -284,6 +286,19 @@ def test_weights_that_are_not_finite_are_refused_by_name(saved, published, tmp_p
         BadFile, match=r"encoder\.curr_gripper_embed\.weight has values that are not"
     ):
         load_official(given)
+
+
+def test_weights_of_another_kind_of_number_are_refused_by_name(saved, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(saved, folder)
+    state = load_file(folder / "model.safetensors")
+    save_file({k: v.double() for k, v in state.items()}, folder / "model.safetensors")
+    load_policy(folder)  # of other fractions they may be
+    name = sorted(state)[-1]
+    state[name] = state[name].view(torch.int32)
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(BadFile, match=rf"model.safetensors: {re.escape(name)} is int32, needs"):
+        load_policy(folder)
 
 
 def test_tensors_that_only_claim_their_size_are_refused_by_their_shape(published):

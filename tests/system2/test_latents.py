@@ -144,6 +144,7 @@ HEAD = {"latent": asdict(LatentConfig())}
         (json.dumps(HEAD), {"projector.bias": torch.zeros(3)}, "projector.bias has shape (3,)"),
         (json.dumps(HEAD), {"more": torch.zeros(3)}, "more does not belong there"),
         (json.dumps(HEAD), {"act": torch.full((1, 12), float("inf"))}, "act has values that are"),
+        (json.dumps(HEAD), {"act": torch.ones(1, 12).int()}, "act is int32, needs fractions"),
     ],
 )
 def test_a_head_that_is_not_as_it_says_is_refused_in_one_line(tmp_path, about, change, said):

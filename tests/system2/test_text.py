@@ -137,6 +137,7 @@ JUDGE = {"layers": [2], "hidden": 4, "width": 3, "model": "m", "threshold": 0.5,
         (json.dumps(TEXT), {"mean": torch.zeros(3)}),
         (json.dumps(TEXT), {"basis": torch.zeros(4, 7)}),
         (json.dumps(TEXT), {"basis": torch.full((4, 8), float("nan"))}),
+        (json.dumps(TEXT), {"basis": torch.ones(4, 8, dtype=torch.int32)}),
         (json.dumps(TEXT), {"more": torch.zeros(1)}),
     ],
 )
