@@ -15,6 +15,7 @@ import torch
 from openhelix.system2.model import (
     Checkpoint,
     load_llava,
+    load_processor,
     load_tokenizer,
     open_checkpoint,
     pick_dtype,
@@ -86,8 +87,6 @@ class TransformersAnswerer:
         vision: bool = True,
         threads: int = 0,
     ) -> None:
-        from transformers import AutoProcessor
-
         if threads:
             torch.set_num_threads(threads)
         if device == "auto":
@@ -97,7 +96,7 @@ class TransformersAnswerer:
         path = self.checkpoint.path
         loaded = load_llava(path, pick_dtype(dtype))
         self._model = loaded.to(device).eval()
-        self._processor = AutoProcessor.from_pretrained(path).image_processor
+        self._processor = load_processor(path).image_processor
 
     @torch.inference_mode()
     def answer(self, images: Sequence[Any], questions: Sequence[str]) -> list[str]:

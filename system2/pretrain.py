@@ -37,6 +37,7 @@ from openhelix.system2.model import (
     VisionShape,
     build,
     load_llava,
+    load_processor,
     load_tokenizer,
     load_vision,
     open_checkpoint,
@@ -626,13 +627,12 @@ def open_for_training(
     model_path: str, vision_weights: Path | None = None
 ) -> tuple[Any, Any, Callable[[str], list[int]]]:
     """Return a LLaVA in fp32 with a fresh or given tower, its image processor, and words to ids."""
-    from transformers import AutoProcessor
 
     model = load_llava(model_path, torch.float32)
     model.requires_grad_(False)
     if vision_weights is not None:
         load_vision(model, load_file(vision_weights))
-    processor = AutoProcessor.from_pretrained(model_path).image_processor
+    processor = load_processor(model_path).image_processor
     tokenizer = load_tokenizer(model_path)
 
     def tokenize(text: str) -> list[int]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openhelix.system2.latents import NEEDS_VISION, LatentHead, read_out, stop_after
-from openhelix.system2.model import Checkpoint
+from openhelix.system2.model import Checkpoint, load_processor
 from openhelix.system2.prompt import QUESTIONS, Layout, Prompt
 
 # ------------------------------------------------------------------------------------------------
@@ -441,9 +441,7 @@ class System2Learner(nn.Module):
     def image_tokens(self, images: Sequence[Image.Image]) -> Tensor:
         """Return projected image tokens (B, n_image, hidden)."""
         if self._processor is None:
-            from transformers import AutoProcessor
-
-            self._processor = AutoProcessor.from_pretrained(self.checkpoint.path).image_processor
+            self._processor = load_processor(self.checkpoint.path).image_processor
         pixels = self._processor(list(images), return_tensors="pt")["pixel_values"]
         weight = self.model.multi_modal_projector.linear_1.weight
         output = self.model.get_image_features(pixel_values=pixels.to(weight), return_dict=True)

@@ -42,6 +42,7 @@ from openhelix.system2.model import (
     build,
     builtin,
     load_llava,
+    load_processor,
     load_tokenizer,
     open_checkpoint,
     rename_tower,
@@ -281,7 +282,6 @@ class VlmRun:
     """
 
     def __init__(self, config: VlmSection, out: Path, seed: int = 0, device: str = "auto") -> None:
-        from transformers import AutoProcessor
 
         self.config, self.out, self.seed = config, out, seed
         if device == "auto":
@@ -291,7 +291,7 @@ class VlmRun:
         self._check_settings()
         self.base = base_folder(config, seed)
         self.checkpoint: Checkpoint = open_checkpoint(self.base)
-        self.processor = AutoProcessor.from_pretrained(self.checkpoint.path).image_processor
+        self.processor = load_processor(self.checkpoint.path).image_processor
         train = read(config.data / "train", config.pictures)
         self._check_kinds({q.kind for record in train for q in record.questions})
         self.train = Pictures(train, self.processor, config.max_gb)
@@ -886,7 +886,6 @@ class VlmRun:
 
     def export(self) -> Path:
         """Write the trained model as a LLaVA folder for both engines; return it."""
-        from transformers import AutoProcessor
 
         fresh = load_llava(self.checkpoint.path, torch.bfloat16)
         state = folded_state(self.learner.model)
@@ -896,7 +895,7 @@ class VlmRun:
         fresh.save_pretrained(part)
         for file in part.glob("*.safetensors"):
             rename_tower(file)
-        AutoProcessor.from_pretrained(self.checkpoint.path).save_pretrained(part)
+        load_processor(self.checkpoint.path).save_pretrained(part)
         manifest = Path(self.checkpoint.path) / MANIFEST
         about = read_json(manifest) if manifest.is_file() else {}
         about |= {"template": self.checkpoint.template.name}

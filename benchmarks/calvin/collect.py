@@ -19,8 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,6 +50,7 @@ from openhelix.runtime.core.files import BadFile, read_json, replace_file
 from openhelix.runtime.core.interfaces import F64
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import cache_folder
+from openhelix.runtime.launch.processes import pool_of
 from openhelix.system1.cache import frames_digest
 
 # -- What a collection is: one frozen record, from YAML, overrides or the command line -
@@ -154,7 +154,7 @@ def pooled(
         for item in work:
             yield function(*item)
         return
-    with ProcessPoolExecutor(min(jobs, max(len(work), 1)), mp_context=get_context("spawn")) as pool:
+    with pool_of(min(jobs, max(len(work), 1))) as pool:
         futures = [pool.submit(function, *item) for item in work]
         try:
             for future in as_completed(futures):

@@ -12,8 +12,6 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from openhelix.benchmarks.calvin.experts import Disturbance
 from openhelix.benchmarks.calvin.scene import scene_names
 from openhelix.benchmarks.calvin.starts import StartError, begin
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
+from openhelix.runtime.launch.processes import pool_of
 
 CHUNK = 10
 
@@ -64,7 +63,7 @@ def evaluate(
     ]
     found: dict[tuple[str, str], list[int]] = {}
     begun = time.monotonic()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with pool_of(jobs) as pool:
         for item, steps in zip(work, pool.map(_star, work), strict=True):
             found.setdefault((item[0], item[1]), []).extend(steps)
     report: dict[str, Any] = {"starts": starts, "seed": seed, "disturbed": disturb, "scenes": {}}

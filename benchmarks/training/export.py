@@ -44,7 +44,7 @@ from openhelix.system1.latent_adapter import with_latent
 from openhelix.system1.model import gaussian
 from openhelix.system1.train_loop import LOG
 from openhelix.system2.latents import LatentHead
-from openhelix.system2.model import VISION, is_small, open_checkpoint
+from openhelix.system2.model import VISION, is_small, load_processor, open_checkpoint
 from openhelix.system2.text import FILE
 
 # -- The card: data, command, seed, hours and losses, for people and for checks --------
@@ -328,7 +328,6 @@ def turned_by_half(head: LatentHead) -> float:
 
 def merged(config: TrainingConfig, source: Path, base: str, out: Path) -> Path:
     """Write a LLaVA folder with the trained language model, adapters merged into it."""
-    from transformers import AutoProcessor
 
     from openhelix.system2.model import (
         MANIFEST,
@@ -352,7 +351,7 @@ def merged(config: TrainingConfig, source: Path, base: str, out: Path) -> Path:
     model.to(torch.bfloat16).save_pretrained(out)
     for file in out.glob("*.safetensors"):
         rename_tower(file)
-    AutoProcessor.from_pretrained(base).save_pretrained(out)
+    load_processor(base).save_pretrained(out)
     manifest = Path(base) / MANIFEST
     about = read_json(manifest) if manifest.is_file() else {}
     about["model_id"] = sha256_file(source / LANGUAGE)[:16]

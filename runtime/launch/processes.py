@@ -20,7 +20,9 @@ import threading
 import time
 import uuid
 from collections.abc import Collection, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,28 @@ class ProcessHost:
                 self._children[name] = self._spawn(self._specs[name], again=True)
 
 
+def tied(parent: int, number: signal.Signals) -> bool:
+    """Have the kernel send us a signal when our parent ends; False where it has ended already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    return os.getppid() == parent
+
+
+def pool_of(count: int) -> ProcessPoolExecutor:
+    """Return a pool of fresh processes, which end with this one however it ends.
+
+    Give it its work from the main thread: the kernel takes the thread for the parent.
+    """
+    spawned = get_context("spawn")
+    return ProcessPoolExecutor(count, spawned, initializer=_end_with, initargs=(os.getpid(),))
+
+
+def _end_with(parent: int) -> None:
+    """Be killed when our parent ends: a pool's processes hear of nothing."""
+    if not tied(parent, signal.SIGKILL):
+        os._exit(1)
+
+
 def wait_for_end(pid: int) -> None:
     """Block until our parent `pid` has ended; costs nothing meanwhile where the kernel tells it."""
     with suppress(AttributeError, OSError):  # no pidfd on this system: look often
@@ -166,11 +190,9 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     parent = int(argv[1])
-    if os.getppid() != parent:
-        return 1  # the parent died before the kernel was told to tell us
+    if not tied(parent, signal.SIGTERM):
+        return 1
     runner = NodeRunner(NodeSpec.from_json(argv[0]), again=argv[2] == "again")
 
     def alone() -> None:

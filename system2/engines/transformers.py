@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openhelix.system2.engines.base import EngineBase
 from openhelix.system2.latents import LatentConfig, stop_after
-from openhelix.system2.model import load_llava
+from openhelix.system2.model import load_llava, load_processor
 from openhelix.system2.prompt import Prompt
 
 
@@ -34,15 +34,13 @@ class TransformersEngine(EngineBase):
         super().__init__(model, **options)
 
     def _load(self, config: Any, max_instruction_tokens: int) -> None:
-        from transformers import AutoProcessor
-
         model = load_llava(self.checkpoint.path, self._dtype)
         # The vocabulary's output layer is never read: the latent is a hidden state.
         self._model = model.model.eval().requires_grad_(False)
         layers = (config or LatentConfig()).layers_of(self.checkpoint.layers)
         stop_after(self._model.language_model, layers, self.checkpoint.layers)
         self._model.to(self._device)
-        self._image_processor = AutoProcessor.from_pretrained(self.checkpoint.path).image_processor
+        self._image_processor = load_processor(self.checkpoint.path).image_processor
 
     def _table(self) -> Tensor:
         return self._model.language_model.embed_tokens.weight.detach()

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -410,3 +411,23 @@ def test_a_full_disk_ends_a_collection_in_one_line_that_names_the_file(
     assert not list(out.rglob("*.part"))
     # The same command goes on once there is room.
     assert main([*words[1:], "jobs=1", "frames.every=0"]) == 0
+
+
+def test_when_a_collection_is_killed_its_processes_end() -> None:
+    work = (
+        "import time\n"
+        "from openhelix.benchmarks.calvin.collect import pooled\n"
+        "for _ in pooled(time.sleep, [(0.0,), (600.0,)], 2):\n"
+        "    print(flush=True)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    parent.stdout.readline()  # one of them has begun, and waits for more
+    children = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    for child in alive:
+        child.kill()
+    parent.stdout.close()
+    assert len(children) >= 2 and not alive

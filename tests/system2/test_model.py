@@ -146,7 +146,7 @@ def changed(tiny_model: str, folder: Path, edit: Any = None, **config: Any) -> s
     if config:
         about = json.loads((folder / "config.json").read_text())
         for section, values in config.items():
-            about[section] |= values
+            (about[section] if section else about).update(values)
         (folder / "config.json").write_text(json.dumps(about))
     return str(folder)
 
@@ -200,6 +200,27 @@ def test_a_weight_that_is_not_finite_is_named(tiny_model: str, tmp_path: Path, b
         TransformersEngine(folder, untrained=True)
 
 
+def test_weights_of_whole_numbers_are_refused_by_name(tiny_model: str, tmp_path: Path) -> None:
+    def edit(state: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in state if name.endswith("mlp.down_proj.weight"))
+        state[name] = state[name].float().view(torch.int32)
+
+    folder = changed(tiny_model, tmp_path / "llava", edit)
+    with pytest.raises(CheckpointError, match=r"safetensors: .*down_proj\.weight is I32, needs fr"):
+        TransformersEngine(folder, untrained=True)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json"])
+def test_an_engine_without_its_processor_says_so_in_a_line(
+    tiny_model: str, tmp_path: Path, name: str
+) -> None:
+    folder = changed(tiny_model, tmp_path / "llava")
+    (tmp_path / "llava" / name).write_bytes(b'{"version"')
+    with pytest.raises(BadFile) as caught:
+        TransformersEngine(folder, untrained=True)
+    assert folder in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("section", "values", "said"),
     [
@@ -212,6 +233,10 @@ def test_a_weight_that_is_not_finite_is_named(tiny_model: str, tmp_path: Path, b
         ("vision_config", {"image_size": 10**6}, "vision_config.image_size: 1000000 is not in"),
         ("vision_config", {"patch_size": 0}, "vision_config.patch_size: 0 is not in"),
         ("vision_config", {"num_hidden_layers": -1}, "num_hidden_layers: -1 is not in"),
+        ("", {"image_token_index": 10**6}, "image_token_index: 1000000 is no row of a table of"),
+        ("", {"image_token_index": -1}, "image_token_index: -1 is no row of a table of"),
+        ("", {"vision_feature_layer": -99}, "vision_feature_layer: -99 is not in -3..2"),
+        ("", {"vision_feature_layer": [1, 99]}, "vision_feature_layer: 99 is not in -3..2"),
     ],
 )
 def test_a_description_beyond_reason_is_refused_before_anything_is_built(
