@@ -106,7 +106,7 @@ def film(
         about = About(**{n: getattr(about, n) for n in about.__slots__} | {"lines": ()})
     fps = part.get("fps", FPS)
     total = _expected(recorded, about, **part)
-    with display.working("making the film", total) as tell:
+    with display.working("making the film, Ctrl-C leaves it out", total) as tell:
         frames = make_film(playback(recorded.path), out, about, tell=tell, **part)
     return {
         "path": str(out),

@@ -160,7 +160,7 @@ def _film(
     interrupted: Interrupts,
 ) -> None:
     """Make the film of a world that can be drawn anew; one that fails costs the run nothing."""
-    if not config.output.video or not drawn_later(config) or not report["ticks"]:
+    if not config.output.video or not drawn_later(config) or not report["tasks"]:
         return
     later = f"`openhelix film {folder}` makes it"
     if report["ticks"] / config.control.hz > FILM_LIMIT_S:

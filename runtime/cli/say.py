@@ -88,12 +88,12 @@ def _followed(robot: Robot, told: Told, tell: bool) -> list[dict[str, Any]]:
     kept = []
     readers = Audience()
     begun = False
-    for entry in robot.events():
+    for entry in robot.events(over=lambda: tell and readers.gone):
         begun = begun or entry["said"] >= told.said
-        if tell and readers.gone:
-            break
         if not begun or entry["kind"] in ("begun", "acting"):
             continue
+        if entry["said"] < told.said and entry["kind"] == "ended":
+            continue  # what this one replaces
         kept.append(entry)
         if tell and not (entry["kind"] == "said" and entry["said"] == told.said):
             answer(entry["line"])

@@ -114,6 +114,8 @@ class EpisodeRunner:
         self.current: Assignment | None = None
         self.steps = 0
         self._holds, self._start_s = 0, 0.0  # of the current assignment
+        self._left = False  # whom it waited for has gone
+        self.interrupted = False  # it was made to end before all was done
         self._seen: list[Seen] = []
         self._answer = ""  # System 2's last, to this instruction
         # Of the results, counted for those who look on at every tick.
@@ -150,10 +152,17 @@ class EpisodeRunner:
             self.succeeded += bool(result.success)
             if self._stop_at_failure and result.success is False and self._next is None:
                 todo.clear()
+        else:
+            self.interrupted = stop() and bool(todo or stay or self._stopped_by)
         self.current = None
         if not stop() and all(result.task for result in self.results[begun:]):
             self.chains.append(_in_a_row(self.results[begun:]))
         return self.results
+
+    def leave(self) -> None:
+        """Wait for nobody any more: with what it does now, the robot's work is done."""
+        self._left = True
+        self.talk.close()
 
     def broken(self, reason: str) -> None:
         """Note that an error ended the current assignment, so that a report says what ran."""
@@ -221,7 +230,7 @@ class EpisodeRunner:
             return "replaced"
         if self._stopped_by:
             return f"stopped by {self._stopped_by}"
-        if self._frozen and self._loop.order and self.talk.closed:
+        if (self._frozen or self._left) and self._loop.order and self.talk.closed:
             return "told to wait, and nobody is left to say go on"
         return ""
 
@@ -447,13 +456,18 @@ def told(config: RunConfig) -> list[str]:
     return lines
 
 
-def task_rows(results: Sequence[TaskResult]) -> dict[str, Any]:
-    """The part of a report that says what was achieved."""
+def task_rows(results: Sequence[TaskResult], interrupted: bool = False) -> dict[str, Any]:
+    """The part of a report that says what was achieved.
+
+    Args:
+        results: one for each instruction that was begun.
+        interrupted: between two of them.
+    """
     return {
         "tasks": [asdict(result) for result in results],
         "n_success": sum(bool(result.success) for result in results),
         "success_in_a_row": success_in_a_row(results),
-        "interrupted": any(result.reason == "interrupted" for result in results),
+        "interrupted": interrupted or any(result.reason == "interrupted" for result in results),
     }
 
 

@@ -40,7 +40,7 @@ class Tick:
     latent_age_s: float | None  # of the newest latent of this instruction
     duration_s: float  # the tick's own work
     refused_chunk: ActionChunk | None = None  # has arrived and is not followed: late, stale, void
-    understood: float | None = None  # how probably the instruction names a task; None: unknown yet
+    understood: float | None = None  # how probably the instruction names a task; None: not judged
 
 
 Subscriber = Callable[[Tick], None]
@@ -99,9 +99,9 @@ class ControlLoop:
 
     @property
     def understood(self) -> float | None:
-        """How probably the current instruction names a task; None until a latent says so."""
+        """How probably the current instruction names a task; None where nobody judges, or yet has."""
         newest = None if self.goals is None else self.goals.newest
-        return None if newest is None else newest.understood
+        return None if newest is None or newest.understood >= 1.0 else newest.understood
 
     def explained(self, reason: str) -> str:
         """Return a tick's reason, and beside it what a person can do about it."""

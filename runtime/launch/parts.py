@@ -176,7 +176,9 @@ class ControlProcess:
             "task": current.task if current else "",
             "instruction": current.instruction if current else "",
             "steps": runner.steps if runner else 0,
-            **task_rows(runner.results if runner else []),
+            **task_rows(
+                runner.results if runner else [], runner is not None and runner.interrupted
+            ),
             **live(self._subscribers.statistics if self._subscribers else None),
             "entries": runner.journal.rows(30) if runner else [],
             "latents_received": goals.received if goals else 0,
@@ -281,7 +283,7 @@ class ControlProcess:
     def _on_leave(self, _: dict[str, Any]) -> dict[str, Any]:
         """Whom the robot waited for has left: it finishes what it does, and the run ends."""
         if self._stack is not None:
-            self._stack.episode_runner.talk.close()
+            self._stack.episode_runner.leave()
         return {}
 
     def _on_halt(self, _: dict[str, Any]) -> dict[str, Any]:
@@ -300,7 +302,7 @@ class ControlProcess:
             "hz2": self._config.system2.hz,
             "steps_limit": self._config.tasks.steps_limit,
             "journal": stack.episode_runner.journal.rows(),
-            **task_rows(stack.episode_runner.results),
+            **task_rows(stack.episode_runner.results, stack.episode_runner.interrupted),
             **self._subscribers.statistics.report(),
             "first_action_ns": self._subscribers.statistics.first_action_ns,
             "ticks_told": self._subscribers.told,

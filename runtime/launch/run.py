@@ -108,10 +108,10 @@ def run_lockstep(
             set_world(robot, initial)
             ready_s = time.monotonic() - started_s
             stack.loop.arm()
-            talk = stack.episode_runner.talk
+            runner = stack.episode_runner
             try:
-                with _talking(prompt, display, talk.say, talk.close, interrupted.set):
-                    stack.episode_runner.run(assignments, interrupted.is_set, prompt is not None)
+                with _talking(prompt, display, runner.talk.say, runner.leave, interrupted.set):
+                    runner.run(assignments, interrupted.is_set, prompt is not None)
             except PartFailed as error:
                 if os.environ.get("OPENHELIX_DEBUG"):
                     raise
@@ -224,7 +224,7 @@ def _report(config: RunConfig, stack: ControlStack, statistics: LoopStatistics) 
         "latency_steps": config.lockstep.latency_steps,
         "steps_limit": config.tasks.steps_limit,
         "journal": stack.episode_runner.journal.rows(),
-        **task_rows(stack.episode_runner.results),
+        **task_rows(stack.episode_runner.results, stack.episode_runner.interrupted),
         **statistics.report(),
         "deadline_missed": lateness.missed,
         "tick_lateness_s": lateness.as_seconds(),

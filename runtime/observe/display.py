@@ -124,10 +124,21 @@ class Display:
         self._start_s = time.monotonic()
 
     def __enter__(self) -> Display:
-        if self._on and self.console.is_terminal:
-            self._live = Live(console=self.console, refresh_per_second=8, transient=True)
-            self._live.start()
+        self._draw()
         return self
+
+    def _draw(self) -> None:
+        if self._on and self.console.is_terminal:
+            # A prompt has replaced the streams, and puts them back before the live view ends.
+            aside = self._prompt is None
+            self._live = Live(
+                console=self.console,
+                refresh_per_second=8,
+                transient=True,
+                redirect_stdout=aside,
+                redirect_stderr=aside,
+            )
+            self._live.start()
 
     def __exit__(self, *error: object) -> None:
         if self._live is not None:
@@ -201,6 +212,8 @@ class Display:
                 self.say(entry["line"], STYLES.get(_mood(entry), ""))
         if not health.get("loop_state"):
             return
+        if self._prompt is not None and self._prompt.left and self._live is None:
+            self._draw()  # nobody types any more, and the prompt redraws nothing
         if self._live is not None:
             self._live.update(_live_table(health, steps_limit))
         elif self._prompt is not None:
@@ -233,7 +246,7 @@ class Display:
         console = Console(file=cast(IO[str], Outlet("stdout")), highlight=False)
         limit = f"at most {report['steps_limit']} steps an instruction"
         console.print(f"[bold]{report['clock']} clock, {limit}[/bold]")
-        console.print(_result_table(report))
+        console.print(_result_table(report) if report["tasks"] else "it was told to do nothing")
         rows = figures(report)
         for name, file in FILES.items():
             if (folder / file).exists():
@@ -245,6 +258,8 @@ class Display:
 
 TOLD = ("begun", "seen", "ended", "held", "said", "answer")
 STYLES = {"good": "green", "bad": "red"}
+NONE = "-"
+PARTS = (("System 1", "s1_latency_s", "plan"), ("System 2", "s2_latency_s", "latent"))
 FILES = {"report": "report.json", "film": "video.mp4", "viewer": "run.rrd"}
 
 
@@ -272,7 +287,7 @@ def _live_table(health: Mapping[str, Any], steps_limit: int) -> Table:
     age = health["latent_age_s"]
     rate = f"control {_number(health['control_hz'], '.1f')} Hz, "
     rate += "no latent yet" if age is None else f"latent {age:.2f} s old"
-    if health["understood"] is not None and health["understood"] < 1.0:  # 1: nobody judges
+    if health["understood"] is not None:
         rate += f", {health['understood']:.0%} understood"
     table.add_row("now", rate)
     judged = [row for row in health["tasks"] if row["task"]]
@@ -320,23 +335,26 @@ def figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"{report['n_success']} of {len(judged)}, {report['success_in_a_row']} in a row",
             )
         )
-    age = f"{of('latent_age_s', 'p50', 1, '.2f')} s at the median"
+    timed = []  # what never happened took no time
+    if (age := of("latent_age_s", "p50", 1, ".2f")) != NONE:
+        timed.append(("latent age", f"{age} s at the median"))
     # In lockstep time stands still while the loop computes: nothing is late and nothing takes time.
     if report["clock"] == "realtime":
         late = of("tick_lateness_s", "p99", 1e3, ".2f")
         rows += [
             ("control", f"{_number(report['control_hz'], '.2f')} Hz over {report['ticks']} ticks"),
             ("lateness", f"p99 {late} ms, {report['deadline_missed']} deadlines missed"),
-            ("latent age", age),
-            ("System 1", f"{of('s1_latency_s', 'p50', 1e3, '.0f')} ms a plan"),
-            ("System 2", f"{of('s2_latency_s', 'p50', 1e3, '.0f')} ms a latent"),
         ]
+        for name, key, what in PARTS:
+            if (took := of(key, "p50", 1e3, ".0f")) != NONE:
+                timed.append((name, f"{took} ms a {what}"))
     else:
-        rows += [("ticks", str(report["ticks"])), ("latent age", age)]
+        rows.append(("ticks", str(report["ticks"])))
+    rows += timed
     if report.get("stopped"):
         rows.append(("stopped", str(report["stopped"])))
     return rows
 
 
 def _number(value: float | None, form: str, scale: float = 1.0) -> str:
-    return "-" if value is None else format(value * scale, form)
+    return NONE if value is None else format(value * scale, form)

@@ -24,6 +24,7 @@ HELP: Final = (
     'type what the robot is to do; "stop", "wait" and "go on" are obeyed at once; '
     "Ctrl-D ends the run"
 )
+LEFT: Final = "the run ends when the robot has done what it does; Ctrl-C ends it at once"
 HISTORY: Final = "said.txt"
 ENDINGS: Final = ("quit", "exit")
 Say = Callable[[str, str], Mapping[str, Any]]
@@ -137,6 +138,7 @@ class Prompt:
             if line.strip():
                 self._take(line)
         if not self._ended.is_set():
+            self._show(LEFT)
             self._finish()
 
     def _take(self, line: str) -> None:

@@ -12,7 +12,7 @@ It needs to be able to read the run's folder, and neither torch nor a simulator.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -121,15 +121,23 @@ class Robot:
             said=taken["said"],
         )
 
-    def events(self, since: int = 0, timeout_s: float | None = None) -> Iterator[dict[str, Any]]:
+    def events(
+        self,
+        since: int = 0,
+        timeout_s: float | None = None,
+        over: Callable[[], bool] | None = None,
+    ) -> Iterator[dict[str, Any]]:
         """Yield what happens, as it happens; each has a `line` for a person.
 
         Args:
             since: number of the last entry that is known already.
             timeout_s: end when nothing has happened for so long; None goes on until the run ends.
+            over: asked several times per second, also while nothing happens: true ends it.
         """
         heard_s = time.monotonic()
         while timeout_s is None or time.monotonic() - heard_s < timeout_s:
+            if over is not None and over():
+                return
             try:
                 entries = self._source.journal(since)
             except NoRun:

@@ -210,13 +210,13 @@ class StatusServer:
         except ValueError:
             raise ConfigError("say: the body is not JSON") from None
         text = given.get("text") if isinstance(given, dict) else None
-        name = str(given.get("who") or "status page") if isinstance(given, dict) else ""
+        name = str(given.get("who") or "the page") if isinstance(given, dict) else ""
         name = name.encode(errors="replace").decode()  # JSON can say what is no text
-        answer = await asyncio.to_thread(self._source.say, text, f"{name}, {request.remote}")
+        answer = await asyncio.to_thread(self._source.say, text, f"{name} at {request.remote}")
         return web.json_response(answer)
 
     async def _stop(self, request: web.Request) -> web.StreamResponse:
-        who = f"status page, {request.remote}"
+        who = f"the page at {request.remote}"
         await asyncio.to_thread(self._source.stop, who)
         log.warning("the robot was stopped by %s", who)
         return web.json_response({"stopped": True})

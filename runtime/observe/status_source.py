@@ -18,9 +18,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from openhelix.runtime.core.config import CommandFailed, RunConfig, checked_sentence
+from openhelix.runtime.core.config import (
+    CommandFailed,
+    ConfigError,
+    RunConfig,
+    checked_sentence,
+)
 from openhelix.runtime.core.files import BadFile, as_record, read_json, written
-from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcTimeout
+from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcInvalid, RpcTimeout
 from openhelix.runtime.transport.sockets import check_connect, served
 
 RECORD = "status.json"
@@ -240,6 +245,8 @@ class RunSource:
         record = self.record()
         try:
             return self._order(record, "say", text=sentence, who=who)
+        except RpcInvalid as error:
+            raise ConfigError(str(error)) from None
         except RpcTimeout as error:
             raise NoRun(f"{record.robot}: does not answer ({error})") from None
         except RpcError as error:

@@ -20,6 +20,7 @@ from typing import Any, Final
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.transport.codec import (
     MAX_FRAMES,
     VERSION,
@@ -45,6 +46,10 @@ log = logging.getLogger(__name__)
 
 class RpcError(RuntimeError):
     """The server refused or failed; the message is its one line."""
+
+
+class RpcInvalid(RpcError):
+    """What was asked for is wrong; the message names the field and what is valid."""
 
 
 class RpcTimeout(RpcError):
@@ -162,11 +167,12 @@ class RpcServer:
                 names = ", ".join(sorted([*self._handlers, "time"]))
                 raise LookupError(f"no method {method[:80]!r}; there are {names}")
             return encode_dict("ok", {"result": handler(args)})
+        except ConfigError as error:  # the asker's mistake: its line is all there is to say
+            return encode_dict("error", {"message": _line(error), "invalid": True})
         except Exception as error:  # whatever a handler does, the server answers and lives on
-            text = " ".join(str(error).split())[:500]
             if not isinstance(error, (LookupError, ValueError)):
                 log.warning("rpc: %s failed", method, exc_info=True)
-            return encode_dict("error", {"message": f"{type(error).__name__}: {text}"})
+            return encode_dict("error", {"message": f"{type(error).__name__}: {_line(error)}"})
 
     def _ping(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"version": VERSION, "source": self._source, "pid": os.getpid()}
@@ -196,6 +202,7 @@ class RpcClient:
         Raises:
             RpcTimeout: nothing came within `timeout_s`.
             RpcRefused: nothing came because the keys do not fit.
+            RpcInvalid: the server says what is wrong with the arguments.
             RpcError: the server says why not.
             WireError: `args` cannot travel.
         """
@@ -283,6 +290,10 @@ class RpcClient:
             self._port = None
 
 
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
+
+
 def _result(method: str, frames: list[bytes]) -> dict[str, Any]:
     try:
         body = decode_dict(frames, "ok")
@@ -290,10 +301,11 @@ def _result(method: str, frames: list[bytes]) -> dict[str, Any]:
         if error.reason != "kind":
             raise RpcError(f"{method}: unreadable answer ({error.reason})") from None
         try:
-            message = decode_dict(frames, "error").get("message")
+            refusal = decode_dict(frames, "error")
         except WireError as second:
             raise RpcError(f"{method}: unreadable answer ({second.reason})") from None
-        raise RpcError(str(message)) from None
+        kind = RpcInvalid if refusal.get("invalid") is True else RpcError
+        raise kind(str(refusal.get("message"))) from None
     result = body.get("result")
     if type(result) is not dict:
         raise RpcError(f"{method}: the answer is not a dict")

@@ -107,7 +107,7 @@ def test_a_run_is_seen_over_http_and_in_a_terminal_and_stopped_with_its_token(
         report = report_of(run)
         assert fetch(f"{url}api/status")[0] == 503
     assert report["safe_stops"] == {"operator": 1}
-    assert report["stopped"] == "operator (status page, 127.0.0.1)"
+    assert report["stopped"] == "operator (the page at 127.0.0.1)"
     assert not (folder / "status.json").exists()
     ended = status(tmp_path)
     assert ended.returncode == 1 and "no run is alive" in ended.stderr
@@ -156,7 +156,7 @@ def test_the_page_shows_the_robot_and_its_button_stops_it(tmp_path: Path) -> Non
             refused = len(tab.told)  # the browser notes the 401s itself
             await talk(tab, "reach 0.1 -0.1 0.6", token)
             await tab.until(text.format("instruction") + " === 'reach 0.1 -0.1 0.6'")
-            await tab.until(text.format("history") + ".includes('status page, 127.0.0.1')")
+            await tab.until(text.format("history") + ".includes('the page at 127.0.0.1')")
             await tab.until("document.querySelectorAll('.view polyline').length > 0")
             for width in (1180, 390):  # a desk and a hand
                 await tab.screenshot(tmp_path / f"{width}.png", width, 900)

@@ -115,19 +115,38 @@ def test_a_prompt_under_the_live_view(tmp_path: Path) -> None:
         terminal.until("goes on")
         terminal.type("x" * 600 + "\r")
         terminal.until("500")  # how long a sentence may be
+        terminal.type("go onn\r")
+        terminal.until("did you mean 'go on'")
         terminal.type("stop\r")
         terminal.until("stands still")
         terminal.type("\x04")  # Ctrl-D: nothing more will be said
+        terminal.until("the run ends when the robot has done what it does")
         end_s = time.monotonic() + PATIENCE_S
         while run.poll() is None and time.monotonic() < end_s:
             terminal.read(0.1)
         assert run.returncode == 0, terminal.text[-2000:]
     terminal.close()
+    assert "ConfigError" not in terminal.text
     kinds = [entry["kind"] for entry in journal(tmp_path)]
     assert kinds.count("said") == 4 and "acting" in kinds and kinds.count("held") == 3
     (file,) = tmp_path.glob("run-*/report.json")
     (told,) = json.loads(file.read_text())["tasks"]
     assert told["instruction"] == FAR and told["success"] is None
+
+
+def test_ctrl_c_at_the_prompt_of_an_idle_robot_is_an_interruption(tmp_path: Path) -> None:
+    terminal = Terminal()
+    pipes = {"stdin": terminal.slave, "stdout": terminal.slave, "stderr": terminal.slave}
+    with running(tmp_path, "--interactive", start_new_session=True, **pipes) as run:
+        os.close(terminal.slave)
+        terminal.until("nothing to do", 200.0)
+        terminal.type("\x03")
+        end_s = time.monotonic() + PATIENCE_S
+        while run.poll() is None and time.monotonic() < end_s:
+            terminal.read(0.1)
+        assert run.returncode == 130, terminal.text[-2000:]
+    assert "it was told to do nothing" in terminal.text
+    terminal.close()
 
 
 def test_a_terminal_that_is_closed_ends_its_own_run_in_order(tmp_path: Path) -> None:
@@ -179,12 +198,16 @@ def test_other_terminals_and_python_talk_to_a_run(tmp_path: Path) -> None:
         )
         os.close(terminal.slave)
         terminal.until(f"follows: {NEAR}")
-        terminal.close()
+        terminal.until("first action after")
+        for _ in range(5):
+            terminal.read(0.2)
+        terminal.close()  # nothing more happens that it could fail to tell
+        follower.wait(PATIENCE_S)
+        assert "replaced" not in terminal.text  # that was the one before
         done = say(tmp_path, "wait")
         assert done.stdout == "holds still until told to go on\n"
         wait_for("a robot that holds", lambda: robot.status()["state"] == "hold")
         assert say(tmp_path, "go on").stdout == "goes on\n"
-        follower.wait(PATIENCE_S)
         # What is no sentence is refused in one line, and the robot goes on.
         for wrong in ("", "open\x07the drawer", "x" * 10_000):
             refused = say(tmp_path, wrong)

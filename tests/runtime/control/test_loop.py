@@ -351,6 +351,15 @@ def test_an_instruction_that_is_not_understood_moves_nothing_and_the_next_one_do
     assert goals is not None and goals.refusals == 1
 
 
+def test_what_nobody_judges_is_not_called_understood() -> None:
+    stack = make("tasks.steps_limit=20")
+    ticks: list[Any] = []
+    stack.loop.subscribers.append(ticks.append)
+    (result,) = stack.episode_runner.run([Assignment("", "reach 0.5 0.3 0.9")], lambda: False)
+    assert result.env_steps == 20 and result.understood is None
+    assert {tick.understood for tick in ticks} == {None}
+
+
 def test_what_was_planned_before_a_refusal_is_void() -> None:
     engine = DoubtingEngine(ceiling_m=0.9)
     stack = make("lockstep.interval_steps=5", engine=engine)

@@ -211,6 +211,30 @@ def test_a_wait_that_nobody_can_end_ends_itself() -> None:
     assert result.reason == "held still too long: told to wait"
 
 
+def test_who_leaves_a_robot_that_was_told_to_wait_ends_its_work() -> None:
+    stack = make("tasks.steps_limit=60")
+    runner = stack.episode_runner
+    runner._frozen = False
+    ticks = at(stack, (3, "wait", "anna"))
+    stack.loop.subscribers.append(lambda t: runner.leave() if t.index == 8 else None)
+    (result,) = runner.run([Assignment("", FAR)], never, stay=True)
+    assert result.reason == "told to wait, and nobody is left to say go on"
+    assert len(ticks) == 8 and not runner.interrupted
+
+
+@pytest.mark.parametrize("stay", [True, False])
+def test_a_run_is_interrupted_also_while_nothing_is_to_be_done(stay: bool) -> None:
+    stack = make("tasks.steps_limit=5")
+    runner = stack.episode_runner
+    runner._frozen = False
+    ticks = at(stack)
+    todo = [Assignment("", FAR)]
+    runner.run(todo, lambda: len(ticks) >= 9, stay=stay)
+    rows = task_rows(runner.results, runner.interrupted)
+    assert [row["reason"] for row in rows["tasks"]] == ["step limit"]
+    assert rows["interrupted"] is stay  # without anybody to wait for it has done all
+
+
 @pytest.mark.parametrize(
     ("word", "told"),
     [

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from openhelix.benchmarks.perf.fault_system import terminal
-from openhelix.runtime.observe.display import Display
+from openhelix.runtime.observe.display import Display, figures
 
 TALK = """
 import sys
@@ -110,3 +110,17 @@ def test_news_are_broken_between_words_in_a_terminal_and_not_at_all_in_a_log() -
         assert len(lines) == 2 and max(map(len, lines)) <= 60
         assert lines[0].endswith(" s  System 2: shipped, e0bbd89cb2e1")
         assert lines[1].split() == ["(openhelix.system2.engines.vllm:VllmEngine)"]
+
+
+def test_what_never_happened_has_no_figure() -> None:
+    idle = {
+        **{"clock": "realtime", "tasks": [], "control_hz": 30.0, "ticks": 90},
+        **{"deadline_missed": 0, "tick_lateness_s": {"p99": 1e-5}},
+        **{"latent_age_s": {"p50": None}, "s1_latency_s": {"p50": None}, "s2_latency_s": None},
+    }
+    assert [name for name, _ in figures(idle)] == ["control", "lateness"]
+    acted = idle | {"latent_age_s": {"p50": 0.5}, "s1_latency_s": {"p50": 0.02}}
+    assert figures(acted)[2:] == [
+        ("latent age", "0.50 s at the median"),
+        ("System 1", "20 ms a plan"),
+    ]

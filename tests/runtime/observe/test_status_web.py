@@ -208,7 +208,7 @@ def test_who_speaks_is_text_whatever_the_request_says() -> None:
 
     serve(source, talk)
     ((_, who),) = source.said
-    assert who.encode().startswith(b"me?, ")
+    assert who.encode().startswith(b"me? at ")
 
 
 def test_with_the_token_a_post_stops_the_robot_and_nothing_else_does() -> None:
@@ -224,7 +224,7 @@ def test_with_the_token_a_post_stops_the_robot_and_nothing_else_does() -> None:
         assert status == 503 and b"NOT stopped" in body
 
     serve(source, talk)
-    assert source.stops == ["status page, 127.0.0.1"]
+    assert source.stops == ["the page at 127.0.0.1"]
 
 
 def test_with_the_token_a_post_talks_to_the_robot_and_without_it_nothing_does() -> None:
@@ -245,8 +245,8 @@ def test_with_the_token_a_post_talks_to_the_robot_and_without_it_nothing_does() 
 
     serve(source, talk)
     assert source.said == [
-        ("open the drawer", "status page, 127.0.0.1"),
-        ("stop", "anna, 127.0.0.1"),
+        ("open the drawer", "the page at 127.0.0.1"),
+        ("stop", "anna at 127.0.0.1"),
     ]
 
 

@@ -15,8 +15,15 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.transport.codec import WireError, encode_dict
-from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcServer, RpcTimeout
+from openhelix.runtime.transport.rpc import (
+    RpcClient,
+    RpcError,
+    RpcInvalid,
+    RpcServer,
+    RpcTimeout,
+)
 from openhelix.runtime.transport.sockets import BindRefused
 
 PATIENCE_S = 20.0
@@ -34,6 +41,7 @@ class Service:
             "echo": self.echo,
             "crash": self.crash,
             "refuse": self.refuse,
+            "forbid": self.forbid,
             "nothing": lambda args: None,  # type: ignore[dict-item,return-value]
             "opaque": lambda args: {"x": object()},
             "block": self.block,
@@ -48,6 +56,9 @@ class Service:
 
     def refuse(self, args: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("speed: 9 is above 2")
+
+    def forbid(self, args: dict[str, Any]) -> dict[str, Any]:
+        raise ConfigError("speed: 9 is above 2\nat most 2")
 
     def block(self, args: dict[str, Any]) -> dict[str, Any]:
         self.gate.wait(PATIENCE_S)
@@ -109,6 +120,14 @@ def test_errors_come_back_as_one_line(client: RpcClient, method: str, message: s
     with pytest.raises(RpcError, match=message):
         client.call(method, timeout_s=PATIENCE_S)
     assert client.call("echo", {"still": "alive"}, timeout_s=PATIENCE_S) == {"still": "alive"}
+
+
+def test_what_is_wrong_with_the_request_is_told_without_a_type(client: RpcClient) -> None:
+    with pytest.raises(RpcInvalid, match=r"^speed: 9 is above 2 at most 2$"):
+        client.call("forbid", timeout_s=PATIENCE_S)
+    with pytest.raises(RpcError) as other:
+        client.call("refuse", timeout_s=PATIENCE_S)
+    assert not isinstance(other.value, RpcInvalid)
 
 
 def test_arguments_that_cannot_travel_are_refused_here(client: RpcClient) -> None:
