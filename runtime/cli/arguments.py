@@ -120,9 +120,19 @@ def help_of_settings(settings: type[BaseModel] | BaseModel, prefix: str = "") ->
             yield _setting(f"{prefix}{name}", default)
 
 
+def as_typed(value: Any) -> str:
+    """Return a value as it is typed: a list in YAML's brackets, nothing as null."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(as_typed, value))}]"
+    return str(value)
+
+
 def _setting(name: str, default: object) -> str:
-    # As it is typed: a list in YAML's brackets.
-    shown = str(list(default) if isinstance(default, tuple) else default)
+    shown = as_typed(default)
     return f"  {name}={shown if len(shown) < 70 else shown[:66] + ' ...'}"
 
 

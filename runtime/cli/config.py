@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.text import Text
 
-from openhelix.runtime.cli.arguments import Options, Positional, option, parse
+from openhelix.runtime.cli.arguments import Options, Positional, as_typed, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
 from openhelix.runtime.core.output import answer
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     """List the settings of a run, with units, ranges and defaults."""
     options, overrides = parse("config", ConfigOptions, argv, __doc__ or "", RunConfig)
     config = load(options.config, overrides)
-    found = [s for s in settings(RunConfig, config) if _fits(s, options.pattern)]
+    found = _fitting(list(settings(RunConfig, config)), options.pattern)
     if not found:
         names = {part for s in settings(RunConfig, config) for part in re.split("[._]", s.name)}
         near = difflib.get_close_matches(options.pattern or "", names, n=1)
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     for setting in found:
         changed = "bold yellow" if setting.value != setting.default else "bold"
         line = Text(setting.name, changed)
-        line.append(f"={_shown(setting.value)}")
+        line.append(f"={as_typed(setting.value)}")
         notes = [note for note in (setting.unit, setting.bounds) if note]
         line.append(f"  {', '.join(notes)}" if notes else "", "dim")
         console.print(line, soft_wrap=True)
@@ -176,19 +176,9 @@ def _bounds(metadata: Sequence[Any], hint: str) -> str:
     return ", ".join(words)
 
 
-def _fits(setting: Setting, pattern: str | None) -> bool:
+def _fitting(listed: list[Setting], pattern: str | None) -> list[Setting]:
     if pattern is None:
-        return True
+        return listed
     word = pattern.lower().strip(".")
-    return setting.name.startswith(f"{word}.") or word in f"{setting.name} {setting.says}".lower()
-
-
-def _shown(value: Any) -> str:
-    """As it is typed: a list in YAML's brackets, nothing as null."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_shown, value))}]"
-    return str(value)
+    section = [s for s in listed if s.name == word or s.name.startswith(f"{word}.")]
+    return section or [s for s in listed if word in f"{s.name} {s.says}".lower()]

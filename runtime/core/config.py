@@ -231,8 +231,11 @@ class WorldConfig(_Section):
     name: str = "playtable"  # an entry of the group `openhelix.worlds`
     scene: Annotated[str, AfterValidator(_known_scene)] = "D"
     seed: Seed = 0  # of what is drawn at random in its first state
-    static_camera: StaticCamera | None = None  # {eye, target, up, fov}; null: the scene's own
-    layout: dict[str, Any] | None = None  # its first state, in words: {drawer: open, ...}
+    # {eye: [x, y, z] in m, target: what it looks at, up: a direction, fov: degrees, vertical}, all in
+    # W; what is left out is the scene's own.
+    static_camera: StaticCamera | None = None
+    # Its first state, in words: {drawer: open, blocks: {red: drawer}}; docs/talk.md lists them.
+    layout: dict[str, Any] | None = None
     cameras: tuple[Literal["static", "gripper"], ...] = ("static", "gripper")
     camera_hz: Rate = 10.0
     # A world that the machine is too busy to step looks like a robot that does not answer.

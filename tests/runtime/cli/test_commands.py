@@ -366,3 +366,20 @@ def test_bash_completes_commands_options_and_settings(helps, tmp_path, monkeypat
         assert "--interactive" in said and "Tell a running robot what to do." in said
     assert main(["completion", "bsh"]) == 2
     assert "did you mean 'bash'" in capsys.readouterr().err
+
+
+def test_defaults_are_shown_as_they_are_typed() -> None:
+    rows = [row.strip() for row in help_of_settings(RunConfig)]
+    whole = [row for row in rows if not row.endswith(" ...")]
+    assert len(whole) > 90
+    assert load(None, whole) == RunConfig()
+
+
+def test_a_section_is_that_section_and_a_word_is_looked_for_everywhere(capsys) -> None:
+    assert main(["config", "world", "--json"]) == 0
+    assert all(name.startswith("world.") for name in json.loads(capsys.readouterr().out))
+    assert main(["config", "world.scene", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["world.scene"]
+    assert main(["config", "latent", "--json"]) == 0
+    names = set(json.loads(capsys.readouterr().out))
+    assert {"safety.latent_grace_s", "lockstep.latency_steps"} & names == {"safety.latent_grace_s"}
