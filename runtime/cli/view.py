@@ -13,8 +13,6 @@ show itself when it is first asked to, and costs nothing before. Needs Rerun:
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -23,11 +21,18 @@ from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.cli.film import reader
 from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig, load
 from openhelix.runtime.core.output import answer
+from openhelix.runtime.launch.node import interruptible
 from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.overlay import About
 from openhelix.runtime.observe.recorder import playback
 from openhelix.runtime.observe.status_source import RECORD, NoRun, RunSource, newest_run
-from openhelix.runtime.observe.viewer import FILE_NAME, RerunViewer, require
+from openhelix.runtime.observe.viewer import (
+    FILE_NAME,
+    RerunProcess,
+    RerunViewer,
+    ViewerFailed,
+    require,
+)
 
 
 class ViewOptions(Options):
@@ -71,21 +76,32 @@ def _live(base: Path, folder: Path) -> str:
     """Return where a run that is alive can be seen."""
     source = RunSource(base, folder)
     try:
-        return str(source.view()["url"])
+        with Display() as display:
+            display.waiting("Rerun")
+            return source.view()
     finally:
         source.close()
 
 
 def _open(what: str, options: ViewOptions) -> int:
     """Open Rerun's viewer and wait until it is closed."""
-    words = [sys.executable, "-m", "rerun", what, *(["--web-viewer"] if options.web else [])]
-    try:
-        code = subprocess.run(words, check=False).returncode
-    except KeyboardInterrupt:
-        return 0
-    if code != 0:
+    with interruptible() as interrupted:
+        viewer = RerunProcess(what, *(["--web-viewer"] if options.web else []))
+        try:
+            if options.web:
+                viewer.answers()
+                answer(f"{viewer.page}\nCtrl-C ends it")
+            while viewer.process.poll() is None:
+                if interrupted.wait(0.2):
+                    return 0
+        except ViewerFailed as error:
+            raise CommandFailed(str(error)) from None
+        finally:
+            viewer.end()
+    if viewer.process.returncode:
         raise CommandFailed(
-            f"Rerun's viewer ended with {code}; without a screen use --web, or --out FILE.rrd"
+            f"Rerun's viewer ended with {viewer.process.returncode}; without a screen use --web, or "
+            "--out FILE.rrd"
         )
     return 0
 

@@ -333,7 +333,8 @@ class ObserverProcess:
         self._endpoint, self._cameras, self._keys = ticks, tuple(cameras), keys
         self._frames: dict[str, CameraFrame] = {}
         self._last_s = 0.0
-        self._viewing = threading.Lock()
+        self._viewing: threading.Thread | None = None  # starts Rerun
+        self._view_error = ""
         self._finish = threading.Event()
         self._finished = threading.Event()
         self._expected: int | None = None  # messages of the whole run
@@ -419,17 +420,29 @@ class ObserverProcess:
                 sink(whole)
 
     def _on_view(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Start to show the run in Rerun, unless that has been done; return where."""
+        """Begin to show the run in Rerun, unless that has been done; return where, once it does."""
         assert self._sinks is not None
-        with self._viewing:
-            viewer = self._sinks.parts.get("live view")
-            if viewer is None:
-                # Rerun is an extra of half a gigabyte: imported only here.
-                from openhelix.runtime.observe.viewer import RerunViewer
+        viewer, error, self._view_error = self._sinks.parts.get("live view"), self._view_error, ""
+        if viewer is None and not error and (self._viewing is None or not self._viewing.is_alive()):
+            # It takes seconds, in which others ask how the robot does.
+            self._viewing = threading.Thread(target=self._begin_view, name="viewer", daemon=True)
+            self._viewing.start()
+        return {"url": viewer.url if viewer is not None else "", "error": error}
 
-                viewer = RerunViewer(about=About.of(self._config, self._cameras))
-                self._sinks.parts = {**self._sinks.parts, "live view": viewer}
-        return {"url": viewer.url}
+    def _begin_view(self) -> None:
+        assert self._sinks is not None
+        # Rerun is an extra of half a gigabyte: imported only here.
+        from openhelix.runtime.observe.viewer import RerunViewer, ViewerFailed, ViewerMissing
+
+        try:
+            viewer = RerunViewer(about=About.of(self._config, self._cameras))
+        except (ViewerFailed, ViewerMissing) as error:
+            self._view_error = str(error)
+            return
+        if self._finish.is_set():
+            viewer.close()
+        else:
+            self._sinks.parts = {**self._sinks.parts, "live view": viewer}
 
     def _on_finish(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Write out everything, `told` messages in all; the answer comes when all is written."""

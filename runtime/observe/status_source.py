@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from openhelix.runtime.transport.sockets import check_connect, served
 RECORD = "status.json"
 ASK_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 3.0
-VIEW_TIMEOUT_S = 30.0  # Rerun takes seconds to import
+VIEW_TIMEOUT_S = 120.0  # Rerun takes seconds to begin, on a busy machine many
 
 
 class NoRun(CommandFailed):
@@ -226,13 +227,22 @@ class RunSource:
         except RpcError as error:
             return {"runs": runs, "system2": {"error": str(error), "robots": {}}}
 
-    def view(self) -> dict[str, Any]:
-        """Let the run show itself in Rerun; return {"url": ...}.
+    def view(self) -> str:
+        """Let the run show itself in Rerun; return where, once it does.
 
         Raises:
             NoRun: there is no run, or it cannot.
         """
-        return self._ask("view", timeout_s=VIEW_TIMEOUT_S)
+        end_s = time.monotonic() + VIEW_TIMEOUT_S
+        while (now_s := time.monotonic()) < end_s:
+            # To import Rerun can keep a whole process from answering.
+            told = self._ask("view", timeout_s=end_s - now_s)
+            if told["error"]:
+                raise NoRun(f"{self.record().robot}: {told['error']}")
+            if told["url"]:
+                return str(told["url"])
+            time.sleep(0.2)
+        raise NoRun(f"{self.record().robot}: Rerun has not begun within {VIEW_TIMEOUT_S:g} s")
 
     def say(self, text: object, who: str) -> dict[str, Any]:
         """Tell the robot something; see `openhelix.runtime.control.talk.Talk.say`.

@@ -14,10 +14,18 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import numpy as np
 
@@ -41,7 +49,13 @@ STATES: Final[Mapping[str, tuple[str, int]]] = {
     "hold": ("holds", 0xE2A23BFF),
     "stop": ("stopped", 0xD1495BFF),
 }
-LEVELS: Final = {"said": "INFO", "ended": "INFO", "seen": "INFO", "held": "WARN"}
+LEVELS: Final = {"held": "WARN"}
+SERVED: Final = "256MB"  # of a run, kept for those who look later
+UP_S: Final = 30.0  # for Rerun to begin, on a busy machine
+
+
+class ViewerFailed(RuntimeError):
+    """Rerun does not work; the message says how."""
 
 
 class ViewerMissing(ValueError):
@@ -62,6 +76,7 @@ class RerunViewer(Counted):
 
     Raises:
         ViewerMissing: rerun-sdk is not installed.
+        ViewerFailed: its server does not begin.
     """
 
     def __init__(
@@ -79,8 +94,13 @@ class RerunViewer(Counted):
         name = f"openhelix {self._about.robot}"
         self._stream = rr.RecordingStream(name, batcher_config=batching)
         self.url: str | None = None
+        self._server: RerunProcess | None = None
         if path is None:
-            self.url = str(self._stream.serve_grpc(grpc_port=0, server_memory_limit="256MB"))
+            # Its own server, within this process, would listen on every network of this host.
+            self._server = RerunProcess("--serve-grpc", "--server-memory-limit", SERVED)
+            self._server.answers()
+            self.url = self._server.url
+            self._stream.connect_grpc(self.url)
         else:
             self._stream.save(str(path))
         self._due_s: dict[str, float] = {}  # when each kind of thing may be logged again
@@ -106,8 +126,12 @@ class RerunViewer(Counted):
         return self._work.close(timeout_s)
 
     def _end(self) -> None:
-        self._stream.flush(timeout_sec=10.0)
-        self._stream.disconnect()
+        try:
+            self._stream.flush(timeout_sec=10.0)
+            self._stream.disconnect()
+        finally:
+            if self._server is not None:
+                self._server.end()
 
     def _show(self, message: TickMessage) -> None:
         tick = message.tick
@@ -222,7 +246,7 @@ class RerunViewer(Counted):
         rr = self._rr
         for entry in message.entries:
             good = entry.success is True or entry.kind == "seen"
-            level = LEVELS.get(entry.kind, "DEBUG")
+            level = LEVELS.get(entry.kind, "INFO")
             self._stream.log(
                 "told",
                 rr.TextLog(
@@ -405,6 +429,66 @@ def point_cloud(frame: CameraFrame, step: int) -> tuple[Any, Any]:
     points = points @ frame.T_world_cam[:3, :3].T + frame.T_world_cam[:3, 3]
     kept = (depth > 0).reshape(-1)
     return points[kept], frame.rgb[::step, ::step].reshape(-1, 3)[kept]
+
+
+class RerunProcess:
+    """A program of Rerun's, which only this host can reach.
+
+    Args:
+        words: of its command line.
+
+    Attributes:
+        url: where data goes and comes from, where it serves them.
+        page: with `--web-viewer`, what a browser opens.
+    """
+
+    def __init__(self, *words: str) -> None:
+        self._port, shown = free_port(), free_port()
+        self.url = f"rerun+http://127.0.0.1:{self._port}/proxy"
+        ports = ["--port", str(self._port)]
+        if "--web-viewer" in words:
+            source = next((word for word in words if "://" in word), self.url)
+            self.page = f"http://127.0.0.1:{shown}/?url={quote(source, safe='')}"
+            ports += ["--web-viewer-port", str(shown)]
+            self._port = shown
+        command = [sys.executable, "-m", "rerun", *words, "--bind", "127.0.0.1", *ports]
+        # What it logs is for its developers. The module starts a child, which ends with its session.
+        env = {"RUST_LOG": "error"} | os.environ
+        self.process = subprocess.Popen(command, start_new_session=True, env=env)
+
+    def answers(self) -> None:
+        """Wait until it can be connected to.
+
+        Raises:
+            ViewerFailed: it cannot, and has been ended.
+        """
+        end_s = time.monotonic() + UP_S
+        while self.process.poll() is None and time.monotonic() < end_s:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 0.2):
+                return
+            time.sleep(0.05)
+        code = self.process.poll()
+        self.end()
+        raise ViewerFailed(
+            f"Rerun does not answer after {UP_S:g} s"
+            if code is None
+            else f"Rerun has ended with {code}"
+        )
+
+    def end(self) -> None:
+        """End it; safe to call twice."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(3.0)
+
+
+def free_port() -> int:
+    """Return a port of this host that nobody uses just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def require() -> Any:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from openhelix.runtime.control.talk import Entry
@@ -53,8 +58,8 @@ class Stream:
     def save(self, path):
         self.calls.append(("save", path))
 
-    def serve_grpc(self, **options):
-        return "rerun+http://127.0.0.1:1/proxy"
+    def connect_grpc(self, url):
+        self.calls.append(("connect", url))
 
     def set_time(self, timeline, *, duration):
         self.now_s = duration
@@ -127,37 +132,36 @@ def test_a_run_is_logged_and_the_stream_is_ended(rerun, tmp_path):
     assert stream.logged[-1][2] == pytest.approx(29 / 30, abs=1e-3)
 
 
-def test_the_plan_is_there_in_3d_and_in_the_images_with_its_committed_part_apart(rerun):
-    view = shown(None, told(ticks(12)), About(committed=1))
+def test_the_plan_is_there_in_3d_and_in_the_images_with_its_committed_part_apart(rerun, tmp_path):
+    view = shown(tmp_path / "run.rrd", told(ticks(12)), About(committed=1))
     plan = logged(view, "world/plan")[0]
     first, rest = plan.args[0]
     assert (len(first), len(rest)) == (2, 3)
     assert plan.kw["colors"][0] != plan.kw["colors"][1]
     drawn = logged(view, "world/cameras/static/rgb/plan")
     assert len(drawn[-1].args[0]) == 2
-    assert view.url == "rerun+http://127.0.0.1:1/proxy"
 
 
-def test_a_new_instruction_takes_the_old_plan_away(rerun):
-    view = shown(None, told(ticks(20, instruction_ids=2)))
+def test_a_new_instruction_takes_the_old_plan_away(rerun, tmp_path):
+    view = shown(tmp_path / "run.rrd", told(ticks(20, instruction_ids=2)))
     kinds = [what.kind for what in logged(view, "world/plan")]
     assert "Clear" in kinds and kinds.index("Clear") < len(kinds) - 1
 
 
-def test_a_drawn_world_is_shown_by_its_parts_where_they_move(rerun):
+def test_a_drawn_world_is_shown_by_its_parts_where_they_move(rerun, tmp_path):
     run = told(ticks(20))
     moving = [replace(m, visual=np.array([0.01 * (i // 10)])) for i, m in enumerate(run)]
-    view = shown(None, moving, About(scenery=Scene()))
+    view = shown(tmp_path / "run.rrd", moving, About(scenery=Scene()))
     mesh, *places = logged(view, "world/scene/block")
     assert mesh.kind == "Mesh3D" and mesh.kw["vertex_positions"].shape == (3, 3)
     assert [place.kw["translation"][0] for place in places] == [0.0, 0.01]  # only where it moved
     assert not logged(view, "world/points/static")  # the scene itself is there
-    assert logged(shown(None, run), "world/points/static")
+    assert logged(shown(tmp_path / "run.rrd", run), "world/points/static")
 
 
-def test_a_stuck_viewer_loses_pictures_and_holds_nobody_up(rerun):
+def test_a_stuck_viewer_loses_pictures_and_holds_nobody_up(rerun, tmp_path):
     Stream.gate.clear()
-    view = RerunViewer(queue_size=4)
+    view = RerunViewer(tmp_path / "run.rrd", queue_size=4)
     for message in told(ticks(30)):
         view(message)
     assert view.dropped >= 25
@@ -199,6 +203,49 @@ def test_a_file_that_is_written_while_a_robot_works_is_no_larger_than_one_made_a
         assert view.close() and view.dropped == 0
         sizes.append(path.stat().st_size)
     assert sizes[1] < 1.15 * sizes[0], sizes
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("rerun") is None,
+    reason="Rerun is not installed; pip install 'openhelix[viewer]' installs it",
+)
+def test_a_run_that_is_alive_is_seen_on_this_host_alone_and_leaves_nothing_behind(tmp_path):
+    view = RerunViewer(about=About(scenery=Scene()), lossless=True)
+    server = view._server.process.pid
+    for message in told(ticks(60), visual=np.array([0.0])):
+        view(message)
+    seen = tmp_path / "seen.rrd"
+    command = [sys.executable, "-m", "rerun", view.url, "--save", str(seen)]
+    with subprocess.Popen(command, start_new_session=True) as reader:
+        try:
+            end_s = time.monotonic() + 60
+            while not (seen.exists() and b"world/scene/block" in seen.read_bytes()):
+                assert time.monotonic() < end_s and reader.poll() is None
+                time.sleep(0.1)
+        finally:
+            os.killpg(reader.pid, signal.SIGKILL)
+    ours = [p for p in psutil.process_iter() if _session(p.pid) == server]
+    places = [c.laddr for p in ours for c in p.net_connections() if c.status == "LISTEN"]
+    assert {place.ip for place in places} == {"127.0.0.1"}
+    assert any(f":{place.port}/" in view.url for place in places)
+    assert view.close() and view.error == ""
+    gone, left = psutil.wait_procs(ours, 10)
+    assert len(gone) >= 1 and not left
+
+
+def _session(pid):
+    with suppress(ProcessLookupError):
+        return os.getsid(pid)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("rerun") is None,
+    reason="Rerun is not installed; pip install 'openhelix[viewer]' installs it",
+)
+def test_a_server_that_does_not_begin_is_told():
+    process = viewer.RerunProcess("--no-such-option")
+    with pytest.raises(viewer.ViewerFailed, match="Rerun has ended with"):
+        process.answers()
 
 
 def test_similarity_is_the_cosine():
