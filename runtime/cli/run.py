@@ -196,7 +196,12 @@ def plan(
     if config.world.layout is not None:
         laid = world.layout(config.world.layout, scene, seed)
     if tasks.task is not None:
-        found, start = world.task(tasks.task, scene, seed)
+        try:
+            found, start = world.task(tasks.task, scene, seed)
+        except ValueError as error:  # it says "task: ..."
+            raise ConfigError(
+                f"tasks.{error}" if str(error).startswith("task:") else str(error)
+            ) from None
         return [Assignment(*task) for task in found], laid or start
     if own or (interactive and laid):
         return own, laid

@@ -197,7 +197,10 @@ FILES = ("output.video=false", "output.metrics_port=null", "output.live=false")
             "trigger_floor_s: 20, must be less than trigger_ceiling_s=10",
         ),
         ("system2.trigger=learned", "system2.trigger"),
-        ("tasks.task=open_drawr", "tasks?: 'open_drawr' is unknown; did you mean 'open_drawer'"),
+        (
+            "tasks.task=open_drawr",
+            "tasks.task: 'open_drawr' is unknown; did you mean 'open_drawer'",
+        ),
         ("tasks.instruction=open\x07", "tasks.instruction: has a control character"),
         ("--task=open_drawr", "did you mean 'open_drawer'"),
         ("--scene=Q", "world.scene: must be 'A', 'B', 'C' or 'D'"),
