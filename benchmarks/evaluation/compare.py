@@ -179,7 +179,7 @@ def drawing_of(found: Mapping[str, Any]) -> plots.Drawing:
         rows = {f"{number} in a row": row for number, row in steps}
     rows |= found["per_task"]
     counts = [row["n"] for row in rows.values()]
-    note = f"{plots.trials(counts, 'pairs')}; bars: 95 % intervals; filled where they leave out 0"
+    note = f"{plots.trials(counts, 'pairs')}; lines: 95 % intervals; filled where they leave out 0"
     label = "B - A, success (percentage points)"
     return plots.differences(rows, label, f"{found['suite']}: B against A", note, 100.0)
 

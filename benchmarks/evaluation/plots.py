@@ -85,7 +85,7 @@ def rates(rows: Mapping[str, Mapping[str, Any]], title: str) -> Drawing:
     """Return horizontal bars of success rates with their intervals."""
     rows = {name: row for name, row in rows.items() if row["n_episodes"]}
     numbers = [row["n_episodes"] for row in rows.values()]
-    note = f"{trials(numbers, 'attempts')}; bars: {WILSON}"
+    note = f"{trials(numbers, 'attempts')}; lines: {WILSON}"
     figure, axes = axes_of(6.6, 1.1 + 0.21 * len(rows), title, note)
     y = np.arange(len(rows))[::-1]
     values = np.array([row["success_rate"] for row in rows.values()])
@@ -208,6 +208,8 @@ def differences(
     axes.axvline(0, color=INK, lw=0.8)
     axes.set_yticks(y, list(rows), fontsize=8)
     axes.set_ylim(-0.7, len(rows) - 0.3)
+    left, right = axes.get_xlim()  # at least a tenth: what is no difference must not look like one
+    axes.set_xlim(min(left, -0.1 * scale), max(right, 0.1 * scale))
     axes.set_xlabel(x_label, fontsize=8)
     axes.grid(axis="x", color=PALE, lw=0.5)
     return drawing(figure)

@@ -40,6 +40,7 @@ figcaption { font-size: 13px; padding: .25rem 0; }
 form { display: flex; flex-wrap: wrap; gap: .6rem; font-size: 14px; margin: .6rem 0; }
 select, input { font: inherit; padding: .2rem .4rem; }
 [hidden] { display: none; }
+@media (max-width: 46rem) { table { display: block; overflow-x: auto; } }
 """
 
 # Filters the list of episodes; without it the whole list is there.
@@ -97,7 +98,8 @@ def headline(report: Mapping[str, Any]) -> str:
     cadence = (
         f"System 2 at {report['hz2']:g} Hz"
         if report["hz2"]
-        else f"System 2 every {report['interval']} steps, {report['latency']} late"
+        else f"System 2 every {counted(report['interval'], 'step')}"
+        + (f", {counted(report['latency'], 'step')} late" if report["latency"] else ", at once")
     )
     if report["system2"] is None:
         cadence = "no System 2"
@@ -217,7 +219,9 @@ def image(data: bytes, kind: str = "png") -> str:
 def page(title: str, body: Sequence[str]) -> str:
     """Return a whole HTML page."""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}"
         f"</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
         f"{''.join(body)}</body></html>\n"
     )

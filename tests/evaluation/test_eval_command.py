@@ -219,6 +219,7 @@ def test_a_report_escapes_what_it_quotes(two):
     result = {"key": "D/<b>", "tasks": [], "error": "<script>alert(1)</script>"}
     shown = reports.to_html(report, [result])
     assert "<script>a" not in shown and "<b>" not in shown
+    assert 'name="viewport"' in shown  # on a phone it is as wide as the phone
     assert "&lt;script&gt;alert(1)" in shown
     assert "a\\|b" in reports.to_markdown(report)
 

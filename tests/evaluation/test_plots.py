@@ -44,11 +44,11 @@ def test_a_plot_comes_in_three_formats_and_the_same_again(name: str) -> None:
 
 def test_rates_go_from_0_to_100_and_say_how_many() -> None:
     texts = written(DRAWN["rates"]())
-    assert {"0", "100", "success (%)", "n = 6 attempts each; bars: 95 % Wilson intervals"} <= set(
+    assert {"0", "100", "success (%)", "n = 6 attempts each; lines: 95 % Wilson intervals"} <= set(
         texts
     )
     varied = plots.rates({"a": ROW, "b": ROW | {"n_episodes": 9}}, "By task")
-    assert {"a (6)", "b (9)", "n = 6 to 9 attempts each; bars: 95 % Wilson intervals"} <= set(
+    assert {"a (6)", "b (9)", "n = 6 to 9 attempts each; lines: 95 % Wilson intervals"} <= set(
         written(varied)
     )
     assert "100" in written(DRAWN["lines"]()) and "time (s)" in written(DRAWN["lines"]())
@@ -57,3 +57,9 @@ def test_rates_go_from_0_to_100_and_say_how_many() -> None:
 def test_colours_can_be_told_apart_by_their_lightness_or_their_marks() -> None:
     assert len(set(plots.COLOURS)) == len(set(plots.MARKS)) == len(plots.COLOURS)
     assert trials([3], "chains") == "n = 3 chains"
+
+
+def test_two_that_are_equal_do_not_look_as_if_they_differed() -> None:
+    same = {"difference": 0.0, "ci95": (0.0, 0.0)}
+    texts = written(plots.differences({"all": same}, "B - A", "Compared", "n = 2 pairs", 100.0))
+    assert {"0.0", "10.0"} <= set(texts)
