@@ -148,7 +148,9 @@ def _draw(board: dict[str, Any], source: Source) -> Figure:
         box = (left + gap[0], 1 - top - high + gap[1], wide - 2 * gap[0], high - 2 * gap[1])
         figure.add_artist(
             FancyBboxPatch(
-                box[:2], box[2], box[3], boxstyle="square,pad=0", fc=PANEL, ec=EDGE, lw=0.8
+                *(box[:2], box[2], box[3]),
+                **{"boxstyle": "square,pad=0", "fc": PANEL, "ec": EDGE, "lw": 0.8},
+                zorder=-1,  # axes are at 0: what a panel shows lies on it
             )
         )
         title = box[1] + box[3] - 0.2 / size[1]
