@@ -161,6 +161,7 @@ class VllmEngine(EngineBase):
             distributed_executor_backend="uni",
             enforce_eager=self._eager or middle,
             disable_log_stats=False,  # they are served with our own; see openhelix.runtime.observe.metrics.Library
+            use_tqdm_on_load=False,
             seed=0,
         )
         self._llm.apply_model(partial(_check_finite, path=self.checkpoint.path))
@@ -311,6 +312,7 @@ class VllmAnswerer:
             distributed_executor_backend="uni",
             enforce_eager=True,
             generation_config="vllm",
+            use_tqdm_on_load=False,
             seed=0,
         )
 
