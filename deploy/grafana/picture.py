@@ -379,13 +379,21 @@ def _table(axes: Axes, panel: dict[str, Any], source: Source) -> None:
     units, columns = _units(panel), [*labels, *titles]
     fitting = max(1, int(panel["gridPos"]["h"] * CELL_IN[1] / 0.25) - 2)
     step = 1 / (fitting + 1)
-    for column, title in enumerate(columns):
-        x = column / len(columns)
-        axes.text(x, 1 - step / 2, title, color="#6e9fff", size=8, va="center")
-        for number, row in enumerate(rows[:fitting]):
-            cell = row[column]
-            text = cell if isinstance(cell, str) else say(float(cell), units.get(title, "none"))
-            axes.text(x, 1 - (number + 1.5) * step, text, size=8, va="center")
+    written = [
+        [title]
+        + [
+            cell if isinstance(cell, str) else say(float(cell), units.get(title, "none"))
+            for cell in (row[column] for row in rows[:fitting])
+        ]
+        for column, title in enumerate(columns)
+    ]
+    # Every column as wide as its longest text, at least as wide as a figure.
+    widths = [max(8, *map(len, column)) for column in written]
+    for column, texts in enumerate(written):
+        x = sum(widths[:column]) / sum(widths)
+        for number, text in enumerate(texts):
+            colour = "#6e9fff" if number == 0 else TEXT
+            axes.text(x, 1 - (number + 0.5) * step, text, color=colour, size=8, va="center")
     for number in range(min(fitting, len(rows)) + 1):
         axes.axhline(1 - (number + 1) * step, color=EDGE, lw=0.7)
     axes.set(xlim=(0, 1), ylim=(0, 1))
