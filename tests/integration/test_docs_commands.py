@@ -74,7 +74,7 @@ RULES = (
         None,
         "weights of the reader's own",
     ),
-    Rule(r"openhelix run --config configs/run.yaml$", LOCKSTEP),
+    Rule(r"openhelix run --config configs/run.yaml( system2.trigger=change)?$", LOCKSTEP),
     Rule(
         r"openhelix run .*--interactive",
         None,
