@@ -14,6 +14,7 @@ import contextlib
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
@@ -24,7 +25,7 @@ from openhelix.runtime.core.output import answer
 SHELLS = ("bash", "zsh", "fish")
 BASH = """# Completion of openhelix for bash; made by `openhelix completion bash`.
 _openhelix() {{
-  local word=${{COMP_WORDS[COMP_CWORD]}} words
+  local word=${{COMP_WORDS[COMP_CWORD]}} words values=
   if [[ $COMP_CWORD == 1 ]]; then
     COMPREPLY=($(compgen -W "{commands}" -- "$word"))
     return
@@ -32,6 +33,13 @@ _openhelix() {{
   case ${{COMP_WORDS[1]}} in
 {cases}
   esac
+  case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
+{values}
+  esac
+  if [[ $values ]]; then
+    COMPREPLY=($(compgen -W "$values" -- "$word"))
+    return
+  fi
   COMPREPLY=($(compgen -W "$words" -- "$word"))
   if [[ ${{#COMPREPLY[@]}} == 0 ]]; then
     COMPREPLY=($(compgen -f -- "$word"))
@@ -44,12 +52,15 @@ complete -F _openhelix openhelix
 ZSH = """#compdef openhelix
 # Completion of openhelix for zsh; made by `openhelix completion zsh`.
 _openhelix() {{
-  local -a words
+  local -a commands
   if (( CURRENT == 2 )); then
-    words=({described})
-    _describe command words
+    commands=({described})
+    _describe command commands
     return
   fi
+  case "${{words[2]}} ${{words[CURRENT-1]}}" in
+{values}
+  esac
   case ${{words[2]}} in
 {cases}
   esac
@@ -72,8 +83,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def words() -> dict[str, list[str]]:
-    """Return the options and settings of every command that can say what it takes."""
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a command takes: its options and settings, and the values of options that have few."""
+
+    words: tuple[str, ...]
+    values: Mapping[str, tuple[str, ...]]
+
+
+def words() -> dict[str, Taken]:
+    """Return what every command takes that can say so."""
     found = {}
     for name, path in plugins.entries(plugins.COMMANDS).items():
         said = io.StringIO()
@@ -84,32 +103,50 @@ def words() -> dict[str, list[str]]:
     return found
 
 
-def taken(text: str) -> list[str]:
-    """Return the options and settings that a command takes, by its help."""
+def taken(text: str) -> Taken:
+    """Return what a command takes, by its help."""
     flags = re.findall(r"^  (?:-\w, )?(--[a-z][\w-]*)", text, re.M)
     _, _, listed = text.rpartition("\nsettings, written")
-    return [*dict.fromkeys([*flags, *re.findall(r"  ([a-z_][\w.]*=)", listed)])]
+    settings = re.findall(r"  ([a-z_][\w.]*=)", listed)
+    choices = re.findall(r"^  (--[a-z][\w-]*) ([\w.-]+(?:\|[\w.-]+)+)", text, re.M)
+    values = {  # words in capitals and dots stand for others
+        flag: tuple(v for v in listed.split("|") if v.islower() and v.strip("."))
+        for flag, listed in choices
+    }
+    return Taken(tuple(dict.fromkeys([*flags, *settings])), values)
 
 
-def bash(found: Mapping[str, Sequence[str]]) -> str:
+def bash(found: Mapping[str, Taken]) -> str:
     """Return the script for bash."""
-    cases = "\n".join(f'    {name}) words="{" ".join(own)}" ;;' for name, own in found.items())
-    return BASH.format(commands=" ".join(found), cases=cases)
+    cases = [f'    {name}) words="{" ".join(own.words)}" ;;' for name, own in found.items()]
+    values = [
+        f'    "{name} {flag}") values="{" ".join(valid)}" ;;'
+        for name, own in found.items()
+        for flag, valid in own.values.items()
+    ]
+    return BASH.format(commands=" ".join(found), cases="\n".join(cases), values="\n".join(values))
 
 
-def zsh(found: Mapping[str, Sequence[str]]) -> str:
+def zsh(found: Mapping[str, Taken]) -> str:
     """Return the script for zsh."""
     paths = plugins.entries(plugins.COMMANDS)
     described = " ".join(
         "'" + f"{name}:{plugins.summary(paths[name])}".replace("'", "") + "'" for name in found
     )
-    cases = "\n".join(
-        f"    {name}) compadd -S '' -- {' '.join(own)}; _files ;;" for name, own in found.items()
-    )
-    return ZSH.format(described=described, cases=cases)
+    cases = []
+    for name, own in found.items():
+        flags = " ".join(word for word in own.words if not word.endswith("="))
+        settings = " ".join(word for word in own.words if word.endswith("="))
+        cases.append(f"    {name}) compadd -- {flags}; compadd -S '' -- {settings}; _files ;;")
+    values = [
+        f"    '{name} {flag}') compadd -- {' '.join(valid)}; return ;;"
+        for name, own in found.items()
+        for flag, valid in own.values.items()
+    ]
+    return ZSH.format(described=described, cases="\n".join(cases), values="\n".join(values))
 
 
-def fish(found: Mapping[str, Sequence[str]]) -> str:
+def fish(found: Mapping[str, Taken]) -> str:
     """Return the script for fish."""
     paths = plugins.entries(plugins.COMMANDS)
     lines = ["# Completion of openhelix for fish; made by `openhelix completion fish`."]
@@ -118,7 +155,12 @@ def fish(found: Mapping[str, Sequence[str]]) -> str:
         lines.append(f"complete -c openhelix -n __fish_use_subcommand -f -a {name} -d '{says}'")
         lines += [
             f"complete -c openhelix -n '__fish_seen_subcommand_from {name}' -a '{word}'"
-            for word in own
+            for word in own.words
+        ]
+        lines += [
+            f"complete -c openhelix -n '__fish_seen_subcommand_from {name}' "
+            f"-l {flag.removeprefix('--')} -x -a '{' '.join(valid)}'"
+            for flag, valid in own.values.items()
         ]
     return "\n".join(lines) + "\n"
 

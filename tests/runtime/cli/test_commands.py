@@ -363,12 +363,56 @@ def test_bash_completes_commands_options_and_settings(helps, tmp_path, monkeypat
     assert completed("openhelix", "sw") == ["sweep"]
     assert completed("openhelix", "run", "--int") == ["--interactive"]
     assert completed("openhelix", "run", "system2.h") == ["system2.hz="]
+    assert completed("openhelix", "eval", "--clock", "") == ["lockstep", "realtime"]
+    assert completed("openhelix", "eval", "--suite", "calvin-") == [
+        "calvin-e",
+        "calvin-d",
+        "calvin-r",
+    ]
+    assert completed("openhelix", "eval", "--world", "") == ["playtable", "calvin"]
     for shell in ("zsh", "fish"):
         assert main(["completion", shell]) == 0
         said = capsys.readouterr().out
         assert "--interactive" in said and "Tell a running robot what to do." in said
     assert main(["completion", "bsh"]) == 2
     assert "did you mean 'bash'" in capsys.readouterr().err
+
+
+TYPED_AT_ZSH = r"""
+zmodload zsh/zpty
+zpty z zsh -f -i
+zpty -w z "autoload -Uz compinit; compinit -u -D; source ./_openhelix; compdef _openhelix openhelix"
+zpty -w z 'openhelix() { print -r -- $@ >> got }'
+zpty -w z $'openhelix ev\t--sui\tcalvin-e --clock lock\tsystem2.trigger_flo\t5'
+zpty -w z exit
+while zpty -r z line; do :; done
+"""
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_completes_commands_options_values_and_settings(helps, tmp_path) -> None:
+    own = {name: completion.taken(text) for name, text in helps.items()}
+    (tmp_path / "_openhelix").write_text(completion.zsh(own))
+    subprocess.run(["zsh", "-f", "-c", TYPED_AT_ZSH], cwd=tmp_path, capture_output=True, timeout=60)
+    said = (tmp_path / "got").read_text().strip()
+    assert said == "eval --suite calvin-e --clock lockstep system2.trigger_floor_s=5"
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+def test_fish_completes_options_and_their_values(helps, tmp_path) -> None:
+    own = {name: completion.taken(text) for name, text in helps.items()}
+    (tmp_path / "openhelix.fish").write_text(completion.fish(own))
+
+    def completed(typed: str) -> set[str]:
+        asked = f"source {tmp_path}/openhelix.fish; complete -C '{typed}'"
+        done = subprocess.run(
+            ["fish", "--no-config", "-c", asked], capture_output=True, text=True, check=True
+        )
+        return {line.split("\t")[0] for line in done.stdout.splitlines()}
+
+    assert "sweep" in completed("openhelix sw")
+    assert completed("openhelix eval --clock ") == {"lockstep", "realtime"}
+    assert "system2.hz=" in completed("openhelix run system2.h")
 
 
 def test_defaults_are_shown_as_they_are_typed() -> None:
