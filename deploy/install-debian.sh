@@ -14,7 +14,7 @@ for what in "$@"; do
     hosts) packages+=(openssh-server openssh-client rsync iproute2 util-linux) ;;
     prometheus) packages+=(prometheus) ;;
     browser) packages+=(chromium) ;;
-    tests) packages+=(openssh-server openssh-client rsync iproute2 util-linux prometheus chromium) ;;
+    tests) packages+=(openssh-server openssh-client rsync iproute2 util-linux prometheus chromium zsh fish) ;;
     *)
       echo "install-debian.sh: '$what': unknown; valid: hosts, prometheus, browser, tests" >&2
       exit 2
