@@ -1,12 +1,13 @@
 """The training cache: what an expert saw and did, small enough to train from memory.
 
-A folder holds `cache.json` and shards `shard-00000.safetensors`, ... of at most 60 MiB. A
-shard's tensors have one row a frame; the frames of an episode follow each other in time and
-an episode never spans two shards.
+A folder holds `cache.json` and the shards that it lists, safetensors of any names. A shard's
+tensors have one row a frame; the frames of an episode follow each other in time and an episode
+never spans two shards.
 
     rgb.<camera>     (N, h, w, 3) uint8, at the policy's working size
-    depth.<camera>   (N, h, w) uint16, units of 0.1 mm along the optical axis, 0 for none
-                     (float16 would round the static camera's distance to 4 mm)
+    depth.<camera>   (N, h, w) uint16, units of 0.1 mm along the optical axis; 0 where there is
+                     none, or it is beyond `FARTHEST_M` (float16 would round the static camera's
+                     distance to 4 mm)
     K.<camera>       (N, 3, 3) float32, pixels of the stored image, centres at +0.5
     T.<camera>       (N, 4, 4) float32, camera to world
     proprio          (N, nhist, 9) float32: xyz (m), quaternion xyzw, gripper width (m),
@@ -21,6 +22,7 @@ an episode never spans two shards.
     task             (N,) int32: index into `cache.json`'s tasks
     instruction      (N,) int32: index into its instructions
     episode, step    (N,) int32: which episode, and its environment step at 1 / hz
+    steps_left       (N,) int32: steps to the first success, 0 and below once it is done
 
 `cache.json`: {"format": 2, "hz", "horizon", "nhist", "cameras": [{name, height, width,
 work_height, work_width}], "tasks": [...], "instructions": [...], "shards": [{"file",
@@ -31,7 +33,9 @@ so another System 2 needs no new images: `latent` (N, P, n, d) float16, for P in
 frame, `instruction` (N, P) int32 which ones, and `latents.json` {"kind", "n_tokens", "dim",
 "model_id"}.
 
-`CacheWriter` makes all this; `shrunk` and `chunk_targets` make its arguments.
+Whoever makes a cache, from rendered demonstrations or from a dataset, writes it with what is
+here: `pictures` and `chunk_targets` make columns, `shard_bytes` a file of them, `index_bytes` the
+index. Shards may be made in any order, by any number of processes.
 """
 
 from __future__ import annotations
@@ -41,23 +45,25 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save
+from torch import Tensor
 
 from openhelix.runtime.core.files import BadFile, replace_file, written
-from openhelix.runtime.core.interfaces import CameraFrame, LatentSpec
+from openhelix.runtime.core.interfaces import F32, F64, U8, LatentSpec
 from openhelix.system1.config import KEYPOSES, CameraConfig, PolicyConfig
 from openhelix.system1.geometry import shrink
 
 FORMAT = 2
-SHARD_BYTES = 56 * 2**20  # an upper bound of what is gathered before a shard is written
 DEPTH_UNIT_M = 1e-4
+FARTHEST_M = 6.5  # as far as 16 bits of that unit reach
 
-Arrays = dict[str, npt.NDArray[Any]]
+Columns = dict[str, Tensor]
 
 
 class CacheError(BadFile):
@@ -88,10 +94,11 @@ class Index:
 
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
+_ALSO = ("episode", "steps_left")
 
 
 def row_shapes(cameras: Sequence[CameraConfig], horizon: int, nhist: int) -> Shapes:
-    """Return the shape of a row and the dtype of every tensor of a shard, `episode` excepted."""
+    """Return the shape of a row and the dtype of what a policy learns from."""
     out: Shapes = {
         "proprio": ((nhist, 9), "float32"),
         "target_pose": ((horizon, 7), "float32"),
@@ -112,49 +119,134 @@ def row_shapes(cameras: Sequence[CameraConfig], horizon: int, nhist: int) -> Sha
     return out
 
 
-def shrunk(frame: CameraFrame, camera: CameraConfig) -> Arrays:
-    """Return one frame as the cache keeps it: rgb, depth, K, T without the camera's name.
+class View(Protocol):
+    """One camera's image with its geometry: a `CameraFrame`, or what a renderer returns."""
 
-    The same shrinking as at run time, so that training and acting see the same pixels.
+    @property
+    def rgb(self) -> U8: ...  # (H, W, 3)
+
+    @property
+    def depth(self) -> F32 | None: ...  # (H, W) m along the optical axis
+
+    @property
+    def K(self) -> F64: ...  # (3, 3) pixels, centres at +0.5
+
+    @property
+    def T_world_cam(self) -> F64: ...  # (4, 4), OpenCV axes
+
+
+def pictures(views: Sequence[View], camera: CameraConfig) -> Columns:
+    """Return a camera's frames as the cache keeps them: the same shrinking as at run time.
+
+    Raises:
+        CacheError: a frame has no depth.
     """
-    if frame.depth is None:
-        raise CacheError(f"camera {camera.name!r}: the frame has no depth")
-    rgb = torch.from_numpy(np.ascontiguousarray(frame.rgb)).permute(2, 0, 1)[None].float()
-    depth = torch.from_numpy(np.ascontiguousarray(frame.depth))[None]
-    k = torch.as_tensor(frame.K, dtype=torch.float32)[None]
+    depths = [view.depth for view in views]
+    if any(d is None for d in depths):
+        raise CacheError(f"camera {camera.name!r}: a frame has no depth")
+    rgb = torch.from_numpy(np.stack([v.rgb for v in views])).permute(0, 3, 1, 2).float()
+    depth = torch.from_numpy(np.stack([d for d in depths if d is not None]))
+    k = torch.as_tensor(np.stack([v.K for v in views]), dtype=torch.float32)
     rgb, depth, k = shrink(rgb, depth, k, camera.work_height, camera.work_width)
-    units = torch.nan_to_num(depth[0] / DEPTH_UNIT_M, nan=0.0, posinf=0.0, neginf=0.0)
+    seen = torch.isfinite(depth) & (depth > 0) & (depth < FARTHEST_M)
+    units = torch.where(seen, depth / DEPTH_UNIT_M, 0.0).round().to(torch.int32)
+    poses = np.stack([v.T_world_cam for v in views])
     return {
-        "rgb": rgb[0].permute(1, 2, 0).round().to(torch.uint8).numpy(),
-        "depth": units.round().clamp(0, 65535).numpy().astype(np.uint16),
-        "K": k[0].numpy(),
-        "T": np.asarray(frame.T_world_cam, np.float32),
+        f"rgb.{camera.name}": rgb.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1),
+        f"depth.{camera.name}": units.to(torch.uint16),
+        f"K.{camera.name}": k,
+        f"T.{camera.name}": torch.as_tensor(poses, dtype=torch.float32),
     }
 
 
 def chunk_targets(
-    poses: npt.NDArray[Any], openness: npt.NDArray[Any], at: Sequence[int], horizon: int
-) -> Arrays:
+    targets: npt.NDArray[Any], at: Sequence[int], horizon: int, usable: Sequence[int] | None = None
+) -> Columns:
     """Cut an episode's commands into targets for some of its frames.
 
     Args:
-        poses: (L, 7); entry s is the TCP target commanded *at* step s, to be reached by s + 1.
-        openness: (L,), commanded likewise.
+        targets: (L, 8); row s is the TCP target commanded *at* step s, to be reached by s + 1,
+            and the openness commanded with it.
         at: the steps of the frames.
         horizon: rows of a chunk.
+        usable: how many targets from each of these steps on may be learnt; None: all there are.
 
     Returns:
         target_pose, target_open and target_mask. Past the end the last command is repeated
         and masked out.
     """
-    index = np.asarray(at)[:, None] + np.arange(horizon)[None]
-    inside = index < len(poses)
-    index = np.minimum(index, len(poses) - 1)
+    last, first = len(targets) - 1, np.asarray(at)
+    rows = np.asarray(targets, np.float32)[np.minimum(first[:, None] + np.arange(horizon), last)]
+    count = last + 1 - first if usable is None else np.asarray(usable)
     return {
-        "target_pose": np.asarray(poses, np.float32)[index],
-        "target_open": np.asarray(openness, np.float32)[index],
-        "target_mask": inside,
+        "target_pose": torch.from_numpy(np.ascontiguousarray(rows[..., :7])),
+        "target_open": torch.from_numpy(np.ascontiguousarray(rows[..., 7])),
+        "target_mask": torch.from_numpy(np.arange(horizon) < count[:, None]),
     }
+
+
+def shard_bytes(
+    parts: Sequence[Mapping[str, Tensor]],
+    config: PolicyConfig,
+    tasks: int,
+    instructions: int,
+    about: Mapping[str, str] | None = None,
+) -> bytes:
+    """Return the content of a shard.
+
+    Args:
+        parts: columns of some frames each, episodes whole and one after the other.
+        config: the policy's cameras, horizon and history.
+        tasks, instructions: how many the index lists.
+        about: written into the file's header.
+
+    Raises:
+        CacheError: a column is missing, misshapen, of another dtype, or not finite.
+    """
+    whole: Columns = {}
+    shapes = row_shapes(config.cameras, config.horizon, config.nhist)
+    for name, (shape, dtype) in {**shapes, **dict.fromkeys(_ALSO, ((), "int32"))}.items():
+        if not parts or any(name not in part for part in parts):
+            raise CacheError(f"{name}: missing")
+        column = torch.cat([part[name] for part in parts])
+        kind = str(column.dtype).removeprefix("torch.")
+        if tuple(column.shape[1:]) != shape or kind != dtype:
+            raise CacheError(
+                f"{name}: {kind}{tuple(column.shape[1:])} a frame, needs {dtype}{shape}"
+            )
+        if column.is_floating_point() and not bool(column.isfinite().all()):
+            raise CacheError(f"{name}: not finite")
+        whole[name] = column.contiguous()
+    rows = {len(column) for column in whole.values()}
+    if len(rows) != 1:
+        raise CacheError(f"rows: the tensors have {sorted(rows)} frames")
+    for name, top in (("task", tasks), ("instruction", instructions)):
+        column = whole[name]
+        if len(column) and not 0 <= int(column.min()) <= int(column.max()) < top:
+            raise CacheError(f"{name}: outside 0..{top - 1}")
+    return save(whole, dict(about or {}))
+
+
+def index_bytes(
+    config: PolicyConfig,
+    tasks: Sequence[str],
+    instructions: Sequence[str],
+    shards: Sequence[Mapping[str, Any]],
+    notes: Mapping[str, Any] | None = None,
+) -> bytes:
+    """Return the content of `cache.json` for shards [{"file", "frames"}]."""
+    index = {
+        "format": FORMAT,
+        "hz": config.hz,
+        "horizon": config.horizon,
+        "nhist": config.nhist,
+        "cameras": [asdict(c) for c in config.cameras],
+        "tasks": list(tasks),
+        "instructions": list(instructions),
+        "shards": list(shards),
+        "notes": dict(notes or {}),
+    }
+    return json.dumps(index, indent=1).encode()
 
 
 def frames_digest(folder: Path, shards: Sequence[Mapping[str, Any]]) -> str:
@@ -166,92 +258,6 @@ def frames_digest(folder: Path, shards: Sequence[Mapping[str, Any]]) -> str:
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-class CacheWriter:
-    """Gathers episodes and writes shards."""
-
-    def __init__(
-        self,
-        folder: Path | str,
-        config: PolicyConfig,
-        tasks: Sequence[str],
-        instructions: Sequence[str],
-        notes: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / "cache.json").exists():
-            raise CacheError(f"{self.folder}: holds a cache already")
-        self.config = config
-        self._meta: dict[str, Any] = {
-            "format": FORMAT,
-            "hz": config.hz,
-            "horizon": config.horizon,
-            "nhist": config.nhist,
-            "cameras": [asdict(c) for c in config.cameras],
-            "tasks": list(tasks),
-            "instructions": list(instructions),
-            "shards": [],
-            "notes": dict(notes or {}),
-        }
-        self._parts: list[Arrays] = []
-        self._bytes = 0
-        self._episodes = 0
-
-    def add_episode(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Add one episode's frames, in time order.
-
-        Args:
-            arrays: every tensor of the module's list but `episode`, with one row a frame.
-
-        Raises:
-            CacheError: a tensor is missing, misshapen, of another dtype, or not finite.
-        """
-        rows = {len(a) for a in arrays.values()}
-        if len(rows) != 1:
-            raise CacheError(f"rows: the tensors have {sorted(rows)} frames")
-        part: Arrays = {}
-        c = self.config
-        for name, (shape, dtype) in row_shapes(c.cameras, c.horizon, c.nhist).items():
-            if name not in arrays:
-                raise CacheError(f"{name}: missing")
-            array = np.ascontiguousarray(arrays[name])
-            if array.shape[1:] != shape or array.dtype != dtype:
-                raise CacheError(
-                    f"{name}: {array.dtype}{array.shape[1:]} a frame, needs {dtype}{shape}"
-                )
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise CacheError(f"{name}: not finite")
-            part[name] = array
-        for name, table in (("task", "tasks"), ("instruction", "instructions")):
-            top = len(self._meta[table])
-            if len(part[name]) and not (0 <= part[name].min() <= part[name].max() < top):
-                raise CacheError(f"{name}: outside 0..{top - 1}")
-        count = rows.pop()
-        part["episode"] = np.full(count, self._episodes, np.int32)
-        size = sum(a.nbytes for a in part.values())
-        if self._parts and self._bytes + size > SHARD_BYTES:
-            self._flush()
-        self._parts.append(part)
-        self._bytes += size
-        self._episodes += 1
-
-    def close(self) -> None:
-        """Write what is left and the index."""
-        self._flush()
-        text = json.dumps(self._meta, indent=1) + "\n"
-        replace_file(self.folder / "cache.json", text.encode())
-
-    def _flush(self) -> None:
-        if not self._parts:
-            return
-        name = f"shard-{len(self._meta['shards']):05d}.safetensors"
-        whole = {k: np.concatenate([p[k] for p in self._parts]) for k in self._parts[0]}
-        with written(self.folder / name) as part:
-            save_file(whole, part)
-        self._meta["shards"].append({"file": name, "frames": len(whole["task"])})
-        self._parts, self._bytes = [], 0
 
 
 def write_latents(
@@ -279,7 +285,7 @@ def write_latents(
         )
     place = Path(folder) / f"latents-{name}"
     place.mkdir(parents=True, exist_ok=True)
-    tensors: Arrays = {
+    tensors: dict[str, npt.NDArray[Any]] = {
         "latent": latent.astype(np.float16),
         "instruction": instruction.astype(np.int32),
     }

@@ -8,8 +8,7 @@ complete, written anew as they come.
 
 What the cache leaves open is decided here: a pushed arm's moments keep the targets up to the
 one sent when the push began (later ones answer to something that the picture does not show)
-and are left out when fewer than four remain. `steps_left` (N,) int32 stands beside the
-cache's own tensors: steps to the first success, 0 and below once it is done.
+and are left out when fewer than four remain.
 
 System 2's images are drawn apart, from the same moments in the same looks: `rgb` (N, P, P, 3)
 uint8 of the static camera, in `system2/` under the same file names.
@@ -17,9 +16,7 @@ uint8 of the static camera, in `system2/` under the same file names.
 
 from __future__ import annotations
 
-import json
 import zlib
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,15 +30,14 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from openhelix.benchmarks.calvin.appearance import Appearance
-from openhelix.benchmarks.calvin.cameras import RenderedFrame, SceneRenderer
+from openhelix.benchmarks.calvin.cameras import SceneRenderer
 from openhelix.benchmarks.calvin.demonstrations import Demonstration
 from openhelix.benchmarks.calvin.phrases import training
 from openhelix.benchmarks.calvin.scene import SCENES
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.calvin.units import read_unit
-from openhelix.system1.cache import DEPTH_UNIT_M, FORMAT
-from openhelix.system1.config import CameraConfig, PolicyConfig, small
-from openhelix.system1.geometry import shrink
+from openhelix.system1.cache import Columns, chunk_targets, index_bytes, pictures, shard_bytes
+from openhelix.system1.config import PolicyConfig, small
 
 # -- Keyposes: the few frames of a demonstration between which a path is mere travel ---
 #
@@ -117,7 +113,6 @@ def keyposes(poses: npt.ArrayLike, gripper: npt.ArrayLike) -> npt.NDArray[np.int
 
 F32 = npt.NDArray[np.float32]
 
-FARTHEST_M = 6.5  # as far as 16 bits of the cache's unit reach
 KEYPOSE_AHEAD = 4
 MIN_ROWS = 4  # a moment with fewer usable targets teaches too little for its picture
 MOST_UNITS, MOST_DEMONSTRATIONS = 100_000, 100  # room in an episode's number
@@ -230,7 +225,7 @@ def draw_unit(path: Path, config: FramesConfig, images: list[Tensor] | None = No
         images: is given System 2's images of the same moments, row by row.
     """
     policy = small()
-    parts: dict[str, list[Tensor]] = {}
+    parts: list[Columns] = []
     about, found = read_unit(path)
     renderer = SceneRenderer(about["scene"], [c.name for c in policy.cameras])
     moments = moments_of(path, config)
@@ -241,12 +236,15 @@ def draw_unit(path: Path, config: FramesConfig, images: list[Tensor] | None = No
             renderer.set_appearance(look)
         frames = [renderer.render(demonstration.states[s].astype(np.float64)) for s in steps]
         if images is not None:
-            images += [_resized(f["static"].rgb, config.system2_px) for f in frames]
+            images += [resized(f["static"].rgb, config.system2_px) for f in frames]
+        task = TASK_NAMES.index(demonstration.task)
+        said = instructions().index(demonstration.instruction)
+        columns = labels(demonstration, episode, steps, policy, task, said, at)
         for camera in policy.cameras:
-            _append(parts, pictures([f[camera.name] for f in frames], camera))
-        _append(parts, labels(demonstration, episode, steps, policy, at))
-    tensors = {name: torch.cat(rows) for name, rows in parts.items()}
-    return save(tensors, {"scene": about["scene"], "settings": config.model_dump_json()})
+            columns |= pictures([f[camera.name] for f in frames], camera)
+        parts.append(columns)
+    notes = {"scene": about["scene"], "settings": config.model_dump_json()}
+    return shard_bytes(parts, policy, len(TASK_NAMES), len(instructions()), notes)
 
 
 def draw_for_system2(path: Path, config: FramesConfig) -> bytes:
@@ -259,53 +257,17 @@ def draw_for_system2(path: Path, config: FramesConfig) -> bytes:
             renderer.set_appearance(look)
         for step in steps:
             frame = renderer.render(demonstration.states[step].astype(np.float64))["static"]
-            images.append(_resized(frame.rgb, config.system2_px))
+            images.append(resized(frame.rgb, config.system2_px))
     return save({"rgb": torch.stack(images)})
 
 
 def cache_index(shards: list[dict[str, Any]], notes: dict[str, Any]) -> bytes:
-    """The content of `cache.json` for shards [{"file", "frames"}]."""
-    policy = small()
-    return json.dumps(
-        {
-            "format": FORMAT,
-            "hz": policy.hz,
-            "horizon": policy.horizon,
-            "nhist": policy.nhist,
-            "cameras": [asdict(c) for c in policy.cameras],
-            "tasks": list(TASK_NAMES),
-            "instructions": list(instructions()),
-            "shards": shards,
-            "notes": notes,
-        },
-        indent=1,
-    ).encode()
+    """The content of `cache.json` for shards [{"file", "frames"}] of a collection."""
+    return index_bytes(small(), TASK_NAMES, instructions(), shards, notes)
 
 
-def _append(parts: dict[str, list[Tensor]], rows: dict[str, Tensor]) -> None:
-    for name, tensor in rows.items():
-        parts.setdefault(name, []).append(tensor)
-
-
-def pictures(frames: list[RenderedFrame], camera: CameraConfig) -> dict[str, Tensor]:
-    """One camera's frames as the cache keeps them, shrunk as at run time."""
-    rgb = torch.from_numpy(np.stack([f.rgb for f in frames])).permute(0, 3, 1, 2).float()
-    depth = torch.from_numpy(np.stack([f.depth for f in frames]))
-    k = torch.as_tensor(np.stack([f.K for f in frames]), dtype=torch.float32)
-    rgb, depth, k = shrink(rgb, depth, k, camera.work_height, camera.work_width)
-    seen = torch.isfinite(depth) & (depth > 0) & (depth < FARTHEST_M)
-    units = torch.where(seen, depth / DEPTH_UNIT_M, 0.0).round().to(torch.int32)
-    poses = np.stack([f.T_world_cam for f in frames])
-    whole = rgb.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return {
-        f"rgb.{camera.name}": whole.contiguous(),
-        f"depth.{camera.name}": units.to(torch.uint16),
-        f"K.{camera.name}": k.contiguous(),
-        f"T.{camera.name}": torch.as_tensor(poses, dtype=torch.float32),
-    }
-
-
-def _resized(rgb: Any, size: int) -> Tensor:
+def resized(rgb: Any, size: int) -> Tensor:
+    """An image (H, W, 3) u8 as System 2's cache keeps it, (size, size, 3)."""
     image = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
     small_ = torch.nn.functional.interpolate(
         image, size=(size, size), mode="bilinear", antialias=True, align_corners=False
@@ -343,26 +305,32 @@ def labels(
     episode: int,
     steps: list[int],
     policy: PolicyConfig,
+    task: int,
+    said: int,
     first: int = 0,
-) -> dict[str, Tensor]:
-    """What belongs to the pictures of some steps of a demonstration that began at `first`."""
-    count, horizon = len(steps), policy.horizon
-    index = np.array(steps)[:, None] + np.arange(horizon)
-    rows = demonstration.targets[np.minimum(index, len(demonstration.targets) - 1)]
-    usable = np.array([usable_rows(demonstration, step, horizon) for step in steps])
+) -> Columns:
+    """What belongs to the pictures of some steps of a demonstration.
+
+    Args:
+        demonstration: whose states need not be known.
+        episode: its number.
+        steps: of the pictures, ascending.
+        policy: which horizon and history.
+        task, said: its task's and its instruction's place in the index.
+        first: the environment step at which it began.
+    """
+    count = len(steps)
+    usable = [usable_rows(demonstration, step, policy.horizon) for step in steps]
     past = np.array(steps)[:, None] + np.arange(1 - policy.nhist, 1)
     poses, opened = next_keyposes(demonstration, steps)
-    sentence = instructions().index(demonstration.instruction)
     at = torch.tensor(steps, dtype=torch.int32)
     return {
         "proprio": torch.from_numpy(demonstration.proprio[np.maximum(past, 0)]),
-        "target_pose": torch.from_numpy(np.ascontiguousarray(rows[..., :7])),
-        "target_open": torch.from_numpy(np.ascontiguousarray(rows[..., 7])),
-        "target_mask": torch.from_numpy(np.arange(horizon) < usable[:, None]),
+        **chunk_targets(demonstration.targets, steps, policy.horizon, usable),
         "keypose_pose": torch.from_numpy(poses),
         "keypose_open": torch.from_numpy(opened),
-        "task": torch.full((count,), TASK_NAMES.index(demonstration.task), dtype=torch.int32),
-        "instruction": torch.full((count,), sentence, dtype=torch.int32),
+        "task": torch.full((count,), task, dtype=torch.int32),
+        "instruction": torch.full((count,), said, dtype=torch.int32),
         "episode": torch.full((count,), episode, dtype=torch.int32),
         "step": at + first,
         "steps_left": demonstration.steps - at,

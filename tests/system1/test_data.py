@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-import openhelix.system1.cache as cache_module
 from openhelix.runtime.core.files import BadFile
 from openhelix.runtime.core.interfaces import LatentSpec
-from openhelix.system1.cache import CacheError, CacheWriter, chunk_targets, shrunk, write_latents
+from openhelix.system1.cache import (
+    FARTHEST_M,
+    CacheError,
+    chunk_targets,
+    pictures,
+    shard_bytes,
+    write_latents,
+)
 from openhelix.system1.data import Augment, Cache, relative_rows, shift
 from openhelix.system1.geometry import (
     matrix_from_6d,
@@ -25,7 +32,7 @@ from openhelix.system1.geometry import (
     quat_to_matrix,
 )
 from openhelix.system1.policy import DiffusionPolicy, to_absolute
-from tests.system1.synthetic import make_cache
+from tests.system1.synthetic import make_cache, make_episode
 from tests.system1.test_policy import observe, tiny
 
 CONFIG = tiny(n_tasks=2)
@@ -64,17 +71,29 @@ def test_frames_come_back(folder):
 
 def test_training_sees_the_pixels_that_acting_sees():
     obs, camera = observe(CONFIG), CONFIG.cameras[0]
-    kept = shrunk(obs.frames["static"], camera)
+    kept = pictures([obs.frames["static"]], camera)
     live = DiffusionPolicy.build(CONFIG, 0).prepare(obs, [])
     np.testing.assert_allclose(
-        live.rgb[0][0].permute(1, 2, 0) * 255, kept["rgb"].astype(float), atol=0.51
+        live.rgb[0][0].permute(1, 2, 0) * 255, kept["rgb.static"][0].float(), atol=0.51
     )
     from openhelix.system1.geometry import deproject
 
-    depth = torch.from_numpy(kept["depth"].astype(np.float32)) * 1e-4
-    xyz, valid = deproject(depth, torch.from_numpy(kept["K"]), torch.from_numpy(kept["T"]))
+    depth = kept["depth.static"][0].float() * 1e-4
+    xyz, valid = deproject(depth, kept["K.static"][0], kept["T.static"][0])
     torch.testing.assert_close(live.xyz[0][0], xyz, atol=2e-4, rtol=0)
     assert torch.equal(live.valid[0][0], valid)
+
+
+def test_depth_beyond_reach_is_no_depth_rather_than_a_wall():
+    frame = observe(CONFIG).frames["static"]
+    depth = np.full_like(frame.depth, 2.0)
+    depth[:8] = FARTHEST_M + 0.01
+    depth[8:16] = np.inf, *[np.nan] * 7, *[-1.0] * 8, *[0.0] * 16
+    kept = pictures([replace(frame, depth=depth)], CONFIG.cameras[0])["depth.static"][0]
+    assert (kept[:8] == 0).all()
+    assert (kept[8:] == 20_000).all()
+    with pytest.raises(CacheError, match="'static': a frame has no depth"):
+        pictures([replace(frame, depth=None)], CONFIG.cameras[0])
 
 
 @given(st.integers(0, 1000), st.sampled_from(["so3", "euler"]))
@@ -98,12 +117,14 @@ def test_targets_undo_to_the_commanded_pose(seed, rotation):
 
 
 def test_targets_end_with_the_episode():
-    poses = np.arange(5 * 7, dtype=np.float64).reshape(5, 7)
-    out = chunk_targets(poses, np.arange(5.0), [0, 3], 4)
+    targets = np.arange(5 * 8, dtype=np.float64).reshape(5, 8)
+    out = chunk_targets(targets, [0, 3], 4)
     assert out["target_mask"].tolist() == [[True] * 4, [True, True, False, False]]
-    np.testing.assert_array_equal(out["target_pose"][0], poses[:4])
-    np.testing.assert_array_equal(out["target_pose"][1], poses[[3, 4, 4, 4]])
-    np.testing.assert_array_equal(out["target_open"][1], [3, 4, 4, 4])
+    np.testing.assert_array_equal(out["target_pose"][0], targets[:4, :7])
+    np.testing.assert_array_equal(out["target_pose"][1], targets[[3, 4, 4, 4], :7])
+    np.testing.assert_array_equal(out["target_open"][1], targets[[3, 4, 4, 4], 7])
+    fewer = chunk_targets(targets, [0, 3], 4, usable=[1, 2])["target_mask"]
+    assert fewer.tolist() == [[True, False, False, False], [True, True, False, False]]
 
 
 def test_stale_latents_are_of_the_same_episode_and_carry_their_age(folder):
@@ -151,25 +172,19 @@ def test_shifting_moves_points_with_pixels():
         assert (new[0][..., -1] == 0).all()
 
 
-def test_large_caches_are_cut_into_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "SHARD_BYTES", 60_000)
-    make_cache(tmp_path, CONFIG)
+def test_shards_are_one_cache(tmp_path):
+    make_cache(tmp_path, CONFIG, shards=5)
     cache = Cache(tmp_path)
     shards = json.loads((tmp_path / "cache.json").read_text())["shards"]
-    assert len(shards) > 1
+    assert len(shards) == 5
     assert len(cache) == sum(s["frames"] for s in shards) == 96
     frames = torch.randperm(96, generator=generator())
     assert torch.equal(cache.gather("step", frames).long(), cache.step[frames])
     (tmp_path / "latents-fake" / shards[1]["file"]).write_bytes(
-        (tmp_path / "latents-fake" / shards[0]["file"]).read_bytes()
+        (tmp_path / "latents-fake" / shards[4]["file"]).read_bytes()
     )
     with pytest.raises(CacheError, match="other frames than"):
         Cache(tmp_path, "fake")
-
-
-def episode(folder) -> dict[str, np.ndarray]:
-    raw = load_file(folder / "shard-00000.safetensors")
-    return {k: v[:8] for k, v in raw.items() if k != "episode"}
 
 
 @pytest.mark.parametrize(
@@ -177,18 +192,19 @@ def episode(folder) -> dict[str, np.ndarray]:
     [
         (lambda a: a.pop("task"), "task: missing"),
         (lambda a: a.update(task=a["task"] + 5), "task: outside"),
-        (lambda a: a.update(proprio=a["proprio"].astype(np.float64)), "proprio: float64"),
+        (lambda a: a.update(proprio=a["proprio"].double()), "proprio: float64"),
         (lambda a: a.update(proprio=a["proprio"] * np.nan), "proprio: not finite"),
         (lambda a: a.update(step=a["step"][:3]), "rows: the tensors have"),
         (lambda a: a.update({"rgb.static": a["rgb.static"][:, :4]}), r"rgb\.static: uint8"),
     ],
 )
-def test_bad_episodes_are_named(folder, tmp_path, change, message):
-    writer = CacheWriter(tmp_path, CONFIG, ["a", "b"], ["x", "y"])
-    arrays = episode(folder)
-    change(arrays)
+def test_bad_columns_are_named(change, message):
+    good = make_episode(CONFIG, 0, 8, np.random.default_rng(0))
+    bad = make_episode(CONFIG, 1, 8, np.random.default_rng(0))
+    change(bad)
+    assert shard_bytes([good], CONFIG, 2, 2)
     with pytest.raises(CacheError, match=f"^{message}"):
-        writer.add_episode(arrays)
+        shard_bytes([bad], CONFIG, 2, 2)
 
 
 def test_bad_folders_are_named(folder, tmp_path):
@@ -196,8 +212,6 @@ def test_bad_folders_are_named(folder, tmp_path):
         Cache(tmp_path)
     with pytest.raises(CacheError, match=r"no latents\.json"):
         Cache(folder, "other")
-    with pytest.raises(CacheError, match="holds a cache already"):
-        CacheWriter(folder, CONFIG, [], [])
     with pytest.raises(CacheError, match="latent: shape"):
         write_latents(
             tmp_path, "x", "s", np.zeros((4, 1, 1, 3)), np.zeros((4, 1)), LatentSpec("k", 1, 5)
