@@ -22,6 +22,8 @@ never spans two shards.
     task             (N,) int32: index into `cache.json`'s tasks
     instruction      (N,) int32: index into its instructions
     episode, step    (N,) int32: which episode, and its environment step at 1 / hz
+    group            (N,) int32, where it is there: frames of one group are held out together,
+                     those of an episode where it is not
     steps_left       (N,) int32: steps to the first success, 0 and below once it is done
 
 `cache.json`: {"format": 2, "hz", "horizon", "nhist", "cameras": [{name, height, width,
@@ -95,6 +97,7 @@ class Index:
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 _ALSO = ("episode", "steps_left")
+_MAYBE = ("group",)
 
 
 def row_shapes(cameras: Sequence[CameraConfig], horizon: int, nhist: int) -> Shapes:
@@ -205,7 +208,8 @@ def shard_bytes(
     """
     whole: Columns = {}
     shapes = row_shapes(config.cameras, config.horizon, config.nhist)
-    for name, (shape, dtype) in {**shapes, **dict.fromkeys(_ALSO, ((), "int32"))}.items():
+    also = (*_ALSO, *(name for name in _MAYBE if parts and name in parts[0]))
+    for name, (shape, dtype) in {**shapes, **dict.fromkeys(also, ((), "int32"))}.items():
         if not parts or any(name not in part for part in parts):
             raise CacheError(f"{name}: missing")
         column = torch.cat([part[name] for part in parts])

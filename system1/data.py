@@ -152,16 +152,19 @@ class Cache:
             shards = self._open(root, meta, latents)
             for shard in shards:
                 parts.append(torch.full((len(shard["task"]),), part))
+                shard.setdefault("group", shard["episode"])
                 if part:
-                    shard["episode"] = shard["episode"].long() + episodes
+                    for name in ("episode", "group"):
+                        shard[name] = shard[name].long() + episodes
                     shard["instruction"] = shard["instruction"].long() + first_said
-            episodes = 1 + max(int(shard["episode"].max()) for shard in shards)
+            episodes = 1 + max(int(s[n].max()) for s in shards for n in ("episode", "group"))
             first_said += len(meta["instructions"])
             self._shards += shards
         sizes = torch.tensor([len(s["task"]) for s in self._shards])
         self._starts = torch.cumsum(sizes, 0) - sizes
         self.part = torch.cat(parts)
         self.episode = torch.cat([s["episode"].long() for s in self._shards])
+        self.group = torch.cat([s["group"].long() for s in self._shards])
         self.step = torch.cat([s["step"].long() for s in self._shards])
         self.task = torch.cat([s["task"].long() for s in self._shards])
 
@@ -211,11 +214,11 @@ class Cache:
         return torch.stack(rows)
 
     def split(self, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Return training and validation frames, split by episode."""
-        ids = self.episode.unique()
+        """Return training and validation frames, split by episode or larger groups of frames."""
+        ids = self.group.unique()
         order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
         held = order[: round(share * len(ids))]
-        validation = torch.isin(self.episode, held)
+        validation = torch.isin(self.group, held)
         return torch.nonzero(~validation)[:, 0], torch.nonzero(validation)[:, 0]
 
     def all_rows(self, frames: Tensor, rotation: str) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import pi, radians, tan
+from math import cos, pi, radians, sin, tan
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,11 @@ def look(eye: npt.ArrayLike, forward: npt.ArrayLike, up: npt.ArrayLike) -> F64:
     return T_world_cam
 
 
+# Where the gripper's camera is from the TCP (4, 4), OpenCV axes: calvin_env mounts it 0.1 m behind
+# the hand, turned by rpy (1.3, 0, -1.57), and the TCP is 0.14 m in front of that.
+_c, _s, _a, _b = cos(1.3), sin(1.3), cos(1.57), sin(1.57)
+HAND_CAMERA = look((-0.1, 0.0, -0.14), (_b * _c, _a * _c, _s), (_b * _s, _a * _s, -_c))
+
 Stand = Mapping[str, Any]  # where the static camera stands: "eye", "target", "up", "fov" or None
 
 
@@ -135,6 +140,24 @@ def static_pose(scene: Scene, stand: Stand | None = None) -> F64:
     if np.linalg.norm(np.cross(target - eye, up)) < 1e-6:
         raise CameraError("world.static_camera.up: it would look along it; name another direction")
     return look(eye, target - eye, up)
+
+
+def camera_matrices(scene: Scene) -> dict[str, dict[str, Any]]:
+    """What has to be known of a scene's cameras to make points of their pixels, as plain data.
+
+    Returns:
+        Per camera "height" and "width" (pixels), "K" (3, 3), and "T_world_cam" (4, 4), or
+        "T_tcp_cam" for the one on the hand.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    for name in CAMERAS:
+        spec = camera_of(scene, name)
+        out[name] = {"height": spec.size, "width": spec.size, "K": spec.K.tolist()}
+        if name == "static":
+            out[name]["T_world_cam"] = static_pose(scene).tolist()
+        else:
+            out[name]["T_tcp_cam"] = HAND_CAMERA.tolist()
+    return out
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from safetensors import safe_open
 from safetensors.torch import save
 
-from openhelix.benchmarks.calvin.cameras import SceneRenderer
-from openhelix.benchmarks.calvin.dataset import DatasetWriter
+from openhelix.benchmarks.calvin.cameras import SceneRenderer, camera_matrices
+from openhelix.benchmarks.calvin.dataset import CAMERAS_FILE, DatasetWriter, cameras_bytes
 from openhelix.benchmarks.calvin.demonstrations import Demonstration
 from openhelix.benchmarks.calvin.frames import (
     MOST_RANDOM_UNITS,
@@ -499,6 +499,8 @@ def _write_split(
             if report is not None:
                 report(i + 1, len(found), "episodes")
         _write_keyposes(folder, found)
+        matrices = {d.scene: camera_matrices(get_scene(d.scene)) for d in found}
+        replace_file(folder / CAMERAS_FILE, cameras_bytes(matrices))
         return writer.n_frames
 
 
@@ -509,6 +511,7 @@ def _observation(
     return {
         "rgb_obs": {f"rgb_{name}": frame.rgb for name, frame in frames.items()},
         "depth_obs": {f"depth_{name}": frame.depth for name, frame in frames.items()},
+        "pose_obs": {"pose_gripper": frames["gripper"].T_world_cam},
         "robot_obs": robot_obs(demonstration, step),
         "scene_obs": scene_obs(demonstration, step),
     }

@@ -9,7 +9,7 @@ those lines by `close`.
 `auto_lang_ann.npy` and `scene_info.npy` are dictionaries inside an object array, which
 NumPy stores as a pickle, and a pickle may run any code that its author likes. CALVIN's own
 code reads nothing else, so ours writes them, but beside each goes the same content as JSON
-(embeddings as a plain array), which is what we read when it is there. Otherwise the pickle
+(embeddings as a plain array), which is what we read unless the other was written later. The pickle
 is read by an unpickler that admits plain containers, numbers, strings and arrays, and
 refuses every other global by name.
 """
@@ -63,7 +63,7 @@ _ADMITTED = {
 }
 
 
-class DatasetError(ValueError):
+class DatasetError(BadFile):
     """A dataset file is missing, damaged, or holds what it must not."""
 
 
@@ -182,16 +182,36 @@ def write_annotations(
     replace_file(folder / LANG_TWIN, json.dumps(rows).encode())
 
 
-def read_annotations(folder: Path) -> tuple[list[Annotation], npt.NDArray[np.float32]]:
+def language_files(folder: Path) -> list[Path]:
+    """The annotation files of a split: CALVIN's first, then those of other language models.
+
+    CALVIN's splits have one in `lang_annotations/`, or one in each of several `lang_<model>/`,
+    which differ in their embeddings alone.
+    """
+    others = sorted(folder.glob(f"lang_*/{LANG_FILE.name}"))
+    return [
+        path for path in (folder / LANG_FILE, folder / LANG_FILE.name, *others) if path.exists()
+    ]
+
+
+def read_annotations(
+    folder: Path, place: Path | None = None
+) -> tuple[list[Annotation], npt.NDArray[np.float32]]:
     """The annotations of a split, from the plain twins if they are there.
 
+    Args:
+        folder: The split's folder.
+        place: The file to read; None for the first of `language_files`.
+
     Returns:
-        Annotations and their embeddings (N, 1, d).
+        Annotations and their embeddings (N, 1, d); d is 0 where they come without.
 
     Raises:
         DatasetError: Neither form is there, or it is damaged.
     """
-    if (folder / LANG_TWIN).exists() and (folder / EMB_TWIN).exists():
+    place = place or next(iter(language_files(folder)), folder / LANG_FILE)
+    twins = place == folder / LANG_FILE and (folder / EMB_TWIN).exists()
+    if twins and _stands_for(folder / LANG_TWIN, place):
         place = folder / LANG_TWIN
         try:
             rows = json.loads(read_bytes(place, MAX_JSON_BYTES))
@@ -201,9 +221,10 @@ def read_annotations(folder: Path) -> tuple[list[Annotation], npt.NDArray[np.flo
         except (ValueError, TypeError, RecursionError) as error:
             raise DatasetError(f"{place}: cannot be read ({error})") from None
         return found, _embeddings(_array(folder / EMB_TWIN), len(found), folder / EMB_TWIN)
-    place = folder / LANG_FILE
     if not place.exists():
-        raise DatasetError(f"{folder}: has no {LANG_FILE}")
+        raise DatasetError(
+            f"{folder}: has no annotations: neither {LANG_FILE} nor lang_*/{LANG_FILE.name}"
+        )
     content = load_object_array(place)
     try:
         language: Mapping[str, Any] = content["language"]
@@ -212,10 +233,20 @@ def read_annotations(folder: Path) -> tuple[list[Annotation], npt.NDArray[np.flo
             _annotation(span[0], span[1], task, text)
             for span, task, text in zip(spans, language["task"], language["ann"], strict=True)
         ]
-        rows = list(language["emb"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        rows = list(language.get("emb", ()))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise DatasetError(f"{place}: not CALVIN's annotations ({error})") from None
+    if not rows:
+        return found, np.zeros((len(found), 1, 0), np.float32)
     return found, _embeddings(rows, len(found), place)
+
+
+def _stands_for(twin: Path, original: Path) -> bool:
+    """Whether a plain twin is there and no older than what it repeats."""
+    try:
+        return not original.exists() or twin.stat().st_mtime_ns >= original.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
 
 
 def _annotation(start: Any, end: Any, task: Any, text: Any) -> Annotation:
@@ -316,6 +347,7 @@ Embed = Callable[[list[str]], F32]
 # -- Frames, and the folder they are in ------------------------------------------------
 
 LOG = "episodes.jsonl"
+CAMERAS_FILE = "cameras.json"
 MAX_REL_POS_M, MAX_REL_ORN_RAD = 0.02, 0.05
 MAX_WINDOW = 64  # frames of an annotation in CALVIN
 
@@ -345,7 +377,11 @@ def relative_action(robot_obs: F64, action: F64) -> F64:
 
 
 def make_frame(observation: Mapping[str, Any], next_robot_obs: F64) -> Frame:
-    """One frame's arrays from an env's observation and the next `robot_obs`."""
+    """One frame's arrays from an env's observation and the next `robot_obs`.
+
+    Beside CALVIN's own, `pose_obs` may have `pose_<camera>`, (4, 4) camera to world with OpenCV
+    axes, of a camera that moves.
+    """
     robot_obs = np.asarray(observation["robot_obs"], dtype=np.float64)
     action = absolute_action(np.asarray(next_robot_obs, dtype=np.float64))
     return {
@@ -355,6 +391,7 @@ def make_frame(observation: Mapping[str, Any], next_robot_obs: F64) -> Frame:
         "scene_obs": np.asarray(observation["scene_obs"], dtype=np.float64),
         **observation.get("rgb_obs", {}),
         **observation.get("depth_obs", {}),
+        **observation.get("pose_obs", {}),
     }
 
 
@@ -518,6 +555,21 @@ class DatasetWriter:
         self.close()
 
 
+def cameras_bytes(matrices: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """The content of `cameras.json`, which CALVIN's layout has no place for.
+
+    Args:
+        matrices: Per scene and camera "height", "width", "K" (3, 3) and "T_world_cam" or, for a
+            camera on the hand, "T_tcp_cam" (4, 4), OpenCV axes.
+
+    Returns:
+        {"cameras": those of the first scene, "scenes": {"calvin_scene_A": those that differ}}.
+    """
+    first = next(iter(matrices.values()), {})
+    others = {f"calvin_scene_{s}": dict(own) for s, own in matrices.items() if own != first}
+    return json.dumps({"cameras": dict(first), "scenes": others}, indent=1).encode()
+
+
 class Dataset:
     """Reads one split in CALVIN's layout, whoever wrote it.
 
@@ -540,6 +592,10 @@ class Dataset:
         if self.episodes.dtype.kind not in "iu" or (np.diff(self.episodes, axis=1) < 0).any():
             raise DatasetError(f"{path}: holds what is no first and last frame")
 
+    def path(self, index: int) -> Path:
+        """A frame's file, whether it is there or not."""
+        return self.folder / frame_name(index)
+
     def frame(self, index: int, keys: Sequence[str] | None = None) -> Frame:
         """One frame's arrays, or only those named by `keys`.
 
@@ -547,7 +603,7 @@ class Dataset:
             DatasetError: No such frame, key, or a damaged file.
         """
         try:
-            return read_arrays(self.folder / frame_name(index), names=keys)
+            return read_arrays(self.path(index), names=keys)
         except BadFile as error:
             raise DatasetError(str(error)) from None
 
@@ -562,15 +618,15 @@ class Dataset:
 
     def scenes(self) -> dict[str, tuple[int, int]]:
         """First and last frame of each scene."""
-        twin = self.folder / "scene_info.json"
+        original, twin = self.folder / "scene_info.npy", self.folder / "scene_info.json"
         try:
-            if twin.exists():
+            if _stands_for(twin, original):
                 spans = read_json(twin)
             else:
-                spans = load_object_array(self.folder / "scene_info.npy")
+                spans = load_object_array(original)
             return {str(k): (int(v[0]), int(v[1])) for k, v in spans.items()}
         except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
-            raise DatasetError(f"scene_info: cannot be read ({error})") from error
+            raise DatasetError(f"{original}: cannot be read ({error})") from error
 
     def statistics(self) -> dict[str, Any]:
         """`statistics.yaml` as it is."""

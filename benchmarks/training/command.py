@@ -2,6 +2,7 @@
 
     openhelix train all data=demonstrations
     openhelix train stage2 data=demonstrations stage2.steps=500 out=mine
+    openhelix train policy data=calvin/task_ABC_D/training
     openhelix train export out=mine
 
 Stages: `vlm` (a base model for System 2, trained on pictures and questions; name it with
@@ -19,6 +20,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from openhelix.benchmarks.training.config import STAGES, TrainingConfig
@@ -37,6 +39,7 @@ class TrainOptions(Options):
     """Options of `train`; all else is `TrainingConfig`."""
 
     stage: Annotated[str, Positional()] = option(..., "what to train or export", "|".join(STAGES))
+    skip_bad: bool = option(False, "leave out what cannot be read of a dataset, counted and listed")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     begun = time.monotonic()
     shown = progress.Showing(progress.open_log(), config.tensorboard)
     try:
-        results = run(config, options.stage, shown)
+        results = run(config, options.stage, shown, options.skip_bad)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
@@ -75,7 +78,29 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def run(config: TrainingConfig, stage: str, shown: Showing) -> dict[str, Any]:
+def with_caches(config: TrainingConfig, skip_bad: bool) -> TrainingConfig:
+    """Return the configuration with the caches of the datasets that it names, built if need be.
+
+    Raises:
+        ConfigError: `data` names nothing that there is.
+        DataError: a dataset cannot be read, or has changed since its cache was built.
+    """
+    from openhelix.benchmarks.data.command import ready
+    from openhelix.benchmarks.data.source import recognised
+
+    found = []
+    for name in config.named():
+        place = Path(name).expanduser()
+        cached = (place / "cache.json").is_file() or (place / "frames" / "cache.json").is_file()
+        if cached or not place.exists() or not recognised(place):
+            place = config.model_copy(update={"data": Path(name)}).frames_folder()
+        found.append(str(ready(place, skip_bad)))
+    return config.model_copy(update={"data": Path(",".join(found))})
+
+
+def run(
+    config: TrainingConfig, stage: str, shown: Showing, skip_bad: bool = False
+) -> dict[str, Any]:
     """Run a stage, or all of them; return what they say of themselves."""
     import torch
 
@@ -97,7 +122,7 @@ def run(config: TrainingConfig, stage: str, shown: Showing) -> dict[str, Any]:
         config = config.model_copy(update={"device": device})
     if stage not in alone:
         config.latent.read_out()
-        config.frames_folder()
+        config = with_caches(config, skip_bad)
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device: {config.device!r}, but torch sees no CUDA device here")
     if config.threads:

@@ -245,7 +245,8 @@ class TrainingConfig(_Section):
     """One training of the pair.
 
     Attributes:
-        data: a collection that `openhelix collect` made, or its `frames` folder; several, with
+        data: a collection that `openhelix collect` made, or its `frames` folder; a cache that
+            `openhelix data cache` built; or a dataset, whose cache is built first. Several, with
             commas between them, are trained on together.
         mix: shares of the policy's samples, one for each collection; () by their frames.
         out: everything goes here; None for `train/<collection>` in the cache.
@@ -297,12 +298,20 @@ class TrainingConfig(_Section):
         Raises:
             ConfigError: one is missing, named twice, or has no frames.
         """
-        names = [name.strip() for name in str(self.data).split(",")]
-        found = tuple(self._frames_folder(Path(name)) for name in names if name)
-        if not found:
-            raise ConfigError("data: no collection is named")
+        found = tuple(self._frames_folder(Path(name)) for name in self.named())
         if len(set(found)) < len(found):
             raise ConfigError(f"data: {self.data} names a collection twice; mix=[...] weighs them")
+        return found
+
+    def named(self) -> tuple[str, ...]:
+        """Return what `data` names, one by one.
+
+        Raises:
+            ConfigError: it names nothing.
+        """
+        found = tuple(name.strip() for name in str(self.data).split(",") if name.strip())
+        if not found:
+            raise ConfigError("data: no collection is named")
         return found
 
     def _frames_folder(self, named: Path) -> Path:
@@ -318,7 +327,9 @@ class TrainingConfig(_Section):
                 f"data: {given} has no frames; `openhelix collect out={given}` draws them "
                 "(frames.every must not be 0)"
             )
-        raise ConfigError(f"data: no folder {given}; `openhelix collect` makes one")
+        raise ConfigError(
+            f"data: no folder {given}; `openhelix collect` makes one, or name a dataset"
+        )
 
     @property
     def folder(self) -> Path:

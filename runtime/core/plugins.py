@@ -8,6 +8,7 @@ packages are found in the same way as our own. The groups:
     openhelix.worlds     name -> see `openhelix.runtime.robots.base.WorldPlugin`
     openhelix.robots     name -> a `Robot` class
     openhelix.nodes      name -> the class of a process that the run's graph starts
+    openhelix.readers    name -> a class of datasets, see `openhelix.benchmarks.data.source`
 
 In a checkout our own entry points are read from its pyproject.toml: the metadata of an
 editable install may be outdated.

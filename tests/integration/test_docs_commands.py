@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.small import write_split
 from tests.runtime.docs_code import DOCS, blocks, commands
 
 ROOT = DOCS.parent
@@ -118,6 +119,7 @@ RULES = (
     Rule(r"openhelix experiment", None, "trains; tests/paper runs a session on stand-ins"),
     Rule(r"openhelix probe ", None, "a 7B checkpoint; tests/system2/test_probe.py has a tiny one"),
     Rule(r"openhelix collect format=calvin", "jobs=1 per_task=1"),
+    Rule(r"openhelix data ", "jobs=1"),
     Rule(r"openhelix convert ", None, "weights of the reader's own; tests/system1/test_convert.py"),
     Rule(r"pytest -m slow|perf\.bench_two_hosts", None, "slow, needs root; run by make test-slow"),
     Rule(
@@ -176,6 +178,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (code,) = blocks(page, "python")
         (folder / name).write_text(code)
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "scene.png")
+    write_split(folder / "calvin" / "task_ABC_D" / "training")
     return folder
 
 
