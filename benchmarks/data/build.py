@@ -117,6 +117,8 @@ def camera_configs(source: Source, names: Sequence[str] = ()) -> tuple[CameraCon
             "needs depth, intrinsics and a pose"
         )
     known = {c.name: c for c in small().cameras}
+    order = [*known, *(camera.name for camera in wanted)]
+    wanted.sort(key=lambda camera: order.index(camera.name))  # as in collections, to be mixed with
     out = []
     for camera in wanted:
         ours = known.get(camera.name)

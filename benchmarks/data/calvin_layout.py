@@ -46,7 +46,6 @@ from openhelix.benchmarks.calvin.dataset import (
     frame_name,
     language_files,
 )
-from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.data.source import (
     I64,
     Camera,
@@ -56,6 +55,7 @@ from openhelix.benchmarks.data.source import (
     Source,
     check_finite,
     relative_of,
+    task_order,
 )
 from openhelix.runtime.core.files import BadFile, read_arrays, read_json
 from openhelix.runtime.core.interfaces import F64, CameraFrame
@@ -172,8 +172,7 @@ class CalvinSource(Source):
     @cached_property
     def tasks(self) -> tuple[str, ...]:  # type: ignore[override]
         """CALVIN's 34, and after them what else is annotated."""
-        others = {s.task for s in self.segments} - set(TASK_NAMES)
-        return (*TASK_NAMES, *sorted(others))
+        return task_order(segment.task for segment in self.segments)
 
     def check(self, number: int) -> None:
         """See `Source.check`."""
@@ -306,7 +305,7 @@ class CalvinSource(Source):
                 f"{self._data.path(int(self.spans[0, 0]))}: rgb_{name}: {height} x {width}, "
                 f"{self._lenses_from} says {lens.size[0]} x {lens.size[1]}"
             )
-        mount = "hand" if lens.on_hand else "world"
+        mount = "hand" if lens.on_hand or f"pose_{name}" in self._keys else "world"
         has_depth = f"depth_{name}" in self._keys
         return Camera(name, height, width, has_depth, lens.intrinsics(height, width), True, mount)
 
@@ -393,6 +392,13 @@ class CalvinSource(Source):
             else relative_of(robot[:, :6], action[:, :6], grip[:, 0])
         )
         return Motion(proprio.astype(np.float32), targets.astype(np.float32), relative)
+
+    def calvin_states(self, first: int, last: int) -> tuple[F64, F64]:
+        """See `Source.calvin_states`."""
+        names = ["robot_obs", "scene_obs"]
+        rows = [self._arrays(index, names) for index in range(first, last + 1)]
+        robot, scene = (np.stack([row[n] for row in rows]).astype(np.float64) for n in names)
+        return robot, scene
 
     def views(
         self, frames: Sequence[int], names: Sequence[str]

@@ -1,15 +1,18 @@
-"""`openhelix data inspect|cache PATH`: look at datasets, and make them ready for training.
+"""`openhelix data inspect|cache|convert PATH`: look at datasets, train on them, write them.
 
     openhelix data inspect calvin/task_ABC_D
     openhelix data cache calvin/task_ABC_D/training jobs=8 out=abc
     openhelix data cache calvin/task_ABC_D/training --skip-bad
+    openhelix data convert calvin/task_ABC_D/training out=abc-lerobot format=lerobot
 
 `inspect` shows what is in a dataset: counts, tasks, sentences, cameras, ranges of actions, the
 gripper's convention, problems, and a strip of pictures. `cache` builds what training reads, in
 parallel: how large it will be is said first, the same command goes on where it was stopped, and
 `openhelix train policy data=OUT` trains on it (given the dataset itself, `train` builds it).
 
-A path is a split or the folder around its splits in CALVIN's layout. What cannot be read is
+`convert` writes a dataset as LeRobot's version 3.0, in CALVIN's layout, or as MCAP.
+
+A path is a split or the folder around its splits in CALVIN's layout, or a dataset of LeRobot's. What cannot be read is
 refused in one line that names the file and the field; `--skip-bad` leaves such segments out,
 counts and lists them.
 """
@@ -42,8 +45,8 @@ from openhelix.runtime.core.output import answer
 class DataOptions(Options):
     """Options of `data`; all else is `DataSettings`."""
 
-    verb: Annotated[Literal["inspect", "cache"], Positional()] = option(
-        ..., "what to do", "inspect|cache"
+    verb: Annotated[Literal["inspect", "cache", "convert"], Positional()] = option(
+        ..., "what to do", "inspect|cache|convert"
     )
     path: Annotated[Path, Positional()] = option(..., "the dataset", "PATH")
     skip_bad: bool = option(False, "leave out, count and list what cannot be read")
@@ -55,7 +58,10 @@ class DataSettings(CacheSettings):
 
     Attributes:
         reader: which layout, by the reader's name or as "module:Class"; "" looks.
-        out: cache: its folder; None for one under `data` in OpenHelix's cache.
+        out: cache, convert: its folder; None for one under `data` in OpenHelix's cache, or in
+            `outputs/data`.
+        format: convert: "lerobot", "calvin" or "mcap".
+        video: convert: False keeps images as they are in LeRobot's layout.
         jobs: processes; 0 for one a core.
         max_gb: refuse to begin a cache that would be larger.
         sample: inspect: about how many frames' actions are read; 0 for all.
@@ -64,6 +70,8 @@ class DataSettings(CacheSettings):
 
     reader: str = ""
     out: Path | None = None
+    format: Literal["lerobot", "calvin", "mcap"] = "lerobot"
+    video: bool = True
     jobs: Annotated[int, Field(ge=0)] = 0
     max_gb: Annotated[float, Field(gt=0)] = 40.0
     sample: Annotated[int, Field(ge=0)] = 4000
@@ -80,6 +88,14 @@ def main(argv: Sequence[str]) -> int:
     settings = read_settings(DataSettings, options.config, overrides)
     if options.verb == "inspect":
         inspect(options, settings)
+    elif options.verb == "convert":
+        from openhelix.benchmarks.data.writers import convert
+
+        source = open_source(options.path, settings.reader)
+        name = f"{source.path.resolve().name}-{settings.format}"
+        out = settings.out or Path("outputs") / "data" / name
+        found = convert(source, out.expanduser(), settings.format, say, settings.video)
+        answer(json.dumps(found, indent=None if options.as_json else 1))
     else:
         found = built(
             options.path,

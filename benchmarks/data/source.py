@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from openhelix.benchmarks.calvin.dataset import MAX_REL_ORN_RAD, MAX_REL_POS_M
 from openhelix.benchmarks.calvin.demonstrations import Demonstration
+from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.files import BadFile
 from openhelix.runtime.core.interfaces import F32, F64, CameraFrame
@@ -170,6 +171,10 @@ class Source:
         """
         raise NotImplementedError
 
+    def calvin_states(self, first: int, last: int) -> tuple[F64, F64] | None:
+        """Return CALVIN's robot_obs (L, 15) and scene_obs (L, 24); None where they are unknown."""
+        return None
+
     def files(self, first: int, last: int) -> Iterable[Path]:
         """Return the files that hold frames `first` to `last`."""
         raise NotImplementedError
@@ -208,9 +213,20 @@ class Source:
         )
 
 
-def readers() -> dict[str, type[Source]]:
-    """Return the readers by name."""
-    return {name: plugins.resolve(path) for name, path in plugins.entries(READERS).items()}
+def readers(lacking: list[str] | None = None) -> dict[str, type[Source]]:
+    """Return the readers by name, those alone that have all they need.
+
+    Args:
+        lacking: is told why others are left out.
+    """
+    found = {}
+    for name, path in plugins.entries(READERS).items():
+        try:
+            found[name] = plugins.resolve(path)
+        except plugins.ResolveError as error:
+            if lacking is not None:
+                lacking.append(f"{name}: {error}")
+    return found
 
 
 def recognised(path: Path) -> bool:
@@ -237,13 +253,14 @@ def open_source(path: Path | str, reader: str = "") -> Source:
         return _opened(found, place)
     if not place.exists():
         raise DataError(f"{place}: no such folder or file")
-    known = readers()
+    lacking: list[str] = []
+    known = readers(lacking)
     for candidate in known.values():
         if candidate.matches(place):
             return candidate(place)
     raise DataError(
         f"{place}: no layout that is known ({', '.join(known)}); reader=module:Class names one of "
-        "your own"
+        "your own" + "".join(f"; {why}" for why in lacking)
     )
 
 
@@ -251,6 +268,16 @@ def _opened(reader: type[Source], place: Path) -> Source:
     if not place.exists():
         raise DataError(f"{place}: no such folder or file")
     return reader(place)
+
+
+def task_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Return tasks in the order of a policy's table.
+
+    CALVIN's 34 come first, all of them, wherever one occurs, so that datasets of them agree.
+    """
+    found = set(names)
+    known = TASK_NAMES if found & set(TASK_NAMES) or not found else ()
+    return (*known, *sorted(found - set(known)))
 
 
 def check_finite(array: npt.NDArray[Any], where: str) -> None:

@@ -60,6 +60,7 @@ EXTRAS: Final[Mapping[str, str]] = {
     "diffusers": "train",
     "ray": "cluster",
     "rerun": "viewer",
+    "pyarrow": "data",
     "lerobot": "robots",
     "hydra": "calvin",
     "gym": "calvin",

@@ -33,7 +33,7 @@ import re
 import time
 import typing
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple, cast
@@ -523,12 +523,14 @@ class Reader:
 
     Args:
         path: of the file, or a folder in which it is called `recording.mcap`.
+        only: topics to read; None for all. Others are passed over undecoded.
 
     Raises:
         RecordingError: there is no recording.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, only: Container[str] | None = None) -> None:
+        self._only = only
         self.path = path / FILE_NAME if path.is_dir() else path
         try:
             with open(self.path, "rb") as file:
@@ -562,6 +564,8 @@ class Reader:
         frames: dict[str, CameraFrame] = {}
         images: dict[str, dict[str, Any]] = {}  # of a camera whose frame is not whole yet
         for topic, t_ns, data in self._messages():
+            if self._only is not None and topic not in self._only:
+                continue
             try:
                 message = _decoded(topic, data, frames, images)
             except (WireError, ValueError, TypeError, OverflowError, RecursionError):
