@@ -21,6 +21,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -34,11 +35,12 @@ from safetensors.torch import save
 
 from openhelix.benchmarks.calvin.frames import FramesConfig, chosen_steps, labels, resized
 from openhelix.benchmarks.data.source import Camera, DataError, Source, open_source
-from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.config import CommandFailed, ConfigError
 from openhelix.runtime.core.files import BadFile, parse_object, read_arrays, read_json, replace_file
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system1.cache import Columns, index_bytes, pictures, shard_bytes
 from openhelix.system1.config import CameraConfig, PolicyConfig, small
+from openhelix.system1.data import read_index
 
 ABOUT, INDEX, STAMPS, SKIPPED, SYSTEM2 = (
     "build.json", "cache.json", "source", "skipped.json", "system2"
@@ -313,6 +315,31 @@ def check_unchanged(folder: Path) -> None:
                 raise DataError(f"{path}: time: was written {again}")
 
 
+def about_cache(folder: Path) -> dict[str, Any]:
+    """Return what a training cache holds, and whether its dataset is still what it was.
+
+    Raises:
+        BadFile: it is damaged.
+    """
+    meta = read_index(folder)
+    try:
+        check_unchanged(folder)
+        changed = ""
+    except DataError as error:
+        changed = str(error)
+    return {
+        "cache": str(folder),
+        "frames": sum(int(shard["frames"]) for shard in meta["shards"]),
+        "shards": len(meta["shards"]),
+        "hz": meta["hz"],
+        "cameras": meta["cameras"],
+        "tasks": meta["tasks"],
+        "sentences": len(meta["instructions"]),
+        "notes": meta.get("notes", {}),
+        "problems": [changed] if changed else [],
+    }
+
+
 # -- The whole -------------------------------------------------------------------------
 
 
@@ -339,6 +366,8 @@ class Build:
             ConfigError: the folder holds something else, or there is no room.
         """
         source = self.source
+        for kept in (_source, _texts):  # of what may have been another state of the dataset
+            kept.cache_clear()
         if not source.segments:
             problem = next(iter(source.problems()), f"{source.path}: no annotations")
             raise DataError(problem)
@@ -523,6 +552,11 @@ def pooled(orders: Sequence[Order], jobs: int) -> Iterator[tuple[int, list[dict[
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool:
+            raise CommandFailed(
+                "one of the processes was ended from outside, perhaps for want of memory; jobs=N "
+                "takes fewer, and the same command goes on"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -29,8 +29,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from openhelix.benchmarks.data.build import (
+    INDEX,
     Build,
     CacheSettings,
+    about_cache,
     check_unchanged,
     default_folder,
     remove_cache,
@@ -112,7 +114,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def inspect(options: DataOptions, settings: DataSettings) -> None:
-    """Answer with what is in a dataset, or in each split of one."""
+    """Answer with what is in a dataset, or in each split of one; or in a cache of one."""
+    if (options.path.expanduser() / INDEX).is_file():
+        kept = about_cache(options.path.expanduser())
+        answer(json.dumps(kept, indent=None if options.as_json else 1))
+        return
     found: list[dict[str, Any]] = []
     for source in sources(options.path.expanduser(), settings.reader):
         name = "-".join(source.path.resolve().parts[-2:])
@@ -160,7 +166,7 @@ def ready(path: Path, skip_bad: bool) -> Path:
     Raises:
         DataError: the dataset cannot be read, or has changed since.
     """
-    if (path / "cache.json").is_file():
+    if (path / INDEX).is_file():
         check_unchanged(path)
         return path
     return Path(built(path, skip_bad=skip_bad)["folder"])

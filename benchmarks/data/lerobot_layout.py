@@ -243,6 +243,8 @@ class LeRobotSource(Source):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        for kept in (_data, _image_column):  # whoever opens it anew sees what is there now
+            kept.cache_clear()
         self._info = _json(path / INFO)
         version = str(self._info.get("codebase_version"))
         if version not in KNOWN:

@@ -109,6 +109,7 @@ class CollectionSource(_Episodes):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _unit.cache_clear()  # whoever opens it anew sees what is there now
         self._items: list[tuple[Path, int]] = []
         lengths, segments = list[int](), list[Segment]()
         for unit in sorted((path / UNITS).glob("*.npz")):
@@ -415,6 +416,7 @@ class PlainSource(_Episodes):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _arrays.cache_clear()  # whoever opens it anew sees what is there now
         place = path / ABOUT
         try:
             self._about = as_record(_About, read_json(place), str(place))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from openhelix.benchmarks.data import build as module
 from openhelix.benchmarks.data.build import Build, CacheSettings, check_unchanged
 from openhelix.benchmarks.data.source import DataError, open_source
 from openhelix.runtime.cli.main import main
-from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.config import CommandFailed, ConfigError
 from openhelix.system1.data import Cache
 from tests.data.small import LED, OPEN, annotate, as_published, change_frame, write_split
 
@@ -111,6 +113,28 @@ def test_processes_and_shards_make_no_difference(
         assert torch.equal(one.gather(name, rows), many.gather(name, rows)), name
 
 
+def test_a_process_that_was_ended_is_one_line(
+    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pool:
+        """A pool whose processes die."""
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def submit(self, *_: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_exception(BrokenProcessPool("died"))
+            return future
+
+    monkeypatch.setattr(module, "SHARD_FRAMES", 1)
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
+    with pytest.raises(CommandFailed, match="the same command goes on"):
+        build(split, tmp_path / "c", jobs=2)
+
+
 def test_a_killed_build_goes_on(
     split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +224,10 @@ def test_nothing_to_train_on_is_told(
     assert "auto_lang_ann.npy: no annotations" in capsys.readouterr().err
 
 
+def rows(cache: Cache) -> torch.Tensor:
+    return torch.arange(len(cache))
+
+
 def touched(split: Path) -> Path:
     place = split / layout.frame_name(12)
     os.utime(place, ns=(0, 1))
@@ -225,9 +253,19 @@ def test_a_dataset_that_changed_is_noticed(
     ):
         assert main(words) == 2
         assert f"{place}: " in capsys.readouterr().err.splitlines()[-1]
+    assert main(["data", "inspect", str(tmp_path / "c"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"][0].startswith(f"{place}: ")
     if change in (touched, reworded):
         assert main(["data", "cache", str(split), f"out={tmp_path / 'c'}", "--fresh"]) == 0
         check_unchanged(tmp_path / "c")
+        cache = Cache(tmp_path / "c")
+        said = [
+            cache.meta["instructions"][int(i)] for i in cache.gather("instruction", rows(cache))
+        ]
+        texts = [s.text for s in open_source(split).segments]
+        assert said == [texts[int(e)] for e in cache.episode]
+        assert main(["data", "inspect", str(tmp_path / "c")]) == 0
+        assert '"problems": []' in capsys.readouterr().out
 
 
 def test_a_cache_is_not_continued_with_other_settings(split: Path, tmp_path: Path) -> None:
