@@ -297,7 +297,7 @@ def check_unchanged(folder: Path) -> None:
     if not os.path.exists(root):
         return
     again = (
-        f"since the cache {folder} was built; `openhelix data cache {root} out={folder} --fresh` "
+        f"since the cache {folder} was built; `openhelix data cache {root} {folder} --fresh` "
         "builds it again"
     )
     for listed in sorted((folder / STAMPS).glob("*.npz")):

@@ -1,9 +1,9 @@
-"""`openhelix data inspect|cache|convert PATH`: look at datasets, train on them, write them.
+"""`openhelix data inspect|cache|convert PATH [OUT]`: look at datasets, train on them, write them.
 
     openhelix data inspect calvin/task_ABC_D
-    openhelix data cache calvin/task_ABC_D/training jobs=8 out=abc
-    openhelix data cache calvin/task_ABC_D/training --skip-bad
-    openhelix data convert calvin/task_ABC_D/training out=abc-lerobot format=lerobot
+    openhelix data cache calvin/task_ABC_D/training abc jobs=8
+    openhelix data cache calvin/task_ABC_D/training abc --skip-bad
+    openhelix data convert calvin/task_ABC_D/training abc-lerobot format=lerobot
 
 `inspect` shows what is in a dataset: counts, tasks, sentences, cameras, ranges of actions, the
 gripper's convention, problems, and a strip of pictures. `cache` builds what training reads, in
@@ -12,7 +12,8 @@ parallel: how large it will be is said first, the same command goes on where it 
 
 `convert` writes a dataset as LeRobot's version 3.0, in CALVIN's layout, or as MCAP.
 
-A path is a split or the folder around its splits in CALVIN's layout, or a dataset of LeRobot's. What cannot be read is
+A path is a split in CALVIN's layout or the folder around its splits, a dataset of LeRobot's, our own
+recordings or demonstrations, or plain arrays with a `dataset.json`. What cannot be read is
 refused in one line that names the file and the field; `--skip-bad` leaves such segments out,
 counts and lists them.
 """
@@ -40,7 +41,7 @@ from openhelix.benchmarks.data.build import (
 from openhelix.benchmarks.data.inspect import as_text, report, sources
 from openhelix.benchmarks.data.source import open_source
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
-from openhelix.runtime.core.config import read_settings
+from openhelix.runtime.core.config import ConfigError, read_settings
 from openhelix.runtime.core.output import answer
 
 
@@ -51,6 +52,7 @@ class DataOptions(Options):
         ..., "what to do", "inspect|cache|convert"
     )
     path: Annotated[Path, Positional()] = option(..., "the dataset", "PATH")
+    out: Annotated[Path | None, Positional()] = option(None, "as out=OUT", "OUT")
     skip_bad: bool = option(False, "leave out, count and list what cannot be read")
     fresh: bool = option(False, "cache: build it again from the beginning")
 
@@ -88,6 +90,10 @@ def main(argv: Sequence[str]) -> int:
     """
     options, overrides = parse("data", DataOptions, argv, __doc__ or "", DataSettings)
     settings = read_settings(DataSettings, options.config, overrides)
+    if options.out is not None:
+        if settings.out is not None or options.verb == "inspect":
+            raise ConfigError(f"out: {options.out}, one folder too many")
+        settings = settings.model_copy(update={"out": options.out})
     if options.verb == "inspect":
         inspect(options, settings)
     elif options.verb == "convert":

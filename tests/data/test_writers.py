@@ -179,7 +179,10 @@ def test_the_command_says_what_it_made(
     split: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert main(["data", "convert", str(split), "format=mcap", f"out={out}", "--json"]) == 0
+    words = ["data", "convert", str(split), str(out), "format=mcap"]
+    assert main([*words, f"out={out}"]) == 2
+    assert "out: " in (said := capsys.readouterr().err) and "one folder too many" in said
+    assert main([*words, "--json"]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["episodes"] == 3
     assert re.search(r"3 episodes, 59 frames, 0\.00 GB", told.err) and "3 of 3" in told.err
