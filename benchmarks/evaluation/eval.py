@@ -39,7 +39,7 @@ from openhelix.benchmarks.evaluation.results import (
     read_run,
 )
 from openhelix.benchmarks.evaluation.runner import Conditions
-from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES, Suite
+from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES, SWITCH_STEPS, Suite
 from openhelix.runtime.cli.arguments import Options, Words, option, parse
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import (
@@ -197,6 +197,11 @@ def make_plan(options: EvalOptions, overrides: Sequence[str]) -> Evaluation:
     interval = config.interval_steps if options.interval is None else options.interval
     if interval < 1 or min(options.latency, options.delay) < 0:
         raise ConfigError("--interval must be at least 1, --latency and --delay at least 0")
+    if suite.name == "switch" and options.steps <= SWITCH_STEPS[1]:
+        raise ConfigError(
+            f"--steps: {options.steps}; switch needs more than {SWITCH_STEPS[1]}: so late the "
+            "second sentence may come"
+        )
     chosen = options.interval or options.latency or options.delay or options.drift
     if options.clock == "realtime" and chosen:
         raise ConfigError(

@@ -504,8 +504,17 @@ class Attempt:
         }
 
     def _broken(self, done: int) -> list[dict[str, Any]]:
-        """The row of the task during which an error ended the episode, if one did."""
-        if self.error is None or done == len(self.episode.tasks):
+        """The row of the task during which an error ended the episode, if one did.
+
+        Of a task that the robot was never told, since the one before it ended the run, too.
+        """
+        if done == len(self.episode.tasks):
+            return []
+        results = self._stack.episode_runner.results if self._stack else []
+        reason = self.error
+        if reason is None and results and self.episode.uncounted == done == len(results):
+            reason = f"never told: {results[-1].reason}"
+        if reason is None:
             return []
         steps = self._stack.episode_runner.steps if self._stack else 0
         row = {
@@ -514,6 +523,6 @@ class Attempt:
             "success": False,
             "env_steps": steps,
             "hold_steps": 0,
-            "reason": self.error,
+            "reason": reason,
         }
         return [row | (self._watch.row(done) if self._watch else dict(Watch.EMPTY))]

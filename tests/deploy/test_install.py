@@ -39,7 +39,7 @@ def install(folder: Path, *words: str, present: str = "") -> tuple[int, str, set
         (("prometheus",), {"prometheus"}),
         (("browser",), {"chromium"}),
         (("prometheus", "browser"), {"prometheus", "chromium"}),
-        (("tests",), {*HOSTS, "prometheus", "chromium"}),
+        (("tests",), {*HOSTS, "prometheus", "chromium", "zsh", "fish"}),
     ],
 )
 def test_an_option_installs_what_it_names(

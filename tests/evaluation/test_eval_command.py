@@ -108,6 +108,7 @@ def test_the_command_prints_one_json_object_and_writes_reports(tmp_path, capsys)
         (["--suite", "tasks", "--clock", "sundial"], "--clock: 'sundial'"),
         (["--suite", "tasks", "--clock", "realtime", "--interval", "3"], "lockstep clock"),
         (["--suite", "tasks", "--interval", "3", "system2.trigger=change"], "--interval: belongs"),
+        (["--suite", "switch", "--steps", "30"], "--steps: 30; switch needs more than 30"),
         (["--suite", "tasks", "--clock", "realtime", "--workers", "2"], "--workers: 2"),
         (["--suite", "tasks", "--sequences", "3"], "--sequences: tasks takes --episodes-per-task"),
         (["--suite", "calvin", "--episodes-per-task", "3"], "calvin takes --sequences"),

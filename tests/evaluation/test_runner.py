@@ -109,6 +109,14 @@ def test_a_sentence_that_replaces_another_is_what_counts(runner):
     assert first["task"] == "open_drawer" and not first["success"]
 
 
+def test_who_never_gets_to_the_second_sentence_has_failed(runner):
+    pair = replace(chain("open_drawer", "turn_on_led"), switch_steps=39)
+    result = run(runner, pair, steps_limit=20).result
+    (row,) = result["tasks"]
+    assert (row["task"], row["success"], row["env_steps"]) == ("turn_on_led", False, 20)
+    assert row["reason"] == "never told: step limit" and not result["success"]
+
+
 def test_each_task_of_a_chain_starts_from_the_world_as_it_is(runner):
     """The second pressing turns the LED off: judged since the first, it would be no change."""
     twice = chain("turn_on_led", "turn_off_led", instructions=(LED, LED))

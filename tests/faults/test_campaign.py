@@ -77,6 +77,8 @@ def test_every_fault_has_a_name_of_its_own_and_can_be_chosen() -> None:
     chosen, left_out = choose(False, ["kill -9"], ["plain", "ray"])
     assert [(fault.name, on) for fault, on in chosen] == [
         ("kill -9 of the command", "plain"),
+        ("kill -9 of the command, System 2 halted", "plain"),
         ("kill -9 of the command", "ray"),
+        ("kill -9 of the command, System 2 halted", "ray"),
     ]
     assert not left_out

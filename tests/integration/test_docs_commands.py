@@ -107,7 +107,8 @@ RULES = (
         f"{SHORT} --episodes-per-task 1 --tasks lift_red_block_table --patterns static "
         "--speeds paper",
     ),
-    Rule(r"openhelix eval --suite (calvin-r|switch)", f"{SHORT} --tasks open_drawer"),
+    Rule(r"openhelix eval --suite calvin-r", f"{SHORT} --tasks open_drawer"),
+    Rule(r"openhelix eval --suite switch", f"--steps 31 --workers 1 {PLAIN} --tasks open_drawer"),
     Rule(r"openhelix eval --suite", f"{SHORT} --sequences 1"),
     Rule(r"openhelix sweep", None, "hours; tests/evaluation/test_eval_command.py runs a small one"),
     Rule(

@@ -37,6 +37,7 @@ LED, DRAWER = (Assignment(t, TASKS[t].sentence) for t in ("turn_on_led", "open_d
 ELSEWHERE = {
     "vllm:": "needs vLLM: tests/integration/test_prometheus_vllm.py asks these",
     "openhelix_gpu_memory": "needs a GPU; a test below makes one up",
+    "openhelix_instruction_understood": "only of a System 2 that judges; the panel says so",
 }
 
 

@@ -161,6 +161,7 @@ def _latents() -> list[Any]:
             "percentunit",
             (f"openhelix_instruction_understood{HERE}", NAME),
             top=1,
+            empty="this System 2 does not judge instructions",
         ),
     ]
 
