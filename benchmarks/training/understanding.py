@@ -83,7 +83,8 @@ def run_understanding(config: TrainingConfig) -> dict[str, Any]:
     }
     allowed = section.false_refusals
     known = [unseen[named == 1], probability(head, chosen["development"])]
-    head.threshold = min(float(p.quantile(allowed)) for p in known)
+    # Rounded down: no more are refused than are allowed.
+    head.threshold = min(float(p.quantile(allowed, interpolation="lower")) for p in known)
     report = {
         "model": config.latent.model,
         "model_id": reader.checkpoint.model_id,
