@@ -54,6 +54,7 @@ class WorldProcess:
         self._env_steps = self._starved_steps = 0
         self._actions: NewestReader[Action] | None = None
         self._held: Action | None = None  # the target that the arm keeps
+        self._ended = threading.Event()  # nobody does jobs any more
 
     def setup(self) -> None:
         self._env = PlayTableEnv(scene=self._scene, cameras=(), seed=self._seed)
@@ -64,6 +65,12 @@ class WorldProcess:
         self._states = Publisher(states, "states", keys=self._keys)
 
     def run(self, stop: threading.Event) -> None:
+        try:
+            self._run(stop)
+        finally:
+            self._ended.set()
+
+    def _run(self, stop: threading.Event) -> None:
         assert self._actions is not None
         last_s = time.monotonic()
         while not stop.is_set():
@@ -183,7 +190,19 @@ class WorldProcess:
                 done.put(error)
 
         self._jobs.put(guarded)
-        result = done.get(timeout=JOB_TIMEOUT_S)
+        give_up_s = time.monotonic() + JOB_TIMEOUT_S
+        while True:
+            try:
+                result = done.get(timeout=0.05)
+                break
+            except queue.Empty:
+                # Whoever asked has a robot to stop: it must not wait for one that is gone.
+                if self._ended.is_set():
+                    raise RuntimeError("the world has ended") from None
+                if time.monotonic() > give_up_s:
+                    raise TimeoutError(
+                        f"the world did not do it within {JOB_TIMEOUT_S:g} s"
+                    ) from None
         if isinstance(result, Exception):
             raise result
         return result
