@@ -237,7 +237,7 @@ def main() -> int:
     result: dict[str, Any] = {
         "cores": os.cpu_count(),
         "load_before": os.getloadavg(),
-        "config": str(options.config),
+        "config": options.config.name,
     }
     with tempfile.TemporaryDirectory(prefix="openhelix-talk-") as folder:
         result["bare"] = bare(options.config, Path(folder), options.sentences, options.times)
