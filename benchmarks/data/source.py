@@ -11,6 +11,7 @@ quaternions xyzw, and openness from 0 (closed) to 1 (open).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,8 +112,8 @@ class Motion:
         return len(self.targets)
 
 
-class Source:
-    """A dataset that is open. A reader inherits this and gives what raises here.
+class Source(ABC):
+    """A dataset that is open. A reader inherits this and gives what is abstract here.
 
     Attributes:
         layout: name of the layout, for people.
@@ -127,8 +128,8 @@ class Source:
 
     layout: ClassVar[str]
 
-    def __init__(self, path: Path) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def __init__(self, path: Path) -> None: ...
 
     path: Path
     hz: float
@@ -139,26 +140,27 @@ class Source:
     facts: Mapping[str, str]
 
     @classmethod
+    @abstractmethod
     def matches(cls, path: Path) -> bool:
         """Whether a path looks like this layout; looks, does not read."""
-        raise NotImplementedError
 
     @classmethod
     def parts(cls, path: Path) -> list[Path]:
         """Return the datasets in a folder that are opened one by one, such as its splits."""
         return [path]
 
-    def check(self, number: int) -> None:
+    def check(self, number: int) -> None:  # noqa: B027 - of most layouts nothing can be cut short
         """Raise `DataError` unless a segment lies within the frames that are there."""
 
+    @abstractmethod
     def motion(self, first: int, last: int) -> Motion:
         """Return frames `first` to `last`, both included, of one episode.
 
         Raises:
             DataError: a file is missing or damaged, or a value not finite; names both.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def views(
         self, frames: Sequence[int], names: Sequence[str]
     ) -> Iterator[dict[str, CameraFrame]]:
@@ -169,19 +171,18 @@ class Source:
         Raises:
             DataError: a file is missing or damaged, or an image not as it should be.
         """
-        raise NotImplementedError
 
     def calvin_states(self, first: int, last: int) -> tuple[F64, F64] | None:
         """Return CALVIN's robot_obs (L, 15) and scene_obs (L, 24); None where they are unknown."""
         return None
 
+    @abstractmethod
     def files(self, first: int, last: int) -> Iterable[Path]:
         """Return the files that hold frames `first` to `last`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def index_files(self) -> Iterable[Path]:
         """Return the files that say what is where."""
-        raise NotImplementedError
 
     def problems(self) -> list[str]:
         """Return what is wrong or odd with the dataset as a whole, a line each."""
@@ -250,6 +251,9 @@ def open_source(path: Path | str, reader: str = "") -> Source:
             found = plugins.find(READERS, reader)
         except plugins.ResolveError as error:
             raise DataError(f"reader: {error}") from None
+        lacks = sorted(getattr(found, "__abstractmethods__", ()))
+        if lacks:
+            raise DataError(f"reader: {reader} lacks {', '.join(lacks)}")
         return _opened(found, place)
     if not place.exists():
         raise DataError(f"{place}: no such folder or file")

@@ -16,6 +16,7 @@ from openhelix.benchmarks.calvin.frames import FramesConfig
 from openhelix.benchmarks.calvin.units import read_unit
 from openhelix.benchmarks.data.build import Build, CacheSettings
 from openhelix.benchmarks.data.lerobot_layout import read_said
+from openhelix.benchmarks.data.own_layouts import PlainSource
 from openhelix.benchmarks.data.source import DataError, Source, open_source
 from openhelix.benchmarks.data.writers import convert
 from openhelix.runtime.control.talk import Entry
@@ -218,7 +219,7 @@ def test_bad_plain_arrays_are_one_line(tmp_path: Path, change: Any, said: str) -
     assert "\n" not in str(caught.value)
 
 
-class Mine(Source):
+class Mine(PlainSource):
     """A reader of somebody's own."""
 
     def __init__(self, path: Path) -> None:
@@ -228,6 +229,18 @@ class Mine(Source):
 def test_a_reader_of_ones_own_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"{tmp_path}: mine"):
         open_source(tmp_path, "tests.data.test_own_layouts:Mine")
+
+
+class Half(Source):
+    """One that is not written yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+
+def test_a_reader_that_lacks_something_is_told_what(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="reader: .*:Half lacks files, index_files, matches"):
+        open_source(tmp_path, "tests.data.test_own_layouts:Half")
 
 
 def test_the_files_that_the_page_shows_are_read(tmp_path: Path) -> None:
