@@ -239,7 +239,7 @@ class Half(Source):
 
 
 def test_a_reader_that_lacks_something_is_told_what(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="reader: .*:Half lacks files, index_files, matches"):
+    with pytest.raises(DataError, match=r"reader: .*:Half lacks files, index_files, matches"):
         open_source(tmp_path, "tests.data.test_own_layouts:Half")
 
 
