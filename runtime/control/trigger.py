@@ -134,7 +134,11 @@ class ChangeTrigger:
 
     def _robot(self, frame: CameraFrame, observation: Observation, step: int) -> Mask:
         """Return the cells (h, w) that may show the robot."""
-        points = world_points(frame, step)
+        if frame.depth is None:
+            raise ValueError("system2.trigger: change: System 2's camera has no depth")
+        height, width = (side // step * step for side in frame.depth.shape)
+        middles = slice(step // 2, height, step), slice(step // 2, width, step)
+        points = frame.points(*middles)
         hand = observation.tcp_pose[:3]
         near = np.linalg.norm(points - hand, axis=-1) < self.HAND_M
         along = self._base[:2] - hand[:2]
@@ -178,21 +182,3 @@ def squares(mask: Mask) -> Mask:
     """Return where a mask (h, w) holds squares of two by two cells: by their upper left ones."""
     out: Mask = mask[:-1, :-1] & mask[1:, :-1] & mask[:-1, 1:] & mask[1:, 1:]
     return out
-
-
-def world_points(frame: CameraFrame, step: int) -> np.ndarray:
-    """Return the points (h, w, 3) in W, metres, seen in the middle of each cell.
-
-    Raises:
-        ValueError: the camera has no depth.
-    """
-    if frame.depth is None:
-        raise ValueError("system2.trigger: change: System 2's camera has no depth")
-    height, width = frame.depth.shape[0] // step, frame.depth.shape[1] // step
-    v = np.arange(height) * step + step // 2
-    u = np.arange(width) * step + step // 2
-    depth = frame.depth[np.ix_(v, u)]
-    x = (u + 0.5 - frame.K[0, 2]) / frame.K[0, 0] * depth
-    y = (v[:, None] + 0.5 - frame.K[1, 2]) / frame.K[1, 1] * depth
-    camera = np.stack((x, y, depth), -1)
-    return camera @ frame.T_world_cam[:3, :3].T + frame.T_world_cam[:3, 3]

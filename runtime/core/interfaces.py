@@ -46,6 +46,23 @@ class CameraFrame:
     K: F64  # (3, 3) pinhole intrinsics, pixels; pixel centres at +0.5
     T_world_cam: F64  # (4, 4) camera to W; camera axes x right, y down, z forward (OpenCV)
 
+    def points(self, rows: slice, columns: slice) -> F64:
+        """Return the points (h, w, 3) in W, m, that pixels in these rows and columns show.
+
+        Raises:
+            ValueError: the frame has no depth.
+        """
+        if self.depth is None:
+            raise ValueError("the frame has no depth")
+        depth = self.depth[rows, columns].astype(np.float64)
+        height, width = self.depth.shape
+        v, u = np.arange(height)[rows, None] + 0.5, np.arange(width)[columns] + 0.5
+        x = (u - self.K[0, 2]) / self.K[0, 0] * depth
+        y = (v - self.K[1, 2]) / self.K[1, 1] * depth
+        camera = np.stack((x, y, depth), -1)
+        found: F64 = camera @ self.T_world_cam[:3, :3].T + self.T_world_cam[:3, 3]
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Observation:

@@ -418,16 +418,10 @@ def point_cloud(frame: CameraFrame, step: int) -> tuple[Any, Any]:
     Raises:
         ValueError: the frame has no depth.
     """
-    if frame.depth is None:
-        raise ValueError("the frame has no depth")
-    depth = frame.depth[::step, ::step].astype(np.float64)
-    # Pixel centres are at +0.5.
-    v, u = np.mgrid[0 : frame.depth.shape[0] : step, 0 : frame.depth.shape[1] : step] + 0.5
-    x = (u - frame.K[0, 2]) / frame.K[0, 0] * depth
-    y = (v - frame.K[1, 2]) / frame.K[1, 1] * depth
-    points = np.stack([x, y, depth], axis=-1).reshape(-1, 3)
-    points = points @ frame.T_world_cam[:3, :3].T + frame.T_world_cam[:3, 3]
-    kept = (depth > 0).reshape(-1)
+    every = slice(None, None, step)
+    points = frame.points(every, every).reshape(-1, 3)
+    assert frame.depth is not None
+    kept = (frame.depth[every, every] > 0).reshape(-1)
     return points[kept], frame.rgb[::step, ::step].reshape(-1, 3)[kept]
 
 
