@@ -88,6 +88,11 @@ class Source:
     rate_s: int = 20
     answers: dict[str, list[Any]] = field(default_factory=dict, compare=False)
 
+    @property
+    def step_s(self) -> float:
+        """Seconds between the points of a curve."""
+        return max(1.0, self.range_s / 240)
+
     def _get(self, path: str, **parameters: str) -> list[dict[str, Any]]:
         address = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         if address not in self.answers:
@@ -102,13 +107,12 @@ class Source:
 
     def over_time(self, target: dict[str, Any]) -> list[Series]:
         """Return the curves of a query."""
-        step_s = max(1.0, self.range_s / 240)
         found = self._get(
             "query_range",
             query=self._filled(target["expr"]),
             start=str(self.end_s - self.range_s),
             end=str(self.end_s),
-            step=str(step_s),
+            step=str(self.step_s),
         )
         return [
             (
@@ -292,8 +296,11 @@ def _heat(axes: Axes, panel: dict[str, Any], source: Source) -> None:
     first, last = (used[0], used[-1] + 1) if used.size else (0, len(found))
     image = np.where(table[first:last] > 0, table[first:last], np.nan)
     scheme = colormaps[panel["options"]["color"]["scheme"].lower()]
-    if len(times) > 1:
-        axes.pcolormesh(times, np.arange(last - first), image, norm=PowerNorm(0.5), cmap=scheme)
+    # Edges, not middles: of a single bucket or moment matplotlib cannot guess them.
+    step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else source.step_s
+    across = np.append(times, times[-1] + step) - step / 2
+    up = np.arange(last - first + 1) - 0.5
+    axes.pcolormesh(across, up, image, norm=PowerNorm(0.5), cmap=scheme)
     names = [say(float(s[0]), unit) for s in found[first:last]]
     axes.set_yticks(np.arange(last - first), names)
     _over_time(axes, source)
@@ -335,7 +342,7 @@ def _states(axes: Axes, panel: dict[str, Any], source: Source) -> None:
     for number, one in enumerate(shown.values()):
         place = (0.02 + 0.12 * number, -0.02)
         axes.text(*place, one["text"], transform=axes.transAxes, size=7, color=NAMED[one["color"]])
-    axes.set_yticks(range(len(found)), [name[-12:] for name, _, _ in found], size=7)
+    axes.set_yticks(range(len(found)), [name.replace(":", "\n:") for name, _, _ in found], size=7)
     axes.set_ylim(-0.9, len(found) - 0.4)
     _over_time(axes, source)
 

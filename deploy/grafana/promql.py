@@ -81,10 +81,16 @@ def success(name: str, by: str = "", here: bool = True) -> list[Column]:
     ]
 
 
+CHAIN = 5  # instructions of a sequence, after CALVIN
+
+
 def longer(name: str, here: bool = True) -> str:
-    """Return the share of chains with more than `le` successes in a row."""
+    """Return the share of chains with at least so many successes in a row, by label `tasks`."""
     few = events(f"{name}_bucket", "le", 'le!~"5.0|[+]Inf"', here)
-    return f"1 - {few} / on () group_left () ({events(f'{name}_count', here=here)} > 0)"
+    share = f"1 - {few} / on () group_left () ({events(f'{name}_count', here=here)} > 0)"
+    for tasks in range(1, CHAIN + 1):  # a bucket counts what is at most `le`
+        share = f'label_replace({share}, "tasks", "{tasks}", "le", "{tasks - 1}[.]0")'
+    return f"sum by (tasks) ({share})"
 
 
 def _chosen(more: str, here: bool) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from openhelix.deploy.grafana.picture import Source, _joined, main
+from openhelix.deploy.grafana.picture import Source, _heat, _joined, main
 from tests.deploy.dashboards import dashboards, panels, queries
 
 LABELS = {"instance": "r:1", "part": "control", "task": "turn_on_led", "suite": "calvin"}
@@ -86,6 +87,24 @@ def test_tables_are_sorted_by_number_and_joined_by_label(url: str) -> None:
     assert titles == ["success", "95 % from", "to"]
     assert [row[0] for row in rows] == ["10", "30"]
     assert rows[0][1:] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("moments", [1, 3])
+def test_a_distribution_in_a_single_bucket_is_seen(
+    moments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """System 2's latency often falls into one; the panel was blank."""
+    (panel,) = [p for p in panels(dashboards()["realtime"]) if p["title"] == "System 2 latency"]
+    at = [-30.0 + 10 * i for i in range(moments)]
+    found = [(le, at, [n] * moments) for le, n in (("0.1", 0.0), ("0.2", 4.0), ("+Inf", 4.0))]
+    monkeypatch.setattr(Source, "over_time", lambda *_: found)
+    axes = Figure().add_axes((0, 0, 1, 1))
+    _heat(axes, panel, Source("", 0.0, 60))
+    (mesh,) = axes.collections
+    box = mesh.get_datalim(axes.transData)
+    assert box.height == 1 and box.x0 < at[0] and box.x1 > at[-1]
+    assert np.asarray(mesh.get_array()).tolist() == [[4.0] * moments]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["200 ms"]
 
 
 def test_a_prometheus_that_is_not_there_is_said_in_one_line(

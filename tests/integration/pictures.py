@@ -2,8 +2,8 @@
 
     python -m tests.integration.pictures [--sequence 0] [--only film] [--out docs/images]
 
-`boards`: a run of a chain on the wall clock, watched by a real Prometheus, then a small asynchrony
-sweep; the dashboards are drawn from what that Prometheus answers. `page`: a robot is told the same
+`boards`: a run of two dozen sentences on the wall clock and one of a chain, watched by a real
+Prometheus, then a small asynchrony sweep; the dashboards are drawn from what that Prometheus answers. `page`: a robot is told the same
 chain by somebody, one sentence after the other, which the status page shows in headless Chromium.
 `film`: ten seconds of the chain, the README's moving picture; on the lockstep clock, so that it does
 not depend on what else the machine does. Needs `deploy/install-debian.sh prometheus browser`; takes
@@ -48,6 +48,11 @@ SEEN = """JSON.stringify({
     limit: Number(document.getElementById('age-limit').textContent)})"""
 CLOSING_S = 1.2  # what became of a sentence is looked at before the next one
 PATIENCE_S = 300.0  # for a run to begin
+SAID = (  # two minutes of work that undoes itself
+    *("pull the handle to open the drawer", "push the handle to close the drawer"),
+    *("push the sliding door to the left side", "push the sliding door to the right side"),
+    *("press the button to turn on the led light", "press the button to turn off the led light"),
+)
 
 
 async def photograph(url: str, profile: Path, speaker: threading.Thread, out: Path) -> None:
@@ -91,16 +96,17 @@ def boards(folder: Path, out: Path, sequence: int) -> None:
     """Write the dashboards' pictures."""
     with prometheus(folder) as server:
         port = f"output.metrics_port={server.parts_port}"
-        words = ("--no-ray", f"tasks.sequence={sequence}", "tasks.steps_limit=180", port)
-        run = subprocess.Popen(
-            [*CLI, "run", *CONFIG, *words, "output.video=false", f"output.folder={folder}"]
-        )
+        own = ("--no-ray", port, "tasks.steps_limit=180", "output.video=false")
+        said = f"tasks.instructions={json.dumps(SAID * 4)}"
+        run = subprocess.Popen([*CLI, "run", *CONFIG, *own, said, f"output.folder={folder}"])
         try:
             wait_for("a run", lambda: started(folder) or run.poll() is not None, PATIENCE_S)
             begun_s = time.monotonic()
         finally:
             run.wait(600.0)
         board("realtime", (time.monotonic() - begun_s) / 60, server, out)
+        chain = (f"tasks.sequence={sequence}", f"output.folder={folder / 'chain'}")
+        subprocess.run([*CLI, "run", *CONFIG, *own, *chain], check=True)
         cells = ("--intervals", "2,10,30,60", "--latencies", "0", "--drift-sequences", "0")
         small = ("--suites", "calvin", "--sequences", "6", "--steps", "60", "--workers", "1")
         subprocess.run(

@@ -88,8 +88,8 @@ def _robots() -> list[Any]:
         ).repeat("instance"),
         bars(
             "Chains",
-            "Share of sequences with more than this many successes in a row.",
-            "le",
+            "Share of sequences with at least this many tasks in a row.",
+            "tasks",
             ("share", longer(CHAINS), "percentunit"),
             empty=none,
         ),
@@ -133,8 +133,8 @@ def _evaluations() -> list[Any]:
         ),
         bars(
             "Evaluation chains",
-            "Share with more than this many successes in a row; CALVIN's five rates.",
-            "le",
+            "Share with at least this many tasks in a row; CALVIN's five rates.",
+            "tasks",
             ("share", longer(EVAL_CHAINS, here=False), "percentunit"),
             empty=NO_EVAL,
         ),
