@@ -226,7 +226,10 @@ class Watch:
     `latents` are those that the schedule asked for, `encoded` those that were computed because
     a plan was made from them; see `openhelix.benchmarks.evaluation.measurement`. `reaction_steps`
     says, where somebody changed what is meant (`changing.Change`), how many steps later the first
-    plan came from a latent that had seen it; None where none did.
+    plan came from a latent that had seen it, and `looked_steps` how many steps later System 2 was
+    asked to look again; None where that never happened. `change` is the kind of change. `alarms`
+    counts how often a change that nobody had made, or that changed no meaning, made a
+    `ChangeTrigger` ask.
     """
 
     EMPTY: Mapping[str, Any] = MappingProxyType(
@@ -243,7 +246,11 @@ class Watch:
         self._ages: list[list[int]] = []  # of the latent behind each plan, in steps
         self._robot = stack.loop.robot
         self._changed_ns: int | None = None  # when somebody changed what is meant
+        self._change = ""  # its kind
         self._reaction: int | None = None
+        self._looked: int | None = None
+        self._asked = self._goals.scheduled if isinstance(self._goals, DemandGoals) else 0
+        self._alarms = self._alarmed() or 0
 
     def __call__(self, tick: Tick) -> None:
         while len(self._tasks) < tick.observation.instruction_id:
@@ -253,6 +260,8 @@ class Watch:
         referee = getattr(self._robot, "referee", None)
         if self._changed_ns is None and referee is not None and referee.right != referee.before:
             self._changed_ns = tick.observation.t_ns
+            self._change = referee.what.split()[0]
+        self._ask(task, tick.observation.t_ns)
         if isinstance(self._goals, DemandGoals) and self._engine is not None:
             before = self._tasks[:-1]
             calls = self._engine.calls - self._begin_calls
@@ -264,13 +273,32 @@ class Watch:
                 self._ages[-1].append(round(tick.latent_age_s / self._period_s))
                 self._see(tick.observation.t_ns, self._ages[-1][-1])
 
+    def _alarmed(self) -> int | None:
+        """How often a change was the reason for asking so far; None where none can be."""
+        return getattr(getattr(self._goals, "trigger", None), "changes", None)
+
+    def _ask(self, task: dict[str, int], now_ns: int) -> None:
+        """Take in whether System 2 was asked at this tick, and why."""
+        if not isinstance(self._goals, DemandGoals):
+            return
+        asked, self._asked = self._goals.scheduled > self._asked, self._goals.scheduled
+        if self._changed_ns is not None:
+            if asked and self._looked is None:
+                self._looked = self._steps_since(self._changed_ns, now_ns)
+        elif (alarms := self._alarmed()) is not None:
+            task["alarms"] = task.get("alarms", 0) + alarms - self._alarms
+            self._alarms = alarms
+
     def _see(self, now_ns: int, age: int) -> None:
         """Take in a plan and the age of its latent in steps."""
         if self._changed_ns is None or self._reaction is not None:
             return
-        since = round((now_ns - self._changed_ns) * 1e-9 / self._period_s)
+        since = self._steps_since(self._changed_ns, now_ns)
         if age <= since:
             self._reaction = since
+
+    def _steps_since(self, then_ns: int, now_ns: int) -> int:
+        return round((now_ns - then_ns) * 1e-9 / self._period_s)
 
     @property
     def seconds(self) -> float:
@@ -290,7 +318,9 @@ class Watch:
         age = {"mean": round(float(np.mean(ages)), 3), "max": max(ages)} if ages else None
         row: dict[str, Any] = self._tasks[number] | {"latent_age_steps": age}
         if self._changed_ns is not None:
-            row["reaction_steps"] = self._reaction
+            row |= {"change": self._change, "reaction_steps": self._reaction}
+            if isinstance(self._goals, DemandGoals):
+                row["looked_steps"] = self._looked
         return row
 
 

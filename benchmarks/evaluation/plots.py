@@ -131,8 +131,9 @@ def lines(
     note: str,
     ticks: Sequence[float] = (),
     top: float | None = None,
+    even: bool = False,
 ) -> Drawing:
-    """Return lines of (x, y, low, high) on a logarithmic x axis, one for each name.
+    """Return lines of (x, y, low, high), one for each name.
 
     Several lines stand a little beside each other, so that all intervals can be seen.
 
@@ -143,17 +144,18 @@ def lines(
         note: below: trials and intervals.
         ticks: of the x axis.
         top: of the y axis; None as high as the data.
+        even: an x axis that is even and may begin at 0, instead of a logarithmic one.
     """
     figure, axes = axes_of(6.0, 3.8, title, note)
     for number, (name, points) in enumerate(series.items()):
         data = np.array(points, np.float64)
-        x = data[:, 0] * 1.04 ** (number - (len(series) - 1) / 2)
+        aside = number - (len(series) - 1) / 2
+        x = data[:, 0] + 0.008 * max(ticks) * aside if even else data[:, 0] * 1.04**aside
         errors = np.clip(np.stack((data[:, 1] - data[:, 2], data[:, 3] - data[:, 1])), 0, None)
-        style: dict[str, Any] = {"lw": 1.6, "ms": 4.5, "elinewidth": 1.2, "capsize": 2}
-        style |= {"color": COLOURS[number % len(COLOURS)], "fmt": f"{MARKS[number % len(MARKS)]}-"}
+        style = _line(number) | {"elinewidth": 1.2, "capsize": 2}
         axes.errorbar(x, data[:, 1], yerr=errors, label=name, **style)
     axes.set_ylim(0, top)
-    axes.set_xscale("log")
+    axes.set_xscale("linear" if even else "log")
     axes.set_xticks(list(ticks), [f"{tick:.2g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(x_label, fontsize=8)
@@ -161,6 +163,53 @@ def lines(
     axes.grid(color=PALE, lw=0.5)
     if len(series) > 1:
         axes.legend(fontsize=8, frameon=False, loc="best")
+    return drawing(figure)
+
+
+def _line(number: int) -> dict[str, Any]:
+    return {
+        "lw": 1.6,
+        "ms": 4.5,
+        "color": COLOURS[number % len(COLOURS)],
+        "fmt": f"{MARKS[number % len(MARKS)]}-",
+    }
+
+
+def panels(
+    parts: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    x_label: str,
+    title: str,
+    note: str,
+    ticks: Sequence[float],
+) -> Drawing:
+    """Return small plots of (x, y) in rows of three, the same lines in each, from 0 upwards.
+
+    Args:
+        parts: points by the name of their line, by what y is.
+        x_label: of all, with its unit.
+        title: above.
+        note: below.
+        ticks: of the x axes.
+    """
+    height = -(-len(parts) // 3)
+    figure = Figure(figsize=(7.6, 0.9 + 1.9 * height), dpi=DPI, layout="constrained")
+    figure.suptitle(title, fontsize=9.5, color=INK, x=0.01, ha="left")
+    figure.supxlabel(note, fontsize=7.5, color=DIM, x=0.01, ha="left")
+    for place, (what, series) in enumerate(parts.items(), 1):
+        axes = figure.add_subplot(height, 3, place)
+        for number, (name, points) in enumerate(series.items()):
+            style = _line(number)
+            axes.plot(*zip(*points, strict=True), style.pop("fmt"), label=name, **style)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.tick_params(colors=INK, labelsize=7)
+        axes.set_title(what, fontsize=8, color=INK, loc="left")
+        axes.set_xticks(list(ticks), [f"{tick:.2g}" for tick in ticks])
+        axes.set_ylim(0, None)
+        axes.set_xlabel(x_label, fontsize=7)
+        axes.grid(color=PALE, lw=0.5)
+        if place == 1 and len(series) > 1:
+            axes.legend(fontsize=7, frameon=False, loc="best")
     return drawing(figure)
 
 

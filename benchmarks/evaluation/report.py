@@ -101,6 +101,8 @@ def headline(report: Mapping[str, Any]) -> str:
         else f"System 2 every {counted(report['interval'], 'step')}"
         + (f", {counted(report['latency'], 'step')} late" if report["latency"] else ", at once")
     )
+    if "trigger" in report:
+        cadence = "System 2 when somebody changes the scene"
     if report["system2"] is None:
         cadence = "no System 2"
     return (
@@ -122,11 +124,32 @@ def settings(report: Mapping[str, Any]) -> Table:
         ["replanning", f"every {report['replan_steps']} steps"],
         ["environment steps", str(report["work"]["env_steps"])],
         ["latents per task", f"{report['work']['latents_per_task'] or 0:.1f}"],
+        *_demand(report["work"]),
         ["seconds an episode", f"{report['timing']['episode_s_mean'] or 0:.1f}"],
         ["ended by an error", str(report["n_errors"])],
         ["program", ", ".join(report["code"])],
     ]
     return ["", ""], rows
+
+
+def _demand(work: Mapping[str, Any]) -> list[list[str]]:
+    """Return rows on when System 2 was asked, where somebody changed something or a trigger asks."""
+    rows = []
+    if "changes" in work:
+        came = work["changes"]
+        kinds = ", ".join(f"{k} {v['seen']} of {v['n']}" for k, v in came["by_kind"].items())
+        rows.append(["changes shown to System 2", f"{came['seen']} of {came['n']} ({kinds})"])
+        rows.append(["steps until it was asked, p50 and p90", f"{came['p50']}, {came['p90']}"])
+    if "reaction_steps" in work:
+        known = work["reaction_steps"]
+        rows.append(
+            ["steps until the first plan that knew, p50 and p90", f"{known['p50']}, {known['p90']}"]
+        )
+    if "alarms" in work:
+        rows.append(
+            ["asked though nothing had changed, per task", f"{work['alarms_per_task']:.2f}"]
+        )
+    return rows
 
 
 def task_table(report: Mapping[str, Any]) -> Table:

@@ -347,6 +347,8 @@ def work(results: Sequence[Result]) -> dict[str, Any]:
         "steps_to_success": _mean([row["env_steps"] for row in rows if row["success"]]),
         "motion": motion([row["motion"] for row in rows if row.get("motion")]),
         **reaction([row["reaction_steps"] for row in rows if "reaction_steps" in row]),
+        **changes([row for row in rows if "looked_steps" in row]),
+        **alarms([row["alarms"] for row in rows if "alarms" in row]),
         "latent_age_steps": {"mean": _mean(ages), "max": max(oldest, default=None)},
         "drift": {
             "n": len(samples),
@@ -371,6 +373,37 @@ def reaction(steps: Sequence[int | None]) -> dict[str, Any]:
             "p90": None if p90 is None else int(p90),
         }
     }
+
+
+def changes(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many changes of what is meant System 2 was shown, and after how many steps.
+
+    Nothing where none came. A change is missed when System 2 was not asked again before the
+    episode was over.
+    """
+    if not rows:
+        return {}
+    kinds = {row["change"]: [r for r in rows if r["change"] == row["change"]] for row in rows}
+    steps = [row["looked_steps"] for row in rows]
+    spread = reaction(steps)["reaction_steps"]
+    return {
+        "changes": {
+            "n": len(rows),
+            "seen": len(rows) - spread["never"],
+            "missed": spread["never"],
+            "p50": spread["p50"],
+            "p90": spread["p90"],
+            "by_kind": {
+                kind: {"n": len(own), "seen": sum(r["looked_steps"] is not None for r in own)}
+                for kind, own in sorted(kinds.items())
+            },
+        }
+    }
+
+
+def alarms(counts: Sequence[int]) -> dict[str, Any]:
+    """How often System 2 was asked though nobody had changed what is meant."""
+    return {"alarms": sum(counts), "alarms_per_task": _mean(counts)} if counts else {}
 
 
 def motion(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

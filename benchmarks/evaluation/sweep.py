@@ -176,14 +176,27 @@ def to_markdown(report: Mapping[str, Any], pictures: bool = False) -> str:
     parts += [f"Again: `{report['command']}`\n"] if "command" in report else []
     for name, cells in suites_of(report).items():
         parts += [f"## {name}\n", note(report, cells) + "\n"]
-        parts += [f"![{name}]({picture_of(name)})\n"] if pictures else []
+        stems = _stems(name, cells) if pictures else []
+        parts += [f"![{stem}]({stem}.png)\n" for stem in stems]
         parts += [markdown_table(table_of(cells)), markdown_table(motion_table(cells))]
     return "\n".join(parts)
 
 
-def picture_of(name: str) -> str:
-    """Return the file of a suite's plot."""
-    return f"{name.replace(' ', '-')}.png"
+def _delayed(cells: Sequence[Cell]) -> bool:
+    """Whether the cells of one suite differ in System 1's own delay."""
+    return len({c["delay"] for c in cells} - {None}) > 1
+
+
+def _stems(name: str, cells: Sequence[Cell]) -> list[str]:
+    """Return the files of a suite's plots without their endings."""
+    stem = name.replace(" ", "-")
+    return [stem, f"{stem}-motion"] if _delayed(cells) else [stem]
+
+
+def drawings(name: str, cells: Sequence[Cell]) -> dict[str, plots.Drawing]:
+    """Return the plots of a suite by their files, without endings."""
+    made = [plot(name, cells), *([motion_plot(name, cells)] if _delayed(cells) else [])]
+    return dict(zip(_stems(name, cells), made, strict=True))
 
 
 def command_again(argv: Sequence[str]) -> str:
@@ -210,23 +223,11 @@ def plot(name: str, cells: Sequence[Cell]) -> plots.Drawing:
     chain = "avg_len" in cells[0]
     scale = 1.0 if chain else 100.0
     series: dict[str, list[tuple[float, float, float, float]]] = {}
-    rows = {c["sees"] for c in cells}
-    delays = {c["delay"] for c in cells} - {None}
-    along, other = ("delay", "interval") if len(delays) > 1 else ("interval", "delay")
+    along = "delay" if _delayed(cells) else "interval"
     for c in cells:
         low, high = c["ci95"]
         point = (c[along] * STEP_S, scale * _score(c), scale * low, scale * high)
-        late = "its own latency"
-        if c["latency"] is not None:
-            late = f"arrives {c['latency'] * STEP_S:.2g} s later"
-        line = late if rows == {"image"} else f"{c['sees']}, {late}"
-        if along == "delay":
-            line = f"a latent every {c['interval'] * STEP_S:.2g} s, {line}"
-        elif c[other]:
-            line = f"{line}, plans {c[other] * STEP_S:.2g} s late"
-        if len({c["join"] for c in cells}) > 1:
-            line = f"{c['join']}: {line}"
-        series.setdefault(line, []).append(point)
+        series.setdefault(_line(c, cells), []).append(point)
     counts = [int(c.get("n_sequences") or c.get("n_episodes") or 0) for c in cells]
     what, bars = ("chains", plots.BOOTSTRAP) if chain else ("episodes", plots.WILSON)
     return plots.lines(
@@ -239,17 +240,67 @@ def plot(name: str, cells: Sequence[Cell]) -> plots.Drawing:
         f"{plots.trials(counts, what)}; bars: {bars}",
         sorted({c[along] * STEP_S for c in cells}),
         5.0 if chain else 100.0,
+        even=along == "delay",
     )
+
+
+def _line(c: Cell, cells: Sequence[Cell]) -> str:
+    """Return the name of the line that a cell is on: what tells it from those of other lines."""
+    late = "its own latency"
+    if c["latency"] is not None:
+        late = f"arrives {c['latency'] * STEP_S:.2g} s later"
+    line = late if {other["sees"] for other in cells} == {"image"} else f"{c['sees']}, {late}"
+    joins = len({other["join"] for other in cells}) > 1
+    if _delayed(cells):
+        if joins and len({(o["sees"], o["interval"], o["latency"]) for o in cells}) == 1:
+            return str(c["join"])
+        line = f"a latent every {c['interval'] * STEP_S:.2g} s, {line}"
+    elif c["delay"]:
+        line = f"{line}, plans {c['delay'] * STEP_S:.2g} s late"
+    return f"{c['join']}: {line}" if joins else line
+
+
+def motion_plot(name: str, cells: Sequence[Cell]) -> plots.Drawing:
+    """Return how the arm was led against System 1's own delay; see `motion_table`."""
+    parts: dict[str, Callable[[Cell], float | None]] = {
+        "steps to success": lambda c: c["steps_to_success"],
+        "held steps per task": lambda c: c["hold_steps_per_task"],
+        "jerk (m/s3)": lambda c: c["motion"]["jerk_m_s3"],
+        "jump at a border (mm)": lambda c: _times(1000, c["motion"]["jump_m"]),
+        "turn at a border (mrad)": lambda c: _times(1000, c["motion"]["jump_rad"]),
+        "borders cut by limits (%)": lambda c: _times(
+            100, c["motion"]["limited"] / c["motion"]["borders"] if c["motion"]["borders"] else None
+        ),
+    }
+    drawn: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for what, value in parts.items():
+        for c in cells:
+            if (y := value(c)) is not None:
+                line = drawn.setdefault(what, {}).setdefault(_line(c, cells), [])
+                line.append((c["delay"] * STEP_S, y))
+    counts = [int(c.get("n_sequences") or c.get("n_episodes") or 0) for c in cells]
+    return plots.panels(
+        drawn,
+        "from an observation to its plan (s)",
+        f"{name}: how the arm was led",
+        plots.trials(counts, "chains" if "avg_len" in cells[0] else "episodes"),
+        sorted({c["delay"] * STEP_S for c in cells}),
+    )
+
+
+def _times(scale: float, value: float | None) -> float | None:
+    return None if value is None else scale * value
 
 
 def write(report: Mapping[str, Any], folder: Path, kept: bool = False) -> None:
     """Write the sweep as JSON, Markdown and a plot a suite; with HTML if it is not to be kept."""
     body: list[str] = []
     for name, cells in suites_of(report).items():
-        picture = plot(name, cells)
-        for file, data in picture.files(picture_of(name).removesuffix(".png")).items():
-            replace_file(folder / file, data)
-        body += [f"<h2>{name}</h2><p>{note(report, cells)}</p>", image(picture.svg, "svg+xml")]
+        body.append(f"<h2>{name}</h2><p>{note(report, cells)}</p>")
+        for stem, picture in drawings(name, cells).items():
+            for file, data in picture.files(stem).items():
+                replace_file(folder / file, data)
+            body.append(image(picture.svg, "svg+xml"))
         body += [html_table(table_of(cells)), html_table(motion_table(cells))]
     replace_file(folder / "sweep.json", json.dumps(report, indent=1).encode() + b"\n")
     replace_file(folder / "sweep.md", to_markdown(report, pictures=True).encode())
@@ -461,7 +512,7 @@ def cell(report: Mapping[str, Any], interval: int) -> Cell:
         score = {k: report[k] for k in ("avg_len", "ci95", "success_in_a_row", "n_sequences")}
     else:
         score = {k: report[k] for k in ("success_rate", "ci95", "n_episodes")}
-        score |= {k: report[k] for k in ("per_pattern",) if k in report}
+        score |= {k: report[k] for k in ("per_pattern", "per_speed") if k in report}
     return {
         **{
             key: report[key]

@@ -244,6 +244,9 @@ class LockstepGoals(_Recent):
     A latent is computed from the image of every `interval`-th tick after an instruction
     began, or when `trigger` says so, and arrives `latency` ticks later. An engine that raises, or whose latent is not finite
     or not of its spec, ends the run (`PartFailed`): no plan may be made from it.
+
+    Attributes:
+        trigger: says when System 2 is asked.
     """
 
     missed = 0
@@ -261,7 +264,7 @@ class LockstepGoals(_Recent):
         super().__init__(memory, inf)  # how old a latent gets is the schedule's to say
         self._engine, self._camera = engine, camera
         self._latency = latency
-        self._trigger: Trigger = Cadence(interval) if trigger is None else trigger
+        self.trigger: Trigger = Cadence(interval) if trigger is None else trigger
         self.expect(engine.spec)
         self._timer = timer
         self._tick = 0
@@ -271,15 +274,15 @@ class LockstepGoals(_Recent):
     def begin(self, instruction_id: int, instruction: str) -> None:
         super().begin(instruction_id, instruction)
         self._tick = 0
-        self._trigger.begin()
+        self.trigger.begin()
         self._on_the_way.clear()
 
     def forget(self, now_ns: int) -> None:
         super().forget(now_ns)
-        self._trigger.begin()
+        self.trigger.begin()
 
     def update(self, observation: Observation, now_ns: int) -> LatentGoal | None:
-        if self._trigger.due(observation):
+        if self.trigger.due(observation):
             latent = self._compute(observation)
             self._on_the_way.append((self._tick + self._latency, latent))
         arrived = None

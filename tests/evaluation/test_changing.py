@@ -13,9 +13,12 @@ from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.evaluation import changing
 from openhelix.benchmarks.evaluation.eval import load_config
+from openhelix.benchmarks.evaluation.evaluation import Evaluation, evaluate
 from openhelix.benchmarks.evaluation.oracle import OracleEngine, ToldGoals, other_pictures
+from openhelix.benchmarks.evaluation.pool import LocalPool
 from openhelix.benchmarks.evaluation.referring import get_reference, whole_view
-from openhelix.benchmarks.evaluation.results import reaction
+from openhelix.benchmarks.evaluation.report import to_markdown
+from openhelix.benchmarks.evaluation.results import changes, reaction, read_results
 from openhelix.benchmarks.evaluation.runner import Conditions, Runner, TaskPolicy
 from openhelix.benchmarks.evaluation.staging import Starts, stage
 from openhelix.benchmarks.evaluation.suites import Episode, Suite
@@ -172,6 +175,41 @@ def test_how_soon_a_change_is_known_is_in_the_results() -> None:
     }
     found = reaction([4, None, *range(1, 10)])["reaction_steps"]
     assert found == {"n": 11, "never": 1, "p50": 5, "p90": 9}
+
+
+def test_what_was_missed_is_counted_by_kind() -> None:
+    rows = [
+        {"change": kind, "looked_steps": steps}
+        for kind, steps in (("swap", 4), ("led", None), ("swap", 9), ("led", 5))
+    ]
+    assert changes(rows)["changes"] == {
+        **{"n": 4, "seen": 3, "missed": 1, "p50": 5, "p90": 9},
+        "by_kind": {"led": {"n": 2, "seen": 1}, "swap": {"n": 2, "seen": 2}},
+    }
+    assert changes([]) == {}
+
+
+@pytest.mark.parametrize("trigger", ["change", "cadence"])
+def test_when_system_2_was_asked_after_a_change_is_reported(trigger: str, tmp_path) -> None:
+    suite = Suite("calvin-r", count=1, seed=3, changing=True, tasks=("turn_off_led",))
+    config = small_config(f"system2.trigger={trigger}")
+    pool = LocalPool(config)
+    try:
+        plan = Evaluation(suite, Conditions(steps_limit=90, interval=40), config)
+        report = evaluate(plan, pool, tmp_path)
+    finally:
+        pool.close()
+    [row] = read_results(tmp_path)[0]["tasks"]
+    assert row["change"] == "led" and row["looked_steps"] <= row["reaction_steps"]
+    came, text = report["work"]["changes"], to_markdown(report)
+    assert came["by_kind"] == {"led": {"n": 1, "seen": 1}} and came["p90"] == row["looked_steps"]
+    assert "| changes shown to System 2 | 1 of 1 (led 1 of 1) |" in text
+    if trigger == "change":
+        assert row["looked_steps"] <= 12 and row["alarms"] == report["work"]["alarms"] == 0
+        assert "System 2 when somebody changes the scene" in text
+        assert "| asked though nothing had changed, per task | 0.00 |" in text
+    else:
+        assert "alarms" not in row and "alarms" not in report["work"]
 
 
 def test_a_kept_start_is_the_same_start(env) -> None:

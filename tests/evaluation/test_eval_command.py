@@ -271,7 +271,10 @@ def test_a_sweep_over_delays_of_plans_is_plotted_along_them_with_how_the_arm_was
     write(report, tmp_path)
     text = (tmp_path / "sweep.md").read_text()
     assert "| join | interval | latency | plan delay | steps to success |" in text
+    assert "![calvin-motion](calvin-motion.png)" in text
     assert "time from an observation to its plan (s)" in (tmp_path / "calvin.svg").read_text()
+    led = (tmp_path / "calvin-motion.svg").read_text()
+    assert "jump at a border (mm)" in led and "held steps per task" in led
 
 
 def test_a_jump_at_a_border_is_measured():
