@@ -14,7 +14,6 @@ import html
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,8 +30,8 @@ from openhelix.benchmarks.evaluation.report import (
     markdown_table,
     page,
 )
-from openhelix.benchmarks.evaluation.results import read_results, read_run
-from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
+from openhelix.benchmarks.evaluation.results import read_results, read_run, start_of
+from openhelix.benchmarks.evaluation.stats import paired_by_start
 from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import ConfigError
@@ -87,15 +86,12 @@ def paired(first: Sequence[Result], second: Sequence[Result]) -> list[tuple[Resu
 
 def per_task(pairs: Sequence[tuple[Result, Result]]) -> dict[str, Any]:
     """Compare tasks that both attempted in the same episode."""
-    rows: dict[str, list[tuple[bool, bool]]] = {}
+    rows: dict[str, list[tuple[bool, bool, str]]] = {}
     for a, b in pairs:
         for mine, other in zip(a["tasks"], b["tasks"], strict=False):
-            rows.setdefault(mine["task"], []).append((mine["success"], other["success"]))
-    return {
-        name: _both([x for x, _ in rows[name]], [y for _, y in rows[name]], mcnemar)
-        for name in TASK_NAMES
-        if name in rows
-    }
+            row = mine["success"], other["success"], start_of(a)
+            rows.setdefault(mine["task"], []).append(row)
+    return {name: _both(rows[name], 1.0) for name in TASK_NAMES if name in rows}
 
 
 def _reached(k: int) -> Callable[[Result], bool]:
@@ -105,23 +101,29 @@ def _reached(k: int) -> Callable[[Result], bool]:
 def _successes(
     pairs: Sequence[tuple[Result, Result]], value: Callable[[Result], bool]
 ) -> dict[str, Any]:
-    return _both([value(a) for a, _ in pairs], [value(b) for _, b in pairs], mcnemar)
+    return _both([(value(a), value(b), start_of(a)) for a, b in pairs], 1.0)
 
 
 def _means(
     pairs: Sequence[tuple[Result, Result]], value: Callable[[Result], float]
 ) -> dict[str, Any]:
-    return _both([value(a) for a, _ in pairs], [value(b) for _, b in pairs], paired_bootstrap)
+    return _both([(value(a), value(b), start_of(a)) for a, b in pairs], float(LENGTH))
 
 
-def _both(a: Sequence[Any], b: Sequence[Any], test: Callable[..., Paired]) -> dict[str, Any]:
-    result = asdict(test(a, b))
-    return {"a": sum(a) / len(a), "b": sum(b) / len(b)} | result | {"ci95": list(result["ci95"])}
+def _both(rows: Sequence[tuple[float, float, str]], most: float) -> dict[str, Any]:
+    """Compare values of A and B, each pair with its start; `most` is the largest difference."""
+    a, b, starts = zip(*rows, strict=True)
+    test = paired_by_start(a, b, starts, most)
+    kept = ("n", "starts", "difference", "p", "test", "better", "worse")
+    found = {name: getattr(test, name) for name in kept}
+    found |= {"ci95": list(test.ci95), "shows": test.shows}
+    return {"a": sum(a) / len(a), "b": sum(b) / len(b)} | found
 
 
 def to_markdown(found: Mapping[str, Any]) -> str:
     """Return a comparison as Markdown."""
-    header = ["", "A", "B", "B - A", "95 % interval", "p", "pairs", "B better", "B worse"]
+    header = ["", "A", "B", "B - A", "95 % interval", "p", "pairs", "starts", "B better"]
+    header += ["B worse", "shows"]
     rows = []
     if "avg_len" in found:
         rows.append(_row("average length", found["avg_len"], 1.0))
@@ -141,7 +143,8 @@ def to_markdown(found: Mapping[str, Any]) -> str:
         f"A is `{found['a']}`, B is `{found['b']}`; {found['n_pairs']} pairs of episodes, "
         f"{clocks} clock, at most {limits} environment steps per task, seed {found['seed']}.\n",
         markdown_table((header, rows)),
-        "Success rates: McNemar's exact test; average length: paired bootstrap.\n",
+        "p: exact permutation by start; intervals: t over starts; *shows*: the smallest true "
+        "difference that so many starts would find in four of five comparisons.\n",
         "## What differs\n",
         markdown_table((["setting", "A", "B"], differs)) if differs else "Nothing.\n",
         "## By task, %\n",
@@ -160,8 +163,10 @@ def _row(name: str, row: Mapping[str, Any], scale: float) -> list[str]:
         interval(row["ci95"], scale, digits),
         f"{row['p']:.3g}",
         str(row["n"]),
+        str(row["starts"]),
         str(row["better"]),
         str(row["worse"]),
+        "" if row["shows"] is None else f"{scale * row['shows']:.{digits}f}",
     ]
 
 

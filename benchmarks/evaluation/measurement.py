@@ -500,6 +500,7 @@ class Attempt:
             "index": self.episode.index,
             "key": self.episode.key,
             "scene": self.episode.scene,
+            "start": self.episode.start,
             "groups": dict(self.episode.groups),
             "in_a_row": in_a_row,
             "success": in_a_row == len(self.episode.tasks) - skip,

@@ -92,7 +92,11 @@ class RealtimePool:
                 "ray": False,
                 "world": config.world.model_copy(update={"scene": job.episode.scene}),
                 "tasks": config.tasks.model_copy(
-                    update={"steps_limit": job.conditions.steps_limit, "stop_at_failure": True}
+                    update={
+                        "steps_limit": job.conditions.steps_limit,
+                        "stop_at_failure": True,
+                        "count_holds": True,
+                    }
                 ),
                 "output": config.output.model_copy(
                     update={"video": job.film != "no", "track": job.film != "no"}
@@ -148,6 +152,7 @@ def _result(
         "index": episode.index,
         "key": episode.key,
         "scene": episode.scene,
+        "start": episode.start,
         "groups": dict(episode.groups),
         "in_a_row": in_a_row,
         "success": in_a_row == len(episode.tasks) - episode.uncounted,

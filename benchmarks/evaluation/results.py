@@ -25,16 +25,16 @@ import numpy as np
 
 from openhelix.benchmarks.calvin.sequences import LENGTH
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
-from openhelix.benchmarks.evaluation.stats import chain_interval, wilson
+from openhelix.benchmarks.evaluation.stats import chain_interval, clustered_rate, wilson
 from openhelix.benchmarks.evaluation.suites import Episode, Suite
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import NO_ROOM, replace_file
 
 SHARD = 32
-FORMAT = 1
+FORMAT = 2
 RUN, SHARDS, VIDEOS, REPORT, LOCK = "run.json", "shards", "videos", "report.json", ".lock"
 FIELDS = {
-    *("index", "key", "scene", "groups", "in_a_row", "success", "error", "tasks"),
+    *("index", "key", "scene", "start", "groups", "in_a_row", "success", "error", "tasks"),
     *("renders", "drift", "timing"),
 }
 
@@ -251,14 +251,26 @@ Result = Mapping[str, Any]
 ERRORS_SHOWN = 20
 
 
-def rate(successes: Sequence[bool]) -> dict[str, Any]:
-    """Return a success rate with its 95 % Wilson interval; null without trials."""
+def start_of(result: Result) -> str:
+    """Return the state that an episode began in, by a name: the unit of all statistics."""
+    return str(result["start"])
+
+
+def rate(successes: Sequence[bool], starts: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return a success rate with its 95 % interval by start; null without trials.
+
+    Args:
+        successes: of the episodes.
+        starts: of the episodes; None: each has its own, and the interval is Wilson's.
+    """
     n, good = len(successes), sum(successes)
+    by_start = {} if starts is None else {"n_starts": len(set(starts))}
     return {
         "success_rate": good / n if n else None,
         "n_episodes": n,
+        **by_start,
         "n_success": good,
-        "ci95": list(wilson(good, n)),
+        "ci95": list(wilson(good, n) if starts is None else clustered_rate(successes, starts)),
     }
 
 
@@ -268,7 +280,7 @@ def summarise(suite: Suite, results: Sequence[Result]) -> dict[str, Any]:
     `success_rate` and `n_episodes`, or `avg_len`, `success_in_a_row` and `n_sequences`, each
     with `ci95`; `per_task` (of chains: of the attempts at it), `per_scene` and the groups.
     """
-    found = _chains(results) if suite.is_chain else rate([r["success"] for r in results])
+    found = _chains(results) if suite.is_chain else _rates(results)
     found["per_task"] = _per_task(results)
     score = _chains if suite.is_chain else _rates
     found["per_scene"] = _grouped(results, lambda r: r["scene"], score)
@@ -288,19 +300,20 @@ def _place_in(group: str) -> Callable[[Result], str]:
 
 
 def _rates(results: Sequence[Result]) -> dict[str, Any]:
-    return rate([r["success"] for r in results])
+    return rate([r["success"] for r in results], [start_of(r) for r in results])
 
 
 def _chains(results: Sequence[Result]) -> dict[str, Any]:
-    lengths = [int(r["in_a_row"]) for r in results]
-    reached = [rate([n > k for n in lengths]) for k in range(LENGTH)]
-    interval = list(chain_interval(lengths, LENGTH)) if lengths else None
+    lengths, starts = [int(r["in_a_row"]) for r in results], [start_of(r) for r in results]
+    reached = [rate([n > k for n in lengths], starts) for k in range(LENGTH)]
+    interval = list(chain_interval(lengths, LENGTH, starts)) if lengths else None
     return {
         "avg_len": float(np.mean(lengths)) if lengths else None,
         "ci95": interval,
         "success_in_a_row": [row["success_rate"] for row in reached],
         "success_in_a_row_ci95": [row["ci95"] for row in reached],
         "n_sequences": len(lengths),
+        "n_starts": len(set(starts)),
     }
 
 

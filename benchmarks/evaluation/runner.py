@@ -73,7 +73,7 @@ class Conditions:
     """How an episode is run.
 
     Attributes:
-        steps_limit: environment steps per task.
+        steps_limit: environment steps per task, those held still included.
         interval: System 2 refreshes every so many steps.
         latency: steps until its latent arrives.
         delay: steps from an observation to the arrival of System 1's chunk.
@@ -259,7 +259,11 @@ class Runner:
             update={
                 "seed": episode.seed,
                 "tasks": self._config.tasks.model_copy(
-                    update={"steps_limit": conditions.steps_limit, "stop_at_failure": True}
+                    update={
+                        "steps_limit": conditions.steps_limit,
+                        "stop_at_failure": True,
+                        "count_holds": True,
+                    }
                 ),
                 "lockstep": self._config.lockstep.model_copy(
                     update={

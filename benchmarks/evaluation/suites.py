@@ -29,7 +29,7 @@ import numpy as np
 from openhelix.benchmarks.calvin import phrases
 from openhelix.benchmarks.calvin.motions import PATTERNS, PRESETS, speed_m_s
 from openhelix.benchmarks.calvin.scene import get_scene
-from openhelix.benchmarks.calvin.sequences import N_SEQUENCES, get_sequences
+from openhelix.benchmarks.calvin.sequences import N_SEQUENCES, get_sequences, layout_seed
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, TASKS, get_task
 from openhelix.benchmarks.evaluation.referring import referred
 from openhelix.runtime.control.episodes import Assignment
@@ -95,6 +95,17 @@ class Episode:
     changing: bool = False
     switch_steps: int = 0
     groups: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def start(self) -> str:
+        """The state that it begins in, by a name: episodes of one start are no two trials.
+
+        The motions of calvin-d share their starts; so do chains that CALVIN begins alike.
+        """
+        if self.sequence is None:
+            return f"{self.scene}/{'-'.join(map(str, self.draw))}"
+        state, _ = get_sequences(self.sequence + 1)[self.sequence]
+        return f"{self.scene}/{layout_seed(state):08x}"
 
     @property
     def uncounted(self) -> int:

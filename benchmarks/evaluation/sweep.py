@@ -27,6 +27,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from openhelix.benchmarks.calvin.sequences import LENGTH
 from openhelix.benchmarks.evaluation import plots
 from openhelix.benchmarks.evaluation.eval import (
     SETTINGS,
@@ -49,9 +50,9 @@ from openhelix.benchmarks.evaluation.report import (
     markdown_table,
     page,
 )
-from openhelix.benchmarks.evaluation.results import read_results
+from openhelix.benchmarks.evaluation.results import read_results, start_of
 from openhelix.benchmarks.evaluation.runner import Conditions
-from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_bootstrap
+from openhelix.benchmarks.evaluation.stats import paired_by_start
 from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES
 from openhelix.runtime.cli.arguments import Numbers, Words, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig
@@ -537,11 +538,9 @@ def _compare(cells: Sequence[Cell]) -> None:
     now = cells[-1]
     base = next(c for c in cells if (c["suite"], c["clock"]) == (now["suite"], now["clock"]))
     a, b = (read_results(Path(c["folder"])) for c in (base, now))
-    test: Paired
-    if "avg_len" in now:
-        test = paired_bootstrap([r["in_a_row"] for r in a], [r["in_a_row"] for r in b])
-    else:
-        test = mcnemar([r["success"] for r in a], [r["success"] for r in b])
+    what, most = ("in_a_row", float(LENGTH)) if "avg_len" in now else ("success", 1.0)
+    starts = [start_of(r) for r in a]
+    test = paired_by_start([r[what] for r in a], [r[what] for r in b], starts, most)
     now["against"] = {
         "interval": base["interval"],
         "latency": base["latency"],
@@ -551,4 +550,6 @@ def _compare(cells: Sequence[Cell]) -> None:
         "ci95": list(test.ci95),
         "p": test.p,
         "test": test.test,
+        "starts": test.starts,
+        "shows": test.shows,
     }

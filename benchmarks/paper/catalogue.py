@@ -8,6 +8,7 @@ reported in one line.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,9 +42,12 @@ class Variant(_Section):
             the project's own pair as it is, and nothing is trained.
         regime: what of the language model learns; "frozen" trains the projector alone.
         clip, aux, vision: alignment loss, auxiliary action head, image in System 2's prompt.
-        prealign: stage 1 (projector and `<ACT>` alone) before stage 2.
+        prealign: stage 1 (projector and `<ACT>` alone) before stage 2; without it stage 2 has
+            its samples too.
         latent: the read-out, a kind of `openhelix.system2.latents`.
-        head: System 1's; "lstm" sees no live image, which makes a pseudo dual system.
+        lag: a latent may be up to so many environment steps old in training; 0 is synchronous.
+        projector: between the systems, "linear" or with a hidden layer.
+        head: System 1's.
     """
 
     says: str
@@ -54,6 +58,8 @@ class Variant(_Section):
     vision: bool = True
     prealign: bool = True
     latent: str = "act_last"
+    lag: Annotated[int, Field(ge=0)] = 0
+    projector: Literal["linear", "mlp"] = "mlp"
     head: Literal["trajectory", "dit", "plain", "lstm"] = "trajectory"
 
 
@@ -117,18 +123,23 @@ class Contrast(_Section):
 
     Attributes:
         a, b: rows by id.
-        finding: of the paper's five, which one this bears on.
+        axis: the one thing in which their arms differ; a field, or one of `AXES`.
+        finding: of the paper's five, which one this bears on; 0 for none.
         expect: "b_better": b scores higher than a; "same": they differ by less than `margin`.
-        margin: in tasks in a row for chains, in success rate else.
+        margin: a difference below it is none, stated before anything is measured; in tasks in a
+            row for chains, in success rate else.
+        base_needs: what the experiment's `base` must score before this can be tested.
         patterns: only these motions count.
         says: the claim in words.
     """
 
     a: str
     b: str
-    finding: Annotated[int, Field(ge=1, le=5)]
+    axis: str
+    finding: Annotated[int, Field(ge=0, le=5)]
     expect: Literal["b_better", "same"] = "b_better"
-    margin: Annotated[float, Field(gt=0)] = 0.3
+    margin: Annotated[float, Field(gt=0)]
+    base_needs: Annotated[float, Field(ge=0)] = 1.0
     patterns: tuple[str, ...] = ()
     says: str
 
@@ -141,6 +152,7 @@ class Experiment(_Section):
         kind: "rows" is trained and evaluated; "probe" looks at latents; "design" only
             describes methods.
         rows, contrasts: see there.
+        base: the row of what all arms of the contrasts begin from.
         notes: what must be known to read our figures beside the paper's.
     """
 
@@ -149,6 +161,7 @@ class Experiment(_Section):
     kind: Literal["rows", "probe", "design"] = "rows"
     rows: tuple[Row, ...] = ()
     contrasts: tuple[Contrast, ...] = ()
+    base: str | None = None
     notes: tuple[str, ...] = ()
     options: dict[str, Any] = {}
 
@@ -165,6 +178,10 @@ class Experiment(_Section):
             a, b = self.row(contrast.a), self.row(contrast.b)
             if a.suite != b.suite:
                 raise ValueError(f"{a.id} and {b.id} are of different suites: no pairs")
+            if a.suite == "calvin-d" and not {"static"} <= {*a.patterns} & {*b.patterns}:
+                raise ValueError(f"{a.id} and {b.id}: without the static pattern nothing is shown")
+        if self.base is not None and self.base not in ids:
+            raise ValueError(f"base names row {self.base!r}; valid: {', '.join(ids)}")
         return self
 
     def row(self, name: str) -> Row:
@@ -199,6 +216,64 @@ class Scale(_Section):
     run: tuple[str, ...] = ()
     official: bool = True
     notes: tuple[str, ...] = ()
+
+
+# -- Fair arms: two rows that are compared differ in one thing --------------------------
+#
+# An arm is a row's conditions and its variant. Samples are compared in `trainings.check_samples`.
+
+# Axes that are more than one field, since one of them means nothing without the others.
+AXES: Mapping[str, frozenset[str]] = {
+    # System 2 itself, against the same language model as a text encoder alone.
+    "system 2": frozenset({"regime", "latent", "vision", "clip", "aux"}),
+    # With an untrained policy there is nothing to align the projector with.
+    "policy": frozenset({"policy", "prealign"}),
+}
+NOT_OF_AN_ARM = {"says", "id", "name", "variant", "paper", "final"}
+
+
+def differences(a: Row, b: Row, variants: Mapping[str, Variant]) -> set[str]:
+    """Return the fields of variant and conditions in which two rows differ."""
+    first, second = _arm(a, variants), _arm(b, variants)
+    return {name for name in first if first[name] != second[name]}
+
+
+def check_axes(experiment: Experiment, variants: Mapping[str, Variant]) -> None:
+    """Refuse a contrast whose arms differ in more than its axis.
+
+    Raises:
+        ConfigError: one line names contrast and fields.
+    """
+    for contrast in experiment.contrasts:
+        a, b = experiment.row(contrast.a), experiment.row(contrast.b)
+        where = f"{experiment.name}.yaml: {named(contrast)}"
+        for row in (a, b):
+            if row.variant is None:
+                raise ConfigError(f"{where}: {row.id} is only quoted; it has no arm")
+        found = differences(a, b, variants)
+        allowed = AXES.get(contrast.axis, frozenset({contrast.axis}))
+        if not allowed & set(_arm(a, variants)):
+            valid = ", ".join(sorted({*AXES, *_arm(a, variants)}))
+            raise ConfigError(f"{where}: axis: {contrast.axis!r} is none of {valid}")
+        if found - allowed:
+            raise ConfigError(
+                f"{where}: differ in {', '.join(sorted(found - allowed))} beside the axis "
+                f"{contrast.axis!r}; an arm may differ in one thing"
+            )
+        if not found:
+            raise ConfigError(f"{where}: do not differ in {contrast.axis!r}")
+
+
+def _arm(row: Row, variants: Mapping[str, Variant]) -> dict[str, Any]:
+    """Return all that shapes a row's score, by the names of axes."""
+    assert row.variant is not None
+    both = {**variants[row.variant].model_dump(), **row.model_dump()}
+    return {name: value for name, value in both.items() if name not in NOT_OF_AN_ARM}
+
+
+def named(contrast: Contrast) -> str:
+    """Return by which rows a contrast is known."""
+    return f"{contrast.a} and {contrast.b}"
 
 
 # -- Reading the files -----------------------------------------------------------------
@@ -274,6 +349,7 @@ def load_catalogue(folder: Path = FOLDER) -> Catalogue:
                     f"{files[name].name}: {row.id}: variant {row.variant!r} is none of "
                     f"{', '.join(variants)}"
                 )
+        check_axes(experiments[name], variants)
     return Catalogue(experiments, variants, scales)
 
 

@@ -153,6 +153,7 @@ def make_session(options: ExperimentOptions, overrides: Sequence[str], known: Ca
         None if options.data is None else str(options.data),
     )
     session = Session(request, Trainings(root / "trainings", trainer), Console("experiment"))
+    session.check_fair()
     trains = not (options.no_training or options.report or options.estimate or options.trainer)
     if refusal is not None and trains and any(t.reads_data for t in session.wanted()):
         raise refusal

@@ -38,8 +38,8 @@ from openhelix.benchmarks.evaluation.plots import (
     Drawing,
     drawing,
 )
-from openhelix.benchmarks.evaluation.stats import mean_interval, paired_permutation
-from openhelix.benchmarks.paper.judge import ALPHA, HOLDS, NOT, OPEN
+from openhelix.benchmarks.evaluation.stats import mean_interval, paired_by_start
+from openhelix.benchmarks.paper.judge import measured
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import F32, U8
 from openhelix.system2.engines.base import EngineBase
@@ -455,22 +455,16 @@ def claims(made: Mapping[str, Any], who: str) -> list[dict[str, Any]]:
 def _judged(
     first: tuple[str, Sequence[float]], second: tuple[str, Sequence[float]], says: str
 ) -> dict[str, Any]:
-    test = paired_permutation(first[1], second[1])
-    verdict = OPEN
-    if test.p < ALPHA:
-        verdict = HOLDS if test.difference > 0 else NOT
     return {
         "a": first[0],
         "b": second[0],
+        "axis": "what changes",
         "says": says,
         "finding": 5,
         "expect": "b_better",
-        "verdict": verdict,
-        "n_pairs": test.n,
-        "difference": test.difference,
-        "ci95": list(test.ci95),
-        "p": test.p,
-        "test": test.test,
+        "margin": None,
+        "not_testable": "",
+        **measured(paired_by_start(first[1], second[1]), 0.0),
         "unit": "cosine, or share of words",
         "paper_difference": None,
     }

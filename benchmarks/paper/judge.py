@@ -1,10 +1,18 @@
 """Tests whether a finding of the paper holds here: two rows, the same episodes, a paired test.
 
-"b is better" holds if b scores higher and the paired test is significant (p below 0.05), and is
-contradicted if a does. "the same" holds if the whole 95 % interval of the
-difference lies within the margin, and is contradicted if the interval lies outside of it; two
-rows that both score below the margin cannot show it. Everything else is undecided: too few
-episodes, not no effect.
+The unit is the start (`openhelix.benchmarks.evaluation.stats`). "b is better" holds if b scores
+higher and the difference is significant, and is contradicted if a does or if the two are shown to
+be the same. "The same" holds if two one-sided tests place the difference within the margin that
+the experiment's file states, and is contradicted by a significant difference that is larger.
+Everything else is undecided: too few starts, not no effect; the smallest difference that so many
+starts show stands beside it.
+
+p is corrected after Holm, over the contrasts of a table for the table's page and over those of all
+tables for the five findings.
+
+A contrast is *not testable* where a score that it presupposes is missing: an arm of CALVIN-D that
+cannot grasp a block at rest says nothing about moving ones, nothing can be learned from arms whose
+common base cannot do the tasks, and two rows that both fail are alike in nothing of interest.
 """
 
 from __future__ import annotations
@@ -15,88 +23,156 @@ from typing import Any
 import numpy as np
 
 from openhelix.benchmarks.evaluation.compare import paired
-from openhelix.benchmarks.evaluation.stats import Paired, mcnemar, paired_permutation
+from openhelix.benchmarks.evaluation.results import start_of
+from openhelix.benchmarks.evaluation.stats import Paired, holm, paired_by_start
 from openhelix.benchmarks.paper.catalogue import LENGTH, Contrast, Experiment
 
 ALPHA = 0.05
 HOLDS, NOT, OPEN, MISSING = "holds", "contradicted", "undecided", "not run"
+UNTESTABLE, WITHDRAWN = "not testable", "withdrawn"
+STATISTICS = 2  # of this page's rules; verdicts by older ones do not stand
+STANDING = 0.7  # of blocks at rest that an arm must grasp before moving ones say anything
 Result = Mapping[str, Any]
 
 
 def judge(
-    contrast: Contrast, first: Sequence[Result], second: Sequence[Result], chain: bool
+    contrast: Contrast,
+    first: Sequence[Result],
+    second: Sequence[Result],
+    chain: bool,
+    base: float | None = None,
 ) -> dict[str, Any]:
-    """Return the verdict on a contrast and what it rests on.
+    """Return what a contrast rests on; `decide` gives the verdict.
 
     Args:
         contrast: which rows, what is expected.
         first, second: the episodes' results of rows a and b.
         chain: whether the score is tasks in a row.
+        base: the score of the row that both arms begin from; None: they have none, or it has
+            not been measured.
     """
-    pairs = paired(first, second)
+    every = paired(first, second)
+    pairs = every
     if contrast.patterns:
         pairs = [p for p in pairs if p[0]["groups"].get("pattern") in contrast.patterns]
     if not pairs:
         return missing(contrast)
-    what = "in_a_row" if chain else "success"
+    what, most = ("in_a_row", LENGTH) if chain else ("success", 1)
     scores = [a[what] for a, _ in pairs], [b[what] for _, b in pairs]
-    test: Paired = (paired_permutation if chain else mcnemar)(*scores)
+    test = paired_by_start(*scores, [start_of(a) for a, _ in pairs], most)
     means = [float(np.mean(values)) for values in scores]
     return {
         **_stated(contrast),
-        "verdict": verdict(contrast, test, means, LENGTH if chain else 1),
+        "not_testable": untestable(contrast, every, means, base),
         "score_a": means[0],
         "score_b": means[1],
-        "n_pairs": test.n,
-        "difference": test.difference,
-        "ci95": list(test.ci95),
-        "p": test.p,
-        "test": test.test,
-        "b_better": test.better,
-        "a_better": test.worse,
+        **measured(test, contrast.margin),
         "unit": "tasks in a row" if chain else "success rate",
     }
 
 
-def verdict(contrast: Contrast, test: Paired, means: Sequence[float], most: int) -> str:
-    """Return one of `HOLDS`, `NOT`, `OPEN`.
+def measured(test: Paired, margin: float) -> dict[str, Any]:
+    """Return a paired test as plain data, with the p of "no difference" and of "the same"."""
+    return {
+        "n_pairs": test.n,
+        "n_starts": test.starts,
+        "difference": test.difference,
+        "ci95": list(test.ci95),
+        "p_difference": test.p,
+        "p_same": test.same(margin) if margin else 1.0,
+        "shows": test.shows,
+        "test": test.test,
+        "b_better": test.better,
+        "a_better": test.worse,
+    }
+
+
+def untestable(
+    contrast: Contrast,
+    pairs: Sequence[tuple[Result, Result]],
+    means: Sequence[float],
+    base: float | None,
+) -> str:
+    """Return why a contrast cannot be tested by these episodes; "" if it can.
 
     Args:
-        contrast: what is expected.
-        test: of b against a.
-        means: scores of a and b.
-        most: the highest score there is.
+        contrast: which rows, what is expected.
+        pairs: all episodes of both rows, of every motion.
+        means: scores of the episodes that count.
+        base: the score of the row that both arms begin from.
     """
-    low, high = test.ci95
-    if contrast.expect == "same":
-        if max(means) < contrast.margin:
-            return OPEN
-        if low == high:
-            # Pairs that never differ give an interval of no width, however few they are: what
-            # would have shown itself in them with a probability of 95 % is excluded, no more.
-            unseen = most * (1 - 0.05 ** (1 / test.n))
-            low, high = low - unseen, high + unseen
-        if -contrast.margin < low and high < contrast.margin:
+    if base is not None and base < contrast.base_needs:
+        return f"the base itself scores {base:.2f}, less than {contrast.base_needs:g}"
+    standing = [p for p in pairs if p[0]["groups"].get("pattern") == "static"]
+    for name, side in ((contrast.a, 0), (contrast.b, 1)):
+        rate = float(np.mean([p[side]["success"] for p in standing])) if standing else 1.0
+        if rate < STANDING:
+            return (
+                f"{name} grasps {100 * rate:.0f} % of the blocks that stand still, less than "
+                f"{100 * STANDING:.0f} %"
+            )
+    if contrast.expect == "same" and max(means) < contrast.margin:
+        return "both rows fail"
+    return ""
+
+
+def decide(found: Sequence[dict[str, Any]], name: str = "") -> None:
+    """Give contrasts their verdicts, corrected for how many of them are tested.
+
+    Args:
+        found: contrasts as `judge` returns them; `p` and `verdict` are added to each.
+        name: of another family that they are corrected over; its verdicts stand beside, as
+            `p_<name>` and `verdict_<name>`.
+    """
+    p_key, verdict_key = (f"p_{name}", f"verdict_{name}") if name else ("p", "verdict")
+    tested = [c for c in found if "p_difference" in c and not c["not_testable"]]
+    claims = [_claimed(c) for c in tested]
+    corrected = holm(claims)
+    for contrast, p, raw in zip(tested, corrected, claims, strict=True):
+        factor = p / raw if raw > 0 else float(len(tested))
+        contrast[p_key] = p
+        contrast[verdict_key] = _verdict(contrast, factor)
+    for contrast in found:
+        if verdict_key not in contrast:
+            contrast[verdict_key] = contrast.get("verdict", UNTESTABLE)
+
+
+def _claimed(contrast: Mapping[str, Any]) -> float:
+    """Return the p that the claim rests on."""
+    return float(contrast["p_same" if contrast["expect"] == "same" else "p_difference"])
+
+
+def _verdict(contrast: Mapping[str, Any], factor: float) -> str:
+    """Return `HOLDS`, `NOT` or `OPEN`, with p values `factor` times as large."""
+    same, differs = (
+        min(1.0, factor * float(contrast[name])) < ALPHA for name in ("p_same", "p_difference")
+    )
+    difference = contrast["difference"]
+    if contrast["expect"] == "same":
+        if same:
             return HOLDS
-        return NOT if low > contrast.margin or high < -contrast.margin else OPEN
-    if test.p >= ALPHA or test.difference == 0:
-        return OPEN
-    return HOLDS if test.difference > 0 else NOT
+        low, high = contrast["ci95"]
+        beyond = low > contrast["margin"] or high < -contrast["margin"]
+        return NOT if differs and beyond else OPEN
+    if differs and difference != 0:
+        return HOLDS if difference > 0 else NOT
+    return NOT if same else OPEN
 
 
 def missing(contrast: Contrast) -> dict[str, Any]:
     """Return the verdict on rows that have not been run."""
-    return {**_stated(contrast), "verdict": MISSING, "n_pairs": 0}
+    return {**_stated(contrast), "verdict": MISSING, "n_pairs": 0, "not_testable": ""}
 
 
 def _stated(contrast: Contrast) -> dict[str, Any]:
     return {
         "a": contrast.a,
         "b": contrast.b,
+        "axis": contrast.axis,
         "says": contrast.says,
         "finding": contrast.finding,
         "expect": contrast.expect,
-        "margin": contrast.margin if contrast.expect == "same" else None,
+        "margin": contrast.margin,
         "patterns": list(contrast.patterns),
     }
 
@@ -116,16 +192,34 @@ def published_difference(experiment: Experiment, contrast: Contrast) -> float | 
     return values[1] - values[0] if len(values) == 2 else None
 
 
-def finding_verdict(verdicts: Sequence[str]) -> str:
-    """Return the verdict on a finding from those on its contrasts."""
-    known = [v for v in verdicts if v != MISSING]
-    if not known:
-        return MISSING
-    if all(v == HOLDS for v in verdicts):
-        return HOLDS
-    if all(v == NOT for v in known):
-        return NOT
-    counts = ", ".join(
-        f"{verdicts.count(v)} {v}" for v in (HOLDS, NOT, OPEN, MISSING) if v in verdicts
-    )
-    return f"mixed: {counts}" if {HOLDS, NOT} <= set(known) else f"{OPEN}: {counts}"
+def finding_verdict(contrasts: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return the verdict on a finding from its contrasts, and the reason in a sentence.
+
+    Args:
+        contrasts: each with `verdict_paper`, `says`, and what `judge` says of it.
+    """
+    by = {
+        v: [c for c in contrasts if c["verdict_paper"] == v]
+        for v in (HOLDS, NOT, OPEN, UNTESTABLE, MISSING, WITHDRAWN)
+    }
+    if by[NOT]:
+        return "does not hold", f"Here it is otherwise: {_named(by[NOT])}."
+    if by[HOLDS] and len(by[HOLDS]) == len(contrasts):
+        return HOLDS, f"All {len(contrasts)} comparisons show it."
+    if len(by[MISSING]) + len(by[WITHDRAWN]) == len(contrasts):
+        if by[WITHDRAWN]:
+            return MISSING, "What had been measured is withdrawn; it has not been run again."
+        return MISSING, "None of its comparisons has been run."
+    told = [f"{len(by[HOLDS])} of {len(contrasts)} comparisons show it"]
+    if by[UNTESTABLE]:
+        told.append(f"{len(by[UNTESTABLE])} cannot be tested ({by[UNTESTABLE][0]['not_testable']})")
+    if by[OPEN]:
+        told.append(f"{len(by[OPEN])} had too few starts to tell a difference from chance")
+    unrun = len(by[MISSING]) + len(by[WITHDRAWN])
+    if unrun:
+        told.append(f"{unrun} have not been run")
+    return UNTESTABLE, "; ".join(told) + "."
+
+
+def _named(contrasts: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(f'"{c["says"]}" came out at {c["difference"]:+.2f}' for c in contrasts)

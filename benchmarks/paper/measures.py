@@ -105,15 +105,24 @@ def score_of(report: Mapping[str, Any]) -> dict[str, Any]:
     kept = ["suite", "scene", "seed", "clock", "steps_limit", "interval", "latency", "n_errors"]
     kept += ["replan_steps", "code"]
     if "avg_len" in report:
-        kept += ["avg_len", "ci95", "success_in_a_row", "success_in_a_row_ci95", "n_sequences"]
+        kept += [
+            "avg_len",
+            "ci95",
+            "success_in_a_row",
+            "success_in_a_row_ci95",
+            "n_sequences",
+            "n_starts",
+        ]
     else:
-        kept += ["success_rate", "ci95", "n_episodes", "per_pattern", "per_motion"]
+        kept += ["success_rate", "ci95", "n_episodes", "n_starts", "per_pattern"]
+        kept += ["per_motion"]
     found = {key: report[key] for key in kept if key in report}
     found["policy_sha256"] = report["policy"]["sha256"]
     found["latents"] = report["system2"]["spec_id"] if report["system2"] else None
     work, timing = report["work"], report["timing"]
     return found | {
         "env_steps": work["env_steps"],
+        "hold_steps": work["hold_steps"],
         "latent_age_steps": work["latent_age_steps"],
         "latents_per_task": work["latents_per_task"],
         "steps_per_s": timing["steps_per_s"],

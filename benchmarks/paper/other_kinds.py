@@ -21,6 +21,7 @@ from openhelix.benchmarks.paper.figure5 import (
     probe,
     take_pictures,
 )
+from openhelix.benchmarks.paper.judge import decide
 from openhelix.benchmarks.paper.measures import SCENE
 from openhelix.benchmarks.paper.session import Session
 from openhelix.runtime.control.assembly import make
@@ -111,6 +112,7 @@ class Probes:
         state = "not run" if not probes else "complete"
         if probes and len(probes) < wanted:
             state = f"partial: {len(probes)} of {wanted} models"
+        decide(contrasts)
         o = self.options
         note = (
             f"{o.starts} starts of {o.task} in scene {o.scene}, a scripted expert acting, the "

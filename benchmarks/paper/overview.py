@@ -9,13 +9,15 @@ from typing import Any
 
 from openhelix.benchmarks.evaluation.report import markdown_table
 from openhelix.benchmarks.paper.catalogue import FINDINGS
-from openhelix.benchmarks.paper.judge import HOLDS, NOT, finding_verdict
-from openhelix.benchmarks.paper.tables import Outcome, label, read
+from openhelix.benchmarks.paper.judge import HOLDS, MISSING, NOT, decide, finding_verdict
+from openhelix.benchmarks.paper.tables import Outcome, label, read, withdraw
 from openhelix.runtime.core.files import replace_file
 
 
 def write_overview(folder: Path, names: Sequence[str]) -> None:
     """Write the overview of all experiments that a folder holds."""
+    for name in names:
+        withdraw(folder, name)
     outcomes = [found for name in names if (found := read(folder, name)) is not None]
     if not outcomes:
         return
@@ -25,17 +27,21 @@ def write_overview(folder: Path, names: Sequence[str]) -> None:
 
 
 def findings(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Return the five findings with what the experiments say of each."""
+    """Return the five findings with what the experiments say of each.
+
+    The verdicts on their claims are corrected over all claims of all experiments.
+    """
+    claims = [{**c, "experiment": o["name"]} for o in outcomes for c in o["contrasts"]]
+    decide(claims, "paper")
     found = []
+    kept = ("experiment", "says", "verdict", "verdict_paper", "p_paper", "n_starts", "shows")
     for number, text in FINDINGS.items():
-        rows = [
-            {"experiment": o["name"], "says": c["says"], "verdict": c["verdict"]}
-            for o in outcomes
-            for c in o["contrasts"]
-            if c["finding"] == number
-        ]
-        verdict = finding_verdict([r["verdict"] for r in rows])
-        found.append({"finding": number, "text": text, "verdict": verdict, "claims": rows})
+        of = [c for c in claims if c["finding"] == number]
+        verdict, reason = finding_verdict(of) if of else (MISSING, "No comparison bears on it.")
+        rows = [{name: c.get(name) for name in kept} for c in of]
+        found.append(
+            {"finding": number, "text": text, "verdict": verdict, "reason": reason, "claims": rows}
+        )
     return found
 
 
@@ -47,8 +53,9 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     ]
     rows = []
     for f in findings(outcomes):
-        counts = [sum(c["verdict"] == v for c in f["claims"]) for v in (HOLDS, NOT)]
-        rows.append([f"{f['finding']}. {f['text']}", f["verdict"], *map(str, counts)])
+        counts = [sum(c["verdict_paper"] == v for c in f["claims"]) for v in (HOLDS, NOT)]
+        rows.append([f"{f['finding']}. {f['text']}", f["verdict"], f["reason"], *map(str, counts)])
+    header = ["finding", "verdict", "why", "claims that hold", "contradicted"]
     return "\n".join(
         [
             "# The paper's experiments, here\n",
@@ -56,7 +63,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
             "weights' hashes, trials and intervals.\n",
             *scales_used(outcomes),
             "## The five findings\n",
-            markdown_table((["finding", "verdict", "claims that hold", "contradicted"], rows)),
+            "p is corrected over all claims of all pages (Holm).\n",
+            markdown_table((header, rows)),
             "## Tables and figures\n",
             markdown_table((["", "about", "state", "scale"], states)),
         ]

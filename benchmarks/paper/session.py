@@ -21,9 +21,21 @@ from openhelix.benchmarks.evaluation.pool import Pool
 from openhelix.benchmarks.evaluation.report import write_reports
 from openhelix.benchmarks.evaluation.results import REPORT, RUN, read_results
 from openhelix.benchmarks.paper.catalogue import Catalogue, Contrast, Experiment, Row, Scale
-from openhelix.benchmarks.paper.judge import judge, missing, published_difference
+from openhelix.benchmarks.paper.judge import (
+    STATISTICS,
+    decide,
+    judge,
+    missing,
+    published_difference,
+)
 from openhelix.benchmarks.paper.measures import Measure, measure_of, score_of
-from openhelix.benchmarks.paper.trainings import Training, Trainings, in_order, trainings_of
+from openhelix.benchmarks.paper.trainings import (
+    Training,
+    Trainings,
+    check_samples,
+    in_order,
+    trainings_of,
+)
 from openhelix.runtime.core.config import CommandFailed
 
 PoolFor = Callable[[Evaluation], Pool]
@@ -138,6 +150,16 @@ class Session:
         names += experiment.options.get("variants", ())
         return in_order(map(self.training, names))
 
+    def check_fair(self) -> None:
+        """Refuse contrasts whose arms learn from different numbers of samples.
+
+        Raises:
+            ConfigError: one line names contrast and samples.
+        """
+        for experiment in self.request.experiments:
+            names = {row.variant for row in experiment.rows if row.variant}
+            check_samples(experiment, {name: self.training(name) for name in names})
+
     def place(self, measure: Measure) -> Path:
         """Return the folder of an evaluation's results."""
         return self.request.root / "evaluations" / measure.key
@@ -225,6 +247,8 @@ class Session:
     def outcome(self, experiment: Experiment) -> dict[str, Any]:
         """Return an experiment as plain data: our figures, the paper's, the verdicts."""
         rows = [self._row(row) for row in experiment.rows]
+        contrasts = [self._contrast(experiment, c) for c in experiment.contrasts]
+        decide(contrasts)
         measured = [r for r in rows if r["variant"] is not None]
         finished = [r for r in measured if r["score"] is not None]
         state = "not run" if not finished else "complete"
@@ -239,7 +263,8 @@ class Session:
             "seed": self.request.seed,
             "command": self.request.command(experiment.name),
             "rows": rows,
-            "contrasts": [self._contrast(experiment, c) for c in experiment.contrasts],
+            "statistics": STATISTICS,
+            "contrasts": contrasts,
             "notes": [*experiment.notes, *self.request.scale.notes],
         }
 
@@ -279,9 +304,14 @@ class Session:
 
     def _contrast(self, experiment: Experiment, contrast: Contrast) -> dict[str, Any]:
         measures = [self.measure(experiment.row(name)) for name in (contrast.a, contrast.b)]
-        if any(self.report(m) is None for m in measures):
+        based = [] if experiment.base is None else [self.measure(experiment.row(experiment.base))]
+        if any(self.report(m) is None for m in (*measures, *based)):
             found = missing(contrast)
         else:
             first, second = (self.results(m) for m in measures)
-            found = judge(contrast, first, second, measures[0].suite.is_chain)
+            base = None
+            for measure in based:
+                score = self.report(measure) or {}
+                base = float(score["avg_len"] if measure.suite.is_chain else score["success_rate"])
+            found = judge(contrast, first, second, measures[0].suite.is_chain, base)
         return found | {"paper_difference": published_difference(experiment, contrast)}

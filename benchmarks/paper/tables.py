@@ -7,7 +7,7 @@ number of trials, clock, step limit and interval.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,17 @@ from openhelix.benchmarks.evaluation.plots import (
 )
 from openhelix.benchmarks.evaluation.report import interval, markdown_table, percent
 from openhelix.benchmarks.evaluation.sweep import STEP_S
-from openhelix.benchmarks.paper.judge import MISSING
+from openhelix.benchmarks.paper.judge import STATISTICS, WITHDRAWN
 from openhelix.runtime.core.files import replace_file
 
 Outcome = Mapping[str, Any]
 DISAGREES = "†"
+WHY_WITHDRAWN = (
+    "Withdrawn: measured by older rules. Several episodes of one start counted as independent, "
+    "nothing was corrected for the number of claims, arms differed in more than one thing or in "
+    "samples, and holding still before the first latent cost no steps. The figures are kept as a "
+    "record; no verdict rests on them."
+)
 
 
 def to_markdown(outcome: Outcome, pictures: Sequence[str] = ()) -> str:
@@ -45,9 +51,12 @@ def to_markdown(outcome: Outcome, pictures: Sequence[str] = ()) -> str:
     if outcome["contrasts"]:
         parts += ["## Does it hold here?\n", markdown_table(contrast_table(outcome))]
         parts.append(
-            "Pairs are the same episodes; success rates by McNemar's exact test, average lengths "
-            "by paired permutation, intervals by paired bootstrap. *holds* and *contradicted* are said at p < 0.05 (or, for "
-            '"the same", by where the 95 % interval lies); all else is undecided.\n'
+            "Pairs are the same episodes, the unit is the start. p is that of the claim (an exact "
+            "permutation by start of no difference, or for *the same* two one-sided tests against "
+            "the margin, which was stated beforehand), after Holm over this page's claims; "
+            "*shows* is the smallest true difference that so many starts find in four of five "
+            "comparisons. Two arms differ in the axis alone. *Not testable*: a score is missing "
+            "that the claim presupposes.\n"
         )
     for title, header, rows in outcome.get("tables", ()):
         parts += [f"## {title}\n", markdown_table((header, rows))]
@@ -170,25 +179,29 @@ def _cell(rate: Outcome | None) -> str:
 
 def contrast_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
     """Return the verdicts as a table."""
-    header = ["claim", "finding", "verdict", "difference", "95 % interval", "p", "pairs", "paper"]
+    header = ["claim", "axis", "finding", "verdict", "difference", "95 % interval", "margin", "p"]
+    header += ["shows", "starts", "pairs", "paper"]
     rows = []
     for c in outcome["contrasts"]:
         theirs = c["paper_difference"]
-        cells = ["", "", "", ""]
-        if c["verdict"] != MISSING:
-            digits = 5 if c["unit"] == "1 - cosine" else 2
-            cells = [f"{c['difference']:+.{digits}f}", interval(c["ci95"], 1, digits)]
-            cells.append(f"{c['p']:.3g}")
-            cells.append(str(c["n_pairs"]))
+        cells = [""] * 7
+        if c["n_pairs"]:
+            same = c["margin"] if c["expect"] == "same" else None
+            cells = [f"{c['difference']:+.2f}", interval(c["ci95"], 1, 2)]
+            cells += ["" if same is None else f"{same:g}", "" if "p" not in c else f"{c['p']:.3g}"]
+            cells += ["" if c["shows"] is None else f"{c['shows']:.2f}"]
+            cells += [str(c["n_starts"]), str(c["n_pairs"])]
         paper = "" if theirs is None else f"{theirs:+.2f}"
-        rows.append([c["says"], str(c["finding"]), c["verdict"], *cells, paper])
+        why = f" ({c['not_testable']})" if c["not_testable"] else ""
+        finding = str(c["finding"] or "-")
+        rows.append([c["says"], c["axis"], finding, c["verdict"] + why, *cells, paper])
     return header, rows
 
 
 def used_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
     """Return the conditions of each measured row."""
     header = ["row", "variant", "steps per task", "System 2 every", "clock", "trained"]
-    header += ["weights", "evaluation"]
+    header += ["weights", "held still", "evaluation"]
     rows = []
     for row in outcome["rows"]:
         if row["variant"] is None or row["score"] is None:
@@ -208,6 +221,7 @@ def used_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
                 score["clock"],
                 trained,
                 weights(score),
+                "" if score["hold_steps"] is None else f"{score['hold_steps']} steps",
                 f"{score['cpu_s'] / 60:.1f} min of one core, {score['n_errors']} ended by an error",
             ]
         )
@@ -283,18 +297,55 @@ def write(outcome: Outcome, folder: Path, drawn: Mapping[str, bytes] | None = No
         drawn: pictures by file name; None draws the usual one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if _measured(outcome) < _measured(read(folder, str(outcome["name"]))):
+    before = read(folder, str(outcome["name"]))
+    now, then = _measured(outcome), _measured(before)
+    if now < then and (now == 0 or not outdated(before)):
         return False
     if drawn is None:
         found = picture(outcome)
         drawn = {} if found is None else found.files(str(outcome["name"]))
     for name, data in drawn.items():
         replace_file(folder / name, data)
+    _write_pages(outcome, folder, drawn)
+    return True
+
+
+def withdraw(folder: Path, name: str) -> None:
+    """Mark what was measured by older rules, if a folder holds it: its claims have no verdict."""
+    outcome = read(folder, name)
+    if outcome is None or not outdated(outcome) or "withdrawn" in outcome["state"]:
+        return
+    none = {"verdict": WITHDRAWN, "not_testable": "", "n_pairs": 0, "axis": ""}
+    said = ("a", "b", "says", "finding", "expect", "margin", "patterns", "paper_difference")
+    claims = [{k: c[k] for k in said if k in c} | none for c in outcome["contrasts"]]
+    scores = [{**row, "score": _since(row["score"])} for row in outcome["rows"]]
+    marked = {
+        **outcome,
+        "state": f"withdrawn ({outcome['state']})",
+        "rows": scores,
+        "contrasts": claims,
+        "notes": [WHY_WITHDRAWN, *outcome["notes"]],
+    }
+    _write_pages(marked, folder, sorted(p.name for p in folder.glob(f"{name}*.png")))
+
+
+def outdated(outcome: Outcome | None) -> bool:
+    """Whether an outcome rests on something measured by older rules than today's."""
+    return (
+        outcome is not None and outcome.get("statistics") != STATISTICS and _measured(outcome) > 0
+    )
+
+
+def _since(score: Outcome | None) -> Outcome | None:
+    """Return a score with what older ones did not keep."""
+    return None if score is None else {"hold_steps": None, **score}
+
+
+def _write_pages(outcome: Outcome, folder: Path, drawn: Iterable[str]) -> None:
     shown = [name for name in drawn if name.endswith(".png")]  # the others are for papers
     replace_file(folder / f"{outcome['name']}.md", to_markdown(outcome, shown).encode())
     text = json.dumps(outcome, indent=1, default=str)
     replace_file(folder / f"{outcome['name']}.json", text.encode() + b"\n")
-    return True
 
 
 def read(folder: Path, name: str) -> Outcome | None:
@@ -310,5 +361,5 @@ def _measured(outcome: Outcome | None) -> int:
     if outcome is None:
         return -1
     scores = [row["score"] for row in outcome["rows"] if row["score"] is not None]
-    trials = sum(s.get("n_sequences") or s.get("n_episodes") or 0 for s in scores)
-    return trials + sum(p["n_starts"] for p in outcome.get("probes", {}).values())
+    trials = sum(int(s.get("n_sequences") or s.get("n_episodes") or 0) for s in scores)
+    return trials + sum(int(p["n_starts"]) for p in outcome.get("probes", {}).values())

@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from openhelix.benchmarks.evaluation.evaluation import content
-from openhelix.benchmarks.paper.catalogue import Scale, Variant
+from openhelix.benchmarks.paper.catalogue import Experiment, Scale, Variant, named
+from openhelix.benchmarks.training.config import LatentSection, TrainingConfig
 from openhelix.runtime.core.config import CommandFailed, ConfigError
 from openhelix.runtime.core.files import replace_file
 from openhelix.runtime.core.paths import ROOT
 
 TRAINED, FAILED, CLOCK = "trained.json", "failed.json", "clock.json"
 GIVEN = "policy.checkpoint"
+PROJECTOR_WIDTH = LatentSection().projector_width
 SHIPPED = ROOT / "checkpoints"
 SHIPPED_POLICY = SHIPPED / "system1-laptop"
 Say = Callable[[str], None]
@@ -136,21 +138,36 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
         "latent.aux": variant.aux,
         "latent.vision": variant.vision,
         "latent.kind": variant.latent,
+        "latent.lag_steps": variant.lag,
+        "latent.projector_width": 0 if variant.projector == "linear" else PROJECTOR_WIDTH,
+        # No projector is fitted to labels: an arm without pre-alignment could not be, either.
+        "stage1.start": "random",
+        "stage2.start": "random",
     }
+    options |= changes
     if not variant.prealign:
-        # Nothing tells the projector anything before both learn together.
-        options |= {"stage1.steps": 0, "stage2.start": "random"}
-        if variant.regime == "prompt" and variant.latent == "act_last":
+        options |= {"stage1.steps": 0, "stage2.steps": _steps_of_both(options)}
+        if variant.regime == "prompt" and options.get("latent.feed", "auto") == "auto":
             options["latent.feed"] = "prefix"  # else only stage 1 would train <ACT>
     if variant.head != "trajectory":
         options["policy.changes"] = {"head": variant.head}
-    options |= changes
     if variant.policy == "pretrained":
         # The policy's own training is the parent's; only what the pair does shapes the pair.
         kept = {k: v for k, v in options.items() if k == "policy.changes" or not _of_policy(k)}
         return Training("pair", kept, data, policy)
     kept = {k: v for k, v in options.items() if k != GIVEN}
     return Training("pair", kept | {"policy.pretrained": False}, data)
+
+
+def _steps_of_both(options: Mapping[str, Any]) -> int:
+    """Return the steps in which stage 2 alone sees the samples of both stages."""
+    default = TrainingConfig()
+
+    def of(stage: str, name: str) -> int:
+        return int(options.get(f"{stage}.{name}", getattr(getattr(default, stage), name)))
+
+    first = of("stage1", "steps") * of("stage1", "batch")
+    return of("stage2", "steps") + first // of("stage2", "batch")
 
 
 def _policy_training(options: Mapping[str, Any], data: str) -> Training:
@@ -173,6 +190,48 @@ def _of_pair(key: str) -> bool:
 
 def _of_policy(key: str) -> bool:
     return key.split(".")[0] == "policy"
+
+
+def check_samples(experiment: Experiment, trainings: Mapping[str, Training]) -> None:
+    """Refuse a contrast whose arms learn together from different numbers of samples.
+
+    Args:
+        experiment: whose contrasts are looked at.
+        trainings: of its variants, by name.
+
+    Raises:
+        ConfigError: one line names contrast and samples.
+    """
+    for contrast in experiment.contrasts:
+        counts = []
+        for name in (contrast.a, contrast.b):
+            variant = experiment.row(name).variant
+            assert variant is not None
+            counts.append(samples(trainings[variant]))
+        if counts[0] != counts[1]:
+            raise ConfigError(
+                f"{experiment.name}.yaml: {named(contrast)}: {counts[0]} and {counts[1]} samples; "
+                "arms that are compared learn from as many"
+            )
+
+
+def samples(training: Training) -> int:
+    """Return how many samples the two systems see together; the policy's own come before.
+
+    A policy by itself, and a pair that is there already, have none.
+    """
+    if training.stage != "pair":
+        return 0
+    default = TrainingConfig()
+    total = 0
+    for stage in ("stage1", "stage2"):
+        section: Any = getattr(default, stage)
+        steps, batch = (
+            int(training.options.get(f"{stage}.{name}", getattr(section, name)))
+            for name in ("steps", "batch")
+        )
+        total += steps * batch
+    return total
 
 
 def in_order(trainings: Iterable[Training]) -> list[Training]:

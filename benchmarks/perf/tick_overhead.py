@@ -5,7 +5,7 @@ cameras, a small System 1 and System 2, an observer that records) in theirs. Tur
 with nothing, with metrics, with the tick stream that recordings are made of, and with both
 follow one another in blocks of four, shuffled anew in each, so that all ways see the same
 machine. What a way costs is the difference to "nothing" of the same block, with the 95 %
-bootstrap interval over the blocks. Two times are kept of every tick: until the action is sent,
+95 % interval over the blocks. Two times are kept of every tick: until the action is sent,
 which subscribers must not lengthen, and until the last subscriber has been notified.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from openhelix.benchmarks.evaluation.stats import paired_bootstrap
+from openhelix.benchmarks.evaluation.stats import paired_by_start
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.core.config import load
 from openhelix.runtime.launch.graph import Graph
@@ -196,7 +196,7 @@ def _extra(
         [float(of(np.asarray(block[name])[:, column])) for block in blocks]
         for name in ("nothing", way)
     )
-    paired = paired_bootstrap(first, second)
+    paired = paired_by_start(first, second)
     return {"mean": paired.difference, "from": paired.ci95[0], "to": paired.ci95[1]}
 
 

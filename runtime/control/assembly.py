@@ -189,6 +189,7 @@ def build_stack(
         world=robot if isinstance(robot, World) else None,
         steps_limit=config.tasks.steps_limit,
         stop_at_failure=config.tasks.stop_at_failure,
+        count_holds=config.tasks.count_holds,
         wait=pacer.wait if isinstance(clock, FakeClock) else using_the_slack(pacer, loop.prefetch),
         hold_limit=round(config.control.hold_limit_s * config.control.hz),
     )

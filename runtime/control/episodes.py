@@ -2,7 +2,8 @@
 
 The world judges success. The step limit counts environment steps under the policy's control. Steps
 on which the robot held still because the first latent of an instruction had not arrived are counted
-separately (`hold_steps`), so that both can be reported.
+separately (`hold_steps`), so that both can be reported; in an evaluation they count to the limit as
+well, since the world does not wait (`count_holds`).
 
 The figures are those of `report.json`, the final table and the live view. `LoopStatistics` gathers
 the loop's, tick by tick, in memory allocated once. Every figure is measured on the run itself; one
@@ -83,6 +84,7 @@ class EpisodeRunner:
         stop_at_failure: CALVIN's protocol; False attempts every assignment.
         wait: blocks until the next tick is due (the pacer; nothing in lockstep).
         hold_limit: ticks that an instruction may spend holding still before it is given up.
+        count_holds: whether steps held still count to the limit.
 
     Attributes:
         talk: what persons say; heard before every tick.
@@ -97,7 +99,9 @@ class EpisodeRunner:
         stop_at_failure: bool,
         wait: Callable[[], object],
         hold_limit: int,
+        count_holds: bool = False,
     ) -> None:
+        self._count_holds = count_holds
         self._loop, self._world = loop, world
         self._steps_limit, self._hold_limit = steps_limit, hold_limit
         self._stop_at_failure = stop_at_failure
@@ -266,7 +270,7 @@ class EpisodeRunner:
             return f"safe stop: {tick.reason}"
         if stop():
             return "interrupted"
-        if self.steps >= self._steps_limit:
+        if self.steps + (self._holds if self._count_holds else 0) >= self._steps_limit:
             return "step limit"
         if self._holds >= self._hold_limit:
             return f"held still too long: {self._loop.explained(tick.reason) or 'no latent'}"

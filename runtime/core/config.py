@@ -297,6 +297,7 @@ class TasksConfig(_Section):
     sequence: Annotated[int, Field(ge=0, le=999)] = 0  # index into the CALVIN sequences
     steps_limit: Count = 360  # environment steps per instruction
     stop_at_failure: bool = False  # CALVIN's protocol; False attempts all tasks
+    count_holds: bool = False  # steps held still, as before the first latent, count to the limit
     instruction: str | None = None  # a sentence of one's own, instead of a sequence
     instructions: tuple[str, ...] = ()  # several, one after the other
     task: str | None = None  # one of the world's tasks, from a state in which it can be done

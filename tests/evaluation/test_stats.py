@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from openhelix.benchmarks.evaluation.stats import (
     chain_interval,
-    mcnemar,
+    clustered_rate,
+    holm,
     mean_interval,
-    paired_bootstrap,
-    paired_permutation,
+    paired_by_start,
     wilson,
 )
 
@@ -28,7 +28,7 @@ def test_wilson_is_wilsons_formula():
     assert wilson(0, 0) == (0.0, 1.0)
 
 
-@given(st.integers(1, 300), st.data())
+@given(st.integers(1, 150), st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_wilson_interval_holds_the_rate_and_mirrors(n, data):
     k = data.draw(st.integers(0, n))
@@ -62,51 +62,139 @@ def test_chains_that_are_all_alike_are_not_certain():
     assert chain_interval([1, 2, 3], 5) == mean_interval([1, 2, 3])
 
 
-def test_mcnemar_counts_only_pairs_that_differ():
+def test_one_episode_a_start_is_mcnemars_exact_test():
     first = [True] * 50 + [False] * 50 + [False] * 9 + [True]
     second = [True] * 50 + [False] * 50 + [True] * 9 + [False]
-    test = mcnemar(first, second)
-    assert (test.n, test.better, test.worse) == (110, 9, 1)
+    test = paired_by_start(first, second, most=1)
+    assert (test.n, test.starts, test.better, test.worse) == (110, 110, 9, 1)
     assert test.p == pytest.approx(22 / 1024)  # 2 * P(X <= 1), X ~ Binomial(10, 1/2)
     assert test.difference == pytest.approx(8 / 110)
     assert test.ci95[0] < test.difference < test.ci95[1]
-    assert mcnemar([True, False], [True, False]).p == 1.0
+    assert paired_by_start([True, False], [True, False]).p == 1.0
 
 
-def test_the_paired_bootstrap_sees_a_difference_that_pairing_shows():
+def test_pairing_shows_a_difference_that_starts_would_hide():
     rng = np.random.default_rng(1)
     starts = rng.integers(0, 5, 60)
     better = starts + (rng.uniform(size=60) < 0.3)
-    test = paired_bootstrap(starts.tolist(), better.tolist())
+    test = paired_by_start(starts.tolist(), better.tolist())
     assert test.p < 0.01 and test.ci95[0] > 0 and test.worse == 0
-    assert paired_bootstrap(better.tolist(), starts.tolist()).difference == -test.difference
-
-
-def test_the_paired_bootstrap_finds_nothing_where_nothing_is():
-    rng = np.random.default_rng(2)
-    p_values = []
-    for _ in range(60):
-        a, b = rng.integers(0, 6, (2, 40))
-        p_values.append(paired_bootstrap(a.tolist(), b.tolist()).p)
-    assert sum(p < 0.05 for p in p_values) <= 9
-    assert paired_bootstrap([1, 2], [1, 2]).p == 1.0
+    assert paired_by_start(better.tolist(), starts.tolist()).difference == -test.difference
 
 
 def test_unpaired_values_are_refused():
     with pytest.raises(ValueError, match="cannot be paired"):
-        paired_bootstrap([1.0], [1.0, 2.0])
+        paired_by_start([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="cannot be paired"):
-        mcnemar([], [])
+        paired_by_start([], [])
+    with pytest.raises(ValueError, match="starts: 1 for 2 episodes"):
+        paired_by_start([1.0, 2.0], [1.0, 2.0], ["a"])
     with pytest.raises(ValueError):
         wilson(3, 2)
 
 
-def test_a_permutation_is_exact_for_a_handful_of_pairs():
-    assert paired_permutation([1, 2, 1], [2, 2, 2]).p == 0.5  # 2 of the 4 exchanges
-    assert paired_permutation([0] * 6, [1] * 6).p == 2 / 64
-    assert paired_permutation([1, 2], [1, 2]).p == 1.0
-    rng = np.random.default_rng(1)
-    a, b = rng.integers(0, 6, 80), rng.integers(0, 6, 80)
-    many, other = paired_permutation(a, b), paired_bootstrap(a, b)
-    assert many.p == pytest.approx(other.p, abs=0.05) and many.ci95 == other.ci95
-    assert paired_permutation(a, a + 1).p < 0.001
+def test_a_permutation_is_exact():
+    assert paired_by_start([1, 2, 1], [2, 2, 2]).p == 0.5  # 2 of the 4 exchanges
+    assert paired_by_start([0] * 6, [1] * 6).p == 2 / 64
+    assert paired_by_start([1, 2], [1, 2]).p == 1.0
+    assert paired_by_start([0] * 40, [1] * 40).p == pytest.approx(2.0**-39)
+    # Of the 8 sums of +-1, +-2 and +-3, 6, 4, -4 and -6 are 4 or more from 0.
+    assert paired_by_start([0, 0, 0], [-1, 2, 3]).p == pytest.approx(4 / 8)
+
+
+def test_values_that_are_no_whole_numbers_are_exchanged_one_by_one_or_drawn():
+    few = paired_by_start([0.0] * 6, [0.5, 0.25, 0.75, 0.3, 0.6, 0.1])
+    assert few.p == 2 / 64
+    rng = np.random.default_rng(0)
+    many = rng.normal(0.4, 1, 60)
+    drawn = paired_by_start(np.zeros(60), many)
+    assert (
+        drawn.p == pytest.approx(0.003, abs=0.02)
+        and drawn.p == paired_by_start(np.zeros(60), many).p
+    )
+
+
+def clustered(rng, starts, each, within):
+    """Return successes by start, (starts * each,): alike within a start to a degree."""
+    chance = rng.beta(*((0.6 * within, 0.4 * within)), starts)
+    return (rng.uniform(size=(starts, each)) < chance[:, None]).ravel()
+
+
+def test_an_interval_by_start_covers_the_rate_and_one_by_episode_does_not():
+    rng = np.random.default_rng(3)
+    group = np.repeat(np.arange(40), 9).tolist()
+    by_start = by_episode = 0
+    for _ in range(150):
+        made = clustered(rng, 40, 9, 0.5)
+        low, high = clustered_rate(made.tolist(), group)
+        by_start += low <= 0.6 <= high
+        low, high = wilson(int(made.sum()), len(made))
+        by_episode += low <= 0.6 <= high
+    assert by_start >= 0.92 * 150
+    assert by_episode <= 0.7 * 150
+
+
+def test_starts_that_are_all_alike_are_worth_one_trial_each():
+    assert clustered_rate([True] * 90, [n // 9 for n in range(90)]) == pytest.approx(wilson(10, 10))
+    assert clustered_rate([True, False] * 20, range(40)) == wilson(20, 40)
+    assert clustered_rate([], []) == (0.0, 1.0)
+
+
+def test_the_interval_of_a_difference_covers_it_by_start():
+    rng = np.random.default_rng(4)
+    group = np.repeat(np.arange(30), 6)
+    hits, found, plain = 0, 0, 0
+    for _ in range(150):
+        shift = np.repeat(rng.normal(0, 1, 30), 6)  # how much a start likes b
+        a, b = rng.normal(0, 0.3, (2, 180))
+        test = paired_by_start(a, b + shift, group)
+        hits += test.ci95[0] <= 0 <= test.ci95[1]
+        found += test.p < 0.05
+        plain += paired_by_start(a, b + shift).p < 0.05
+    assert hits >= 0.92 * 150 and found <= 0.09 * 150
+    assert plain >= 0.3 * 150  # episodes counted one by one cry wolf
+
+
+def test_tost_finds_the_same_where_it_is_and_errs_at_most_as_often_as_said():
+    rng = np.random.default_rng(5)
+    same = wrong = 0
+    for _ in range(150):
+        near, edge = rng.normal(0.0, 1, 100), rng.normal(0.5, 1, 100)
+        same += paired_by_start(np.zeros(100), near).same(0.5) < 0.05
+        wrong += paired_by_start(np.zeros(100), edge).same(0.5) < 0.05
+    assert same >= 0.98 * 150  # its power: the margin is five standard errors away
+    assert wrong <= 0.08 * 150
+
+
+def test_pairs_that_never_differ_show_as_much_as_could_have_gone_unseen():
+    few = paired_by_start([1] * 5, [1] * 5, most=1)
+    assert few.same(0.1) == pytest.approx(0.9**5) and few.ci95 == (-few.unseen, few.unseen)
+    many = paired_by_start([1] * 60, [1] * 60, most=1)
+    assert many.same(0.1) == pytest.approx(0.9**60) and many.same(0.1) < 0.05
+    assert many.shows == many.unseen == pytest.approx(1 - 0.05 ** (1 / 60))
+    assert paired_by_start([0] * 9, [1] * 9, ["x"] * 9, most=1).ci95 == (-1, 1)
+    one = paired_by_start([0] * 9, [1] * 9, ["x"] * 9, most=1)
+    assert (one.starts, one.p, one.same(0.5), one.shows) == (1, 1.0, 1.0, None)
+
+
+def test_the_smallest_difference_shown_is_found_four_times_in_five():
+    rng = np.random.default_rng(6)
+    shows = paired_by_start(np.zeros(400), rng.normal(0, 1, 400)).shows * 20 / 50**0.5
+    found = sum(
+        paired_by_start(np.zeros(50), rng.normal(shows, 1, 50)).p < 0.05 for _ in range(150)
+    )
+    assert 0.72 * 150 <= found <= 0.88 * 150
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.2, 0.001]) == pytest.approx([0.2, 0.002])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_keeps_the_order_and_never_lowers(p):
+    found = holm(p)
+    assert all(b >= a for a, b in zip(p, found, strict=True)) and max(found) <= 1
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    assert [found[i] for i in order] == sorted(found)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
+from openhelix.benchmarks.evaluation.suites import Suite
 from openhelix.benchmarks.paper.catalogue import (
     FOLDER,
     NAMES,
@@ -15,7 +17,7 @@ from openhelix.benchmarks.paper.catalogue import (
     load_catalogue,
 )
 from openhelix.benchmarks.paper.train_command import check_options
-from openhelix.benchmarks.paper.trainings import trainings_of
+from openhelix.benchmarks.paper.trainings import check_samples, samples, trainings_of
 from openhelix.runtime.core.config import ConfigError
 
 
@@ -52,6 +54,21 @@ def test_every_training_is_one_that_openhelix_train_knows(scale):
         check_options({k: v for k, v in training.options.items() if k != "policy.checkpoint"})
 
 
+ARMS = """title: x
+rows:
+  - {id: a, name: a, variant: frozen}
+  - {id: a2, name: a, variant: frozen}
+  - {id: b, name: b, variant: frozen_clip}
+  - {id: c, name: c, variant: lora_clip}
+  - {id: q, name: q}
+"""
+MOVING = """title: x
+rows:
+  - {id: a, name: a, variant: frozen, suite: calvin-d, patterns: [left]}
+  - {id: b, name: b, variant: frozen_clip, suite: calvin-d}
+"""
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
@@ -60,9 +77,40 @@ def test_every_training_is_one_that_openhelix_train_knows(scale):
         ("table4.yaml", "title: x\nrows: [{id: a, name: a}, {id: a, name: b}]", "occurs twice"),
         (
             "table4.yaml",
-            "title: x\ncontrasts: [{a: q, b: r, finding: 1, says: x}]",
+            "title: x\ncontrasts: [{a: q, b: r, axis: clip, margin: 1, finding: 1, says: x}]",
             "contrast names row 'q'",
         ),
+        (
+            "table4.yaml",
+            f"{ARMS}contrasts: [{{a: a, b: b, axis: clip, finding: 1, says: x}}]",
+            "contrasts.0.margin",
+        ),
+        (
+            "table4.yaml",
+            f"{ARMS}contrasts: [{{a: a, b: c, axis: clip, margin: 1, finding: 1, says: x}}]",
+            "a and c: differ in regime beside the axis 'clip'",
+        ),
+        (
+            "table4.yaml",
+            f"{ARMS}contrasts: [{{a: a, b: b, axis: taste, margin: 1, finding: 1, says: x}}]",
+            "axis: 'taste' is none of aux, clip",
+        ),
+        (
+            "table4.yaml",
+            f"{ARMS}contrasts: [{{a: a, b: a2, axis: clip, margin: 1, finding: 1, says: x}}]",
+            "a and a2: do not differ in 'clip'",
+        ),
+        (
+            "table4.yaml",
+            f"{ARMS}contrasts: [{{a: a, b: q, axis: clip, margin: 1, finding: 1, says: x}}]",
+            "q is only quoted",
+        ),
+        (
+            "table4.yaml",
+            f"{MOVING}contrasts: [{{a: a, b: b, axis: clip, margin: 1, finding: 1, says: x}}]",
+            "without the static pattern",
+        ),
+        ("table4.yaml", "title: x\nbase: z\nrows: [{id: a, name: a}]", "base names row 'z'"),
         ("variants.yaml", "v: {says: x, regime: hypnosis}", "variants.yaml: v: regime"),
         ("variants.yaml", "v: {says: x, latent: gossip}", "latent is none of"),
         ("scales.yaml", "laptop: {says: x}", "scales.yaml: laptop: sequences"),
@@ -81,6 +129,43 @@ def test_unknown_names_are_told_with_the_valid_ones():
         catalogue().experiment("table10")
     with pytest.raises(ConfigError, match="'huge' is none of smoke, quick, laptop"):
         catalogue().scale("huge")
+
+
+def made(variant, scale="laptop"):
+    return trainings_of(catalogue().variants[variant], catalogue().scale(scale), "", {})
+
+
+@pytest.mark.parametrize("scale", list(catalogue().scales))
+def test_arms_that_are_compared_learn_from_as_many_samples(scale):
+    for experiment in catalogue().experiments.values():
+        names = {row.variant for row in experiment.rows if row.variant}
+        check_samples(experiment, {name: made(name, scale) for name in names})
+
+
+def test_what_stage_1_is_spared_stage_2_sees():
+    assert samples(made("prompt")) == samples(made("e2e_prompt")) == 600 * 8 + 1200 * 8
+    assert samples(made("lora_clip")) == samples(made("scratch_lora_clip"))
+    assert samples(made("base")) == samples(made("shipped")) == 0
+    options = made("e2e_lora_clip").options
+    assert options["stage1.steps"] == 0 and options["stage2.steps"] == 1800
+    for name in ("stage1.start", "stage2.start", "latent.feed", "latent.lag_steps"):
+        assert options[name] == made("lora_clip").options[name]
+
+
+def test_arms_with_other_samples_are_refused():
+    table = catalogue().experiment("table6")
+    trainings = {name: made(name) for name in ("prompt", "prompt_aux", "prompt_novision", "base")}
+    fewer = {**trainings["prompt_aux"].options, "stage2.steps": 5}
+    trainings["prompt_aux"] = replace(trainings["prompt_aux"], options=fewer)
+    with pytest.raises(ConfigError, match=r"table6.yaml: pt and aux: 14400 and 4840 samples"):
+        check_samples(table, trainings)
+
+
+def test_laptop_measures_enough_starts():
+    scale = catalogue().scale("laptop")
+    moving = Suite("calvin-d", count=scale.episodes_per_task)
+    assert len({e.start for e in moving.episodes()}) >= 60
+    assert min(scale.sequences, scale.final_sequences) >= 100
 
 
 def test_rows_have_the_papers_protocol():

@@ -13,6 +13,9 @@ from openhelix.benchmarks.paper.judge import (
     MISSING,
     NOT,
     OPEN,
+    UNTESTABLE,
+    WITHDRAWN,
+    decide,
     finding_verdict,
     judge,
     missing,
@@ -20,20 +23,34 @@ from openhelix.benchmarks.paper.judge import (
 )
 
 
-def contrast(expect="b_better", **changes):
-    return Contrast(a="a", b="b", finding=2, expect=expect, says="x", **changes)
+def contrast(expect="b_better", margin=0.3, **changes):
+    return Contrast(
+        a="a", b="b", axis="clip", finding=2, expect=expect, margin=margin, says="x", **changes
+    )
+
+
+def decided(*args, **more):
+    found = judge(*args, **more)
+    decide([found])
+    return found
 
 
 def chains(lengths):
     return [
-        {"key": str(k), "in_a_row": int(n), "success": n == 5, "groups": {}, "tasks": []}
+        {"key": str(k), "start": str(k), "in_a_row": int(n), "success": n == 5, "groups": {}}
         for k, n in enumerate(lengths)
     ]
 
 
-def singles(good, pattern="left"):
+def singles(good, pattern="left", first=0, each=1):
     return [
-        {"key": str(k), "in_a_row": int(g), "success": bool(g), "groups": {"pattern": pattern}}
+        {
+            "key": f"{pattern} {k}",
+            "start": str((first + k) // each),
+            "in_a_row": int(g),
+            "success": bool(g),
+            "groups": {"pattern": pattern},
+        }
         for k, g in enumerate(good)
     ]
 
@@ -43,70 +60,132 @@ LOW, HIGH = RNG.integers(0, 3, 50), RNG.integers(2, 6, 50)
 
 
 def test_better_holds_or_is_contradicted():
-    found = judge(contrast(), chains(LOW), chains(HIGH), chain=True)
+    found = decided(contrast(), chains(LOW), chains(HIGH), chain=True)
     assert found["verdict"] == HOLDS and found["difference"] > 1 and found["p"] < 0.05
-    assert judge(contrast(), chains(HIGH), chains(LOW), chain=True)["verdict"] == NOT
-    assert found["n_pairs"] == 50 and found["unit"] == "tasks in a row"
+    assert decided(contrast(), chains(HIGH), chains(LOW), chain=True)["verdict"] == NOT
+    assert found["n_pairs"] == found["n_starts"] == 50 and found["unit"] == "tasks in a row"
+    assert 0 < found["shows"] < found["difference"]
+
+
+def test_better_is_contradicted_where_both_are_shown_to_be_the_same():
+    assert decided(contrast(), chains(HIGH), chains(HIGH), chain=True)["verdict"] == NOT
+    few = chains(HIGH[:8])
+    assert decided(contrast(), few, few, chain=True)["verdict"] == OPEN
 
 
 def test_too_few_episodes_decide_nothing():
-    assert judge(contrast(), chains([1, 2, 1]), chains([2, 2, 2]), chain=True)["verdict"] == OPEN
-    found = judge(contrast(), singles([0, 0, 0, 0]), singles([1, 1, 1, 1]), chain=False)
-    assert found["verdict"] == OPEN and found["test"].startswith("McNemar")
+    assert decided(contrast(), chains([1, 2, 1]), chains([2, 2, 2]), chain=True)["verdict"] == OPEN
+    found = decided(contrast(), singles([0, 0, 0, 0]), singles([1, 1, 1, 1]), chain=False)
+    assert found["verdict"] == OPEN and found["p"] == 1 / 8
+
+
+def test_many_episodes_of_few_starts_are_few_starts():
+    a, b = singles([0] * 45, each=15), singles([1] * 45, each=15)
+    found = decided(contrast(), a, b, chain=False)
+    assert (found["n_pairs"], found["n_starts"]) == (45, 3)
+    assert found["p"] == 1 / 4 and found["verdict"] == OPEN
+    alone = decided(contrast(), singles([0] * 45), singles([1] * 45), chain=False)
+    assert alone["p"] < 1e-12 and alone["verdict"] == HOLDS
 
 
 def test_the_same_holds_only_within_the_margin():
     same = contrast("same", margin=0.5)
-    assert judge(same, chains(HIGH), chains(HIGH), chain=True)["verdict"] == HOLDS
-    assert judge(same, chains(LOW), chains(HIGH), chain=True)["verdict"] == NOT
+    assert decided(same, chains(HIGH), chains(HIGH), chain=True)["verdict"] == HOLDS
+    assert decided(same, chains(LOW), chains(HIGH), chain=True)["verdict"] == NOT
     noisy = RNG.permutation(HIGH)[:8]
-    assert judge(same, chains(HIGH[:8]), chains(noisy), chain=True)["verdict"] == OPEN
+    assert decided(same, chains(HIGH[:8]), chains(noisy), chain=True)["verdict"] == OPEN
 
 
 def test_equal_failures_and_few_equal_pairs_show_nothing():
     same = contrast("same", margin=0.3)
     zeros = chains(np.zeros(50))
-    assert judge(same, zeros, zeros, chain=True)["verdict"] == OPEN
+    found = decided(same, zeros, zeros, chain=True)
+    assert found["verdict"] == UNTESTABLE and found["not_testable"] == "both rows fail"
     few = chains(np.full(5, 4))
-    assert judge(same, few, few, chain=True)["verdict"] == OPEN
+    assert decided(same, few, few, chain=True)["verdict"] == OPEN
 
 
 def test_only_the_patterns_asked_for_count():
     a = singles([1] * 20, "static") + singles([0] * 20)
-    b = singles([0] * 20, "static") + singles([1] * 20)
-    for rows in (a, b):
-        for number, row in enumerate(rows):
-            row["key"] = str(number)
+    b = singles([1] * 20, "static") + singles([1] * 20)
     moving = contrast(patterns=("left",))
-    found = judge(moving, a, b, chain=False)
+    found = decided(moving, a, b, chain=False)
     assert found["verdict"] == HOLDS and found["n_pairs"] == 20
     assert judge(contrast(patterns=("circular",)), a, b, chain=False)["verdict"] == MISSING
+
+
+def test_an_arm_that_cannot_grasp_what_stands_still_is_not_testable():
+    a = singles([0] * 20, "static") + singles([0] * 20)
+    b = singles([1] * 20, "static") + singles([1] * 20)
+    for first, second, name in ((a, b, "a grasps 0 %"), (b, a, "b grasps 0 %")):
+        found = decided(contrast(patterns=("left",)), first, second, chain=False)
+        assert found["verdict"] == UNTESTABLE and name in found["not_testable"]
+    enough = singles([1] * 14 + [0] * 6, "static") + singles([0] * 20)
+    assert decided(contrast(patterns=("left",)), enough, b, chain=False)["verdict"] == HOLDS
+
+
+def test_arms_of_a_base_that_fails_are_not_testable():
+    found = decided(contrast(), chains(LOW), chains(HIGH), chain=True, base=0.4)
+    assert found["verdict"] == UNTESTABLE and "base itself scores 0.40" in found["not_testable"]
+    assert decided(contrast(), chains(LOW), chains(HIGH), chain=True, base=1.2)["verdict"] == HOLDS
+
+
+def test_p_is_corrected_for_the_number_of_claims_and_untestable_ones_are_none():
+    small = [judge(contrast(), singles([0] * 6), singles([1] * 6), chain=False)]
+    decide(small)
+    assert small[0]["p"] == 2 / 64 and small[0]["verdict"] == HOLDS
+    nothing = judge(contrast(), singles([0, 1] * 3), singles([1, 0] * 3), chain=False)
+    both = [*small, nothing]
+    decide(both)
+    assert both[0]["p"] == 4 / 64 and both[0]["verdict"] == OPEN
+    zeros = chains(np.zeros(50))
+    fails = judge(contrast("same"), zeros, zeros, chain=True)
+    decide([*small, fails])
+    assert small[0]["p"] == 2 / 64 and fails["verdict"] == UNTESTABLE
+    decide([*both, missing(contrast())], "paper")
+    assert both[0]["p_paper"] == 4 / 64 and both[0]["verdict_paper"] == OPEN
+    assert both[0]["verdict"] == HOLDS  # the table's own stays
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=40))
 def test_exchanging_the_rows_exchanges_the_verdict(pairs):
     a, b = chains([x for x, _ in pairs]), chains([y for _, y in pairs])
-    one, other = judge(contrast(), a, b, True), judge(contrast(), b, a, True)
-    turned = {HOLDS: NOT, NOT: HOLDS, OPEN: OPEN}
+    one, other = decided(contrast(), a, b, True), decided(contrast(), b, a, True)
     assert other["difference"] == pytest.approx(-one["difference"])
-    # The bootstrap's p of a difference and of its negative differ by resampling at most.
-    if min(abs(one["p"] - 0.05), abs(other["p"] - 0.05)) > 0.02:
-        assert other["verdict"] == turned[one["verdict"]]
+    assert other["p"] == pytest.approx(one["p"])
+    if one["p_same"] >= 0.05:  # shown to be the same, neither is better
+        assert other["verdict"] == {HOLDS: NOT, NOT: HOLDS, OPEN: OPEN}[one["verdict"]]
 
 
-def test_findings_are_as_sure_as_their_claims():
-    assert finding_verdict([]) == MISSING == finding_verdict([MISSING])
-    assert finding_verdict([HOLDS, HOLDS]) == HOLDS
-    assert finding_verdict([NOT, MISSING]) == NOT
-    assert finding_verdict([HOLDS, MISSING]) == "undecided: 1 holds, 1 not run"
-    assert finding_verdict([HOLDS, NOT, OPEN]).startswith("mixed: 1 holds, 1 contradicted")
+def claim(verdict):
+    return {
+        "verdict_paper": verdict,
+        "says": "it is so",
+        "difference": -0.5,
+        "not_testable": "it cannot stand" if verdict == UNTESTABLE else "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "verdict", "reason"),
+    [
+        ([HOLDS, HOLDS], "holds", "All 2 comparisons show it."),
+        ([HOLDS, NOT, OPEN], "does not hold", '"it is so" came out at -0.50'),
+        ([MISSING], "not run", "None of its comparisons has been run."),
+        ([WITHDRAWN, MISSING], "not run", "withdrawn"),
+        ([HOLDS, UNTESTABLE], "not testable", "1 cannot be tested (it cannot stand)"),
+        ([HOLDS, OPEN], "not testable", "1 had too few starts"),
+        ([HOLDS, MISSING], "not testable", "1 of 2 comparisons show it; 1 have not been run."),
+    ],
+)
+def test_findings_are_as_sure_as_their_claims(verdicts, verdict, reason):
+    found, why = finding_verdict([claim(v) for v in verdicts])
+    assert found == verdict and reason in why
 
 
 def test_the_papers_own_difference_stands_beside():
     table = catalogue().experiment("table4")
     assert published_difference(table, table.contrasts[0]) == pytest.approx(3.53 - 2.85)
-    dynamic = catalogue().experiment("table1")
-    want = (84 + 46 + 67 + 80) / 400
-    assert published_difference(dynamic, dynamic.contrasts[0]) == pytest.approx(want)
-    assert published_difference(dynamic, dynamic.contrasts[1]) is None
+    figure = catalogue().experiment("figure4")
+    assert published_difference(figure, figure.contrasts[0]) is None
     assert missing(table.contrasts[0])["verdict"] == MISSING

@@ -23,6 +23,7 @@ from openhelix.benchmarks.paper.figure5 import (
     probe,
     take_pictures,
 )
+from openhelix.benchmarks.paper.judge import decide
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.probe import SPATIAL_WORDS
@@ -119,14 +120,17 @@ def test_each_observation_is_judged_and_two_starts_prove_nothing(made):
     found = claims(made, "tiny")
     assert len(found) == 3 + len(OTHERS) and {c["finding"] for c in found} == {5}
     few = [c for c in found if c["n_pairs"] == 2]
+    decide(found)
     assert len(few) == 2 + len(OTHERS) and {c["verdict"] for c in few} == {"undecided"}
 
 
 def test_verdicts_follow_the_test(made, monkeypatch):
     for difference, verdict in ((0.1, "holds"), (-0.1, "contradicted")):
-        fake = Paired(9, difference, (difference, difference), 0.01, "t", 9, 0)
-        monkeypatch.setattr(latent_probe, "paired_permutation", lambda *_, fake=fake: fake)
-        assert {c["verdict"] for c in claims(made, "x")} == {verdict}
+        fake = Paired(9, 9, difference, (difference, difference), 0.001, 0.01, 0.0, 9, 0)
+        monkeypatch.setattr(latent_probe, "paired_by_start", lambda *_, fake=fake: fake)
+        found = claims(made, "x")
+        decide(found)
+        assert {c["verdict"] for c in found} == {verdict}
 
 
 def test_the_figure_is_drawn(made, pictures):

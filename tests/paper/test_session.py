@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -38,17 +39,25 @@ def test_a_table_is_trained_measured_and_written(table4):
         assert score["n_sequences"] == 1 and score["steps_limit"] == 16
         assert score["clock"] == "lockstep" and score["interval"] == 1
     (found,) = outcome["contrasts"]
-    assert found["n_pairs"] == 1 and found["verdict"] == "undecided"
+    assert found["n_pairs"] == found["n_starts"] == 1 and found["verdict"] == "not testable"
+    assert "the base itself scores" in found["not_testable"] and outcome["statistics"] == 2
     assert found["paper_difference"] == pytest.approx(0.68)
     assert outcome["command"] == "openhelix experiment table4 --scale smoke"
     text = (table4 / "out" / "table4.md").read_text()
     assert outcome["rows"][0]["score"]["policy_sha256"] in text
-    for stated in ("# Table 4", "96 83 68 58 48", "lockstep", "smoke", "mean nothing", "undecided"):
+    for stated in (
+        "# Table 4",
+        "96 83 68 58 48",
+        "lockstep",
+        "smoke",
+        "mean nothing",
+        "not testable",
+    ):
         assert stated in text
     assert (table4 / "out" / "table4.png").read_bytes().startswith(b"\x89PNG")
     overview = (table4 / "out" / "README.md").read_text()
     assert "The five findings" in overview and "not run" in overview
-    assert len(list((table4 / "root" / "evaluations").iterdir())) == 2
+    assert len(list((table4 / "root" / "evaluations").iterdir())) == 3
 
 
 def test_nothing_is_done_twice(table4, monkeypatch, capsys):
@@ -79,7 +88,7 @@ def test_what_is_cut_short_is_told_and_continued(tmp_path, capsys):
     assert main(words(tmp_path, "table4", hours=1e-9)) == 0
     assert "not run" in capsys.readouterr().out
     text = (tmp_path / "out" / "table4.md").read_text()
-    assert text.count("not run") >= 2 and "96 83 68 58 48" in text
+    assert text.count("not run") >= 3 and "96 83 68 58 48" in text
     assert not (tmp_path / "out" / "table4.png").exists()
     # One row's weights are there, the other's are not: only what can be measured is.
     options, overrides = read(words(tmp_path, "table4")[1:])
@@ -87,7 +96,7 @@ def test_what_is_cut_short_is_told_and_continued(tmp_path, capsys):
     one.trainings.ensure(one.training("lora_clip"), lambda text: None)
     assert main([*words(tmp_path, "table4"), "--no-training"]) == 0
     outcome = json.loads((tmp_path / "out" / "table4.json").read_text())
-    assert outcome["state"] == "partial: 1 of 2 rows"
+    assert outcome["state"] == "partial: 2 of 3 rows"
     assert outcome["contrasts"][0]["verdict"] == "not run"
 
 
@@ -96,7 +105,7 @@ def test_a_training_that_fails_leaves_its_row_out_and_no_other(tmp_path, monkeyp
     assert main(words(tmp_path, "table4")) == 1
     assert "1 trainings failed: pair-" in capsys.readouterr().err.splitlines()[-1]
     outcome = json.loads((tmp_path / "out" / "table4.json").read_text())
-    assert outcome["state"] == "partial: 1 of 2 rows"
+    assert outcome["state"] == "partial: 2 of 3 rows"
     assert "the loss is nan" in outcome["rows"][1]["training_failed"]
     assert "training failed: pair-" in (tmp_path / "out" / "table4.md").read_text()
     monkeypatch.setattr("tests.paper.fakes.FakeTrainer.scratch_fails", False)
@@ -110,6 +119,35 @@ def test_worse_results_do_not_replace_better_ones(table4, tmp_path):
     other[other.index("--out") + 1] = str(table4 / "out")
     assert main(other) == 0
     assert (table4 / "out" / "table4.json").read_bytes() == before
+
+
+def test_what_was_measured_by_older_rules_is_withdrawn_until_it_is_measured_again(table4, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(table4 / "out", out)
+    old = json.loads((out / "table4.json").read_text())
+    del old["statistics"]
+    old["contrasts"][0] |= {"verdict": "holds", "p": 1e-9}
+    (out / "table4.json").write_text(json.dumps(old))
+    assert main(words(tmp_path, "table4", report=True)) == 0
+    marked = json.loads((out / "table4.json").read_text())
+    assert marked["state"] == "withdrawn (complete)" and marked["rows"][0]["score"] is not None
+    assert marked["contrasts"][0]["verdict"] == "withdrawn"
+    text = (out / "table4.md").read_text()
+    assert "Withdrawn: measured by older rules" in text and "| holds |" not in text
+    found = json.loads((out / "findings.json").read_text())
+    assert found[2]["verdict"] == "not run" and "withdrawn" in found[2]["reason"]
+    again = words(table4, "table4", report=True)
+    again[again.index("--out") + 1] = str(out)
+    assert main(again) == 0
+    assert json.loads((out / "table4.json").read_text())["state"] == "complete"
+
+
+def test_arms_that_saw_other_samples_are_refused_before_anything_starts(tmp_path, capsys):
+    given = ["experiment", "table5", "--scale", "smoke", "--root", str(tmp_path / "root")]
+    assert main([*given, "train.stage1.steps=3", "train.stage2.batch=4"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "table5.yaml: e2e_frozen and frozen: 12 and 14 samples" in lines[0]
+    assert not (tmp_path / "root").exists()
 
 
 def test_moving_blocks_and_designs(tmp_path):

@@ -104,6 +104,15 @@ def test_refresh_interval_and_latency_count_environment_steps(interval: int, lat
     assert max(ages, default=0.0) == pytest.approx(oldest, abs=1e-6)
 
 
+@pytest.mark.parametrize(("counts", "steps"), [("true", 3), ("false", 10)])
+def test_steps_held_still_count_to_the_limit_where_that_is_asked_for(
+    counts: str, steps: int
+) -> None:
+    limits = ("tasks.steps_limit=10", f"tasks.count_holds={counts}")
+    for result in run(make(*limits, "lockstep.latency_steps=7")):
+        assert (result.env_steps, result.hold_steps, result.reason) == (steps, 7, "step limit")
+
+
 def test_step_limit_ends_an_attempt() -> None:
     stack = make("tasks.steps_limit=5")
     results = run(stack)
