@@ -215,12 +215,17 @@ class PlayTableEnv:
         self.advance(action)
         return self.get_obs(), 0, False, self.get_info()
 
-    def advance(self, action: Any) -> None:
-        """`step` without gathering an observation: physics and mechanism logic alone."""
+    def advance(self, action: Any, substeps: int = SUBSTEPS) -> None:
+        """`step` without gathering an observation: physics and mechanism logic alone.
+
+        Args:
+            action: as `step` takes it.
+            substeps: of physics, 1/240 s each; an environment step has `SUBSTEPS`.
+        """
         self._check_open()
         command = parse_action(action)
         self.robot.apply(command)
-        for _ in range(SUBSTEPS):
+        for _ in range(substeps):
             self.world.substep()
         self.mechanisms.step()
 

@@ -1,7 +1,7 @@
 """PlayTable as two processes of the real-time graph: the world, and its cameras.
 
-The world steps once for every action that arrives and stamps the new state with the time
-for which that action was meant, so that a state stamped t is what a robot would be in at t.
+The world steps by a control period for every action that arrives and stamps the new state with the
+time for which that action was meant, so that a state stamped t is what a robot would be in at t.
 If no action arrives for a while, it holds its target and time continues without the loop, as
 on a real arm. The cameras run in a process of their own, at their own rate, from the newest
 state: a frame is stamped with the time of the state that it shows, however late it is drawn.
@@ -20,13 +20,13 @@ import numpy as np
 from openhelix.benchmarks.calvin import tasks
 from openhelix.benchmarks.calvin.cameras import SceneRenderer
 from openhelix.benchmarks.calvin.env import PlayTableEnv
+from openhelix.benchmarks.calvin.scene import CONTROL_HZ, PHYSICS_HZ
 from openhelix.runtime.core.interfaces import Action
 from openhelix.runtime.core.plugins import resolve
 from openhelix.runtime.robots.sim import FrameSet, WorldState
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 
-CONTROL_HZ = 30.0
-STARVED_AFTER_S = 0.1  # three control periods without an action
+STARVED_AFTER_S = 0.1  # three control periods of 1/30 s without an action
 JOB_TIMEOUT_S = 60.0  # an expert may have to do a task first
 Handlers = Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]
 
@@ -40,11 +40,26 @@ class WorldProcess:
         actions: endpoint on which actions arrive (bound here).
         states: endpoint on which `WorldState` goes out (bound here).
         keys: folder of CURVE keys, off loopback.
+        hz: actions per second; a period has whole steps of physics, now one more, now one less.
+
+    Raises:
+        ValueError: there are more actions than steps of physics.
     """
 
     def __init__(
-        self, scene: str, actions: str, states: str, keys: str | None = None, seed: int = 0
+        self,
+        scene: str,
+        actions: str,
+        states: str,
+        keys: str | None = None,
+        seed: int = 0,
+        hz: float = CONTROL_HZ,
     ) -> None:
+        if hz > PHYSICS_HZ:
+            raise ValueError(
+                f"control.hz: {hz:g}; the world's physics has {PHYSICS_HZ} steps a second"
+            )
+        self._hz, self._owed = hz, 0.0  # steps of physics that are due and have not been taken
         self._scene, self._keys, self._seed = scene, keys, seed
         self._endpoints = (actions, states)
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -84,7 +99,7 @@ class WorldProcess:
                 last_s = time.monotonic()
             elif time.monotonic() - last_s > STARVED_AFTER_S:
                 # Nobody commands the arm: it keeps its target and time goes on.
-                last_s += 1.0 / CONTROL_HZ
+                last_s += 1.0 / self._hz
                 if self._held is None:
                     self._publish(time.monotonic_ns())
                 else:
@@ -116,7 +131,10 @@ class WorldProcess:
 
     def _step(self, action: Action, t_ns: int) -> None:
         gripper = 1.0 if action.gripper >= 0.5 else -1.0
-        self._env.advance((action.pose[:3], action.pose[3:], gripper))
+        self._owed += PHYSICS_HZ / self._hz
+        substeps = int(self._owed + 1e-6)
+        self._owed -= substeps
+        self._env.advance((action.pose[:3], action.pose[3:], gripper), substeps)
         self._env_steps += 1
         if self._task is not None and (self._task == "" or not self._completed):
             self._completed = self._judge(self._task, self._env.get_info())

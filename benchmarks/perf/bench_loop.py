@@ -1,6 +1,6 @@
 """Pacer benchmark: how late ticks are under different ways of waiting, side by side.
 
-Four ways at two rates, in turns of two seconds within one run, so that whatever else the
+Four ways at three rates, in turns of two seconds within one run, so that whatever else the
 machine does hits all of them alike. Nothing but pacing is measured here: no observation, no
 inference. `missed` counts whole periods that were skipped.
 
@@ -24,7 +24,7 @@ from openhelix.benchmarks.perf.places import results_file
 from openhelix.runtime.control.realtime import enter, leave
 from openhelix.runtime.core.clock import MonotonicClock, Pacer
 
-RATES_HZ = (30, 100)
+RATES_HZ = (30, 100, 200)
 TURN_S = 2.0
 
 

@@ -123,6 +123,11 @@ def freshness(config: RunConfig) -> SafetyLimits:
 def check_parts(config: RunConfig, robot: RobotSpec, policy: PolicySpec) -> None:
     """Raise SpecMismatch unless the robot gives what System 1 and System 2 look at."""
     check_robot(robot, policy)
+    if config.control.clock == "lockstep" and robot.action.hz != config.control.hz:
+        raise SpecMismatch(
+            f"control.hz: {config.control.hz:g}; on the lockstep clock this robot takes "
+            f"{robot.action.hz:g}"
+        )
     names = [camera.name for camera in robot.cameras]
     if policy.latent is not None and config.system2.camera not in names:
         raise SpecMismatch(

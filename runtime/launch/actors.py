@@ -45,8 +45,12 @@ class NodeActor:
 
     def __init__(self, spec_json: str) -> None:
         logging.basicConfig(level=logging.INFO)
+        spec = NodeSpec.from_json(spec_json)
+        # Before the libraries that read it are imported, and not as Ray's `runtime_env`: a worker
+        # with one is started only for its actor, and only once Ray's agent for such is up.
+        os.environ.update(spec.environment)
         again = ray.get_runtime_context().was_current_actor_reconstructed
-        self._runner = NodeRunner(NodeSpec.from_json(spec_json), again=again)
+        self._runner = NodeRunner(spec, again=again)
         self._thread = threading.Thread(target=self._run, name="node")
         self._thread.start()
 
@@ -171,7 +175,6 @@ class RayNode:
             resources=spec.resources,
             max_restarts=-1 if spec.restart else 0,
             max_concurrency=4,
-            runtime_env={"env_vars": spec.environment},
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)
             if pinned
             else "DEFAULT",

@@ -312,7 +312,7 @@ def build(config: RunConfig, ends: Endpoints, job: dict[str, Any], folder: str) 
             ("observer", "openhelix.runtime.observe.observer:ObserverProcess", OBSERVER, look)
         )
     if config.robot.name == "sim":
-        scene = own("world", scene=world.scene, seed=world.seed)
+        scene = own("world", scene=world.scene, seed=world.seed, hz=config.control.hz)
         stands = world.static_camera.model_dump() if world.static_camera is not None else None
         view = own(
             "camera",
@@ -555,6 +555,15 @@ class Graph:
         """Whether the run has that node."""
         return any(spec.name == name for spec in self.specs)
 
+    @property
+    def node_names(self) -> list[str]:
+        """All nodes of the run, with the one that has Ray host others."""
+        return list(dict.fromkeys(spec.name for spec in (*self._own, *self.specs)))
+
+    def beside(self, name: str) -> bool:
+        """Whether a node is on this host."""
+        return name == RAY or is_local(self.endpoints.control[name])
+
     def ended(self) -> dict[str, str]:
         """Return which of our own processes are gone for good before their time, and how."""
         return self._host.ended() if self._host is not None else {}
@@ -572,7 +581,7 @@ class Graph:
             GraphError: a node failed, or the time is over.
         """
         deadline = time.monotonic() + timeout_s
-        names = list(dict.fromkeys(spec.name for spec in (*self._own, *self.specs)))
+        names = self.node_names
         connecting_s: float | None = None  # since when Ray has been asked to let us in
         while not give_up.is_set():
             # Those that do not listen yet must not hold up the news of the others for long.

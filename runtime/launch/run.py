@@ -49,7 +49,7 @@ from openhelix.runtime.core.interfaces import (
 )
 from openhelix.runtime.core.targets import written_spec
 from openhelix.runtime.launch.graph import RAY, Graph, GraphError
-from openhelix.runtime.launch.node import Interrupts, interruptible
+from openhelix.runtime.launch.node import Interrupts, Stages, interruptible
 from openhelix.runtime.observe.display import Display
 from openhelix.runtime.observe.observer import Subscribers
 from openhelix.runtime.observe.prompt import Prompt, Say
@@ -268,6 +268,8 @@ def run_realtime(
         "stay": prompt is not None,
     }
     started_s = time.monotonic()
+    stages = Stages()  # of the command itself
+    stages.reach("imported")
     graph = Graph(config, job, folder)
     record = StatusRecord.of(graph.endpoints.control, graph.has("observer"), config)
     with interruptible() as interrupted, display, record.kept(folder):
@@ -280,6 +282,7 @@ def run_realtime(
                     system2=SimpleNamespace(**graph.health("system2")),
                 )
                 spec = graph.latent_spec()
+            stages.reach("all_ready")
             graph.ask("control", "start", timeout_s=30.0, latent_spec=spec)
             ready_s = time.monotonic() - started_s
 
@@ -293,6 +296,7 @@ def run_realtime(
             with _talking(prompt, display, say, leave, interrupted.set):
                 report, error = _watch(graph, config, display, interrupted)
             parts = {name: graph.health(name) for name in ("system1", "system2")}
+            nodes = startup(graph, stages)
             if graph.has("observer"):
                 report["sinks"] = _finish(graph, display, interrupted, report["ticks_told"])
             if not report["interrupted"]:
@@ -321,10 +325,34 @@ def run_realtime(
         "untrained": untrained,
         "error": error,
         "ready_s": ready_s,
+        "startup": {
+            "command": stages.reached,
+            "nodes": nodes,
+            "first_action_s": None if first_ns is None else (first_ns - stages.begun_ns) * 1e-9,
+        },
         "device": ", ".join(filter(None, (platform.machine(), system2.get("device")))),
         "versions": versions(),
         "seed": config.seed,
     }
+
+
+def startup(graph: Graph, stages: Stages) -> dict[str, Any]:
+    """Return how long each node of a run took to reach which stage of its start.
+
+    `begun_s` is when its process began, counted from the command's own; null on another host,
+    whose clock is another one, and for a System 2 that others run. The rest counts from there: its
+    runner was `imported`, its part `built` and `ready`, each with the processor time used until
+    then.
+    """
+    found = {}
+    for name in graph.node_names:
+        told = dict(graph.health(name).get("startup") or {})
+        begun_ns = told.pop("begun_ns", None)
+        begun_s = None
+        if begun_ns is not None and graph.beside(name):
+            begun_s = round((begun_ns - stages.begun_ns) * 1e-9, 3)
+        found[name] = {"begun_s": begun_s, **told}
+    return found
 
 
 @contextmanager

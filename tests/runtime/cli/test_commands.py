@@ -179,6 +179,13 @@ PARTS = (
 FILES = ("output.video=false", "output.metrics_port=null", "output.live=false")
 
 
+def test_in_lockstep_the_loop_has_the_world_s_rate(tmp_path, capsys) -> None:
+    words = ["run", "control.clock=lockstep", "control.hz=60", f"output.folder={tmp_path / 'out'}"]
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "control.hz: 60; on the lockstep clock this robot takes 30" in line
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

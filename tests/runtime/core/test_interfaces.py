@@ -21,6 +21,10 @@ STATIC = CameraSpec("static", 200, 200)
 POLICY = PolicySpec((STATIC,), LatentSpec("act_last", 1, 512), ActionSpec(), horizon=16)
 
 
+def test_a_robot_may_be_told_more_often_than_a_plan_has_rows() -> None:
+    check_robot(RobotSpec((STATIC,), ActionSpec(hz=200.0)), POLICY)
+
+
 def test_equal_specs_pass() -> None:
     check_latent(LatentSpec("act_last", 1, 512, "abc"), LatentSpec("act_last", 1, 512))
     check_robot(RobotSpec((STATIC, CameraSpec("gripper", 84, 84)), ActionSpec()), POLICY)

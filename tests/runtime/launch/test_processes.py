@@ -92,6 +92,11 @@ def test_a_dead_node_is_told_and_one_that_may_is_started_again(
     second = health(returns, "ready")
     assert second["pid"] != first["pid"]
     assert second["nice"] == first["nice"]
+    steps = [second["startup"][name] for name in ("imported", "built", "ready")]
+    assert second["startup"]["begun_ns"] > first["startup"]["begun_ns"] > 0
+    for which in ("s", "cpu_s"):
+        reached = [step[which] for step in steps]
+        assert reached[0] > 0 and reached == sorted(reached)
 
 
 def test_a_node_that_cannot_start_says_why_before_it_ends(
