@@ -70,6 +70,28 @@ def adapter_tokens(model: VisuomotorPolicy, latent: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def name_by_sentences(model: Network, latent: Tensor, task: Tensor) -> bool:
+    """Make each row of the task table what the adapter makes of the task's sentences, on average.
+
+    A policy that is told its tasks by sentences hardly learns the rows of its table, so they say
+    little about how it takes a sentence.
+
+    Args:
+        model: whose table is written; False for a policy without.
+        latent: (S, n, dim), the sentences as they are told.
+        task: (S,) from 0; every task has one.
+    """
+    if not isinstance(model, VisuomotorPolicy):
+        return False
+    table = model.encoder.condition.table.weight
+    tokens = adapter_tokens(model, latent.to(table.device)).mean(1).to(table)
+    number = task.to(table.device).long()
+    sums = torch.zeros_like(table[1:]).index_add_(0, number, tokens)
+    table[1:].copy_(sums / torch.bincount(number, minlength=len(sums)).unsqueeze(1))
+    return True
+
+
+@torch.no_grad()
 def task_anchors(model: Network) -> Tensor | None:
     """Return latents (n_tasks, n_tokens, dim) that the adapter turns into the task table's rows.
 

@@ -59,6 +59,8 @@ class TextCode:
         model: `Checkpoint.model_id` of the language model.
         mean, spread: (len(layers) * hidden,) of the sentences that it was fitted to.
         basis: (dim, len(layers) * hidden), orthonormal rows.
+        reading: (width, dim) what the policy multiplies a code with, once the code is normalised:
+            sentences that this brings together are one to the policy. None before one is trained.
     """
 
     layers: tuple[int, ...]
@@ -67,6 +69,7 @@ class TextCode:
     mean: Tensor
     spread: Tensor
     basis: Tensor
+    reading: Tensor | None = None
 
     @staticmethod
     def fit(
@@ -110,7 +113,8 @@ class TextCode:
     def save(self, path: Path) -> None:
         """Write the code, first under another name."""
         about = {"layers": list(self.layers), "words": self.words, "model": self.model}
-        save_tensors(path, self._tensors(), {"text": json.dumps(about)})
+        read = {} if self.reading is None else {"reading": self.reading.contiguous()}
+        save_tensors(path, self._tensors() | read, {"text": json.dumps(about)})
 
     @staticmethod
     def load(path: Path | str) -> TextCode:
@@ -120,17 +124,18 @@ class TextCode:
             BadFile: not such a file; one line names it.
         """
         with told_as(TextError, "text"):
-            tensors, metadata = load_tensors(path, ("mean", "spread", "basis"))
+            tensors, metadata = load_tensors(path, ("mean", "spread", "basis"), ("reading",))
             check_kinds(tensors, str(path))
             where = f"{path}: its account of the code"
             about = as_record(_About, parse_object(metadata.get("text", ""), where), where)
-            width = tensors["mean"].numel()
+            width, reading = tensors["mean"].numel(), tensors.get("reading")
             if (
                 tensors["mean"].shape != (width,)
                 or tensors["spread"].shape != (width,)
                 or tensors["basis"].shape[1:] != (width,)
                 or width % max(1, len(about.layers))
                 or not 0 <= about.words <= MOST_TOKENS
+                or (reading is not None and reading.shape[1:] != tensors["basis"].shape[:1])
             ):
                 raise TextError(f"{path}: its tensors and its account do not fit each other")
         return TextCode(about.layers, about.words, about.model, **tensors)

@@ -329,9 +329,14 @@ class Goals(nn.Module):
         table: (V, hidden), its words' embeddings, among which `<ACT>` begins.
         sentences: every plain sentence.
         codes: (sentences, dim) what the reader makes of them.
+        seed: of the projector.
+        reading: (width, dim) of the policy that is to understand the latents, see `TextCode`. A
+            latent may be nearest to its own sentence, and still look to the policy like another:
+            what the policy hardly reads makes up most of the distance.
     """
 
     codes: Tensor
+    reading: Tensor | None
     shift: Tensor
     scale: Tensor
 
@@ -342,6 +347,7 @@ class Goals(nn.Module):
         sentences: Sequence[str],
         codes: Tensor,
         seed: int = 0,
+        reading: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.layers, self._index = layers, {text: i for i, text in enumerate(sentences)}
@@ -353,8 +359,20 @@ class Goals(nn.Module):
         self.register_buffer("codes", codes.float(), persistent=False)
         self.register_buffer("shift", torch.zeros(read))
         self.register_buffer("scale", torch.ones(read))
-        apart = torch.cdist(codes.float(), codes.float()) + torch.eye(len(codes)) * 1e9
-        self._unit = float(apart.amin(1).square().mean())
+        self.register_buffer("reading", reading, persistent=False)
+        self._unit = self._neighbours(self.codes)
+        self._read_unit = 1.0 if reading is None else self._neighbours(self._as_read(self.codes))
+
+    @staticmethod
+    def _neighbours(codes: Tensor) -> float:
+        """Return the mean squared distance to the nearest other one."""
+        apart = torch.cdist(codes, codes) + torch.eye(len(codes)) * 1e9
+        return float(apart.amin(1).square().mean())
+
+    def _as_read(self, latent: Tensor) -> Tensor:
+        """Return (..., width) what the policy reads, but for a shift."""
+        assert self.reading is not None
+        return F.linear(F.layer_norm(latent, latent.shape[-1:]), self.reading.to(latent))
 
     @property
     def calibrated(self) -> bool:
@@ -411,6 +429,10 @@ class Goals(nn.Module):
         squared = torch.cdist(latent, self.codes).square() / self._unit
         far = squared.gather(1, wanted[:, None]).mean()
         loss = F.cross_entropy(-2.0 * squared, wanted) + 0.5 * far
+        if self.reading is not None:
+            squared = torch.cdist(self._as_read(latent), self._as_read(self.codes)).square()
+            squared = squared / self._read_unit
+            loss = loss + F.cross_entropy(-2.0 * squared, wanted)
         return loss, (squared.argmin(1) == wanted).float()
 
     def folded(self) -> LatentHead:

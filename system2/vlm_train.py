@@ -249,7 +249,7 @@ def goals_of(config: VlmSection, records: Sequence[Record], table: Tensor, seed:
     reader = TextReader(config.model, (1, 8) if code is None else code.layers)
     code = code or fitted_code(reader, plain)
     codes = reader.encode(code, plain)[:, 0]
-    return Goals(tune.goal_layers, table, plain, codes, seed)
+    return Goals(tune.goal_layers, table, plain, codes, seed, code.reading)
 
 
 @dataclass(frozen=True, slots=True)

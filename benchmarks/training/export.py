@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openhelix.benchmarks.calvin.phrases import training
 from openhelix.benchmarks.training.config import (
     LANGUAGE,
     LATENT,
@@ -34,14 +35,16 @@ from openhelix.benchmarks.training.config import (
     TrainingConfig,
     base_policy_folder,
 )
+from openhelix.benchmarks.training.told import prepare_told
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import load_tensors, read_json, replace_file
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.cache import frames_digest
 from openhelix.system1.checkpoint import Network, load_policy, save_policy
 from openhelix.system1.data import Cache, read_index
-from openhelix.system1.latent_adapter import with_latent
+from openhelix.system1.latent_adapter import name_by_sentences, with_latent
 from openhelix.system1.model import gaussian
+from openhelix.system1.sentences import Sentences
 from openhelix.system1.train_loop import LOG
 from openhelix.system2.latents import LatentHead
 from openhelix.system2.model import VISION, is_small, load_processor, open_checkpoint
@@ -242,6 +245,8 @@ def export(config: TrainingConfig) -> dict[str, Any]:
     head = source / LATENT
     if not head.is_file() and config.latent.init is not None:
         head = config.latent.init.expanduser()
+    if stage == "policy" and config.policy.told == "sentence":
+        name_tasks(policy, Sentences.load(prepare_told(config).sentences))
     if head.is_file():
         spec = ship_system2(config, head, source, out / SYSTEM2)
         have = (policy.config.latent_tokens, policy.config.latent_dim)
@@ -268,6 +273,19 @@ def export(config: TrainingConfig) -> dict[str, Any]:
     shutil.rmtree(shipped, ignore_errors=True)
     out.rename(shipped)
     return {"stage": "export", "folder": str(shipped), "from": stage, **card["precision"]}
+
+
+def name_tasks(policy: Network, said: Sentences) -> None:
+    """Name a policy's tasks by its sentences: those of demonstrations, where they are among them.
+
+    The means of these name more of the development list (90 %, by the latents of a base model
+    that had not seen it) than the means of all sentences of a grammar do (87 %).
+    """
+    labels = {text for texts in training().values() for text in texts}
+    own = torch.tensor([text in labels for text in said.texts])
+    if len(said.task[own].unique()) < len(said.task.unique()):
+        own[:] = True
+    name_by_sentences(policy, said.latent[own], said.task[own])
 
 
 def last_stage(config: TrainingConfig) -> tuple[Path, str]:

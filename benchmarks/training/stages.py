@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from openhelix.runtime.core.files import (
 from openhelix.system1.checkpoint import WEIGHTS, Network, load_policy, load_strict, save_policy
 from openhelix.system1.data import Cache
 from openhelix.system1.latent_adapter import adapt_to_latent, task_anchors, with_latent
+from openhelix.system1.model import VisuomotorPolicy
 from openhelix.system1.train import TrainConfig, Trainer, fresh_network, policy_config
 from openhelix.system1.train_loop import (
     STATE,
@@ -68,7 +70,7 @@ from openhelix.system1.train_loop import (
 from openhelix.system2.latents import LatentHead
 from openhelix.system2.model import load_llava, open_checkpoint, pick_dtype, sha256_file
 from openhelix.system2.probe import WordSpace
-from openhelix.system2.text import FILE
+from openhelix.system2.text import FILE, TextCode
 from openhelix.system2.train import System2Learner
 
 # -- Loss curves of a joint stage ------------------------------------------------------
@@ -414,6 +416,14 @@ def alignment_text(joint: Joint, source: Source) -> Tensor:
     return text @ turn
 
 
+def keep_reading(folder: Path) -> None:
+    """Note beside a policy's code how the policy reads it (`TextCode.reading`)."""
+    model = load_policy(folder)
+    if isinstance(model, VisuomotorPolicy):
+        weight = model.encoder.condition.project.weight.detach().float()
+        replace(TextCode.load(folder / FILE), reading=weight).save(folder / FILE)
+
+
 def run_policy(
     config: TrainingConfig, deadline_ns: int, shown: Showing | None = None
 ) -> dict[str, Any]:
@@ -433,6 +443,8 @@ def run_policy(
         shutil.copyfile(settings.sentences.with_name(FILE), settings.out / FILE)
     with (shown or Showing())("policy", settings.out) as watch:
         trainer.run(watch)
+    if settings.sentences is not None:
+        keep_reading(settings.out)
     steps = config.policy.steps
     if config.policy.plan_s and trainer.seconds >= config.policy.plan_s:
         steps = trainer.step  # as many as there was time for

@@ -252,13 +252,14 @@ def as_record(cls: type[T], data: Mapping[str, Any], where: str) -> T:
 
 
 def load_tensors(
-    path: Path | str, names: Iterable[str] | None = None
+    path: Path | str, names: Iterable[str] | None = None, more: Iterable[str] = ()
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the torch tensors of a safetensors file and its metadata.
 
     Args:
         path: of the file.
         names: what it has to hold, no more and no less; None takes what there is.
+        more: what it may hold besides.
 
     Raises:
         BadFile: it cannot be read, holds other tensors, or one with a value that is not finite.
@@ -270,7 +271,7 @@ def load_tensors(
         wanted = set(names)
         if missing := sorted(wanted - set(found)):
             raise BadFile(f"{path}: no {missing[0]}")
-        if extra := sorted(set(found) - wanted):
+        if extra := sorted(set(found) - wanted - set(more)):
             raise BadFile(f"{path}: holds {extra[0]!r}, which does not belong there")
     try:
         with safe_open(path, framework="pt") as stream:

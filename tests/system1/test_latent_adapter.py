@@ -15,6 +15,7 @@ from openhelix.system1.latent_adapter import (
     ADAPTER,
     adapt_to_latent,
     adapter_tokens,
+    name_by_sentences,
     nearest_task,
     task_anchors,
 )
@@ -47,6 +48,22 @@ def test_a_policy_told_by_an_anchor_acts_as_told_by_name(tokens) -> None:
         told = made.encode(replace(inputs, latent=z, latent_mask=mask, task=torch.tensor([-1])))
         torch.testing.assert_close(told.tokens, named.tokens, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(told.signal, named.signal, atol=1e-4, rtol=1e-4)
+
+
+def test_a_task_is_named_by_the_mean_of_its_sentences() -> None:
+    network = model()
+    dim = network.config.latent_dim
+    generator = torch.Generator().manual_seed(3)
+    task = torch.arange(network.config.n_tasks).repeat(4)
+    middle = torch.randn(network.config.n_tasks, 1, dim, generator=generator)
+    latent = middle[task] + 0.3 * torch.randn(len(task), 1, dim, generator=generator)
+    none = network.encoder.condition.table.weight[0].clone()
+    before = (nearest_task(network, latent) == task).float().mean()
+    assert name_by_sentences(network, latent, task)
+    assert before < 0.5 and torch.equal(nearest_task(network, latent), task)
+    assert torch.equal(network.encoder.condition.table.weight[0], none)
+    rows = adapter_tokens(network, latent[task == 1]).mean(dim=(0, 1))
+    assert torch.allclose(network.encoder.condition.table.weight[2], rows, atol=1e-5)
 
 
 def test_the_table_speaks_where_there_is_no_latent() -> None:

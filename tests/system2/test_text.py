@@ -92,6 +92,16 @@ def test_a_code_comes_back_from_its_file_and_no_other_has_its_name(code, tmp_pat
         TextCode.load(tmp_path / "junk")
 
 
+def test_how_a_policy_reads_a_code_comes_back_and_changes_no_name(code, tmp_path):
+    read = replace(code, reading=torch.randn(6, len(code.basis)))
+    read.save(tmp_path / FILE)
+    again = TextCode.load(tmp_path / FILE)
+    assert torch.equal(again.reading, read.reading) and again.spec == code.spec
+    replace(code, reading=torch.randn(6, len(code.basis) + 1)).save(tmp_path / FILE)
+    with pytest.raises(TextError, match="do not fit each other"):
+        TextCode.load(tmp_path / FILE)
+
+
 def test_the_engine_says_what_the_reader_says(llava, reader, code, tmp_path):
     code.save(tmp_path / FILE)
     engine = TextEngine(tmp_path, llava)

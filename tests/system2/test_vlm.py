@@ -20,7 +20,7 @@ from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.model import open_checkpoint
 from openhelix.system2.prompt import asked_of_robot
 from openhelix.system2.text import TextReader, fitted_code
-from openhelix.system2.vlm import IGNORED, Learner, Packer, Sight, adapt, folded_state
+from openhelix.system2.vlm import IGNORED, Goals, Learner, Packer, Sight, adapt, folded_state
 from openhelix.system2.vlm_config import VlmSection
 from openhelix.system2.vlm_data import (
     Question,
@@ -404,6 +404,29 @@ def test_instructions_become_latents_that_both_read_alike(tiny_model: str, tmp_p
     assert torch.cosine_similarity(found, wanted, dim=1).item() > 0.999
     again = VlmRun(config, tmp_path / "out", device="cpu")
     assert again.goals is not None and again.goals.calibrated
+
+
+def test_what_a_policy_reads_apart_counts() -> None:
+    """Two sentences differ in one direction that the policy reads, and in many that it does not."""
+    torch.manual_seed(0)
+    unread = torch.randn(2, 40)
+    codes = torch.cat(
+        [torch.tensor([[1.0, -1.0], [-1.0, 1.0]]) * 0.2, unread, -unread.sum(1, True)], 1
+    )
+    reading = torch.zeros(3, codes.shape[1])
+    reading[0, 0], reading[1, 1] = 1.0, 1.0
+    table = torch.randn(9, 4)
+    blind = Goals((1,), table, ["left", "right"], codes)
+    seeing = Goals((1,), table, ["left", "right"], codes, reading=reading)
+    swapped = codes.clone()
+    swapped[:, :2] = codes.flip(0)[:, :2]  # of the unread rest, each is its own sentence
+    wanted = torch.tensor([0, 1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Goals, "latent", lambda _, read: read)
+        assert blind.loss(swapped, wanted)[1].tolist() == [1, 1]
+        assert seeing.loss(swapped, wanted)[1].tolist() == [0, 0]
+        assert seeing.loss(codes, wanted)[1].tolist() == [1, 1]
+        assert seeing.loss(swapped, wanted)[0] > seeing.loss(codes, wanted)[0] + 1
 
 
 def test_a_base_model_without_instructions_cannot_learn_goals(

@@ -10,14 +10,17 @@ import torch
 
 from openhelix.benchmarks.evaluation.eval import TEXT_CODE, TEXT_ENGINE, told_in_words
 from openhelix.benchmarks.paper.train_command import told_by_name
+from openhelix.benchmarks.training import export as export_module
+from openhelix.benchmarks.training.export import SYSTEM1, export
 from openhelix.benchmarks.training.stages import JointRun, run_policy
 from openhelix.benchmarks.training.told import prepare_told, sentences_of
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.checkpoint import load_policy
+from openhelix.system1.latent_adapter import adapter_tokens
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system1.sentences import Sentences
 from openhelix.system2.engines.text import TextEngine
-from openhelix.system2.text import FILE
+from openhelix.system2.text import FILE, TextCode
 from tests.system1.synthetic import make_cache
 from tests.system1.test_policy import tiny
 from tests.training.conftest import settings
@@ -79,6 +82,29 @@ def test_a_told_policy_acts_on_the_engine_beside_it(told_policy, llava) -> None:
     assert engine.spec == policy.spec.latent
     history = json.loads((told_policy / "train.json").read_text())["history"]
     assert 0 <= history[-1]["val_sentence_top1"] <= 1
+
+
+def test_how_a_policy_reads_sentences_stands_beside_it(told_policy) -> None:
+    adapter = load_policy(told_policy).encoder.condition.project
+    reading = TextCode.load(told_policy / TEXT_CODE).reading
+    assert reading is not None and torch.equal(reading, adapter.weight)
+
+
+@pytest.mark.parametrize("labels", [(), ("pull the drawer",), ("pull the drawer", "drawer shut")])
+def test_an_exported_policys_tasks_are_its_sentences(
+    named, llava, lists, told_policy, tmp_path, labels, monkeypatch
+) -> None:
+    """Those that demonstrations are labelled with, where every task has one, else all."""
+    monkeypatch.setattr(export_module, "training", lambda: {"any": labels})
+    config = configured(named, llava, lists, tmp_path, f"policy.checkpoint={told_policy}")
+    shipped = load_policy(Path(export(config)["folder"]) / SYSTEM1)
+    said = Sentences.load(prepare_told(config).sentences)
+    tokens = adapter_tokens(load_policy(told_policy), said.latent).mean(1)
+    own = torch.tensor([len(labels) < 2 or text in labels for text in said.texts])
+    for number in range(len(TASKS)):
+        row = shipped.encoder.condition.table.weight[1 + number]
+        wanted = tokens[own & (said.task == number)].mean(0)
+        assert torch.allclose(row, wanted, atol=5e-3)  # halves
 
 
 def test_an_evaluation_finds_that_engine_by_itself(told_policy) -> None:
