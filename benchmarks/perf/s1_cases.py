@@ -20,7 +20,7 @@ from torch import Tensor
 from openhelix.system1.actor import DiffuserActor
 from openhelix.system1.attention import KERNELS
 from openhelix.system1.checkpoint import Network, build_model, load_policy
-from openhelix.system1.config import official_calvin, small
+from openhelix.system1.config import official_calvin, small, small_flow
 from openhelix.system1.diffusion import Noise, draw_noise
 from openhelix.system1.fast_modes import GraphedSampler, compile_denoiser, to_bf16
 from openhelix.system1.geometry import Inputs, farthest_point_sample
@@ -327,6 +327,18 @@ def small_modes(args: argparse.Namespace) -> Record:
     return with_deviation(runs, args.repeats, args.device)
 
 
+def small_steps(args: argparse.Namespace) -> Record:
+    """A chunk of the small policy in few steps, by diffusion and by flow matching, in turn."""
+    runs: dict[str, Run] = {}
+    for steps in (1, 2, 4, 5, 8):
+        for name, config in (("ddim", small()), ("euler", small_flow())):
+            model = build_model(config).to(args.device).eval().requires_grad_(False)
+            model.use_sampler(name, steps)
+            inputs = small_policy(args.device, None)[1]
+            runs[f"{name}{steps}"] = run_inputs(model, inputs, args.device)
+    return dict(alternate(runs, args.repeats * 3, args.device))
+
+
 def graph(args: argparse.Namespace) -> Record:
     """CUDA graphs beside eager runs: both networks, both precisions."""
     if args.device != "cuda":
@@ -359,5 +371,6 @@ CASES: dict[str, Callable[[argparse.Namespace], Record]] = {
     "official_bf16": official_bf16,
     "small": small_exact,
     "small_modes": small_modes,
+    "small_steps": small_steps,
     "graph": graph,
 }
