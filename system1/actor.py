@@ -27,7 +27,7 @@ from openhelix.system1.geometry import (
     matrix_to_quat,
     quat_to_matrix,
 )
-from openhelix.system1.losses import LossParts, diffusion_loss
+from openhelix.system1.losses import LossParts, diffusion_loss, real_rows
 from openhelix.system1.model import DiffusionNetwork, gaussian, rows_to_poses
 
 FULL = 200  # pixels of a CALVIN image before the crop
@@ -195,3 +195,7 @@ class DiffuserActor(DiffusionNetwork):
             draws,
             generator,
         )
+
+    def real_rows(self, mask: Tensor, draws: int, generator: torch.Generator | None) -> float:
+        """Return how many rows `loss` will count, for a mask (B, T) of a whole batch."""
+        return real_rows(mask, draws, generator)

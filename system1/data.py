@@ -25,6 +25,7 @@ from openhelix.system1.cache import (
     Shapes,
     row_shapes,
 )
+from openhelix.system1.draws import rand, randint
 from openhelix.system1.encoder_light import KeyposeTargets
 from openhelix.system1.geometry import (
     Inputs,
@@ -226,6 +227,10 @@ class Cache:
         poses, now = self.gather("target_pose", frames), self.gather("proprio", frames)[:, -1, :7]
         return relative_rows(poses, now, rotation), self.gather("target_mask", frames).bool()
 
+    def mask(self, frames: Tensor) -> Tensor:
+        """Return which rows of frames' trajectories are real, (B, H) bool."""
+        return self.gather("target_mask", frames).bool()
+
     def batch(
         self,
         frames: Tensor,
@@ -243,7 +248,7 @@ class Cache:
         if latent is None or mask is None:
             task = self.task[frames]
         elif augment is not None:
-            null = torch.rand(len(frames), generator=generator) < augment.null_latent
+            null = rand(len(frames), generator=generator) < augment.null_latent
             mask = mask & ~null[:, None]
             task = torch.where(null, self.task[frames], task)
         inputs = Inputs(
@@ -295,14 +300,14 @@ class Cache:
         stack = self.gather("latent", source)
         which = torch.zeros(len(frames), dtype=torch.long)
         if augment is not None:
-            which = torch.randint(stack.shape[1], (len(frames),), generator=generator)
+            which = randint(0, stack.shape[1], len(frames), generator=generator)
         latent = stack[torch.arange(len(frames)), which].float().unsqueeze(1)
         age = (self.step[frames] - self.step[source]).float().unsqueeze(1) / self.hz
         return latent, age, torch.ones(len(frames), 1, dtype=torch.bool)
 
     def _earlier(self, frames: Tensor, lag: int, generator: torch.Generator) -> Tensor:
         """Return for each frame one of its episode, at most `lag` environment steps older."""
-        wanted = self.step[frames] - torch.randint(lag + 1, frames.shape, generator=generator)
+        wanted = self.step[frames] - randint(0, lag + 1, len(frames), generator=generator)
         source = frames.clone()
         for i, frame in enumerate(frames.tolist()):
             at = frame
@@ -350,13 +355,11 @@ def vary(inputs: Inputs, augment: Augment, generator: torch.Generator) -> Inputs
     rgb, xyz, valid = [], [], []
     for image, points, seen in zip(inputs.rgb, inputs.xyz, inputs.valid, strict=True):
         batch = len(image)
-        gain = 1 + augment.brightness * (2 * torch.rand(batch, 1, generator=generator) - 1)
-        tint = 1 + augment.channel * (2 * torch.rand(batch, 3, generator=generator) - 1)
+        gain = 1 + augment.brightness * (2 * rand(batch, 1, generator=generator) - 1)
+        tint = 1 + augment.channel * (2 * rand(batch, 3, generator=generator) - 1)
         lit = (image * (gain * tint).to(image.device)[..., None, None]).clamp(0, 1)
         if augment.shift:
-            moves = torch.randint(
-                -augment.shift, augment.shift + 1, (batch, 2), generator=generator
-            )
+            moves = randint(-augment.shift, augment.shift + 1, batch, 2, generator=generator)
             lit, points, seen = shift(lit, points, seen, moves)
         rgb.append(lit)
         xyz.append(points)

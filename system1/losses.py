@@ -6,7 +6,7 @@ Weights 30, 10 and 1 (paper Sec. 4.2: omega_3 = 30, omega_4 = 10), over real row
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from openhelix.system1.config import Prediction
 from openhelix.system1.diffusion import POSITION, add_noise, leading, target_of
+from openhelix.system1.draws import numbers, rand, randint, randn
 from openhelix.system1.geometry import matrix_from_6d, quat_to_matrix
 
 GIVEN_ONE_IN = 4  # of the noise draws
+ROW = 9  # numbers of a trajectory's row: position, rotation in 6D
 POSITION_WEIGHT, ROTATION_WEIGHT, GRIPPER_WEIGHT = 30.0, 10.0, 1.0
 
 
@@ -28,6 +30,7 @@ class LossParts:
     rotation: Tensor
     gripper: Tensor
     keypose: Tensor | float = 0.0  # weighted already; see `encoder_light.keypose_loss`
+    rows: Tensor | float = 1.0  # how many real rows the first three are the means of
 
     @property
     def total(self) -> Tensor:
@@ -37,6 +40,21 @@ class LossParts:
             + ROTATION_WEIGHT * self.rotation
             + GRIPPER_WEIGHT * self.gripper
             + self.keypose
+        )
+
+    def within(self, rows: float, parts: int) -> LossParts:
+        """Return the parts scaled so that their mean over a batch's parts is the batch's loss.
+
+        Args:
+            rows: real rows of the whole batch; its parts have different numbers of them.
+            parts: equally many observations each.
+        """
+        share = self.rows * parts / max(1.0, rows)
+        return replace(
+            self,
+            position=self.position * share,
+            rotation=self.rotation * share,
+            gripper=self.gripper * share,
         )
 
 
@@ -62,7 +80,36 @@ def trajectory_loss(
         (gap[..., :3].mean(-1) * weight).sum() / rows,
         (gap[..., 3:].mean(-1) * weight).sum() / rows,
         (gripper * weight).sum() / rows,
+        rows=weight.sum(),
     )
+
+
+def real_rows(
+    mask: Tensor, draws: int, generator: torch.Generator | None, given_rows: int = 0
+) -> float:
+    """Return how many rows `diffusion_loss` will count; arguments as there, nothing is used up.
+
+    Args:
+        mask: (B, T) of a whole batch.
+        draws: noise draws an observation.
+        generator: as it will be given to `diffusion_loss`.
+        given_rows: see there.
+    """
+    if not given_rows or generator is None:
+        return float(mask.sum()) * draws
+    again = torch.Generator()
+    again.set_state(generator.get_state())
+    mask = mask.repeat_interleave(draws, 0)
+    torch.rand(len(mask), generator=again)
+    torch.randn((*mask.shape, ROW), generator=again)
+    first = leading(given_of(len(mask), given_rows, again), mask.shape[1])
+    return float((mask & ~first).sum())
+
+
+def given_of(count: int, given_rows: int, generator: torch.Generator | None) -> Tensor:
+    """Return how many first rows of each of `count` draws stay clean, (count,)."""
+    drawn = randint(1, given_rows + 1, count, generator=generator)
+    return torch.where(numbers(count, generator) % GIVEN_ONE_IN == 0, drawn, 0)
 
 
 def diffusion_loss(
@@ -95,14 +142,13 @@ def diffusion_loss(
     clean, openness, mask = (x.repeat_interleave(draws, 0) for x in (clean, openness, mask))
     count, total = len(clean), levels.shape[1]
     # Stratified over the draws of one observation: less variance for the same work.
-    start = torch.rand(count, generator=generator)
+    start = rand(count, generator=generator)
     stratum = torch.arange(count) % draws
     t = ((stratum + start) * (total / draws)).long().clamp_max(total - 1).to(clean.device)
-    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    noise = randn(*clean.shape, generator=generator).to(clean.device)
     noisy, given = add_noise(levels, clean, noise, t), None
     if given_rows:
-        drawn = torch.randint(1, given_rows + 1, (count,), generator=generator)
-        given = torch.where(torch.arange(count) % GIVEN_ONE_IN == 0, drawn, 0).to(clean.device)
+        given = given_of(count, given_rows, generator).to(clean.device)
         first = leading(given, clean.shape[1])
         noisy = torch.where(first.unsqueeze(-1), clean, noisy)
         mask = mask & ~first

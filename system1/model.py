@@ -29,7 +29,7 @@ from openhelix.system1.geometry import Inputs, Scene, clean_points, matrix_from_
 from openhelix.system1.heads.base import DirectHead
 from openhelix.system1.heads.registry import build_head
 from openhelix.system1.heads.trajectory import TrajectoryHead
-from openhelix.system1.losses import LossParts, diffusion_loss, trajectory_loss
+from openhelix.system1.losses import LossParts, diffusion_loss, real_rows, trajectory_loss
 
 # ------------------------------------------------------------------------------------------------
 # What our network and the published one have in common: schedule, normaliser, sampler in use.
@@ -141,6 +141,12 @@ class VisuomotorPolicy(DiffusionNetwork):
         if keyposes is None or scene.vote is None:
             return parts
         return replace(parts, keypose=keypose_loss(scene.vote, keyposes))
+
+    def real_rows(self, mask: Tensor, draws: int, generator: torch.Generator | None) -> float:
+        """Return how many rows `loss` will count, for a mask (B, T) of a whole batch."""
+        if isinstance(self.head, DirectHead):
+            return float(mask.sum())
+        return real_rows(mask, draws, generator, self.config.given_rows)
 
     def _trajectory_loss(
         self,

@@ -25,6 +25,7 @@ from openhelix.runtime.core.files import (
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.config import RANGES
 from openhelix.system1.data import Augment
+from openhelix.system1.draws import rand, randn
 from openhelix.system1.geometry import Inputs
 
 OLDEST_S = 1.5  # a sentence does not age, but whoever acts says how long ago it was encoded
@@ -72,7 +73,7 @@ class Sentences:
 
     def draw(self, task: Tensor, generator: torch.Generator) -> Tensor:
         """Return one of each task's sentences (B,), for tasks (B,)."""
-        share = torch.rand(len(task), generator=generator)
+        share = rand(len(task), generator=generator)
         which = (share * self.count[task]).long().clamp_max(self.count[task] - 1)
         return self.order[self.first[task] + which]
 
@@ -129,10 +130,10 @@ def told(
     age = torch.zeros(len(task), 1)
     null = torch.zeros(len(task), dtype=torch.bool)
     if augment is not None:
-        age = OLDEST_S * torch.rand(len(task), 1, generator=generator)
-        null = torch.rand(len(task), generator=generator) < augment.null_latent
+        age = OLDEST_S * rand(len(task), 1, generator=generator)
+        null = rand(len(task), generator=generator) < augment.null_latent
         if noise:
-            drawn = torch.randn(latent.shape, generator=generator)
+            drawn = randn(*latent.shape, generator=generator)
             latent = latent + noise * sentences.latent.std(0) * drawn
     return replace(
         inputs,

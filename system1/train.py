@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,13 +26,15 @@ from torch import Tensor
 
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system1.cache import CacheError
 from openhelix.system1.checkpoint import Network, load_policy, rebuilt, save_policy, seeded_model
 from openhelix.system1.config import PRESETS, CameraConfig, PolicyConfig
 from openhelix.system1.data import Augment, Batch, Cache
 from openhelix.system1.diffusion import Normalizer
+from openhelix.system1.draws import Part
 from openhelix.system1.latent_adapter import adapt_to_latent, nearest_task, start_adapter
-from openhelix.system1.losses import trajectory_errors
+from openhelix.system1.losses import LossParts, trajectory_errors
 from openhelix.system1.model import gaussian
 from openhelix.system1.sentences import Sentences, told
 from openhelix.system1.train_loop import (
@@ -52,6 +55,12 @@ from openhelix.system1.train_loop import (
 )
 
 log = logging.getLogger(__name__)
+TERMS = ("total", "position", "rotation", "gripper", "keypose")  # of a loss, as they are logged
+
+
+def seed_of(seed: int, step: int, stream: int = 0) -> int:
+    """Return the seed of a step's generator, one of four streams."""
+    return (seed * 1_000_003 + step) * 4 + stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +80,8 @@ class TrainConfig:
     init: Path | None = None  # a checkpoint folder to start from
     freeze: tuple[str, ...] = ()  # prefixes of parameters that stay as they are
     steps: int = 20_000
-    batch: int = 32
+    batch: int = 32  # of all workers together
+    accumulate: int = 1  # parts in which a worker's share of a batch is worked on
     draws: int = 4
     optimizer: OptimizerName = "muon"
     lr: float = 1e-3
@@ -196,11 +206,31 @@ def pools(mix: tuple[float, ...], cache: Cache, frames: Tensor) -> list[tuple[Te
     return found
 
 
-class Trainer:
-    """A run: its data, network, optimiser and history."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a step's batch, ready to learn from.
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    Attributes:
+        batch: its samples.
+        generator: of what is drawn next.
+        rows: real rows of the whole batch, as the network's loss will count them.
+    """
+
+    batch: Batch
+    generator: torch.Generator
+    rows: float
+
+
+class Trainer:
+    """A run: its data, network, optimiser and history.
+
+    With several workers each of them has one; what is learned is the same with any number, up to
+    the rounding of sums.
+    """
+
+    def __init__(self, config: TrainConfig, workers: Workers = ALONE) -> None:
+        self.config, self.workers = config, workers
+        self.parts = workers.parts(config.batch, config.accumulate, "policy.batch")
         if config.device == "cpu":
             keep_freed_memory()
         self.cache = Cache(config.cache, config.latents)
@@ -224,13 +254,14 @@ class Trainer:
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self._loader = ThreadPoolExecutor(1, "batches")
-        self._ahead: tuple[int, Future[tuple[Batch, torch.Generator]]] | None = None
+        self._ahead: tuple[int, Future[list[Piece]]] | None = None
         config.out.mkdir(parents=True, exist_ok=True)
         if (config.out / STATE).is_file():
             self.step, self.history = load_state(
                 config.out, self.model, self.ema, self.optimizers.parts
             )
             log.info("going on at step %d", self.step)
+        workers.same([*self.model.state_dict().values(), *self.ema.values.values()])
         self._before_s = float(self.history[-1]["seconds"]) if self.history else 0.0
         self._begun_s = time.monotonic()
 
@@ -271,8 +302,7 @@ class Trainer:
 
     def generator(self, step: int, stream: int = 0) -> torch.Generator:
         """Return the generator of a step; its numbers depend on nothing else."""
-        seed = (self.config.seed * 1_000_003 + step) * 4 + stream
-        return torch.Generator().manual_seed(seed)
+        return torch.Generator().manual_seed(seed_of(self.config.seed, step, stream))
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return the autocast context that the run asks for."""
@@ -288,39 +318,42 @@ class Trainer:
         """
         c = self.config
         self.model.train()
-        batch, generator = self._next()
+        self.optimizers.zero_grad()
+        count = self.workers.count * len(self.parts)
+        sums = torch.zeros(len(TERMS), dtype=torch.float64)
+        for piece in self._next():
+            parts = self._loss(piece).within(piece.rows, count)
+            (parts.total / count).backward()
+            terms = [torch.as_tensor(getattr(parts, name)).detach() for name in TERMS]
+            sums += torch.tensor([float(term) / count for term in terms], dtype=torch.float64)
+        row = dict(zip(TERMS, self.workers.summed(sums.tolist()), strict=True))
+        if not math.isfinite(row["total"]):
+            raise FloatingPointError(f"the loss of step {self.step} is {row['total']}")
+        learned = list(trained(self.model).values())
+        self.workers.add_gradients(learned)
+        norm = torch.nn.utils.clip_grad_norm_(learned, c.clip)
+        rate = self.workers.firsts(self.rate(self.step))
+        self.optimizers.step(rate)
+        self.ema.update(self.model, self.step)
+        self.step += 1
+        loss = row.pop("total")
+        return {"step": self.step, "loss": loss, **row, "grad_norm": float(norm), "lr": rate}
+
+    def _loss(self, piece: Piece) -> LossParts:
+        batch = piece.batch
         with self.precision():
-            parts = self.model.loss(
+            return self.model.loss(
                 batch.inputs,
                 batch.rows,
                 batch.openness,
                 batch.mask,
-                c.draws,
-                generator,
+                self.config.draws,
+                piece.generator,
                 batch.keyposes,
             )
-        loss = parts.total
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {self.step} is {loss.item()}")
-        self.optimizers.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(trained(self.model).values()), c.clip)
-        self.optimizers.step(self.rate(self.step))
-        self.ema.update(self.model, self.step)
-        self.step += 1
-        return {
-            "step": self.step,
-            "loss": float(loss.detach()),
-            "position": float(parts.position.detach()),
-            "rotation": float(parts.rotation.detach()),
-            "gripper": float(parts.gripper.detach()),
-            "keypose": float(torch.as_tensor(parts.keypose).detach()),
-            "grad_norm": float(norm),
-            "lr": self.rate(self.step - 1),
-        }
 
-    def _next(self) -> tuple[Batch, torch.Generator]:
-        """Return the batch of this step, and let the next one be made meanwhile.
+    def _next(self) -> list[Piece]:
+        """Return this worker's parts of the step's batch, and let the next be made meanwhile.
 
         A step's numbers come from its own generator, so it does not matter when it is made.
         """
@@ -330,13 +363,18 @@ class Trainer:
         self._ahead = (step + 1, self._loader.submit(self._made, step + 1)) if more else None
         return ready
 
-    def _made(self, step: int) -> tuple[Batch, torch.Generator]:
-        generator = self.generator(step)
-        batch = self._batch(self._picked(generator), generator, self.config.augment)
-        return batch, generator
+    def _made(self, step: int) -> list[Piece]:
+        return [self._piece(step, rows) for rows in self.parts]
+
+    def _piece(self, step: int, rows: slice) -> Piece:
+        generator = Part.of(rows, self.config.batch, seed_of(self.config.seed, step))
+        frames = self._picked(generator)
+        batch = self._batch(frames[rows], generator, self.config.augment)
+        mask = batch.mask if len(batch.mask) == len(frames) else self.cache.mask(frames)
+        return Piece(batch, generator, self.model.real_rows(mask, self.config.draws, generator))
 
     def _picked(self, generator: torch.Generator) -> Tensor:
-        """Return the frames (B,) of a step."""
+        """Return the frames (B,) of a step, of all workers."""
         count = self.config.batch
         if len(self.pools) == 1:
             only = self.pools[0][0]
@@ -426,9 +464,11 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint of the average weights, then the state, then the plot.
 
-        In this order: a run killed in between never counts a step as done whose checkpoint
+        The first worker does. In this order: a run killed in between never counts a step as done whose checkpoint
         was not written.
         """
+        if not self.workers.first:
+            return
         out = self.config.out
         self.ema.swap(self.model)
         try:
@@ -450,12 +490,12 @@ class Trainer:
             watch: is shown every step.
         """
         c = self.config
-        if c.plan_s and self.seconds >= c.plan_s:
+        if c.plan_s and self.workers.firsts(self.seconds) >= c.plan_s:
             return self.history  # finished before
         limits = [s for s in (c.time_limit_s, c.plan_s and max(c.plan_s - self.seconds, 1e-6)) if s]
         deadline = deadline_after(min(limits, default=0.0))
         pace = Pace(c.steps, c.eval_every, c.save_every, c.log_every, deadline)
-        run_loop(self, pace, watch)
+        run_loop(self, pace, watch, self.workers)
         return self.history
 
 

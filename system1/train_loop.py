@@ -24,6 +24,7 @@ from openhelix.runtime.core.files import (
     replace_file,
     save_tensors,
 )
+from openhelix.runtime.core.workers import ALONE, Workers
 
 # ------------------------------------------------------------------------------------------------
 # Optimisers of a policy: AdamW, or Muon for the matrices of its hidden layers.
@@ -403,23 +404,27 @@ def deadline_after(seconds: float) -> int:
     return time.monotonic_ns() + int(seconds * 1e9) if seconds > 0 else 0
 
 
-def run_loop(run: Run, pace: Pace, watch: Watch | None = None) -> bool:
-    """Train to the last step or the deadline; return whether the last step was reached."""
+def run_loop(run: Run, pace: Pace, watch: Watch | None = None, workers: Workers = ALONE) -> bool:
+    """Train to the last step or the deadline; return whether the last step was reached.
+
+    The first worker's clock says for all whether it is too late.
+    """
     begun = time.monotonic_ns()
     before = float(run.history[-1]["seconds"]) if run.history else 0.0
     while run.step < pace.steps:
         row: dict[str, Any] = run.train_step()
         done = run.step >= pace.steps
         now = time.monotonic_ns()
-        late = 0 < pace.deadline_ns <= now
+        late = bool(workers.firsts(0 < pace.deadline_ns <= now))
         keep = run.step % pace.log_every == 0
         if run.step % pace.eval_every == 0 or done or late:
             row |= run.evaluate()
             keep = True
         if keep:
             run.history.append({**row, "seconds": before + (now - begun) * 1e-9})
-            log.info("%s", " ".join(f"{k}={v:.5g}" for k, v in row.items()))
-        if watch is not None:
+            if workers.first:
+                log.info("%s", " ".join(f"{k}={v:.5g}" for k, v in row.items()))
+        if watch is not None and workers.first:
             watch(row, pace, keep)
         if run.step % pace.save_every == 0 or done or late:
             run.save()

@@ -486,15 +486,25 @@ class VisionLearner(nn.Module):
         }
 
 
-def augment(pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast, noise and a shift of up to 2 pixels; (B, 3, S, S) in [0, 1]."""
+def augment(
+    pixels: Tensor,
+    strength: float,
+    generator: torch.Generator,
+    rows: slice | None = None,
+    batch: int | None = None,
+) -> Tensor:
+    """Brightness, contrast, noise and a shift of up to 2 pixels; (B, 3, S, S) in [0, 1].
+
+    Pixels of some `rows` of a `batch` are varied as they are when the whole of it is.
+    """
     if strength == 0:
         return pixels
+    batch = len(pixels) if batch is None else batch
 
     def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator) * 2 - 1
+        drawn = torch.rand(*shape, generator=generator) * 2 - 1
+        return drawn if rows is None else drawn[rows]
 
-    batch = pixels.shape[0]
     gain = 1 + 0.2 * strength * draw(batch, 1, 1, 1)
     tint = 1 + 0.05 * strength * draw(batch, 3, 1, 1)
     pixels = (pixels * gain * tint + 0.08 * strength * draw(batch, 1, 1, 1)).clamp(0, 1)

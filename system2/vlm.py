@@ -189,21 +189,26 @@ class Sight(nn.Module):
             "saying", none if saying is None else saying[:n_image], persistent=False
         )
 
-    def speech(self, tokens: Tensor, target: Tensor) -> Tensor:
+    def speech(self, tokens: Tensor, target: Tensor, whole: Tensor | None = None) -> Tensor:
         """Return how far image tokens are from saying their labels; arguments as of `loss`."""
-        terms = []
+        terms, labels = [], 0
+        counts = ((target if whole is None else whole) != IGNORED).sum(0).tolist()
         for column, size in enumerate(self.sizes[: len(self.saying)]):
-            known = target[:, column] != IGNORED
-            if size < 2 or not known.any():
+            if size < 2 or not counts[column]:
                 continue
+            labels += 1
+            known = target[:, column] != IGNORED
+            if not known.any():
+                continue
+            share = known.sum() / counts[column]
             wanted, said = target[known, column], tokens[known, column].float()
             options = self.saying[column, :size]
             middle = options.mean(dim=0)
             scores = F.normalize(said - middle, dim=1) @ F.normalize(options - middle, dim=1).T
             spread = options.var(dim=0).mean()
             far = F.mse_loss(said, options[wanted]) / spread
-            terms.append(F.cross_entropy(scores / 0.1, wanted) + 0.2 * far)
-        return torch.stack(terms).mean() if terms else tokens.sum() * 0
+            terms.append(share * (F.cross_entropy(scores / 0.1, wanted) + 0.2 * far))
+        return torch.stack(terms).sum() / labels if terms else tokens.sum() * 0
 
     def forward(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
         """Image tokens (B, n_image, hidden) to scores (B, words) a label, and numbers (B, n)."""
@@ -218,29 +223,42 @@ class Sight(nn.Module):
         *scores, numbers = out.split([*self.sizes, out.shape[1] - sum(self.sizes)], dim=1)
         return scores, numbers
 
-    def loss(self, tokens: Tensor, target: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self,
+        tokens: Tensor,
+        target: Tensor,
+        numbers: Tensor,
+        whole: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return the loss, and which labels were right (B, labels): 1, 0, or NaN where unknown.
 
         Args:
             tokens: (B, n_image, hidden).
             target: (B, labels) index of the word, `IGNORED` where unknown.
             numbers: (B, n) with NaN where unknown.
+            whole: target and numbers of the whole batch that this is a part of; the losses of
+                its parts then add up to its own.
         """
         scores, guess = self(tokens)
+        all_target, all_numbers = (target, numbers) if whole is None else whole
+        counts = (all_target != IGNORED).sum(0).tolist()
+        labels = sum(count > 0 for count in counts)
         terms, right = [], []
         for column, score in enumerate(scores):
             wanted = target[:, column]
             known = wanted != IGNORED
             if known.any():
-                terms.append(F.cross_entropy(score[known], wanted[known]))
+                summed = F.cross_entropy(score[known], wanted[known], reduction="sum")
+                terms.append(summed / counts[column])
             hit = (score.argmax(1) == wanted).float()
             right.append(hit.masked_fill(~known, float("nan")))
-        loss = torch.stack(terms).mean() if terms else tokens.sum() * 0
+        loss = torch.stack(terms).sum() / labels if terms else tokens.sum() * 0
         if numbers.shape[1]:
             scaled = (numbers - self.shift) / self.spread
             told = ~scaled.isnan()
             if told.any():
-                loss = loss + F.smooth_l1_loss(guess[told], scaled[told])
+                most = (~all_numbers.isnan()).sum()
+                loss = loss + F.smooth_l1_loss(guess[told], scaled[told], reduction="sum") / most
         hits = torch.stack(right, dim=1) if right else tokens.new_zeros(len(tokens), 0)
         return loss, hits
 

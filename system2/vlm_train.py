@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from openhelix.runtime.core.files import BadFile, load_tensors, parse_object, read_json
 from openhelix.runtime.core.plugins import none_of
+from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system2.model import (
     BUILTIN,
     LANGUAGE,
@@ -254,10 +255,11 @@ def goals_of(config: VlmSection, records: Sequence[Record], table: Tensor, seed:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step learns from.
+    """What one step learns from, or a part of it.
 
     Attributes:
         rows: of the training pictures.
+        whole: rows of the step that this is a part of.
         pixels: (B, 3, S, S).
         packed: the questions.
         asked: how many.
@@ -265,10 +267,25 @@ class Batch:
     """
 
     rows: list[int]
+    whole: list[int]
     pixels: Tensor
     packed: Packed | None
     asked: int
     plain: list[str]
+
+    @property
+    def answered(self) -> int:
+        """How many tokens of answers are learned."""
+        return 0 if self.packed is None else int((self.packed.wanted != IGNORED).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What a whole step has, of all workers: answers' tokens, questions, instructions."""
+
+    answered: float
+    asked: float
+    plain: float
 
 
 class VlmRun:
@@ -279,18 +296,31 @@ class VlmRun:
         out: the run's folder; what stands there is continued.
         seed: every draw follows from it.
         device: "auto", or any torch device.
+        accumulate: parts in which a worker's share of a batch is worked on.
+        workers: that train together, each with a run of its own.
     """
 
-    def __init__(self, config: VlmSection, out: Path, seed: int = 0, device: str = "auto") -> None:
-
-        self.config, self.out, self.seed = config, out, seed
+    def __init__(
+        self,
+        config: VlmSection,
+        out: Path,
+        seed: int = 0,
+        device: str = "auto",
+        accumulate: int = 1,
+        workers: Workers = ALONE,
+    ) -> None:
+        self.config, self.out, self.seed, self.workers = config, out, seed, workers
+        self.accumulate = accumulate
+        for stage in STAGES:
+            if self.section(stage).steps:
+                self._parts_of(stage)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         self.bf16 = computes_bf16(config.bf16, self.device)
         self._check_settings()
-        self.base = base_folder(config, seed)
-        self.checkpoint: Checkpoint = open_checkpoint(self.base)
+        self.base = workers.once(lambda: base_folder(config, seed))
+        self.checkpoint: Checkpoint = workers.once(lambda: open_checkpoint(self.base))
         self.processor = load_processor(self.checkpoint.path).image_processor
         train = read(config.data / "train", config.pictures)
         self._check_kinds({q.kind for record in train for q in record.questions})
@@ -338,7 +368,7 @@ class VlmRun:
         ).to(self.device)
         self.packer = Packer(self.checkpoint)
         self._pool: ThreadPoolExecutor | None = None
-        self._coming: dict[tuple[StageName, int], Future[Batch]] = {}
+        self._coming: dict[tuple[StageName, int], Future[list[Batch]]] = {}
         self.stage: StageName = "see"
         self.step = 0  # of the stage
         self.samples = 0  # questions that were trained on
@@ -363,8 +393,9 @@ class VlmRun:
                         f"vlm.{key}: {self.out} was begun with {before[key]!r}, not {value!r}; "
                         "choose another out=FOLDER or remove it"
                     )
-        self.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(mine, indent=1) + "\n")
+        if self.workers.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(mine, indent=1) + "\n")
 
     def _check_kinds(self, there: set[str]) -> None:
         for stage in STAGES:
@@ -417,7 +448,13 @@ class VlmRun:
         ]
         self.optimizer = torch.optim.AdamW(made, betas=(0.9, 0.98))
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.workers.same(self._chosen)
         self.stage, self.step = stage, 0
+
+    @property
+    def _chosen(self) -> list[nn.Parameter]:
+        """What the stage trains."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _language(self) -> list[nn.Parameter]:
         model, tune = self.learner.model, self.config.tune
@@ -440,10 +477,59 @@ class VlmRun:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def train_step(self) -> dict[str, float]:
-        """Take one step of the stage; return its losses."""
-        section, batch = self.section(self.stage), self._next_batch()
+        """Take one step of the stage; return its losses.
+
+        Means are over all that the step has, whatever part of it is learned from at once.
+
+        Raises:
+            FloatingPointError: the loss is not finite; the weights are as before.
+        """
+        batches = self._next_batches()
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self._rate()
+        mine = [
+            sum(b.answered for b in batches),
+            sum(b.asked for b in batches),
+            sum(len(b.plain) for b in batches),
+        ]
+        counted = Counted(*self.workers.summed(mine))
+        if self.goals is not None and counted.plain and not self.goals.calibrated:
+            self._calibrate()
+        self.optimizer.zero_grad(set_to_none=True)
+        row = dict.fromkeys(self._columns(counted), 0.0)
+        for batch in batches:
+            total, told = self._learned_from(batch, counted)
+            if total.requires_grad:
+                total.backward()
+            for name, value in told.items():
+                row[name] += value
+        row = dict(zip(row, self.workers.summed(list(row.values())), strict=True))
+        if not math.isfinite(row.pop("total")):
+            raise FloatingPointError(f"vlm {self.stage}: the loss is not finite at {self.step}")
+        self.workers.add_gradients(self._chosen)
+        nn.utils.clip_grad_norm_(self._chosen, 1.0)
+        self.optimizer.step()
+        if self.goals is not None and counted.plain:
+            row["act_cosine"] = self.goals.moved
+        self.samples += round(counted.asked)
+        self.pictures_seen += self.section(self.stage).batch
+        self.step += 1
+        return row
+
+    def _columns(self, counted: Counted) -> list[str]:
+        """Return what a step says of itself, the same in every worker."""
+        section, names = self.section(self.stage), ["total"]
+        if section.sight:
+            names += ["sight", "sight_right", *(("speech",) if section.speech else ())]
+        if self.stage != "see":
+            names += ["loss", "right"]
+        if self.goals is not None and counted.plain:
+            names += ["goal", "goal_right"]
+        return names
+
+    def _learned_from(self, batch: Batch, counted: Counted) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss of a part, and what is to be said of it, as shares of the step's."""
+        section = self.section(self.stage)
         with self._autocast():
             tokens = self.learner.image_tokens(batch.pixels.to(self.device))
         row: dict[str, float] = {}
@@ -451,40 +537,32 @@ class VlmRun:
         if section.sight:
             target = self.target[batch.rows].to(self.device)
             numbers = self.numbers[batch.rows].to(self.device)
-            loss, right = self.learner.sight.loss(tokens.float(), target, numbers)
+            whole = self.target[batch.whole].to(self.device)
+            loss, right = self.learner.sight.loss(
+                tokens.float(), target, numbers, (whole, self.numbers[batch.whole].to(self.device))
+            )
             total = total + section.sight * loss
-            row |= {"sight": loss.item(), "sight_right": right.nanmean().item()}
+            known = max(1, int((whole != IGNORED).sum()))
+            row |= {"sight": loss.item(), "sight_right": right.nansum().item() / known}
             if section.speech:
-                said = self.learner.sight.speech(tokens, target)
+                said = self.learner.sight.speech(tokens, target, whole)
                 total = total + section.speech * said
                 row["speech"] = said.item()
         if batch.packed is not None:
             packed = batch.packed.to(self.device)
             with self._autocast():
                 answers = self._answers(tokens, packed)
-            total = total + answers.loss
-            row |= {"loss": answers.loss.item(), "right": answers.right.nanmean().item()}
+            share = batch.answered / counted.answered
+            total = total + share * answers.loss
+            row["loss"] = share * answers.loss.item()
+            row["right"] = batch.asked / counted.asked * answers.right.nanmean().item()
             if self.goals is not None and batch.plain:
-                if not self.goals.calibrated:
-                    self._calibrate()
                 read = self.goals.read(answers.states, packed)
                 loss, hits = self.goals.loss(read, self.goals.index(batch.plain).to(read.device))
-                total = total + self.config.tune.goal_weight * loss
-                row |= {"goal": loss.item(), "goal_right": hits.mean().item()}
-                row["act_cosine"] = self.goals.moved
-            self.samples += batch.asked
-        self.optimizer.zero_grad(set_to_none=True)
-        if total.requires_grad:
-            total.backward()
-            nn.utils.clip_grad_norm_(
-                [p for g in self.optimizer.param_groups for p in g["params"]], 1.0
-            )
-            self.optimizer.step()
-        if not math.isfinite(total.item()):
-            raise FloatingPointError(f"vlm {self.stage}: the loss is not finite at {self.step}")
-        self.pictures_seen += section.batch
-        self.step += 1
-        return row
+                share = len(batch.plain) / counted.plain
+                total = total + self.config.tune.goal_weight * share * loss
+                row |= {"goal": share * loss.item(), "goal_right": share * hits.mean().item()}
+        return total, row | {"total": total.item()}
 
     def _answers(self, tokens: Tensor | None, packed: Packed) -> Answers:
         if self.goals is None:
@@ -497,7 +575,8 @@ class VlmRun:
         assert self.goals is not None
         reads = []
         for step in range(CALIBRATED_ON):
-            batch = self._make_batch("tune", self.config.tune, step)
+            whole = slice(0, self.config.tune.batch)
+            batch = self._make_batch("tune", self.config.tune, step, whole)
             assert batch.packed is not None
             packed = batch.packed.to(self.device)
             with self._autocast():
@@ -506,41 +585,53 @@ class VlmRun:
             reads.append(self.goals.read(answers.states, packed))
         self.goals.calibrate(torch.cat(reads))
 
-    def _next_batch(self) -> Batch:
-        """Return the step's batch; with workers, the ones after it are made meanwhile."""
+    def _next_batches(self) -> list[Batch]:
+        """Return this worker's parts of the step; with threads, those after are made meanwhile."""
         stage, section = self.stage, self.section(self.stage)
         if not self.config.workers:
-            return self._make_batch(stage, section, self.step)
+            return self._make_batches(stage, section, self.step)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.config.workers)
         last = min(section.steps, self.step + 2 * self.config.workers)
         for step in range(self.step, last):
             if (stage, step) not in self._coming:
                 self._coming[stage, step] = self._pool.submit(
-                    self._make_batch, stage, section, step
+                    self._make_batches, stage, section, step
                 )
         for key in [k for k in self._coming if k[0] != stage]:
             self._coming.pop(key).cancel()
         return self._coming.pop((stage, self.step)).result()
 
-    def _make_batch(self, stage: StageName, section: VlmStage, step: int) -> Batch:
-        """Draw a step's pictures and questions; they depend on seed, stage and step alone."""
+    def _make_batches(self, stage: StageName, section: VlmStage, step: int) -> list[Batch]:
+        return [self._make_batch(stage, section, step, part) for part in self._parts_of(stage)]
+
+    def _parts_of(self, stage: StageName) -> list[slice]:
+        batch = self.section(stage).batch
+        return self.workers.parts(batch, self.accumulate, f"vlm.{stage}.batch")
+
+    def _make_batch(self, stage: StageName, section: VlmStage, step: int, part: slice) -> Batch:
+        """Draw a part of a step's pictures and questions.
+
+        They depend on seed, stage and step alone: all are drawn, and the part's kept.
+        """
         number = STAGES.index(stage) * 10_000_000 + step
         draws = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        rows = torch.randint(len(self.train), (section.batch,), generator=draws).tolist()
-        pixels = augment(self.train.pixels(rows), self.config.jitter, draws)
+        whole = torch.randint(len(self.train), (section.batch,), generator=draws).tolist()
+        rows = whole[part]
+        pixels = augment(self.train.pixels(rows), self.config.jitter, draws, part, section.batch)
         if stage == "see":
-            return Batch(rows, pixels, None, 0, [])
+            return Batch(rows, whole, pixels, None, 0, [])
         goals = self.config.tune.goals if stage == "tune" else 0
         asked = []
-        for r in rows:
+        for r in whole:
             told, other = parted(self.train.records[r].questions)
             asked.append(
                 self._draw(other, section.questions, draws, section.often)
                 + self._draw(told, goals, draws)
             )
+        asked = asked[part]
         plain = [q.answer for each in asked for q in each if q.kind in GOAL_KINDS]
-        return Batch(rows, pixels, self.packer(asked), sum(map(len, asked)), plain)
+        return Batch(rows, whole, pixels, self.packer(asked), sum(map(len, asked)), plain)
 
     @staticmethod
     def _draw(
@@ -584,7 +675,7 @@ class VlmRun:
             now = time.monotonic()
             self.seconds = before + now - begun
             done = self.step >= section.steps
-            late = 0 < deadline_ns <= time.monotonic_ns()
+            late = bool(self.workers.firsts(0 < deadline_ns <= time.monotonic_ns()))
             speaks = self.step % (100 if self.stage == "see" else 10) == 0
             if speaks or done or late:
                 row = {name: total / counted for name, total in sums.items()}
@@ -609,6 +700,8 @@ class VlmRun:
     def _say(self, row: dict[str, Any], tell: Callable[[dict[str, Any]], None] | None) -> None:
         full: dict[str, Any] = {"stage": self.stage, "step": self.step, "samples": self.samples}
         full |= {"pictures": self.pictures_seen, "seconds": round(self.seconds, 1), **row}
+        if not self.workers.first:
+            return
         with (self.out / LOG).open("a") as out:
             out.write(json.dumps(full) + "\n")
         plain = {k: v for k, v in full.items() if not isinstance(v, dict)}
@@ -807,10 +900,11 @@ class VlmRun:
         }
 
     def save(self) -> None:
-        """Write everything that is needed to go on."""
+        """Write everything that is needed to go on: the first worker."""
+        if not self.workers.first:
+            return
         state = {f"weights.{k}": v for k, v in self._learned().items()}
-        chosen = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for index, parameter in enumerate(chosen):
+        for index, parameter in enumerate(self._chosen):
             for name, value in self.optimizer.state[parameter].items():
                 state[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
         about = {
@@ -832,8 +926,7 @@ class VlmRun:
         state, about = read_state(self.out / STATE)
         self._enter(about["stage"])
         self._load_weights(state)
-        chosen = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for index, parameter in enumerate(chosen):
+        for index, parameter in enumerate(self._chosen):
             prefix = f"optimizer.{index}."
             kept = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             if kept:

@@ -12,6 +12,11 @@ frozen), `stage2` (trains the policy too), `export` (writes one folder with the 
 unfinished stage from `policy` on, in order), `understanding` (a head that says which instructions
 are refused; put its file beside the pair's `latent.safetensors`). Repeating a command resumes an
 interrupted stage and skips a finished one.
+
+Several processes train together, each on its own core or GPU, with the same result:
+
+    openhelix train policy data=demonstrations workers=2
+    torchrun --nproc-per-node=8 --no-python openhelix train stage2 data=demonstrations device=cuda
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from openhelix.runtime.core.config import CommandFailed, ConfigError, read_setti
 from openhelix.runtime.core.files import NO_ROOM
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import none_of
+from openhelix.runtime.core.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from openhelix.benchmarks.training.joint import Stage
@@ -40,6 +46,7 @@ class TrainOptions(Options):
 
     stage: Annotated[str, Positional()] = option(..., "what to train or export", "|".join(STAGES))
     skip_bad: bool = option(False, "leave out what cannot be read of a dataset, counted and listed")
+    estimate: bool = option(False, "only say how much memory it takes, and how long")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,15 +60,24 @@ def main(argv: Sequence[str]) -> int:
     options, overrides = parse("train", TrainOptions, argv, __doc__ or "", TrainingConfig)
     if options.stage not in STAGES:
         raise ConfigError(f"stage: {none_of(options.stage, STAGES)}")
-    config = read_settings(TrainingConfig, options.config, overrides)
     from openhelix.benchmarks.training import progress
 
-    if config.tensorboard:
-        progress.check_tensorboard()
     begun = time.monotonic()
-    shown = progress.Showing(progress.open_log(), config.tensorboard)
+    from openhelix.benchmarks.training.curves import check_tracker
+    from openhelix.benchmarks.training.workers import only_first_complains
+
     try:
-        results = run(config, options.stage, shown, options.skip_bad)
+        with only_first_complains():
+            config = with_device(read_settings(TrainingConfig, options.config, overrides))
+            check_tracker(config.tracker)
+        if options.estimate:
+            from openhelix.benchmarks.training.estimate import estimate, told
+
+            found = estimate(config, options.stage)
+            answer(json.dumps(found) if options.as_json else told(found))
+            return 0
+        terminal = progress.open_log()
+        results = started(config, options.stage, options.skip_bad, terminal)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
@@ -69,6 +85,8 @@ def main(argv: Sequence[str]) -> int:
             f"{error.filename}: {error.strerror}; what was saved before is kept, and the same "
             "command goes on"
         ) from None
+    if results is None:  # another worker says it
+        return 0
     if options.as_json:
         answer(json.dumps(results, default=str))
     else:
@@ -76,6 +94,53 @@ def main(argv: Sequence[str]) -> int:
         lines = progress.ending(results, words, time.monotonic() - begun)
         answer("\n".join(lines))
     return 0
+
+
+def with_device(config: TrainingConfig) -> TrainingConfig:
+    """Return the configuration with the device that "auto" means.
+
+    Raises:
+        ConfigError: there is none such.
+    """
+    import torch
+
+    if config.device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = config.model_copy(update={"device": device})
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device: {config.device!r}, but torch sees no CUDA device here")
+    return config
+
+
+def started(
+    config: TrainingConfig, stage: str, skip_bad: bool, terminal: Any
+) -> dict[str, Any] | None:
+    """Train in as many processes as asked for; None in all of them but the first.
+
+    Raises:
+        ConfigError: of settings that contradict how the command was started.
+    """
+    from openhelix.benchmarks.training.progress import Showing
+    from openhelix.benchmarks.training.workers import device_of, joined, started_as
+
+    if config.workers > 1:
+        if started_as()[1] > 1:
+            raise ConfigError(
+                f"workers: {config.workers}, but a launcher has started {started_as()[1]} already; "
+                "leave it 1"
+            )
+        if stage in ("understanding", "export"):
+            raise ConfigError(f"workers: {stage} is made by one process; leave it 1")
+        from openhelix.benchmarks.training.ray_workers import train_on_ray
+
+        return train_on_ray(run, config, stage, skip_bad)
+    with joined(config.device) as workers:
+        own = config.model_copy(update={"device": str(device_of(config.device))})
+        first = workers.first
+        told = own.model_dump(mode="json")
+        shown = Showing(terminal if first else None, first, config.tracker, told)
+        results = run(own, stage, shown, skip_bad, workers)
+    return results if workers.first else None
 
 
 def with_caches(config: TrainingConfig, skip_bad: bool) -> TrainingConfig:
@@ -99,7 +164,11 @@ def with_caches(config: TrainingConfig, skip_bad: bool) -> TrainingConfig:
 
 
 def run(
-    config: TrainingConfig, stage: str, shown: Showing, skip_bad: bool = False
+    config: TrainingConfig,
+    stage: str,
+    shown: Showing,
+    skip_bad: bool = False,
+    workers: Workers = ALONE,
 ) -> dict[str, Any]:
     """Run a stage, or all of them; return what they say of themselves."""
     import torch
@@ -117,14 +186,10 @@ def run(
     # Stages that need no collection, and where each puts what it makes.
     alone = {"vlm": vlm_folder, "understanding": understanding_folder}
 
-    if config.device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        config = config.model_copy(update={"device": device})
     if stage not in alone:
         config.latent.read_out()
-        config = with_caches(config, skip_bad)
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device: {config.device!r}, but torch sees no CUDA device here")
+        made = config
+        config = workers.once(lambda: with_caches(made, skip_bad))
     if config.threads:
         torch.set_num_threads(config.threads)
     deadline = deadline_after(config.time_limit_s)
@@ -133,18 +198,19 @@ def run(
     try:
         for name in ("policy", "stage1", "stage2", "export") if stage == "all" else (stage,):
             if name == "vlm":
-                done.append(run_vlm(config, deadline, shown))
+                done.append(run_vlm(config, deadline, shown, workers))
             elif name == "understanding":
-                done.append(run_understanding(config))
+                done += [run_understanding(config)] if workers.first else []
             elif name == "policy":
-                done.append(run_policy(config, deadline, shown))
+                done.append(run_policy(config, deadline, shown, workers))
             elif name == "prepare":
-                done.append(prepare(config, deadline))
+                done.append(prepare(config, deadline, workers))
             elif name == "export":
-                done.append(export(config))
+                done += [export(config)] if workers.first else []
             else:
                 joint: Stage = "stage1" if name == "stage1" else "stage2"
-                done.append(run_joint(config, joint, deadline, shown))
+                done.append(run_joint(config, joint, deadline, shown, workers))
+            workers.wait()  # until what the next stage reads is written
     except NotDone as stop:
         logging.getLogger(__name__).info("%s; the same command goes on", stop)
         return {"finished": False, "why": str(stop), "folder": folder, "stages": done}

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from openhelix.benchmarks.training.curves import Tracker
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import read_json, replace_file
 from openhelix.runtime.core.paths import cache_folder
@@ -254,8 +255,14 @@ class TrainingConfig(_Section):
         time_limit_s: end the command after this long, saved; 0 for no limit.
         threads: torch threads; 0 leaves torch's own number.
         device: "cpu", "cuda", or "auto": CUDA where there is one.
-        tensorboard: write curves for TensorBoard into each stage's folder as well; needs the
-            extra of that name.
+        tracker: "wandb" or "mlflow" gets the figures too, beside TensorBoard's files in each
+            stage's folder; needs the extra of that name.
+        workers: processes that train together, on a cluster of Ray's; 1 trains in this process, or
+            in those that `torchrun` started. However many, a stage's `batch` is of all together.
+        ray_address: the cluster; None for one on this machine alone.
+        restarts: how often the workers are started again, from what was saved, after one died.
+        accumulate: parts of a worker's share of a batch, worked on one after the other: less
+            memory for the same result.
         understanding: of stage `understanding` alone.
         vlm: the base model's own training, see `openhelix.system2.vlm_config`; read by stage `vlm` alone.
     """
@@ -271,7 +278,11 @@ class TrainingConfig(_Section):
     eval_frames: Count = 128
     time_limit_s: Annotated[float, Field(ge=0)] = 0.0
     log_every: Count = 20
-    tensorboard: bool = False
+    tracker: Tracker = ""
+    workers: Count = 1
+    ray_address: str | None = None
+    restarts: Whole = 3
+    accumulate: Count = 1
     policy: PolicyStage = PolicyStage()
     latent: LatentSection = LatentSection()
     stage1: Stage1 = Stage1()

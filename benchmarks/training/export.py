@@ -164,7 +164,9 @@ def shown(value: Any) -> Any:
 
 
 # Where and how long it ran, and what it showed meanwhile: nothing of the result.
-OWN = ("out", "time_limit_s", "threads", "tensorboard")
+OWN = (
+    "out", "time_limit_s", "threads", "tracker", "workers", "ray_address", "restarts", "accumulate",
+)  # fmt: skip
 
 
 def changed(values: dict[str, Any], defaults: dict[str, Any], prefix: str) -> list[str]:

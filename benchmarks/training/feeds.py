@@ -30,7 +30,9 @@ from openhelix.benchmarks.calvin.wordings import wordings as drawn_wordings
 from openhelix.benchmarks.training.config import REGIMES, LatentSection
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import load_tensors, replace_file, save_tensors, tensor_header
+from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system1.data import Cache
+from openhelix.system1.draws import rand, randint
 from openhelix.system2.latents import digest
 from openhelix.system2.train import (
     CACHEABLE,
@@ -75,7 +77,7 @@ class Ages:
     def draw(self, frames: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return a source's row (B,) for each frame, evenly over those it has, and its age."""
         first, last = self._first[frames], self._last[frames]
-        share = torch.rand(len(frames), generator=generator)
+        share = rand(len(frames), generator=generator)
         rows = first + (share * (last - first + 1)).long()
         return rows, self.age_s(frames, rows)
 
@@ -252,7 +254,7 @@ class Sentences:
 
     def drawn(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         """Return one instruction (B,) a frame, drawn anew."""
-        shares = torch.rand(len(frames), generator=generator)
+        shares = rand(len(frames), generator=generator)
         picked = [
             self._choices(frame)[int(share * len(self._choices(frame)))]
             for frame, share in zip(frames.tolist(), shares.tolist(), strict=True)
@@ -351,8 +353,10 @@ class Store:
         if need > free:
             raise ConfigError(f"out: {need / 1e9:.2f} GB are needed, {free / 1e9:.2f} are free")
 
-    def build(self, encode: Encode, max_gb: float, deadline_ns: int = 0) -> bool:
-        """Make what is missing; return whether all is there.
+    def build(
+        self, encode: Encode, max_gb: float, deadline_ns: int = 0, workers: Workers = ALONE
+    ) -> bool:
+        """Make what is missing, each worker its share; return whether all is there.
 
         Args:
             encode: frames (B,) and instructions (B, P) to tensors with a row a frame.
@@ -360,16 +364,18 @@ class Store:
             deadline_ns: monotonic time after which no further part is begun; 0 for none.
         """
         todo = self.missing()
+        workers.wait()  # until all have looked
         if not todo:
             return True
         self.check_disk(max_gb)
+        missing, todo = todo, todo[workers.rank :: workers.count]
         replace_file(self.folder / ABOUT, (json.dumps(self.identity, indent=1) + "\n").encode())
         size = len(self.layout.frames) * self.layout.bytes_each / 1e9
         log.info("%s: %d frames, at most %.2f GB", self.kind, len(self.layout.frames), size)
         begun, done = time.monotonic_ns(), 0
         for part in todo:
             if deadline_ns and time.monotonic_ns() >= deadline_ns:
-                return False
+                break
             rows = self.layout.rows(part)
             tensors = encode(self.layout.frames[rows], self.layout.instructions[rows])
             save_tensors(self.path(part), tensors)
@@ -383,7 +389,8 @@ class Store:
                 each,
                 left * each / 60,
             )
-        return True
+        workers.wait()
+        return not any(not self.path(part).is_file() for part in missing)
 
     def read(self, rows: Tensor) -> list[dict[str, Tensor]]:
         """Return the tensors of some rows (B,), one dictionary a row."""
@@ -512,7 +519,8 @@ class StateFeed:
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Drawn:
         """See `Feed.draw`; one of the kept sentences is drawn."""
-        which = torch.randint(self._layout.instructions.shape[1], rows.shape, generator=generator)
+        most = self._layout.instructions.shape[1]
+        which = randint(0, most, len(rows), generator=generator)
         device = self._learner.head.act.device
         state = self._kept["state"][rows, which].float().to(device)
         filled = self._kept["filled"][rows, which].to(device)

@@ -8,6 +8,7 @@ latent may be older than the frame it is for, as it is when the robot runs.
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,11 +18,14 @@ from torch import Tensor, nn
 from openhelix.benchmarks.training.config import JointStage, TrainingConfig
 from openhelix.benchmarks.training.feeds import Ages, Drawn, Feed
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system1.checkpoint import Network
 from openhelix.system1.data import Augment, Batch, Cache, relative_rows
+from openhelix.system1.draws import Part, rand
 from openhelix.system1.geometry import Inputs
 from openhelix.system1.latent_adapter import nearest_task
 from openhelix.system1.losses import LossParts
+from openhelix.system1.train import seed_of
 from openhelix.system1.train_loop import BETAS, Ema, Optimizers, cosine_rate, trained
 from openhelix.system2.train import ActionTarget, LossWeights, Sample, System2Learner
 
@@ -58,6 +62,8 @@ class Joint:
         learner: System 2.
         feed: where latents come from.
         clip_text: (n_tasks, dim), what the alignment loss pulls each task's latent to.
+        workers: that train together; what is learned is the same with any number of them, but
+            for the alignment loss, which compares the samples of a part with each other alone.
     """
 
     def __init__(
@@ -69,9 +75,12 @@ class Joint:
         learner: System2Learner,
         feed: Feed,
         clip_text: Tensor | None = None,
+        workers: Workers = ALONE,
     ) -> None:
+        self.workers = workers
         self.config, self.section = config, getattr(config, stage)
         self.cache, self.feed, self.clip_text = cache, feed, clip_text
+        self.parts = workers.parts(self.section.batch, config.accumulate, f"{stage}.batch")
         self.device = torch.device(config.device)
         self.frozen = stage == "stage1"
         if self.frozen:
@@ -119,7 +128,7 @@ class Joint:
 
     def generator(self, step: int, stream: int = 0) -> torch.Generator:
         """Return the generator of a step; its numbers depend on nothing else."""
-        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 4 + stream)
+        return torch.Generator().manual_seed(seed_of(self.config.seed, step, stream))
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return the autocast context that the run asks for."""
@@ -133,32 +142,43 @@ class Joint:
         Raises:
             FloatingPointError: the loss is not finite; the weights are as before.
         """
-        s, generator = self.section, self.generator(number)
+        s, values = self.section, dict[str, float]()
         self.policy.train(not self.frozen)
-        picks = torch.randint(len(self.train_frames), (s.batch,), generator=generator)
-        terms, _ = self.terms(self.train_frames[picks], generator, Augment(), s.draws)
-        loss = torch.stack([value for name, value in terms.items() if name in COUNTED]).sum()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {number} is {loss.item()}")
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        count = self.workers.count * len(self.parts)
+        for rows in self.parts:
+            for name, value in self._learned_from(number, rows, count).items():
+                values[name] = values.get(name, 0.0) + value / count
+        names = list(values)
+        values = dict(
+            zip(names, self.workers.summed([values[name] for name in names]), strict=True)
+        )
+        loss = sum(value for name, value in values.items() if name in COUNTED)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {number} is {loss}")
+        learned = list(trained(self.pair).values())
+        self.workers.add_gradients(learned)
         act = self.act_row()
-        norm = nn.utils.clip_grad_norm_(list(trained(self.pair).values()), s.clip_norm)
+        norm = nn.utils.clip_grad_norm_(learned, s.clip_norm)
         share = cosine_rate(number, s.warmup, s.steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["top"] * share
             optimizer.step()
         self.ema.update(self.pair, number)
-        values = {name: float(value.detach()) for name, value in terms.items()}
-        return {
-            "step": number + 1,
-            "loss": float(loss.detach()),
-            **values,
-            **act,
-            "grad_norm": float(norm),
-        }
+        return {"step": number + 1, "loss": loss, **values, **act, "grad_norm": float(norm)}
+
+    def _learned_from(self, number: int, rows: slice, count: int) -> dict[str, float]:
+        """Collect the gradients of one of a step's `count` parts; return its terms."""
+        s = self.section
+        generator = Part.of(rows, s.batch, seed_of(self.config.seed, number))
+        picks = torch.randint(len(self.train_frames), (s.batch,), generator=generator)
+        frames = self.train_frames[picks]
+        terms, _ = self.terms(frames[rows], generator, Augment(), s.draws, whole=(frames, count))
+        loss = torch.stack([value for name, value in terms.items() if name in COUNTED]).sum()
+        (loss / count).backward()
+        return {name: float(value.detach()) for name, value in terms.items()}
 
     def act_row(self) -> dict[str, float]:
         """Return how far `<ACT>` is from its seed, and its gradient; nothing where it does not learn.
@@ -205,11 +225,13 @@ class Joint:
         augment: Augment | None,
         draws: int,
         noise: torch.Generator | None = None,
+        whole: tuple[Tensor, int] | None = None,
     ) -> tuple[dict[str, Tensor], tuple[Batch, Drawn, Inputs]]:
         """Return the terms of the loss for frames (B,), and what they were made from.
 
         Without `augment` nothing is varied and latents are the newest there are. `noise` is the
-        diffusion's; the other generator when None.
+        diffusion's; the other generator when None. `whole`, the frames of a batch and into how
+        many parts it is divided, scales the policy's terms for the mean over the parts.
         """
         c = self.config.latent
         if augment is None:
@@ -222,24 +244,25 @@ class Joint:
         batch = self.cache.batch(frames, generator, augment, rotation, self.device)
         null = torch.zeros(len(frames), dtype=torch.bool)
         if augment is not None:
-            null = torch.rand(len(frames), generator=generator) < c.null
+            null = rand(len(frames), generator=generator) < c.null
         inputs = with_latent(batch.inputs, drawn.sample.z, age, null)
         parts: list[LossParts] = []
 
         def policy_loss(z: Tensor) -> Tensor:
-            given = replace(inputs, latent=z.unsqueeze(1))
+            given, source, real = replace(inputs, latent=z.unsqueeze(1)), noise or generator, 0.0
+            if whole is not None:
+                real = self.policy.real_rows(self.cache.mask(whole[0]), draws, source)
             with self.precision():
-                parts.append(
-                    self.policy.loss(
-                        given,
-                        batch.rows,
-                        batch.openness,
-                        batch.mask,
-                        draws,
-                        noise or generator,
-                        batch.keyposes,
-                    )
+                found = self.policy.loss(
+                    given,
+                    batch.rows,
+                    batch.openness,
+                    batch.mask,
+                    draws,
+                    source,
+                    batch.keyposes,
                 )
+            parts.append(found if whole is None else found.within(real, whole[1]))
             return parts[0].total
 
         terms = self.learner.losses(

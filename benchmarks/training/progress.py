@@ -1,7 +1,7 @@
 """What a training shows while it goes on, and when it ends.
 
 On a terminal a bar with the time left, under the log's lines; elsewhere one line of the log for
-every row of the history. With `tensorboard=true`, curves in the stage's folder as well.
+every row of the history; curves beside it, see `curves.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn
 
+from openhelix.benchmarks.training.curves import FOLDER, Curves, Tracker, figures_of, opened
 from openhelix.runtime.core.clock import duration_text
-from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.train_loop import LOG, Pace
 
 log = logging.getLogger(__name__)
-CURVES = "tensorboard"
 WINDOW = 100  # steps whose mean time says how long the rest takes
 NEXT = {"policy": "stage1", "stage1": "stage2", "stage2": "export"}
 
@@ -50,17 +49,6 @@ def open_log() -> Console | None:
     return console if console.is_terminal else None
 
 
-def check_tensorboard() -> None:
-    """Raise ConfigError if curves cannot be written for TensorBoard."""
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "tensorboard: the package is not installed; `pip install 'openhelix[tensorboard]'`, "
-            "or leave it false: every figure is in train.json, the curves in loss.png"
-        ) from None
-
-
 class Shown:
     """What is shown of one stage: a `openhelix.system1.train_loop.Watch`.
 
@@ -68,13 +56,22 @@ class Shown:
         stage: its name.
         folder: the stage's.
         terminal: where the bar is drawn; None for lines of the log.
-        curves: whether TensorBoard's files are written.
+        curves: whether figures go anywhere; then to TensorBoard's files and to the tracker.
+        tracker: which.
+        told: the settings it is told.
     """
 
     def __init__(
-        self, stage: str, folder: Path, terminal: Console | None = None, curves: bool = False
+        self,
+        stage: str,
+        folder: Path,
+        terminal: Console | None = None,
+        curves: bool = False,
+        tracker: Tracker = "",
+        told: Mapping[str, Any] | None = None,
     ) -> None:
         self._stage, self._folder = stage, folder
+        self._tracker, self._told = tracker, told or {}
         self._times: deque[tuple[int, int]] = deque(maxlen=WINDOW + 1)  # step, monotonic ns
         self._begun_ns = time.monotonic_ns()
         self._bar = (
@@ -91,7 +88,7 @@ class Shown:
         )
         self._task = None if self._bar is None else self._bar.add_task(stage, total=1.0, said="")
         self._curves = curves
-        self._writer: Any = None
+        self._opened: list[Curves] | None = None
 
     def __enter__(self) -> Shown:
         if self._bar is not None:
@@ -106,8 +103,8 @@ class Shown:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._writer is not None:
-            self._writer.close()
+        for curves in self._opened or ():
+            curves.close()
 
     def __call__(self, row: Mapping[str, Any], pace: Pace, logged: bool) -> None:
         """See `openhelix.system1.train_loop.Watch`."""
@@ -140,29 +137,27 @@ class Shown:
 
     def _write(self, row: Mapping[str, Any]) -> None:
         step = int(row["step"])
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # What a killed run wrote after its last saved step is hidden.
-            place = str(self._folder / CURVES)
-            self._writer = SummaryWriter(log_dir=place, purge_step=step)
-        for name, value in row.items():
-            if isinstance(value, int | float) and name not in ("step", "seconds"):
-                group = (
-                    "held out" if name.startswith(("val_", "accuracy_", "sight_")) else "training"
-                )
-                self._writer.add_scalar(f"{group}/{name.removeprefix('val_')}", value, step)
+        if self._opened is None:
+            self._opened = opened(self._tracker, self._stage, self._folder, step, self._told)
+        for curves in self._opened:
+            curves.add(figures_of(row), step)
 
 
 class Showing:
-    """How the stages of one command are shown: on which terminal, with which curves."""
+    """How the stages of one command are shown; arguments as of `Shown`."""
 
-    def __init__(self, terminal: Console | None = None, curves: bool = False) -> None:
-        self._terminal, self._curves = terminal, curves
+    def __init__(
+        self,
+        terminal: Console | None = None,
+        curves: bool = False,
+        tracker: Tracker = "",
+        told: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._rest = (terminal, curves, tracker, told)
 
     def __call__(self, stage: str, folder: Path) -> Shown:
         """Return what a stage is watched with, a context."""
-        return Shown(stage, folder, self._terminal, self._curves)
+        return Shown(stage, folder, *self._rest)
 
 
 # -- The ending ------------------------------------------------------------------------
@@ -224,7 +219,7 @@ def _curves(done: Sequence[Mapping[str, Any]], folder: Path) -> str:
     ]
     where = drawn[-1] if drawn else folder
     found = str(where / "loss.png") if drawn else "none"
-    if (where / CURVES).is_dir():
+    if (where / FOLDER).is_dir():
         found += f"; tensorboard --logdir {where.parent}"
     return found
 

@@ -52,6 +52,7 @@ from openhelix.runtime.core.files import (
     replace_file,
     save_tensors,
 )
+from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system1.checkpoint import WEIGHTS, Network, load_policy, load_strict, save_policy
 from openhelix.system1.data import Cache
 from openhelix.system1.latent_adapter import adapt_to_latent, task_anchors, with_latent
@@ -66,6 +67,7 @@ from openhelix.system1.train_loop import (
     load_state,
     run_loop,
     save_state,
+    trained,
 )
 from openhelix.system2.latents import LatentHead
 from openhelix.system2.model import load_llava, open_checkpoint, pick_dtype, sha256_file
@@ -110,11 +112,13 @@ def plot_joint(path: Path, stage: str, history: list[dict[str, Any]]) -> None:
 log = logging.getLogger(__name__)
 
 
-def policy_settings(config: TrainingConfig, deadline_ns: int = 0) -> TrainConfig:
+def policy_settings(
+    config: TrainingConfig, deadline_ns: int = 0, workers: Workers = ALONE
+) -> TrainConfig:
     """Return System 1's own configuration of the stage `policy`."""
     p = config.policy
     left = (deadline_ns - time.monotonic_ns()) * 1e-9 if deadline_ns else 0.0
-    told = prepare_told(config) if p.told == "sentence" else None
+    told = workers.once(lambda: prepare_told(config)) if p.told == "sentence" else None
     return TrainConfig(
         cache=config.frames_folders(),
         mix=config.mix,
@@ -131,6 +135,7 @@ def policy_settings(config: TrainingConfig, deadline_ns: int = 0) -> TrainConfig
         plan_s=p.plan_s,
         steps=p.steps,
         batch=p.batch,
+        accumulate=config.accumulate,
         draws=p.draws,
         lr=p.lr,
         weight_decay=p.weight_decay,
@@ -170,6 +175,7 @@ class JointRun:
         stage: which.
         deadline_ns: monotonic time to stop after; 0 for none.
         begin: False only makes what the stage reads, and binds its folder to no settings.
+        workers: that train together, each with a run of its own.
 
     Raises:
         ConfigError: the settings contradict each other, the data, or an earlier run.
@@ -177,9 +183,14 @@ class JointRun:
     """
 
     def __init__(
-        self, config: TrainingConfig, stage: Stage, deadline_ns: int = 0, begin: bool = True
+        self,
+        config: TrainingConfig,
+        stage: Stage,
+        deadline_ns: int = 0,
+        begin: bool = True,
+        workers: Workers = ALONE,
     ) -> None:
-        self.config, self.stage = config, stage
+        self.config, self.stage, self.workers = config, stage, workers
         self.section: JointStage = getattr(config, stage)
         self.folder = config.folder / stage
         self.deadline_ns = deadline_ns
@@ -196,7 +207,7 @@ class JointRun:
         if begin:
             self._settings(write=True)
         feed = self._feed()
-        self.joint = Joint(config, stage, self.cache, policy, self.learner, feed)
+        self.joint = Joint(config, stage, self.cache, policy, self.learner, feed, workers=workers)
         self.joint.act_seed = seed_of(config, self.learner)
         if config.latent.clip:
             self.joint.clip_text = alignment_text(self.joint, self.source)
@@ -209,6 +220,7 @@ class JointRun:
             log.info("%s: going on at step %d", stage, self.step)
         elif begin and self.before is None and self._starts_from_table:
             self._start()
+        workers.same([*trained(self.pair).values(), *self.joint.ema.values.values()])
 
     @property
     def _starts_from_table(self) -> bool:
@@ -242,6 +254,7 @@ class JointRun:
             "latent": section_settings(self.config.latent),
             "seed": self.config.seed,
         }
+        write = write and self.workers.first
         keep_settings(self.folder, own, write)
         origin = self.before or base_policy_folder(self.config)
         if write and origin is not None and not (self.folder / BEGAN).is_file():
@@ -271,7 +284,7 @@ class JointRun:
         def of_frames(frames: Tensor, said: Tensor) -> dict[str, Tensor]:
             return encode(learner, source, section.encode_batch, frames, said)
 
-        if not store.build(of_frames, section.max_gb, self.deadline_ns):
+        if not store.build(of_frames, section.max_gb, self.deadline_ns, self.workers):
             raise NotDone(f"{self.stage}: {kind} not complete when the time limit came")
         return store
 
@@ -296,7 +309,9 @@ class JointRun:
         return self.joint.evaluate() | self.joint.act_gradients()
 
     def save(self) -> None:
-        """Write both systems' average weights, then the state, then the plot."""
+        """Write both systems' average weights, then the state, then the plot: the first worker."""
+        if not self.workers.first:
+            return
         joint, out = self.joint, self.folder
         joint.ema.swap(self.pair)
         self._save_average(out)
@@ -346,7 +361,7 @@ class JointRun:
         """
         s = self.section
         pace = Pace(s.steps, s.eval_every, s.save_every, self.config.log_every, self.deadline_ns)
-        run_loop(self, pace, watch)
+        run_loop(self, pace, watch, self.workers)
         return finished(self.stage, self.folder, self.step, self.history, s.steps)
 
 
@@ -425,7 +440,10 @@ def keep_reading(folder: Path) -> None:
 
 
 def run_policy(
-    config: TrainingConfig, deadline_ns: int, shown: Showing | None = None
+    config: TrainingConfig,
+    deadline_ns: int,
+    shown: Showing | None = None,
+    workers: Workers = ALONE,
 ) -> dict[str, Any]:
     """Train System 1 alone.
 
@@ -434,25 +452,30 @@ def run_policy(
     """
     if config.policy.checkpoint is not None or not config.policy.pretrained:
         return {"stage": "policy", "skipped": True}
-    settings = policy_settings(config, deadline_ns)
+    settings = policy_settings(config, deadline_ns, workers)
     own = {"policy": section_settings(config.policy), "seed": config.seed}
     keep_settings(settings.out, own, write=False)
-    trainer = Trainer(settings)
-    keep_settings(settings.out, own, write=True)
-    if settings.sentences is not None:
-        shutil.copyfile(settings.sentences.with_name(FILE), settings.out / FILE)
+    trainer = Trainer(settings, workers)
+    if workers.first:
+        keep_settings(settings.out, own, write=True)
+        if settings.sentences is not None:
+            shutil.copyfile(settings.sentences.with_name(FILE), settings.out / FILE)
     with (shown or Showing())("policy", settings.out) as watch:
         trainer.run(watch)
     if settings.sentences is not None:
         keep_reading(settings.out)
     steps = config.policy.steps
-    if config.policy.plan_s and trainer.seconds >= config.policy.plan_s:
+    if config.policy.plan_s and workers.firsts(trainer.seconds) >= config.policy.plan_s:
         steps = trainer.step  # as many as there was time for
     return finished("policy", settings.out, trainer.step, trainer.history, steps)
 
 
 def run_joint(
-    config: TrainingConfig, stage: Stage, deadline_ns: int, shown: Showing | None = None
+    config: TrainingConfig,
+    stage: Stage,
+    deadline_ns: int,
+    shown: Showing | None = None,
+    workers: Workers = ALONE,
 ) -> dict[str, Any]:
     """Train a joint stage, unless it is left out.
 
@@ -463,18 +486,18 @@ def run_joint(
     if getattr(config, stage).steps == 0:
         return {"stage": stage, "skipped": True}
     try:
-        run = JointRun(config, stage, deadline_ns)
+        run = JointRun(config, stage, deadline_ns, workers=workers)
         with (shown or Showing())(stage, run.folder) as watch:
             return run.run(watch)
     except FloatingPointError as error:
         raise CommandFailed(f"{stage}: {error}") from error
 
 
-def prepare(config: TrainingConfig, deadline_ns: int) -> dict[str, Any]:
+def prepare(config: TrainingConfig, deadline_ns: int, workers: Workers = ALONE) -> dict[str, Any]:
     """Make what the next joint stage reads, and train nothing."""
     first = config.stage1.steps and not (config.folder / "stage1" / LATENT).is_file()
     stage: Stage = "stage1" if first else "stage2"
-    run = JointRun(config, stage, deadline_ns, begin=False)
+    run = JointRun(config, stage, deadline_ns, begin=False, workers=workers)
     files = list((config.folder / "prepared").rglob("*.safetensors"))
     return {
         "stage": "prepare",

@@ -13,6 +13,7 @@ from openhelix.benchmarks.training.config import NotDone, TrainingConfig
 from openhelix.benchmarks.training.progress import Showing
 from openhelix.runtime.core.config import CommandFailed, ConfigError
 from openhelix.runtime.core.paths import cache_folder
+from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system1.train_loop import Pace
 from openhelix.system2.model import CheckpointError
 from openhelix.system2.prompt import BadInstruction
@@ -64,9 +65,14 @@ def find_or_make_pictures(section: VlmSection) -> Path:
 
 
 def run_vlm(
-    config: TrainingConfig, deadline_ns: int, shown: Showing | None = None
+    config: TrainingConfig,
+    deadline_ns: int,
+    shown: Showing | None = None,
+    workers: Workers = ALONE,
 ) -> dict[str, Any]:
     """Train, or go on training, a base model; write it as a LLaVA folder with its report.
+
+    The first worker writes, and the others return what there is to say without a report.
 
     Raises:
         ConfigError: a setting does not fit the model, the data or the run.
@@ -76,9 +82,10 @@ def run_vlm(
     from openhelix.system2.vlm_train import LLAVA, VlmRun
 
     out = vlm_folder(config)
-    section = config.vlm.model_copy(update={"data": find_or_make_pictures(config.vlm)})
+    data = workers.once(lambda: find_or_make_pictures(config.vlm))
+    section = config.vlm.model_copy(update={"data": data})
     try:
-        run = VlmRun(section, out, config.seed, config.device)
+        run = VlmRun(section, out, config.seed, config.device, config.accumulate, workers)
     except CheckpointError as error:
         raise ConfigError(f"vlm.{error}") from None
     except (ValueError, BadInstruction) as error:
@@ -93,14 +100,16 @@ def run_vlm(
             done = run.run(deadline_ns, tell)
     except FloatingPointError as error:
         raise CommandFailed(str(error)) from None
-    folder = run.export()
+    folder = run.export() if workers.first else out / LLAVA
+    workers.wait()
     if not done:
         stage = run.section(run.stage)
         raise NotDone(
             f"vlm: stopped at step {run.step} of {stage.steps} of {run.stage!r} by the time limit; "
             f"the model so far is in {out / LLAVA}"
         )
-    report = run.report()
+    report = run.report() if workers.first else {}
+    workers.wait()
     short = {
         name: {
             shown: found["all"]["accuracy"] if "all" in found else found["accuracy"]

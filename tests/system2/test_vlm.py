@@ -335,6 +335,28 @@ def test_batches_made_ahead_and_recomputing_change_nothing(
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+def test_parts_one_after_the_other_are_the_batch(tiny_model: str, tmp_path: Path) -> None:
+    """The same losses, whatever is learned from in one go; with instructions among the questions."""
+    write_shard(tmp_path / "data" / "train", 0, with_goals(24))
+    code = tmp_path / "text.safetensors"
+    fitted_code(TextReader(tiny_model, (1, 2)), ["turn left", "turn right", "lift"]).save(code)
+    stage: dict[str, Any] = {"steps": 2, "sight": 0.3, "speech": 0.1}
+    tune = {**stage, "goals": 2, "goal_layers": (1, 2), "goal_code": code}
+    config = section(
+        tmp_path / "data", tiny_model, see=stage, align={"steps": 0}, tune=tune, jitter=1.0
+    )
+    rows: list[list[dict[str, float]]] = []
+    for parts in (1, 4):
+        run = VlmRun(config, tmp_path / str(parts), device="cpu", accumulate=parts)
+        found = [run.train_step() for _ in range(2)]
+        run._enter("tune")
+        rows.append(found + [run.train_step() for _ in range(2)])
+    assert set(rows[0][2]) >= {"sight", "speech", "loss", "right", "goal", "goal_right"}
+    for whole, parted in zip(*rows, strict=True):
+        assert parted == pytest.approx(whole, rel=2e-3, abs=1e-4)
+    assert run.samples == 2 * 8 * (2 + 2)
+
+
 def test_the_clock_ends_the_stages(tiny_model: str, data: Path, tmp_path: Path) -> None:
     from openhelix.benchmarks.training.gpu_vlm import main
 

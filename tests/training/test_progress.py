@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
-import sys
 import time
 
 import pytest
 from rich.console import Console
 
-from openhelix.benchmarks.training.progress import Showing, check_tensorboard, ending
+from openhelix.benchmarks.training.curves import check_tracker
+from openhelix.benchmarks.training.progress import Showing, ending
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.train_loop import Pace, run_loop
 
@@ -72,7 +73,6 @@ def test_curves_for_tensorboard(tmp_path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    check_tensorboard()
     run = Steps()
     with Showing(curves=True)("stage1", tmp_path) as watch:
         run_loop(run, Pace(20, 10, 20, 5), watch)
@@ -86,10 +86,52 @@ def test_curves_for_tensorboard(tmp_path) -> None:
     assert found.Scalars("held out/loss")[-1].value == pytest.approx(1 / 20)
 
 
-def test_tensorboard_that_is_not_installed_is_said_at_once(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ConfigError, match=r"pip install 'openhelix\[tensorboard\]'"):
-        check_tensorboard()
+def test_figures_without_tensorboard_are_said_to_be_in_the_log(
+    tmp_path, monkeypatch, caplog
+) -> None:
+    found = importlib.util.find_spec
+    hidden = ("tensorboard",)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name in hidden else found(name)
+    )
+    with Showing(curves=True)("stage1", tmp_path) as watch:
+        assert run_loop(Steps(), Pace(4, 4, 4, 2), watch)
+    assert "tensorboard is not installed" in caplog.text
+    assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_said_at_once(monkeypatch, tracker) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=rf"tracker: {tracker} .*'openhelix\[{tracker}\]'"):
+        check_tracker(tracker)
+    check_tracker("")
+
+
+def watched(tracker, folder, run) -> None:
+    with Showing(None, True, tracker, {"seed": 3})("stage1", folder / "stage1") as watch:
+        run_loop(run, Pace(20, 10, 20, 5), watch)
+
+
+def test_figures_go_to_mlflow_into_one_run(tmp_path, monkeypatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"file:{tmp_path / 'mlruns'}")
+    watched("mlflow", tmp_path, Steps())
+    watched("mlflow", tmp_path, Steps(10))  # goes on
+    (run,) = mlflow.search_runs(experiment_names=["openhelix"], output_format="list")
+    assert run.data.params == {"seed": "3"}
+    assert run.data.metrics["training/loss"] == pytest.approx(0.5)
+    assert run.data.metrics["held out/loss"] == pytest.approx(1 / 20)
+
+
+def test_figures_go_to_weights_and_biases_without_a_network(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    watched("wandb", tmp_path, Steps())
+    (file,) = (tmp_path / "stage1" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"training/loss" in file.read_bytes() and b"held out/loss" in file.read_bytes()
 
 
 @pytest.mark.parametrize(
