@@ -1,11 +1,12 @@
-"""System 2's checkpoint: a LLaVA with `<ACT>`, assembled on a laptop or taken as it is.
+"""System 2's checkpoint: a vision-language model with `<ACT>`, assembled or taken as it is.
 
 `build()` makes a real `LlavaForConditionalGeneration` folder from parts that a package index
 delivers: SmolLM2-135M-Instruct (GGUF, dequantised) as the language model, a small CLIP-type
 tower and a projector from this project's own weights. `open_checkpoint()` takes that folder,
-or any LLaVA at full size, and says what the engines need to know. For a full-size model
-nothing is copied: LLaVA pads its vocabulary, and `<ACT>` moves into a spare row of the
-embedding table; only a table without a spare row is written anew.
+or a full-size model of any family in `openhelix.system2.families`, and says what the engines need
+to know. Of a full-size model nothing is copied where its embedding table is longer than its
+vocabulary: `<ACT>` moves into a spare row; only a table without one is written anew, and so are
+an adapter's folder, joined with its base, and weights in pickles.
 """
 
 from __future__ import annotations
@@ -36,7 +37,21 @@ from openhelix.runtime.core.files import (
     tensor_header,
 )
 from openhelix.runtime.core.paths import cache_folder, make_in_cache
-from openhelix.system2.prompt import TEMPLATES, PromptBuilder, Template, with_offsets
+from openhelix.system2.families import (
+    FAMILIES,
+    Family,
+    NoTemplate,
+    known_families,
+    told_template,
+)
+from openhelix.system2.prompt import (
+    MAX_SIDE,
+    MIN_SIDE,
+    TEMPLATES,
+    PromptBuilder,
+    Template,
+    with_offsets,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -306,19 +321,31 @@ SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "system2-lapt
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A LLaVA folder (or hub name) ready to serve.
+    """A model's folder (or hub name) ready to serve.
 
-    `model_id` names the weights: a content hash for local folders.
+    Attributes:
+        model_id: names the weights: a content hash for local folders.
+        act_ids: rows of the embedding table that belong to `<ACT>`.
+        n_image: tokens of a picture.
+        kind: of the family, as transformers names it; see `openhelix.system2.families`.
+        side: pixels of the square that pictures are brought to; 0 leaves them as they come.
     """
 
     path: str
     model_id: str
     image_token_id: int
-    act_ids: tuple[int, ...]  # rows of the embedding table that belong to <ACT>
+    act_ids: tuple[int, ...]
     n_image: int
     hidden: int
     layers: int
     template: Template
+    kind: str = "llava"
+    side: int = 0
+
+    @property
+    def family(self) -> Family:
+        """What is particular to models of this kind."""
+        return FAMILIES[self.kind]
 
     def prompts(
         self, n_act: int, vision: bool = True, max_instruction_tokens: int = 96
@@ -326,18 +353,70 @@ class Checkpoint:
         """Return the prompt builder of this checkpoint."""
         if not 1 <= n_act <= len(self.act_ids):
             raise CheckpointError(f"n_act: {n_act}, this checkpoint has 1 to {len(self.act_ids)}")
-        tokenizer = load_tokenizer(self.path)
+        tokenizer, template, family = load_tokenizer(self.path), self.template, self.family
+        alone = template.head if template.alone is None else template.alone
         return PromptBuilder(
             tokenize=with_offsets(tokenizer),
-            template=self.template,
+            template=template,
             image_token_id=self.image_token_id,
             n_image=self.n_image,
             act_ids=self.act_ids[:n_act],
-            bos=tokenizer.bos_token_id if self.template.name == "llava_v1" else None,
-            special=tuple(str(token) for token in tokenizer.get_added_vocab()),
+            bos=family.bos(tokenizer, template.head if vision else alone, vision),
+            special=tuple(word for word in tokenizer.get_added_vocab() if word.strip()),
             max_instruction_tokens=max_instruction_tokens,
             vision=vision,
+            image_word="" if family.untold else image_word(tokenizer, self.image_token_id),
+            around=family.around(tokenizer),
         )
+
+    def image_processor(self) -> Any:
+        """Return what makes pixel values of pictures."""
+        return load_image_processor(self.path, self.kind)
+
+
+def image_word(tokenizer: Any, image_token_id: int) -> str:
+    """Return what a tokenizer calls a picture.
+
+    Raises:
+        CheckpointError: it has no word for the id.
+    """
+    word = tokenizer.convert_ids_to_tokens(image_token_id)
+    if not isinstance(word, str) or tokenizer.convert_tokens_to_ids(word) != image_token_id:
+        raise CheckpointError(
+            f"model: its tokenizer has no word for the picture (id {image_token_id}); take the "
+            "tokenizer files of the model that it was made from"
+        )
+    return word
+
+
+def load_image_processor(path: str, kind: str = "llava") -> Any:
+    """Return the image processor of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    if kind == "llava":
+        return load_processor(path).image_processor
+    from transformers import AutoImageProcessor
+
+    # Without the processor of words and videos beside it, which needs torchvision.
+    try:
+        return AutoImageProcessor.from_pretrained(path)
+    except Exception as error:  # as of `load_tokenizer`
+        raise CheckpointError(_lacks(path, "processor", error)) from error
+
+
+def _lacks(path: Path | str, what: str, error: Exception) -> str:
+    """Return that a folder lacks files that its weights came with, and which to bring."""
+    files = {
+        "processor": "preprocessor_config.json (or processor_config.json)",
+        "tokenizer": "tokenizer.json and tokenizer_config.json",
+    }[what]
+    said = " ".join(str(error).split())
+    return (
+        f"model: {str(path)!r} has no {what} that can be read: copy {files} of the model that it "
+        f"was made from beside the weights ({said[:160]})"
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -352,8 +431,7 @@ def load_tokenizer(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # it has a type of error for everything that a file may hold
-        said = " ".join(str(error).split())
-        raise CheckpointError(f"model: {path!r} has no tokenizer: {said[:200]}") from error
+        raise CheckpointError(_lacks(path, "tokenizer", error)) from error
 
 
 def load_processor(path: Path | str) -> Any:
@@ -367,8 +445,7 @@ def load_processor(path: Path | str) -> Any:
     try:
         return AutoProcessor.from_pretrained(path)
     except Exception as error:  # as of `load_tokenizer`
-        said = " ".join(str(error).split())
-        raise CheckpointError(f"model: {str(path)!r} has no processor: {said[:200]}") from error
+        raise CheckpointError(_lacks(path, "processor", error)) from error
 
 
 def language_model_file() -> Path:
@@ -470,36 +547,57 @@ def builtin(model: str) -> Path:
     return base_from(SHIPPED) if (SHIPPED / LANGUAGE).is_file() else build()
 
 
-def open_checkpoint(model: str = "laptop", n_act: int = 1) -> Checkpoint:
+FROM_CHECKPOINT = "checkpoint"  # the prompt that a checkpoint itself brings
+
+
+def open_checkpoint(
+    model: str = "laptop", n_act: int = 1, prompt: str = FROM_CHECKPOINT, image_side: int = 0
+) -> Checkpoint:
     """Return what the engines need to know about a model.
 
     Args:
         model: "laptop" (the shipped base model), "smollm2" (what its training began with), a
-            local folder (a whole LLaVA, or the few megabytes of a trained base model, see
-            `base_from`), or a hub name such as "llava-hf/llava-1.5-7b-hf".
+            local folder (a whole model, a LoRA adapter of one, or the few megabytes of a trained
+            base model, see `base_from`), or a hub name such as "llava-hf/llava-1.5-7b-hf".
         n_act: how many `<ACT>` rows are wanted.
+        prompt: "checkpoint" takes the checkpoint's own, from its chat template; else a name in
+            `prompt.TEMPLATES`.
+        image_side: pixels of the square that pictures are brought to; 0 takes the family's own.
 
     Raises:
-        CheckpointError: not a LLaVA, or not found.
+        CheckpointError: no model of a known family, or not found.
     """
     path = str(builtin(model)) if model in BUILTIN else model
     if _looks_local(path) and not Path(path).is_dir():
         raise CheckpointError(f"model: no folder {path!r}")
-    if Path(path).is_dir() and is_small(Path(path)):
-        path = str(base_from(Path(path)))
-    described = _describe(path)
+    if Path(path).is_dir():
+        path = _made_whole(path)
+    described = _describe(path, prompt, image_side)
     if not Path(path).is_relative_to(cache_folder()):  # what was made there was made of whole parts
         check_weights(path)
     if len(described.act_ids) < n_act:
-        described = _describe(str(_with_act_rows(path, n_act)))
+        described = _describe(str(_with_act_rows(path, n_act)), prompt, image_side)
     return described
+
+
+def _made_whole(path: str) -> str:
+    """Return the folder of a whole model with safetensors that a folder stands for."""
+    folder = Path(path)
+    if is_small(folder):
+        return str(base_from(folder))
+    if (folder / ADAPTER).is_file():
+        return str(_with_adapter(folder))
+    refuse_foreign(folder)
+    if any(folder.glob("*.safetensors")) or not any(folder.glob("pytorch_model*.bin")):
+        return path
+    return str(_without_pickles(folder))
 
 
 def _looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") != 1
 
 
-def _describe(path: str) -> Checkpoint:
+def _describe(path: str, prompt: str, image_side: int) -> Checkpoint:
     from transformers import AutoConfig
 
     try:
@@ -507,33 +605,97 @@ def _describe(path: str) -> Checkpoint:
     except Exception as error:  # it has a type of error for everything that a file may hold
         said = " ".join(str(error).split())
         raise CheckpointError(f"model: {path!r} cannot be read: {said[:300]}") from error
-    if config.model_type != "llava":
-        raise CheckpointError(f"model: {path!r} is a {config.model_type!r}, want a 'llava'")
-    _check_sizes(path, config)
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise CheckpointError(
+            f"model: {path!r} is a {config.model_type!r}, known families are {known_families()}"
+        )
+    if reason := family.refusal(config):
+        raise CheckpointError(f"model: {path!r}: {reason}")
+    image_token_id = _image_token_id(path, config)
+    _check_sizes(path, config, image_token_id)
     manifest = _manifest(path)
     rows = config.text_config.vocab_size
     act_ids = manifest.get("act_ids")
     if act_ids is None:
-        taken = max(len(load_tokenizer(path)), config.image_token_index + 1)
+        taken = max(len(load_tokenizer(path)), image_token_id + 1)
         act_ids = list(range(taken, min(rows, taken + MAX_ACT)))
     elif max(act_ids, default=0) >= rows:
         raise CheckpointError(
             f"{path}/{MANIFEST}: act_ids: {max(act_ids)} is no row of a table of {rows}"
         )
-    vision = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    # CLIP has a class token, which "default" drops and "full" keeps; SigLIP has none.
-    full = config.vision_feature_select_strategy == "full" and vision.model_type.startswith("clip")
+    if image_side and not MIN_SIDE <= image_side <= MAX_SIDE:
+        raise CheckpointError(f"image_side: {image_side}, want {MIN_SIDE} to {MAX_SIDE} pixels")
+    if image_side and not family.adjustable:
+        raise CheckpointError(
+            f"image_side: {image_side}, a {config.model_type!r} has a picture size of its own"
+        )
+    side, n_image = family.picture(
+        config, lambda: load_image_processor(path, config.model_type), image_side
+    )
+    name = manifest.get("model_id") or _folder_id(path)
     return Checkpoint(
         path=path,
-        model_id=manifest.get("model_id") or _folder_id(path),
-        image_token_id=config.image_token_index,
+        model_id=f"{name}-{side}px" if family.adjustable else name,
+        image_token_id=image_token_id,
         act_ids=tuple(act_ids),
-        n_image=patches + int(full),
+        n_image=n_image,
         hidden=config.text_config.hidden_size,
         layers=config.text_config.num_hidden_layers,
-        template=TEMPLATES[manifest.get("template", "llava_v1")],
+        template=_template(path, prompt, manifest, family, image_token_id),
+        kind=config.model_type,
+        side=side,
     )
+
+
+def _image_token_id(path: str, config: Any) -> int:
+    for name in ("image_token_id", "image_token_index"):
+        found = getattr(config, name, None)
+        if type(found) is int:
+            return found
+    raise CheckpointError(f"{path}/config.json: image_token_id: names no token for the picture")
+
+
+def _template(
+    path: str, prompt: str, manifest: dict[str, Any], family: Family, image_token_id: int
+) -> Template:
+    """Return the prompt that was chosen, or the one that the checkpoint brings."""
+    if prompt != FROM_CHECKPOINT:
+        if prompt not in TEMPLATES:
+            valid = ", ".join((FROM_CHECKPOINT, *TEMPLATES))
+            raise CheckpointError(f"prompt: {prompt!r} is none of {valid}")
+        if family.untold is not None:
+            raise CheckpointError(f"prompt: {family.models} has one prompt, {FROM_CHECKPOINT}")
+        return TEMPLATES[prompt]
+    if "template" in manifest:
+        return TEMPLATES[manifest["template"]]
+    if family.untold is not None:
+        return family.untold
+    tokenizer = load_tokenizer(path)
+    word = image_word(tokenizer, image_token_id)
+    try:
+        return told_template(tokenizer, _chat_template(path, tokenizer), word)
+    except NoTemplate as error:
+        raise CheckpointError(
+            f"model: {path!r} {error}: choose its prompt, prompt={' or '.join(TEMPLATES)}"
+        ) from None
+
+
+def _chat_template(path: str, tokenizer: Any) -> str | None:
+    """Return the chat template of a checkpoint's tokenizer, or else of its processor."""
+    told = tokenizer.chat_template
+    if isinstance(told, dict):  # several by name
+        told = told.get("default")
+    if told:
+        return str(told)
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+    except OSError:  # the hub cannot be reached
+        return None
+    found = read_json(Path(file)).get("chat_template") if file else None
+    return found if isinstance(found, str) else None
 
 
 def _manifest(path: str) -> dict[str, Any]:
@@ -555,7 +717,7 @@ def _manifest(path: str) -> dict[str, Any]:
     return manifest
 
 
-# What a LLaVA's config.json may ask for; a 70B model has 80 layers of width 8192.
+# What a config.json may ask for; a 70B model has 80 layers of width 8192.
 LARGEST = {
     "text_config": {
         "hidden_size": 32_768,
@@ -570,11 +732,13 @@ LARGEST = {
         "num_hidden_layers": 128,
         "image_size": 4096,
         "patch_size": 4096,
+        "depth": 128,
+        "embed_dim": 16_384,
     },
 }
 
 
-def _check_sizes(path: str, config: Any) -> None:
+def _check_sizes(path: str, config: Any, image_token_id: int) -> None:
     """Refuse sizes beyond reason, and a network larger than the weights beside its description.
 
     Raises:
@@ -586,12 +750,13 @@ def _check_sizes(path: str, config: Any) -> None:
             value = getattr(getattr(config, section), name, 1)
             if type(value) is not int or not 1 <= value <= most:
                 raise CheckpointError(f"{file}: {section}.{name}: {value!r} is not in 1..{most}")
-    rows, layers = config.text_config.vocab_size, config.vision_config.num_hidden_layers
-    if not 0 <= config.image_token_index < rows:
+    rows, vision = config.text_config.vocab_size, config.vision_config
+    if not 0 <= image_token_id < rows:
         raise CheckpointError(
-            f"{file}: image_token_index: {config.image_token_index} is no row of a table of {rows}"
+            f"{file}: image_token_index: {image_token_id} is no row of a table of {rows}"
         )
-    taken = config.vision_feature_layer
+    layers: int = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0)
+    taken = getattr(config, "vision_feature_layer", ())
     for layer in taken if isinstance(taken, list | tuple) else (taken,):
         if not -layers - 1 <= layer <= layers:
             raise CheckpointError(
@@ -599,11 +764,13 @@ def _check_sizes(path: str, config: Any) -> None:
             )
     if not Path(path).is_dir():
         return  # of the hub: its files are not here yet
-    _check_pictures(path)
+    # Of the Qwens, the sizes are of areas.
+    most = LARGEST["vision_config"]["image_size"]
+    _check_pictures(path, most**2 if config.model_type.startswith("qwen") else most)
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:
         raise CheckpointError(
-            f"model: {path!r} holds no .safetensors, the only weights that are read"
+            f"model: {path!r} holds no weights: neither .safetensors nor pytorch_model.bin"
         )
     held = 0
     for weights in files:
@@ -612,19 +779,18 @@ def _check_sizes(path: str, config: Any) -> None:
             # transformers would make fractions of them without a word.
             if kind[0] in "IU" and not name.endswith("position_ids"):
                 raise CheckpointError(f"{weights}: {name} is {kind}, needs fractions")
-    text, vision = config.text_config, config.vision_config
+    text = config.text_config
     least = text.vocab_size * text.hidden_size
     least += text.num_hidden_layers * text.hidden_size**2
-    least += vision.num_hidden_layers * vision.hidden_size**2
+    least += layers * getattr(vision, "embed_dim", vision.hidden_size) ** 2
     if least > held:
         raise CheckpointError(
             f"{file}: describes at least {least} weights, the files beside it hold {held}"
         )
 
 
-def _check_pictures(path: str) -> None:
+def _check_pictures(path: str, most: int) -> None:
     """Refuse pictures beyond reason, which the processor would make before the tower refuses."""
-    most = LARGEST["vision_config"]["image_size"]
     for name in ("preprocessor_config.json", "processor_config.json"):
         file = Path(path) / name
         if not file.is_file():
@@ -640,7 +806,7 @@ def _check_pictures(path: str) -> None:
 
 
 def check_weights(path: str) -> None:
-    """Refuse a LLaVA whose weights are not all in its files, or that holds others.
+    """Refuse a model whose weights are not all in its files, or that holds others.
 
     transformers gives what is missing random values, and says so in a table that scrolls by. Here
     nothing is loaded: only names and shapes are compared, as transformers finds them.
@@ -649,12 +815,12 @@ def check_weights(path: str) -> None:
         CheckpointError: naming what is missing, extra or of another shape.
     """
     import torch
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
     with _quietly():
         try:
             with torch.device("meta"):
-                _, found = LlavaForConditionalGeneration.from_pretrained(
+                _, found = AutoModelForImageTextToText.from_pretrained(
                     path,
                     device_map="meta",
                     output_loading_info=True,
@@ -664,6 +830,11 @@ def check_weights(path: str) -> None:
         except Exception as error:  # see `_describe`
             said = " ".join(str(error).split())
             raise CheckpointError(f"model: {path!r} cannot be read: {said[:300]}") from error
+    _refuse_misfits(path, found)
+
+
+def _refuse_misfits(path: str, found: Any) -> None:
+    """Raise CheckpointError if transformers found weights missing, unknown or of other shapes."""
     lines = [f"missing {name}" for name in sorted(found["missing_keys"])]
     lines += [f"unknown {name}" for name in sorted(found["unexpected_keys"])]
     lines += [
@@ -677,8 +848,8 @@ def check_weights(path: str) -> None:
         )
 
 
-def load_llava(path: str | Path, dtype: Any = "auto", **options: Any) -> Any:
-    """Return a checked LLaVA (see `open_checkpoint`) with its weights.
+def load_model(path: str | Path, dtype: Any = "auto", **options: Any) -> Any:
+    """Return a checked model (see `open_checkpoint`) with its weights.
 
     Args:
         path: of its folder.
@@ -688,14 +859,28 @@ def load_llava(path: str | Path, dtype: Any = "auto", **options: Any) -> Any:
     Raises:
         BadFile: a weight is not finite.
     """
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
     with _quietly():
-        model = LlavaForConditionalGeneration.from_pretrained(
+        model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, use_safetensors=True, **options
         )
     check_finite(dict(model.named_parameters()), f"model: {str(path)!r}")
     return model
+
+
+def load_llava(path: str | Path, dtype: Any = "auto", **options: Any) -> Any:
+    """Return a LLaVA as `load_model` does, for what trains or reads its own parts.
+
+    Raises:
+        BadFile: a weight is not finite, or the model is of another family.
+    """
+    from transformers import AutoConfig
+
+    kind = AutoConfig.from_pretrained(path).model_type
+    if kind != "llava":
+        raise CheckpointError(f"model: {str(path)!r} is a {kind!r}, and this needs a 'llava'")
+    return load_model(path, dtype, **options)
 
 
 @contextmanager
@@ -720,7 +905,9 @@ def _folder_id(path: str) -> str:
     if not folder.is_dir():
         return hashlib.sha256(path.encode()).hexdigest()[:16]
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+    for file in sorted(
+        [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"), folder / "config.json"]
+    ):
         digest.update(f"{file.name}:{file.stat().st_size}:".encode())
         with file.open("rb") as stream:
             # A whole 14 GB would take a minute; head and tail tell checkpoints apart.
@@ -731,28 +918,144 @@ def _folder_id(path: str) -> str:
 
 
 def _with_act_rows(path: str, n_act: int) -> Path:
-    """Return a copy of a LLaVA whose embedding table has rows for `<ACT>`."""
+    """Return a copy of a model whose embedding table has rows for `<ACT>`."""
     import torch
 
     key = hashlib.sha256(f"{_FORMAT}:{_folder_id(path)}:{n_act}".encode()).hexdigest()[:16]
 
     def make(out: Path) -> None:
-        model = load_llava(path)
+        model = load_model(path)
         rows = model.get_input_embeddings().weight.shape[0]
-        processor = load_processor(path)
-        taken = max(rows, len(processor.tokenizer))
+        taken = max(rows, len(load_tokenizer(path)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model.resize_token_embeddings(taken + n_act, pad_to_multiple_of=64)
-        model.save_pretrained(out)
-        for file in out.glob("*.safetensors"):
-            rename_tower(file)
-        processor.save_pretrained(out)
+        write_model(model, path, out)
         manifest = {"model_id": key, "act_ids": list(range(taken, taken + n_act))}
-        manifest |= {"template": _manifest(path).get("template", "llava_v1")}
+        manifest |= {k: v for k, v in _manifest(path).items() if k == "template"}
         write_manifest(out, manifest)
 
     return build_once(cache_folder() / "system2" / f"act-{key}", make)
+
+
+def write_model(model: Any, base: Path | str, out: Path) -> None:
+    """Write weights with the tokenizer and processor of the model that they were made from."""
+    model.save_pretrained(out)
+    if model.config.model_type == "llava":
+        for file in out.glob("*.safetensors"):
+            rename_tower(file)
+    source = Path(base)
+    if not source.is_dir():  # of the hub
+        load_processor(base).save_pretrained(out)
+        return
+    for file in sorted(source.iterdir()):
+        if file.name.startswith(WORDS_AND_PICTURES) and not (out / file.name).exists():
+            (shutil.copytree if file.is_dir() else shutil.copyfile)(file, out / file.name)
+
+
+# What a model's folder holds beside its weights and their description.
+WORDS_AND_PICTURES = (
+    *("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template"),
+    *("preprocessor", "processor", "image_processor", "video_preprocessor", "qformer_tokenizer"),
+)
+ADAPTER = "adapter_config.json"
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse what only other projects' code can read, and say what to do instead.
+
+    Raises:
+        CheckpointError: an original LLaVA, or a network whose code lies in the folder.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"model: {str(folder)!r} holds no config.json")
+    found = read_json(file)
+    classes = found.get("architectures") or [str(found.get("model_type"))]
+    if "mm_vision_tower" in found or str(found.get("model_type")) == "llava_llama":
+        raise CheckpointError(
+            f"model: {str(folder)!r} is an original LLaVA ({classes[0]}): turn it into "
+            "transformers' layout (transformers/models/llava/convert_llava_weights_to_hf.py), or "
+            "take the -hf repository of the same model"
+        )
+    if found.get("auto_map") and found.get("model_type") not in FAMILIES:
+        raise CheckpointError(
+            f"model: {str(folder)!r} is a {found.get('model_type')!r} ({classes[0]}), whose network "
+            "is code in its own folder, which is not run; missing is a class of transformers. Known "
+            f"families are {', '.join(FAMILIES)}"
+        )
+
+
+def _without_pickles(folder: Path) -> Path:
+    """Return a copy of a model of `pytorch_model.bin` files, read as tensors alone."""
+    key = hashlib.sha256(f"{_FORMAT}:{_folder_id(str(folder))}".encode()).hexdigest()[:16]
+
+    def make(out: Path) -> None:
+        from transformers import AutoModelForImageTextToText
+
+        with _quietly():
+            try:
+                model, found = AutoModelForImageTextToText.from_pretrained(
+                    folder,
+                    dtype="auto",
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    use_safetensors=False,
+                    weights_only=True,
+                )
+            except Exception as error:  # see `_describe`
+                said = " ".join(str(error).split())
+                raise CheckpointError(
+                    f"model: {str(folder)!r}: pytorch_model.bin cannot be read: {said[:300]}"
+                ) from error
+        _refuse_misfits(str(folder), found)
+        write_model(model, folder, out)
+        write_manifest(out, {"model_id": key, **_manifest(str(folder))})
+
+    return build_once(cache_folder() / "system2" / f"tensors-{key}", make)
+
+
+def _with_adapter(folder: Path) -> Path:
+    """Return a LoRA adapter's base with the adapter merged into it.
+
+    Raises:
+        CheckpointError: the base cannot be had, or the adapter is not of it.
+    """
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    told = f"model: {str(folder)!r} is an adapter of {base!r}"
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{folder / ADAPTER}: base_model_name_or_path: must name a model")
+    try:
+        under = open_checkpoint(base).path
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{told}, which cannot be read here ({error}): write its folder into {ADAPTER} as "
+            "base_model_name_or_path"
+        ) from error
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise CheckpointError(f"{told}, but holds no adapter_model.safetensors")
+    words = f"{_FORMAT}:{_folder_id(under)}:{sha256_file(weights)}:{sha256_file(folder / ADAPTER)}"
+    key = hashlib.sha256(words.encode()).hexdigest()[:16]
+
+    def make(out: Path) -> None:
+        from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+
+        model = load_model(under)
+        try:
+            adapted = get_peft_model(model, PeftConfig.from_pretrained(folder))
+            found = set_peft_model_state_dict(adapted, load_tensors(weights)[0])
+        except (RuntimeError, ValueError, KeyError) as error:
+            said = " ".join(str(error).split())
+            raise CheckpointError(f"{told}, and does not fit it: {said[:200]}") from error
+        if found.unexpected_keys:
+            raise CheckpointError(f"{told}, which has no layer for {found.unexpected_keys[0]}")
+        whole = adapted.merge_and_unload()
+        write_model(whole, under, out)
+        kept = {k: v for k, v in _manifest(under).items() if k in ("template", "act_ids")}
+        write_manifest(out, {"model_id": key, **kept})
+
+    return build_once(cache_folder() / "system2" / f"merged-{key}", make)
 
 
 def pick_dtype(name: str) -> torch.dtype:

@@ -18,6 +18,7 @@ from PIL import Image
 
 # Text to ids and to the (start, stop) character range of each, without special tokens added.
 Tokenize = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
+Around = tuple[tuple[int, ...], tuple[int, ...]]
 MIN_SIDE, MAX_SIDE = 16, 4096  # pixels of an image's sides
 
 
@@ -47,6 +48,7 @@ class Template:
     head: str  # before the image
     body: str  # between image and instruction
     tail: str  # between instruction and <ACT>
+    alone: str | None = None  # before the instruction where no image is shown; None: the head
 
 
 _VICUNA = (
@@ -103,13 +105,16 @@ class Prompt:
     layout: Layout
     image_at: int  # index of the placeholder in `ids`; -1 without vision
     n_image: int
+    around: Around = ((), ())  # what the model's own processor puts before and after the image
+    text: str = ""  # what is asked, in words
 
     def expanded(self, image_token_id: int) -> list[int]:
         """Return the ids with the placeholder repeated once for every image token."""
         if self.image_at < 0:
             return list(self.ids)
         head, tail = self.ids[: self.image_at], self.ids[self.image_at + 1 :]
-        return [*head, *([image_token_id] * self.n_image), *tail]
+        before, after = self.around
+        return [*head, *before, *([image_token_id] * self.n_image), *after, *tail]
 
 
 def clean_instruction(text: Any, special: Sequence[str] = ()) -> str:
@@ -141,7 +146,13 @@ def clean_instruction(text: Any, special: Sequence[str] = ()) -> str:
 class PromptBuilder:
     """Makes prompts for one checkpoint.
 
-    `tokenize` returns ids without special tokens added; `bos` is prepended when not None.
+    Attributes:
+        tokenize: returns ids without special tokens added.
+        bos: prepended when not None.
+        image_word: what the tokenizer calls the image: the prompt is then read in one go, as the
+            model's own processor reads it (a tokenizer may put a space before the first word of
+            what it is given). Empty reads what stands before and after the image apart.
+        around: tokens that the model's processor puts around those of the image.
     """
 
     tokenize: Tokenize
@@ -153,6 +164,8 @@ class PromptBuilder:
     special: tuple[str, ...] = ()
     max_instruction_tokens: int = 96
     vision: bool = True
+    image_word: str = ""
+    around: Around = ((), ())
 
     @property
     def max_length(self) -> int:
@@ -184,31 +197,52 @@ class PromptBuilder:
 
         `words` is the range of characters of `text` that the user said; None takes all.
         """
-        head = [] if self.bos is None else [self.bos]
-        head += self.tokenize(self.template.head)[0] if self.template.head else []
-        n_image = self.n_image if self.vision else 0
-        body = self.template.body if self.vision else ""
-        rest, spans = self.tokenize(body + text + self.template.tail)
-        first, last = len(body), len(body) + len(text)
-        inside = _within(spans, first, last)
+        begun = [] if self.bos is None else [self.bos]
+        before, rest, spans, said_at = self._tokens(text)
+        head = begun + before
+        inside = _within(spans, said_at, said_at + len(text))
         begin, close = words or (0, len(text))
-        said = _within(spans, first + begin, first + close)
-        placeholder = [self.image_token_id] if self.vision else []
-        ids = [*head, *placeholder, *rest, *end]
-        offset = len(head) + n_image
+        said = _within(spans, said_at + begin, said_at + close)
+        around = self.around if self.vision else ((), ())
+        n_image = self.n_image if self.vision else 0
+        first = len(head) + len(around[0])
+        offset = first + n_image + len(around[1])
         length = offset + len(rest) + len(end)
         return Prompt(
-            ids=tuple(ids),
+            ids=(*head, *((self.image_token_id,) if self.vision else ()), *rest, *end),
             layout=Layout(
                 length=length,
-                image=(len(head), offset),
+                image=(first, first + n_image),
                 text=(offset + inside[0], offset + inside[-1] + 1),
                 act=(length - len(end), length),
                 words=(offset + said[0], offset + said[-1] + 1),
             ),
             image_at=len(head) if self.vision else -1,
             n_image=n_image,
+            around=around,
+            text=text,
         )
+
+    def _tokens(self, text: str) -> tuple[list[int], list[int], list[tuple[int, int]], int]:
+        """Return the ids before and after the image, the spans of the latter, and where `text` is.
+
+        Spans and place are in characters of what was tokenized together.
+        """
+        shape = self.template
+        if not self.vision:
+            head = shape.head if shape.alone is None else shape.alone
+            if shape.alone is None:  # the words before the image, and those after it, are two texts
+                before = self.tokenize(head)[0] if head else []
+                return before, *self.tokenize(text + shape.tail), 0
+            ids, spans = self.tokenize(head + text + shape.tail)
+            return [], ids, spans, len(head)
+        if not self.image_word:
+            before = self.tokenize(shape.head)[0] if shape.head else []
+            return before, *self.tokenize(shape.body + text + shape.tail), len(shape.body)
+        opening = shape.head + self.image_word + shape.body
+        ids, spans = self.tokenize(opening + text + shape.tail)
+        at = ids.index(self.image_token_id)
+        return ids[:at], ids[at + 1 :], spans[at + 1 :], len(opening)
 
 
 def _within(spans: Sequence[tuple[int, int]], first: int, last: int) -> list[int]:

@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openhelix.system2.families import act_scale, embedded, picture_tokens
 from openhelix.system2.latents import NEEDS_VISION, LatentHead, read_out, stop_after
-from openhelix.system2.model import Checkpoint, load_processor
+from openhelix.system2.model import Checkpoint
 from openhelix.system2.prompt import QUESTIONS, Layout, Prompt
 
 # ------------------------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ class Prefix:
     def to(self, dtype: torch.dtype) -> Prefix:
         """Return it in another precision; bfloat16 halves the memory."""
         rest = None if self.rest is None else self.rest.to(dtype)
-        return Prefix(self.keys.to(dtype), self.values.to(dtype), self.lengths, rest, self.filled)
+        return replace(self, keys=self.keys.to(dtype), values=self.values.to(dtype), rest=rest)
 
     def at(self, device: torch.device | str) -> Prefix:
         """Return it on a device."""
@@ -98,45 +99,32 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(there) if there else None
 
 
-def embed(
-    model: Any, prompts: Sequence[Prompt], image_token_id: int, features: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the input embeddings (B, T, hidden), padded on the right, and the lengths (B,).
-
-    Args:
-        model: transformers' `LlavaModel`.
-        prompts: of one checkpoint; all with vision or none.
-        features: projected image tokens (B, n_image, hidden), or None without vision.
-    """
-    table = model.get_input_embeddings()
-    device = table.weight.device
-    lengths = torch.tensor([prompt.layout.length for prompt in prompts], device=device)
-    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, : prompt.layout.length] = torch.tensor(prompt.expanded(image_token_id))
-    embeddings = table(ids.to(device))
-    if features is not None:
-        start, stop = prompts[0].layout.image
-        head, tail = embeddings[:, :start], embeddings[:, stop:]
-        embeddings = torch.cat([head, features.to(embeddings.dtype), tail], dim=1)
-    return embeddings, lengths
-
-
 @torch.no_grad()
 def compute_prefix(
     language_model: Any,
     embeddings: Tensor,
     lengths: Tensor,
     rest: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    further: dict[str, Tensor] | None = None,
 ) -> Prefix:
     """Run the frozen language model over the prompts' embeddings (B, T, hidden).
 
-    `rest` makes of the states (B, T, width) what is kept of them, and which rows are filled.
+    `rest` makes of the states (B, T, width) what is kept of them, and which rows are filled;
+    `further` is the family's positions and mask, of which the first T are used.
     """
     from transformers import DynamicCache
 
     cache = DynamicCache(config=language_model.config)
-    output = language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+    until = embeddings.shape[1]
+    output = language_model(
+        inputs_embeds=embeddings,
+        past_key_values=cache,
+        use_cache=True,
+        **{
+            name: value[..., :until] if name == "position_ids" else value[..., :until, :until]
+            for name, value in (further or {}).items()
+        },
+    )
     keys = torch.stack([layer.keys for layer in cache.layers])
     values = torch.stack([layer.values for layer in cache.layers])
     real = torch.arange(keys.shape[3], device=keys.device) < lengths[:, None]  # (B, T)
@@ -145,7 +133,7 @@ def compute_prefix(
     return Prefix(keys * real, values * real, lengths, *kept)
 
 
-def states_after(language_model: Any, prefix: Prefix, act: Tensor) -> Tensor:
+def states_after(language_model: Any, prefix: Prefix, act: Tensor, shift: int = 0) -> Tensor:
     """Return the final states (B, n_act, hidden) of `<ACT>` after each prefix.
 
     Args:
@@ -153,6 +141,7 @@ def states_after(language_model: Any, prefix: Prefix, act: Tensor) -> Tensor:
         prefix: of B samples.
         act: (n_act, hidden) embeddings shared by the batch, or (B, n_act, hidden); gradients
             flow to it and, where they are trainable, to the model's weights at these tokens.
+        shift: by how much their positions differ from their places in the sequence.
     """
     from transformers import DynamicCache
 
@@ -167,7 +156,8 @@ def states_after(language_model: Any, prefix: Prefix, act: Tensor) -> Tensor:
     past = real[:, None, :].expand(batch, n_act, longest)
     causal = torch.ones(n_act, n_act, dtype=torch.bool, device=device).tril()
     mask = torch.cat([past, causal.expand(batch, n_act, n_act)], dim=2)[:, None]
-    positions = prefix.lengths.to(device)[:, None] + torch.arange(n_act, device=device)
+    positions = prefix.lengths.to(device)[:, None] + shift
+    positions = positions + torch.arange(n_act, device=device)
     output = language_model(
         inputs_embeds=act,
         attention_mask=mask,
@@ -286,10 +276,10 @@ class Learned:
 
 
 class System2Learner(nn.Module):
-    """A LLaVA with its latent head and auxiliary head, under one training regime.
+    """A vision-language model with its latent and auxiliary head, under one training regime.
 
     Args:
-        model: transformers' `LlavaModel` (without the vocabulary layer).
+        model: transformers' network without the vocabulary layer (`Family.core`).
         checkpoint: what it was loaded from.
         head: `<ACT>`, projector and pooling; trained in place.
         regime: "frozen" trains projector (and pooling) alone, "prompt" also `<ACT>`, "lora"
@@ -318,7 +308,8 @@ class System2Learner(nn.Module):
         self.aux = ActionHead(checkpoint.hidden * head.config.width)
         self.model = model.requires_grad_(False)
         layers = head.config.layers_of(checkpoint.layers)
-        stop_after(model.language_model, layers, checkpoint.layers)
+        self.family = checkpoint.family
+        stop_after(self.language, layers, checkpoint.layers)
         self.prompts = checkpoint.prompts(head.config.n_act, head.config.vision)
         self._processor: Any = None  # loaded when the first image comes
         if regime == "frozen":
@@ -326,16 +317,26 @@ class System2Learner(nn.Module):
         elif regime == "lora":
             self._add_lora(lora_rank)
         elif regime == "full":
-            self.model.language_model.requires_grad_(True)
-            self.model.multi_modal_projector.requires_grad_(True)
+            self.language.requires_grad_(True)
+            self.family.projector(self.model).requires_grad_(True)
+
+    @property
+    def language(self) -> Any:
+        """The stack of language-model layers."""
+        return self.family.language(self.model)
+
+    def act(self) -> Tensor:
+        """Return `<ACT>` (n_act, hidden) as the language model's layers are given it."""
+        scaled = self.head.act * act_scale(self.model)
+        return scaled.to(self.model.get_input_embeddings().weight.dtype)
 
     def _add_lora(self, rank: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
         names = ["q_proj", "k_proj", "v_proj", "o_proj"]
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
-        inject_adapter_in_model(config, self.model.language_model)
-        for name, parameter in self.model.language_model.named_parameters():
+        inject_adapter_in_model(config, self.language)
+        for name, parameter in self.language.named_parameters():
             parameter.requires_grad_("lora_" in name)
 
     @property
@@ -366,7 +367,7 @@ class System2Learner(nn.Module):
                 f"prefix: with regime {self.regime!r} and read-out {self.head.config.kind!r} "
                 "the prefix changes as training goes on"
             )
-        embeddings, lengths = self._embed(images, texts)
+        embeddings, lengths, further = self._embed(images, texts)
         n_act, kind = self.head.config.n_act, self.head.config.kind
         layouts = [self.prompts(text).layout for text in texts]
 
@@ -382,16 +383,21 @@ class System2Learner(nn.Module):
             return padded, filled.to(padded.device)
 
         return compute_prefix(
-            self.model.language_model,
+            self.language,
             embeddings[:, : int(lengths.max()) - n_act],
             lengths - n_act,
             rest if kind in ("act_words", "act_lang") else None,
+            further,
         )
+
+    @property
+    def shift(self) -> int:
+        """By how much positions behind the picture differ from places in the sequence."""
+        return self.family.shift(self.checkpoint.n_image if self.head.config.vision else 0)
 
     def from_prefix(self, prefix: Prefix) -> Sample:
         """Return read-out and latent of cached samples, with exact gradients."""
-        act = self.head.act.to(self.model.dtype)
-        state = states_after(self.model.language_model, prefix, act).float()
+        state = states_after(self.language, prefix, self.act(), self.shift).float()
         if prefix.rest is None or prefix.filled is None:
             return self.from_states(state, torch.ones_like(state[..., 0], dtype=torch.bool))
         rest = prefix.rest.to(state)
@@ -410,15 +416,15 @@ class System2Learner(nn.Module):
         self, images: Sequence[Image.Image] | Tensor, texts: Sequence[str], question: int = 0
     ) -> Sample:
         """Return read-out and latent with gradients to everything that the regime trains."""
-        embeddings, lengths = self._embed(images, texts, question)
+        embeddings, lengths, further = self._embed(images, texts, question)
         config = self.head.config
         prompts = [self.prompts(text, QUESTIONS[question]) for text in texts]
         # <ACT> in the table is a copy; put the learned one in its place.
         rows = torch.arange(len(texts), device=embeddings.device)[:, None]
         places = lengths[:, None] - config.n_act + torch.arange(config.n_act, device=lengths.device)
-        act = self.head.act.to(embeddings.dtype).expand(len(texts), -1, -1)
+        act = self.act().expand(len(texts), -1, -1)
         embeddings = embeddings.index_put((rows, places), act)
-        output = self.model.language_model(inputs_embeds=embeddings, use_cache=False)
+        output = self.language(inputs_embeds=embeddings, use_cache=False, **further)
         states = output.last_hidden_state
         raw, filled = zip(
             *(
@@ -431,21 +437,22 @@ class System2Learner(nn.Module):
 
     def _embed(
         self, images: Sequence[Image.Image] | Tensor, texts: Sequence[str], question: int = 0
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         prompts = [self.prompts(text, QUESTIONS[question]) for text in texts]
         features = None
         if self.head.config.vision:
-            features = images if isinstance(images, Tensor) else self.image_tokens(images)
-        return embed(self.model, prompts, self.checkpoint.image_token_id, features)
+            asked = [prompt.text for prompt in prompts]
+            features = images if isinstance(images, Tensor) else self.image_tokens(images, asked)
+        return embedded(self.family, self.model, prompts, self.checkpoint.image_token_id, features)
 
-    def image_tokens(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return projected image tokens (B, n_image, hidden)."""
+    def image_tokens(self, images: Sequence[Image.Image], asked: Sequence[str] = ()) -> Tensor:
+        """Return projected image tokens (B, n_image, hidden).
+
+        `asked` is what each picture is asked, which some families look for (`reads_words`).
+        """
         if self._processor is None:
-            self._processor = load_processor(self.checkpoint.path).image_processor
-        pixels = self._processor(list(images), return_tensors="pt")["pixel_values"]
-        weight = self.model.multi_modal_projector.linear_1.weight
-        output = self.model.get_image_features(pixel_values=pixels.to(weight), return_dict=True)
-        return torch.stack(list(output.pooler_output))
+            self._processor = self.checkpoint.image_processor()
+        return picture_tokens(self.checkpoint, self.model, self._processor, images, asked)
 
     @torch.no_grad()
     def text_embedding(self, texts: Sequence[str]) -> Tensor:
@@ -456,7 +463,7 @@ class System2Learner(nn.Module):
         rows = []
         for text in texts:
             ids = torch.tensor([self.prompts.tokenize(text)[0]], device=self.model.device)
-            rows.append(self.model.language_model(input_ids=ids).last_hidden_state[0].mean(dim=0))
+            rows.append(self.language(input_ids=ids).last_hidden_state[0].mean(dim=0))
         return torch.stack(rows).float()
 
     def losses(
@@ -514,11 +521,16 @@ def encode_states(
     """
     config, each = learner.head.config, len(texts[0])
     flat = [text for row in texts for text in row]
-    if not config.vision or config.kind in NEEDS_VISION:
+    apart = not learner.family.causal or learner.family.reads_words
+    if not config.vision or config.kind in NEEDS_VISION or apart:
         pictures: Sequence[Image.Image] | Tensor = images
-        if config.vision:
-            tokens = images if isinstance(images, Tensor) else learner.image_tokens(images)
-            pictures = tokens.repeat_interleave(each, 0)
+        if config.vision and not isinstance(images, Tensor):
+            if learner.family.reads_words:
+                pictures = [image for image in images for _ in range(each)]
+            else:
+                pictures = learner.image_tokens(images).repeat_interleave(each, 0)
+        elif isinstance(images, Tensor):
+            pictures = images.repeat_interleave(each, 0)
         sample = learner(pictures, flat)
         return sample.state.unflatten(0, (-1, each)), sample.filled.unflatten(0, (-1, each))
     prompts = [learner.prompts(text) for text in flat]
@@ -527,7 +539,7 @@ def encode_states(
     if config.kind == "lang_mean":  # nothing behind the words is read
         tail = tail[:, : max(shifted(prompt.layout).words[1] for prompt in prompts)]
     repeated = prefix.rows(torch.arange(len(texts)).repeat_interleave(each))
-    states = states_after(learner.model.language_model, repeated, tail).float()
+    states = states_after(learner.language, repeated, tail, learner.shift).float()
     raw, marks = [], []
     for row, prompt in enumerate(prompts):
         layout = shifted(prompt.layout)
@@ -542,21 +554,22 @@ def image_prefix(
 ) -> Prefix:
     """Return keys and values of the prompts' words before the image and of the image (B)."""
     features = images if isinstance(images, Tensor) else learner.image_tokens(images)
-    model = learner.model
-    embeddings, _ = embed(model, prompts, learner.checkpoint.image_token_id, features)
+    embeddings, _, further = embedded(
+        learner.family, learner.model, prompts, learner.checkpoint.image_token_id, features
+    )
     stop = prompts[0].layout.image[1]
     lengths = torch.full((len(prompts),), stop, device=embeddings.device)
-    return compute_prefix(model.language_model, embeddings[:, :stop], lengths)
+    return compute_prefix(learner.language, embeddings[:, :stop], lengths, further=further)
 
 
 def sentence_tail(learner: System2Learner, prompts: Sequence[Prompt]) -> Tensor:
     """Return the embeddings (B, T, hidden) of what follows the image, padded on the right."""
     table = learner.model.get_input_embeddings()
-    act = learner.head.act.to(table.weight)
+    act = learner.act()
     longest = max(p.layout.length - p.layout.image[1] for p in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        rest = prompt.ids[prompt.image_at + 1 :]
+        rest = (*prompt.around[1], *prompt.ids[prompt.image_at + 1 :])
         ids[row, : len(rest)] = torch.tensor(rest)
     tail = table(ids.to(table.weight.device))
     for row, prompt in enumerate(prompts):

@@ -52,6 +52,7 @@ from openhelix.system2.model import (
     write_manifest,
 )
 from openhelix.system2.pretrain import augment
+from openhelix.system2.prompt import TEMPLATES
 from openhelix.system2.text import TextCode, TextReader, fitted_code
 from openhelix.system2.vlm import (
     IGNORED,
@@ -991,7 +992,8 @@ class VlmRun:
         load_processor(self.checkpoint.path).save_pretrained(part)
         manifest = Path(self.checkpoint.path) / MANIFEST
         about = read_json(manifest) if manifest.is_file() else {}
-        about |= {"template": self.checkpoint.template.name}
+        if self.checkpoint.template.name in TEMPLATES:  # else its chat template says it
+            about |= {"template": self.checkpoint.template.name}
         digests = [sha256_file(file) for file in sorted(part.glob("*.safetensors"))]
         about["model_id"] = "-".join(digest[:16] for digest in digests)
         about["trained"] = {"stage": self.stage, "step": self.step, "samples": self.samples}

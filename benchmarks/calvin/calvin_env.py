@@ -32,6 +32,7 @@ from openhelix.benchmarks.calvin.spaces import parse_action
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import F64, CameraFrame
 from openhelix.runtime.core.paths import cache_folder
+from openhelix.runtime.robots.pipe import pack, receive
 
 CAMERAS = ("static", "gripper")
 NEEDS = (
@@ -275,7 +276,7 @@ class CalvinEnv:
             raise CalvinError("calvin_env: this env is closed")
         try:
             self._pipe.settimeout(CALL_TIMEOUT_S)
-            self._pipe.sendall(calvin_env_child.pack({"call": name, **arguments}))
+            self._pipe.sendall(pack({"call": name, **arguments}))
         except OSError as error:
             raise self._died(error) from error
         return self._receive(CALL_TIMEOUT_S)
@@ -283,7 +284,7 @@ class CalvinEnv:
     def _receive(self, timeout_s: float) -> dict[str, Any]:
         self._pipe.settimeout(timeout_s)
         try:
-            reply = calvin_env_child.receive(self._pipe)
+            reply = receive(self._pipe)
         except TimeoutError as error:
             self._process.kill()
             raise self._died(error, f"did not answer within {timeout_s:g} s") from error

@@ -2,8 +2,8 @@
 
 It may run under another interpreter than the project's (calvin_env needs gym and hydra,
 which the project does not), so it uses the standard library, NumPy and calvin_env only.
-calvin_env and Bullet print to standard output, hence a socket of its own for the replies: a
-length, a JSON header, then the arrays' raw bytes. Nothing on the wire can run code.
+calvin_env and Bullet print to standard output, hence a socket of its own for the replies; see
+`runtime/robots/pipe.py`.
 
 Arguments: descriptor of the socket, folder of the calvin_env checkout, scene, and the
 cameras with commas between them.
@@ -24,68 +24,11 @@ from typing import Any
 
 import numpy as np
 
-PREFIX = struct.Struct("<IQ")  # bytes of the header, bytes of the buffers
-ARRAY = "__array__"
+# By its path, since the interpreter that runs this may lack all that the package imports.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "runtime" / "robots"))
+from pipe import pack, receive  # noqa: E402
 
-
-def pack(message: Any) -> bytes:
-    """A tree of dicts, sequences, numbers, strings and arrays as bytes.
-
-    Tuples become lists; arrays keep dtype, shape and every bit.
-    """
-    buffers: list[bytes] = []
-
-    def encode(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            data = np.ascontiguousarray(value)
-            buffers.append(data.tobytes())
-            return {ARRAY: [data.dtype.str, list(data.shape)]}
-        if isinstance(value, np.generic):
-            return value.item()
-        raise TypeError(f"message: {type(value).__name__} cannot be sent")
-
-    header = json.dumps(message, default=encode, separators=(",", ":")).encode()
-    body = b"".join(buffers)
-    return PREFIX.pack(len(header), len(body)) + header + body
-
-
-def unpack(header: bytes, body: bytes) -> Any:
-    """The inverse of `pack`; arrays come back writable, tuples as lists."""
-    offset = 0
-
-    def decode(node: dict[str, Any]) -> Any:
-        nonlocal offset
-        if set(node) != {ARRAY}:
-            return node
-        dtype, shape = np.dtype(node[ARRAY][0]), tuple(node[ARRAY][1])
-        count = int(np.prod(shape, dtype=np.int64))
-        array = np.frombuffer(body, dtype, count, offset).reshape(shape).copy()
-        offset += count * dtype.itemsize
-        return array
-
-    # json calls the hook in the order in which the arrays were written
-    return json.loads(header, object_hook=decode)
-
-
-def receive(pipe: socket.socket) -> Any:
-    """Wait for one message.
-
-    Raises:
-        EOFError: The other side is gone.
-    """
-    header, body = PREFIX.unpack(_exactly(pipe, PREFIX.size))
-    return unpack(_exactly(pipe, header), _exactly(pipe, body))
-
-
-def _exactly(pipe: socket.socket, count: int) -> bytes:
-    data = bytearray(count)
-    view, done = memoryview(data), 0
-    while done < count:
-        got = pipe.recv_into(view[done:])
-        if not got:
-            raise EOFError("the other process closed the connection")
-        done += got
-    return bytes(data)
+sys.path.pop(0)
 
 
 def make_env(checkout: Path, scene: str, cameras: list[str]) -> Any:

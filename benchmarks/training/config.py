@@ -99,7 +99,9 @@ class LatentSection(_Section):
     """System 2: which model, which read-out, what of it learns, and where its states come from.
 
     Attributes:
-        model: "laptop", "smollm2", a LLaVA's folder, or a hub name.
+        model: "laptop", "smollm2", a model's folder, or a hub name, of any family in
+            `openhelix.system2.families`.
+        prompt, image_side: as in `openhelix.system2.engines.base`.
         kind, n_act, layer, layers, text_rows, vision: the read-out; see `openhelix.system2.latents`.
         regime: what of the language model learns.
         lora_rank: of regime "lora".
@@ -130,6 +132,8 @@ class LatentSection(_Section):
     """
 
     model: str = "laptop"
+    prompt: str = "checkpoint"
+    image_side: Whole = 0
     kind: str = "act_last"
     n_act: Count = 1
     layer: Whole = 0

@@ -47,7 +47,7 @@ from openhelix.system1.model import gaussian
 from openhelix.system1.sentences import Sentences
 from openhelix.system1.train_loop import LOG
 from openhelix.system2.latents import LatentHead
-from openhelix.system2.model import VISION, is_small, load_processor, open_checkpoint
+from openhelix.system2.model import VISION, is_small, open_checkpoint
 from openhelix.system2.text import FILE
 
 # -- The card: data, command, seed, hours and losses, for people and for checks --------
@@ -317,16 +317,17 @@ def ship_system2(config: TrainingConfig, file: Path, source: Path, out: Path) ->
     out.mkdir(parents=True)
     head = LatentHead.load(file)
     model = Path(config.latent.model).expanduser()
+    asked = (config.latent.prompt, config.latent.image_side)
     if is_small(model):
         for part in (VISION, LANGUAGE):
             if (model / part).is_file():
                 shutil.copyfile(model / part, out / part)
-        checkpoint = open_checkpoint(str(out), head.config.n_act)
+        checkpoint = open_checkpoint(str(out), head.config.n_act, *asked)
     else:
-        checkpoint = open_checkpoint(config.latent.model, head.config.n_act)
+        checkpoint = open_checkpoint(config.latent.model, head.config.n_act, *asked)
     if (source / LANGUAGE).is_file():
         path = merged(config, source, checkpoint.path, out / "llava")
-        checkpoint = open_checkpoint(str(path), head.config.n_act)
+        checkpoint = open_checkpoint(str(path), head.config.n_act, *asked)
     note = {"stage": source.name, "model": shown(config.latent.model)}
     exact = turned_by_half(head) <= EXACT_TURN
     dtype = torch.float16 if exact else torch.float32
@@ -349,16 +350,18 @@ def turned_by_half(head: LatentHead) -> float:
 def merged(config: TrainingConfig, source: Path, base: str, out: Path) -> Path:
     """Write a LLaVA folder with the trained language model, adapters merged into it."""
 
+    from openhelix.system2.families import FAMILIES
     from openhelix.system2.model import (
         MANIFEST,
-        load_llava,
-        rename_tower,
+        load_model,
         sha256_file,
         write_manifest,
+        write_model,
     )
 
-    model = load_llava(base, torch.float32)
-    state, learned = model.model.state_dict(), load_tensors(source / LANGUAGE)[0]
+    model = load_model(base, torch.float32)
+    core = FAMILIES[model.config.model_type].core(model)
+    state, learned = core.state_dict(), load_tensors(source / LANGUAGE)[0]
     for name, tensor in learned.items():
         if ".lora_" not in name:
             state[name] = tensor
@@ -367,11 +370,9 @@ def merged(config: TrainingConfig, source: Path, base: str, out: Path) -> Path:
             place = name.partition(".lora_A.")[0] + ".weight"
             # alpha / rank is 2, as `System2Learner` sets it.
             state[place] = state[place] + 2.0 * other @ tensor
-    model.model.load_state_dict(state)
-    model.to(torch.bfloat16).save_pretrained(out)
-    for file in out.glob("*.safetensors"):
-        rename_tower(file)
-    load_processor(base).save_pretrained(out)
+    core.load_state_dict(state)
+    out.mkdir(parents=True, exist_ok=True)
+    write_model(model.to(torch.bfloat16), base, out)
     manifest = Path(base) / MANIFEST
     about = read_json(manifest) if manifest.is_file() else {}
     about["model_id"] = sha256_file(source / LANGUAGE)[:16]

@@ -460,7 +460,8 @@ class LiveFeed:
     """The language model runs in every step, with gradients to whatever its regime trains.
 
     Tower and vision projector learn in regime "full" alone; else a picture's tokens are kept
-    from the first time it is seen, where all pictures' fit into `max_bytes`.
+    from the first time it is seen, where all pictures' fit into `max_bytes` and are the same
+    whatever is asked of them.
     """
 
     def __init__(self, learner: System2Learner, source: Source, max_bytes: float) -> None:
@@ -469,7 +470,8 @@ class LiveFeed:
         shape = (len(self.frames), learner.checkpoint.n_image, learner.checkpoint.hidden)
         small = shape[0] * shape[1] * shape[2] * learner.model.dtype.itemsize <= max_bytes
         self._kept: Tensor | None = None
-        if small and learner.head.config.vision and learner.regime != "full":
+        same = learner.regime != "full" and not learner.family.reads_words
+        if small and learner.head.config.vision and same:
             self._kept = torch.empty(shape, dtype=learner.model.dtype, device=learner.model.device)
         self._seen = torch.zeros(len(self.frames), dtype=torch.bool)
 
@@ -621,6 +623,7 @@ def about(learner: System2Learner, source: Source, section: LatentSection) -> di
     """Return what every kept tensor depends on."""
     return {
         "model": learner.checkpoint.model_id,
+        "prompt": learner.checkpoint.template.name,
         "n_act": section.n_act,
         "vision": section.vision,
         "dtype": str(learner.model.dtype),

@@ -70,7 +70,7 @@ from openhelix.system1.train_loop import (
     trained,
 )
 from openhelix.system2.latents import LatentHead
-from openhelix.system2.model import load_llava, open_checkpoint, pick_dtype, sha256_file
+from openhelix.system2.model import load_model, open_checkpoint, pick_dtype, sha256_file
 from openhelix.system2.probe import WordSpace
 from openhelix.system2.text import FILE, TextCode
 from openhelix.system2.train import System2Learner
@@ -374,11 +374,10 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
 
     section, regime = config.latent, regime_of(config.latent, stage)
     read_out = section.read_out()
-    checkpoint = open_checkpoint(section.model, section.n_act)
+    checkpoint = open_checkpoint(section.model, section.n_act, section.prompt, section.image_side)
     read_out.layers_of(checkpoint.layers)
     dtype = torch.float32 if regime in ("lora", "full") else pick_dtype(section.dtype)
-    whole = load_llava(checkpoint.path, dtype)
-    model = whole.model.eval()
+    model = checkpoint.family.core(load_model(checkpoint.path, dtype)).eval()
     table = model.get_input_embeddings().weight[: checkpoint.act_ids[0]]
     if before is None and section.init is not None:
         head = LatentHead.load(section.init.expanduser())

@@ -28,6 +28,7 @@ from openhelix.system2.latents import (
     with_act,
 )
 from openhelix.system2.model import (
+    FROM_CHECKPOINT,
     SHIPPED,
     CheckpointError,
     load_tokenizer,
@@ -57,7 +58,8 @@ class EngineBase:
     """An engine without its model; see `openhelix.runtime.core.interfaces.Engine`.
 
     Args:
-        model: "laptop", "smollm2", a LLaVA folder, or a hub name.
+        model: "laptop", "smollm2", a model's folder, or a hub name; of any family in
+            `openhelix.system2.families` that this engine gives.
         kind, n_act, layer, text_rows, vision, layers: the read-out, see `latents.LatentConfig`;
             what is None comes from `latent_projector`, or is the default.
         latent_projector: file with `<ACT>` and projector; None takes the shipped one for the
@@ -76,10 +78,16 @@ class EngineBase:
         untrained: take random `<ACT>` and projector where no `latent_projector` is given, not the
             shipped ones; a run refuses random ones that nobody asked for
             (`openhelix.runtime.control.assembly.make`).
+        prompt: "checkpoint" asks in the words of the checkpoint's own chat template; else a name in
+            `prompt.TEMPLATES`.
+        image_side: pixels of the square that pictures are brought to, where the family leaves it
+            open; 0 takes its own.
 
     Attributes:
         untrained: whether `<ACT>` and projector are random.
     """
+
+    name = ""  # as a family lists the engines that give it
 
     def __init__(
         self,
@@ -101,6 +109,8 @@ class EngineBase:
         blind: bool = False,
         understanding: Path | str | None = None,
         shown: str = "given",
+        prompt: str = FROM_CHECKPOINT,
+        image_side: int = 0,
     ) -> None:
         config = with_act(
             None,
@@ -125,7 +135,14 @@ class EngineBase:
         self._others = _pictures(shown)
         self._leaves_out = shown == "none"
         wanted = latent_projector.config if latent_projector is not None else config
-        self.checkpoint = open_checkpoint(model, wanted.n_act if wanted is not None else 1)
+        self.checkpoint = open_checkpoint(
+            model, wanted.n_act if wanted is not None else 1, prompt, image_side
+        )
+        if self.name not in self.checkpoint.family.engines:
+            raise CheckpointError(
+                f"model: a {self.checkpoint.kind!r} is given by the engine "
+                f"{' or '.join(self.checkpoint.family.engines)}, not by {self.name}"
+            )
         if threads:
             torch.set_num_threads(threads)
         self._lock = threading.Lock()

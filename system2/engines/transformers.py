@@ -1,8 +1,8 @@
-"""The plain engine: transformers' own LLaVA, one forward pass, no generation.
+"""The plain engine: transformers' own networks, one forward pass, no generation.
 
 It gives every read-out, including middle layers, runs wherever torch runs, and is what the
 served engine is checked against. Prompts of a batch are padded on the right: with causal
-attention no real token can see the padding.
+attention no real token can see the padding, and a family without it says so in its mask.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from PIL import Image
 from torch import Tensor
 
 from openhelix.system2.engines.base import EngineBase
+from openhelix.system2.families import embedded, picture_tokens
 from openhelix.system2.latents import LatentConfig, stop_after
-from openhelix.system2.model import load_llava, load_processor
+from openhelix.system2.model import load_model
 from openhelix.system2.prompt import Prompt
 
 
 class TransformersEngine(EngineBase):
-    """System 2 on `LlavaForConditionalGeneration`; options as in `EngineBase`.
+    """System 2 on transformers' image-text models; options as in `EngineBase`.
 
     Args:
         device: "auto" (CUDA when there is one), "cpu", or any torch device.
     """
+
+    name = "transformers"
 
     def __init__(self, model: str = "laptop", *, device: str = "auto", **options: Any) -> None:
         if device == "auto":
@@ -34,16 +37,19 @@ class TransformersEngine(EngineBase):
         super().__init__(model, **options)
 
     def _load(self, config: Any, max_instruction_tokens: int) -> None:
-        model = load_llava(self.checkpoint.path, self._dtype)
+        family = self.checkpoint.family
         # The vocabulary's output layer is never read: the latent is a hidden state.
-        self._model = model.model.eval().requires_grad_(False)
+        core = family.core(load_model(self.checkpoint.path, self._dtype))
+        self._model = core.eval().requires_grad_(False)
+        self._language = family.language(core)
         layers = (config or LatentConfig()).layers_of(self.checkpoint.layers)
-        stop_after(self._model.language_model, layers, self.checkpoint.layers)
+        stop_after(self._language, layers, self.checkpoint.layers)
         self._model.to(self._device)
-        self._image_processor = load_processor(self.checkpoint.path).image_processor
+        self._image_processor = self.checkpoint.image_processor()
 
     def _table(self) -> Tensor:
-        return self._model.language_model.embed_tokens.weight.detach()
+        table: Tensor = self._model.get_input_embeddings().weight
+        return table.detach()
 
     def _write_act(self, rows: Sequence[int], act: Tensor) -> None:
         table = self._table()
@@ -51,18 +57,15 @@ class TransformersEngine(EngineBase):
             table[list(rows)] = act.to(table)
 
     def _hidden(self, images: list[Image.Image], prompts: list[Prompt]) -> list[Tensor]:
-        longest = max(prompt.layout.length for prompt in prompts)
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : prompt.layout.length] = torch.tensor(
-                prompt.expanded(self.checkpoint.image_token_id)
-            )
-        embeddings = self._model.get_input_embeddings()(ids.to(self._device))
-        if self._looks:
-            features = self.image_features(images)
-            start, stop = prompts[0].layout.image
-            embeddings[:, start:stop] = features
-        output = self._model.language_model(inputs_embeds=embeddings, use_cache=False)
+        features = self.image_features(images, prompts) if self._looks else None
+        embeddings, _, further = embedded(
+            self.checkpoint.family,
+            self._model,
+            prompts,
+            self.checkpoint.image_token_id,
+            features,
+        )
+        output = self._language(inputs_embeds=embeddings, use_cache=False, **further)
         states = output.last_hidden_state
         return [states[row, : prompt.layout.length] for row, prompt in enumerate(prompts)]
 
@@ -71,18 +74,16 @@ class TransformersEngine(EngineBase):
         for row, tokens in zip(ids, rows, strict=True):
             row[: len(tokens)] = torch.tensor(tokens)
         embeddings = self._model.get_input_embeddings()(ids.to(self._device))
-        output = self._model.language_model(inputs_embeds=embeddings, use_cache=False)
+        output = self._language(inputs_embeds=embeddings, use_cache=False)
         states = output.last_hidden_state
         return [states[row, : len(tokens)] for row, tokens in enumerate(rows)]
 
-    def image_features(self, images: list[Image.Image]) -> Tensor:
-        """Return the projected image tokens (B, n_image, hidden)."""
-        pixels = self._image_processor(images, return_tensors="pt")["pixel_values"]
-        output = self._model.get_image_features(
-            pixel_values=pixels.to(self._device, self._dtype), return_dict=True
+    def image_features(self, images: list[Image.Image], prompts: Sequence[Prompt] = ()) -> Tensor:
+        """Return the picture's tokens (B, n_image, hidden); some families look for what is asked."""
+        return picture_tokens(
+            self.checkpoint, self._model, self._image_processor, images, [p.text for p in prompts]
         )
-        return torch.stack(list(output.pooler_output))
 
     def close(self) -> None:
         super().close()
-        self._model = None
+        self._model = self._language = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from openhelix.runtime.core.paths import cache_folder
 from openhelix.system2.answering import MAX_WORDS, AnswerPrompts
 from openhelix.system2.engines.base import EncodeError, EngineBase
 from openhelix.system2.engines.vllm_plugin import register
+from openhelix.system2.families import squared
 from openhelix.system2.latents import LatentConfig, stop_vllm_after
 from openhelix.system2.model import Checkpoint, CheckpointError, build_once, pick_dtype
 from openhelix.system2.prompt import Prompt, as_batch
@@ -48,10 +50,11 @@ UNKNOWN = "<unk>"
 def serving_folder(checkpoint: Checkpoint) -> str:
     """Return a folder with links to the checkpoint's files and a tokenizer of two words.
 
-    A hub name, and a folder whose processor does not say its image's word, stay as they are.
+    A hub name, a folder whose processor does not say its image's word, and a family whose
+    processor wants more words than that, stay as they are.
     """
     source = Path(checkpoint.path).resolve()
-    image_token = _image_token(source)
+    image_token = None if checkpoint.family.moving else _image_token(source)
     if image_token is None:
         return checkpoint.path
     words = f"{_FORMAT}:{source}:{checkpoint.model_id}:{image_token}:{checkpoint.image_token_id}"
@@ -104,6 +107,8 @@ class VllmEngine(EngineBase):
             not for a read-out after middle layers.
     """
 
+    name = "vllm"
+
     def __init__(
         self,
         model: str = "laptop",
@@ -118,6 +123,7 @@ class VllmEngine(EngineBase):
 
     def _load(self, config: LatentConfig | None, max_instruction_tokens: int) -> None:
         config = config or LatentConfig()
+        _check_served(self.checkpoint)
         # Read when vllm is imported or the engine is built; a value set by the user stands.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -196,7 +202,7 @@ class VllmEngine(EngineBase):
 
     def _hidden(self, images: list[Image.Image], prompts: list[Prompt]) -> list[Tensor]:
         requests: list[dict[str, Any]] = []
-        for image, prompt in zip(images, prompts, strict=True):
+        for image, prompt in zip(squared(images, self.checkpoint.side), prompts, strict=True):
             request: dict[str, Any] = {"prompt_token_ids": list(prompt.ids)}
             if self._looks:
                 request["multi_modal_data"] = {"image": image}
@@ -232,6 +238,27 @@ class VllmEngine(EngineBase):
         self._llm = None
 
 
+def _check_served(checkpoint: Checkpoint) -> None:
+    """Refuse what vLLM fails on with pages of its own.
+
+    Raises:
+        CheckpointError: its processor needs a library, or it reads several layers of the tower.
+    """
+    from transformers import AutoConfig
+
+    if checkpoint.family.moving and importlib.util.find_spec("torchvision") is None:
+        raise CheckpointError(
+            f"model: vLLM reads the pictures of a {checkpoint.kind!r} with torchvision, which this "
+            "environment lacks (make setup GPU=1 has it); the engine transformers does without"
+        )
+    layers = getattr(AutoConfig.from_pretrained(checkpoint.path), "vision_feature_layer", None)
+    if isinstance(layers, list | tuple) and len(layers) != 1:
+        raise CheckpointError(
+            f"{checkpoint.path}/config.json: vision_feature_layer: {list(layers)}, and vLLM takes one "
+            "layer of the tower; the engine transformers takes several"
+        )
+
+
 @contextmanager
 def _collector_off() -> Iterator[None]:
     """Importing and loading make a million objects that stay; counting them takes seconds."""
@@ -248,15 +275,15 @@ def _accept_new_tower_names() -> None:
     """Let vLLM read checkpoints that transformers 5 saved: they lack one level in the tower."""
     register()  # before the plugin would run, since the module is imported here already
     from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+    from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
     from vllm.model_executor.models.utils import WeightsMapper
 
     names = "embeddings|encoder|pre_layrnorm|post_layernorm|head"
     pattern = re.compile(rf"^(model\.)?vision_tower\.({names})\.")
-    known = LlavaForConditionalGeneration.hf_to_vllm_mapper
-    if pattern not in known.orig_to_new_regex:
-        LlavaForConditionalGeneration.hf_to_vllm_mapper = known | WeightsMapper(
-            orig_to_new_regex={pattern: r"\1vision_tower.vision_model.\2."}
-        )
+    added = WeightsMapper(orig_to_new_regex={pattern: r"\1vision_tower.vision_model.\2."})
+    for model in (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration):
+        if pattern not in model.hf_to_vllm_mapper.orig_to_new_regex:
+            model.hf_to_vllm_mapper = model.hf_to_vllm_mapper | added
 
 
 def _embedding(model: Any) -> Any:

@@ -1,9 +1,9 @@
-"""Lets vLLM load LLaVA on a machine without torchvision, and beside numba.
+"""Lets vLLM load its models on a machine without torchvision, and beside numba.
 
-vLLM's LLaVA imports its Pixtral module, which imports an image processor that needs
-torchvision; CPU-only torch has no torchvision of the same build. transformers has a PIL
-version of that processor with the same function, so it is put in the other's place, only
-where torchvision is absent.
+vLLM's LLaVA imports its Pixtral module, and its Qwen2-VL the like of it: image processors that
+need torchvision; CPU-only torch has no torchvision of the same build. transformers has PIL
+versions of them with the same functions, so these are put in the others' places, only where
+torchvision is absent.
 
 vLLM also looks through every global of every loaded module for Triton kernels, with
 `vars(value)`. llvmlite (numba's) has an object that answers *any* attribute with a function,
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-_FAST = "transformers.models.pixtral.image_processing_pixtral"
+_FAST = ("pixtral", "qwen2_vl")  # image processors that vLLM's models import
 _KERNEL_SEARCH = "vllm.triton_utils.dispatcher"
 
 
@@ -54,9 +54,10 @@ def real_hasattr(value: object, name: str) -> bool:
 
 
 def _use_pil_images() -> None:
-    """Put the PIL image processor in the place of the one that needs torchvision."""
-    if importlib.util.find_spec("torchvision") is not None or _FAST in sys.modules:
+    """Put the PIL image processors in the places of those that need torchvision."""
+    if importlib.util.find_spec("torchvision") is not None:
         return
-    from transformers.models.pixtral import image_processing_pil_pixtral as slow
-
-    sys.modules[_FAST] = slow
+    for name in _FAST:
+        place = f"transformers.models.{name}.image_processing_"
+        if place + name not in sys.modules:
+            sys.modules[place + name] = importlib.import_module(f"{place}pil_{name}")

@@ -197,7 +197,9 @@ def test_untrained_is_random_even_where_weights_are_shipped(
     tiny_model: str, images, monkeypatch
 ) -> None:
     real = base.open_checkpoint
-    monkeypatch.setattr(base, "open_checkpoint", lambda _, n_act: real(tiny_model, n_act))
+    monkeypatch.setattr(
+        base, "open_checkpoint", lambda _, n_act, *others: real(tiny_model, n_act, *others)
+    )
     monkeypatch.setattr(base.LatentHead, "load", lambda path: pytest.fail(f"{path} was read"))
     engine = TransformersEngine("laptop", untrained=True, device="cpu")
     assert engine.untrained and engine.encode(images[:1], ["lift"]).any()

@@ -47,7 +47,8 @@ def test_llava_15_gives_act_its_spare_rows(tmp_path: Path) -> None:
     assert checkpoint.path == path  # 14 GB at full size: nothing is copied
     assert checkpoint.act_ids[0] >= len(load_tokenizer(path))
     assert max(checkpoint.act_ids) < 384
-    assert checkpoint.template.name == "llava_v1"
+    template = checkpoint.template
+    assert (template.head, template.body, template.tail) == ("USER: ", "\n", " ASSISTANT:")
     assert open_checkpoint(path).model_id == checkpoint.model_id
 
 
@@ -92,7 +93,7 @@ def test_what_is_no_llava_is_refused(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path / "missing"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(CheckpointError, match="want a 'llava'"):
+    with pytest.raises(CheckpointError, match="is a 'llama', known families are llava"):
         open_checkpoint(str(tmp_path / "other"))
 
 
@@ -251,12 +252,12 @@ def test_a_description_beyond_reason_is_refused_before_anything_is_built(
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("config.json", b"{", "cannot be read"),
-        ("config.json", b"[]", "cannot be read"),
-        ("config.json", b"", "cannot be read"),
+        ("config.json", b"{", "config.json: not JSON"),
+        ("config.json", b"[]", "holds list, must be a JSON object"),
+        ("config.json", b"", "config.json: not JSON"),
         ("model.safetensors", b"", "not safetensors: 0 bytes"),
         ("model.safetensors", struct.pack("<Q", 2**62) + b"{}", "claims a header"),
-        ("model.safetensors", None, "holds no .safetensors"),
+        ("model.safetensors", None, "holds no weights: neither .safetensors"),
         ("tokenizer.json", b"{", "has no tokenizer"),
         ("openhelix.json", b"[]", "holds list"),
         ("openhelix.json", b"{", "not JSON"),
