@@ -11,10 +11,8 @@ cameras with commas between them.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import struct
 import sys
 import time
 import traceback
@@ -26,7 +24,7 @@ import numpy as np
 
 # By its path, since the interpreter that runs this may lack all that the package imports.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "runtime" / "robots"))
-from pipe import pack, receive  # noqa: E402
+from pipe import pack, receive  # type: ignore[import-not-found]
 
 sys.path.pop(0)
 

@@ -30,6 +30,7 @@ from rich.markup import escape
 from openhelix.runtime.cli.arguments import Options, parse
 from openhelix.runtime.control.realtime import enter, leave
 from openhelix.runtime.core import plugins
+from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import CHECKOUT, cache_folder
 
@@ -231,10 +232,22 @@ def viewer() -> Check:
 
 
 def lerobot() -> Check:
-    """LeRobot, for arms driven through its drivers."""
+    """LeRobot, for arms driven through its drivers, here or under an interpreter of its own."""
+    from openhelix.runtime.robots import lerobot as arm
+
+    try:
+        other = arm.interpreter()
+    except ConfigError as error:
+        return Check("lerobot", False, str(error), f"optional: {arm.install()}")
+    if other is not None:
+        return Check("lerobot", True, f"run by {other}")
     found = installed("lerobot")
-    remedy = "" if found else f"optional: {install('robots')}, with your arm's extra of lerobot"
-    return Check("lerobot", bool(found), found or "not installed", remedy)
+    return Check(
+        "lerobot",
+        bool(found),
+        found or "not installed",
+        "" if found else f"optional: {arm.install()}",
+    )
 
 
 PROGRAMS = {"prometheus": "prometheus", "ssh": "openssh-client", "rsync": "rsync", "git": "git"}

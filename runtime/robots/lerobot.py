@@ -5,17 +5,26 @@ meaning is stated once, as a mapping in the configuration, and checked against t
 feature lists before anything moves. An arm that takes joint targets needs a
 kinematics class besides.
 
+LeRobot needs Python 3.12, so its arm runs in a process under an interpreter of its own
+(`lerobot_child.py`): the one that `python` names, or else OPENHELIX_LEROBOT_PYTHON, or else the
+environment `lerobot-venv` in the project's cache folder. Where none of them is and `import lerobot`
+works here, the arm is made in this process.
+
 LeRobot does not stamp its state: that is done on return. Frames have the stamp of the camera that
 took them (`latest_timestamp`); where it keeps none, a picture counts from when it was first
 returned, less the camera's stated latency. A camera slower than the loop gives each picture several
-times, which is no new picture.
+times (`read_latest`), which is no new picture.
 
     robot:
       name: lerobot
       options:
-        target: lerobot.robots.so101_follower:SO101Follower
-        config_target: lerobot.robots.so101_follower:SO101FollowerConfig
-        config: {port: /dev/ttyACM0, id: left, use_degrees: true}
+        config:                         # as LeRobot's own --robot.type, --robot.port …
+          type: so101_follower
+          port: /dev/ttyACM0
+          id: left
+          use_degrees: true
+          cameras:
+            front: {type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30}
         mapping:
           joints: [shoulder_pan.pos, shoulder_lift.pos, elbow_flex.pos, wrist_flex.pos, wrist_roll.pos]
           joint_unit_rad: 0.017453292519943295
@@ -28,16 +37,24 @@ times, which is no new picture.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
 import time
+import weakref
 from collections.abc import Mapping
 from math import isfinite
-from typing import Annotated, Any, Protocol
+from typing import IO, Annotated, Any, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from openhelix.runtime.core.clock import Clock, MonotonicClock
+from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import (
     F64,
     U8,
@@ -49,7 +66,8 @@ from openhelix.runtime.core.interfaces import (
     RobotSpec,
     check_action,
 )
-from openhelix.runtime.core.plugins import ResolveError, resolve
+from openhelix.runtime.core.paths import cache_folder
+from openhelix.runtime.core.plugins import resolve
 from openhelix.runtime.core.quaternion import (
     IDENTITY,
     Quat,
@@ -60,7 +78,9 @@ from openhelix.runtime.core.quaternion import (
     normalise,
     rotation_vector,
 )
+from openhelix.runtime.robots import lerobot_child
 from openhelix.runtime.robots.base import NotConnected, Robot, RobotError
+from openhelix.runtime.robots.pipe import pack, receive
 
 log = logging.getLogger(__name__)
 Matrix3 = Annotated[list[list[FiniteFloat]], Field(min_length=3, max_length=3)]
@@ -202,15 +222,17 @@ class LeRobotAdapter(Robot):
     Args:
         mapping: which feature is what; see `LeRobotMapping`.
         robot: the LeRobot object; or, from a configuration,
-        target: `"module:Class"` of it,
-        config_target: `"module:Class"` of its config, made of `config`; without one,
-            `config` is given to `target` itself.
-        config: keyword arguments.
+        config: the fields of LeRobot's configuration of the arm, its `type` among them;
+        target: `"module:Class"` of an arm that LeRobot does not know by a type,
+        config_target: `"module:Class"` of its config; without one, `config` is given to
+            `target` itself.
+        python: interpreter that has LeRobot; None looks for one, see above.
         hz: control rate.
         clock: stamps the observations; the host's monotonic clock by default.
 
     Raises:
-        ValueError: lerobot is not installed, or the mapping does not fit the robot's features.
+        ConfigError: LeRobot is not installed, or cannot make the arm.
+        ValueError: the mapping does not fit the robot's features.
     """
 
     def __init__(
@@ -222,9 +244,12 @@ class LeRobotAdapter(Robot):
         config: Mapping[str, Any] | None = None,
         hz: float = 30.0,
         clock: Clock | None = None,
+        python: str | None = None,
     ) -> None:
         self._map = validated(mapping)
-        self._robot = robot if robot is not None else _make(target, config_target, config or {})
+        self._robot = (
+            robot if robot is not None else _make(target, config_target, config or {}, python)
+        )
         self._kinematics: Kinematics | None = None
         if not self._map.tcp and self._map.kinematics:
             self._kinematics = resolve(self._map.kinematics)(**self._map.kinematics_options)
@@ -273,9 +298,9 @@ class LeRobotAdapter(Robot):
             self._robot.disconnect()
 
     def get_observation(self) -> Observation:
-        taken_ns = {name: self._taken_ns(c) for name, c in self._map.cameras.items()}
-        data = self._read()
+        data, taken = self._read()
         t_ns = self._now_ns()
+        taken_ns = {name: self._taken_ns(c, taken) for name, c in self._map.cameras.items()}
         joints = self._near = self._joints(data)
         self._tcp = self._to_world(self._pose(data, joints))
         openness = self._map.gripper.openness(float(data[self._map.gripper.key]))
@@ -316,7 +341,7 @@ class LeRobotAdapter(Robot):
         """Command the positions that the arm has now; LeRobot has no stop of its own."""
         log.warning("lerobot: stopping: %s", reason)
         with contextlib.suppress(Exception):
-            data = self._read()
+            data, _ = self._read()
             keys = self._map.tcp or self._map.joints
             self._robot.send_action({key: data[key] for key in (*keys, self._map.gripper.key)})
 
@@ -348,11 +373,15 @@ class LeRobotAdapter(Robot):
                 "nothing drives"
             )
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> tuple[dict[str, Any], dict[str, float]]:
+        """Return the arm's numbers and pictures, and when its cameras took their newest."""
         if not self.is_connected:
             raise NotConnected("lerobot: connect() first")
         try:
-            return dict(self._robot.get_observation())
+            if isinstance(self._robot, OutsideArm):
+                return self._robot.observe()
+            taken = lerobot_child.stamps(self._robot)
+            return dict(self._robot.get_observation()), taken
         except (OSError, RuntimeError) as error:
             raise RobotError(f"lerobot: {error}") from error
 
@@ -373,7 +402,7 @@ class LeRobotAdapter(Robot):
         """Return the robot's own action for a TCP target (7,) in the base frame."""
         if self._kinematics is not None:
             # The last observation's joints: asking the arm again would cost a bus round trip.
-            near = self._near if self._near is not None else self._joints(self._read())
+            near = self._near if self._near is not None else self._joints(self._read()[0])
             joints = np.asarray(self._kinematics.inverse(pose, near)) / self._map.joint_unit_rad
             return dict(zip(self._map.joints, joints.tolist(), strict=True))
         q = normalise(pose[3:].tolist())
@@ -390,14 +419,10 @@ class LeRobotAdapter(Robot):
         turned = multiply(conjugate(q), normalise(pose[3:].tolist()))
         return np.array((*(T[:3, :3].T @ (pose[:3] - T[:3, 3])), *turned))
 
-    def _taken_ns(self, camera: CameraMapping) -> int | None:
-        """Return when a camera took its newest picture, on our clock, if it says so.
-
-        Asked before the picture itself, which may be newer by then and must not look younger.
-        """
-        cameras = getattr(self._robot, "cameras", None)
-        stamp = getattr(cameras.get(camera.key), "latest_timestamp", None) if cameras else None
-        if not isinstance(stamp, float):
+    def _taken_ns(self, camera: CameraMapping, taken: Mapping[str, float]) -> int | None:
+        """Return when a camera took its newest picture, on our clock, if it says so."""
+        stamp = taken.get(camera.key)
+        if stamp is None:
             return None
         age_s = time.perf_counter() - stamp  # LeRobot's cameras count by this clock
         return self._now_ns() - round(age_s * 1e9)
@@ -458,18 +483,181 @@ def _number(data: Mapping[str, Any], key: str) -> float:
     return value
 
 
-def _make(target: str | None, config_target: str | None, config: Mapping[str, Any]) -> Any:
-    """Build the LeRobot object that a configuration names."""
-    if not target:
-        raise ValueError("robot.options.target: name the robot's class as 'module:Class'")
+# ------------------------------------------------------------------------------------------------
+# The arm under an interpreter of its own
+
+PYTHON = "OPENHELIX_LEROBOT_PYTHON"
+START_TIMEOUT_S = 120.0  # torch is imported on the way
+CONNECT_TIMEOUT_S = 60.0  # cameras warm up
+CALL_TIMEOUT_S = 1.0
+CLOSE_TIMEOUT_S = 5.0
+LAST_LINES = 4
+
+
+def install() -> str:
+    """How to install LeRobot, as commands."""
+    folder = cache_folder() / "lerobot-venv"
+    return (
+        f"python3.12 -m venv {folder}, then {folder}/bin/pip install lerobot with your arm's extra, "
+        f"or name an interpreter that has it in {PYTHON}"
+    )
+
+
+class OutsideArm:
+    """A LeRobot `Robot` in a process under another interpreter; attributes and calls as there.
+
+    Args:
+        python: the interpreter.
+        target, config_target, config: as of `LeRobotAdapter`.
+
+    Raises:
+        ConfigError: it does not start, or LeRobot cannot make the arm.
+    """
+
+    def __init__(
+        self,
+        python: str,
+        target: str | None,
+        config_target: str | None,
+        config: Mapping[str, Any],
+    ) -> None:
+        self.is_connected, self.is_calibrated = False, False
+        self._pipe, theirs = socket.socketpair()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
+        about = {"target": target, "config_target": config_target, "config": dict(config)}
+        command = [python, lerobot_child.__file__, str(theirs.fileno()), json.dumps(about)]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(theirs.fileno(),),
+            )
+        except OSError as error:
+            self._pipe.close()
+            self._log.close()
+            raise ConfigError(f"robot.options.python: {python!r}: {error.strerror}") from error
+        finally:
+            theirs.close()
+        self.close = weakref.finalize(self, _end, self._process, self._pipe, self._log)
+        try:
+            found = self._receive(START_TIMEOUT_S)
+        except RuntimeError as error:
+            self.close()
+            raise ConfigError(f"robot.options: {error}; it is run by {python}") from error
+        self.observation_features = {k: tuple(v) or float for k, v in found["observation"].items()}
+        self.action_features = dict.fromkeys(found["action"], float)
+        self.is_calibrated = bool(found["calibrated"])
+
+    def connect(self, calibrate: bool = False) -> None:
+        """Connect to the arm and its cameras; never calibrates."""
+        self.is_calibrated = self._call("connect", timeout_s=CONNECT_TIMEOUT_S)["calibrated"]
+        self.is_connected = True
+
+    def disconnect(self) -> None:
+        """Let go of the arm; its process stays for the next `connect`. Never raises."""
+        self.is_connected = False
+        if self.close.alive:  # a process that has ended holds nothing
+            try:
+                self._call("disconnect", timeout_s=CONNECT_TIMEOUT_S)
+            except RuntimeError as error:
+                log.warning("lerobot: disconnect: %s", error)
+
+    def observe(self) -> tuple[dict[str, Any], dict[str, float]]:
+        """Return numbers and pictures by key, and the cameras' stamps in `time.perf_counter`'s s."""
+        reply = self._call("observe")
+        return reply["data"], reply["taken"]
+
+    def send_action(self, action: Mapping[str, float]) -> dict[str, float]:
+        """Send targets by key; return what LeRobot sent."""
+        sent: dict[str, float] = self._call("send", action=dict(action))["sent"]
+        return sent
+
+    def _call(self, name: str, timeout_s: float = CALL_TIMEOUT_S, **more: Any) -> dict[str, Any]:
+        if not self.close.alive:
+            raise RuntimeError("its process has ended")
+        self._pipe.settimeout(timeout_s)
+        try:
+            self._pipe.sendall(pack({"call": name, **more}))
+        except OSError as error:
+            raise self._died() from error
+        return self._receive(timeout_s)
+
+    def _receive(self, timeout_s: float) -> dict[str, Any]:
+        self._pipe.settimeout(timeout_s)
+        try:
+            reply: dict[str, Any] = receive(self._pipe)
+        except TimeoutError as error:
+            # An answer that comes later would be taken for the next one's.
+            self._process.kill()
+            raise self._died(f"did not answer within {timeout_s:g} s") from error
+        except (EOFError, OSError) as error:
+            raise self._died() from error
+        if "error" in reply:
+            raise RuntimeError(reply["error"])
+        return reply
+
+    def _died(self, what: str = "") -> RuntimeError:
+        """Reap the process and say what it last said."""
+        self.is_connected = False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(CLOSE_TIMEOUT_S)
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        code = self._process.poll()
+        self.close()
+        last = " | ".join(lines[-LAST_LINES:])
+        return RuntimeError(
+            f"its process {what or f'ended with status {code}'}; it last said: {last}"
+        )
+
+
+def _end(process: subprocess.Popen[bytes], pipe: socket.socket, log: IO[bytes]) -> None:
+    """Let go of a child and reap it, whatever state it is in; it disconnects the arm first."""
+    pipe.close()
     try:
-        if config_target is None:
-            return resolve(target)(**config)
-        return resolve(target)(resolve(config_target)(**config))
-    except ResolveError as error:
-        if "'lerobot' is not installed" in str(error):
-            raise ValueError(
-                "robot: lerobot is not installed; `pip install lerobot`, with the extra of your "
-                "arm (its own environment is best: it pins other versions of torch)"
-            ) from None
-        raise
+        process.wait(CLOSE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    log.close()
+
+
+def interpreter(python: str | None = None) -> str | None:
+    """Return the interpreter to run LeRobot in; None where it is this one.
+
+    Raises:
+        ConfigError: one is named and cannot be run.
+    """
+    own = cache_folder() / "lerobot-venv" / "bin" / "python"
+    named = python or os.environ.get(PYTHON) or (str(own) if own.is_file() else None)
+    if named is None:
+        return None
+    found = shutil.which(os.path.expanduser(named))
+    if found is None:
+        where = "robot.options.python" if python else PYTHON
+        raise ConfigError(f"{where}: {named!r} is no interpreter; {install()}")
+    return found
+
+
+def _make(
+    target: str | None, config_target: str | None, config: Mapping[str, Any], python: str | None
+) -> Any:
+    """Return the LeRobot object that a configuration names, here or in a process of its own."""
+    if not target and "type" not in config:
+        raise ConfigError(
+            "robot.options.config: type names the arm, for example so101_follower (or name its "
+            "class in robot.options.target as 'module:Class')"
+        )
+    found = interpreter(python)
+    if found is not None:
+        return OutsideArm(found, target, config_target, config)
+    try:
+        return lerobot_child.make_arm(target, config_target, config)
+    except ImportError as error:
+        if error.name in ("lerobot", "draccus"):
+            raise ConfigError(f"robot: LeRobot is not installed: {install()}") from None
+        raise ConfigError(f"robot.options: {' '.join(str(error).split())}") from error
+    except (AttributeError, ValueError) as error:
+        raise ConfigError(f"robot.options: {' '.join(str(error).split())}") from error

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from openhelix.benchmarks.calvin import calvin_env as calvin
-from openhelix.benchmarks.calvin import calvin_env_child
 from openhelix.benchmarks.calvin.calvin_env import CalvinEnv, CalvinError, CalvinUnusableError
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES, completed
 from openhelix.benchmarks.evaluation.staging import stage, stage_calvin
 from openhelix.benchmarks.evaluation.suites import Suite
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.robots import pipe
 from openhelix.runtime.robots.env import CalvinRobot, PlayTableRobot
 
 # A package that stands in for hydra and, through it, for calvin_env: it counts steps, says
@@ -308,11 +308,11 @@ LEAF = st.one_of(
 @settings(max_examples=50)
 @given(st.recursive(LEAF, lambda kids: st.lists(kids) | st.dictionaries(st.text(), kids)))
 def test_pack_and_unpack_are_inverse(tree: object) -> None:
-    data = calvin_env_child.pack(tree)
-    header, body = calvin_env_child.PREFIX.unpack(data[: calvin_env_child.PREFIX.size])
-    rest = data[calvin_env_child.PREFIX.size :]
+    data = pipe.pack(tree)
+    header, body = pipe.PREFIX.unpack(data[: pipe.PREFIX.size])
+    rest = data[pipe.PREFIX.size :]
     assert len(rest) == header + body
-    np.testing.assert_equal(calvin_env_child.unpack(rest[:header], rest[header:]), tree)
+    np.testing.assert_equal(pipe.unpack(rest[:header], rest[header:]), tree)
 
 
 @pytest.mark.slow

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import os
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from openhelix.runtime.core.clock import FakeClock
-from openhelix.runtime.core.config import SafetyLimits
+from openhelix.runtime.core.config import ConfigError, SafetyLimits
 from openhelix.runtime.core.interfaces import Action
 from openhelix.runtime.core.quaternion import from_rotation_vector
 from openhelix.runtime.core.safety import Watchdog
+from openhelix.runtime.robots import lerobot
 from openhelix.runtime.robots.base import RobotError, make_robot
 from openhelix.runtime.robots.lerobot import GripperMapping, LeRobotAdapter, rigid
 from tests.fakes import PERIOD_NS
@@ -201,10 +206,189 @@ def test_from_configuration_alone():
 
 
 def test_missing_lerobot_says_what_to_do():
-    with pytest.raises(ValueError, match="pip install lerobot"):
-        make_robot("lerobot", mapping=GANTRY_MAPPING, target="lerobot.robots.koch:Koch")
-    with pytest.raises(ValueError, match="target"):
+    with pytest.raises(ConfigError, match="pip install lerobot"):
+        make_robot("lerobot", mapping=GANTRY_MAPPING, config={"type": "koch_follower"})
+    with pytest.raises(ConfigError, match=r"config: type names the arm.*robot\.options\.target"):
         make_robot("lerobot", mapping=GANTRY_MAPPING)
+
+
+# An arm in a process of its own: here under this interpreter, and without LeRobot.
+OUTSIDE = """
+import time
+import numpy as np
+
+class Camera:
+    latest_timestamp = None
+
+class Arm:
+    action_features = dict.fromkeys(("j1.pos", "j2.pos", "j3.pos", "gripper.pos"), float)
+    observation_features = action_features | {"front": (48, 64, 3)}
+
+    def __init__(self, calibrated=True, fails="", hz=5.0):
+        print("noise on standard output")
+        if fails == "start":
+            raise OSError("no such port")
+        self.is_connected, self.is_calibrated, self.fails = False, calibrated, fails
+        self.now = {"j1.pos": 0.0, "j2.pos": -200.0, "j3.pos": 550.0, "gripper.pos": 100.0}
+        self.cameras, self.period = {"front": Camera()}, 1 / hz
+        self.cameras["front"].latest_timestamp = time.perf_counter() // self.period * self.period
+
+    def connect(self, calibrate=True):
+        assert not calibrate
+        self.is_connected = True
+
+    def disconnect(self):
+        self.is_connected = False
+
+    def get_observation(self):
+        if self.fails == "read":
+            raise OSError("bus: no answer")
+        if self.fails == "die":
+            import os
+            print("segmentation fault", flush=True)
+            os._exit(3)
+        if self.fails == "hang":
+            time.sleep(60)
+        taken = time.perf_counter() // self.period * self.period
+        self.cameras["front"].latest_timestamp = taken
+        shade = int(taken / self.period) % 256
+        return self.now | {"front": np.full((48, 64, 3), shade, np.uint8)}
+
+    def send_action(self, action):
+        for key, value in action.items():
+            self.now[key] += float(np.clip(value - self.now[key], -30.0, 30.0))
+        return dict(self.now)
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A way to make an arm of `OUTSIDE` under an interpreter that `python` names."""
+    (tmp_path / "outside_arm.py").write_text(OUTSIDE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    made = []
+
+    def make(target="outside_arm:Arm", **config):
+        mapping = copy.deepcopy(GANTRY_MAPPING)
+        options = {"target": target, "config": config, "python": sys.executable}
+        made.append(make_robot("lerobot", mapping=mapping, **options))
+        return made[-1]
+
+    yield make
+    for robot in made:
+        robot._robot.close()
+
+
+def test_an_arm_under_another_interpreter_moves_and_lets_go(outside):
+    robot = outside()
+    process = robot._robot._process
+    with robot:
+        before = robot.get_observation()
+        np.testing.assert_allclose(before.joints, [0.0, -0.2, 0.55])
+        assert before.frames["front"].rgb.shape == (48, 64, 3)
+        sent = robot.send_action(Action(np.array([1.0, -0.2, 0.55, 0, 0, 0, 1.0]), 0.0))
+        assert sent.pose[0] == pytest.approx(0.03) and sent.gripper == pytest.approx(0.7)
+        assert robot.get_observation().tcp_pose[0] == pytest.approx(0.03)
+    robot.connect()
+    assert robot.get_observation().tcp_pose[0] == pytest.approx(0.03)
+    robot._robot.close()
+    assert process.poll() == 0  # it saw the end of the line and left
+
+
+def test_a_picture_of_another_process_has_its_cameras_stamp(outside):
+    """A camera slower than the loop repeats its frame, which keeps its age and is no new one."""
+    with outside(hz=4.0) as robot:
+        frames = []
+        for _ in range(12):
+            observation = robot.get_observation()
+            frames.append(observation.frames["front"])
+            assert frames[-1].t_ns <= observation.t_ns
+            time.sleep(0.05)
+    new = [b for a, b in itertools.pairwise(frames) if b is not a]
+    assert new
+    for a, b in itertools.pairwise(new):  # whole periods of the camera apart
+        periods = (b.t_ns - a.t_ns) / 0.25e9
+        assert abs(periods - round(periods)) < 0.01 and round(periods) >= 1
+    with outside(hz=1e-5) as robot:  # none between two reads
+        first, again = (robot.get_observation() for _ in range(2))
+        assert again.t_ns > first.t_ns and again.frames["front"] is first.frames["front"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "error", "said"),
+    [
+        ("read", RobotError, "lerobot: OSError: bus: no answer"),
+        ("die", RobotError, r"its process ended with status 3; it last said: .*segmentation fault"),
+        ("hang", RobotError, "its process did not answer within 0.5 s"),
+    ],
+)
+def test_an_arm_that_fails_in_its_process_is_one_error(outside, monkeypatch, fails, error, said):
+    monkeypatch.setattr(lerobot, "CALL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(lerobot.OutsideArm._call, "__defaults__", (0.5,))
+    robot = outside(fails=fails)
+    robot.connect()
+    with pytest.raises(error, match=said) as caught:
+        robot.get_observation()
+    assert "\n" not in str(caught.value)
+    robot.stop("test")  # never raises
+    if fails != "read":
+        assert not robot.is_connected and robot._robot._process.poll() is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fails": "start"}, r"robot\.options: OSError: no such port; it is run by "),
+        ({"colour": "red"}, r"TypeError: .*unexpected keyword argument 'colour'"),
+        ({"target": "nowhere:Arm"}, "No module named 'nowhere'"),
+    ],
+)
+def test_an_arm_that_cannot_be_made_is_refused_in_one_line(outside, options, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        outside(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_interpreter_that_is_none(monkeypatch):
+    options = {"mapping": GANTRY_MAPPING, "config": {"type": "koch_follower"}}
+    with pytest.raises(
+        ConfigError, match=r"robot\.options\.python: '/no/python' is no interpreter"
+    ):
+        make_robot("lerobot", python="/no/python", **options)
+    monkeypatch.setenv("OPENHELIX_LEROBOT_PYTHON", "/no/other")
+    with pytest.raises(ConfigError, match="OPENHELIX_LEROBOT_PYTHON: '/no/other'"):
+        make_robot("lerobot", **options)
+
+
+def test_an_uncalibrated_arm_of_another_process_is_not_moved(outside):
+    robot = outside(calibrated=False)
+    with pytest.raises(RobotError, match="not calibrated"):
+        robot.connect()
+    assert not robot.is_connected
+
+
+@pytest.mark.skipif(
+    not os.environ.get(lerobot.PYTHON), reason=f"{lerobot.PYTHON} names no interpreter with LeRobot"
+)
+def test_lerobots_own_classes(monkeypatch):
+    """Its configuration and its base class, in the newest release's own environment."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    options = {
+        "target": "lerobot_mock:Gantry",
+        "config_target": "lerobot_mock:GantryConfig",
+        "mapping": GANTRY_MAPPING,
+    }
+    with make_robot("lerobot", config={"id": "mock", "camera_hz": 10}, **options) as robot:
+        for _ in range(60):
+            seen = robot.get_observation()
+            assert 0 <= seen.t_ns - seen.frames["front"].t_ns < 30e9
+            robot.send_action(Action(np.array([0.1, -0.2, 0.5, 0, 0, 0, 1.0]), 0.0))
+        assert robot.get_observation().tcp_pose[:3] == pytest.approx([0.1, -0.2, 0.5])
+        robot._robot.close()
+    with pytest.raises(ConfigError, match="camera_hertz"):
+        make_robot("lerobot", config={"camera_hertz": 10}, **options)
+    with pytest.raises(ConfigError, match=r"'so9000' is none of .*so101_follower"):
+        make_robot("lerobot", config={"type": "so9000"}, mapping=GANTRY_MAPPING)
 
 
 @pytest.mark.parametrize("v", [(0, 0, 0), (3.1, 0, 0), (0, 3.1, 0), (0, 0, 3.1), (1, 2, -1.5)])
