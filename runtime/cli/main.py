@@ -22,7 +22,7 @@ ORDER = (
     *("run", "say", "status", "view", "film", "record", "replay", "serve"),
     *("collect", "data", "dagger", "train", "convert"),
     *("eval", "sweep", "compare", "experiment", "probe"),
-    *("keys", "config", "completion", "doctor"),
+    *("keys", "config", "completion", "calibrate", "doctor"),
 )
 
 

@@ -81,6 +81,7 @@ from openhelix.runtime.core.quaternion import (
 from openhelix.runtime.robots import lerobot_child
 from openhelix.runtime.robots.base import NotConnected, Robot, RobotError
 from openhelix.runtime.robots.pipe import pack, receive
+from openhelix.runtime.robots.rgbd import Device, RgbdCamera
 
 log = logging.getLogger(__name__)
 Matrix3 = Annotated[list[list[FiniteFloat]], Field(min_length=3, max_length=3)]
@@ -128,12 +129,19 @@ class GripperMapping(_Section):
 
 
 class CameraMapping(_Section):
-    """One camera: where its pixels are in the observation, and its geometry."""
+    """One camera: where its pixels are in the observation, and its geometry.
 
-    key: str
+    Or a camera of its own beside LeRobot's, which `rgbd.py` reads with its maker's library: the one
+    way to a depth image that lies on the colour image.
+    """
+
+    key: str = ""
+    device: Device | None = None  # instead of `key`
+    serial: str = ""  # of `device`; empty takes the only one
+    fps: Annotated[int, Field(ge=1)] = 30  # of `device`
     height: Annotated[int, Field(ge=1)]
     width: Annotated[int, Field(ge=1)]
-    K: Matrix3
+    K: Matrix3 | None = None  # None: as `device` says
     T_world_cam: Matrix4 | None = None  # a camera that stands still
     T_tcp_cam: Matrix4 | None = None  # a camera on the hand
     depth_key: str | None = None
@@ -146,6 +154,12 @@ class CameraMapping(_Section):
             raise ValueError(
                 "give one of T_world_cam (it stands still) and T_tcp_cam (on the hand)"
             )
+        if bool(self.key) == (self.device is not None):
+            raise ValueError("give one of key (LeRobot reads it) and device (its maker's library)")
+        if self.K is None and self.device is None:
+            raise ValueError("K: the intrinsics of a camera that LeRobot reads must be given")
+        if self.device is not None and self.depth_key is not None:
+            raise ValueError("depth_key: of a camera that LeRobot reads; device has its own depth")
         return self
 
 
@@ -257,11 +271,17 @@ class LeRobotAdapter(Robot):
         self._now_ns = (clock or MonotonicClock()).now_ns
         self._opens = True
         self._shown: dict[str, CameraFrame] = {}  # the newest picture of each camera
+        self._own: dict[str, RgbdCamera] = {}  # those that LeRobot does not read
         self._tcp: F64 | None = None
         self._near: F64 | None = None
         self._spec = RobotSpec(
             cameras=tuple(
-                CameraSpec(name, camera.height, camera.width, depth=camera.depth_key is not None)
+                CameraSpec(
+                    name,
+                    camera.height,
+                    camera.width,
+                    depth=camera.depth_key is not None or camera.device is not None,
+                )
                 for name, camera in self._map.cameras.items()
             ),
             action=ActionSpec(hz=hz),
@@ -291,8 +311,19 @@ class LeRobotAdapter(Robot):
         if not self._robot.is_calibrated:
             self._robot.disconnect()
             raise RobotError("lerobot: the arm is not calibrated; run lerobot-calibrate first")
+        try:
+            for name, camera in self._map.cameras.items():
+                if camera.device is not None:
+                    self._own[name] = RgbdCamera(
+                        camera.device, camera.serial, camera.width, camera.height, camera.fps
+                    )
+        except RobotError:
+            self.disconnect()
+            raise
 
     def disconnect(self) -> None:
+        while self._own:
+            self._own.popitem()[1].close()
         if self.is_connected:
             self.stop("disconnect")
             self._robot.disconnect()
@@ -307,7 +338,9 @@ class LeRobotAdapter(Robot):
         return Observation(
             t_ns=t_ns,
             frames={
-                name: self._frame(name, camera, data, t_ns, taken_ns[name])
+                name: self._own_frame(name, camera)
+                if camera.device is not None
+                else self._frame(name, camera, data, t_ns, taken_ns[name])
                 for name, camera in self._map.cameras.items()
             },
             tcp_pose=self._tcp,
@@ -360,6 +393,8 @@ class LeRobotAdapter(Robot):
         driven = (*(self._map.tcp or self._map.joints), self._map.gripper.key)
         read = {*driven, *self._map.joints}
         for camera in self._map.cameras.values():
+            if camera.device is not None:
+                continue
             read |= {camera.key} | ({camera.depth_key} if camera.depth_key else set())
         for features, keys, verb in ((has, sorted(read), "has"), (takes, driven, "takes")):
             for key in keys:
@@ -452,6 +487,16 @@ class LeRobotAdapter(Robot):
         self._shown[name] = frame = self._picture(camera, data, rgb, seen_ns)
         return frame
 
+    def _own_frame(self, name: str, camera: CameraMapping) -> CameraFrame:
+        """Return the newest picture of a camera that LeRobot does not read."""
+        seen, before = self._own[name].latest(), self._shown.get(name)
+        if before is not None and before.t_ns == seen.t_ns:
+            return before
+        K = seen.K if camera.K is None else np.array(camera.K, np.float64)
+        frame = CameraFrame(seen.t_ns, seen.rgb, seen.depth, K, self._placed(camera))
+        self._shown[name] = frame
+        return frame
+
     def _picture(
         self, camera: CameraMapping, data: Mapping[str, Any], rgb: U8, t_ns: int
     ) -> CameraFrame:
@@ -459,21 +504,23 @@ class LeRobotAdapter(Robot):
         if camera.depth_key is not None:
             raw = np.squeeze(np.asarray(data[camera.depth_key]))
             depth = raw.astype(np.float32) * np.float32(camera.depth_unit_m)
-        if camera.T_world_cam is not None:
-            T: F64 = np.array(camera.T_world_cam, np.float64)
-        else:
-            assert self._tcp is not None  # set by get_observation just before
-            T_world_tcp = np.eye(4)
-            T_world_tcp[:3, :3] = matrix(normalise(self._tcp[3:].tolist()))
-            T_world_tcp[:3, 3] = self._tcp[:3]
-            T = T_world_tcp @ np.array(camera.T_tcp_cam, np.float64)
         return CameraFrame(
             t_ns=t_ns,
             rgb=np.array(rgb),  # the driver may fill its own again
             depth=depth,
             K=np.array(camera.K, np.float64),
-            T_world_cam=T,
+            T_world_cam=self._placed(camera),
         )
+
+    def _placed(self, camera: CameraMapping) -> F64:
+        """Return T_world_cam (4, 4) at the last observation's TCP."""
+        if camera.T_world_cam is not None:
+            return np.array(camera.T_world_cam, np.float64)
+        assert self._tcp is not None  # set by get_observation just before
+        T_world_tcp: F64 = np.eye(4)
+        T_world_tcp[:3, :3] = matrix(normalise(self._tcp[3:].tolist()))
+        T_world_tcp[:3, 3] = self._tcp[:3]
+        return T_world_tcp @ np.array(camera.T_tcp_cam, np.float64)
 
 
 def _number(data: Mapping[str, Any], key: str) -> float:
