@@ -755,7 +755,7 @@ def _check_sizes(path: str, config: Any, image_token_id: int) -> None:
         raise CheckpointError(
             f"{file}: image_token_index: {image_token_id} is no row of a table of {rows}"
         )
-    layers: int = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0)
+    layers = int(getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", None) or 0)
     taken = getattr(config, "vision_feature_layer", ())
     for layer in taken if isinstance(taken, list | tuple) else (taken,):
         if not -layers - 1 <= layer <= layers:

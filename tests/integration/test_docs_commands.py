@@ -97,6 +97,13 @@ RULES = (
     Rule(r"openhelix status", "", code=1),  # no run is alive
     Rule(r"openhelix doctor", ""),
     Rule(r"openhelix keys", ""),
+    Rule(r"openhelix calibrate --print", ""),
+    Rule(
+        r"openhelix calibrate pictures",
+        None,
+        "pictures of the reader's; tests/runtime/cli/test_calibrate.py renders some",
+    ),
+    Rule(r"openhelix run .*arm.yaml", None, "an arm; tests/runtime/robots/test_robot_lerobot.py"),
     Rule(r"openhelix eval .*--world calvin", None, "needs calvin_env; tests/calvin/test_calvin.py"),
     Rule(
         r"openhelix eval --suite tasks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +20,7 @@ from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.engines.vllm import VllmEngine, serving_folder
 from openhelix.system2.engines.vllm_plugin import real_hasattr, real_vars
 from openhelix.system2.latents import BadReadOut, LatentHead
-from openhelix.system2.model import open_checkpoint
+from openhelix.system2.model import CheckpointError, open_checkpoint
 from openhelix.system2.prompt import BadImage, BadInstruction
 from tests.system2 import tiny
 from tests.system2.conftest import TEXTS
@@ -251,3 +252,47 @@ def test_what_is_no_folder_or_says_no_word_stays_as_it_is(tiny_model: str, cache
             (bare / file.name).symlink_to(file)
     for path in (str(bare), "owner/model"):
         assert serving_folder(replace(checkpoint, path=path)) == path
+
+
+# ------------------------------------------------------------------------------------------------
+# Other families
+
+
+@pytest.mark.slow
+def test_a_picture_in_tiles_equals_transformers(tmp_path: Path, images) -> None:
+    path = str(tiny.write_family(tmp_path / "next", "llava_next"))
+    served = VllmEngine(path, kind="hidden_all", dtype="float32")
+    try:
+        plain = TransformersEngine(
+            path, latent_projector=served.head, dtype="float32", device="cpu"
+        )
+        assert plain.spec == served.spec
+        assert np.abs(served.encode(images, TEXTS) - plain.encode(images, TEXTS)).max() < 1e-4
+    finally:
+        served.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "said"),
+    [
+        ("smolvlm", {}, "a 'smolvlm' is given by the engine transformers, not by vllm"),
+        ("paligemma", {}, "a 'paligemma' is given by the engine transformers, not by vllm"),
+        ("qwen2_5_vl", {}, "vLLM reads the pictures of a 'qwen2_5_vl' with torchvision"),
+        (
+            "llava",
+            {"vision_feature_layer": [-2, -1]},
+            r"vision_feature_layer: \[-2, -1\], and vLLM",
+        ),
+    ],
+)
+def test_what_vllm_does_not_serve_is_one_line(
+    kind: str, changed: dict, said: str, tmp_path: Path, images
+) -> None:
+    if kind == "qwen2_5_vl" and importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is here")
+    path = str(tiny.write_family(tmp_path / "m", kind, **changed))
+    with pytest.raises(CheckpointError, match=said) as caught:
+        VllmEngine(path, dtype="float32")
+    assert "\n" not in str(caught.value)
+    plain = TransformersEngine(path, dtype="float32", device="cpu")
+    assert np.isfinite(plain.encode(images, TEXTS)).all()

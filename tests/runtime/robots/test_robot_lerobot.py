@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 
 from openhelix.runtime.core.clock import FakeClock
-from openhelix.runtime.core.config import ConfigError, SafetyLimits
+from openhelix.runtime.core.config import ConfigError, RunConfig, SafetyLimits
 from openhelix.runtime.core.interfaces import Action
 from openhelix.runtime.core.quaternion import from_rotation_vector
 from openhelix.runtime.core.safety import Watchdog
@@ -22,6 +23,7 @@ from openhelix.runtime.robots import lerobot
 from openhelix.runtime.robots.base import RobotError, make_robot
 from openhelix.runtime.robots.lerobot import GripperMapping, LeRobotAdapter, rigid
 from tests.fakes import PERIOD_NS
+from tests.runtime.docs_code import blocks
 from tests.runtime.robot_cases import (
     END_EFFECTOR_MAPPING,
     GANTRY_MAPPING,
@@ -389,6 +391,13 @@ def test_lerobots_own_classes(monkeypatch):
         make_robot("lerobot", config={"camera_hertz": 10}, **options)
     with pytest.raises(ConfigError, match=r"'so9000' is none of .*so101_follower"):
         make_robot("lerobot", config={"type": "so9000"}, mapping=GANTRY_MAPPING)
+
+
+def test_the_documented_settings_are_settings():
+    (text,) = blocks("lerobot.md", "yaml")
+    config = RunConfig.model_validate(yaml.safe_load(text))
+    mapping = lerobot.validated(config.robot.options["mapping"])
+    assert mapping.cameras["static"].device == "realsense" and len(mapping.joints) == 5
 
 
 @pytest.mark.parametrize("v", [(0, 0, 0), (3.1, 0, 0), (0, 3.1, 0), (0, 0, 3.1), (1, 2, -1.5)])
