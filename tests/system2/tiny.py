@@ -228,7 +228,7 @@ def write_family(folder: Path, kind: str, **changed: Any) -> Path:
         )
     elif kind == "instructblip":
         config = transformers.InstructBlipConfig(
-            vision_config=_tower("InstructBlipVisionConfig").to_dict(),
+            vision_config=_tower("InstructBlipVisionConfig", initializer_range=0.05).to_dict(),
             qformer_config=dict(
                 hidden_size=32,
                 num_hidden_layers=2,
@@ -259,11 +259,9 @@ def write_family(folder: Path, kind: str, **changed: Any) -> Path:
     for name, value in changed.items():
         setattr(config, name, value)
     model = transformers.AutoModelForImageTextToText.from_config(config)
-    if kind == "instructblip":  # fresh weights of its size hardly look at the picture
+    if kind == "instructblip":  # fresh queries are all the same
         with torch.no_grad():
-            for part in (model.query_tokens, *model.qformer.parameters()):
-                part.normal_(std=0.3)
-            model.language_projection.weight.normal_()
+            model.query_tokens.normal_()
     model.save_pretrained(folder)
     words.chat_template = None if kind in ("instructblip", "paligemma") else chat
     words.save_pretrained(folder)
