@@ -14,18 +14,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict
 
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import as_record
 from openhelix.runtime.core.interfaces import ActionSpec, CameraSpec, LatentSpec, PolicySpec
+from openhelix.runtime.core.plugins import none_of
 
 # The policy that comes with the project, where one does; `DiffusionPolicy.load("shipped")`.
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "system1-laptop"
 
-Head = Literal["diffuser_actor", "trajectory", "plain", "dit", "lstm"]
+Head = Literal["diffuser_actor", "trajectory", "plain", "dit", "lstm", "transformer", "map"]
+DIRECT = ("lstm", "transformer", "map")  # heads that give a trajectory at once
+Encoder = Literal["light", "vit", "efficientnet"]
+Sensor = Literal["rgb", "depth", "tactile", "proprio"]
+LIVE: frozenset[Sensor] = frozenset({"rgb", "depth", "tactile"})  # what shows the world as it is
+TACTILE = "tactile"  # the camera that shows where the fingertips touch
 Prediction = Literal["epsilon", "sample", "v", "flow"]
 ScheduleName = Literal["scaled_linear", "linear", "squaredcos_cap_v2", "rectified_flow"]
 SamplerName = Literal["ddpm", "ddim", "dpmpp", "euler"]
@@ -102,6 +108,9 @@ class PolicyConfig:
         CameraConfig("static", 200, 200, 100, 100),
         CameraConfig("gripper", 84, 84, 84, 84),
     )
+    # What the policy is given of an observation: the rest is masked out. Depth is the point cloud.
+    sensors: tuple[Sensor, ...] = ("rgb", "depth", "proprio")
+    encoder: Encoder = "light"  # of each camera
     # interface
     horizon: int = 16  # rows of a chunk
     hz: float = 30.0  # rows a second
@@ -150,6 +159,7 @@ class PolicyConfig:
         if not 1 <= self.sample_steps <= self.train_steps:
             raise ConfigError(f"sample_steps: {self.sample_steps} is not in 1..{self.train_steps}")
         self._check_path()
+        self._check_sensors()
         if self.given_rows and self.head != "trajectory":
             raise ConfigError(
                 f"given_rows: {self.given_rows}; head {self.head!r} goes on from none"
@@ -170,6 +180,31 @@ class PolicyConfig:
     def flow(self) -> bool:
         """Whether noise and trajectory are joined by a straight line: flow matching."""
         return self.position_schedule == "rectified_flow"
+
+    @property
+    def sees(self) -> bool:
+        """Whether it looks at the world itself; a pseudo dual system's policy does not."""
+        return bool(LIVE & set(self.sensors))
+
+    def _check_sensors(self) -> None:
+        """Refuse sensors that there are not, and those that head, encoder or cameras lack."""
+        object.__setattr__(self, "sensors", tuple(self.sensors))  # a file's list
+        given = set(self.sensors)
+        for name, value, valid in (
+            *(("sensors", sensor, get_args(Sensor)) for sensor in self.sensors),
+            ("encoder", self.encoder, get_args(Encoder)),
+        ):
+            if value not in valid:
+                raise ConfigError(f"{name}: {none_of(str(value), valid)}")
+        if not given or len(given) < len(self.sensors):
+            raise ConfigError(f"sensors: {list(self.sensors)}; want one or more, each once")
+        if self.head == "diffuser_actor" and given != {"rgb", "depth", "proprio"}:
+            raise ConfigError("sensors: published weights need rgb, depth and proprio")
+        if (TACTILE in given) != any(camera.name == TACTILE for camera in self.cameras):
+            has = "no camera" if TACTILE in given else "a camera"
+            raise ConfigError(f"sensors: {list(self.sensors)} beside {has} {TACTILE!r}")
+        if self.encoder == "efficientnet" and "rgb" not in given:
+            raise ConfigError("encoder: efficientnet sees colours alone: sensors must have rgb")
 
     def _check_path(self) -> None:
         """Refuse schedules, predictions and samplers that do not go together."""
@@ -223,7 +258,7 @@ class PolicyConfig:
             )
         cameras = tuple(CameraSpec(c.name, c.height, c.width) for c in self.cameras)
         joins = ("blend",)
-        if self.head not in ("lstm", "diffuser_actor"):  # the others sample with our own loop
+        if self.head not in (*DIRECT, "diffuser_actor"):  # the others sample with our own loop
             joins = ("blend", "inpaint", *(("prefix",) if self.given_rows else ()))
         return PolicySpec(cameras, latent, ActionSpec(hz=self.hz), self.horizon, joins)
 

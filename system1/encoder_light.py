@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, layer_norm, silu
 
 from openhelix.system1.attention import Block, blocks_of, metric_frequencies, rotary_code, sinusoid
-from openhelix.system1.config import PolicyConfig
+from openhelix.system1.config import TACTILE, PolicyConfig
 from openhelix.system1.geometry import (
     IDENTITY_6D,
     PROPRIO_FEATURES,
@@ -31,6 +31,7 @@ from openhelix.system1.geometry import (
     quat_to_matrix,
     xyzw_to_wxyz,
 )
+from openhelix.system1.vision import EfficientNetStack, VitStack
 
 # ------------------------------------------------------------------------------------------------
 # The condition: the one way in which System 2's latent enters a policy.
@@ -304,8 +305,11 @@ class LightEncoder(nn.Module):
         self.scene_tokens = config.scene_tokens
         self.heads = config.heads
         self.condition = Condition(config)
-        seen = 0 if config.head == "lstm" else len(config.cameras)  # see `heads.lstm`
-        self.cameras = nn.ModuleList(CameraStack(config.encoder_width, dim) for _ in range(seen))
+        self.sensors = frozenset(config.sensors)
+        seen = len(config.cameras) if config.sees else 0
+        self.cameras = nn.ModuleList(_stack(config) for _ in range(seen))
+        names = [camera.name for camera in config.cameras]
+        self.touching = names.index(TACTILE) if TACTILE in names else -1
         self.camera_code = nn.Parameter(0.02 * torch.randn(seen, dim))
         self.proprio = nn.Sequential(
             nn.Linear(config.nhist * PROPRIO_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim)
@@ -323,18 +327,26 @@ class LightEncoder(nn.Module):
         """Encode one batch of observations."""
         condition, condition_mask, pooled = self.condition(inputs)
         features = proprio_features(inputs.proprio).to(pooled.dtype)
-        signal = pooled + self.proprio(features.flatten(1))
         center = inputs.proprio[:, -1, :3]
+        if "proprio" not in self.sensors:
+            features, center = torch.zeros_like(features), torch.zeros_like(center)
+        signal = pooled + self.proprio(features.flatten(1))
         if not len(self.cameras):
             none = condition[:, :0]
             return Scene(none, none[..., :3], None, condition, condition_mask, signal, features)
         tokens, places, masks = [], [], []
         for i, stack in enumerate(self.cameras):
-            pixels = pixel_channels(inputs.rgb[i], inputs.xyz[i], inputs.valid[i], center)
+            rgb, points, known = self._masked(i, inputs)
+            pixels = pixel_channels(rgb, points, known, center)
             pixels = pixels.to(pooled.dtype, memory_format=torch.channels_last)
             found, grid = stack(pixels, pooled)
-            mean, valid = masked_pool(inputs.xyz[i], inputs.valid[i], *grid)
             tokens.append(found + self.camera_code[i])
+            if "depth" not in self.sensors or i == self.touching:
+                # A picture has no place of its own: it stands at the hand.
+                places.append(torch.zeros_like(found[..., :3], dtype=center.dtype))
+                masks.append(torch.ones_like(found[..., 0], dtype=torch.bool))
+                continue
+            mean, valid = masked_pool(points, known, *grid)
             places.append(mean.flatten(2).transpose(1, 2) - center.unsqueeze(1))
             masks.append(valid.flatten(1))
         joined, xyz, mask = torch.cat(tokens, 1), torch.cat(places, 1), torch.cat(masks, 1)
@@ -350,6 +362,25 @@ class LightEncoder(nn.Module):
             joined = layer(joined, layer.tables(signal), code, None, seen)
         scene = Scene(joined, xyz, seen, condition, condition_mask, signal, features)
         return scene if self.keyposes is None else with_keyposes(scene, self.keyposes)
+
+    def _masked(self, camera: int, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a camera's colours and points as far as they are among the sensors."""
+        rgb, xyz, valid = inputs.rgb[camera], inputs.xyz[camera], inputs.valid[camera]
+        touching = camera == self.touching
+        if "rgb" not in self.sensors and not touching:
+            rgb = torch.full_like(rgb, 0.5)
+        if "depth" not in self.sensors or touching:
+            xyz, valid = torch.zeros_like(xyz), torch.zeros_like(valid)
+        return rgb, xyz, valid
+
+
+def _stack(config: PolicyConfig) -> nn.Module:
+    """Return the encoder of one camera."""
+    if config.encoder == "vit":
+        return VitStack(CHANNELS, config.dim, config.heads)
+    if config.encoder == "efficientnet":
+        return EfficientNetStack(config.dim)
+    return CameraStack(config.encoder_width, config.dim)
 
 
 def with_keyposes(scene: Scene, head: KeyposeHead) -> Scene:

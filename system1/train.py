@@ -15,7 +15,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system1.cache import CacheError
 from openhelix.system1.checkpoint import Network, load_policy, rebuilt, save_policy, seeded_model
-from openhelix.system1.config import PRESETS, CameraConfig, PolicyConfig
+from openhelix.system1.config import PRESETS, TACTILE, CameraConfig, PolicyConfig
 from openhelix.system1.data import Augment, Batch, Cache
 from openhelix.system1.diffusion import Normalizer
 from openhelix.system1.draws import Part
@@ -53,6 +53,7 @@ from openhelix.system1.train_loop import (
     save_state,
     trained,
 )
+from openhelix.system1.vision import EfficientNetStack, load_imagenet
 
 log = logging.getLogger(__name__)
 TERMS = ("total", "position", "rotation", "gripper", "keypose")  # of a loss, as they are logged
@@ -120,7 +121,7 @@ def policy_config(
         raise ConfigError(f"preset: {config.preset!r} is not one of {', '.join(sorted(PRESETS))}")
     meta = cache.meta
     taken: dict[str, Any] = {
-        "cameras": tuple(CameraConfig(**c) for c in meta["cameras"]),
+        "cameras": cameras_for(config.changes.get("sensors", ()), meta["cameras"]),
         "horizon": meta["horizon"],
         "hz": meta["hz"],
         "nhist": meta["nhist"],
@@ -138,6 +139,21 @@ def policy_config(
         if name in taken and taken[name] != value:
             raise ConfigError(f"{name}: {value!r} contradicts the cache, which has {taken[name]!r}")
     return PRESETS[config.preset](**{**taken, **config.changes})
+
+
+def cameras_for(
+    sensors: Sequence[str], cameras: Sequence[Mapping[str, Any]]
+) -> tuple[CameraConfig, ...]:
+    """Return the cameras of a cache that a policy with these sensors looks at.
+
+    Raises:
+        ConfigError: it is to feel, and the data has no such picture.
+    """
+    found = tuple(CameraConfig(**c) for c in cameras if c["name"] != TACTILE or TACTILE in sensors)
+    if TACTILE in sensors and all(camera.name != TACTILE for camera in found):
+        names = ", ".join(c["name"] for c in cameras)
+        raise ConfigError(f"sensors: the data has no camera {TACTILE!r}, only {names}")
+    return found
 
 
 def grown(model: Network, changes: Mapping[str, Any], seed: int) -> Network:
@@ -160,6 +176,10 @@ def grown(model: Network, changes: Mapping[str, Any], seed: int) -> Network:
 def fresh_network(config: PolicyConfig, cache: Cache, frames: Tensor, seed: int) -> Network:
     """Return an untrained network whose normaliser is fitted to some frames of a cache."""
     model = seeded_model(config, seed)
+    if config.encoder == "efficientnet":
+        for module in model.modules():
+            if isinstance(module, EfficientNetStack):
+                load_imagenet(module)
     if config.head != "diffuser_actor":
         model.set_normalizer(Normalizer.fit(*cache.all_rows(frames, config.rotation)))
     return model

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,10 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError, read_yaml, validate
 from openhelix.runtime.core.plugins import none_of
+from openhelix.system1.config import DIRECT, TACTILE, Encoder, PolicyConfig, Sensor
 from openhelix.system2.latents import KINDS
 
 # -- What a file may hold: variants, rows and conditions, the paper's figures, comparisons
 
+SEES: tuple[Sensor, ...] = PolicyConfig().sensors
+SCALED = {"dim": 288, "heads": 12, "layers": 12}
 Count = Annotated[int, Field(ge=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 LENGTH = 5  # tasks in a chain
@@ -46,8 +49,11 @@ class Variant(_Section):
             its samples too.
         latent: the read-out, a kind of `openhelix.system2.latents`.
         lag: a latent may be up to so many environment steps old in training; 0 is synchronous.
+        layer, n_act: of the read-out: after which layer (0: the last), how many `<ACT>`.
+        model: System 2's, as `openhelix train` names it.
         projector: between the systems, "linear" or with a hidden layer.
-        head: System 1's.
+        head, encoder, sensors, sampler: System 1's; see `openhelix.system1.config`.
+        scaled: System 1 has twice the width and three times the blocks.
     """
 
     says: str
@@ -59,8 +65,36 @@ class Variant(_Section):
     prealign: bool = True
     latent: str = "act_last"
     lag: Annotated[int, Field(ge=0)] = 0
+    layer: Annotated[int, Field(ge=0)] = 0
+    n_act: Count = 1
+    model: str = "laptop"
     projector: Literal["linear", "mlp"] = "mlp"
-    head: Literal["trajectory", "dit", "plain", "lstm"] = "trajectory"
+    head: Literal["trajectory", "dit", "plain", "lstm", "transformer", "map"] = "trajectory"
+    encoder: Encoder = "light"
+    sensors: tuple[Sensor, ...] = SEES
+    sampler: Literal["diffusion", "flow"] = "diffusion"
+    scaled: bool = False
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """What System 1 has other than the base: options of `openhelix train`."""
+        changes: dict[str, Any] = dict(SCALED) if self.scaled else {}
+        for name, usual in (("head", "trajectory"), ("encoder", "light"), ("sensors", SEES)):
+            if getattr(self, name) != usual:
+                changes[name] = getattr(self, name)
+        options: dict[str, Any] = {"policy.changes": changes} if changes else {}
+        return options | ({"policy.preset": "small_flow"} if self.sampler == "flow" else {})
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> Variant:
+        if self.head in DIRECT and self.sampler == "flow":
+            raise ValueError(f"sampler: flow, but head {self.head!r} samples nothing")
+        network = {**self.network.get("policy.changes", {})}
+        cameras = PolicyConfig().cameras
+        if TACTILE in self.sensors:
+            cameras = (*cameras, replace(cameras[-1], name=TACTILE))
+        PolicyConfig(cameras=cameras, **network)  # refuses what does not go together
+        return self
 
 
 class Published(_Section):
@@ -108,7 +142,7 @@ class Row(_Section):
     id: str = Field(pattern=r"^[\w-]+$")
     name: str
     variant: str | None = None
-    suite: Literal["calvin", "calvin-e", "calvin-d"] = "calvin"
+    suite: Literal["calvin", "calvin-e", "calvin-d", "calvin-r"] = "calvin"
     steps: Count = 60
     interval: Count = 1
     latency: Annotated[int, Field(ge=0)] = 0
@@ -149,8 +183,8 @@ class Experiment(_Section):
 
     Attributes:
         name, title: "table2", and what it is about.
-        kind: "rows" is trained and evaluated; "probe" looks at latents; "design" only
-            describes methods.
+        kind: "rows" is trained and evaluated; "zoo" likewise, every system on every suite with
+            what it costs; "probe" looks at latents.
         rows, contrasts: see there.
         base: the row of what all arms of the contrasts begin from.
         notes: what must be known to read our figures beside the paper's.
@@ -158,7 +192,7 @@ class Experiment(_Section):
 
     name: str
     title: str
-    kind: Literal["rows", "probe", "design"] = "rows"
+    kind: Literal["rows", "zoo", "probe"] = "rows"
     rows: tuple[Row, ...] = ()
     contrasts: tuple[Contrast, ...] = ()
     base: str | None = None
@@ -280,7 +314,12 @@ def named(contrast: Contrast) -> str:
 
 M = TypeVar("M", bound=BaseModel)
 FOLDER = Path(__file__).parent / "experiments"
-NAMES = (*(f"table{n}" for n in range(1, 10)), "figure4", "figure5")
+AXES_OF_A2 = ("model", "head", "latent", "regime", "policy", "integration", "async")
+NAMES = (
+    *(f"table{n}" for n in range(1, 10)),
+    *("figure4", "figure5"),
+    *(f"axis_{name}" for name in AXES_OF_A2),
+)
 BESIDE = ("variants", "scales")
 FINDINGS = {
     1: "A dual system is needed: pseudo dual systems fail in dynamic scenes.",

@@ -25,7 +25,7 @@ from openhelix.benchmarks.evaluation.evaluation import Console
 from openhelix.benchmarks.paper import overview, tables
 from openhelix.benchmarks.paper.catalogue import Catalogue, Experiment, catalogue
 from openhelix.benchmarks.paper.costs import todo, told
-from openhelix.benchmarks.paper.other_kinds import Probes, design_outcome
+from openhelix.benchmarks.paper.other_kinds import Probes, zoo_outcome
 from openhelix.benchmarks.paper.session import OutOfTime, Request, Session
 from openhelix.benchmarks.paper.train_command import TrainCommand, changed, check_options, data_id
 from openhelix.benchmarks.paper.trainings import Trainer, Trainings
@@ -35,6 +35,8 @@ from openhelix.runtime.core.config import CommandFailed, ConfigError, Count, Run
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import ROOT, cache_folder
 from openhelix.runtime.core.plugins import resolve
+from openhelix.system1.config import TACTILE
+from openhelix.system1.data import read_index
 
 RESULTS = ROOT / "benchmarks" / "results"  # of a checkout
 
@@ -154,10 +156,29 @@ def make_session(options: ExperimentOptions, overrides: Sequence[str], known: Ca
     )
     session = Session(request, Trainings(root / "trainings", trainer), Console("experiment"))
     session.check_fair()
+    if frames is not None:
+        check_sensors(session, frames)
     trains = not (options.no_training or options.report or options.estimate or options.trainer)
     if refusal is not None and trains and any(t.reads_data for t in session.wanted()):
         raise refusal
     return session
+
+
+def check_sensors(session: Session, frames: Path) -> None:
+    """Refuse a variant with a sensor of which the collection has no pictures.
+
+    Raises:
+        ConfigError: one line names variant, sensor, and the cameras that there are.
+    """
+    cameras = [str(camera["name"]) for camera in read_index(frames)["cameras"]]
+    known = session.request.catalogue.variants
+    names = {row.variant for row in session.rows() if row.variant}
+    for name in sorted(names):
+        if TACTILE in known[name].sensors and TACTILE not in cameras:
+            raise ConfigError(
+                f"variants.yaml: {name}: sensors: the data has no camera {TACTILE!r}, only "
+                f"{', '.join(cameras)}"
+            )
 
 
 def _data(options: ExperimentOptions) -> tuple[Path, Path | None, ConfigError | None]:
@@ -189,8 +210,8 @@ def outcome_of(session: Session, experiment: Experiment) -> dict[str, Any]:
     """Return an experiment's outcome, whatever its kind."""
     if experiment.kind == "probe":
         return Probes(session, experiment).outcome()
-    if experiment.kind == "design":
-        return design_outcome(session, experiment)
+    if experiment.kind == "zoo":
+        return zoo_outcome(session, experiment)
     return session.outcome(experiment)
 
 

@@ -109,10 +109,10 @@ class Work:
         learns_act = regime != "frozen" and self.of("latent.kind") == "act_last"
         first = "prefix" if learns_act and feed != "states" else "states"
         second = "prefix" if feed == "prefix" else "states"
-        if regime in ("lora", "full"):
+        if feed == "live":
+            first = second = "again" if regime == "frozen" else "live"
+        elif regime in ("lora", "full"):
             second = "live"
-        elif feed == "live":
-            first = second = "again"
         stages = {"stage1": first, "stage2": second}
         return {stage: kind for stage, kind in stages.items() if self.of(f"{stage}.steps")}
 

@@ -79,12 +79,14 @@ def measure_of(
         scale: how much is measured.
         seed: of all episodes.
         run: overrides of the run's configuration.
-        smoke_tasks: of calvin-d, one task alone.
+        smoke_tasks: of suites of single tasks, one task alone.
     """
     steps = row.steps if scale.max_steps is None else min(row.steps, scale.max_steps)
     if row.suite in CHAINS:
         count = scale.final_sequences if row.final else scale.sequences
         suite = Suite(row.suite, scenes=(SCENE,), count=count, seed=seed)
+    elif row.suite == "calvin-r":
+        suite = Suite(row.suite, scenes=(SCENE,), count=1, seed=seed)
     else:
         suite = Suite(
             row.suite,
@@ -94,8 +96,8 @@ def measure_of(
             patterns=row.patterns,
             speeds=row.speeds,
         )
-        if smoke_tasks:
-            suite = replace(suite, tasks=("lift_blue_block_table",))
+    if smoke_tasks and row.suite not in CHAINS:
+        suite = replace(suite, tasks=("lift_blue_block_table",))
     conditions = Conditions(steps, row.interval, row.latency)
     return Measure(suite, conditions, training, tuple(run), scale.threads)
 
@@ -126,7 +128,15 @@ def score_of(report: Mapping[str, Any]) -> dict[str, Any]:
         "latent_age_steps": work["latent_age_steps"],
         "latents_per_task": work["latents_per_task"],
         "steps_per_s": timing["steps_per_s"],
+        "s1_s_per_plan": _each(timing["s1_s_per_task"], work["tasks_attempted"], work["plans"]),
+        "s2_s_per_latent": timing["s2_s_per_latent"],
+        "s2_s_per_task": timing["s2_s_per_task"],
         "cpu_s": (timing.get("cpu_s_per_step") or 0.0) * (work["env_steps"] + work["hold_steps"]),
         "wall_s": report["wall_s"],
         "workers": report["workers"],
     }
+
+
+def _each(mean: float | None, count: int, among: int) -> float | None:
+    """Return what a mean over `count` comes to for each of `among`."""
+    return mean * count / among if mean is not None and among else None

@@ -1,9 +1,10 @@
-"""The experiments that are no table of scores: the latent probe and the table of designs."""
+"""The experiments that are more than a table of scores: the latent probe and the zoo of designs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,9 +25,11 @@ from openhelix.benchmarks.paper.figure5 import (
 from openhelix.benchmarks.paper.judge import decide
 from openhelix.benchmarks.paper.measures import SCENE
 from openhelix.benchmarks.paper.session import Session
+from openhelix.benchmarks.paper.trainings import SHIPPED_POLICY
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.config import ConfigError, EnginePart
-from openhelix.runtime.core.files import replace_file
+from openhelix.runtime.core.files import replace_file, tensor_header
+from openhelix.system1.checkpoint import WEIGHTS
 from openhelix.system2.model import SHIPPED
 
 UNTRAINED = "as shipped, <ACT> untrained"
@@ -149,21 +152,59 @@ def _words(made: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["step", "ten nearest words", "first word of space"], rows
 
 
-def design_outcome(session: Session, experiment: Experiment) -> dict[str, Any]:
-    """Return the table of designs as plain data."""
-    methods: Sequence[Mapping[str, str]] = experiment.options.get("methods", ())
-    header = ["method", "System 2", "latent", "System 1", "here: read-out, regime, head, policy"]
-    rows = [
-        [
-            m["method"],
-            m["system2"],
-            m["latent"],
-            m["system1"],
-            f"`{m['paper_latent_here']}`, {m['regime']}, {m['head']}, {m['policy']}",
-        ]
-        for m in methods
+def zoo_outcome(session: Session, experiment: Experiment) -> dict[str, Any]:
+    """Return the zoo as plain data: its rows, how each system is built, and what it costs."""
+    found = session.outcome(experiment)
+    designs: Mapping[str, Mapping[str, str]] = experiment.options.get("designs", {})
+    variants = session.request.catalogue.variants
+    names = list(dict.fromkeys(row.variant for row in experiment.rows if row.variant))
+    built = [
+        [designs[name]["method"], designs[name]["paper"], variants[name].says, designs[name]["gap"]]
+        for name in names
     ]
-    return session.outcome(experiment) | {
-        "state": "a description; the paper's table has no scores",
-        "tables": [["Methods, and how they are expressed here", header, rows]],
+    costs = []
+    for name in names:
+        scores = [r["score"] for r in found["rows"] if r["variant"] == name and r["score"]]
+        weights = million_weights(session, name)
+        costs.append([designs[name]["method"], weights, *cost_of(scores)])
+    header = ["method", "the paper's design", "here", "what is different here"]
+    cost_header = ["method", "System 1, million weights", "ms a plan", "plans per second"]
+    cost_header += ["System 2, ms a latent", "latents a task", "System 2, s a task"]
+    return found | {
+        "tables": [
+            ["What each costs here", cost_header, costs],
+            ["How each is built", header, built],
+        ]
     }
+
+
+def million_weights(session: Session, variant: str) -> str:
+    """Return how many weights a variant's policy has, in millions; "" before it is trained."""
+    done = session.trainings.done(session.training(variant))
+    prefix = "system1.policy.options.path="
+    paths = [w.removeprefix(prefix) for w in (done or {}).get("overrides", ()) if prefix in w]
+    place = Path(paths[0]) if paths else SHIPPED_POLICY
+    if done is None or not (place / WEIGHTS).is_file():
+        return ""
+    shapes = (
+        tensor_header(place / WEIGHTS)[0][name][1] for name in tensor_header(place / WEIGHTS)[0]
+    )
+    return f"{sum(math.prod(shape) for shape in shapes) / 1e6:.1f}"
+
+
+def cost_of(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what plans and latents cost, over all evaluations of a system, as text."""
+
+    def mean(name: str) -> float | None:
+        values = [float(s[name]) for s in scores if s[name] is not None]
+        return sum(values) / len(values) if values else None
+
+    plan, latent = mean("s1_s_per_plan"), mean("s2_s_per_latent")
+    work, total = mean("latents_per_task"), mean("s2_s_per_task")
+    return [
+        "" if plan is None else f"{1e3 * plan:.0f}",
+        "" if not plan else f"{1 / plan:.1f}",
+        "" if latent is None else f"{1e3 * latent:.0f}",
+        "" if work is None else f"{work:.1f}",
+        "" if total is None else f"{total:.2f}",
+    ]

@@ -20,6 +20,7 @@ from openhelix.benchmarks.evaluation.plots import (
     trials,
 )
 from openhelix.benchmarks.evaluation.report import interval, markdown_table, percent
+from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.benchmarks.evaluation.sweep import STEP_S
 from openhelix.benchmarks.paper.judge import STATISTICS, WITHDRAWN
 from openhelix.runtime.core.files import replace_file
@@ -86,16 +87,15 @@ def headline(outcome: Outcome) -> str:
 
 def by_suite(outcome: Outcome) -> dict[str, list[Outcome]]:
     """Return the rows by the benchmark that they are of."""
-    names = {"calvin": "CALVIN", "calvin-e": "CALVIN-E", "calvin-d": "CALVIN-D"}
     found: dict[str, list[Outcome]] = {}
     for row in outcome["rows"]:
-        found.setdefault(names[row["suite"]], []).append(row)
+        found.setdefault(str(row["suite"]).upper(), []).append(row)
     return found
 
 
 def table(rows: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
     """Return rows of one suite as a table: ours, with interval and n, beside the paper's."""
-    if rows[0]["suite"] == "calvin-d":
+    if rows[0]["suite"] not in CHAINS:
         header = ["", "ours: success %", "95 % interval", "n", "paper: success %"]
         return header, [
             [row["name"], *_rate(row), percent(_paper_rate(row)) or "-"] for row in rows

@@ -126,9 +126,13 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
     if variant.policy == "shipped":
         return Training("shipped", weights=_digest(SHIPPED))
     base = dict(scale.train)
+    network = variant.network
     if GIVEN not in changes and any(map(_of_policy, changes)):
         base.pop(GIVEN, None)  # who says how the policy is trained wants it trained
-    policy = _policy_training({**base, **changes}, data)
+    given = {**base, **changes}
+    if network:
+        given.pop(GIVEN, None)  # what is given is another network
+    policy = _policy_training({**given, **network}, data)
     if variant.policy == "only":
         return policy
     options: dict[str, Any] = {**base, **scale.train_regime.get(variant.regime, {})}
@@ -138,6 +142,9 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
         "latent.aux": variant.aux,
         "latent.vision": variant.vision,
         "latent.kind": variant.latent,
+        "latent.layer": variant.layer,
+        "latent.n_act": variant.n_act,
+        "latent.model": variant.model,
         "latent.lag_steps": variant.lag,
         "latent.projector_width": 0 if variant.projector == "linear" else PROJECTOR_WIDTH,
         # No projector is fitted to labels: an arm without pre-alignment could not be, either.
@@ -149,13 +156,12 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
         options |= {"stage1.steps": 0, "stage2.steps": _steps_of_both(options)}
         if variant.regime == "prompt" and options.get("latent.feed", "auto") == "auto":
             options["latent.feed"] = "prefix"  # else only stage 1 would train <ACT>
-    if variant.head != "trajectory":
-        options["policy.changes"] = {"head": variant.head}
+    options |= network
     if variant.policy == "pretrained":
         # The policy's own training is the parent's; only what the pair does shapes the pair.
-        kept = {k: v for k, v in options.items() if k == "policy.changes" or not _of_policy(k)}
+        kept = {k: v for k, v in options.items() if not _of_policy(k)}
         return Training("pair", kept, data, policy)
-    kept = {k: v for k, v in options.items() if k != GIVEN}
+    kept = {k: v for k, v in options.items() if k not in (GIVEN, "policy.told", "policy.steps")}
     return Training("pair", kept | {"policy.pretrained": False}, data)
 
 

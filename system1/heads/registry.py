@@ -9,12 +9,15 @@ from openhelix.system1.heads.dit import DitHead
 from openhelix.system1.heads.lstm import LstmHead
 from openhelix.system1.heads.plain import PlainHead
 from openhelix.system1.heads.trajectory import TrajectoryHead
+from openhelix.system1.heads.transformer import MapHead, TransformerHead
 
 HEADS: dict[str, type[DiffusionHead | DirectHead]] = {
     "trajectory": TrajectoryHead,
     "plain": PlainHead,
     "dit": DitHead,
     "lstm": LstmHead,
+    "transformer": TransformerHead,
+    "map": MapHead,
 }
 
 

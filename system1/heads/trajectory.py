@@ -55,7 +55,7 @@ class TrajectoryHead(DiffusionHead):
     def context(self, scene: Scene) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
         """Return each block's keys and values of scene and condition, and their mask."""
         tokens = torch.cat((scene.tokens, scene.condition), 1)
-        home = torch.zeros_like(scene.xyz[:, :1]).expand(-1, scene.condition.shape[1], -1)
+        home = scene.xyz.new_zeros(*scene.condition.shape[:2], 3)
         code = rotary_code(torch.cat((scene.xyz, home), 1), self.frequencies, self.heads)
         full = None if scene.condition.shape[1] == 1 else scene.condition_mask
         mask = merge_masks([(scene.mask, scene.tokens), (full, scene.condition)])

@@ -12,7 +12,19 @@ from openhelix.benchmarks.paper.catalogue import catalogue
 from openhelix.benchmarks.paper.command import RESULTS, make_session, read
 from openhelix.benchmarks.paper.costs import hours, todo, told
 from openhelix.runtime.cli.main import main
+from openhelix.runtime.core.config import ConfigError
+from openhelix.system1.cache import FORMAT
 
+INDEX = {
+    "format": FORMAT,
+    "cameras": [{"name": "static", "height": 16, "width": 16, "work_height": 16, "work_width": 16}],
+    "horizon": 4,
+    "hz": 30.0,
+    "nhist": 1,
+    "tasks": ["open_drawer"],
+    "instructions": ["open the drawer"],
+    "shards": [{"file": "shard-00000.safetensors", "frames": 3}],
+}
 TRAINER = "tests.paper.fakes:FakeTrainer"
 
 
@@ -150,8 +162,8 @@ def test_arms_that_saw_other_samples_are_refused_before_anything_starts(tmp_path
     assert not (tmp_path / "root").exists()
 
 
-def test_moving_blocks_and_designs(tmp_path):
-    assert main([*words(tmp_path, "table1", "table8")]) == 0
+def test_moving_blocks(tmp_path):
+    assert main([*words(tmp_path, "table1")]) == 0
     outcome = json.loads((tmp_path / "out" / "table1.json").read_text())
     assert set(outcome["rows"][0]["score"]["per_motion"]) >= {"static", "left paper", "left x5"}
     text = (tmp_path / "out" / "table1.md").read_text()
@@ -160,7 +172,36 @@ def test_moving_blocks_and_designs(tmp_path):
     (quoted,) = (line for line in text.splitlines() if "3D Diffuser Actor): paper" in line)
     columns = dict(zip(header.split("|"), quoted.split("|"), strict=True))
     assert float(columns[" left paper "]) == 84 and float(columns[" static "]) == 82
-    assert "RoboDual" in (tmp_path / "out" / "table8.md").read_text()
+
+
+def test_the_zoo_is_scored_on_every_suite_with_its_costs(tmp_path, monkeypatch):
+    whole = catalogue().experiment("table8")
+    assert {row.suite for row in whole.rows} == {"calvin", "calvin-e", "calvin-r", "calvin-d"}
+    few = tuple(row for row in whole.rows if row.id in ("robodual", "r_robodual"))
+    assert set(whole.options["designs"]) == {row.variant for row in whole.rows}
+    monkeypatch.setitem(catalogue().experiments, "table8", whole.model_copy(update={"rows": few}))
+    assert main([*words(tmp_path, "table8")]) == 0
+    outcome = json.loads((tmp_path / "out" / "table8.json").read_text())
+    assert outcome["state"] == "complete" and len(outcome["rows"]) == 2
+    costs, _ = outcome["tables"]
+    assert [row[0] for row in costs[2]] == ["RoboDual"]
+    assert all(float(row[3]) > 0 for row in costs[2])  # plans per second
+    text = (tmp_path / "out" / "table8.md").read_text()
+    for stated in ("## CALVIN-R", "Perceiver resampler", "no tactile image"):
+        assert stated in text
+
+
+def test_a_sensor_of_which_the_data_has_no_picture_is_refused(tmp_path, monkeypatch):
+    known = catalogue()
+    feels = known.variants["robodual"].model_copy(update={"sensors": ("rgb", "tactile")})
+    monkeypatch.setitem(known.variants, "robodual", feels)
+    made = make_session(*read(words(tmp_path, "table8")[1:]), known)
+    (tmp_path / "cache.json").write_text(json.dumps(INDEX))
+    with pytest.raises(ConfigError, match="robodual: sensors: the data has no camera 'tactile'"):
+        command.check_sensors(made, tmp_path)
+    check = [*INDEX["cameras"], {**INDEX["cameras"][0], "name": "tactile"}]
+    (tmp_path / "cache.json").write_text(json.dumps(INDEX | {"cameras": check}))
+    command.check_sensors(made, tmp_path)
 
 
 def test_intervals_are_drawn_as_a_line(tmp_path, monkeypatch):

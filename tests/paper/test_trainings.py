@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from openhelix.benchmarks.paper import costs
-from openhelix.benchmarks.paper.catalogue import catalogue
+from openhelix.benchmarks.paper.catalogue import Variant, catalogue
 from openhelix.benchmarks.paper.train_command import (
     TrainCommand,
     changed,
@@ -17,11 +17,18 @@ from openhelix.benchmarks.paper.train_command import (
     exported,
     told_by_name,
 )
-from openhelix.benchmarks.paper.trainings import Trainings, in_order, trainings_of
-from openhelix.runtime.core.config import CommandFailed, ConfigError
+from openhelix.benchmarks.paper.trainings import (
+    SHIPPED_POLICY,
+    Trainings,
+    in_order,
+    trainings_of,
+)
+from openhelix.runtime.core.config import CommandFailed, ConfigError, validate
 from openhelix.system1.checkpoint import build_model, load_policy, save_policy
-from openhelix.system1.config import small
+from openhelix.system1.config import PRESETS, small
 from tests.paper.fakes import FakeTrainer
+from tests.system1.test_heads import batch_of, stirred
+from tests.system1.test_policy import tiny
 
 VARIANTS = catalogue().variants
 LAPTOP = catalogue().scale("laptop")
@@ -39,7 +46,7 @@ def test_what_is_alike_is_shared_and_what_differs_is_not():
     assert training("prompt", {"stage2.steps": 7}).key != keys["prompt"]
     # All that begin with the pretrained policy begin with the same one.
     parents = {t.parent.key for n in VARIANTS if (t := training(n)).parent is not None}
-    assert parents == {keys["policy_table"]}
+    assert parents == {keys["base"]}
 
 
 def test_only_the_policys_own_settings_shape_the_policy():
@@ -54,7 +61,7 @@ def test_the_variants_are_what_the_paper_says():
     assert training("scratch_lora_clip").parent is None
     ends = training("e2e_prompt").options
     assert ends["stage1.steps"] == 0 and ends["stage2.start"] == "random"
-    assert ends["latent.feed"] == "prefix"  # <ACT> learns there too
+    assert ends["stage2.steps"] == 1800 and ends["latent.feed"] == "live"  # <ACT> learns there too
     assert training("prompt").options["stage1.steps"] > 0
     assert training("prompt_novision").options["latent.vision"] is False
     assert training("prompt_aux").options["latent.aux"] is True
@@ -63,19 +70,69 @@ def test_the_variants_are_what_the_paper_says():
         > 0
         == training("frozen").options["latent.clip"]
     )
-    assert training("pseudo").options["policy.changes"] == {"head": "lstm"}
-    assert training("lora").options["stage2.batch"] == 8
+    blind = {"head": "lstm", "sensors": ("proprio",)}
+    assert training("pseudo").options["policy.changes"] == blind
+    assert training("live").options["policy.changes"] == {"head": "lstm"}
+    assert training("groot").options["policy.preset"] == "small_flow"
+    assert training("groot").options["latent.layer"] == 15
+    assert training("linear").options["latent.projector_width"] == 0
+    assert training("lag_40").options["latent.lag_steps"] == 40
+    assert training("prompt").options["latent.lag_steps"] == 0
+    assert training("prompt").parent.options["policy.told"] == "sentence"
+
+
+def test_another_network_has_a_base_of_its_own():
+    other = VARIANTS["prompt"].model_copy(update={"sensors": ("rgb", "proprio")})
+    given = {"policy.checkpoint": str(SHIPPED_POLICY)}
+    assert training("prompt", given).parent.given == SHIPPED_POLICY
+    parent = trainings_of(other, LAPTOP, "d", given).parent
+    assert parent.given is None
+    assert parent.options["policy.changes"] == {"sensors": ("rgb", "proprio")}
+
+
+@pytest.mark.parametrize("name", sorted(n for n, v in VARIANTS.items() if v.network))
+def test_every_variants_policy_can_be_built_and_learns(name):
+    network = VARIANTS[name].network
+    changes = dict(network.get("policy.changes", {}))
+    if VARIANTS[name].scaled:
+        changes |= {"dim": 96, "heads": 4, "layers": 2}
+    base = {"cameras": tiny().cameras, "latent_dim": 12, "horizon": 6, "encoder_width": 8}
+    config = PRESETS[network.get("policy.preset", "small")](**{**base, **changes})
+    model, inputs = stirred(config), batch_of(config, [0, 1])
+    chunk = model.sample_inputs(inputs, lambda shape: torch.full(shape, 0.3))
+    assert chunk.shape == (2, 6, 8) and torch.isfinite(chunk).all()
+    model.requires_grad_(True)
+    rows = torch.zeros(2, 6, 9)
+    with torch.enable_grad():
+        loss = model.loss(inputs, rows, rows[..., 0], torch.ones(2, 6, dtype=torch.bool)).total
+        loss.backward()
+    assert torch.isfinite(loss) and any(p.grad is not None for p in model.head.parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sensors": ["smell"]}, "sensors"),
+        ({"sensors": []}, "sensors: .* want one or more"),
+        ({"head": "crystal ball"}, "head"),
+        ({"head": "lstm", "sampler": "flow"}, "samples nothing"),
+        ({"encoder": "efficientnet", "sensors": ["depth"]}, "efficientnet sees colours alone"),
+    ],
+)
+def test_a_variant_that_cannot_be_built_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(Variant, {"says": "x", **fields})
 
 
 def test_who_says_how_the_policy_is_trained_gets_it_trained():
-    assert training("prompt").parent.given is not None
+    assert trainings_of(VARIANTS["prompt"], catalogue().scale("quick"), "d", {}).parent.given
     own = training("prompt", {"policy.steps": 7}).parent
     assert own.given is None and own.reads_data and own.options["policy.steps"] == 7
     assert "policy.checkpoint" not in training("pseudo").options
 
 
 def test_parents_come_first_and_once():
-    order = in_order([training(n) for n in ("prompt", "lora", "policy_table", "prompt")])
+    order = in_order([training(n) for n in ("prompt", "lora", "base", "prompt")])
     assert [t.stage for t in order] == ["policy", "pair", "pair"]
 
 
@@ -95,7 +152,7 @@ def test_a_killed_training_is_continued_and_a_finished_one_is_not_done_again(tmp
 
 def test_a_damaged_note_is_told_in_one_line(tmp_path):
     trainings = Trainings(tmp_path, FakeTrainer())
-    wanted = training("policy_table")
+    wanted = training("base")
     trainings.ensure(wanted, lambda text: None)
     path = trainings.place(wanted) / "trained.json"
     path.write_text(path.read_text()[:-20])
@@ -153,14 +210,14 @@ def test_a_given_policy_is_not_trained(tmp_path, command):
     trainings.ensure(training("prompt", given), lambda text: None)
     words = json.loads((trainings.place(training("prompt", given)) / "words.json").read_text())
     assert words["policy.checkpoint"] == "/weights/policy"
-    table = trainings.ensure(training("policy_table", given), lambda text: None)
+    table = trainings.ensure(training("base", given), lambda text: None)
     assert table["overrides"] == ["system1.policy.options.path=/weights/policy"]
 
 
 def test_a_training_that_fails_says_why_and_is_not_finished(tmp_path, command):
     trainings = Trainings(tmp_path / "trainings", command)
     for seed, message in ((13, "the loss was not finite"), (14, "not finished")):
-        wanted = training("policy_table", {"seed": seed, "policy.steps": 7})
+        wanted = training("base", {"seed": seed, "policy.steps": 7})
         with pytest.raises(CommandFailed, match=message):
             trainings.ensure(wanted, lambda text: None)
         assert trainings.done(wanted) is None
@@ -182,11 +239,12 @@ def test_what_is_measured_says_how_long_it_takes(monkeypatch):
     monkeypatch.setattr(costs, "costs", lambda: {"training": measured})
     few = {"policy.batch": 1, "stage1.batch": 2, "stage2.batch": 3, "stage1.steps": 10}
     few |= {"stage2.steps": 20, "latent.frames": 100, "latent.stride": 4, "latent.phrasings": 2}
+    few |= {"latent.feed": "auto"}
 
     def seconds(name, **changes):
         return costs.training_s(training(name, few | changes), 800)
 
-    alone = training("policy_table", {"policy.checkpoint": None, "policy.steps": 7, **few})
+    alone = training("base", {"policy.checkpoint": None, "policy.steps": 7, **few})
     assert costs.training_s(alone, 800) == 7
     prefixes, states = 100 * 0.5, 800 / 4 * 2 * 0.25
     assert seconds("prompt") == 2 * 2 + 20 + prefixes + states + 60
@@ -194,10 +252,11 @@ def test_what_is_measured_says_how_long_it_takes(monkeypatch):
     assert seconds("lora") == 2 * 2 + 20 + prefixes + 60
     assert seconds("frozen") == 2 * 2 + states + 20 + 60
     assert seconds("frozen", **{"latent.feed": "live"}) == 2 * 2 + (20 + 60) * 1.25
-    assert seconds("e2e_prompt", **{"stage1.steps": 0}) == 2 + prefixes + 60
+    assert seconds("prompt", **{"latent.feed": "live"}) == 2 * 2 + 20 + 60
+    assert seconds("e2e_prompt") == 2 + prefixes + 26 * 3  # with stage 1's samples
     assert seconds("prompt", device="cuda") is None
     assert seconds("shipped") == 0.0
-    assert costs.training_s(training("policy_table", {"policy.checkpoint": "x"}), 800) == 0.0
+    assert costs.training_s(training("base", {"policy.checkpoint": "x"}), 800) == 0.0
     del measured["live_sample_s"]  # a bench that was cut short
     assert costs.training_s(alone, 800) is None
     monkeypatch.setattr(costs, "costs", dict)
@@ -209,9 +268,9 @@ def test_other_weights_at_the_same_place_are_another_training(tmp_path):
     given.mkdir()
     (given / "model.safetensors").write_bytes(b"one")
     changes = {"policy.checkpoint": str(given)}
-    before, policy = training("prompt", changes), training("policy_table", changes)
+    before, policy = training("prompt", changes), training("base", changes)
     assert policy.shown_options["policy.checkpoint"] == str(given)
-    ours = training("policy_table", {"policy.checkpoint": "shipped"})
+    ours = training("base", {"policy.checkpoint": "shipped"})
     # Results are read on other machines: the project's own are named by their place in it.
     assert ours.shown_options["policy.checkpoint"] == "checkpoints/system1-laptop"
     moved = tmp_path / "elsewhere"
@@ -220,7 +279,7 @@ def test_other_weights_at_the_same_place_are_another_training(tmp_path):
     assert elsewhere.key == before.key and elsewhere.parent.given == moved
     (moved / "model.safetensors").write_bytes(b"two")
     assert training("prompt", {"policy.checkpoint": str(moved)}).key != before.key
-    assert training("policy_table", {"policy.checkpoint": str(moved)}).key != policy.key
+    assert training("base", {"policy.checkpoint": str(moved)}).key != policy.key
 
 
 def test_the_shipped_pair_needs_no_data_and_no_training(tmp_path, command):

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.diffusion import Normalizer
 from openhelix.system1.geometry import Inputs
 from openhelix.system1.heads.base import DiffusionHead
@@ -79,7 +80,7 @@ def test_what_a_head_looks_at(head):
 
     base = run(inputs)
     other = dataclasses.replace(inputs, rgb=tuple(1 - x for x in inputs.rgb))
-    assert torch.equal(run(other), base) == (head == "lstm")
+    assert not torch.equal(run(other), base)
     assert not torch.equal(run(dataclasses.replace(inputs, latent=-inputs.latent)), base)
     assert not torch.equal(run(inputs.without_latent()), base)
     older = dataclasses.replace(inputs, latent_age_s=inputs.latent_age_s + 1)
@@ -101,6 +102,85 @@ def test_plain_tensors_and_the_null_latent(head):
         model.sample(rgb.repeat(1, 2, 1, 1, 1), pcd.repeat(1, 2, 1, 1, 1), gripper, None)
     with pytest.raises(ValueError, match="latent: 2 tokens of width 12, the policy was trained"):
         model.sample(rgb, pcd, gripper, torch.zeros(2, 2, 12))
+
+
+@pytest.mark.parametrize("head", ALL)
+def test_a_blind_policy_knows_the_scene_from_its_latent_alone(head):
+    config = tiny(head=head, sensors=("proprio",))
+    model, inputs = stirred(config), batch_of(config, [0])
+    base = run(model, inputs)
+    assert torch.equal(run(model, dark(inputs)), base)
+    assert not torch.equal(run(model, dataclasses.replace(inputs, latent=-inputs.latent)), base)
+    assert not config.sees and not len(model.encoder.cameras)
+
+
+def run(model, inputs):
+    model.set_normalizer(Normalizer(torch.zeros(6, 9), torch.ones(6, 9)))
+    return model.sample_inputs(inputs, lambda s: torch.full(s, 0.3))
+
+
+def dark(inputs):
+    return dataclasses.replace(inputs, rgb=tuple(1 - x for x in inputs.rgb))
+
+
+def moved(inputs):
+    shift = torch.tensor([0.1, 0.0, 0.2]).view(1, 3, 1, 1)
+    return dataclasses.replace(inputs, xyz=tuple(x + shift for x in inputs.xyz))
+
+
+def turned(inputs):
+    proprio = inputs.proprio.clone()
+    proprio[..., 8] = 1 - proprio[..., 8]
+    return dataclasses.replace(inputs, proprio=proprio)
+
+
+@pytest.mark.parametrize("encoder", ["light", "vit", "efficientnet"])
+@pytest.mark.parametrize(
+    "sensors", [("rgb",), ("rgb", "proprio"), ("depth", "proprio"), ("rgb", "depth")]
+)
+def test_a_sensor_that_is_masked_changes_nothing_and_another_does(encoder, sensors):
+    if encoder == "efficientnet" and "rgb" not in sensors:
+        with pytest.raises(ConfigError, match="efficientnet sees colours alone"):
+            tiny(encoder=encoder, sensors=sensors)
+        return
+    config = tiny(encoder=encoder, sensors=sensors)
+    model, inputs = stirred(config), batch_of(config, [0])
+    base = run(model, inputs)
+    assert torch.isfinite(base).all()
+    for sensor, change in (("rgb", dark), ("depth", moved), ("proprio", turned)):
+        assert torch.equal(run(model, change(inputs)), base) == (sensor not in sensors), sensor
+
+
+@pytest.mark.parametrize("encoder", ["vit", "efficientnet"])
+def test_other_encoders_learn_and_a_sample_does_not_depend_on_the_batch(encoder):
+    config = tiny(encoder=encoder, head="map", sensors=("rgb", "proprio"))
+    model = stirred(config)
+    both = model.sample_inputs(batch_of(config, [3, 4]), lambda s: torch.full(s, 0.3))
+    alone = model.sample_inputs(batch_of(config, [4]), lambda s: torch.full(s, 0.3))
+    torch.testing.assert_close(both[1:], alone, atol=2e-5, rtol=0)
+    model.requires_grad_(True).train()
+    rows = torch.zeros(2, config.horizon, 9)
+    mask = torch.ones(2, config.horizon, dtype=torch.bool)
+    with torch.enable_grad():
+        loss = model.loss(batch_of(config, [3, 4]), rows, rows[..., 0], mask)
+        loss.total.backward()
+    grads = [p.grad for p in model.encoder.cameras.parameters()]
+    assert all(g is not None for g in grads) and any(float(g.abs().max()) > 0 for g in grads)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sensors": ("smell",)}, "sensors: 'smell' is none of rgb, depth, tactile, proprio"),
+        ({"sensors": ()}, "sensors: .*; want one or more"),
+        ({"sensors": ("rgb", "rgb")}, "each once"),
+        ({"sensors": ("rgb", "tactile")}, "beside no camera 'tactile'"),
+        ({"encoder": "eagle"}, "encoder: 'eagle' is none of light, vit, efficientnet"),
+    ],
+)
+def test_a_sensor_or_encoder_that_there_is_not_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny(**changes)
 
 
 def test_fewer_scene_tokens():
