@@ -19,16 +19,13 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from openhelix.system2.prompt import Around, Prompt, Template
-
-if TYPE_CHECKING:
-    from openhelix.system2.model import Checkpoint
 
 Processor = Callable[[], Any]  # loads the checkpoint's image processor when it is called
 
@@ -355,8 +352,19 @@ def squared(images: Sequence[Image.Image], side: int) -> list[Image.Image]:
     return [i.resize((side, side), Image.Resampling.BICUBIC) for i in images]
 
 
+class Described(Protocol):
+    """What is needed of a checkpoint (`openhelix.system2.model.Checkpoint`) to see with it."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def side(self) -> int: ...
+    @property
+    def family(self) -> Family: ...
+
+
 def picture_tokens(
-    checkpoint: Checkpoint,
+    checkpoint: Described,
     core: Any,
     processor: Any,
     images: Sequence[Image.Image],
