@@ -1,5 +1,11 @@
-"""Does an instruction name something that can be done? A small head on the frozen language model.
+"""Does an instruction name something that can be done? Two ways to judge, a file for either.
 
+`PlainSentences` belongs to a base model that learned instructions (`vlm.tune.goals`): one of the
+plain sentences that its latents are pulled towards is "do nothing", said of what is not to be
+done, is not on the table, or means nothing. A latent nearest to it is refused. The judgement is
+the newest latent's, so it sees the picture.
+
+`Understanding` is a small head for a language model that stays as it is.
 The latent says *what* is asked for; of "sing" or "do not open the drawer" it still says something,
 and a policy would act on it. So the bare sentence (no image, no chat) goes through the language
 model's first layers once more, and a head with one hidden layer gives the probability that it
@@ -8,7 +14,7 @@ changes little of the sentence's mean: the hidden layer looks at every token, an
 read as the maximum over the tokens, as their mean, and at the last, which has read the whole.
 
 The probability is calibrated (`scale` and `offset`, on sentences that the head was not fitted
-to). Below `threshold` the instruction is refused. The judgement depends on the sentence alone, so
+to). Below `threshold` the instruction is refused. This judgement depends on the sentence alone, so
 it is made once for each, and does not flicker from picture to picture.
 """
 
@@ -29,6 +35,7 @@ from openhelix.runtime.core.files import (
     load_tensors,
     parse_object,
     save_tensors,
+    tensor_header,
     told_as,
 )
 from openhelix.runtime.core.interfaces import Judgement
@@ -160,6 +167,87 @@ class Understanding(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
+class PlainSentences:
+    """The plain sentences of a base model, and which of them says that there is nothing to do.
+
+    Attributes:
+        codes: (N, dim), what their latents are to be.
+        nothing: row of "do nothing".
+        unit: squared distance between neighbours; training's own temperature.
+        model: `Checkpoint.model_id` of the base model.
+        threshold: instructions less probable than this to name something are refused.
+        sentences: the N sentences.
+    """
+
+    codes: Tensor
+    nothing: int
+    unit: float
+    model: str
+    sentences: tuple[str, ...]
+    threshold: float = 0.5
+
+    def judge(self, latents: Tensor) -> list[Judgement]:
+        """Judge instructions by their latents (B, n, dim): as probable as the loss had it."""
+        squared = torch.cdist(latents.float().mean(1), self.codes).square() / self.unit
+        found = (1.0 - (-2.0 * squared).softmax(-1)[:, self.nothing]).tolist()
+        return [Judgement(p, p < self.threshold) for p in found]
+
+    def check(self, model_id: str, dim: int) -> None:
+        """Raise CheckpointError unless this is of a model, and of latents of that width."""
+        if self.model != model_id:
+            raise CheckpointError(
+                f"understanding: fitted to model {self.model}, this is {model_id}"
+            )
+        if self.codes.shape[1] != dim:
+            raise CheckpointError(
+                f"understanding: of latents of {self.codes.shape[1]} numbers, these have {dim}"
+            )
+
+    def save(self, path: Path) -> None:
+        """Write the sentences, first under another name."""
+        about = {n: getattr(self, n) for n in _AboutPlain.__slots__}
+        save_tensors(
+            path, {"codes": self.codes.contiguous()}, {PLAIN: json.dumps(about, sort_keys=True)}
+        )
+
+    @classmethod
+    def load(cls, path: Path | str) -> PlainSentences:
+        """Read what `save` wrote.
+
+        Raises:
+            BadFile: not such a file, or not finite; one line names it.
+        """
+        with told_as(CheckpointError, "understanding"):
+            state, metadata = load_tensors(path, ("codes",))
+            where = f"{path}: its account of the sentences"
+            about = as_record(_AboutPlain, parse_object(metadata.get(PLAIN, ""), where), where)
+            check_kinds(state, str(path))
+            codes = state["codes"].float()
+            if (
+                codes.ndim != 2
+                or len(codes) != len(about.sentences)
+                or not 0 <= about.nothing < len(codes)
+                or not about.unit > 0
+            ):
+                raise CheckpointError(f"{path}: its tensors and its account do not fit each other")
+        return cls(codes, **{name: getattr(about, name) for name in _AboutPlain.__slots__})
+
+
+PLAIN = "plain_sentences"
+
+
+@dataclass(frozen=True, slots=True)
+class _AboutPlain:
+    """What a file says of its plain sentences."""
+
+    nothing: int
+    unit: float
+    model: str
+    sentences: tuple[str, ...]
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
 class _About:
     """What a file says of its head."""
 
@@ -177,8 +265,10 @@ def joined(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(list(states)), lengths
 
 
-def beside(weights: Path | str | None, wanted: Path | str | None) -> Understanding | None:
-    """Return the head that an engine is to judge by.
+def beside(
+    weights: Path | str | None, wanted: Path | str | None
+) -> Understanding | PlainSentences | None:
+    """Return what an engine is to judge by.
 
     Args:
         weights: the file that the engine's other weights come from; None for none.
@@ -189,5 +279,11 @@ def beside(weights: Path | str | None, wanted: Path | str | None) -> Understandi
     """
     if wanted is None and weights is not None:
         found = Path(weights).with_name(FILE)
-        return Understanding.load(found) if found.is_file() else None
-    return None if wanted in (None, OFF) else Understanding.load(Path(str(wanted)).expanduser())
+        return _loaded(found) if found.is_file() else None
+    return None if wanted in (None, OFF) else _loaded(Path(str(wanted)).expanduser())
+
+
+def _loaded(path: Path) -> Understanding | PlainSentences:
+    with told_as(CheckpointError, "understanding"):
+        _, metadata = tensor_header(path)
+    return PlainSentences.load(path) if PLAIN in metadata else Understanding.load(path)

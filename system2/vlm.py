@@ -22,11 +22,13 @@ from torch.nn import functional as F
 from openhelix.system2.latents import LatentConfig, LatentHead
 from openhelix.system2.model import Checkpoint
 from openhelix.system2.prompt import words_of_robot
+from openhelix.system2.understanding import PlainSentences
 from openhelix.system2.vlm_data import GOAL_KINDS, Question
 
 CELLS = 64  # a read-out without language sees at most so many image tokens, pooled
 IGNORED = -100
 LORA_SCALE = 2.0  # of the low-rank parts
+NOTHING = "do nothing"  # the plain sentence of an instruction that names nothing to be done
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,6 +454,14 @@ class Goals(nn.Module):
             squared = squared / self._read_unit
             loss = loss + F.cross_entropy(-2.0 * squared, wanted)
         return loss, (squared.argmin(1) == wanted).float()
+
+    def judge(self, model: str) -> PlainSentences | None:
+        """Return what refuses instructions; None where no plain sentence says `NOTHING`."""
+        sentences = tuple(sorted(self._index, key=self._index.__getitem__))
+        if NOTHING not in self._index:
+            return None
+        codes = self.codes.detach().cpu()
+        return PlainSentences(codes, self._index[NOTHING], self._unit, model, sentences)
 
     def folded(self) -> LatentHead:
         """Return the head with `shift` and `scale` in its first layer."""

@@ -54,6 +54,7 @@ from openhelix.system2.model import (
 from openhelix.system2.pretrain import augment
 from openhelix.system2.prompt import TEMPLATES
 from openhelix.system2.text import TextCode, TextReader, fitted_code
+from openhelix.system2.understanding import FILE as UNDERSTANDING
 from openhelix.system2.vlm import (
     IGNORED,
     LORA_SCALE,
@@ -1005,6 +1006,9 @@ class VlmRun:
         if self.goals is not None:
             head, note = self.goals.folded(), {"stage": "vlm", "step": self.step}
             head.save(self.out / LATENT, base=about["model_id"], note=note)
+            judge = self.goals.judge(about["model_id"])
+            if judge is not None:
+                judge.save(self.out / UNDERSTANDING)
         return folder
 
     def write_small(self) -> None:

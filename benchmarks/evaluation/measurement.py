@@ -89,11 +89,15 @@ class DemandGoals(LockstepGoals):
 
     def filled(self, latent: LatentGoal) -> LatentGoal:
         """Return the latent with its content."""
+        if latent.z is not NOT_YET:
+            return latent
         if latent.seq not in self._z:
             self._z[latent.seq] = self._ask.pop(latent.seq)()
         return replace(latent, z=self._z[latent.seq])
 
     def _compute(self, observation: Observation) -> LatentGoal:
+        if getattr(self._engine, "judges_latents", False):
+            return super()._compute(observation)  # whether it is refused cannot wait
         frames, text, judgement = observation.frames, self.instruction, self._judge()
         if self._draw_now:
             frames = {self._camera: frames[self._camera]}
@@ -199,6 +203,11 @@ class EngineMeter:
     def spec(self) -> LatentSpec:
         """What the latents are."""
         return self.engine.spec
+
+    @property
+    def judges_latents(self) -> bool:
+        """Whether it judges an instruction by its newest latent."""
+        return bool(getattr(self.engine, "judges_latents", False))
 
     def warm_up(self) -> None:
         self.engine.warm_up()

@@ -53,7 +53,8 @@ class EngineActor:
                 self._engine = make(self._config.system2.engine)
             except ValueError as error:
                 return {"refused": _line(error)}
-        return {"spec": self._engine.spec}
+        latents = bool(getattr(self._engine, "judges_latents", False))
+        return {"spec": self._engine.spec, "judges_latents": latents}
 
     def encode(self, image: np.ndarray, instruction: str) -> F32:
         """Return the latent of one image and instruction; loads after a restart."""
@@ -82,6 +83,14 @@ class RemoteEngine:
     def __init__(self, actor: Any, spec: LatentSpec, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self._actor, self.spec, self._timeout_s = actor, spec, timeout_s
         self._judged: dict[str, Judgement] = {}
+        self._by_latents: bool | None = None
+
+    @property
+    def judges_latents(self) -> bool:
+        """Whether it judges an instruction by its newest latent."""
+        if self._by_latents is None:
+            self._by_latents = bool(self._ask("start").get("judges_latents"))
+        return self._by_latents
 
     def warm_up(self) -> None: ...
 
@@ -93,7 +102,7 @@ class RemoteEngine:
         return cast(F32, np.concatenate(rows))
 
     def judge(self, instructions: Sequence[str]) -> list[Judgement]:
-        new = [text for text in instructions if text not in self._judged]
+        new = [t for t in instructions if self.judges_latents or t not in self._judged]
         if new:
             self._judged |= zip(new, self._ask("judge", new), strict=True)
         return [self._judged[text] for text in instructions]

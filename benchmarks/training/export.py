@@ -15,6 +15,7 @@ alone; with `latent.init`, a base model's own latents in the policy's code besid
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import platform
 import re
@@ -49,6 +50,8 @@ from openhelix.system1.train_loop import LOG
 from openhelix.system2.latents import LatentHead
 from openhelix.system2.model import VISION, is_small, open_checkpoint
 from openhelix.system2.text import FILE
+from openhelix.system2.understanding import FILE as UNDERSTANDING
+from openhelix.system2.understanding import PlainSentences, beside
 
 # -- The card: data, command, seed, hours and losses, for people and for checks --------
 
@@ -332,6 +335,9 @@ def ship_system2(config: TrainingConfig, file: Path, source: Path, out: Path) ->
     exact = turned_by_half(head) <= EXACT_TURN
     dtype = torch.float16 if exact else torch.float32
     head.save(out / LATENT, base=checkpoint.model_id, note=note, dtype=dtype)
+    judge = beside(file, None)
+    if isinstance(judge, PlainSentences):  # a base model's own; what it is called has changed
+        dataclasses.replace(judge, model=checkpoint.model_id).save(out / UNDERSTANDING)
     return LatentHead.load(out / LATENT).spec(checkpoint, raw=False)
 
 

@@ -294,9 +294,9 @@ class LockstepGoals(_Recent):
         return arrived
 
     def _compute(self, observation: Observation) -> LatentGoal:
-        frame, judgement = observation.frames[self._camera], self._judge()
-        start = self._timer()
+        frame, start = observation.frames[self._camera], self._timer()
         z = self._encode(frame.rgb, self.instruction)
+        took_s, judgement = self._timer() - start, self._judge()  # by this latent, perhaps
         latent = LatentGoal(
             z=z,
             seq=self._seq,
@@ -305,7 +305,7 @@ class LockstepGoals(_Recent):
             t_pub_ns=frame.t_ns,
             spec_id=self._engine.spec.spec_id,  # as it is now: weights can be swapped
             source="lockstep",
-            compute_s=self._timer() - start,
+            compute_s=took_s,
             understood=judgement.understood,
             refused=judgement.refused,
         )

@@ -37,7 +37,7 @@ from openhelix.system2.model import (
 )
 from openhelix.system2.prompt import BadInstruction, Layout, Prompt, as_batch
 from openhelix.system2.text import sentence_ids
-from openhelix.system2.understanding import KEPT, beside
+from openhelix.system2.understanding import KEPT, PlainSentences, Understanding, beside
 
 JUDGED_TOGETHER = 32  # sentences, at most
 
@@ -73,7 +73,7 @@ class EngineBase:
             trained with it, or a `.npy` file of other pictures (N, H, W, 3) uint8, one of which is
             shown in the place of each that is given: what System 2 does without seeing.
         blind: show the model black pictures instead of those that are given.
-        understanding: file of the head that judges which instructions are understood; None takes
+        understanding: file of what judges which instructions are understood; None takes
             the one beside the latent's weights, where there is one, and "off" judges none.
         untrained: take random `<ACT>` and projector where no `latent_projector` is given, not the
             shipped ones; a run refuses random ones that nobody asked for
@@ -85,6 +85,7 @@ class EngineBase:
 
     Attributes:
         untrained: whether `<ACT>` and projector are random.
+        judges_latents: whether `judge` is by the newest latent of an instruction.
     """
 
     name = ""  # as a family lists the engines that give it
@@ -125,7 +126,10 @@ class EngineBase:
             shipped = SHIPPED / "latent.safetensors"
             latent_projector = shipped if shipped.is_file() else None
         weights = None if isinstance(latent_projector, LatentHead) else latent_projector
-        self._understanding = beside(weights, understanding)
+        judge = beside(weights, understanding)
+        self._understanding = judge if isinstance(judge, Understanding) else None
+        self._plain = judge if isinstance(judge, PlainSentences) else None
+        self.judges_latents = self._plain is not None
         self._judged: dict[str, Judgement] = {}
         if latent_projector is not None and not isinstance(latent_projector, LatentHead):
             latent_projector = LatentHead.load(latent_projector)
@@ -232,22 +236,32 @@ class EngineBase:
         return self._run(images, instructions, self._raw)
 
     def judge(self, instructions: Sequence[str]) -> list[Judgement]:
-        """Return whether instructions name something that can be done; no image is looked at.
+        """Return whether instructions name something that can be done.
+
+        By the sentences alone, or where the base model has learned it, by the newest latent of each.
+        For one that `encode` has not seen that is its latent of a black picture.
 
         Raises:
             ValueError: an instruction is unusable; the message names which.
             EncodeError: the engine is closed.
         """
-        if self._understanding is None:
+        if self._understanding is None and self._plain is None:
             return [Judgement()] * len(instructions)
         if self._closed:
             raise EncodeError("the engine is closed")
         new = list(dict.fromkeys(text for text in instructions if text not in self._judged))
-        if new:
-            if len(self._judged) + len(new) > KEPT:
-                self._judged = {text: self._judged[text] for text in set(instructions) - set(new)}
-            self._judged |= zip(new, self._judge(new), strict=True)
+        if new and self._plain is not None:
+            self.encode([np.zeros((64, 64, 3), np.uint8)] * len(new), new)
+        elif new:
+            self._remember(new, self._judge(new), instructions)
         return [self._judged[text] for text in instructions]
+
+    def _remember(
+        self, texts: Sequence[str], found: Sequence[Judgement], wanted: Sequence[str]
+    ) -> None:
+        if len(self._judged) + len(texts) > KEPT:
+            self._judged = {t: j for t, j in self._judged.items() if t in wanted}
+        self._judged = self._judged | dict(zip(texts, found, strict=True))
 
     def _judge(self, texts: list[str]) -> list[Judgement]:
         assert self._understanding is not None
@@ -282,6 +296,9 @@ class EngineBase:
             latents = torch.stack(rows).to("cpu", torch.float32).numpy()
         if not np.isfinite(latents).all():
             raise NotFinite("the latent is not finite")
+        if self._plain is not None and not raw:
+            judgements = self._plain.judge(torch.from_numpy(latents))
+            self._remember(list(instructions), judgements, instructions)
         return latents
 
     def hidden(self, images: Sequence[Any], instructions: Sequence[str]) -> list[Tensor]:
@@ -336,6 +353,8 @@ class EngineBase:
         )
         self._write_act(self.checkpoint.act_ids[: config.n_act], head.act.detach())
         self._spec = head.spec(self.checkpoint, self._raw)
+        if self._plain is not None:
+            self._plain.check(self.checkpoint.model_id, self._spec.dim)
 
     def _read(self, states: Tensor, prompt: Prompt, raw: bool) -> Tensor:
         head, layout = self._head, prompt.layout

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from openhelix.runtime.core.interfaces import F32, Judgement, LatentSpec
+from openhelix.system2.model import CheckpointError
 from openhelix.system2.prompt import BadInstruction, as_batch
 from openhelix.system2.text import FILE, TextCode, TextReader
-from openhelix.system2.understanding import KEPT, beside
+from openhelix.system2.understanding import KEPT, PlainSentences, beside
 
 
 class TextEngine:
@@ -45,7 +46,12 @@ class TextEngine:
         file = file / FILE if file.is_dir() else file
         self._code = TextCode.load(file)
         self._reader = TextReader(model, self._code.layers, device)
-        self._understanding = beside(file, understanding)
+        judge = beside(file, understanding)
+        if isinstance(judge, PlainSentences):
+            raise CheckpointError(
+                "understanding: judges a base model's latents, not bare sentences"
+            )
+        self._understanding = judge
         if self._understanding is not None:
             self._understanding.check(self._reader.checkpoint, self._reader.layers)
         self._judged: dict[str, Judgement] = {}

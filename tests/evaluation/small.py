@@ -16,6 +16,7 @@ from openhelix.benchmarks.evaluation.evaluation import Evaluation
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite
 from openhelix.runtime.core.config import RunConfig, load
+from openhelix.runtime.core.interfaces import Judgement
 from openhelix.runtime.robots.fake import PointEngine
 from tests.fakes import LATENT, ReachPolicy
 
@@ -61,6 +62,25 @@ class WordEngine(PointEngine):
                 row[0, :3] = rng.uniform((-0.2, -0.3, 0.5), (0.3, -0.1, 0.6))
             row[0, :3] += 1e-3 * float(np.mean(image)) / 255
         return rows
+
+
+class DoubtingEngine(WordEngine):
+    """Judges a sentence by its newest latent: what it has encoded is refused, anything else is not."""
+
+    judges_latents = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> np.ndarray:
+        self._seen |= set(instructions)
+        return super().encode(images, instructions)
+
+    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+        return [
+            Judgement(0.1, True) if text in self._seen else Judgement() for text in instructions
+        ]
 
 
 class TaskReach(ReachPolicy):

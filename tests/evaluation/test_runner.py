@@ -167,6 +167,15 @@ def test_latents_that_are_not_computed_change_nothing(runner, monkeypatch, inter
     assert len(ways[0]) >= 40 and np.array_equal(ways[0], ways[1])
 
 
+def test_who_judges_by_latents_is_asked_with_the_latent_of_that_moment(runner):
+    engine = "system2.engine={target: 'tests.evaluation.small:DoubtingEngine', options: {}}"
+    doubting = Runner(small_config(engine))
+    (row,) = run(doubting, chain("turn_on_led")).result["tasks"]
+    doubting.close()
+    assert (row["hold_steps"], row["env_steps"], row["plans"], row["encoded"]) == (40, 0, 0, 4)
+    assert run(runner, chain("turn_on_led")).result["tasks"][0]["plans"] > 0
+
+
 def eager(engine, camera, interval, latency, memory, draw_now, trigger):
     return LockstepGoals(engine, camera, interval, latency, memory, trigger=trigger)
 

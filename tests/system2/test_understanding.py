@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from openhelix.system2.latents import LatentConfig, LatentHead
 from openhelix.system2.model import CheckpointError, open_checkpoint
 from openhelix.system2.prompt import BadInstruction
 from openhelix.system2.text import TextReader, fitted_code
-from openhelix.system2.understanding import FILE, Understanding, beside
+from openhelix.system2.understanding import FILE, PlainSentences, Understanding, beside
 from tests.system2.conftest import TEXTS
 
 LAYERS = (1, 2)
@@ -131,6 +133,69 @@ def test_a_head_of_something_else_is_refused(
     made.save(weights.parent / FILE)
     with pytest.raises(CheckpointError, match=message):
         TransformersEngine(tiny_model, latent_projector=weights, dtype="float32", device="cpu")
+
+
+# -- By the latent itself ----------------------------------------------------------------------
+
+
+def plain_of(engine: TransformersEngine, images, nothing: int = 1) -> PlainSentences:
+    """Plain sentences whose latents are those of the texts, one of which is to say "do nothing"."""
+    codes = torch.from_numpy(engine.encode(images, TEXTS)).mean(1)
+    apart = torch.cdist(codes, codes) + torch.eye(len(codes)) * 1e9
+    unit = float(apart.amin(1).square().mean())
+    return PlainSentences(codes, nothing, unit, engine.checkpoint.model_id, tuple(TEXTS))
+
+
+def test_an_engine_refuses_what_its_latent_calls_nothing(
+    tiny_model: str, weights: Path, images
+) -> None:
+    def started(**more: Any) -> TransformersEngine:
+        own = {"latent_projector": weights, "dtype": "float32", "device": "cpu"}
+        return TransformersEngine(tiny_model, **own, **more)
+
+    plain = plain_of(started(understanding="off"), images)
+    plain.save(weights.parent / FILE)
+    assert torch.equal(PlainSentences.load(weights.parent / FILE).codes, plain.codes)
+    engine = started()
+    assert engine.judges_latents and not started(understanding="off").judges_latents
+    latents = engine.encode(images, TEXTS)
+    found = judged(engine, TEXTS)
+    assert [one.refused for one in found] == [False, True, False]
+    assert found[1].understood < 0.5 < min(found[0].understood, found[2].understood)
+    assert found == plain.judge(torch.from_numpy(latents))
+    # What has not been encoded yet is judged with a black picture, and nothing is forgotten.
+    black = started()
+    dark = plain.judge(torch.from_numpy(black.encode([np.zeros((64, 64, 3), np.uint8)], TEXTS[:1])))
+    assert started().judge(TEXTS[:1]) == dark
+    assert judged(engine, TEXTS) == found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "another"}, "understanding: fitted to model another"),
+        ({"codes": torch.zeros(3, 5)}, "understanding: of latents of 5 numbers"),
+        ({"nothing": 3}, "do not fit each other"),
+        ({"codes": torch.zeros(2, 8)}, "do not fit each other"),
+        ({"unit": 0.0}, "do not fit each other"),
+        ({"codes": torch.full((3, 8), torch.nan)}, "not finite"),
+    ],
+)
+def test_plain_sentences_of_something_else_are_refused(
+    tiny_model: str, weights: Path, images, change: dict[str, Any], message: str
+) -> None:
+    own = {"latent_projector": weights, "dtype": "float32", "device": "cpu"}
+    engine = TransformersEngine(tiny_model, **own, understanding="off")
+    replace(plain_of(engine, images), **change).save(weights.parent / FILE)
+    with pytest.raises(CheckpointError, match=message):
+        TransformersEngine(tiny_model, **own)
+
+
+def test_a_bare_sentence_has_no_latent_to_judge(tiny_model: str, tmp_path: Path) -> None:
+    fitted_code(TextReader(tiny_model, LAYERS), TEXTS, dim=4).save(tmp_path / "text.safetensors")
+    PlainSentences(torch.zeros(2, 4), 0, 1.0, "any", ("do nothing", "go")).save(tmp_path / FILE)
+    with pytest.raises(CheckpointError, match="a base model's latents, not bare sentences"):
+        TextEngine(tmp_path, tiny_model)
 
 
 def test_files_that_hold_no_head(tmp_path: Path, tiny_model: str) -> None:

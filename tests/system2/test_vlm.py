@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from openhelix.benchmarks.calvin import goals
 from openhelix.runtime.core.files import BadFile, save_tensors
 from openhelix.system2 import vlm_data
 from openhelix.system2.answering import TransformersAnswerer
@@ -20,7 +21,16 @@ from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.model import open_checkpoint
 from openhelix.system2.prompt import asked_of_robot
 from openhelix.system2.text import TextReader, fitted_code
-from openhelix.system2.vlm import IGNORED, Goals, Learner, Packer, Sight, adapt, folded_state
+from openhelix.system2.vlm import (
+    IGNORED,
+    NOTHING,
+    Goals,
+    Learner,
+    Packer,
+    Sight,
+    adapt,
+    folded_state,
+)
 from openhelix.system2.vlm_config import VlmSection
 from openhelix.system2.vlm_data import (
     Question,
@@ -449,6 +459,15 @@ def test_what_a_policy_reads_apart_counts() -> None:
         assert seeing.loss(swapped, wanted)[1].tolist() == [0, 0]
         assert seeing.loss(codes, wanted)[1].tolist() == [1, 1]
         assert seeing.loss(swapped, wanted)[0] > seeing.loss(codes, wanted)[0] + 1
+
+
+def test_what_says_that_there_is_nothing_to_do_refuses() -> None:
+    assert NOTHING == goals.NOTHING
+    table, codes = torch.randn(9, 4), torch.randn(3, 6)
+    assert Goals((1,), table, ["left", "right", "up"], codes).judge("model") is None
+    judge = Goals((1,), table, ["left", NOTHING, "right"], codes).judge("model")
+    assert judge is not None and judge.sentences[judge.nothing] == NOTHING
+    assert [one.refused for one in judge.judge(codes[:, None])] == [False, True, False]
 
 
 def test_a_base_model_without_instructions_cannot_learn_goals(
