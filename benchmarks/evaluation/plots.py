@@ -205,7 +205,8 @@ def panels(
         axes.tick_params(colors=INK, labelsize=7)
         axes.set_title(what, fontsize=8, color=INK, loc="left")
         axes.set_xticks(list(ticks), [f"{tick:.2g}" for tick in ticks])
-        axes.set_ylim(0, None)
+        highest = max(y for points in series.values() for _, y in points)
+        axes.set_ylim(0, 1.1 * highest or 1.0)
         axes.set_xlabel(x_label, fontsize=7)
         axes.grid(color=PALE, lw=0.5)
         if place == 1 and len(series) > 1:

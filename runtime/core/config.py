@@ -162,6 +162,7 @@ class System1Config(_Section):
     policy: PolicyPart = PolicyPart()
     replan_steps: Count = 4  # control ticks from one chunk's observation to the next one's
     # How a new chunk follows what is being executed: mixed over `blend_s`, or made to go on from it.
+    # Blending lost least where chunks came late: docs/evaluation.md, "Late plans".
     join: Literal["blend", "inpaint", "prefix"] = "blend"
     blend_s: NonNegative = 0.1  # overlap of two chunks over which they are blended
     latent_memory: Count = 1  # recent latents handed to the policy
