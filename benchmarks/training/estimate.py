@@ -116,15 +116,15 @@ def kept_per_token(sizes: Sizes, regime: str, rank: int, number: int, bf16: bool
         number: bytes of a weight.
         bf16: whether autocast makes products of two bytes.
     """
-    h, f, wide = sizes.hidden, sizes.ffn, sizes.heads * sizes.head
-    a = 2 if bf16 else number
+    h, f, a = sizes.hidden, sizes.ffn, 2 if bf16 else number
+    wide, kv = sizes.heads * sizes.head, sizes.kv_heads * sizes.head
     norms = 2 * 4 * h  # what a norm squares, in float32
-    attention, mlp = 4 * wide * a, 3 * f * a  # q k v out; gate, its activation, up
+    products = a * (2 * wide + 2 * kv + 3 * f)  # q, out, k, v; gate, its activation, up
     if regime == "lora":
-        return norms + attention + mlp + a * (h + wide + 4 * rank)
+        return norms + products + a * (h + 4 * rank)
     if regime == "full":
-        return 2 * norms + attention + mlp + a * (2 * h + wide + f)
-    return norms + attention + mlp
+        return 2 * norms + products + a * (2 * h + f)
+    return norms + products
 
 
 def trained_weights(sizes: Sizes, regime: str, rank: int) -> int:

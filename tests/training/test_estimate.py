@@ -51,7 +51,7 @@ def test_what_a_layer_keeps_is_what_the_formula_says(llava, frames, tmp_path, re
         vision=0, projector=0, layer=0, tokens=TOKENS, n_image=0,
     )  # fmt: skip
     said = SAMPLES * TOKENS * LAYERS * kept_per_token(sizes, regime, 4, 4, bf16=False)
-    assert said == pytest.approx(found[0], rel=0.1)
+    assert said == pytest.approx(found[0], rel=0.04)
 
 
 @pytest.mark.parametrize("regime", ["prompt_tuning", "lora", "full"])
