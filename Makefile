@@ -117,7 +117,7 @@ sweep: setup ## Success against the age of the latent, lockstep then wall clock 
 	  --patterns static,circular --steps $(STEPS) \
 	  --results benchmarks/results/sweep-wall $(ARGS)
 
-paper: setup ## Every table and figure of the paper, here (resumable; a night): SCALE=quick|laptop|gpu|full ARGS=
+paper: setup ## Every table and figure of the paper, here (resumable; days of two cores): SCALE=quick|laptop|gpu|full ARGS=
 	$(VENV)/bin/openhelix experiment all --scale $(SCALE) --workers 2 $(ARGS)
 
 bench-eval: setup ## Evaluation figures as JSON.

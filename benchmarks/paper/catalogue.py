@@ -41,7 +41,7 @@ class Variant(_Section):
     Attributes:
         says: what it is, in words.
         policy: "pretrained" begins with the policy that was trained alone, "scratch" with an
-            untrained one; "only" is that policy by itself, told its task's number; "shipped" is
+            untrained one; "only" is that policy by itself; "shipped" is
             the project's own pair as it is, and nothing is trained.
         regime: what of the language model learns; "frozen" trains the projector alone.
         clip, aux, vision: alignment loss, auxiliary action head, image in System 2's prompt.
