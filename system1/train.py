@@ -44,6 +44,7 @@ from openhelix.system1.train_loop import (
     Optimizers,
     Pace,
     Watch,
+    clip_gradients,
     cosine_rate,
     deadline_after,
     keep_freed_memory,
@@ -351,7 +352,7 @@ class Trainer:
             raise FloatingPointError(f"the loss of step {self.step} is {row['total']}")
         learned = list(trained(self.model).values())
         self.workers.add_gradients(learned)
-        norm = torch.nn.utils.clip_grad_norm_(learned, c.clip)
+        norm = clip_gradients(learned, c.clip)
         rate = self.workers.firsts(self.rate(self.step))
         self.optimizers.step(rate)
         self.ema.update(self.model, self.step)

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from openhelix.runtime.core.files import (
     BadFile,
@@ -167,9 +168,9 @@ class Ema:
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after step number `step`, counted from 0."""
         keep = min(self.decay, (1 + step) / (10 + step))
-        parameters = trained(model)
-        averages = [self.values[name] for name in parameters]
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters.values()], 1 - keep)
+        for names in alike(trained(model)):
+            averages = [self.values[name] for name in names]
+            torch._foreach_lerp_(averages, [p.detach() for p in names.values()], 1 - keep)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
@@ -178,6 +179,47 @@ class Ema:
             kept = p.detach().clone()
             p.copy_(self.values[name])
             self.values[name] = kept
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is divided among workers (FSDP); the two kinds do not mix in one call."""
+    return isinstance(tensor, DTensor)
+
+
+def alike(parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+    """Return parameters in two lots: those that are whole, and those that are divided."""
+    lots: tuple[dict[str, nn.Parameter], ...] = ({}, {})
+    for name, p in parameters.items():
+        lots[is_sharded(p)][name] = p
+    return [lot for lot in lots if lot]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with what other workers have of it; all must ask."""
+    found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return found
+
+
+def as_divided(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor where another is, and divided as that one is."""
+    moved = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return moved
+    made: Tensor = distribute_tensor(moved, like.device_mesh, like.placements)
+    return made
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scale gradients down to a norm of at most `most`, in place; return the norm they had."""
+    lots = [list(lot.values()) for lot in alike({str(i): p for i, p in enumerate(parameters)})]
+    grads = [[p.grad for p in lot if p.grad is not None] for lot in lots]
+    norms = [whole(nn.utils.get_total_norm(lot)) for lot in grads if lot]
+    if not norms:
+        return torch.zeros(())
+    norm = torch.stack(norms).norm()
+    for lot in lots:
+        nn.utils.clip_grads_with_norm_(lot, most, norm)
+    return norm
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -201,6 +243,7 @@ def save_state(
     step: int,
     history: list[dict[str, Any]],
     keep: Callable[[str], bool] = lambda name: True,
+    write: bool = True,
 ) -> None:
     """Write the state, each file first under another name.
 
@@ -212,6 +255,7 @@ def save_state(
         step: steps taken.
         history: rows of the log.
         keep: which of the model's tensors to write, by name; what never changes need not be.
+        write: False only gives the worker that writes its share of divided tensors.
     """
     state = model.state_dict()
     tensors: dict[str, Tensor] = {f"model.{n}": t for n, t in state.items() if keep(n)}
@@ -219,10 +263,16 @@ def save_state(
     for name, p in trained(model).items():
         for key, value in memory_of(optimizers, p)[1].items():
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-    whole = {n: t.detach().cpu().clone() for n, t in tensors.items()}
+    kept = {}
+    for name, tensor in tensors.items():
+        all_of_it = whole(tensor.detach())
+        if write:
+            kept[name] = all_of_it.cpu().clone()
+    if not write:
+        return
     text = json.dumps({"step": step, "history": history}, indent=1) + "\n"
     replace_file(folder / LOG, text.encode())
-    save_tensors(folder / STATE, whole, {"step": str(step)})
+    save_tensors(folder / STATE, kept, {"step": str(step)})
 
 
 def load_state(
@@ -247,9 +297,11 @@ def load_state(
     if set(weights) != {n for n in model.state_dict() if keep(n)} or not learned <= set(tensors):
         raise BadFile(f"{folder / STATE}: belongs to another network")
     check_kinds(weights, str(folder / STATE), model.state_dict())
+    own = model.state_dict()
+    weights = {name: as_divided(tensor, own[name]) for name, tensor in weights.items()}
     model.load_state_dict(weights, strict=False)
     for name, p in trained(model).items():
-        ema.values[name] = tensors[f"ema.{name}"].to(p.device)
+        ema.values[name] = as_divided(tensors[f"ema.{name}"], p)
         moments = {
             key: tensors[f"optimizer.{key}.{name}"]
             for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -258,7 +310,7 @@ def load_state(
         owner, _ = memory_of(optimizers, p)
         if moments and owner is not None:
             owner.state[p] = {
-                key: value if key == "step" else value.to(p.device)
+                key: value if key == "step" else as_divided(value, p)
                 for key, value in moments.items()
             }
     return step, [row for row in log["history"] if row["step"] <= step]

@@ -105,6 +105,8 @@ class LatentSection(_Section):
         kind, n_act, layer, layers, text_rows, vision: the read-out; see `openhelix.system2.latents`.
         regime: what of the language model learns.
         lora_rank: of regime "lora".
+        shard: regimes "lora" and "full" with several workers: the language model's weights,
+            gradients and optimiser's memory are divided among them (FSDP).
         projector_width: of the projector's hidden layer; 0 for a single linear layer.
         aux: train the auxiliary action head beside (paper's Eq. 1 and 2).
         clip: weight of the alignment loss to the instruction's embedding; 0 for none.
@@ -142,6 +144,7 @@ class LatentSection(_Section):
     vision: bool = True
     regime: Literal["frozen", "prompt_tuning", "lora", "full"] = "prompt_tuning"
     lora_rank: Count = 16
+    shard: bool = False
     projector_width: Whole = 256
     aux: bool = True
     clip: Annotated[float, Field(ge=0)] = 0.0
@@ -365,7 +368,7 @@ SETTINGS, BEGAN, LATENT, AUX, LANGUAGE = (
     "language.safetensors",
 )
 # What may differ between a run and the one that continues it.
-FREE = ("eval_every", "save_every", "max_gb", "encode_batch", "checkpoint")
+FREE = ("eval_every", "save_every", "max_gb", "encode_batch", "checkpoint", "shard")
 
 
 class NotDone(Exception):

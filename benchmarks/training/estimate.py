@@ -164,12 +164,19 @@ def language_memory(
     elif feed == "prefix":  # keys and values, read and joined to those of <ACT>
         of_kv = 2 * sizes.layers * sizes.kv_heads * sizes.head
         kept = 3 * tokens * of_kv * number
+    # Divided among the workers: all but the layer that runs, its gradient, and what is not language.
+    among = config.workers if section.shard and regime in ("lora", "full") else 1
+    spared = sizes.language * (1 - 1 / among)
+    learned_here = learned - (learned if regime == "lora" else sizes.language) * (1 - 1 / among)
+    gathered = (2 * sizes.layer if regime == "full" else sizes.layer) if among > 1 else 0
     passing = tokens * 2 * (2 if bf16 else number) * (sizes.ffn + sizes.hidden)
     return {
-        "weights": number * whole + 4 * head + (2 * sizes.language if bf16 else 0),
-        "gradients": 4 * (learned + head),
-        "optimiser": 8 * (learned + head),
-        "average": 4 * (learned + head),
+        "weights": number * (whole - spared + gathered)
+        + 4 * head
+        + (2 * sizes.language / among if bf16 else 0),
+        "gradients": 4 * (learned_here + head),
+        "optimiser": 8 * (learned_here + head),
+        "average": 4 * (learned_here + head),
         "activations": kept + (passing if feed != "states" else 0.0),
     }
 

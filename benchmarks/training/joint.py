@@ -26,7 +26,15 @@ from openhelix.system1.geometry import Inputs
 from openhelix.system1.latent_adapter import nearest_task
 from openhelix.system1.losses import LossParts
 from openhelix.system1.train import seed_of
-from openhelix.system1.train_loop import BETAS, Ema, Optimizers, cosine_rate, trained
+from openhelix.system1.train_loop import (
+    BETAS,
+    Ema,
+    Optimizers,
+    alike,
+    clip_gradients,
+    cosine_rate,
+    trained,
+)
 from openhelix.system2.train import ActionTarget, LossWeights, Sample, System2Learner
 
 Stage = Literal["stage1", "stage2"]
@@ -87,6 +95,10 @@ class Joint:
             policy.requires_grad_(False)
         self.pair = Pair(policy, learner).to(self.device)
         self.policy, self.learner = policy, learner
+        self.sharded = config.latent.shard and learner.regime in ("lora", "full")
+        if self.sharded:
+            language = learner.model.language_model
+            workers.shard([language.embed_tokens, *language.layers])
         if not config.latent.aux:
             learner.aux.requires_grad_(False)
         train, held = cache.split(config.validation, config.seed)
@@ -113,7 +125,10 @@ class Joint:
         rows = [
             (head, s.lr_head, 1e-5),  # the paper's decay for the language side
             (learned.act, s.lr_act, 0.0),
-            (learned.language, s.lr_language, 1e-5),
+            *(
+                (list(lot.values()), s.lr_language, 1e-5)
+                for lot in alike({str(i): p for i, p in enumerate(learned.language)})
+            ),
         ]
         groups = [
             {"params": params, "lr": rate, "weight_decay": decay}
@@ -160,7 +175,7 @@ class Joint:
         learned = list(trained(self.pair).values())
         self.workers.add_gradients(learned)
         act = self.act_row()
-        norm = nn.utils.clip_grad_norm_(learned, s.clip_norm)
+        norm = clip_gradients(learned, s.clip_norm)
         share = cosine_rate(number, s.warmup, s.steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -68,6 +68,7 @@ from openhelix.system1.train_loop import (
     run_loop,
     save_state,
     trained,
+    whole,
 )
 from openhelix.system2.latents import LatentHead
 from openhelix.system2.model import load_model, open_checkpoint, pick_dtype, sha256_file
@@ -207,8 +208,9 @@ class JointRun:
         if begin:
             self._settings(write=True)
         feed = self._feed()
+        act_seed = seed_of(config, self.learner)
         self.joint = Joint(config, stage, self.cache, policy, self.learner, feed, workers=workers)
-        self.joint.act_seed = seed_of(config, self.learner)
+        self.joint.act_seed = act_seed
         if config.latent.clip:
             self.joint.clip_text = alignment_text(self.joint, self.source)
         self.step = 0
@@ -309,22 +311,40 @@ class JointRun:
         return self.joint.evaluate() | self.joint.act_gradients()
 
     def save(self) -> None:
-        """Write both systems' average weights, then the state, then the plot: the first worker."""
-        if not self.workers.first:
+        """Write both systems' average weights, then the state, then the plot: the first worker.
+
+        The others give it their share of what is divided among them.
+        """
+        first, joint, out = self.workers.first, self.joint, self.folder
+        if not first and not joint.sharded:
             return
-        joint, out = self.joint, self.folder
         joint.ema.swap(self.pair)
-        self._save_average(out)
+        language = {}
+        for name, p in trained(self.learner.model).items():
+            all_of_it = whole(p.detach())
+            if first:
+                language[name] = all_of_it.cpu()
+        if first:
+            self._save_average(out, language)
         joint.ema.swap(self.pair)
         save_state(
-            out, self.pair, joint.ema, joint.optimizers, self.step, self.history, self.pair.kept
+            out,
+            self.pair,
+            joint.ema,
+            joint.optimizers,
+            self.step,
+            self.history,
+            self.pair.kept,
+            write=first,
         )
+        if not first:
+            return
         try:
             plot_joint(out / "loss.png", self.stage, self.history)
         except ImportError:
             log.warning("matplotlib is not installed: no loss.png")
 
-    def _save_average(self, out: Path) -> None:
+    def _save_average(self, out: Path, language: dict[str, Tensor]) -> None:
         learner, policy = self.learner, self.joint.policy
         spec = learner.head.spec(learner.checkpoint, raw=False)
         policy.config = with_latent(policy.config, spec)
@@ -334,7 +354,6 @@ class JointRun:
         learner.head.save(part, base=learner.checkpoint.model_id, note=note)
         part.replace(out / LATENT)
         save_tensors(out / AUX, learner.aux.state_dict())
-        language = {n: p for n, p in learner.model.named_parameters() if p.requires_grad}
         if language:
             save_tensors(out / LANGUAGE, language)
 

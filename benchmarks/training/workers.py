@@ -25,11 +25,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 
 from openhelix.runtime.core.config import CommandFailed, ConfigError
 from openhelix.runtime.core.workers import ALONE, T, Workers
+from openhelix.system1.train_loop import is_sharded
 
 BUCKET_BYTES = 64 * 2**20  # of gradients that are summed at once
 STEP = timedelta(minutes=30)  # the longest that workers are apart within a step
@@ -76,7 +79,14 @@ class Group(Workers):
         return float(told)
 
     def add_gradients(self, parameters: Iterable[Any]) -> None:
-        """See `Workers.add_gradients`; one that only some workers have is taken as 0 in the others."""
+        """See `Workers.add_gradients`; one that only some workers have is taken as 0 in the others.
+
+        Those of divided weights were averaged on the way back.
+        """
+        parameters = list(parameters)
+        for parameter in parameters:
+            if is_sharded(parameter) and parameter.grad is not None:
+                parameter.grad.mul_(self.count)
         mine = [p for p in parameters if not is_sharded(p)]
         there = torch.tensor([float(p.grad is not None) for p in mine], device=self._device)
         with self._together():
@@ -93,6 +103,12 @@ class Group(Workers):
         """See `Workers.same`."""
         own = [t.detach() for t in tensors if not is_sharded(t)]
         self._each(own, lambda flat: dist.broadcast(flat, 0))
+
+    def shard(self, modules: Iterable[Any]) -> None:
+        """See `Workers.shard`: torch's FSDP."""
+        mesh = init_device_mesh(self._device.type, (self.count,))
+        for module in modules:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
     def wait(self) -> None:
         """See `Workers.wait`."""
@@ -142,11 +158,6 @@ class Group(Workers):
                 while self._store.add("failed", 0) < self.count and time.monotonic() < end:
                     time.sleep(0.05)
         return first
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is divided among the workers already (FSDP)."""
-    return hasattr(tensor, "device_mesh")
 
 
 def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -66,6 +66,14 @@ class Workers:
     def same(self, tensors: Iterable[Any]) -> None:
         """Make tensors what they are in the first worker, in place."""
 
+    def shard(self, modules: Iterable[Any]) -> None:
+        """Divide the weights of modules among the workers; each is whole only while it runs.
+
+        Raises:
+            ConfigError: there is one worker alone.
+        """
+        raise ConfigError("latent.shard: true, but there is one worker; see `workers`")
+
     def wait(self) -> None:
         """Wait until every worker is here, however long the first one takes."""
 

@@ -142,7 +142,7 @@ RULES = (
     Rule(r"^GF_SERVER", None, "needs Grafana"),
 )
 PROGRAM = re.compile(
-    r"^(?:\.venv/bin/)?(?:openhelix|make|python|ray|docker|prometheus|OPENHELIX_ROBOT|GF_SERVER_HTTP_ADDR|deploy/\S+\.sh)(?= |=|$)"
+    r"^(?:\.venv/bin/)?(?:openhelix|torchrun|make|python|ray|docker|prometheus|OPENHELIX_ROBOT|GF_SERVER_HTTP_ADDR|deploy/\S+\.sh)(?= |=|$)"
 )
 
 

@@ -88,6 +88,9 @@ def test_a_7b_model_by_its_sizes_alone(frames, llava, tmp_path) -> None:
     assert full["optimiser"] == pytest.approx(2 * full["gradients"])
     assert full["gradients"] == pytest.approx(4 * 6.63, rel=0.02)
     assert peak("lora")["gradients"] < 0.2 < full["activations"]
+    eighth = peak("full", "workers=8", "latent.shard=true")
+    assert eighth["gradients"] == pytest.approx(full["gradients"] / 8, rel=0.05)
+    assert eighth["weights"] < full["weights"] / 4
 
 
 def test_every_stage_is_estimated(frames, llava, trained_policy, tmp_path, capsys) -> None:

@@ -151,6 +151,45 @@ def test_two_processes_learn_what_one_learns(alone_and_two, stage) -> None:
                 assert theirs[name] == pytest.approx(mine[name], rel=1e-3), (name, mine["step"])
 
 
+@pytest.mark.parametrize("regime", ["full", "lora"])
+def test_a_divided_language_model_learns_as_a_whole_one(
+    frames, llava, trained_policy, tmp_path, regime
+) -> None:
+    more = (
+        f"policy.checkpoint={trained_policy}", "stage1.steps=0", "stage2.steps=3", "threads=1",
+        f"latent.regime={regime}", "latent.feed=live", "stage2.save_every=3", "accumulate=2",
+        "stage2.start=random",
+    )  # fmt: skip
+    one = settings(frames, llava, tmp_path / "one", *more)
+    two = settings(frames, llava, tmp_path / "two", *more, "latent.shard=true")
+    running = started(command("stage2", written(tmp_path, two)))
+    run_joint(one, "stage2", 0)
+    said = [process.communicate(timeout=280) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    alone, together = history(tmp_path / "one" / "stage2"), history(tmp_path / "two" / "stage2")
+    for mine, theirs in zip(alone, together, strict=True):
+        for name in ("loss", "grad_norm", "val_loss"):
+            if name in mine:
+                assert theirs[name] == pytest.approx(mine[name], rel=2e-3), (name, mine["step"])
+    # What was divided is written whole: one process goes on from it.
+    again = JointRun(two.model_copy(update={"latent": one.latent}), "stage2")
+    assert again.step == 3
+    whole = JointRun(one, "stage2")
+    for name, tensor in again.pair.named_parameters():
+        if tensor.requires_grad and "learner.model" in name:
+            other = whole.pair.get_parameter(name)
+            assert torch.allclose(tensor, other, atol=2e-5), name
+
+
+def test_dividing_a_model_needs_workers(frames, llava, trained_policy, tmp_path) -> None:
+    config = settings(
+        frames, llava, tmp_path, f"policy.checkpoint={trained_policy}", "stage1.steps=0",
+        "latent.regime=full", "latent.shard=true",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"latent\.shard: true, but there is one worker"):
+        JointRun(config, "stage2")
+
+
 def test_only_the_first_speaks_and_writes(alone_and_two) -> None:
     _, two, said = alone_and_two
     assert said[1] == "" and said[0].splitlines()[0].startswith("trained")
