@@ -43,6 +43,7 @@ ESTIMATED = ("policy", "stage1", "stage2")
 KNOWN = "llava-1.5-7b"  # sizes that need no folder: transformers' own defaults of a LLaVA
 WORDS = 40  # tokens of a prompt beside the picture's
 MEASURED_S = 1.0  # of CPU time, for each thing that is timed
+TIMED = {"cpu": 1e11, "cuda": 2e13}  # products, of what is timed of a layer; the rest is scaled
 STEPPED = 2_000_000  # weights whose optimiser's step is timed
 GB = 1e9
 
@@ -328,9 +329,11 @@ def layer_seconds(
         inject_adapter_in_model(LoraConfig(r=config.latent.lora_rank, target_modules=names), model)
     cast = config.bf16 and regime in ("lora", "full")
     clock = Clock(device)
+    most = max(16, int(TIMED.get(device.type, 1e11) / (6 * sizes.layer)))  # tokens
+    few, short = max(1, min(samples, most // tokens)), min(tokens, most)
 
     def work() -> None:
-        x = torch.randn(samples, tokens, sizes.hidden, device=device, dtype=dtype)
+        x = torch.randn(few, short, sizes.hidden, device=device, dtype=dtype)
         x.requires_grad_(learns)
         with (
             torch.autocast(device.type, torch.bfloat16, enabled=cast),
@@ -341,7 +344,7 @@ def layer_seconds(
             out.sum().backward()
             model.zero_grad(set_to_none=True)
 
-    return clock.mean(work)
+    return clock.mean(work) * (samples * tokens) / (few * short)
 
 
 def step_seconds(device: torch.device) -> float:
