@@ -6,9 +6,11 @@ Every start goes on from what was saved last, as the same command does when it i
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,14 @@ import torch
 
 from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.runtime.core.config import CommandFailed, ConfigError
+from openhelix.runtime.core.files import replace_file
+from openhelix.runtime.core.paths import cache_folder
 
 log = logging.getLogger(__name__)
 
 
 def work(told: dict[str, Any]) -> None:
     """Be one worker: train as `told`, see `train_on_ray`."""
-    from ray import train
     from ray.train.torch import get_device
 
     from openhelix.benchmarks.training.progress import Showing, open_log
@@ -44,7 +47,8 @@ def work(told: dict[str, Any]) -> None:
         results = told["run"](config, told["stage"], shown, told["skip_bad"], workers)
     except ConfigError as error:  # another start would not help
         results = {"refused": str(error)}
-    train.report({"results": results})
+    if workers.first:
+        replace_file(Path(told["results"]), json.dumps(results, default=str).encode())
 
 
 def train_on_ray(
@@ -80,12 +84,15 @@ def train_on_ray(
         name, have = ("GPU", ray.cluster_resources().get("GPU", 0)) if cuda else ("CPU", None)
         if have is not None and have < config.workers:
             raise ConfigError(f"workers: {config.workers}, the cluster has {have:g} {name}s")
+        # Ray Train returns nothing of workers that keep no checkpoints of its own.
+        answer = (config.out or cache_folder() / "train").expanduser() / f".{uuid.uuid4().hex}.json"
         told = {
             "run": run,
             "config": config.model_copy(update={"workers": 1}).model_dump(mode="json"),
             "stage": stage,
             "skip_bad": skip_bad,
             "folder": str(Path.cwd()),
+            "results": str(answer.resolve()),
         }
         with tempfile.TemporaryDirectory(prefix="openhelix-ray-") as folder:
             trainer = TorchTrainer(
@@ -100,17 +107,19 @@ def train_on_ray(
                 ),
             )
             try:
-                found = trainer.fit()
+                trainer.fit()
+                results: dict[str, Any] = json.loads(answer.read_text())
             except Exception as error:  # Ray Train's own kinds differ from version to version
                 why = " ".join(str(error).split())[-200:]
                 raise CommandFailed(
                     f"{stage}: a worker failed more often than restarts={config.restarts}: {why}; "
                     "what was saved before is kept"
                 ) from None
+            finally:
+                answer.unlink(missing_ok=True)
     finally:
         if mine:
             ray.shutdown()
-    results: dict[str, Any] = found.metrics["results"]
     if "refused" in results:
         raise ConfigError(results["refused"])
     return results
