@@ -25,12 +25,13 @@ from openhelix.benchmarks.evaluation.evaluation import Console
 from openhelix.benchmarks.paper import overview, tables
 from openhelix.benchmarks.paper.catalogue import Catalogue, Experiment, catalogue
 from openhelix.benchmarks.paper.costs import todo, told
+from openhelix.benchmarks.paper.leaderboard import named_folders, write_leaderboard
 from openhelix.benchmarks.paper.other_kinds import Probes, zoo_outcome
 from openhelix.benchmarks.paper.session import OutOfTime, Request, Session
 from openhelix.benchmarks.paper.train_command import TrainCommand, changed, check_options, data_id
 from openhelix.benchmarks.paper.trainings import Trainer, Trainings
 from openhelix.benchmarks.training.config import TrainingConfig
-from openhelix.runtime.cli.arguments import Options, Positional, option, parse
+from openhelix.runtime.cli.arguments import Options, Positional, Words, option, parse
 from openhelix.runtime.core.config import CommandFailed, ConfigError, Count, RunConfig
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import ROOT, cache_folder
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     session = make_session(options, overrides, known)
     console = Console("experiment")
+    own = named_folders(options.systems)
     folder = options.out or default_out(session)
     _refuse_mixture(session, folder)
     console.say(f"work in {session.request.root}, results in {folder}")
@@ -67,6 +69,9 @@ def main(argv: Sequence[str]) -> int:
             return 0
         _run(session, folder, console, options.no_training)
     outcomes = write_all(session, folder)
+    board = write_leaderboard(folder, known_outcomes(session, folder), own)
+    if board is not None:
+        console.say(f"leaderboard in {board}")
     if options.as_json:
         found = {"findings": overview.findings(outcomes), "experiments": outcomes}
         answer(json.dumps(found, default=str))
@@ -110,6 +115,7 @@ class ExperimentOptions(Options):
     estimate: bool = option(False, "only estimate the duration")
     report: bool = option(False, "only write the reports")
     no_training: bool = option(False, "measure what is trained, train nothing")
+    systems: Words = option((), "evaluations of one's own for the leaderboard", "NAME=DIR,...")
     trainer: str | None = option(None, "used instead of `openhelix train`", "MODULE:CLASS")
 
 
@@ -226,6 +232,12 @@ def write_all(session: Session, folder: Path) -> list[dict[str, Any]]:
     names = list(session.request.catalogue.experiments)
     overview.write_overview(folder, names)
     return outcomes
+
+
+def known_outcomes(session: Session, folder: Path) -> list[tables.Outcome]:
+    """Return the outcomes of all experiments that a folder of results holds."""
+    names = session.request.catalogue.experiments
+    return [found for name in names if (found := tables.read(folder, name)) is not None]
 
 
 def listing(known: Catalogue) -> str:

@@ -106,6 +106,11 @@ RULES = (
     Rule(r"openhelix run .*arm.yaml", None, "an arm; tests/runtime/robots/test_robot_lerobot.py"),
     Rule(r"openhelix eval .*--world calvin", None, "needs calvin_env; tests/calvin/test_calvin.py"),
     Rule(
+        r"openhelix eval .*target=mine:",
+        None,
+        "the policy is the reader's; tests/paper/test_leaderboard.py names an evaluation",
+    ),
+    Rule(
         r"openhelix eval --suite tasks",
         f"{SHORT} --episodes-per-task 1 --tasks open_drawer --scene D",
     ),

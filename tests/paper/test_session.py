@@ -67,6 +67,8 @@ def test_a_table_is_trained_measured_and_written(table4):
     ):
         assert stated in text
     assert (table4 / "out" / "table4.png").read_bytes().startswith(b"\x89PNG")
+    board = (table4 / "out" / "leaderboard.html").read_text()
+    assert outcome["rows"][0]["score"]["policy_sha256"] in board
     overview = (table4 / "out" / "README.md").read_text()
     assert "The five findings" in overview and "not run" in overview
     assert len(list((table4 / "root" / "evaluations").iterdir())) == 3

@@ -1,0 +1,139 @@
+"""The leaderboard: who is on it, in which order, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from openhelix.benchmarks.evaluation.results import FORMAT
+from openhelix.benchmarks.paper.judge import STATISTICS
+from openhelix.benchmarks.paper.leaderboard import (
+    HEADER,
+    cells,
+    entries,
+    named_folders,
+    to_html,
+    write_leaderboard,
+)
+from openhelix.runtime.core.config import ConfigError
+
+COMMON = {
+    **{"clock": "lockstep", "steps_limit": 60, "interval": 10, "latency": 2, "hold_steps": 7},
+    **{"s1_s_per_plan": 0.05, "s2_s_per_latent": None, "latents_per_task": 3.25},
+    **{"policy_sha256": "abc", "n_starts": 78},
+}
+
+
+def chain(avg):
+    return {
+        **COMMON,
+        **{"suite": "calvin", "avg_len": avg, "ci95": [avg - 0.5, avg + 0.5], "n_sequences": 100},
+    }
+
+
+def single(rate):
+    return {
+        **COMMON,
+        **{"suite": "calvin-d", "success_rate": rate, "ci95": [0.1, 0.9], "n_episodes": 315},
+    }
+
+
+def outcome(name, *rows, statistics=STATISTICS):
+    made = [
+        {"name": who, "score": score, "evaluation": key, "suite": "calvin"}
+        for who, score, key in rows
+    ]
+    return {"name": name, "rows": made, "statistics": statistics}
+
+
+TABLES = [
+    outcome("table8", ("<b>weak</b>", chain(1.0), "k1"), ("strong", chain(3.5), "k2")),
+    outcome("table1", ("strong", single(0.8), "k3"), ("none", None, "k4")),
+    outcome("table2", ("strong again", chain(3.5), "k2")),
+    outcome("table3", ("old", chain(5.0), "k5"), statistics=1),
+]
+
+
+def test_each_evaluation_is_listed_once_best_first_and_none_by_older_rules():
+    found = entries(TABLES, {})
+    told = [(e["system"], e["score"]["suite"]) for e in found]
+    assert told == [("strong", "calvin"), ("<b>weak</b>", "calvin"), ("strong", "calvin-d")]
+    assert cells(found[0])[2:6] == ["3.50", "3.00 to 4.00", "78", "100"]
+    assert cells(found[2])[2:4] == ["80.0", "10.0 to 90.0"]
+    assert all(len(cells(e)) == len(HEADER) for e in found)
+
+
+class Rows(HTMLParser):
+    """Collects the cells of a page's rows, and what it loads from elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.loads = [], []
+        self.inside = False
+
+    def handle_starttag(self, tag, attrs):
+        self.loads += [v for k, v in attrs if k in ("src", "href")]
+        if tag == "tr":
+            self.rows.append([])
+        self.inside = tag in ("td", "th")
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        if self.inside and self.rows:
+            self.rows[-1].append(data)
+
+
+def test_the_page_needs_nothing_else_and_shows_names_as_text(tmp_path):
+    place = write_leaderboard(tmp_path, TABLES, {})
+    text = place.read_text()
+    reader = Rows()
+    reader.feed(text)
+    assert not reader.loads and "http" not in text and "<b>weak" not in text
+    assert tuple(reader.rows[0]) == HEADER
+    assert [row[0] for row in reader.rows[1:]] == ["strong", "<b>weak</b>", "strong"]
+    kinds = re.findall(r'data-kind="(\w+)"', text)
+    assert [kinds[HEADER.index(n)] for n in ("system", "score", "starts")] == [
+        *("text", "number", "number")
+    ]
+    assert "## CALVIN-D" in (tmp_path / "leaderboard.md").read_text()
+    assert write_leaderboard(tmp_path / "none", [], {}) is None
+
+
+def test_a_system_of_ones_own_is_named_by_its_evaluation(tmp_path):
+    score = chain(4.0)
+    report = {
+        **{k: v for k, v in score.items() if k not in ("policy_sha256", "hold_steps")},
+        **{"scene": "D", "seed": 0, "n_errors": 0, "policy": {"sha256": "mine"}, "system2": None},
+        **{"wall_s": 1.0, "workers": 1, "replan_steps": 4, "code": ["x"]},
+        "work": {
+            **{"env_steps": 9, "hold_steps": 7, "latent_age_steps": None, "latents_per_task": 1},
+            **{"tasks_attempted": 10, "plans": 100},
+        },
+        "timing": {
+            **{"steps_per_s": 1.0, "s1_s_per_task": 0.5, "s2_s_per_latent": 0.2},
+            **{"s2_s_per_task": 0.2, "cpu_s_per_step": None},
+        },
+    }
+    (tmp_path / "run.json").write_text(
+        json.dumps({"format": FORMAT, "identity": {}, "code": ["x"]})
+    )
+    with pytest.raises(ConfigError, match=r"mine: .* is not finished: no report.json"):
+        entries([], {"mine": tmp_path})
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    best = entries(TABLES, {"mine": tmp_path})[0]
+    assert best["system"] == "mine" and cells(best)[11:13] == ["50", "200"]
+    assert "mine" in to_html([best])
+    with pytest.raises(ConfigError, match="no evaluation"):
+        entries([], {"x": tmp_path / "nothing"})
+
+
+@pytest.mark.parametrize("words", [["mine"], ["=x"], ["mine="], ["a=x", "a=y"]])
+def test_names_and_folders_are_read_or_refused(words):
+    with pytest.raises(ConfigError, match="--systems: "):
+        named_folders(words)
+    assert list(named_folders(["a=x", "b=y"])) == ["a", "b"]
