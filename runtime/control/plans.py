@@ -61,6 +61,8 @@ from openhelix.runtime.core.quaternion import (
     Quat,
     QuaternionError,
     angle_between,
+    conjugate,
+    multiply,
     normalise,
     slerp,
 )
@@ -568,10 +570,19 @@ class ChunkBuffer:
         start_ns = now_ns if standing is not None else max(now_ns, times[0])
         at_start = standing or self._at(start_ns)
         old_rows: list[_Row | None] = [None] * (len(rows) - first)
-        if at_start is not None:  # an older plan that ends within the blend counts as holding
+        if at_start is not None:
             overlap = bisect_left(times, start_ns + self._blend_ns, first) - first
-            last = standing or self._rows[-1]
-            old_rows[:overlap] = [self._at(t) or last for t in times[first : first + overlap]]
+            fresh = range(first, first + overlap)
+            if standing is not None:
+                old_rows[:overlap] = [standing] * overlap
+            else:
+                # An older plan that ends within the blend goes on as the new one does, from where
+                # it ends: to hold there would brake the arm at every border of a slow System 1.
+                end_ns, last = self._times[-1], self._rows[-1]
+                met = _row_at(times, rows, end_ns)
+                old_rows[:overlap] = [
+                    self._at(times[i]) or _carried(rows[i], met, last) for i in fresh
+                ]
         kept = bisect_right(self._times, start_ns)
         if kept and self._times[kept - 1] == start_ns:
             kept -= 1
@@ -638,6 +649,22 @@ def _nearest(rows: Sequence[_Row], to: _Row) -> int:
         return i
     way = [(b - a) * (x - a) for a, b, x in zip(rows[i][:3], rows[i + 1][:3], to[:3], strict=True)]
     return i + (sum(way) > 1e-6)
+
+
+def _row_at(times: Sequence[int], rows: Sequence[_Row], t_ns: int) -> _Row:
+    """Return a chunk's row at a time, the first or last one outside it."""
+    after = bisect_right(times, t_ns)
+    if after == 0 or after == len(rows):
+        return rows[max(0, after - 1)]
+    before = after - 1
+    return _mix(rows[before], rows[after], (t_ns - times[before]) / (times[after] - times[before]))
+
+
+def _carried(row: _Row, start: _Row, to: _Row) -> _Row:
+    """Return `row` moved along with `start`, as that is brought to `to`."""
+    x, y, z = (r + b - a for r, a, b in zip(row[:3], start[:3], to[:3], strict=True))
+    turn = multiply(multiply(to[3], conjugate(start[3])), row[3])
+    return (x, y, z, normalise(turn), row[4])
 
 
 def _mix(a: _Row, b: _Row, weight: float) -> _Row:
