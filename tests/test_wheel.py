@@ -111,6 +111,7 @@ def test_the_wheel_holds_weights_configurations_and_licence(wheel) -> None:
         "openhelix/checkpoints/system2-laptop/vision.safetensors",
         "openhelix/checkpoints/system2-laptop/language.safetensors",
         "openhelix/checkpoints/system2-laptop/latent.safetensors",
+        "openhelix/checkpoints/system2-laptop/understanding.safetensors",
         "openhelix/configs/run.yaml",
         "openhelix/py.typed",
         "openhelix/benchmarks/calvin/sequences.json",
