@@ -277,7 +277,7 @@ def table_check(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Calibrate a camera with a printed board; check it against the table top."""
+    """Calibrate a camera with a printed board, and check the table."""
     options, _ = parse("calibrate", CalibrateOptions, argv, __doc__ or "")
     if options.print is not None:
         return _print(options)

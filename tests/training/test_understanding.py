@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from openhelix.benchmarks.calvin import refusals
+from openhelix.benchmarks.calvin.tasks import TASKS
 from openhelix.benchmarks.training import understanding as u
 from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.runtime.cli.main import main
 from openhelix.system2.latents import LatentConfig, LatentHead
 from openhelix.system2.model import SHIPPED, open_checkpoint
-from openhelix.system2.understanding import FILE, Understanding
+from openhelix.system2.understanding import FILE, PlainSentences, Understanding
+from openhelix.system2.vlm import NOTHING
 
 FEW = (
     "understanding.requests=1000", "understanding.refusals=140", "understanding.steps=60",
@@ -85,10 +87,14 @@ def test_it_reads_middle_layers_that_the_latent_reads(llava, tmp_path) -> None:
     file = tmp_path / "latent.safetensors"
     LatentHead(LatentConfig("lang_mean", layers=(2, 4)), 8).save(file)
     assert chosen(init=file) == (2,)
-    shipped = u.layers_for(TrainingConfig(latent={"model": "laptop"}))
-    head = SHIPPED / FILE
-    if head.is_file():  # what is shipped was fitted as the command fits it
-        assert Understanding.load(head).layers == shipped
+    assert u.layers_for(TrainingConfig(latent={"model": "laptop"})) == (8, 16)
+
+
+def test_what_is_shipped_judges_the_shipped_models_latents() -> None:
+    judge = PlainSentences.load(SHIPPED / FILE)
+    head = LatentHead.load(SHIPPED / "latent.safetensors")
+    judge.check(open_checkpoint("laptop", head.config.n_act).model_id, judge.codes.shape[1])
+    assert judge.sentences[judge.nothing] == NOTHING and len(judge.sentences) == 1 + len(TASKS)
 
 
 def test_it_needs_no_collection() -> None:
