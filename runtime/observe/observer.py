@@ -15,12 +15,10 @@ queried: any number of observers, however slow, cost its loop nothing. On the lo
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,6 @@ KEPT_STOPS = 20
 FRAMES_KEPT = 45  # of the camera that System 2 looks through: what a latent was made from
 SHOWN_ENTRIES = 40  # of the journal, in a snapshot
 QUIET_S = 0.3  # after this long without a tick, a run that was broken off has been seen whole
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 LATE_S = 5.0  # how long the last ticks of a run may be on their way
 
 
@@ -307,16 +304,6 @@ class Sinks:
         return self._summary
 
 
-def keep_large_buffers_out_of_the_heap() -> None:
-    """Have glibc map every buffer of 128 kB by itself, and give it back when it is freed.
-
-    By default its threshold grows with what is freed, so chunks of a recording end up in the heap,
-    between small things that stay: the process took 22 MB more each hour, 0 with this.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
-
-
 # The observer process ----------------------------------------------------------------------------
 
 
@@ -362,7 +349,6 @@ class ObserverProcess:
         return config.output.status or Sinks.wanted(config)
 
     def setup(self) -> None:
-        keep_large_buffers_out_of_the_heap()
         self._sinks = Sinks(self._config, self._folder, self._cameras, patient=False)
         self._reader = EveryReader(self._endpoint, TOPIC, TickMessage, keys=self._keys)
         output = self._config.output
