@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from openhelix.benchmarks.calvin import phrases
+from openhelix.benchmarks.evaluation.naming import NamingOptions, pictures
 from openhelix.runtime.cli.main import main
+from openhelix.runtime.control.assembly import make
+from openhelix.runtime.core.config import load
+from openhelix.runtime.core.interfaces import judged
 from openhelix.system1.config import SHIPPED
 from openhelix.system2 import model
 from openhelix.system2.understanding import FILE
@@ -27,7 +31,7 @@ TASKS = (
     "lift_pink_block_slider",
 )
 AT_LEAST = 6  # of ten
-NO_TASK = {"nothing": ["do not open the drawer", "lift the green block", "sing"]}
+NO_TASK = ["do not open the drawer", "lift the umbrella", "sing"]
 TRANSFORMERS = "system2.engine.target=openhelix.system2.engines.transformers:TransformersEngine"
 judges = pytest.mark.skipif(
     not (model.SHIPPED / FILE).is_file(), reason="the shipped pair has no head that refuses"
@@ -50,16 +54,16 @@ def test_told_by_system2_it_does_most_of_ten_tasks_in_the_held_out_scene(
 
 
 @judges
-def test_what_names_no_task_is_refused_and_plain_sentences_are_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = NO_TASK | {task: list(some) for task, some in phrases.validation().items()}
-    file = tmp_path / "said.json"
-    file.write_text(json.dumps(said))
-    assert main(["probe", "--sentences", str(file), "--scene", "D", "--json"]) == 0
-    per_task = json.loads(capsys.readouterr().out)["per_task"]
-    assert per_task.pop("nothing")["refused"] == 1.0
-    assert {task: row["refused"] for task, row in per_task.items() if row["refused"]} == {}
+def test_what_names_no_task_is_refused_and_plain_sentences_are_not() -> None:
+    plain = [(task, text) for task, texts in phrases.validation().items() for text in texts]
+    shown = pictures(NamingOptions(sentences="validation"), tuple(task for task, _ in plain))
+    engine = make(load(None, [TRANSFORMERS]).system2.engine)
+    images = [shown[task] for task, _ in plain]
+    texts = [text for _, text in plain]
+    engine.encode(images, texts)
+    assert [t for t, j in zip(texts, judged(engine, texts), strict=True) if j.refused] == []
+    engine.encode(images[: len(NO_TASK)], NO_TASK)
+    assert [t for t, j in zip(NO_TASK, judged(engine, NO_TASK), strict=True) if not j.refused] == []
 
 
 @judges
