@@ -45,6 +45,7 @@ from openhelix.system2.model import Checkpoint, CheckpointError
 FILE = "understanding.safetensors"  # beside `latent.safetensors`, or in a policy's folder
 OFF = "off"
 KEPT = 4096  # sentences whose judgement is remembered
+CERTAIN = 1 - 1e-6  # a probability of 1 says that nobody has judged
 
 
 class Understanding(nn.Module):
@@ -189,7 +190,8 @@ class PlainSentences:
     def judge(self, latents: Tensor) -> list[Judgement]:
         """Judge instructions by their latents (B, n, dim): as probable as the loss had it."""
         squared = torch.cdist(latents.float().mean(1), self.codes).square() / self.unit
-        found = (1.0 - (-2.0 * squared).softmax(-1)[:, self.nothing]).tolist()
+        sure = 1.0 - (-2.0 * squared).softmax(-1)[:, self.nothing]
+        found = sure.clamp_max(CERTAIN).tolist()
         return [Judgement(p, p < self.threshold) for p in found]
 
     def check(self, model_id: str, dim: int) -> None:

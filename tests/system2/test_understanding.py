@@ -162,6 +162,7 @@ def test_an_engine_refuses_what_its_latent_calls_nothing(
     found = judged(engine, TEXTS)
     assert [one.refused for one in found] == [False, True, False]
     assert found[1].understood < 0.5 < min(found[0].understood, found[2].understood)
+    assert max(one.understood for one in found) < 1.0  # 1 would say that nobody judged
     assert found == plain.judge(torch.from_numpy(latents))
     # What has not been encoded yet is judged with a black picture, and nothing is forgotten.
     black = started()
