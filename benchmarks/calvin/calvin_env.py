@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +30,7 @@ from openhelix.benchmarks.calvin.spaces import parse_action
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import F64, CameraFrame
 from openhelix.runtime.core.paths import cache_folder
-from openhelix.runtime.robots.pipe import pack, receive
+from openhelix.runtime.robots.pipe import end, pack, receive, start
 
 CAMERAS = ("static", "gripper")
 NEEDS = (
@@ -119,17 +117,6 @@ def is_installed() -> bool:
     return True
 
 
-def _end(process: subprocess.Popen[bytes], pipe: socket.socket, log: IO[bytes]) -> None:
-    """Let go of a child and reap it, whatever state it is in."""
-    pipe.close()  # it reads the end of the stream and leaves
-    try:
-        process.wait(CLOSE_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    log.close()
-
-
 class CalvinEnv:
     """One calvin_env, used like `openhelix.benchmarks.calvin.env.PlayTableEnv`.
 
@@ -152,26 +139,15 @@ class CalvinEnv:
         if unknown:
             raise CalvinInputError(f"cameras: {unknown[0]!r} is not one of {', '.join(CAMERAS)}")
         checkout, python = locate()
-        self._pipe, theirs = socket.socketpair()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
-        command = [str(python), calvin_env_child.__file__, str(theirs.fileno()), str(checkout)]
+        words = (str(checkout), self.scene.name, ",".join(cameras))
         try:
-            self._process = subprocess.Popen(
-                [*command, self.scene.name, ",".join(cameras)],
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=subprocess.STDOUT,
-                pass_fds=(theirs.fileno(),),
-            )
+            child = start(str(python), calvin_env_child.__file__, *words)
         except OSError as error:
-            self._pipe.close()
-            self._log.close()
             raise CalvinUnusableError(
                 f"world: {python} cannot be run ({error}). {instructions()}"
             ) from error
-        finally:
-            theirs.close()
-        self._finalizer = weakref.finalize(self, _end, self._process, self._pipe, self._log)
+        self._process, self._pipe, self._log = child
+        self._finalizer = weakref.finalize(self, end, *child, CLOSE_TIMEOUT_S)
         try:
             self._receive(START_TIMEOUT_S)
         except CalvinError as error:

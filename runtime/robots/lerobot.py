@@ -41,14 +41,12 @@ import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
-import tempfile
 import time
 import weakref
 from collections.abc import Mapping
 from math import isfinite
-from typing import IO, Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
@@ -80,7 +78,7 @@ from openhelix.runtime.core.quaternion import (
 )
 from openhelix.runtime.robots import lerobot_child
 from openhelix.runtime.robots.base import NotConnected, Robot, RobotError
-from openhelix.runtime.robots.pipe import pack, receive
+from openhelix.runtime.robots.pipe import end, pack, receive, start
 from openhelix.runtime.robots.rgbd import Device, RgbdCamera
 
 log = logging.getLogger(__name__)
@@ -569,25 +567,14 @@ class OutsideArm:
         config: Mapping[str, Any],
     ) -> None:
         self.is_connected, self.is_calibrated = False, False
-        self._pipe, theirs = socket.socketpair()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
         about = {"target": target, "config_target": config_target, "config": dict(config)}
-        command = [python, lerobot_child.__file__, str(theirs.fileno()), json.dumps(about)]
         try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=subprocess.STDOUT,
-                pass_fds=(theirs.fileno(),),
-            )
+            child = start(python, lerobot_child.__file__, json.dumps(about))
         except OSError as error:
-            self._pipe.close()
-            self._log.close()
             raise ConfigError(f"robot.options.python: {python!r}: {error.strerror}") from error
-        finally:
-            theirs.close()
-        self.close = weakref.finalize(self, _end, self._process, self._pipe, self._log)
+        self._process, self._pipe, self._log = child
+        # Which disconnects the arm first.
+        self.close = weakref.finalize(self, end, *child, CLOSE_TIMEOUT_S)
         try:
             found = self._receive(START_TIMEOUT_S)
         except RuntimeError as error:
@@ -658,17 +645,6 @@ class OutsideArm:
         return RuntimeError(
             f"its process {what or f'ended with status {code}'}; it last said: {last}"
         )
-
-
-def _end(process: subprocess.Popen[bytes], pipe: socket.socket, log: IO[bytes]) -> None:
-    """Let go of a child and reap it, whatever state it is in; it disconnects the arm first."""
-    pipe.close()
-    try:
-        process.wait(CLOSE_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    log.close()
 
 
 def interpreter(python: str | None = None) -> str | None:

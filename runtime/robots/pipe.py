@@ -11,12 +11,59 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from typing import Any
+import subprocess
+import tempfile
+from typing import IO, Any
 
 import numpy as np
 
 PREFIX = struct.Struct("<IQ")  # bytes of the header, bytes of the buffers
 ARRAY = "__array__"
+
+
+def start(
+    python: str, script: str, *words: str
+) -> tuple[subprocess.Popen[bytes], socket.socket, IO[bytes]]:
+    """Start a child; return it, our end of the socket, and the file that its output goes to.
+
+    Args:
+        python: interpreter.
+        script: what it runs, with the number of its end of the socket as the first argument.
+        words: the arguments after that.
+
+    Raises:
+        OSError: the interpreter cannot be run.
+    """
+    pipe, theirs = socket.socketpair()
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
+    try:
+        process = subprocess.Popen(
+            [python, script, str(theirs.fileno()), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=(theirs.fileno(),),
+        )
+    except OSError:
+        pipe.close()
+        log.close()
+        raise
+    finally:
+        theirs.close()
+    return process, pipe, log
+
+
+def end(
+    process: subprocess.Popen[bytes], pipe: socket.socket, log: IO[bytes], patience_s: float
+) -> None:
+    """Let go of a child and reap it, whatever state it is in."""
+    pipe.close()  # it reads the end of the stream and leaves
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    log.close()
 
 
 def pack(message: Any) -> bytes:

@@ -12,9 +12,23 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from openhelix.system1.config import PolicyConfig
 from openhelix.system1.geometry import Scene
 
 Step = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+def decoder(config: PolicyConfig) -> nn.TransformerDecoder:
+    """Return PyTorch's own transformer decoder, of a configuration's width, heads and layers."""
+    layer = nn.TransformerDecoderLayer(
+        config.dim,
+        config.heads,
+        config.ffn_mult * config.dim,
+        dropout=config.dropout,
+        batch_first=True,
+        norm_first=True,
+    )
+    return nn.TransformerDecoder(layer, config.layers, norm=nn.LayerNorm(config.dim))
 
 
 class DiffusionHead(nn.Module, ABC):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from openhelix.system1.attention import sinusoid
 from openhelix.system1.config import PolicyConfig
 from openhelix.system1.geometry import Scene, merge_masks
-from openhelix.system1.heads.base import DiffusionHead, Step
+from openhelix.system1.heads.base import DiffusionHead, Step, decoder
 
 
 class PlainHead(DiffusionHead):
@@ -27,15 +27,7 @@ class PlainHead(DiffusionHead):
         self.row = nn.Parameter(0.02 * torch.randn(config.horizon, dim))
         self.place = nn.Linear(3, dim)
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        layer = nn.TransformerDecoderLayer(
-            dim,
-            config.heads,
-            config.ffn_mult * dim,
-            dropout=config.dropout,
-            batch_first=True,
-            norm_first=True,
-        )
-        self.decoder = nn.TransformerDecoder(layer, config.layers, norm=nn.LayerNorm(dim))
+        self.decoder = decoder(config)
         self.out = nn.Linear(dim, 9)
         self.openness = nn.Linear(dim, 1)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from openhelix.system1.config import PolicyConfig
 from openhelix.system1.geometry import Scene, merge_masks
-from openhelix.system1.heads.base import DirectHead
+from openhelix.system1.heads.base import DirectHead, decoder
 
 NUMBERS = 10  # a row: position, rotation, openness
 
@@ -47,15 +47,7 @@ class TransformerHead(_Looking):
         super().__init__(config)
         dim = config.dim
         self.row = nn.Parameter(0.02 * torch.randn(config.horizon, dim))
-        layer = nn.TransformerDecoderLayer(
-            dim,
-            config.heads,
-            config.ffn_mult * dim,
-            dropout=config.dropout,
-            batch_first=True,
-            norm_first=True,
-        )
-        self.decoder = nn.TransformerDecoder(layer, config.layers, norm=nn.LayerNorm(dim))
+        self.decoder = decoder(config)
         self.out = nn.Linear(dim, NUMBERS)
 
     def forward(self, scene: Scene, rows: int) -> tuple[Tensor, Tensor]:
