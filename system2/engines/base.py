@@ -128,7 +128,7 @@ class EngineBase:
         weights = None if isinstance(latent_projector, LatentHead) else latent_projector
         judge = beside(weights, understanding)
         self._understanding = judge if isinstance(judge, Understanding) else None
-        self._plain = judge if isinstance(judge, PlainSentences) else None
+        self._plain = judge if isinstance(judge, PlainSentences) and not raw else None
         self.judges_latents = self._plain is not None
         self._judged: dict[str, Judgement] = {}
         if latent_projector is not None and not isinstance(latent_projector, LatentHead):
@@ -296,7 +296,7 @@ class EngineBase:
             latents = torch.stack(rows).to("cpu", torch.float32).numpy()
         if not np.isfinite(latents).all():
             raise NotFinite("the latent is not finite")
-        if self._plain is not None and not raw:
+        if self._plain is not None and not raw:  # `states` asks for what no latent is
             judgements = self._plain.judge(torch.from_numpy(latents))
             self._remember(list(instructions), judgements, instructions)
         return latents

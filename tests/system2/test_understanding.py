@@ -169,6 +169,8 @@ def test_an_engine_refuses_what_its_latent_calls_nothing(
     dark = plain.judge(torch.from_numpy(black.encode([np.zeros((64, 64, 3), np.uint8)], TEXTS[:1])))
     assert started().judge(TEXTS[:1]) == dark
     assert judged(engine, TEXTS) == found
+    # Without the projector there is no latent to judge.
+    assert judged(started(raw=True), TEXTS) == [Judgement()] * 3
 
 
 @pytest.mark.parametrize(
