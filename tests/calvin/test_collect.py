@@ -30,7 +30,6 @@ from openhelix.benchmarks.calvin.collect import (
 )
 from openhelix.benchmarks.calvin.dataset import Dataset
 from openhelix.benchmarks.calvin.demonstrations import Demonstration
-from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.frames import FramesConfig, chosen_steps, instructions, usable_rows
 from openhelix.benchmarks.calvin.phrases import training
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
@@ -371,6 +370,7 @@ def test_no_cut_or_changed_unit_is_more_than_one_line(tmp_path_factory, data) ->
     assert str(path) in said and "\n" not in said
 
 
+WORLD = 'from openhelix.benchmarks.calvin.env import PlayTableEnv; PlayTableEnv("A").close()'
 LIMITED = """
 import resource, sys
 from openhelix.runtime.cli.main import main
@@ -388,7 +388,9 @@ def test_a_full_disk_ends_a_collection_in_one_line_that_names_the_file(
     words = ["collect", "--json", f"out={out}", "scenes=A", "tasks=[turn_on_led]", "per_task=1"]
     if refused != "the cache":
         cache = cache_folder()
-        PlayTableEnv("A").close()  # what it keeps in the cache is there, whichever test came first
+        # What the simulator keeps there is there, in a process of its own: this one remembers what
+        # it has written, and does not write it again where another test has moved the cache.
+        subprocess.run([sys.executable, "-c", WORLD], check=True, timeout=300)
     limit = 100 if refused == "collection.json" else 1000
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(limit), *words, "jobs=1", "frames.every=0"],
