@@ -35,6 +35,7 @@ Handler = Callable[[dict[str, Any]], dict[str, Any]]
 MAX_PER_POLL: Final = 64
 _POLL_S: Final = 0.1  # how soon the server's thread notices that it should stop
 _JOIN_S: Final = 5.0
+_LOOK_MS: Final = 100  # how soon one who waits notices that its server has gone
 _HANDSHAKES: Final = 3  # that fail one after the other, until the keys are to blame
 _FAILED: Final = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -54,6 +55,10 @@ class RpcInvalid(RpcError):
 
 class RpcTimeout(RpcError):
     """No answer came in time."""
+
+
+class RpcLost(RpcTimeout):
+    """The connection broke after the question was sent: its answer will not come."""
 
 
 class RpcRefused(RpcTimeout):
@@ -201,6 +206,7 @@ class RpcClient:
 
         Raises:
             RpcTimeout: nothing came within `timeout_s`.
+            RpcLost: nothing will come, for the server has ended or the way to it broke.
             RpcRefused: nothing came because the keys do not fit.
             RpcInvalid: the server says what is wrong with the arguments.
             RpcError: the server says why not.
@@ -230,7 +236,7 @@ class RpcClient:
             pending = True
             socket.send_multipart([number, *request], zmq.NOBLOCK)
             while True:
-                self._wait(socket, zmq.POLLIN, method, deadline_ns, timeout_s)
+                self._await_answer(socket, method, deadline_ns, timeout_s)
                 frames = socket.recv_multipart(zmq.NOBLOCK)
                 if frames[0] == number:
                     pending = False
@@ -248,6 +254,20 @@ class RpcClient:
         left_ms = -((time.monotonic_ns() - deadline_ns) // 1_000_000)
         if left_ms <= 0 or not socket.poll(left_ms, event):
             raise self._timeout(method, timeout_s)
+
+    def _await_answer(
+        self, socket: zmq.Socket[bytes], method: str, deadline_ns: int, timeout_s: float
+    ) -> None:
+        while True:
+            left_ms = -((time.monotonic_ns() - deadline_ns) // 1_000_000)
+            if left_ms <= 0:
+                raise self._timeout(method, timeout_s)
+            if socket.poll(min(left_ms, _LOOK_MS), zmq.POLLIN):
+                return
+            # With IMMEDIATE a socket takes messages only while it is connected. What a server
+            # said last may have come in between, so look once more before giving up.
+            if not socket.poll(0, zmq.POLLOUT) and not socket.poll(0, zmq.POLLIN):
+                raise RpcLost(f"{self._endpoint}: it went away before it answered {method!r}")
 
     def _timeout(self, method: str, timeout_s: float) -> RpcTimeout:
         refusal = self._refusal()

@@ -21,6 +21,7 @@ from openhelix.runtime.transport.rpc import (
     RpcClient,
     RpcError,
     RpcInvalid,
+    RpcLost,
     RpcServer,
     RpcTimeout,
 )
@@ -175,6 +176,26 @@ def test_a_client_survives_restarts_of_its_server(service: Service, endpoint: st
         server.close()
     client.close()
     assert len(sources) == 3
+
+
+def test_who_waits_for_a_server_that_ends_is_told_at_once(endpoint: str) -> None:
+    """Whoever asked may have a robot to stop: it must not wait out its whole time."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.bind(endpoint)
+        client = RpcClient(endpoint)
+
+        def end() -> None:
+            router.recv_multipart()
+            router.close(linger=0)
+
+        ending = threading.Thread(target=end)
+        ending.start()
+        begun_s = time.monotonic()
+        with pytest.raises(RpcLost, match="went away before it answered 'echo'"):
+            client.call("echo", timeout_s=10 * PATIENCE_S)
+        assert time.monotonic() - begun_s < PATIENCE_S
+        ending.join()
+        client.close()
 
 
 def test_a_closed_client_opens_again(client: RpcClient) -> None:
