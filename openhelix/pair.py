@@ -190,7 +190,7 @@ class Agent:
         assert self.system2 is not None
         z = encode_one(self.system2, obs[f"rgb_{self._camera}"], self._instruction)
         spec_id = self.system2.spec.spec_id
-        judgement = judged(self.system2, [self._instruction])[0]
+        judgement = judged(self.system2, [self._instruction], z[None])[0]
         return LatentGoal(
             z,
             self._step,

@@ -358,7 +358,7 @@ class GoalScheduler:
         start = self._clock.now_ns()
         try:
             latents = self._encode(batch)
-            judgements = judged(self._engine, [request.instruction for request in batch])
+            judgements = judged(self._engine, [r.instruction for r in batch], latents)
         except ValueError as error:
             if len(batch) > 1:  # find out whose request it is; the others are served
                 return sum(self._compute([request]) for request in batch)

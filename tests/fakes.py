@@ -75,6 +75,6 @@ class DoubtingEngine(PointEngine):
         super().__init__(spec)
         self.ceiling_m = ceiling_m
 
-    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+    def judge(self, instructions: Sequence[str], latents: Any) -> list[Judgement]:
         high = [float(text.split()[-1]) > self.ceiling_m for text in instructions]
         return [Judgement(0.02, refused=True) if up else Judgement(0.97) for up in high]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import openhelix
+from openhelix.runtime.core.interfaces import Judgement
 from openhelix.runtime.transport.client import System2Client, System2Error
 from tests.evaluation.small import WordEngine
 from tests.fakes import LATENT, ReachPolicy
@@ -126,6 +127,10 @@ def test_a_client_gets_what_the_engine_gives_or_an_error(served) -> None:
         assert client.spec == WordEngine().spec
         assert np.array_equal(client.encode(images, texts), WordEngine().encode(images, texts))
         assert client.encode([], []).shape == (0, 1, 8)
+        latents = client.encode(images, texts)
+        assert client.judge(texts, latents) == [Judgement()] * 3  # this engine doubts nothing
+        with pytest.raises(ValueError, match="not given by this client for 'lift it'"):
+            client.judge(texts, latents + 1)
         with pytest.raises(System2Error, match=r"'first' is in use"):
             System2Client(served, "first", timeout_s=60)
         with pytest.raises(System2Error, match="broken as configured"):

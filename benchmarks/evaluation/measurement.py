@@ -98,7 +98,7 @@ class DemandGoals(LockstepGoals):
     def _compute(self, observation: Observation) -> LatentGoal:
         if getattr(self._engine, "judges_latents", False):
             return super()._compute(observation)  # whether it is refused cannot wait
-        frames, text, judgement = observation.frames, self.instruction, self._judge()
+        frames, text, judgement = observation.frames, self.instruction, self._judge(None)
         if self._draw_now:
             frames = {self._camera: frames[self._camera]}
         seq = self._seq
@@ -206,7 +206,7 @@ class EngineMeter:
 
     @property
     def judges_latents(self) -> bool:
-        """Whether it judges an instruction by its newest latent."""
+        """Whether it judges an instruction by its latent."""
         return bool(getattr(self.engine, "judges_latents", False))
 
     def warm_up(self) -> None:
@@ -221,9 +221,9 @@ class EngineMeter:
             self.cpu_s += time.process_time() - cpu_s
             self.calls += 1
 
-    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+    def judge(self, instructions: Sequence[str], latents: F32 | None) -> list[Judgement]:
         """Return what the engine understands; not counted among the calls."""
-        return judged(self.engine, instructions)
+        return judged(self.engine, instructions, latents)
 
     def close(self) -> None:
         self.engine.close()

@@ -223,7 +223,9 @@ def named_rows(
         part = wanted[start : start + BATCH]
         texts = [text for _, text, _ in part]
         latents = engine.encode([shown for *_, shown in part], texts)
-        for guess, judgement in zip(named(policy, latents), judged(engine, texts), strict=True):
+        for guess, judgement in zip(
+            named(policy, latents), judged(engine, texts, latents), strict=True
+        ):
             guesses.append(None if judgement.refused else guess)
     rows = [(task, guess, text) for (task, text, _), guess in zip(wanted, guesses, strict=True)]
     wrong = Counter((task, guess) for task, guess, _ in rows if guess not in (task, None))

@@ -60,9 +60,9 @@ class EngineActor:
         """Return the latent of one image and instruction; loads after a restart."""
         return self._loaded().encode([image], [instruction])
 
-    def judge(self, instructions: list[str]) -> list[Judgement]:
+    def judge(self, instructions: list[str], latents: F32 | None) -> list[Judgement]:
         """Return what System 2 understands; loads after a restart."""
-        return judged(self._loaded(), instructions)
+        return judged(self._loaded(), instructions, latents)
 
     def _loaded(self) -> Engine:
         answer = self.start()
@@ -87,7 +87,7 @@ class RemoteEngine:
 
     @property
     def judges_latents(self) -> bool:
-        """Whether it judges an instruction by its newest latent."""
+        """Whether it judges an instruction by its latent."""
         if self._by_latents is None:
             self._by_latents = bool(self._ask("start").get("judges_latents"))
         return self._by_latents
@@ -101,10 +101,12 @@ class RemoteEngine:
         ]
         return cast(F32, np.concatenate(rows))
 
-    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
-        new = [t for t in instructions if self.judges_latents or t not in self._judged]
+    def judge(self, instructions: Sequence[str], latents: F32 | None) -> list[Judgement]:
+        if self.judges_latents:
+            return cast(list[Judgement], self._ask("judge", list(instructions), latents))
+        new = [text for text in instructions if text not in self._judged]
         if new:
-            self._judged |= zip(new, self._ask("judge", new), strict=True)
+            self._judged |= zip(new, self._ask("judge", new, None), strict=True)
         return [self._judged[text] for text in instructions]
 
     def _ask(self, verb: str, *given: Any) -> Any:

@@ -296,7 +296,7 @@ class LockstepGoals(_Recent):
     def _compute(self, observation: Observation) -> LatentGoal:
         frame, start = observation.frames[self._camera], self._timer()
         z = self._encode(frame.rgb, self.instruction)
-        took_s, judgement = self._timer() - start, self._judge()  # by this latent, perhaps
+        took_s, judgement = self._timer() - start, self._judge(z)
         latent = LatentGoal(
             z=z,
             seq=self._seq,
@@ -312,10 +312,11 @@ class LockstepGoals(_Recent):
         self._seq += 1
         return latent
 
-    def _judge(self) -> Judgement:
+    def _judge(self, z: F32 | None) -> Judgement:
         """Return what System 2 thinks of the instruction; raises PartFailed where it fails."""
         try:
-            return judged(self._engine, [self.instruction])[0]
+            latents = None if z is None else z[None]
+            return judged(self._engine, [self.instruction], latents)[0]
         except Exception as error:
             raise PartFailed("system2", error) from error
 

@@ -415,8 +415,16 @@ class Judgement:
     refused: bool = False
 
 
-def judged(engine: object, instructions: Sequence[str]) -> list[Judgement]:
+def judged(
+    engine: object, instructions: Sequence[str], latents: F32 | None = None
+) -> list[Judgement]:
     """Return an engine's judgements; one without the verb `judge` understands everything.
+
+    Args:
+        engine: System 2.
+        instructions: what robots were told.
+        latents: what `encode` gave for each (B, n_tokens, d); None for an engine that judges
+            sentences alone.
 
     Raises:
         BadLatent: it gave something else than one judgement an instruction.
@@ -424,7 +432,7 @@ def judged(engine: object, instructions: Sequence[str]) -> list[Judgement]:
     judge = getattr(engine, "judge", None)
     if judge is None:
         return [Judgement()] * len(instructions)
-    found = list(judge(instructions))
+    found = list(judge(instructions, latents))
     if len(found) != len(instructions) or not all(
         isinstance(one, Judgement) and 0.0 <= one.understood <= 1.0 for one in found
     ):
@@ -436,7 +444,9 @@ class Engine(Protocol):
     """System 2: images and instructions in, latents out.
 
     One that knows which instructions it does not understand has another verb,
-    `judge(instructions) -> Sequence[Judgement]`; it is asked through `judged`.
+    `judge(instructions, latents) -> Sequence[Judgement]`, where `latents` is what `encode` gave
+    for them; it is asked through `judged`. If it needs no latents for that, they may be None;
+    one that does says so with `judges_latents = True`.
     """
 
     @property

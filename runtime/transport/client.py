@@ -27,7 +27,7 @@ from openhelix.runtime.transport.sockets import Keys, check_connect, served
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 
 ROBOT: Final = re.compile(r"[\w-]{1,64}")  # as `robot.id` of a run
-KEPT: Final = 4096  # instructions whose judgement is remembered
+KEPT: Final = 1024  # latents whose judgement is remembered
 RESEND_S = 0.5  # a request that left before the server had subscribed is lost, as is an answer
 
 
@@ -50,6 +50,8 @@ class System2Client:
         ValueError: the address, the name or the keys cannot be used.
     """
 
+    judges_latents: Final = True  # what is understood comes with each latent
+
     def __init__(
         self,
         address: str,
@@ -71,7 +73,7 @@ class System2Client:
         self._sender: Publisher | None = None
         self._reader: NewestReader[LatentGoal] | None = None
         self._asked = self._seq = 0
-        self._judged: dict[str, Judgement] = {}
+        self._judged: dict[tuple[str, bytes], Judgement] = {}
         try:
             self._spec = self._read_spec()
             self._claim()
@@ -111,18 +113,25 @@ class System2Client:
             return np.zeros((0, self._spec.n_tokens, self._spec.dim), np.float32)
         return np.stack(rows)
 
-    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
-        """Return what the server understands; one that it was not asked before, it is asked now.
+    def judge(self, instructions: Sequence[str], latents: F32 | None) -> list[Judgement]:
+        """Return what the server understood, which came with each latent.
+
+        Args:
+            instructions: B texts.
+            latents: what `encode` gave for them (B, n_tokens, d).
 
         Raises:
-            as `encode`.
+            ValueError: a latent is none of the last `KEPT` that this client was given.
         """
-        found = []
-        for text in instructions:
-            if text not in self._judged:
-                self.ask(np.zeros((64, 64, 3), np.uint8), text)
-            found.append(self._judged[text])
-        return found
+        if latents is None or len(latents) != len(instructions):
+            raise ValueError("latents: must be what encode gave, one for each instruction")
+        try:
+            pairs = zip(instructions, latents, strict=True)
+            return [self._judged[text, z.tobytes()] for text, z in pairs]
+        except KeyError as error:
+            raise ValueError(
+                f"latents: not given by this client for {error.args[0][0]!r}"
+            ) from None
 
     def ask(self, image: Any, instruction: str) -> LatentGoal:
         """Return the latent of one image and instruction, with its times; see `encode`."""
@@ -153,7 +162,8 @@ class System2Client:
                     )
                 if len(self._judged) >= KEPT:
                     self._judged.clear()
-                self._judged[instruction] = Judgement(latent.understood, latent.refused)
+                judgement = Judgement(latent.understood, latent.refused)
+                self._judged[instruction, latent.z.tobytes()] = judgement
                 return latent
         self._raise_refusal()
         raise System2Error(f"{self.address}: no latent within {self._timeout_s:g} s")

@@ -85,7 +85,7 @@ class EngineBase:
 
     Attributes:
         untrained: whether `<ACT>` and projector are random.
-        judges_latents: whether `judge` is by the newest latent of an instruction.
+        judges_latents: whether `judge` is by an instruction's latent.
     """
 
     name = ""  # as a family lists the engines that give it
@@ -235,33 +235,35 @@ class EngineBase:
         """
         return self._run(images, instructions, self._raw)
 
-    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+    def judge(self, instructions: Sequence[str], latents: F32 | None = None) -> list[Judgement]:
         """Return whether instructions name something that can be done.
 
-        By the sentences alone, or where the base model has learned it, by the newest latent of each.
-        For one that `encode` has not seen that is its latent of a black picture.
+        By the words alone, or where the base model has learned it, by what `encode` gave.
+
+        Args:
+            instructions: B texts.
+            latents: of these texts, each with its picture (B, n_tokens, dim).
 
         Raises:
-            ValueError: an instruction is unusable; the message names which.
+            ValueError: an instruction is unusable, or the latents that it takes are not there; the
+                message names which.
             EncodeError: the engine is closed.
         """
-        if self._understanding is None and self._plain is None:
+        if self._plain is not None:
+            if latents is None or len(latents) != len(instructions):
+                raise ValueError("latents: must be what encode gave, one for each instruction")
+            return self._plain.judge(torch.from_numpy(latents))
+        if self._understanding is None:
             return [Judgement()] * len(instructions)
         if self._closed:
             raise EncodeError("the engine is closed")
         new = list(dict.fromkeys(text for text in instructions if text not in self._judged))
-        if new and self._plain is not None:
-            self.encode([np.zeros((64, 64, 3), np.uint8)] * len(new), new)
-        elif new:
-            self._remember(new, self._judge(new), instructions)
+        if new:
+            found = self._judge(new)
+            if len(self._judged) + len(new) > KEPT:
+                self._judged = {t: j for t, j in self._judged.items() if t in instructions}
+            self._judged = self._judged | dict(zip(new, found, strict=True))
         return [self._judged[text] for text in instructions]
-
-    def _remember(
-        self, texts: Sequence[str], found: Sequence[Judgement], wanted: Sequence[str]
-    ) -> None:
-        if len(self._judged) + len(texts) > KEPT:
-            self._judged = {t: j for t, j in self._judged.items() if t in wanted}
-        self._judged = self._judged | dict(zip(texts, found, strict=True))
 
     def _judge(self, texts: list[str]) -> list[Judgement]:
         assert self._understanding is not None
@@ -296,9 +298,6 @@ class EngineBase:
             latents = torch.stack(rows).to("cpu", torch.float32).numpy()
         if not np.isfinite(latents).all():
             raise NotFinite("the latent is not finite")
-        if self._plain is not None and not raw:  # `states` asks for what no latent is
-            judgements = self._plain.judge(torch.from_numpy(latents))
-            self._remember(list(instructions), judgements, instructions)
         return latents
 
     def hidden(self, images: Sequence[Any], instructions: Sequence[str]) -> list[Tensor]:

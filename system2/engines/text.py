@@ -78,8 +78,8 @@ class TextEngine:
         with self._lock:
             return np.stack([self._latent(index, text) for index, text in enumerate(texts)])
 
-    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
-        """Return whether instructions name something that can be done.
+    def judge(self, instructions: Sequence[str], latents: F32 | None = None) -> list[Judgement]:
+        """Return whether instructions name something that can be done, by their words alone.
 
         Raises:
             ValueError: an instruction is unusable.

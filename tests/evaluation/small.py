@@ -65,21 +65,15 @@ class WordEngine(PointEngine):
 
 
 class DoubtingEngine(WordEngine):
-    """Judges a sentence by its newest latent: what it has encoded is refused, anything else is not."""
+    """Judges by latents: one that it gave for that sentence is refused."""
 
     judges_latents = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> np.ndarray:
-        self._seen |= set(instructions)
-        return super().encode(images, instructions)
-
-    def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+    def judge(self, instructions: Sequence[str], latents: np.ndarray) -> list[Judgement]:
+        words = self.encode([np.zeros((8, 8, 3), np.uint8)] * len(instructions), instructions)
         return [
-            Judgement(0.1, True) if text in self._seen else Judgement() for text in instructions
+            Judgement(0.1, True) if np.allclose(z, word, atol=2e-3) else Judgement()
+            for z, word in zip(latents, words, strict=True)
         ]
 
 

@@ -70,7 +70,8 @@ def test_what_system_2_does_not_understand_is_refused_whatever_its_latent_is_nea
     policy: DiffusionPolicy,
 ) -> None:
     class Doubts(Understands):
-        def judge(self, instructions: Sequence[str]) -> list[Judgement]:
+        def judge(self, instructions: Sequence[str], latents: np.ndarray) -> list[Judgement]:
+            assert len(latents) == len(instructions)
             return [Judgement(0.1, "not" in s.split()) for s in instructions]
 
     said = {"open_drawer": ("open_drawer", "not open_drawer"), "denied": ("not turn_on_led",)}

@@ -60,17 +60,16 @@ def test_what_names_no_task_is_refused_and_plain_sentences_are_not() -> None:
     engine = make(load(None, [TRANSFORMERS]).system2.engine)
     images = [shown[task] for task, _ in plain]
     texts = [text for _, text in plain]
-    engine.encode(images, texts)
-    assert [t for t, j in zip(texts, judged(engine, texts), strict=True) if j.refused] == []
-    engine.encode(images[: len(NO_TASK)], NO_TASK)
-    assert [t for t, j in zip(NO_TASK, judged(engine, NO_TASK), strict=True) if not j.refused] == []
+    for said, refused in ((texts, False), (NO_TASK, True)):
+        found = judged(engine, said, engine.encode(images[: len(said)], said))
+        assert [t for t, j in zip(said, found, strict=True) if j.refused != refused] == []
 
 
 @judges
 def test_a_robot_that_is_told_what_names_no_task_holds(tmp_path: Path) -> None:
     words = ["run", "--no-ray", "control.clock=lockstep", TRANSFORMERS]
     words += ["tasks.instruction=do not open the drawer", "tasks.steps_limit=6"]
-    words += ["output.track=false", f"output.folder={tmp_path}"]
+    words += ["control.hold_limit_s=1", "output.track=false", f"output.folder={tmp_path}"]
     assert main(words) in (0, 1)
     report = json.loads((tmp_path / "latest" / "report.json").read_text())
     assert report["latents_refused"] > 0 and report["tasks"][0]["refused"]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openhelix.runtime.core.clock import FakeClock
-from openhelix.runtime.core.interfaces import GoalRequest, LatentGoal, LatentSpec
+from openhelix.runtime.core.interfaces import GoalRequest, Judgement, LatentGoal, LatentSpec
 from openhelix.runtime.transport.codec import WireError
 from openhelix.system2.prompt import BadInstruction
 from openhelix.system2.scheduler import EngineBroken, GoalScheduler, Limits
@@ -108,6 +108,27 @@ def test_publishes_at_hz_and_echoes() -> None:
     # On the grid of half seconds, however long the work took: no drift.
     assert (np.abs(starts - np.round(starts / (S / 2)) * (S / 2)) <= 0.1 * S).all()
     assert stack.scheduler.totals.skipped == 0
+
+
+def test_the_same_words_of_two_robots_are_judged_each_by_its_own_latent() -> None:
+    class Sees(FakeEngine):
+        judges_latents = True
+
+        def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> Any:
+            found = super().encode(images, instructions)
+            found[1:] = 7.0  # what the second robot looks at is another table
+            return found
+
+        def judge(self, instructions: Sequence[str], latents: Any) -> list[Judgement]:
+            return [Judgement(0.1, True) if z[0, 0] == 7 else Judgement(0.9) for z in latents]
+
+    stack = ControlStack()
+    stack.scheduler._engine = Sees(stack.clock)
+    for robot in ("a", "b"):
+        stack.offer(robot)
+    stack.scheduler.serve()
+    assert [(robot, goal.refused) for robot, goal in stack.out.sent] == [("a", False), ("b", True)]
+    assert stack.scheduler.totals.not_understood == 1
 
 
 def test_the_newest_request_wins_and_the_older_are_counted() -> None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -159,16 +158,16 @@ def test_an_engine_refuses_what_its_latent_calls_nothing(
     engine = started()
     assert engine.judges_latents and not started(understanding="off").judges_latents
     latents = engine.encode(images, TEXTS)
-    found = judged(engine, TEXTS)
+    found = judged(engine, TEXTS, latents)
     assert [one.refused for one in found] == [False, True, False]
     assert found[1].understood < 0.5 < min(found[0].understood, found[2].understood)
     assert max(one.understood for one in found) < 1.0  # 1 would say that nobody judged
     assert found == plain.judge(torch.from_numpy(latents))
-    # What has not been encoded yet is judged with a black picture, and nothing is forgotten.
-    black = started()
-    dark = plain.judge(torch.from_numpy(black.encode([np.zeros((64, 64, 3), np.uint8)], TEXTS[:1])))
-    assert started().judge(TEXTS[:1]) == dark
-    assert judged(engine, TEXTS) == found
+    # Two robots that are told the same words are judged each by what it sees.
+    twice = [TEXTS[1], TEXTS[1]]
+    assert [one.refused for one in judged(engine, twice, latents[[1, 0]])] == [True, False]
+    with pytest.raises(ValueError, match="latents: must be what encode gave"):
+        judged(engine, TEXTS)
     # Without the projector there is no latent to judge.
     assert judged(started(raw=True), TEXTS) == [Judgement()] * 3
 
