@@ -268,13 +268,14 @@ def joined(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def beside(
-    weights: Path | str | None, wanted: Path | str | None
+    weights: Path | str | None, wanted: Path | str | bool | None
 ) -> Understanding | PlainSentences | None:
     """Return what an engine is to judge by.
 
     Args:
         weights: the file that the engine's other weights come from; None for none.
-        wanted: a file, `OFF`, or None for the one beside `weights`, where there is one.
+        wanted: a file; `OFF`, which YAML and so a command line reads as False; or None for the
+            one beside `weights`, where there is one.
 
     Raises:
         CheckpointError: the file cannot be used.
@@ -282,7 +283,7 @@ def beside(
     if wanted is None and weights is not None:
         found = Path(weights).with_name(FILE)
         return _loaded(found) if found.is_file() else None
-    return None if wanted in (None, OFF) else _loaded(Path(str(wanted)).expanduser())
+    return None if wanted in (None, OFF, False) else _loaded(Path(str(wanted)).expanduser())
 
 
 def _loaded(path: Path) -> Understanding | PlainSentences:

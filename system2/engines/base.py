@@ -108,7 +108,7 @@ class EngineBase:
         untrained: bool = False,
         layers: Sequence[int] | None = None,
         blind: bool = False,
-        understanding: Path | str | None = None,
+        understanding: Path | str | bool | None = None,
         shown: str = "given",
         prompt: str = FROM_CHECKPOINT,
         image_side: int = 0,

@@ -40,7 +40,7 @@ class TextEngine:
         path: str | Path,
         model: str = "laptop",
         device: str = "cpu",
-        understanding: Path | str | None = None,
+        understanding: Path | str | bool | None = None,
     ) -> None:
         file = Path(path).expanduser()
         file = file / FILE if file.is_dir() else file

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from openhelix.runtime.core.config import load
 from openhelix.runtime.core.interfaces import Judgement, judged
 from openhelix.system2.engines.text import TextEngine
 from openhelix.system2.engines.transformers import TransformersEngine
@@ -73,6 +74,8 @@ def test_without_a_head_everything_is_understood(tiny_model: str, weights: Path)
         tiny_model, latent_projector=weights, dtype="float32", device="cpu", understanding="off"
     )
     assert judged(off, TEXTS) == [Judgement()] * 3
+    words = load(None, ["system2.engine.options.understanding=off"]).system2.engine.options
+    assert beside(weights, words["understanding"]) is None  # as a command line says it
     (weights.parent / FILE).unlink()
     plain = TransformersEngine(tiny_model, latent_projector=weights, dtype="float32", device="cpu")
     assert judged(plain, TEXTS) == [Judgement()] * 3
