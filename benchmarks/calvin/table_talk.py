@@ -244,6 +244,16 @@ WORDINGS: dict[str, Wordings] = {
         ),
         ("Name the block in the middle of the row.",),
     ),
+    "spot side": Wordings(
+        (
+            "Is the {spot} on the left or on the right?",
+            "On which side is the {spot}?",
+            "Which side of the table is the {spot} on?",
+            "Left or right: where is the {spot}?",
+            "At which end of the table do you see the {spot}?",
+        ),
+        ("Which side do I find the {spot} on?", "The {spot} is on which side?"),
+    ),
     "drawer": Wordings(
         (
             "Is the drawer open or closed?",
@@ -632,6 +642,8 @@ def _relations(view: TableView, asker: _Asker) -> None:
         if near is not None and len(view.seen) > 1 and not (name == "gripper" and view.holds):
             asker.ask("nearest", the([near]), spot=name)
     for name, spot in view.spots.items():
+        # What is nearest to it can only be told by who sees where it is.
+        asker.ask("spot side", "left" if spot[0] < 0.0 else "right", spot=name)
         a, b = _two(asker)
         near = view.nearest(spot, (a, b))
         if near is not None and "hidden" not in (view.place[a], view.place[b]):

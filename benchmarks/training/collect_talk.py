@@ -46,7 +46,7 @@ from openhelix.system2.vlm_data import (
 )
 
 log = logging.getLogger(__name__)
-FORMAT = 4  # raise it when the same seed would give other pictures or questions
+FORMAT = 5  # raise it when the same seed would give other pictures or questions
 SHARD, STATES_PER_LOOK = 200, 20
 BUTTON_YZ_M, SWITCH_YZ_M = (-0.12, 0.48), (0.04, 0.53)
 SHUT_IN = 0.06  # share of the states with a block in the closed drawer
