@@ -32,7 +32,7 @@ from openhelix.runtime.control.assembly import (
 from openhelix.runtime.control.episodes import Assignment, live, percentiles, task_rows
 from openhelix.runtime.control.goals import WireGoals
 from openhelix.runtime.control.plans import PlanReply, PlanRequest, planned
-from openhelix.runtime.control.realtime import RealtimeStatus, enter, leave
+from openhelix.runtime.control.realtime import RealtimeStatus, enter, leave, one_heap
 from openhelix.runtime.core.config import Part, RunConfig, validate
 from openhelix.runtime.core.interfaces import (
     ActionChunk,
@@ -85,6 +85,7 @@ class ControlProcess:
         initial: dict[str, Any] | None = None,
         stay: bool = False,
     ) -> None:
+        one_heap()
         self._stay = stay
         self._config = validate(RunConfig, config)
         self._channels = channels

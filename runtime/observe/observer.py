@@ -28,7 +28,7 @@ import numpy as np
 from openhelix.runtime.control.assembly import ControlStack
 from openhelix.runtime.control.episodes import LoopStatistics
 from openhelix.runtime.control.loop import Tick
-from openhelix.runtime.control.realtime import RealtimeStatus
+from openhelix.runtime.control.realtime import RealtimeStatus, one_heap
 from openhelix.runtime.control.talk import KEPT, Entry, row
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import RunConfig, validate
@@ -47,6 +47,7 @@ KEPT_STOPS = 20
 FRAMES_KEPT = 45  # of the camera that System 2 looks through: what a latent was made from
 SHOWN_ENTRIES = 40  # of the journal, in a snapshot
 QUIET_S = 0.3  # after this long without a tick, a run that was broken off has been seen whole
+APART_BYTES = 64 * 1024  # a picture, or a chunk of a recording
 LATE_S = 5.0  # how long the last ticks of a run may be on their way
 
 
@@ -328,6 +329,7 @@ class ObserverProcess:
         folder: str,
         keys: str | None = None,
     ) -> None:
+        one_heap(APART_BYTES)
         self._config, self._folder = validate(RunConfig, config), Path(folder)
         self._board = StatusBoard(self._config)
         self._endpoint, self._cameras, self._keys = ticks, tuple(cameras), keys

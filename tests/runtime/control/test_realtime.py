@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -201,3 +203,29 @@ def test_threads_inherit_only_when_asked() -> None:
         pytest.skip("SCHED_FIFO is not granted on this machine")
     assert child == os.SCHED_FIFO
     assert policies(inherit=False)[1] == os.SCHED_OTHER
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_stats"), reason="not glibc")
+def test_threads_share_one_heap() -> None:
+    code = """
+import ctypes, sys, threading
+from openhelix.runtime.control.realtime import one_heap
+if sys.argv[1] == "one":
+    one_heap(64 * 1024)
+ready, go = threading.Barrier(5), threading.Event()
+def hold():
+    kept = [bytearray(20_000) for _ in range(50)]
+    ready.wait()
+    go.wait()
+for _ in range(4):
+    threading.Thread(target=hold).start()
+ready.wait()
+ctypes.CDLL(None).malloc_stats()
+go.set()
+"""
+    heaps = {}
+    for which in ("one", "many"):
+        words = [sys.executable, "-c", code, which]
+        done = subprocess.run(words, check=True, timeout=60, capture_output=True, text=True)
+        heaps[which] = done.stderr.count("Arena ")
+    assert heaps["one"] == 1 < heaps["many"]
