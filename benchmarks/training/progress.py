@@ -106,9 +106,18 @@ class Shown:
         for curves in self._opened or ():
             curves.close()
 
+    def begins(self, step: int) -> None:
+        """Take from which step it goes on, where not every one will be shown."""
+        self._times.clear()
+        self._times.append((step, time.monotonic_ns()))
+
     def __call__(self, row: Mapping[str, Any], pace: Pace, logged: bool) -> None:
         """See `openhelix.system1.train_loop.Watch`."""
         now_ns, step = time.monotonic_ns(), int(row["step"])
+        if self._times and step < self._times[-1][0]:  # another stage counts from nought
+            _, then_ns = self._times[-1]
+            self._times.clear()
+            self._times.append((0, then_ns))
         self._times.append((step, now_ns))
         left_s, share = self._left(step, pace, now_ns)
         said = f"step {step:,} of {pace.steps:,}, {duration_text(left_s)} to go"

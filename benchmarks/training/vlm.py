@@ -92,6 +92,7 @@ def run_vlm(
         raise ConfigError(str(error)) from None
     try:
         with (shown or Showing())("vlm", out) as watch:
+            watch.begins(run.step)
 
             def tell(row: dict[str, Any]) -> None:
                 section = run.section(run.stage)

@@ -10,6 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
+from openhelix.benchmarks.training import progress
 from openhelix.benchmarks.training.curves import check_tracker
 from openhelix.benchmarks.training.progress import Showing, ending
 from openhelix.runtime.core.config import ConfigError
@@ -67,6 +68,17 @@ def test_the_time_left_is_the_deadlines_where_that_comes_first(tmp_path) -> None
     for step in range(11):
         shown._times.append((step, step * 10**9))
     assert shown._left(10, pace, 10 * 10**9) == (pytest.approx(100.0), pytest.approx(10 / 110))
+
+
+def test_the_time_left_where_only_some_steps_are_shown(tmp_path, monkeypatch) -> None:
+    now_ns = [10**15]
+    monkeypatch.setattr(progress.time, "monotonic_ns", lambda: now_ns[0])
+    shown, pace = Showing()("vlm", tmp_path), Pace(500, 0, 0, 0)
+    shown.begins(400)
+    for stage, step, left_s in (("tune", 410, 90), ("tune", 420, 80), ("more", 10, 490)):
+        now_ns[0] += 10 * 10**9
+        shown({"stage": stage, "step": step}, pace, logged=True)
+        assert shown._left(step, pace, now_ns[0])[0] == pytest.approx(left_s)
 
 
 def test_curves_for_tensorboard(tmp_path) -> None:
