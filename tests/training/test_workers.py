@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.benchmarks.training.stages import (
     JointRun,
     policy_settings,
@@ -38,16 +40,34 @@ SAME = (
 )  # fmt: skip
 
 
+# Trains one stage after the other, so that a process is started once: it prints what each ended with.
+TURNS = """
+import os, sys
+from openhelix.runtime.cli.main import main
+for turn in sys.argv[1:]:
+    stage, port, file = turn.split(",")
+    os.environ["MASTER_PORT"] = port
+    try:
+        code = main(["train", stage, "--config", file])
+    except SystemExit as end:
+        code = end.code
+    for out in (sys.stdout, sys.stderr):
+        print(f"ended {code}", file=out, flush=True)
+"""
+
+
 def command(stage: str, file: Path) -> list[str]:
     return [sys.executable, "-m", "openhelix", "train", stage, "--config", str(file)]
 
 
-def started(words: Sequence[str], count: int = 2) -> list[subprocess.Popen[str]]:
-    """Processes as a launcher starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    known = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def started(turns: Sequence[tuple[str, Path]], count: int = 2) -> list[subprocess.Popen[str]]:
+    """Processes as a launcher starts them, which take their turns at stages."""
+    words = [sys.executable, "-c", TURNS]
+    for stage, file in turns:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            words.append(f"{stage},{free.getsockname()[1]},{file}")
+    known = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     return [
         subprocess.Popen(
             words,
@@ -60,18 +80,26 @@ def started(words: Sequence[str], count: int = 2) -> list[subprocess.Popen[str]]
     ]
 
 
+def turns_of(text: str) -> list[tuple[str, str]]:
+    """Return what was said in each turn, and what it ended with."""
+    found: list[tuple[str, str]] = []
+    said = ""
+    for line in text.splitlines(keepends=True):
+        if line.startswith("ended "):
+            found.append((said, line.removeprefix("ended ").strip()))
+            said = ""
+        else:
+            said += line
+    return found
+
+
 def complaints(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("openhelix train:")]
 
 
-def written(folder: Path, config) -> Path:
-    file = folder / "config.yaml"
+def written(file: Path, config) -> Path:
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     return file
-
-
-def history(folder: Path) -> list[dict]:
-    return json.loads((folder / "train.json").read_text())["history"]
 
 
 @pytest.mark.parametrize("draw", [
@@ -126,55 +154,108 @@ def test_parts_one_after_the_other_are_the_batch(frames, llava, trained_policy, 
             assert parted[name] == pytest.approx(whole[name], rel=2e-4), name
 
 
+REGIMES = ("full", "lora")
+
+
+@dataclass
+class Together:
+    """What two processes made in their turns, and one process beside them.
+
+    Attributes:
+        root: of their folders: `one-NAME` and `two-NAME`.
+        configs: by the name of the turn.
+        said: standard output, error and exit code of each process in each turn, by its name.
+        killed: what the first process said when the second had been killed.
+    """
+
+    root: Path
+    configs: dict[str, TrainingConfig]
+    said: dict[str, list[tuple[str, str, str]]]
+    killed: str
+
+    def histories(self, name: str, stage: str) -> Iterator[tuple[dict, dict]]:
+        """Yield the rows that one process and two wrote."""
+        codes = [code for _, _, code in self.said[name]]
+        assert codes == ["0", "0"], self.said[name]
+        one, two = (
+            json.loads((self.root / f"{many}-{name}" / stage / "train.json").read_text())["history"]
+            for many in ("one", "two")
+        )
+        assert [row["step"] for row in one] == [row["step"] for row in two]
+        return zip(one, two, strict=True)
+
+
 @pytest.fixture(scope="module")
-def alone_and_two(frames, llava, tmp_path_factory) -> tuple[Path, Path, list[str]]:
-    """One training by one process and by two."""
+def together(frames, llava, trained_policy, tmp_path_factory) -> Together:
+    """Every training here that takes two processes; the second is killed in the last one."""
     root = tmp_path_factory.mktemp("workers")
-    one, two = (settings(frames, llava, root / name, *SAME) for name in ("one", "two"))
-    running = started(command("all", written(root, two)))
-    run_policy(one, 0)
-    for stage in ("stage1", "stage2"):
-        run_joint(one, stage, 0)
-    said = [process.communicate(timeout=280) for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
-    return root / "one", root / "two", [out for out, _ in said]
+    after = (
+        f"policy.checkpoint={trained_policy}", "stage1.steps=0", "stage2.steps=3", "threads=1",
+        "latent.feed=live", "stage2.save_every=3", "accumulate=2", "stage2.start=random",
+    )  # fmt: skip
+    more = {
+        "all": SAME,
+        **{regime: (*after, f"latent.regime={regime}") for regime in REGIMES},
+        "bad": ("policy.batch=7",),
+        "killed": ("policy.steps=100000", "threads=1"),
+    }
+    divided = {regime: "latent.shard=true" for regime in REGIMES}
+    stages = {"all": "all", "full": "stage2", "lora": "stage2", "bad": "policy", "killed": "policy"}
+    one = {k: settings(frames, llava, root / f"one-{k}", *words) for k, words in more.items()}
+    two = {
+        name: settings(frames, llava, root / f"two-{name}", *words, *divided.get(name, "").split())
+        for name, words in more.items()
+    }
+    running = started([(stages[name], written(root / name, two[name])) for name in more])
+    saved = root / "two-killed" / "policy" / "train_state.safetensors"
+    try:
+        run_policy(one["all"], 0)
+        run_joint(one["all"], "stage1", 0)
+        run_joint(one["all"], "stage2", 0)
+        for regime in REGIMES:
+            run_joint(one[regime], "stage2", 0)
+        end = time.monotonic() + 200
+        while not saved.is_file() and time.monotonic() < end:
+            assert running[0].poll() is None
+            time.sleep(0.1)
+        running[1].kill()
+        said = [process.communicate(timeout=60) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    each = [list(zip(*map(turns_of, both), strict=True)) for both in said]
+    turns = {
+        name: [(out, error, code) for (out, code), (error, _) in (mine[k] for mine in each)]
+        for k, name in enumerate(list(more)[:-1])
+    }
+    (_, (killed, code)) = each[0][-1]
+    assert code == "1", said
+    return Together(root, two, turns, killed)
 
 
 @pytest.mark.parametrize("stage", ALL)
-def test_two_processes_learn_what_one_learns(alone_and_two, stage) -> None:
-    one, two, _ = alone_and_two
-    alone, together = history(one / stage), history(two / stage)
-    assert [row["step"] for row in alone] == [row["step"] for row in together]
-    for mine, theirs in zip(alone, together, strict=True):
+def test_two_processes_learn_what_one_learns(together, stage) -> None:
+    for mine, theirs in together.histories("all", stage):
         for name in ("loss", "grad_norm", "position", "gripper", "val_loss"):
             if name in mine:
                 assert theirs[name] == pytest.approx(mine[name], rel=1e-3), (name, mine["step"])
 
 
-@pytest.mark.parametrize("regime", ["full", "lora"])
-def test_a_divided_language_model_learns_as_a_whole_one(
-    frames, llava, trained_policy, tmp_path, regime
-) -> None:
-    more = (
-        f"policy.checkpoint={trained_policy}", "stage1.steps=0", "stage2.steps=3", "threads=1",
-        f"latent.regime={regime}", "latent.feed=live", "stage2.save_every=3", "accumulate=2",
-        "stage2.start=random",
-    )  # fmt: skip
-    one = settings(frames, llava, tmp_path / "one", *more)
-    two = settings(frames, llava, tmp_path / "two", *more, "latent.shard=true")
-    running = started(command("stage2", written(tmp_path, two)))
-    run_joint(one, "stage2", 0)
-    said = [process.communicate(timeout=280) for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
-    alone, together = history(tmp_path / "one" / "stage2"), history(tmp_path / "two" / "stage2")
-    for mine, theirs in zip(alone, together, strict=True):
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_divided_language_model_learns_as_a_whole_one(together, regime) -> None:
+    for mine, theirs in together.histories(regime, "stage2"):
         for name in ("loss", "grad_norm", "val_loss"):
             if name in mine:
                 assert theirs[name] == pytest.approx(mine[name], rel=2e-3), (name, mine["step"])
     # What was divided is written whole: one process goes on from it.
-    again = JointRun(two.model_copy(update={"latent": one.latent}), "stage2")
+    config = together.configs[regime]
+    undivided = config.latent.model_copy(update={"shard": False})
+    again = JointRun(config.model_copy(update={"latent": undivided}), "stage2")
     assert again.step == 3
-    whole = JointRun(one, "stage2")
+    whole = JointRun(
+        config.model_copy(update={"latent": undivided, "out": together.root / f"one-{regime}"}),
+        "stage2",
+    )
     for name, tensor in again.pair.named_parameters():
         if tensor.requires_grad and "learner.model" in name:
             other = whole.pair.get_parameter(name)
@@ -190,40 +271,26 @@ def test_dividing_a_model_needs_workers(frames, llava, trained_policy, tmp_path)
         JointRun(config, "stage2")
 
 
-def test_only_the_first_speaks_and_writes(alone_and_two) -> None:
-    _, two, said = alone_and_two
-    assert said[1] == "" and said[0].splitlines()[0].startswith("trained")
-    assert (two / "ship" / "card.json").is_file()
+def test_only_the_first_speaks_and_writes(together) -> None:
+    (first, _, _), (second, _, _) = together.said["all"]
+    assert second == "" and first.splitlines()[0].startswith("trained")
+    assert (together.root / "two-all" / "ship" / "card.json").is_file()
 
 
-def test_one_that_is_killed_ends_all_and_another_number_goes_on(frames, llava, tmp_path) -> None:
-    config = settings(frames, llava, tmp_path / "out", "policy.steps=100000", "threads=1")
-    running = started(command("policy", written(tmp_path, config)))
-    saved = tmp_path / "out" / "policy" / "train_state.safetensors"
-    try:
-        end = time.monotonic() + 200
-        while not saved.is_file() and time.monotonic() < end:
-            time.sleep(0.2)
-        running[1].kill()
-        _, error = running[0].communicate(timeout=60)
-    finally:
-        for process in running:
-            process.kill()
-    assert running[0].returncode == 1
-    (line,) = complaints(error)
-    assert "a worker of 2 ended" in line and "Traceback" not in error
-    again = Trainer(policy_settings(config))
+def test_one_that_is_killed_ends_all_and_another_number_goes_on(together) -> None:
+    (line,) = complaints(together.killed)
+    assert "a worker of 2 ended" in line and "Traceback" not in together.killed
+    again = Trainer(policy_settings(together.configs["killed"]))
     assert again.step >= 2
     assert torch.isfinite(torch.tensor(again.train_step()["loss"]))
 
 
-def test_bad_input_is_said_once(frames, llava, tmp_path) -> None:
-    config = settings(frames, llava, tmp_path / "out", "policy.batch=7")
-    running = started(command("policy", written(tmp_path, config)))
-    said = [process.communicate(timeout=200)[1] for process in running]
-    assert [process.returncode for process in running] == [2, 2], said
-    (line,) = complaints("".join(said))
-    assert "policy.batch: 7 samples" in line and "Traceback" not in "".join(said)
+def test_bad_input_is_said_once(together) -> None:
+    said = together.said["bad"]
+    assert [code for _, _, code in said] == ["2", "2"], said
+    errors = "".join(error for _, error, _ in said)
+    (line,) = complaints(errors)
+    assert "policy.batch: 7 samples" in line and "Traceback" not in errors
 
 
 @pytest.mark.slow
@@ -235,7 +302,7 @@ def test_a_worker_of_rays_that_is_killed_is_replaced(frames, llava, tmp_path) ->
         "policy.save_every=5",
     )  # fmt: skip
     driver = subprocess.Popen(
-        [*command("policy", written(tmp_path, config)), "--json"],
+        [*command("policy", written(tmp_path / "config.yaml", config)), "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
