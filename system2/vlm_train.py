@@ -30,7 +30,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from openhelix.runtime.core.files import BadFile, load_tensors, parse_object, read_json
+from openhelix.runtime.core.files import (
+    BadFile,
+    load_tensors,
+    parse_object,
+    read_json,
+    replace_file,
+)
 from openhelix.runtime.core.plugins import none_of
 from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system2.model import (
@@ -397,7 +403,7 @@ class VlmRun:
                     )
         if self.workers.first:
             self.out.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(mine, indent=1) + "\n")
+            replace_file(file, json.dumps(mine, indent=1).encode() + b"\n")  # others read it
 
     def _check_kinds(self, there: set[str]) -> None:
         for stage in STAGES:

@@ -21,6 +21,7 @@ from openhelix.system2.vlm_config import VlmSection
 from openhelix.system2.vlm_data import shards
 
 log = logging.getLogger(__name__)
+ASKED = ("image", "none", "other", "commonest answer")  # what the report tells of questions
 HELD_OUT, MEASURED = 1200, 600  # pictures of the folders that are not trained on
 
 
@@ -113,9 +114,9 @@ def run_vlm(
     workers.wait()
     short = {
         name: {
-            shown: found["all"]["accuracy"] if "all" in found else found["accuracy"]
+            shown: found.get("all", found)["accuracy"]
             for shown, found in report[name].items()
-            if isinstance(found, dict)
+            if shown in ASKED
         }
         for name in ("held-out", "scene-D")
         if name in report

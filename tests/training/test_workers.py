@@ -18,19 +18,23 @@ import pytest
 import torch
 import yaml
 
-from openhelix.benchmarks.training.config import TrainingConfig
+from openhelix.benchmarks.training.config import NotDone, TrainingConfig
 from openhelix.benchmarks.training.stages import (
     JointRun,
     policy_settings,
     run_joint,
     run_policy,
 )
+from openhelix.benchmarks.training.vlm import run_vlm
 from openhelix.benchmarks.training.workers import buckets
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system1.draws import Part, numbers, rand, randint, randn
 from openhelix.system1.losses import real_rows
 from openhelix.system1.train import Trainer
+from openhelix.system2.text import TextReader, fitted_code
+from openhelix.system2.vlm_data import write_shard
+from tests.system2.test_vlm import with_goals
 from tests.training.conftest import settings
 
 ALL = ("policy", "stage1", "stage2")
@@ -155,6 +159,25 @@ def test_parts_one_after_the_other_are_the_batch(frames, llava, trained_policy, 
 
 
 REGIMES = ("full", "lora")
+VLM = ("vlm", "vlm-from-one", "vlm-to-one")
+
+
+def vlm_words(root: Path, llava: str) -> tuple[str, ...]:
+    """Return the settings of a base model's training of a few steps, on pictures made here."""
+    write_shard(root / "talk" / "train", 0, with_goals(24))
+    write_shard(root / "talk" / "held-out", 0, with_goals(8, 9))
+    code = root / "text.safetensors"
+    fitted_code(TextReader(llava, (1, 2)), ["turn left", "turn right", "lift"]).save(code)
+    stages = [
+        f"vlm.{stage}.{word}"
+        for stage in ("see", "align", "tune")
+        for word in ("steps=3", "batch=8", "speech=0.1", "lr_projector=2e-3")
+    ]
+    return (
+        f"vlm.data={root / 'talk'}", f"vlm.model={llava}", "vlm.bf16=off", "vlm.tune.goals=2",
+        "vlm.tune.goal_layers=[1,2]", "vlm.tune.lr_language=4e-3", f"vlm.tune.goal_code={code}",
+        "threads=1", *stages,
+    )  # fmt: skip
 
 
 @dataclass
@@ -196,17 +219,23 @@ def together(frames, llava, trained_policy, tmp_path_factory) -> Together:
     more = {
         "all": SAME,
         **{regime: (*after, f"latent.regime={regime}") for regime in REGIMES},
+        **dict.fromkeys(VLM, vlm_words(root, llava)),
         "bad": ("policy.batch=7",),
         "killed": ("policy.steps=100000", "threads=1"),
     }
     divided = {regime: "latent.shard=true" for regime in REGIMES}
-    stages = {"all": "all", "full": "stage2", "lora": "stage2", "bad": "policy", "killed": "policy"}
+    stages = dict.fromkeys(VLM, "vlm") | dict.fromkeys(REGIMES, "stage2") | {"all": "all"}
     one = {k: settings(frames, llava, root / f"one-{k}", *words) for k, words in more.items()}
     two = {
         name: settings(frames, llava, root / f"two-{name}", *words, *divided.get(name, "").split())
         for name, words in more.items()
     }
-    running = started([(stages[name], written(root / name, two[name])) for name in more])
+    with pytest.raises(NotDone, match="step 1 of 3 of 'see'"):
+        run_vlm(two["vlm-from-one"], 1)
+    two["vlm-to-one"] = two["vlm-to-one"].model_copy(update={"time_limit_s": 1e-4})
+    running = started(
+        [(stages.get(name, "policy"), written(root / name, two[name])) for name in more]
+    )
     saved = root / "two-killed" / "policy" / "train_state.safetensors"
     try:
         run_policy(one["all"], 0)
@@ -214,6 +243,7 @@ def together(frames, llava, trained_policy, tmp_path_factory) -> Together:
         run_joint(one["all"], "stage2", 0)
         for regime in REGIMES:
             run_joint(one[regime], "stage2", 0)
+        run_vlm(one["vlm"], 0)
         end = time.monotonic() + 200
         while not saved.is_file() and time.monotonic() < end:
             assert running[0].poll() is None
@@ -260,6 +290,33 @@ def test_a_divided_language_model_learns_as_a_whole_one(together, regime) -> Non
         if tensor.requires_grad and "learner.model" in name:
             other = whole.pair.get_parameter(name)
             assert torch.allclose(tensor, other, atol=2e-5), name
+
+
+def learned(folder: Path, stages: Sequence[str]) -> list[dict[str, float]]:
+    """Return what the stages of a base model's training said of their steps."""
+    rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    others = ("stage", "seconds", "pictures_per_s", "samples_per_s")
+    return [
+        {k: v for k, v in row.items() if k not in others}
+        for row in rows
+        if row["stage"] in stages and "sight" in row
+    ]
+
+
+def test_two_processes_train_a_base_model_as_one_does_and_go_on_for_each_other(together) -> None:
+    one = together.root / "one-vlm"
+    for name in VLM:
+        assert [code for _, _, code in together.said[name]] == ["0", "0"], together.said[name]
+    half = together.configs["vlm-to-one"]
+    assert learned(half.out, ("see",))[-1]["step"] == 1
+    assert set(run_vlm(half, 0)["accuracy"]["held-out"]) >= {"image", "none"}
+    for name in VLM:
+        stages = ("see", "align", "tune") if name == "vlm" else ("align", "tune")
+        mine, theirs = learned(one, stages), learned(together.configs[name].out, stages)
+        assert [row["step"] for row in theirs] == [3] * len(stages)
+        assert {"sight", "speech", "loss", "goal"} <= set(mine[-1])
+        for a, b in zip(mine, theirs, strict=True):
+            assert b == pytest.approx(a, rel=2e-3, abs=1e-4), name
 
 
 def test_dividing_a_model_needs_workers(frames, llava, trained_policy, tmp_path) -> None:
