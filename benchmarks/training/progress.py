@@ -227,10 +227,10 @@ def _curves(done: Sequence[Mapping[str, Any]], folder: Path) -> str:
         if "folder" in stage and (Path(stage["folder"]) / "loss.png").is_file()
     ]
     where = drawn[-1] if drawn else folder
-    found = str(where / "loss.png") if drawn else "none"
-    if (where / FOLDER).is_dir():
-        found += f"; tensorboard --logdir {where.parent}"
-    return found
+    found = [str(where / "loss.png")] if drawn else []
+    if any((place / FOLDER).is_dir() for place in (where, where.parent)):  # or beside a model
+        found.append(f"tensorboard --logdir {where.parent}")
+    return "; ".join(found) or "none"
 
 
 FIGURES = (  # column of the history, what it is called, a factor, its unit

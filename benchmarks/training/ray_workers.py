@@ -74,7 +74,9 @@ def train_on_ray(
     mine = not ray.is_initialized()
     cuda = config.device.startswith("cuda")
     if mine:
-        options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": True}
+        # Of Ray's own warnings none: one of them comes every second where there is no dashboard.
+        quiet = ray.LoggingConfig(log_level="ERROR")
+        options: dict[str, Any] = {"include_dashboard": False, "logging_config": quiet}
         if config.ray_address is not None:
             join(config.ray_address, log_to_driver=True)
         else:
