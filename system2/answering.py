@@ -8,10 +8,12 @@ these give words.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from openhelix.system2.latents import LatentHead, check_fit
 from openhelix.system2.model import (
     Checkpoint,
     load_llava,
@@ -38,12 +40,26 @@ class Answerer(Protocol):
 
 
 class AnswerPrompts:
-    """Questions to prompts, token ids to words."""
+    """Questions to prompts, token ids to words.
 
-    def __init__(self, model: str, vision: bool) -> None:
-        self.checkpoint = open_checkpoint(model)
-        self.vision = vision
-        self._builder = self.checkpoint.prompts(1, vision)
+    Args:
+        model: "laptop", "smollm2", a LLaVA folder, or a hub name.
+        vision: False leaves the image out.
+        head: of a trained pair: instructions are then put as the robot's System 2 is asked, up to
+            its `<ACT>`, and what follows is what it says beside its latent.
+
+    Raises:
+        CheckpointError: the head is of another model.
+    """
+
+    def __init__(self, model: str, vision: bool, head: LatentHead | None = None) -> None:
+        self.head = head
+        n_act = 1 if head is None else head.config.n_act
+        self.checkpoint = open_checkpoint(model, n_act)
+        if head is not None:
+            check_fit(head, self.checkpoint)
+        self.vision = vision and (head is None or head.config.vision)
+        self._builder = self.checkpoint.prompts(n_act, self.vision)
         self._tokenizer = load_tokenizer(self.checkpoint.path)
         self.end = int(self._tokenizer.eos_token_id)
 
@@ -57,6 +73,8 @@ class AnswerPrompts:
             clean_instruction(question, self._builder.special)
         except BadInstruction as error:
             raise BadInstruction(f"ask: {str(error).removeprefix('instruction: ')}") from None
+        if self.head is not None:
+            return self._builder(question)
         return self._builder.assemble(" ".join(question.split()), ())
 
     def words(self, ids: Sequence[int]) -> str:
@@ -76,6 +94,7 @@ class TransformersAnswerer:
         dtype: as in `openhelix.system2.engines.base`.
         vision: False leaves the image out.
         threads: CPU threads; 0 leaves torch's own number.
+        latent: a `latent.safetensors`: answer behind its `<ACT>`, see `AnswerPrompts`.
     """
 
     def __init__(
@@ -86,16 +105,23 @@ class TransformersAnswerer:
         dtype: str = "auto",
         vision: bool = True,
         threads: int = 0,
+        latent: Path | str | None = None,
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._prompts = AnswerPrompts(model, vision)
+        head = None if latent is None else LatentHead.load(latent)
+        self._prompts = AnswerPrompts(model, vision, head)
         self.checkpoint = self._prompts.checkpoint
         path = self.checkpoint.path
         loaded = load_llava(path, pick_dtype(dtype))
         self._model = loaded.to(device).eval()
+        if head is not None:
+            rows = list(self.checkpoint.act_ids[: head.config.n_act])
+            table = self._model.get_input_embeddings().weight
+            with torch.no_grad():
+                table[rows] = head.act.to(table)
         self._processor = load_processor(path).image_processor
 
     @torch.inference_mode()
@@ -117,6 +143,7 @@ class TransformersAnswerer:
                 **shown,
                 do_sample=False,
                 max_new_tokens=MAX_WORDS,
+                suppress_tokens=list(self.checkpoint.act_ids),
                 eos_token_id=self._prompts.end,
                 pad_token_id=self._prompts.end,
             )

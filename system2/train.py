@@ -3,8 +3,8 @@
 The paper compares four ways to train the multimodal model (Tables 2 and 3): frozen, prompt
 tuning (its choice), LoRA and full fine-tuning. Here they differ only in which parameters
 require gradients. The losses of System 2 are the auxiliary action head (Eq. 1 and 2) and the
-CLIP-style alignment of earlier work; the policy's loss is a callable on the latent, so that
-this package need not know System 1.
+CLIP-style alignment of earlier work, and LCB's answer in words beside `<ACT>`; the policy's loss is
+a callable on the latent, so that this package need not know System 1.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openhelix.system2.families import act_scale, embedded, picture_tokens
-from openhelix.system2.latents import NEEDS_VISION, LatentHead, read_out, stop_after
-from openhelix.system2.model import Checkpoint
+from openhelix.system2.latents import (
+    NEEDS_VISION,
+    LatentConfig,
+    LatentHead,
+    read_out,
+    stop_after,
+)
+from openhelix.system2.model import Checkpoint, load_tokenizer
 from openhelix.system2.prompt import QUESTIONS, Layout, Prompt
 
 # ------------------------------------------------------------------------------------------------
@@ -219,6 +225,7 @@ class LossWeights:
     rotation: float = 2.0
     gripper: float = 0.2
     clip: float = 0.0
+    answer: float = 0.0
 
 
 def action_loss(
@@ -259,11 +266,40 @@ class Sample:
         state: (B, n_tokens, hidden) raw read-out.
         z: (B, n_tokens, dim) latent goal, as the policy gets it.
         filled: (B, n_tokens) bool, False for rows that the instruction does not fill.
+        answer: scalar, mean cross-entropy of the answers' tokens; None where none was asked for.
+        answered: (B,), 1 where every token of the answer is the likeliest one, else 0.
     """
 
     state: Tensor
     z: Tensor
     filled: Tensor
+    answer: Tensor | None = None
+    answered: Tensor | None = None
+
+
+def answered(prompt: Prompt, answer: Sequence[int]) -> Prompt:
+    """Return a prompt that goes on with an answer's tokens behind `<ACT>`."""
+    layout = replace(prompt.layout, length=prompt.layout.length + len(answer))
+    return replace(prompt, ids=(*prompt.ids, *answer), layout=layout)
+
+
+def check_answers(checkpoint: Checkpoint, config: LatentConfig, regime: Regime) -> None:
+    """Raise RegimeError where an answer beside the latent would teach nothing, or cannot be had."""
+    if regime not in ("lora", "full"):
+        raise RegimeError(
+            f"answer: regime {regime!r} leaves the language model as it is, and so its answers; "
+            "it needs lora or full"
+        )
+    if config.layers_of(checkpoint.layers)[-1] != checkpoint.layers:
+        raise RegimeError(
+            f"answer: words come after layer {checkpoint.layers}, and the read-out "
+            f"{config.name!r} ends before; read the last layer, too"
+        )
+    if not checkpoint.family.causal:
+        raise RegimeError(
+            f"answer: in a {checkpoint.kind!r} <ACT> would see the answer behind it; take a "
+            "model that is causal"
+        )
 
 
 @dataclass(slots=True)
@@ -286,9 +322,10 @@ class System2Learner(nn.Module):
             also low-rank adapters in the language model, "full" also the whole language
             model and the vision projector; the vision tower is always frozen, as in LLaVA.
         lora_rank: of "lora".
+        words: the model's vocabulary layer, with which it can be asked for answers.
 
     Raises:
-        RegimeError: an unknown regime.
+        RegimeError: an unknown regime, or answers that cannot be had with it or the read-out.
     """
 
     def __init__(
@@ -298,10 +335,15 @@ class System2Learner(nn.Module):
         head: LatentHead,
         regime: Regime = "prompt",
         lora_rank: int = 16,
+        words: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if regime not in REGIMES:
             raise RegimeError(f"regime: {regime!r}, want one of {', '.join(REGIMES)}")
+        if words is not None:
+            check_answers(checkpoint, head.config, regime)
+        # Not a part of the module: most models share it with their embedding table.
+        self._words: tuple[nn.Module, ...] = () if words is None else (words,)
         self.regime = regime
         self.checkpoint = checkpoint
         self.head = head.requires_grad_(True)
@@ -311,6 +353,7 @@ class System2Learner(nn.Module):
         self.family = checkpoint.family
         stop_after(self.language, layers, checkpoint.layers)
         self.prompts = checkpoint.prompts(head.config.n_act, head.config.vision)
+        self._end = load_tokenizer(checkpoint.path).eos_token_id if self._words else 0
         self._processor: Any = None  # loaded when the first image comes
         if regime == "frozen":
             head.act.requires_grad_(False)
@@ -367,7 +410,7 @@ class System2Learner(nn.Module):
                 f"prefix: with regime {self.regime!r} and read-out {self.head.config.kind!r} "
                 "the prefix changes as training goes on"
             )
-        embeddings, lengths, further = self._embed(images, texts)
+        embeddings, lengths, further = self._embed(images, [self.prompts(text) for text in texts])
         n_act, kind = self.head.config.n_act, self.head.config.kind
         layouts = [self.prompts(text).layout for text in texts]
 
@@ -413,15 +456,27 @@ class System2Learner(nn.Module):
         return Sample(state, self.head.project(state, filled), filled)
 
     def forward(
-        self, images: Sequence[Image.Image] | Tensor, texts: Sequence[str], question: int = 0
+        self,
+        images: Sequence[Image.Image] | Tensor,
+        texts: Sequence[str],
+        question: int = 0,
+        answers: Sequence[str] = (),
     ) -> Sample:
-        """Return read-out and latent with gradients to everything that the regime trains."""
-        embeddings, lengths, further = self._embed(images, texts, question)
-        config = self.head.config
+        """Return read-out and latent with gradients to everything that the regime trains.
+
+        With `answers`, one a text, the sequence goes on with them behind `<ACT>`, which attends
+        to none of it, and the sample has their loss.
+        """
         prompts = [self.prompts(text, QUESTIONS[question]) for text in texts]
+        if answers:
+            ids = [(*self.prompts.tokenize(answer)[0], self._end) for answer in answers]
+            prompts = [answered(p, row) for p, row in zip(prompts, ids, strict=True)]
+        embeddings, _, further = self._embed(images, prompts)
+        config = self.head.config
         # <ACT> in the table is a copy; put the learned one in its place.
         rows = torch.arange(len(texts), device=embeddings.device)[:, None]
-        places = lengths[:, None] - config.n_act + torch.arange(config.n_act, device=lengths.device)
+        first = torch.tensor([p.layout.act[0] for p in prompts], device=embeddings.device)
+        places = first[:, None] + torch.arange(config.n_act, device=embeddings.device)
         act = self.act().expand(len(texts), -1, -1)
         embeddings = embeddings.index_put((rows, places), act)
         output = self.language(inputs_embeds=embeddings, use_cache=False, **further)
@@ -433,12 +488,27 @@ class System2Learner(nn.Module):
             ),
             strict=True,
         )
-        return self.from_states(torch.stack(raw), torch.stack(filled))
+        sample = self.from_states(torch.stack(raw), torch.stack(filled))
+        return self._with_answers(sample, states, prompts) if answers else sample
+
+    def _with_answers(self, sample: Sample, states: Tensor, prompts: Sequence[Prompt]) -> Sample:
+        """Return a sample with what it says in words, of states (B, T, width)."""
+        (words,) = self._words
+        last = states[..., -self.checkpoint.hidden :]  # of several layers the final one
+        spans = [(p.layout.act[1], p.layout.length) for p in prompts]
+        before = torch.cat([last[row, a - 1 : b - 1] for row, (a, b) in enumerate(spans)])
+        wanted = torch.tensor(
+            [i for p, (a, b) in zip(prompts, spans, strict=True) for i in p.ids[a - b :]],
+            device=states.device,
+        )
+        logits = words.to(states.device)(before).float()
+        hits = (logits.detach().argmax(1) == wanted).split([b - a for a, b in spans])
+        right = torch.stack([hit.all().float() for hit in hits])
+        return replace(sample, answer=F.cross_entropy(logits, wanted), answered=right)
 
     def _embed(
-        self, images: Sequence[Image.Image] | Tensor, texts: Sequence[str], question: int = 0
+        self, images: Sequence[Image.Image] | Tensor, prompts: Sequence[Prompt]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        prompts = [self.prompts(text, QUESTIONS[question]) for text in texts]
         features = None
         if self.head.config.vision:
             asked = [prompt.text for prompt in prompts]
@@ -492,6 +562,8 @@ class System2Learner(nn.Module):
             if text is None or labels is None:
                 raise RegimeError("clip: the alignment loss needs `text` and `labels`")
             terms["clip"] = weights.clip * clip_loss(sample.z[:, 0], text, labels)
+        if weights.answer > 0 and sample.answer is not None:
+            terms["answer"] = weights.answer * sample.answer
         if policy_loss is not None:
             terms["policy"] = policy_loss(sample.z)
         return terms

@@ -2,6 +2,10 @@
 
     openhelix probe --ask "where is the red block?" --scene D
     openhelix probe --ask "is the drawer open?" --image table.png --model FOLDER --engine transformers
+    openhelix probe --ask "lift the red block" --scene D --model SHIP/llava --latent SHIP/latent.safetensors
+
+With `--latent` each ASK is an instruction, put as a robot's System 2 is asked, and the answer is
+what it says beside its latent (a pair trained with `latent.answer`); that is for transformers.
 
 `--scene` draws a state of that scene from `--seed` and shows it to System 2; `--save` keeps the
 picture. The model is the configuration's, or `--model`. Use one trained with `openhelix train
@@ -39,6 +43,7 @@ class AskOptions(Options):
     blind: bool = option(False, "show a black picture")
     engine: str | None = option(None, f"{' or '.join(ANSWERERS)} (the settings')")
     model: str | None = option(None, "laptop, a LLaVA folder, or a hub name (the settings')")
+    latent: Path | None = option(None, "answer behind the <ACT> of this latent.safetensors", "FILE")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,7 +62,12 @@ def main(argv: Sequence[str]) -> int:
     if options.save is not None:
         image.save(options.save)
     shown = Image.new("RGB", image.size) if options.blind else image
-    name, settings = answering(part, options.engine, options.model)
+    named = options.engine or ("transformers" if options.latent else None)
+    name, settings = answering(part, named, options.model)
+    if options.latent:
+        if name != "transformers":
+            raise ConfigError(f"latent: {name} answers without <ACT>; say --engine transformers")
+        settings["latent"] = options.latent
     answerer: Answerer = resolve(ANSWERERS[name])(**settings)
     try:
         answers = answerer.answer([shown] * len(options.ask), list(options.ask))

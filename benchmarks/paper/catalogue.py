@@ -45,6 +45,9 @@ class Variant(_Section):
             the project's own pair as it is, and nothing is trained.
         regime: what of the language model learns; "frozen" trains the projector alone.
         clip, aux, vision: alignment loss, auxiliary action head, image in System 2's prompt.
+        clip_to: what the alignment loss draws latents to: the policy's "table" of tasks, or the
+            frozen text encoder's embedding of the "sentence".
+        answer: System 2 learns to answer in words, too, behind `<ACT>`.
         prealign: stage 1 (projector and `<ACT>` alone) before stage 2; without it stage 2 has
             its samples too.
         latent: the read-out, a kind of `openhelix.system2.latents`.
@@ -60,6 +63,8 @@ class Variant(_Section):
     policy: Literal["pretrained", "scratch", "only", "shipped"] = "pretrained"
     regime: Literal["frozen", "prompt", "lora", "full"] = "prompt"
     clip: bool = False
+    clip_to: Literal["table", "sentence"] = "table"
+    answer: bool = False
     aux: bool = False
     vision: bool = True
     prealign: bool = True
@@ -89,6 +94,10 @@ class Variant(_Section):
     def _can_be_built(self) -> Variant:
         if self.head in DIRECT and self.sampler == "flow":
             raise ValueError(f"sampler: flow, but head {self.head!r} samples nothing")
+        if self.answer and self.regime not in ("lora", "full"):
+            raise ValueError(f"answer: regime {self.regime!r} leaves the language model as it is")
+        if self.clip_to != "table" and not self.clip:
+            raise ValueError("clip_to: there is no alignment loss; say clip: true")
         network = {**self.network.get("policy.changes", {})}
         cameras = PolicyConfig().cameras
         if TACTILE in self.sensors:
@@ -258,6 +267,8 @@ class Scale(_Section):
 
 # Axes that are more than one field, since one of them means nothing without the others.
 AXES: Mapping[str, frozenset[str]] = {
+    # What is aligned with means nothing without the loss.
+    "clip": frozenset({"clip", "clip_to"}),
     # System 2 itself, against the same language model as a text encoder alone.
     "system 2": frozenset({"regime", "latent", "vision", "clip", "aux"}),
     # With an untrained policy there is nothing to align the projector with.

@@ -139,6 +139,8 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
     options |= {
         "latent.regime": variant.regime,
         "latent.clip": 1.0 if variant.clip else 0.0,
+        "latent.clip_to": variant.clip_to,
+        "latent.answer": 1.0 if variant.answer else 0.0,
         "latent.aux": variant.aux,
         "latent.vision": variant.vision,
         "latent.kind": variant.latent,

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from openhelix.benchmarks.training.curves import Tracker
 from openhelix.runtime.core.config import ConfigError
@@ -110,6 +110,11 @@ class LatentSection(_Section):
         projector_width: of the projector's hidden layer; 0 for a single linear layer.
         aux: train the auxiliary action head beside (paper's Eq. 1 and 2).
         clip: weight of the alignment loss to the instruction's embedding; 0 for none.
+        clip_to: that embedding: "table", the task's row of the policy's table, or "sentence", what
+            the frozen text encoder makes of the very sentence (LCB): the policy's own, where it
+            was told sentences, else `policy.text_model`.
+        answer: weight of the language model's own loss on an answer in words behind `<ACT>`, the
+            plain sentence of what is to be done (LCB); 0 for none. Regimes "lora" and "full".
         lag_steps: a latent may come from an observation up to this many environment steps old
             (asynchronous training), as at one a second it does; 0 trains synchronously.
         null: share of samples whose latent is left out and whose task is named instead.
@@ -148,6 +153,8 @@ class LatentSection(_Section):
     projector_width: Whole = 256
     aux: bool = True
     clip: Annotated[float, Field(ge=0)] = 0.0
+    clip_to: Literal["table", "sentence"] = "table"
+    answer: Annotated[float, Field(ge=0)] = 0.0
     lag_steps: Whole = 40
     null: Share = 0.1
     feed: Literal["auto", "live", "prefix", "states"] = "auto"
@@ -166,6 +173,17 @@ class LatentSection(_Section):
     @classmethod
     def _short_name(cls, value: Any) -> Any:
         return "prompt_tuning" if value == "prompt" else value
+
+    @model_validator(mode="after")
+    def _can_answer(self) -> LatentSection:
+        if self.answer and self.regime not in ("lora", "full"):
+            raise ValueError(
+                f"answer: regime {self.regime!r} leaves the language model, and so its answers, as "
+                "it is; it needs lora or full"
+            )
+        if self.answer and self.shard:
+            raise ValueError("answer: not with shard: the vocabulary is not divided")
+        return self
 
     def read_out(self) -> LatentConfig:
         """Return System 2's own record of the read-out.

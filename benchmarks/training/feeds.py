@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+from openhelix.benchmarks.calvin.goals import plain
 from openhelix.benchmarks.calvin.phrases import PhraseError, development
 from openhelix.benchmarks.calvin.tasks import TASKS
 from openhelix.benchmarks.calvin.wordings import wordings as drawn_wordings
@@ -200,6 +201,7 @@ class Sentences:
     ) -> None:
         self.texts: list[str] = list(cache.meta["instructions"])
         self._seed = seed
+        self._names: list[str] = cache.meta["tasks"]
         self._held = torch.zeros(len(cache), dtype=torch.bool)
         self._task = cache.task
         said = cache.gather("instruction", torch.arange(len(cache))).long()
@@ -265,6 +267,15 @@ class Sentences:
         """Return one sentence of a task; its name where the cache has none."""
         have = self._of[task]
         return self.texts[int(have[0])] if len(have) else f"task {task}"
+
+    def answers(self, tasks: Tensor) -> list[str]:
+        """Return what System 2 is to say of tasks (B,): the plain sentence of each.
+
+        That is what its base model was taught to answer; of tasks that are not the table's, one
+        of their sentences.
+        """
+        names = self._names
+        return [plain(names[t]) if names[t] in TASKS else self.first(t) for t in tasks.tolist()]
 
     def __getitem__(self, index: Tensor) -> list[str]:
         """Return the sentences of indices (B,)."""
@@ -461,11 +472,13 @@ class LiveFeed:
 
     Tower and vision projector learn in regime "full" alone; else a picture's tokens are kept
     from the first time it is seen, where all pictures' fit into `max_bytes` and are the same
-    whatever is asked of them.
+    whatever is asked of them. With `answers` the model is asked for words, too.
     """
 
-    def __init__(self, learner: System2Learner, source: Source, max_bytes: float) -> None:
-        self._learner, self._source = learner, source
+    def __init__(
+        self, learner: System2Learner, source: Source, max_bytes: float, answers: bool = False
+    ) -> None:
+        self._learner, self._source, self._answers = learner, source, answers
         self.frames = torch.arange(len(source.cache))
         shape = (len(self.frames), learner.checkpoint.n_image, learner.checkpoint.hidden)
         small = shape[0] * shape[1] * shape[2] * learner.model.dtype.itemsize <= max_bytes
@@ -479,7 +492,10 @@ class LiveFeed:
         """See `Feed.draw`; the sentence is drawn anew each time."""
         frames = self.frames[rows]
         said = self._source.sentences.drawn(frames, generator)
-        sample = self._learner(self._pictures(frames), self._source.sentences[said])
+        texts, answers = self._source.sentences[said], list[str]()
+        if self._answers:
+            answers = self._source.sentences.answers(self._source.cache.task[frames])
+        sample = self._learner(self._pictures(frames), texts, answers=answers)
         return Drawn(frames, said, sample)
 
     def _pictures(self, frames: Tensor) -> Any:

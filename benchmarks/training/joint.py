@@ -69,7 +69,8 @@ class Joint:
         policy: with an adapter for the learner's latents.
         learner: System 2.
         feed: where latents come from.
-        clip_text: (n_tasks, dim), what the alignment loss pulls each task's latent to.
+        clip_text: what the alignment loss pulls latents to, (n_tasks, dim) by task or
+            (n_sentences, dim) by sentence, as `latent.clip_to` says.
         workers: that train together; what is learned is the same with any number of them, but
             for the alignment loss, which compares the samples of a part with each other alone.
     """
@@ -280,13 +281,17 @@ class Joint:
             parts.append(found if whole is None else found.within(real, whole[1]))
             return parts[0].total
 
+        task, text = self.task(drawn.frames), None
+        if self.clip_text is not None:
+            by_task = c.clip_to == "table"
+            text = self.clip_text[task if by_task else drawn.instruction.to(self.device)]
         terms = self.learner.losses(
             drawn.sample,
             self.target(drawn.frames) if c.aux else None,
             policy_loss,
-            text=None if self.clip_text is None else self.clip_text[self.task(drawn.frames)],
-            labels=self.task(drawn.frames),
-            weights=LossWeights(clip=c.clip),
+            text=text,
+            labels=task,
+            weights=LossWeights(clip=c.clip, answer=c.answer),
         )
         found = parts[0]
         terms |= {"position": found.position, "rotation": found.rotation, "gripper": found.gripper}
@@ -323,7 +328,7 @@ class Joint:
         """Return held-out losses, average weights: told by latents, and told the task by name.
 
         `val_task_top1` is the share of latents that come nearest to their task's row in the
-        policy's table.
+        policy's table, `val_answer_right` that of answers in words in which every token is right.
         """
         c, s = self.config, self.section
         frames = self.val_frames if len(self.val_frames) else self.train_frames
@@ -336,6 +341,8 @@ class Joint:
             generator, noise = self.generator(start, 2), self.generator(start, 3)
             terms, (batch, drawn, inputs) = self.terms(chosen, generator, None, 4, noise)
             values = {f"val_{k}": float(v) for k, v in terms.items()}
+            if drawn.sample.answered is not None:
+                values["val_answer_right"] = float(drawn.sample.answered.mean())
             named = replace(
                 inputs.without_latent(), task=self.cache.task[drawn.frames].to(self.device)
             )
@@ -359,7 +366,7 @@ class Joint:
         return sums
 
 
-COUNTED = ("aux_position", "aux_rotation", "aux_gripper", "clip", "policy")
+COUNTED = ("aux_position", "aux_rotation", "aux_gripper", "clip", "answer", "policy")
 
 
 def with_latent(inputs: Inputs, z: Tensor, age_s: Tensor, null: Tensor) -> Inputs:

@@ -73,8 +73,8 @@ from openhelix.system1.train_loop import (
 from openhelix.system2.latents import LatentHead
 from openhelix.system2.model import load_model, open_checkpoint, pick_dtype, sha256_file
 from openhelix.system2.probe import WordSpace
-from openhelix.system2.text import FILE, TextCode
-from openhelix.system2.train import System2Learner
+from openhelix.system2.text import FILE, TextCode, TextError, TextReader, fitted_code
+from openhelix.system2.train import RegimeError, System2Learner
 
 # -- Loss curves of a joint stage ------------------------------------------------------
 
@@ -84,6 +84,7 @@ TERMS = (
     ("aux_position", "auxiliary: position"),
     ("aux_rotation", "auxiliary: rotation"),
     ("clip", "alignment"),
+    ("answer", "answer in words"),
 )
 HELD_OUT = (
     ("val_loss", "all"),
@@ -212,7 +213,10 @@ class JointRun:
         self.joint = Joint(config, stage, self.cache, policy, self.learner, feed, workers=workers)
         self.joint.act_seed = act_seed
         if config.latent.clip:
-            self.joint.clip_text = alignment_text(self.joint, self.source)
+            if config.latent.clip_to == "sentence":
+                self.joint.clip_text = sentence_codes(config, self.source, spec.dim)
+            else:
+                self.joint.clip_text = alignment_text(self.joint, self.source)
         self.step = 0
         self.history: list[dict[str, Any]] = []
         if (self.folder / STATE).is_file():
@@ -269,7 +273,8 @@ class JointRun:
         log.info("%s: latents from feed %r, regime %r", self.stage, kind, learner.regime)
         if kind == "live":
             learner.to(self.config.device)
-            return LiveFeed(learner, self.source, section.max_gb * 1e9)
+            asks = section.answer > 0 and learner.regime in ("lora", "full")
+            return LiveFeed(learner, self.source, section.max_gb * 1e9, asks)
         store = self.prepare(kind)
         return PrefixFeed(learner, store) if kind == "prefix" else StateFeed(learner, store)
 
@@ -396,7 +401,10 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
     checkpoint = open_checkpoint(section.model, section.n_act, section.prompt, section.image_side)
     read_out.layers_of(checkpoint.layers)
     dtype = torch.float32 if regime in ("lora", "full") else pick_dtype(section.dtype)
-    model = checkpoint.family.core(load_model(checkpoint.path, dtype)).eval()
+    whole_model = load_model(checkpoint.path, dtype).eval()
+    model = checkpoint.family.core(whole_model)
+    asks = section.answer > 0 and regime in ("lora", "full")
+    words = whole_model.get_output_embeddings().requires_grad_(False) if asks else None
     table = model.get_input_embeddings().weight[: checkpoint.act_ids[0]]
     if before is None and section.init is not None:
         head = LatentHead.load(section.init.expanduser())
@@ -410,7 +418,10 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
             raise ConfigError(f"latent: stage1 was trained for {head.config}, not {read_out}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        learner = System2Learner(model, checkpoint, head, regime, section.lora_rank)
+        try:
+            learner = System2Learner(model, checkpoint, head, regime, section.lora_rank, words)
+        except RegimeError as error:
+            raise ConfigError(f"latent.{error}") from None
     if before is not None:
         load_strict(learner.aux, load_tensors(before / AUX)[0], str(before / AUX))
         if (before / LANGUAGE).is_file():
@@ -447,6 +458,36 @@ def alignment_text(joint: Joint, source: Source) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     turn = torch.randn(text.shape[1], width, generator=generator).to(text) / width**0.5
     return text @ turn
+
+
+def sentence_codes(config: TrainingConfig, source: Source, dim: int) -> Tensor:
+    """Return what the frozen text encoder makes of every sentence, (n_sentences, dim).
+
+    As LCB's alignment loss, which pulls `<ACT>` to CLIP's embedding of the instruction: the encoder
+    is the one that told the policy sentences. A policy that was told none has one fitted to these.
+
+    Raises:
+        ConfigError: its codes have another width than the latent.
+    """
+    folder = base_policy_folder(config)
+    file = None if folder is None else folder / FILE
+    p, texts = config.policy, source.sentences.texts
+    try:
+        if file is not None and file.is_file():
+            code = TextCode.load(file)
+            reader = TextReader(p.text_model, code.layers, config.device)
+        else:
+            reader = TextReader(p.text_model, p.text_layers, config.device)
+            code = fitted_code(reader, texts, dim=dim)
+        found = reader.encode(code, texts)[:, 0]
+    except TextError as error:
+        raise ConfigError(f"latent.clip_to: {error}") from None
+    if found.shape[1] != dim:
+        raise ConfigError(
+            f"latent.clip_to: the text encoder's codes have {found.shape[1]} numbers, the latent "
+            f"has {dim}"
+        )
+    return found.to(config.device)
 
 
 def keep_reading(folder: Path) -> None:

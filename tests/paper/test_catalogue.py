@@ -91,7 +91,7 @@ rows:
         (
             "table4.yaml",
             f"{ARMS}contrasts: [{{a: a, b: b, axis: taste, margin: 1, finding: 1, says: x}}]",
-            "axis: 'taste' is none of aux, clip",
+            "axis: 'taste' is none of answer, aux, clip",
         ),
         (
             "table4.yaml",

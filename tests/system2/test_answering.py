@@ -17,6 +17,7 @@ from openhelix.benchmarks.evaluation import asking
 from openhelix.runtime.cli.main import main
 from openhelix.system2.answering import MAX_WORDS, TransformersAnswerer
 from openhelix.system2.engines.vllm import VllmAnswerer
+from openhelix.system2.latents import LatentConfig, LatentHead
 from openhelix.system2.model import load_tokenizer
 from openhelix.system2.prompt import BadInstruction
 
@@ -95,6 +96,32 @@ def test_probe_ask_prints_answers(tiny_model: str, tmp_path: Path, capsys) -> No
     assert made["engine"] == "transformers" and made["image"] == str(picture)
 
 
+def test_an_answer_beside_the_latent_comes_behind_its_act(
+    tiny_model: str, talker: str, images, tmp_path: Path, capsys
+) -> None:
+    table = LlavaForConditionalGeneration.from_pretrained(talker).get_input_embeddings().weight
+    said = []
+    for seed in (1, 2):
+        head = LatentHead.fresh(LatentConfig(n_act=2), table.float(), seed=seed)
+        head.act.data *= 20
+        head.save(tmp_path / f"{seed}.safetensors")
+        answerer = TransformersAnswerer(
+            talker, dtype="float32", device="cpu", latent=tmp_path / f"{seed}.safetensors"
+        )
+        said += answerer.answer(images[:1], ["lift the red block"])
+        prompt = answerer._prompts("lift the red block")
+        assert prompt.ids[-2:] == answerer.checkpoint.act_ids[:2]
+        assert "can you lift the red block" in prompt.text.lower()
+    assert said[0] != said[1]  # another <ACT>, another answer
+    picture = tmp_path / "table.png"
+    Image.fromarray(images[0]).save(picture)
+    words = ["--ask", "lift the red block", "--image", str(picture), "--model", talker]
+    words += ["--latent", str(tmp_path / "1.safetensors"), "system2.engine.options.dtype=float32"]
+    assert asking.main([*words, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["engine"] == "transformers" and made["answers"][0]["answer"] == said[0]
+
+
 def test_probe_ask_shows_a_scene(tiny_model: str, tmp_path: Path, capsys) -> None:
     saved = [tmp_path / f"{seed}.png" for seed in (1, 1, 2)]
     for path, seed in zip(saved, ("1", "1", "2"), strict=True):
@@ -111,6 +138,11 @@ def test_probe_ask_shows_a_scene(tiny_model: str, tmp_path: Path, capsys) -> Non
         (["--ask", "where?", "--scene", "D", "--image", "x.png"], "name one picture"),
         (["--ask", "where?", "--scene", "Z"], "scene: 'Z' is not one of A, B, C, D"),
         (["--ask", "where?", "--scene", "D", "--engine", "magic"], "engine: 'magic'"),
+        (
+            ["--ask", "lift it", "--scene", "D", "--engine", "vllm", "--latent", "x.safetensors"],
+            "latent: vllm answers without <ACT>; say --engine transformers",
+        ),
+        (["--ask", "lift it", "--scene", "D", "--latent", "no.safetensors"], "no.safetensors"),
     ],
 )
 def test_bad_words_are_one_line(words: list[str], said: str, capsys) -> None:

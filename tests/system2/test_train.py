@@ -9,7 +9,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from openhelix.system2.latents import LatentConfig, LatentHead
-from openhelix.system2.model import open_checkpoint
+from openhelix.system2.model import load_tokenizer, open_checkpoint
 from openhelix.system2.prompt import as_pil
 from openhelix.system2.train import (
     ActionTarget,
@@ -186,3 +186,74 @@ def test_the_alignment_loss_reaches_act(tiny_model: str, images) -> None:
     terms["clip"].backward()
     assert made.head.act.grad is not None
     assert made.head.act.grad.abs().max() > 0
+
+
+def answering(tiny_model: str, regime: Any = "lora", **config: Any) -> System2Learner:
+    """A learner with its vocabulary layer."""
+    checkpoint = open_checkpoint(tiny_model)
+    whole = LlavaForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    table = whole.get_input_embeddings().weight[: checkpoint.act_ids[0]]
+    head = LatentHead.fresh(LatentConfig(**config), table, seed=3)
+    torch.manual_seed(0)
+    words = whole.get_output_embeddings()
+    return System2Learner(whole.model, checkpoint, head, regime, words=words)
+
+
+@pytest.mark.parametrize("read_out", [{}, {"n_act": 3}, {"layers": (1, 4)}])
+def test_the_answer_is_that_of_the_whole_model_behind_act(
+    tiny_model: str, images, read_out: dict[str, Any]
+) -> None:
+    made = answering(tiny_model, **read_out)
+    pictures = [as_pil(image) for image in images]
+    said = ["lift it", "open", "turn on the light bulb now"]
+    sample = made(pictures, TEXTS, answers=said)
+    assert torch.allclose(sample.z, made(pictures, TEXTS).z, atol=1e-5)  # it attends to no answer
+
+    whole = LlavaForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    act = made.checkpoint.act_ids[: made.head.config.n_act]
+    tokenizer = load_tokenizer(tiny_model)
+    loss, count, right = 0.0, 0, []
+    with torch.no_grad():
+        whole.get_input_embeddings().weight[list(act)] = made.head.act
+        for image, text, answer in zip(pictures, TEXTS, said, strict=True):
+            ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            ids = [*ids, tokenizer.eos_token_id]
+            asked = made.prompts(text).expanded(made.checkpoint.image_token_id)
+            pixels = made.checkpoint.image_processor()([image], return_tensors="pt")
+            logits = whole(input_ids=torch.tensor([[*asked, *ids]]), **pixels).logits[0]
+            wanted, before = torch.tensor(ids), logits[len(asked) - 1 : -1]
+            loss += float(torch.nn.functional.cross_entropy(before, wanted, reduction="sum"))
+            count += len(ids)
+            right.append(float(bool((before.argmax(1) == wanted).all())))
+    assert sample.answer is not None and sample.answered is not None
+    assert sample.answer.item() == pytest.approx(loss / count, rel=1e-3)
+    assert sample.answered.tolist() == right
+
+
+@pytest.mark.parametrize("regime", ["lora", "full"])
+def test_answers_are_learned_beside_the_latent(tiny_model: str, images, regime: str) -> None:
+    made = answering(tiny_model, regime)
+    tokens = made.image_tokens([as_pil(image) for image in images]).detach()
+    said = ["lift it", "open", "turn on the light bulb"]
+    optimiser = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(60):
+        sample = made(tokens, TEXTS, answers=said)
+        terms = made.losses(sample, weights=LossWeights(answer=0.5))
+        assert sample.answer is not None
+        assert torch.allclose(terms["answer"], 0.5 * sample.answer)
+        optimiser.zero_grad()
+        terms["answer"].backward()
+        optimiser.step()
+        losses.append(sample.answer.item())
+    # A random model's low-rank change cannot say everything through a frozen vocabulary.
+    assert losses[-1] < (0.95 if regime == "lora" else 0.1) * losses[0]
+    assert sample.answered is not None
+    assert regime == "lora" or sample.answered.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_answers_that_teach_nothing_are_refused(tiny_model: str) -> None:
+    with pytest.raises(RegimeError, match="answer: regime 'prompt' leaves the language model"):
+        answering(tiny_model, "prompt")
+    with pytest.raises(RegimeError, match="answer: words come after layer 4"):
+        answering(tiny_model, kind="act_mid")

@@ -55,6 +55,11 @@ def moved(run: JointRun, steps: int = 2) -> set[str]:
         ("stage2", ("latent.feed=live",), {"act", "projector", "aux", "policy"}),
         ("stage2", ("latent.regime=lora",), {"act", "projector", "aux", "policy", "lora"}),
         ("stage2", ("latent.regime=full",), {"act", "projector", "aux", "policy", "language"}),
+        (
+            "stage2",
+            ("latent.regime=lora", "latent.answer=1", "latent.clip=1", "latent.aux=false"),
+            {"act", "projector", "policy", "lora"},
+        ),
         ("stage2", ("latent.kind=pool_map",), {"projector", "aux", "policy", "pool"}),
     ],
 )
@@ -136,6 +141,59 @@ def test_the_projector_starts_by_naming_the_task(frames, llava, trained_policy, 
         frames, llava, tmp_path / "b", f"policy.checkpoint={trained_policy}", "stage1.start=random"
     ), "stage1")  # fmt: skip
     assert plain.history == []
+
+
+def test_system_2_still_answers_in_words(frames, llava, trained_policy, tmp_path) -> None:
+    begin = (f"policy.checkpoint={trained_policy}", "stage1.steps=2", "latent.regime=lora")
+    config = settings(frames, llava, tmp_path, *begin, "latent.answer=1")
+    first = JointRun(config, "stage1")
+    assert "answer" not in first.train_step()  # the language model is frozen there
+    first.run()
+    run = JointRun(config, "stage2")
+    told = [run.source.sentences.first(task) for task in (0, 1)]
+    assert run.source.sentences.answers(torch.tensor([1, 0, 1])) == [told[1], told[0], told[1]]
+    row = run.train_step()
+    parts = ("aux_position", "aux_rotation", "aux_gripper", "answer", "policy")
+    assert row["answer"] > 0 and row["loss"] == pytest.approx(sum(row[p] for p in parts), rel=1e-5)
+    assert 0 <= run.evaluate()["val_answer_right"] <= 1
+
+
+def test_latents_are_drawn_to_the_text_encoders_sentences(
+    frames, llava, trained_policy, tmp_path
+) -> None:
+    begin = (f"policy.checkpoint={trained_policy}", "latent.clip=1", "latent.clip_to=sentence")
+    coded = (f"policy.text_model={llava}", "policy.text_layers=[1,2]", "stage1.start=random")
+    run = JointRun(
+        settings(frames, llava, tmp_path, *begin, *coded, "stage1.lr_head=1e-2"), "stage1"
+    )
+    codes = run.joint.clip_text
+    assert codes is not None and codes.shape == (len(run.source.sentences.texts), 512)
+    assert len(codes.unique(dim=0)) == len(set(run.source.sentences.texts))
+    before = run.joint.evaluate()["val_clip"]
+    for _ in range(4):
+        run.train_step()
+    run.joint.ema.values = {
+        n: p.detach() for n, p in run.pair.named_parameters() if p.requires_grad
+    }
+    assert run.joint.evaluate()["val_clip"] < before
+    with pytest.raises(ConfigError, match=r"latent.clip_to: layers: \[9\] is not within"):
+        JointRun(
+            settings(frames, llava, tmp_path / "b", *begin, *coded, "policy.text_layers=[9]"),
+            "stage1",
+        )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("latent.answer=1",), "latent: answer: regime 'prompt_tuning' leaves"),
+        (("latent.answer=1", "latent.regime=lora", "latent.shard=true"), "answer: not with shard"),
+        (("latent.clip_to=words",), "latent.clip_to"),
+    ],
+)
+def test_what_would_teach_nothing_is_refused(frames, llava, tmp_path, more, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(frames, llava, tmp_path, *more)
 
 
 def weights(run: JointRun) -> dict[str, torch.Tensor]:
