@@ -105,6 +105,11 @@ def side_of(x_m: float) -> str | None:
     return ("left", "middle", "right")[int(np.searchsorted(SIDE_BORDERS_M, x_m))]
 
 
+def end_of(spot: Sequence[float]) -> str:
+    """Return the end of the table, left or right, at which a fixture is."""
+    return "left" if spot[0] < 0.0 else "right"
+
+
 @dataclass(frozen=True, slots=True)
 class Wordings:
     """How a kind of question is put: in training, and in measuring only."""
@@ -643,7 +648,7 @@ def _relations(view: TableView, asker: _Asker) -> None:
             asker.ask("nearest", the([near]), spot=name)
     for name, spot in view.spots.items():
         # What is nearest to it can only be told by who sees where it is.
-        asker.ask("spot side", "left" if spot[0] < 0.0 else "right", spot=name)
+        asker.ask("spot side", end_of(spot), spot=name)
         a, b = _two(asker)
         near = view.nearest(spot, (a, b))
         if near is not None and "hidden" not in (view.place[a], view.place[b]):
@@ -746,4 +751,5 @@ def labels(view: TableView) -> dict[str, str]:
     found |= {"drawer": view.drawer, "door": view.door, "bulb": view.bulb, "led": view.led}
     found |= {"holds": view.holds or "nothing", "gripper side": side_of(view.tcp[0])}
     found["gripper height"] = view.gripper_height
+    found |= {f"{name} side": end_of(spot) for name, spot in view.spots.items()}
     return {name: word for name, word in found.items() if word is not None}

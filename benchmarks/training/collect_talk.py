@@ -222,6 +222,7 @@ def make_shard(folder: Path, plan: TalkPlan, index: int, size: int = SHARD) -> N
         told = tuple(
             round(v, 4) if i >= len(known) or known[i] else None for i, v in enumerate(numbers)
         )
+        told += tuple(round(x, 4) for x, *_ in view.spots.values())
         shown = Record(encoded(frame.rgb), scene.name, (), labels(view), told)
         made.append(replace(shown, questions=asked(shown, scene, plan, index, row)))
     maker.close()

@@ -52,10 +52,13 @@ def find_or_make_pictures(section: VlmSection) -> Path:
             f"vlm.data: {folder} has no pictures with questions; name another folder, or one that "
             "does not exist, and it is made"
         )
+    from openhelix.benchmarks.calvin.scene import SceneError, scene_names
     from openhelix.benchmarks.training import collect_talk as talk
 
     try:
-        plan = talk.plans(section.scenes)
+        plan = talk.plans(scene_names(section.scenes))
+    except SceneError as error:
+        raise ConfigError(f"vlm.scenes: {error}") from None
     except ValueError as error:
         raise ConfigError(f"vlm.{error}") from None
     log.info("vlm.data: making %d pictures in %s", section.pictures, folder)

@@ -121,10 +121,10 @@ def test_a_small_copy_holds_the_same_questions(tmp_path: Path) -> None:
         (["vlm.tune.often={nearset: 3}"], "vlm.tune.often: 'nearset' is unknown"),
         (["vlm.tune.often={nearest: 0}"], "vlm.tune.often"),
         (
-            ["vlm.scenes=[A,D]", "vlm.data=NEW"],
+            ["vlm.scenes=AD", "vlm.data=NEW"],
             "vlm.scenes: name one or more to train on, without D",
         ),
-        (["vlm.scenes=[Q]", "vlm.data=NEW"], "vlm.scene: 'Q'"),
+        (["vlm.scenes=Q", "vlm.data=NEW"], "vlm.scenes: 'Q' is no choice of scenes"),
     ],
 )
 def test_bad_words_are_one_line(
