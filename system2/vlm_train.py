@@ -952,14 +952,17 @@ class VlmRun:
         state, about = read_state(file)
         if about["stage"] == "tune":
             self._language()
-        if self.goals is not None and any(
-            (was := state.get(f"weights.goals.{name}")) is not None and was.shape != now.shape
-            for name, now in self.goals.state_dict().items()
+        for name, part, what in (
+            ("goals", self.goals, "instructions were read out in another way"),
+            ("sight", self.learner.sight, "pictures were labelled in another way"),
         ):
-            log.info(
-                "vlm.init: instructions were read out in another way there; that part is fresh"
-            )
-            state = {k: v for k, v in state.items() if not k.startswith("weights.goals.")}
+            prefix = f"weights.{name}."
+            if part is not None and any(
+                (was := state.get(prefix + key)) is not None and was.shape != now.shape
+                for key, now in part.state_dict().items()
+            ):
+                log.info("vlm.init: %s there; that part is fresh", what)
+                state = {k: v for k, v in state.items() if not k.startswith(prefix)}
         self._load_weights(state)
 
     def _load_weights(self, state: dict[str, Tensor]) -> None:
