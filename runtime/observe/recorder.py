@@ -44,7 +44,7 @@ import numpy as np
 from foxglove_schemas_protobuf.RawImage_pb2 import RawImage
 from mcap.exceptions import EndOfFile, McapError, RecordLengthLimitExceeded
 from mcap.reader import SeekingReader
-from mcap.records import Channel, Chunk, Metadata
+from mcap.records import Channel, Chunk, ChunkIndex, Metadata
 from mcap.records import Message as McapMessage
 from mcap.stream_reader import StreamReader, breakup_chunk
 from mcap.well_known import MessageEncoding, SchemaEncoding
@@ -223,6 +223,39 @@ _NUMBERS: Final = {
 # Writing ---------------------------------------------------------------------------------------
 
 
+class _PackedIndex:
+    """What the library writes at a file's end to find each chunk again, kept as bytes.
+
+    As objects it would take 2.6 kB per chunk until the file is closed, and a process that records
+    grew by 14 MB per hour.
+    """
+
+    def __init__(self) -> None:
+        self._rows = bytearray()
+
+    def append(self, index: ChunkIndex) -> None:
+        behind = index.chunk_start_offset + index.chunk_length
+        offsets = {name: at - behind for name, at in index.message_index_offsets.items()}
+        values = {**vars(index), "message_index_offsets": offsets}
+        row = msgspec.msgpack.encode([values[name] for name in _INDEX])
+        self._rows += len(row).to_bytes(4, "little") + row
+
+    def __iter__(self) -> Iterator[ChunkIndex]:
+        at = 0
+        while at < len(self._rows):
+            begin = at + 4
+            at = begin + int.from_bytes(self._rows[at:begin], "little")
+            row = msgspec.msgpack.decode(self._rows[begin:at], type=list[Any])
+            index = ChunkIndex(**dict(zip(_INDEX, row, strict=True)))
+            behind = index.chunk_start_offset + index.chunk_length
+            offsets = index.message_index_offsets.items()
+            index.message_index_offsets = {name: behind + far for name, far in offsets}
+            yield index
+
+
+_INDEX: Final = tuple(field.name for field in dataclasses.fields(ChunkIndex))
+
+
 class RecordingWriter:
     """Writes one file.
 
@@ -251,6 +284,7 @@ class RecordingWriter:
         # The library leaves half of a chunk that is refused, and then cannot close.
         output = cast(IO[bytes], self._file)
         self._writer = Writer(output, CHUNK_BYTES, CompressionType.LZ4, enable_data_crcs=True)
+        vars(self._writer)["_Writer__chunk_indices"] = _PackedIndex()
         self._writer.start(PROFILE)
         self._writer.add_metadata(PROFILE, _as_text(meta or {}))
         if self._file.error is not None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from dataclasses import replace
 
@@ -133,6 +134,33 @@ def test_a_camera_without_depth(tmp_path):
     record(tmp_path / "r.mcap", [replace(tick, observation=observation)])
     (back,) = by_topic(tmp_path / "r.mcap")["/camera/static"]
     assert back.depth is None
+
+
+def test_the_index_stays_small_in_memory_and_other_programs_find_every_chunk_by_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 2048)
+    recorder = Recorder(tmp_path / "r.mcap", images=False, lossless=True)
+    writer, run = recorder._writer, told(ticks(400))
+    after = []
+    for part in (run[:100], run[100:]):
+        for message in part:
+            recorder(message)
+        while recorder.written < message.tick.index:
+            time.sleep(0.01)
+        after.append((sys.getallocatedblocks(), writer._writer._Writer__statistics.chunk_count))
+    (blocks, chunks), (more_blocks, more_chunks) = after
+    assert more_chunks - chunks > 80
+    assert more_blocks - blocks < 3 * (more_chunks - chunks)  # fifteen, were it of objects
+    recorder.close()
+    with (tmp_path / "r.mcap").open("rb") as file:
+        reader = make_reader(file)
+        summary = reader.get_summary()
+        assert len(summary.chunk_indexes) == summary.statistics.chunk_count >= more_chunks
+        for index in summary.chunk_indexes:
+            assert index.message_start_time <= index.message_end_time
+            assert index.message_index_offsets
+        assert len(list(reader.iter_messages(topics=["/tick"]))) == 400
 
 
 def test_other_programs_see_images_and_described_records(tmp_path):
