@@ -2,10 +2,13 @@
 
     python -m openhelix.benchmarks.perf.bench_workers --data demonstrations_ABC --out FOLDER
 
-Each process has one thread and `--batch` samples of every step, so several train on as many times
-more. `speedup` compares samples per second of wall time, and needs as many free cores as processes;
-`speedup_by_cpu_time` compares the CPU time that a sample costs, exchanging gradients included, which
-other load on the machine does not change: it is what free cores would give, but for waiting.
+Each process is held to a core of its own, the thread that makes its batches included, and has `--batch`
+samples of every step, so several train on as many times more. One and several take turns, `--rounds`
+times, and medians count. `speedup` compares samples per second of wall time, and needs as many free
+cores as processes; `speedup_by_cpu_time` compares the CPU time that a sample costs, exchanging gradients
+included, which other load on the machine hardly changes: it is what free cores would give, but for
+waiting. `exchanging` is the share of a step's wall time in which gradients and sums are exchanged or
+waited for.
 """
 
 from __future__ import annotations
@@ -14,17 +17,19 @@ import argparse
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from openhelix.benchmarks.training.config import TrainingConfig
-from openhelix.benchmarks.training.workers import joined
+from openhelix.benchmarks.training.workers import joined, started_as
 from openhelix.system1.config import KEYPOSES
 from openhelix.system1.train import TrainConfig, Trainer
 
@@ -34,6 +39,8 @@ SKIPPED = 2  # the first steps make what all others find ready
 def worked(options: argparse.Namespace) -> dict[str, float]:
     """Be one of the processes; return the seconds of its measured steps."""
     torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[started_as()[0] % len(cores)]})
     with joined("cpu") as workers, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             TrainConfig(
@@ -49,10 +56,28 @@ def worked(options: argparse.Namespace) -> dict[str, float]:
         )
         for _ in range(SKIPPED):
             trainer.train_step()
+        exchanged = [0.0]
+        for name in ("summed", "firsts", "add_gradients"):
+            setattr(workers, name, timed(getattr(workers, name), exchanged))
         wall_s, cpu_s = time.perf_counter(), time.process_time()
         for _ in range(options.steps):
             trainer.train_step()
-        return {"wall": time.perf_counter() - wall_s, "cpu": time.process_time() - cpu_s}
+        wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+        for name in ("summed", "firsts", "add_gradients"):
+            delattr(workers, name)
+        return {"wall": wall_s, "cpu": cpu_s, "exchanging": exchanged[0] / wall_s}
+
+
+def timed(work: Callable[..., Any], total: list[float]) -> Callable[..., Any]:
+    """Return `work`, whose wall time is added to the list's one number."""
+
+    def timed_work(*given: Any) -> Any:
+        begun = time.perf_counter()
+        found = work(*given)
+        total[0] += time.perf_counter() - begun
+        return found
+
+    return timed_work
 
 
 def measured(options: argparse.Namespace, count: int) -> dict[str, Any]:
@@ -82,7 +107,13 @@ def measured(options: argparse.Namespace, count: int) -> dict[str, Any]:
         "processes": count,
         "samples_per_s": round(samples / max(one["wall"] for one in spent), 1),
         "samples_per_cpu_s": round(samples / cpu, 1),
+        "exchanging": round(max(one["exchanging"] for one in spent), 3),
     }
+
+
+def middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the median of every figure."""
+    return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
 
 
 def main() -> int:
@@ -93,6 +124,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=32, help="samples of each process")
     parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for workers.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -100,11 +132,13 @@ def main() -> int:
     if options.worker:
         print(json.dumps(worked(options)))
         return 0
-    one, several = (measured(options, count) for count in (1, options.processes))
+    rounds = [[measured(options, n) for n in (1, options.processes)] for _ in range(options.rounds)]
+    one, several = (middle(list(found)) for found in zip(*rounds, strict=True))
     found = {
         "batch_of_each": options.batch,
         "draws": options.draws,
         "bf16": options.bf16,
+        "rounds": options.rounds,
         "one": one,
         "several": several,
         "speedup": round(several["samples_per_s"] / one["samples_per_s"], 3),

@@ -9,9 +9,11 @@ moment. On a CPU their CPU time counts, so that other load on the machine does n
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,11 @@ from openhelix.system2.train import ActionHead
 
 ESTIMATED = ("policy", "stage1", "stage2")
 KNOWN = "llava-1.5-7b"  # sizes that need no folder: transformers' own defaults of a LLaVA
-WORDS = 40  # tokens of a prompt beside the picture's
+WORDS = 40  # tokens of a prompt beside the picture's, where no tokenizer tells
 MEASURED_S = 1.0  # of CPU time, for each thing that is timed
 TIMED = {"cpu": 1e11, "cuda": 2e13}  # products, of what is timed of a layer; the rest is scaled
-STEPPED = 2_000_000  # weights whose optimiser's step is timed
+FILED = 2  # bytes of a weight in a file of weights, which is mapped while it is read
+STEPPED = 16_000_000  # weights whose optimiser's step is timed: more than caches hold
 GB = 1e9
 
 
@@ -171,6 +174,7 @@ def language_memory(
     learned_here = learned - (learned if regime == "lora" else sizes.language) * (1 - 1 / among)
     gathered = (2 * sizes.layer if regime == "full" else sizes.layer) if among > 1 else 0
     passing = tokens * 2 * (2 if bf16 else number) * (sizes.ffn + sizes.hidden)
+    act = stage == "stage1" or regime != "frozen"
     return {
         "weights": number * (whole - spared + gathered)
         + 4 * head
@@ -179,6 +183,9 @@ def language_memory(
         "optimiser": 8 * (learned_here + head),
         "average": 4 * (learned_here + head),
         "activations": kept + (passing if feed != "states" else 0.0),
+        "file while loading": FILED * whole,
+        # What <ACT> has become is told in words: three times the output table.
+        "copy while saving": 3.0 * 4 * sizes.words * sizes.hidden if act else 0.0,
     }
 
 
@@ -221,6 +228,14 @@ class Clock:
             work()
             done += 1
         return (self.now() - begun) / done
+
+
+def process_bytes() -> float:
+    """Return what this process takes with its libraries, and without what it has freed."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # another C library than GNU's
+        ctypes.CDLL(None).malloc_trim(0)
+    return float(psutil.Process().memory_info().rss)
 
 
 def policy_of(config: TrainingConfig, stage: str, cache: Cache) -> Network:
@@ -289,6 +304,8 @@ def policy_costs(
         "optimiser": 8.0 * (count - muon) + 4.0 * muon,
         "average": 4.0 * count,
         "activations": found[0] * samples / 2,
+        "file while loading": 0.0,
+        "copy while saving": 0.0,
     }
     clock = Clock(torch.device(config.device))
 
@@ -361,6 +378,23 @@ def step_seconds(device: torch.device) -> float:
     return Clock(device).mean(work) / STEPPED
 
 
+def prompt_tokens(config: TrainingConfig, sizes: Sizes, samples: int) -> int:
+    """Return the length of a batch of prompts; without a tokenizer `WORDS` beside the picture."""
+    section = config.latent
+    if section.model == KNOWN:
+        return sizes.tokens
+    try:
+        prompts = open_checkpoint(section.model, section.n_act).prompts(
+            section.n_act, section.vision
+        )
+    except ValueError:  # config.json alone
+        return sizes.tokens
+    texts = Cache(config.frames_folders()).meta["instructions"]
+    lengths = torch.tensor([float(prompts(text).layout.length) for text in texts])
+    drawn = torch.randint(len(texts), (200, samples), generator=torch.Generator().manual_seed(0))
+    return round(float(lengths[drawn].amax(1).mean()))
+
+
 def language_costs(
     config: TrainingConfig, stage: str, samples: int
 ) -> tuple[dict[str, float], float, float]:
@@ -368,6 +402,7 @@ def language_costs(
     section = config.latent
     regime, feed = regime_of(section, stage), feed_kind(section, stage, config.device)
     sizes = model_sizes(config)
+    sizes = replace(sizes, tokens=prompt_tokens(config, sizes, samples))
     memory = language_memory(config, stage, sizes, samples)
     learns = regime != "frozen"
     a_part, before = 0.0, 0.0
@@ -391,35 +426,62 @@ def language_costs(
     return memory, a_part, before
 
 
-def model_sizes(config: TrainingConfig) -> Sizes:
-    """Return the sizes of the model that `latent.model` names.
+def llava_config(model: str, name: str, n_act: int = 1) -> tuple[Any, int]:
+    """Return transformers' configuration of a LLaVA, and how many tokens a picture has.
+
+    Args:
+        model: a folder, whose config.json is enough; `KNOWN`; or what names a whole checkpoint.
+        name: of the setting, for messages.
+        n_act: of the checkpoint.
 
     Raises:
         ConfigError: there is no such model, and it is not `KNOWN`.
     """
     from transformers import AutoConfig, LlavaConfig
 
-    section = config.latent
-    read_out = section.read_out()
-    if section.model == KNOWN:
-        made, n_image = LlavaConfig(), 576
-    elif (Path(section.model).expanduser() / "config.json").is_file():
-        made = AutoConfig.from_pretrained(Path(section.model).expanduser())
+    if model == KNOWN:
+        return LlavaConfig(), 576
+    if (Path(model).expanduser() / "config.json").is_file():
+        made = AutoConfig.from_pretrained(Path(model).expanduser())
         if made.model_type != "llava":
-            raise ConfigError(f"latent.model: {section.model} is a {made.model_type!r}")
+            raise ConfigError(f"{name}: {model} is a {made.model_type!r}")
         vision = made.vision_config
-        n_image = (vision.image_size // vision.patch_size) ** 2
-    else:
-        try:
-            checkpoint: Checkpoint = open_checkpoint(section.model, section.n_act)
-        except ValueError as error:
-            raise ConfigError(
-                f"latent.{error}; for an estimate a folder with its config.json is enough, or "
-                f"{KNOWN!r}"
-            ) from None
-        made, n_image = AutoConfig.from_pretrained(checkpoint.path), checkpoint.n_image
-    layers = read_out.layers_of(made.text_config.num_hidden_layers)[-1]
+        return made, (vision.image_size // vision.patch_size) ** 2
+    try:
+        checkpoint: Checkpoint = open_checkpoint(model, n_act)
+    except ValueError as error:
+        raise ConfigError(
+            f"{name.removesuffix('.model')}.{error}; for an estimate a folder with its config.json "
+            f"is enough, or {KNOWN!r}"
+        ) from None
+    return AutoConfig.from_pretrained(checkpoint.path), checkpoint.n_image
+
+
+def model_sizes(config: TrainingConfig) -> Sizes:
+    """Return the sizes of the model that `latent.model` names.
+
+    Raises:
+        ConfigError: there is no such model, and it is not `KNOWN`.
+    """
+    section = config.latent
+    made, n_image = llava_config(section.model, "latent.model", section.n_act)
+    layers = section.read_out().layers_of(made.text_config.num_hidden_layers)[-1]
     return sizes_of(made, layers, n_image, section.vision)
+
+
+def samples_at_once(config: TrainingConfig, batch: int, stage: str) -> int:
+    """Return how many samples of a batch are worked on at once.
+
+    Raises:
+        ConfigError: the batch cannot be divided so.
+    """
+    samples = batch // (config.accumulate * config.workers)
+    if samples * config.accumulate * config.workers != batch or not samples:
+        raise ConfigError(
+            f"{stage}.batch: {batch} samples cannot be divided among {config.workers} "
+            f"workers with accumulate={config.accumulate}"
+        )
+    return samples
 
 
 def estimate(config: TrainingConfig, stage: str) -> dict[str, Any]:
@@ -427,23 +489,21 @@ def estimate(config: TrainingConfig, stage: str) -> dict[str, Any]:
 
     Args:
         config: of the training.
-        stage: one of `ESTIMATED`.
+        stage: "vlm", or one of `ESTIMATED`.
 
     Raises:
         ConfigError: another stage, or settings that name nothing.
     """
+    if stage == "vlm":
+        from openhelix.benchmarks.training.estimate_vlm import estimate_vlm
+
+        return estimate_vlm(config)
     if stage not in ESTIMATED:
-        raise ConfigError(f"--estimate: of {stage!r}; it knows {', '.join(ESTIMATED)}")
+        raise ConfigError(f"--estimate: of {stage!r}; it knows {', '.join(ESTIMATED)}, vlm")
     if config.threads:
         torch.set_num_threads(config.threads)
-    process = float(psutil.Process().memory_info().rss)
     section: PolicyStage | JointStage = getattr(config, stage)
-    samples = section.batch // (config.accumulate * config.workers)
-    if samples * config.accumulate * config.workers != section.batch or not samples:
-        raise ConfigError(
-            f"{stage}.batch: {section.batch} samples cannot be divided among {config.workers} "
-            f"workers with accumulate={config.accumulate}"
-        )
+    samples = samples_at_once(config, section.batch, stage)
     memory, a_part = policy_costs(config, stage, samples, section)
     before = 0.0
     found: dict[str, Any] = {"stage": stage, "samples_at_once": samples}
@@ -454,18 +514,21 @@ def estimate(config: TrainingConfig, stage: str) -> dict[str, Any]:
         shown = {own: name for name, own in REGIMES.items()}
         found["regime"] = shown[regime_of(config.latent, stage)]
         found["feed"] = feed_kind(config.latent, stage, config.device)
-    kept = sum(memory.values()) - memory["activations"] - memory["gradients"]
-    # While it saves, all that goes into the state is there twice, the copy in the host's memory;
-    # but what a step needs is not.
-    copy = 2 * memory["average"] + memory["optimiser"] if config.device == "cpu" else 0.0
-    peak = kept + memory["gradients"] + max(memory["activations"], copy)
+    host = config.device == "cpu"
+    if host:  # a GPU has no copy, and its own file
+        memory["copy while saving"] += 2 * memory["average"] + memory["optimiser"]
+    else:
+        memory["file while loading"] = memory["copy while saving"] = 0.0
+    process = process_bytes() if host else 0.0
+    # What a step has freed stays with the process, so that a copy comes on top of it.
+    loading = memory["weights"] + memory["file while loading"]
+    peak = process + max(loading, sum(memory.values()) - memory["file while loading"])
     a_step = a_part * config.accumulate
     return found | {
         "memory_gb": {
-            "process": round(process / GB, 3) if config.device == "cpu" else 0.0,
+            "process": round(process / GB, 3),
             **{name: round(value / GB, 3) for name, value in memory.items()},
-            "copy while saving": round(copy / GB, 3),
-            "peak": round((peak + (process if config.device == "cpu" else 0.0)) / GB, 3),
+            "peak": round(peak / GB, 3),
         },
         "seconds": {
             "before the first step": round(before, 1),
@@ -484,6 +547,11 @@ def told(found: Mapping[str, Any]) -> str:
     if "regime" in found:
         rows[0] += f", {found['regime']}, latents from {found['feed']!r}"
     rows += [f"  {name:<20} {value:9.2f} GB" for name, value in memory.items()]
+    for stage, row in found.get("stages", {}).items():
+        rows.append(
+            f"  {stage:<20} {row['beside weights']:9.2f} GB beside weights, "
+            f"{row['a step']:.2f} s a step"
+        )
     rows.append(f"  {'a step':<20} {seconds['a step']:9.2f} s")
     rows.append(f"  {'all steps':<20} {duration_text(seconds['all steps']):>9}")
     return "\n".join(rows)

@@ -13,13 +13,17 @@ from openhelix.benchmarks.training.estimate import (
     kept_bytes,
     kept_per_token,
     language_memory,
+    llava_config,
     model_sizes,
     trained_weights,
 )
+from openhelix.benchmarks.training.estimate_vlm import Model, Shape, kept_of
 from openhelix.benchmarks.training.stages import JointRun
 from openhelix.runtime.cli.main import main
 from openhelix.runtime.core.config import ConfigError
+from openhelix.system2.vlm_train import STAGES, Counted, VlmRun
 from tests.training.conftest import settings
+from tests.training.test_workers import vlm_words
 
 SAMPLES, TOKENS, LAYERS = 3, 50, 4
 
@@ -108,3 +112,40 @@ def test_every_stage_is_estimated(frames, llava, trained_policy, tmp_path, capsy
     assert main([*words, "policy.batch=8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stage"] == "policy"
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_base_models_stages_are_counted_with_one_layer(llava, frames, tmp_path, mode) -> None:
+    """What learns, and what is kept of a step, is what the training has."""
+    words = vlm_words(tmp_path, llava)
+    config = settings(frames, llava, tmp_path, *words, f"vlm.tune.mode={mode}", "vlm.tune.goals=0")
+    run = VlmRun(config.vlm, tmp_path / "run", device="cpu")
+    made, n_image = llava_config(llava, "vlm.model")
+    labels = tuple(map(len, run.labels.words.values())), run.labels.numbers
+    model = Model(config, made, n_image, labels)
+    for stage in STAGES:
+        run._enter(stage)
+        assert model.enter(stage) == sum(p.numel() for p in run._chosen), stage
+        (batch,) = run._next_batches()
+        counted = Counted(batch.answered, batch.asked, 0)
+        with kept_bytes(run.learner) as found:
+            run._learned_from(batch, counted)
+        tokens = 0 if batch.packed is None else batch.packed.ids.shape[1]
+        shape = Shape(n_image, batch.asked // 8, tokens, batch.answered // 8)
+        assert 8 * kept_of(model, stage, shape) == pytest.approx(found[0], rel=0.1), stage
+
+
+def test_a_base_models_training_is_estimated(frames, llava, tmp_path, capsys) -> None:
+    words = ["train", "vlm", "--estimate", f"out={tmp_path / 'none'}", *vlm_words(tmp_path, llava)]
+    assert main([*words, "--json", "vlm.align.steps=0"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["stages"]) == {"see", "tune"}
+    assert found["memory_gb"]["peak"] >= found["memory_gb"]["process"] > 0
+    assert found["seconds"]["all steps"] > 0
+    assert main(words) == 0
+    assert "GB beside weights" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+    assert main([*words, "vlm.tune.batch=8", "accumulate=3"]) == 2
+    assert "vlm.see.batch: 8 samples cannot be divided" in capsys.readouterr().err
+    assert main([*words, "vlm.model=/nowhere"]) == 2
+    assert "vlm.model: no folder" in capsys.readouterr().err
