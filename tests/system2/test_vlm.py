@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,14 @@ def test_another_run_is_begun_from(tiny_model: str, data: Path, tmp_path: Path) 
     assert second.step == 0 and second.stage == "see"
     for name, value in first._parts().items():
         assert torch.equal(second._parts()[name], value)
+    # Pictures that are labelled in another way: the rest of the weights is kept all the same.
+    for index in range(2):
+        more = [replace(r, labels=r.labels | {"new": "yes"}) for r in records(24, index)]
+        write_shard(tmp_path / "more" / "train", index, more)
+    config = section(tmp_path / "more", tiny_model, tune={"steps": 2}, init=tmp_path / "a")
+    third = VlmRun(config, tmp_path / "d", device="cpu")
+    for name, value in first._parts().items():
+        assert torch.equal(third._parts()[name], value)
     with pytest.raises(ValueError, match=r"vlm\.init: no state"):
         VlmRun(section(data, tiny_model, init=tmp_path / "none"), tmp_path / "c", device="cpu")
 
