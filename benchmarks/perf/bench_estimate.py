@@ -162,13 +162,16 @@ def main() -> int:
                 found = trained_vlm(config, Path(folder)) if vlm else trained(config)
         print(json.dumps(found))
         return 0
+    file = None if options.out is None else options.out / "estimate.json"
     rows: dict[str, Any] = {}
+    if file is not None and file.is_file():  # figures of other regimes are kept
+        rows = json.loads(file.read_text())
     for regime in options.regimes:
         rows[regime] = compared(regime, words)
         print(json.dumps({regime: rows[regime]}), file=sys.stderr)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "estimate.json").write_text(json.dumps(rows, indent=1) + "\n")
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(rows, indent=1) + "\n")
     print(json.dumps(rows))
     return 0
 

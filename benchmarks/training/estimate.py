@@ -48,6 +48,7 @@ MEASURED_S = 1.0  # of CPU time, for each thing that is timed
 TIMED = {"cpu": 1e11, "cuda": 2e13}  # products, of what is timed of a layer; the rest is scaled
 FILED = 2  # bytes of a weight in a file of weights, which is mapped while it is read
 STEPPED = 16_000_000  # weights whose optimiser's step is timed: more than caches hold
+MOST_TENSORS = 1000  # of these weights
 GB = 1e9
 
 
@@ -364,18 +365,27 @@ def layer_seconds(
     return clock.mean(work) * (samples * tokens) / (few * short)
 
 
-def step_seconds(device: torch.device) -> float:
-    """Return the seconds that gradient norm, AdamW and average take for one weight."""
-    weights = nn.Parameter(torch.randn(STEPPED, device=device))
-    weights.grad = torch.randn_like(weights)
-    average, optimizer = weights.detach().clone(), torch.optim.AdamW([weights], 1e-12)
+def step_seconds(device: torch.device, each: float) -> float:
+    """Return the seconds that gradient norm, AdamW and average take for one weight.
+
+    Args:
+        device: on which.
+        each: weights of a tensor: many small ones cost their calls, large ones do not fit caches.
+    """
+    size = max(1, round(each))
+    number = max(1, min(MOST_TENSORS, STEPPED // size))
+    weights = [nn.Parameter(torch.randn(size, device=device)) for _ in range(number)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    average = [weight.detach().clone() for weight in weights]
+    optimizer = torch.optim.AdamW(weights, 1e-12)
 
     def work() -> None:
-        nn.utils.clip_grad_norm_([weights], 1.0)
+        nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        torch._foreach_lerp_([average], [weights.detach()], 0.01)
+        torch._foreach_lerp_(average, [weight.detach() for weight in weights], 0.01)
 
-    return Clock(device).mean(work) / STEPPED
+    return Clock(device).mean(work) / (size * number)
 
 
 def prompt_tokens(config: TrainingConfig, sizes: Sizes, samples: int) -> int:
@@ -422,7 +432,9 @@ def language_costs(
         )
     learned = trained_weights(sizes, regime, section.lora_rank)
     if learned:
-        a_part += learned * step_seconds(torch.device(config.device)) / config.accumulate
+        # A layer has seven matrices and two norms; a low-rank part, two narrow matrices.
+        each = section.lora_rank * sizes.hidden if regime == "lora" else sizes.layer / 9
+        a_part += learned * step_seconds(torch.device(config.device), each) / config.accumulate
     return memory, a_part, before
 
 

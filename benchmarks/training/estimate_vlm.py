@@ -295,7 +295,9 @@ def estimate_vlm(config: TrainingConfig) -> dict[str, Any]:
         learned, shape = float(model.enter(stage)), shape_of(section, stage, n_image)
         kept = samples * kept_of(model, stage, shape)
         a_step = config.accumulate * seconds_of(model, stage, shape, samples)
-        a_step += learned * step_seconds(model.device)
+        if learned:
+            tensors = [p.numel() for p in model.learner.parameters() if p.requires_grad]
+            a_step += learned * step_seconds(model.device, sum(tensors) / len(tensors))
         step = {"gradients": 4 * learned, "optimiser": 8 * learned, "activations": kept}
         largest = max(largest, step, key=lambda found: sum(found.values()))
         total += a_step * getattr(section, stage).steps
