@@ -26,6 +26,7 @@ import torch
 
 from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.benchmarks.training.estimate import estimate
+from openhelix.benchmarks.training.estimate_vlm import estimate_vlm
 from openhelix.benchmarks.training.stages import JointRun
 from openhelix.benchmarks.training.vlm import data_folder
 from openhelix.runtime.core.config import apply_overrides, validate
@@ -157,7 +158,7 @@ def main() -> int:
             config = config_of(options.regimes[0], words, Path(folder))
             vlm = options.regimes[0] == VLM
             if options.be == "estimate":
-                found = estimate(config, VLM if vlm else "stage2")
+                found = estimate_vlm(config) if vlm else estimate(config, "stage2")
             else:
                 found = trained_vlm(config, Path(folder)) if vlm else trained(config)
         print(json.dumps(found))

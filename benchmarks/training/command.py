@@ -72,8 +72,10 @@ def main(argv: Sequence[str]) -> int:
             check_tracker(config.tracker)
         if options.estimate:
             from openhelix.benchmarks.training.estimate import estimate, told
+            from openhelix.benchmarks.training.estimate_vlm import estimate_vlm
 
-            found = estimate(config, options.stage)
+            vlm = options.stage == "vlm"
+            found = estimate_vlm(config) if vlm else estimate(config, options.stage)
             answer(json.dumps(found) if options.as_json else told(found))
             return 0
         terminal = progress.open_log()

@@ -501,15 +501,11 @@ def estimate(config: TrainingConfig, stage: str) -> dict[str, Any]:
 
     Args:
         config: of the training.
-        stage: "vlm", or one of `ESTIMATED`.
+        stage: one of `ESTIMATED`; for "vlm" see `estimate_vlm`.
 
     Raises:
         ConfigError: another stage, or settings that name nothing.
     """
-    if stage == "vlm":
-        from openhelix.benchmarks.training.estimate_vlm import estimate_vlm
-
-        return estimate_vlm(config)
     if stage not in ESTIMATED:
         raise ConfigError(f"--estimate: of {stage!r}; it knows {', '.join(ESTIMATED)}, vlm")
     if config.threads:
