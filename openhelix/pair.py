@@ -25,6 +25,7 @@ from openhelix.runtime.core.interfaces import (
     check_policy,
     encode_one,
     judged,
+    proprio_of,
 )
 from openhelix.runtime.core.paths import CHECKPOINTS
 from openhelix.system1.policy import DiffusionPolicy
@@ -188,7 +189,8 @@ class Agent:
 
     def _ask(self, obs: Mapping[str, Any], now_ns: int) -> LatentGoal:
         assert self.system2 is not None
-        z = encode_one(self.system2, obs[f"rgb_{self._camera}"], self._instruction)
+        own = proprio_of(as_observation(obs, now_ns))
+        z = encode_one(self.system2, obs[f"rgb_{self._camera}"], self._instruction, own)
         spec_id = self.system2.spec.spec_id
         judgement = judged(self.system2, [self._instruction], z[None])[0]
         return LatentGoal(

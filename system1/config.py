@@ -26,7 +26,9 @@ from openhelix.runtime.core.plugins import none_of
 # The policy that comes with the project, where one does; `DiffusionPolicy.load("shipped")`.
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "system1-laptop"
 
-Head = Literal["diffuser_actor", "trajectory", "plain", "dit", "lstm", "transformer", "map"]
+Head = Literal[
+    "diffuser_actor", "trajectory", "plain", "dit", "lstm", "transformer", "map", "expert"
+]
 DIRECT = ("lstm", "transformer", "map")  # heads that give a trajectory at once
 Encoder = Literal["light", "vit", "efficientnet"]
 Sensor = Literal["rgb", "depth", "tactile", "proprio"]

@@ -25,6 +25,7 @@ from openhelix.system1.cache import (
     Shapes,
     row_shapes,
 )
+from openhelix.system1.config import TACTILE
 from openhelix.system1.draws import rand, randint
 from openhelix.system1.encoder_light import KeyposeTargets
 from openhelix.system1.geometry import (
@@ -176,7 +177,13 @@ class Cache:
         about = as_record(Index, meta, str(root / "cache.json"))
         shapes = row_shapes(about.cameras, about.horizon, about.nhist) | {"episode": ((), "int32")}
         names = [shard.file for shard in about.shards]
-        shards = [read_shard(root / shard.file, shapes, shard.frames) for shard in about.shards]
+        apart = (root / TACTILE).is_dir()  # drawn beside frames that may have been there before
+        felt = {name: shape for name, shape in shapes.items() if name.endswith(f".{TACTILE}")}
+        own = {name: shape for name, shape in shapes.items() if not apart or name not in felt}
+        shards = [read_shard(root / shard.file, own, shard.frames) for shard in about.shards]
+        for row, shard in zip(about.shards, shards, strict=True):
+            if apart and felt:
+                shard.update(read_shard(root / TACTILE / row.file, felt, row.frames))
         tops = {"task": len(about.tasks), "instruction": len(about.instructions)}
         for name, shard in zip(names, shards, strict=True):
             for column, top in tops.items():

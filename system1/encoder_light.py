@@ -331,9 +331,19 @@ class LightEncoder(nn.Module):
         if "proprio" not in self.sensors:
             features, center = torch.zeros_like(features), torch.zeros_like(center)
         signal = pooled + self.proprio(features.flatten(1))
+        latent = as_given(inputs)
         if not len(self.cameras):
             none = condition[:, :0]
-            return Scene(none, none[..., :3], None, condition, condition_mask, signal, features)
+            return Scene(
+                none,
+                none[..., :3],
+                None,
+                condition,
+                condition_mask,
+                signal,
+                features,
+                latent=latent,
+            )
         tokens, places, masks = [], [], []
         for i, stack in enumerate(self.cameras):
             rgb, points, known = self._masked(i, inputs)
@@ -360,7 +370,7 @@ class LightEncoder(nn.Module):
         code = rotary_code(xyz, self.frequencies, self.heads)
         for layer in blocks_of(self.context):
             joined = layer(joined, layer.tables(signal), code, None, seen)
-        scene = Scene(joined, xyz, seen, condition, condition_mask, signal, features)
+        scene = Scene(joined, xyz, seen, condition, condition_mask, signal, features, latent=latent)
         return scene if self.keyposes is None else with_keyposes(scene, self.keyposes)
 
     def _masked(self, camera: int, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -372,6 +382,16 @@ class LightEncoder(nn.Module):
         if "depth" not in self.sensors or touching:
             xyz, valid = torch.zeros_like(xyz), torch.zeros_like(valid)
         return rgb, xyz, valid
+
+
+def as_given(inputs: Inputs) -> Tensor | None:
+    """Return the latents' tokens (B, memory * n, dim) as they came; zero where one is left out."""
+    if inputs.latent is None:
+        return None
+    latent = inputs.latent
+    if inputs.latent_mask is not None:
+        latent = torch.where(inputs.latent_mask[..., None, None], latent, 0.0)
+    return latent.flatten(1, 2)
 
 
 def _stack(config: PolicyConfig) -> nn.Module:

@@ -77,6 +77,7 @@ class Scene:
     signal: Tensor  # (B, dim): condition and proprioception, for AdaLN
     proprio: Tensor  # (B, nhist, 14) features
     vote: KeyposeVote | None = None  # its tokens are the last of `tokens`
+    latent: Tensor | None = None  # (B, M - 1, width) as System 2 gave it; zero where left out
 
 
 def merge_masks(parts: list[tuple[Tensor | None, Tensor]]) -> Tensor | None:

@@ -16,6 +16,7 @@ import torch
 from openhelix.system2.latents import LatentHead, check_fit
 from openhelix.system2.model import (
     Checkpoint,
+    CheckpointError,
     load_llava,
     load_processor,
     load_tokenizer,
@@ -53,6 +54,8 @@ class AnswerPrompts:
     """
 
     def __init__(self, model: str, vision: bool, head: LatentHead | None = None) -> None:
+        if head is not None and head.config.proprio:
+            raise CheckpointError("latent: its System 2 is told the robot's state, too; none here")
         self.head = head
         n_act = 1 if head is None else head.config.n_act
         self.checkpoint = open_checkpoint(model, n_act)

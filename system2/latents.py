@@ -13,6 +13,7 @@ The read-outs are the latent representations of the paper's Table 8:
 | `lang` | text | DexVLA: the instruction alone |
 | `act_words` | 1 | every `<ACT>` and the mean over the instruction's own words, side by side |
 | `lang_mean` | 1 | the mean over the instruction's own words, without the question around them |
+| `kv` | image + text | π0: every layer's keys and values (before their rotary code), for a policy whose own layers attend to them |
 
 Each can also be had without vision (paper's Table 6): the image is then left out of the
 prompt; and after middle layers instead of the last (`layer`, or several of them side by side:
@@ -41,7 +42,7 @@ from openhelix.runtime.core.files import (
     save_tensors,
     told_as,
 )
-from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.runtime.core.interfaces import SENSES, LatentSpec
 from openhelix.system2.model import Checkpoint, CheckpointError
 from openhelix.system2.prompt import Layout
 
@@ -49,6 +50,7 @@ from openhelix.system2.prompt import Layout
 # Read-outs
 
 
+KV = "kv"
 KINDS = (
     "act_last",
     "act_mid",
@@ -59,8 +61,10 @@ KINDS = (
     "lang",
     "act_words",
     "lang_mean",
+    KV,
 )
-NEEDS_VISION = ("hidden_all", "pool_max", "pool_map")
+AT_ACT = ("act_last", "act_mid", "act_lang", "hidden_all", "act_words")  # read <ACT>
+NEEDS_VISION = ("hidden_all", "pool_max", "pool_map", KV)
 
 
 class BadReadOut(ValueError):
@@ -75,10 +79,11 @@ class LatentConfig:
         kind: a row of the table above.
         n_act: how many `<ACT>` tokens end the prompt.
         layer: the number of language-model layers run; 0 runs all (for `act_mid` half).
-        text_rows: rows kept for the instruction by `act_lang`, `hidden_all` and `lang`.
+        text_rows: rows kept for the instruction by `act_lang`, `hidden_all`, `lang` and `kv`.
         vision: False leaves the image out of the prompt.
         layers: ascending; the states after each of them side by side, so that the read-out is
-            as many times as wide. Empty: those after `layer` alone.
+            as many times as wide. Empty: those after `layer` alone; of `kv` all.
+        proprio: the robot's own state stands before `<ACT>`, as one projected token (Helix).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -89,6 +94,7 @@ class LatentConfig:
     text_rows: int = 32
     vision: bool = True
     layers: tuple[int, ...] = ()
+    proprio: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))  # a file's list
@@ -102,10 +108,27 @@ class LatentConfig:
             raise BadReadOut(f"latent.layer: {self.layer}, want 0 or a layer's number")
         if self.layer and self.layers:
             raise BadReadOut("latent.layers: say latent.layer or latent.layers, not both")
+        if self.layer and self.kind == KV:
+            raise BadReadOut("latent.layer: 'kv' reads several; name them in latent.layers")
         if list(self.layers) != sorted({n for n in self.layers if n > 0}):
             raise BadReadOut(f"latent.layers: {list(self.layers)}, want ascending numbers above 0")
         if not self.vision and self.kind in NEEDS_VISION:
             raise BadReadOut(f"latent.vision: {self.kind!r} reads the image's hidden states")
+        if self.proprio and self.kind not in AT_ACT:
+            raise BadReadOut(
+                f"latent.proprio: {self.kind!r} reads nothing behind the robot's state; want "
+                f"{', '.join(AT_ACT)}"
+            )
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the embedding table are the read-out's: `<ACT>` and the state's."""
+        return self.n_act + self.proprio
+
+    @property
+    def plain_only(self) -> bool:
+        """Whether only the engine on transformers' own networks gives it."""
+        return self.proprio or self.kind == KV
 
     @property
     def last_token_only(self) -> bool:
@@ -129,7 +152,14 @@ class LatentConfig:
             "lang": self.text_rows,
             "act_words": 1,
             "lang_mean": 1,
+            KV: n_image + self.text_rows,
         }[self.kind]
+
+    def numbers(self, checkpoint: Checkpoint) -> int:
+        """Return the numbers of a row of the read-out."""
+        if self.kind == KV:
+            return 2 * checkpoint.kv * len(self.layers_of(checkpoint.layers))
+        return checkpoint.hidden * self.width
 
     def layers_of(self, n_layers: int) -> tuple[int, ...]:
         """Return after how many layers states are read, ascending; `n_layers` is the final state.
@@ -143,6 +173,8 @@ class LatentConfig:
                     f"latent.layers: {self.layers[-1]}, this model has layers 1 to {n_layers}"
                 )
             return self.layers
+        if self.kind == KV:
+            return tuple(range(1, n_layers + 1))
         if not self.layer and self.kind != "act_mid":
             return (n_layers,)
         layer = self.layer or n_layers // 2
@@ -157,7 +189,8 @@ class LatentConfig:
         """The `kind` of the `LatentSpec`, with what changes its meaning."""
         after = ",".join(map(str, self.layers or (self.layer,)))
         name = self.kind + (f"@{after}" if self.layer or self.layers else "")
-        return name if self.vision else name + "-novision"
+        name = name if self.vision else name + "-novision"
+        return name + SENSES if self.proprio else name
 
     def spec(self, n_image: int, dim: int, model_id: str) -> LatentSpec:
         """Return what System 2 promises with this read-out."""
@@ -182,6 +215,34 @@ class MapPool(nn.Module):
         query = self.query.reshape(self.heads, 1, width).expand(*key.shape[:-2], 1, width)
         pooled = nn.functional.scaled_dot_product_attention(query, key, value)
         return pooled.transpose(-2, -3).reshape(*states.shape[:-2], 1, states.shape[-1])
+
+
+PROPRIO, SENSED = 9, 11  # numbers of a robot's state, and what they are told as
+REACH_M, WIDTH_M = 0.3, 0.04  # in units of which places and the fingers' width are told
+
+
+class Sense(nn.Module):
+    """The robot's own state as one token of the language model's width.
+
+    Args:
+        hidden: of the language model.
+    """
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(SENSED, hidden)
+
+    def forward(self, proprio: Tensor) -> Tensor:
+        """Return (B, hidden) of states (B, 9), see `openhelix.runtime.core.interfaces.proprio_of`."""
+        place, (x, y, z, w) = proprio[:, :3] / REACH_M, proprio[:, 3:7].unbind(1)
+        # The first two columns of the rotation: the same for a quaternion and its negative.
+        turn = (
+            1 - 2 * (y * y + z * z), 2 * (x * y + z * w), 2 * (x * z - y * w),
+            2 * (x * y - z * w), 1 - 2 * (x * x + z * z), 2 * (y * z + x * w),
+        )  # fmt: skip
+        width, opened = proprio[:, 7] / WIDTH_M - 1, 2 * proprio[:, 8] - 1
+        told = torch.cat([place, torch.stack([*turn, width, opened], 1)], 1)
+        return self.project(told.to(self.project.weight))
 
 
 def _padded(rows: Tensor, n: int) -> Tensor:
@@ -221,6 +282,9 @@ def read_out(
     if config.kind == "act_words":
         mean = hidden[slice(*layout.words)].mean(dim=0)
         return torch.cat([act.flatten(), mean]).unsqueeze(0), one
+    if config.kind == KV:
+        some = torch.ones(image.shape[0], dtype=torch.bool, device=hidden.device)
+        return torch.cat([image, _padded(text, config.text_rows)]), torch.cat([some, filled])
     if config.kind == "hidden_all":
         some = torch.ones(image.shape[0], dtype=torch.bool, device=hidden.device)
         rows = torch.cat([image, _padded(text, config.text_rows), act])
@@ -261,21 +325,25 @@ class States(nn.Module):
     Args:
         norm: the model's own final norm.
         ends: whether the last of the wanted layers is the model's last.
+        alone: what is kept is all that is read: keys and values.
     """
 
-    def __init__(self, norm: nn.Module, ends: bool) -> None:
+    def __init__(self, norm: nn.Module, ends: bool, alone: bool = False) -> None:
         super().__init__()
         self.norm = norm
         self.ends = ends
+        self.alone = alone
         self.kept: list[Tensor] = []
 
     def keep(self, _: Any, __: Any, output: Any) -> None:
-        """Forward hook of a layer below the last: remember its state."""
+        """Forward hook of a layer below the last, or of keys or values: remember what it gives."""
         self.kept.append(_state(output))
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Any:
         """As the norm's: transformers' gives the state, vLLM's takes and gives two parts of it."""
         parts, self.kept = self.kept, []
+        if self.alone:
+            return torch.cat(parts, dim=-1)
         if self.ends:
             last = self.norm(hidden) if residual is None else self.norm(hidden, residual)[0]
         else:
@@ -284,27 +352,41 @@ class States(nn.Module):
         return states if residual is None else (states, states)
 
 
-def stop_after(language_model: Any, wanted: Sequence[int], n_layers: int) -> None:
+def plain_name(name: str) -> str:
+    """Return what a weight of a stopped model is called in a whole one: `States` holds its norm."""
+    return name.replace("norm.norm.", "norm.")
+
+
+def stop_after(language_model: Any, wanted: Sequence[int], n_layers: int, kv: bool = False) -> None:
     """Let transformers' `LlamaModel` return the states after `wanted` layers side by side.
 
     Args:
         language_model: changed in place, once; a second time it must be for the same layers.
         wanted: ascending, 1 to `n_layers`; `n_layers` alone changes nothing.
         n_layers: of the whole model.
+        kv: return each layer's keys, then its values, in the place of states.
 
     Raises:
         ValueError: it was stopped after other layers before.
     """
-    wanted = tuple(wanted)
+    asked = (*wanted, KV) if kv else tuple(wanted)
     before = getattr(language_model, "read_after", (n_layers,))
-    if wanted == before:
+    if asked == before:
         return
     if before != (n_layers,):
-        raise ValueError(f"the model gives states after {before}, not after {wanted}")
-    _tap(language_model, wanted, n_layers)
+        raise ValueError(f"the model gives states after {before}, not after {asked}")
+    if kv:
+        states = States(language_model.norm, ends=True, alone=True)
+        for layer in wanted:
+            attention = language_model.layers[layer - 1].self_attn
+            for part in (attention.k_proj, attention.v_proj):
+                part.register_forward_hook(states.keep)
+        language_model.norm = states
+    else:
+        _tap(language_model, wanted, n_layers)
     language_model.layers = language_model.layers[: wanted[-1]]
     language_model.config.num_hidden_layers = wanted[-1]  # as caches count them
-    language_model.read_after = wanted
+    language_model.read_after = asked
 
 
 def stop_vllm_after(language_model: Any, wanted: Sequence[int], n_layers: int) -> None:
@@ -344,7 +426,20 @@ def _state(output: Any) -> Tensor:
 # about a megabyte, so that training saves, ships and hot-swaps them alone.
 
 
+MOST_NUMBERS = 65_536  # of a row of keys and values, as a policy takes at most
 LATENT_DIM = 512  # width of the policy's instruction input (paper Appendix A.3; CLIP's width)
+
+
+class Through(nn.Module):
+    """In the place of a projector: the read-out itself is the latent."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_features = self.out_features = width
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Return what is given."""
+        return latent
 
 
 class LatentHead(nn.Module):
@@ -352,7 +447,8 @@ class LatentHead(nn.Module):
 
     The projector is one linear layer, as in the paper's public recipe, or with a hidden layer
     before it (`neck`, GELU) the MLP of the paper's Sec. 5.4. A linear map can only pass on how
-    sure the language model is of one task or another; a hidden layer can decide.
+    sure the language model is of one task or another; a hidden layer can decide. `kv` has none:
+    `dim` is then as wide as a row of the read-out.
     """
 
     def __init__(
@@ -363,10 +459,14 @@ class LatentHead(nn.Module):
         self.hidden = hidden
         self.note: dict[str, Any] = {}  # what training says of it, kept in the file
         self.act = nn.Parameter(torch.zeros(config.n_act, hidden))
-        read = hidden * config.width
+        read = dim if config.kind == KV else hidden * config.width
+        width = 0 if config.kind == KV else width
         self.neck = nn.Linear(read, width) if width else None
-        self.projector = nn.Linear(width or read, dim)
+        self.projector: Through | nn.Linear = (
+            Through(dim) if config.kind == KV else nn.Linear(width or read, dim)
+        )
         self.pool = MapPool(read) if config.kind == "pool_map" else None
+        self.sense = Sense(hidden) if config.proprio else None
 
     @classmethod
     def fresh(
@@ -379,7 +479,8 @@ class LatentHead(nn.Module):
     ) -> LatentHead:
         """Return an untrained head for a model with the embedding table `table` (V, hidden).
 
-        `<ACT>` starts at the table's mean with its spread, so that its norm is a word's.
+        `<ACT>` starts at the table's mean with its spread, so that its norm is a word's; so does
+        the token of the robot's state.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -388,6 +489,11 @@ class LatentHead(nn.Module):
             noise = torch.randn(config.n_act, table.shape[1])
             with torch.no_grad():
                 head.act.copy_(table.mean(dim=0) + noise * table.std(dim=0))
+                if head.sense is not None:
+                    project = head.sense.project
+                    noise = torch.randn(table.shape[1], SENSED) / SENSED**0.5
+                    project.weight.copy_(noise * table.std(dim=0).unsqueeze(1))
+                    project.bias.copy_(table.mean(dim=0))
         return head
 
     def project(self, latent: Tensor, filled: Tensor) -> Tensor:
@@ -412,7 +518,7 @@ class LatentHead(nn.Module):
 
     def spec(self, checkpoint: Checkpoint, raw: bool) -> LatentSpec:
         """Return what an engine with this head promises."""
-        dim = self.hidden * self.config.width if raw else self.projector.out_features
+        dim = self.config.numbers(checkpoint) if raw else self.projector.out_features
         return self.config.spec(checkpoint.n_image, dim, self.model_id(checkpoint, raw))
 
     def save(
@@ -423,7 +529,10 @@ class LatentHead(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Write the head as safetensors; `base` is the model it was trained on."""
-        about = {"latent": asdict(self.config), "base": base, "note": self.note | (note or {})}
+        about: dict[str, Any] = {"latent": asdict(self.config), "base": base}
+        about["note"] = self.note | (note or {})
+        if self.config.kind == KV:
+            about["dim"] = self.projector.out_features
         state = {k: v.detach().to("cpu", dtype) for k, v in self.state_dict().items()}
         save_tensors(path, state, {"openhelix": json.dumps(about, sort_keys=True)})
 
@@ -443,6 +552,8 @@ class LatentHead(nn.Module):
                 raise CheckpointError(f"{where}: latent: must be an object")
             config = as_record(LatentConfig, latent, f"{where}: latent")
             act, projector = state.get("act"), state.get("projector.weight")
+            if config.kind == KV and act is not None and act.ndim == 2:
+                return cls._of_keys(config, state, about, str(path))
             if act is None or projector is None or act.ndim != 2 or projector.ndim != 2:
                 raise CheckpointError(f"{path}: holds no <ACT> and projector")
             (n_act, hidden), (dim, inner) = act.shape, projector.shape
@@ -462,6 +573,20 @@ class LatentHead(nn.Module):
             head = cls(config, hidden, dim, width)
             load_strictly(head, state, str(path))
             head.note = dict(about.get("note") or {}) if isinstance(about.get("note"), dict) else {}
+        return head
+
+    @classmethod
+    def _of_keys(
+        cls, config: LatentConfig, state: dict[str, Tensor], about: dict[str, Any], path: str
+    ) -> LatentHead:
+        """Return the head of a file without a projector."""
+        dim = about.get("dim")
+        if type(dim) is not int or not 0 < dim <= MOST_NUMBERS:
+            raise CheckpointError(f"{path}: its account of the read-out: dim: {dim!r}")
+        if len(state["act"]) != config.n_act:
+            raise CheckpointError(f"{path}: its <ACT> is not that of n_act={config.n_act}")
+        head = cls(config, state["act"].shape[1], dim)
+        load_strictly(head, state, path)
         return head
 
 
@@ -504,7 +629,9 @@ def head_for(
         CheckpointError: it does not fit the checkpoint.
     """
     if source is None:
-        head = LatentHead.fresh(config or LatentConfig(), table, seed=seed)
+        wanted = config or LatentConfig()
+        dim = wanted.numbers(checkpoint) if wanted.kind == KV else LATENT_DIM
+        head = LatentHead.fresh(wanted, table, dim, seed=seed)
     else:
         head = source if isinstance(source, LatentHead) else LatentHead.load(source)
         if config is not None and config != head.config:
@@ -519,11 +646,17 @@ def check_fit(head: LatentHead, checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"latent_projector: made for width {head.hidden}, the model has {checkpoint.hidden}"
         )
-    if head.config.n_act > len(checkpoint.act_ids):
+    if head.config.rows > len(checkpoint.act_ids):
         raise CheckpointError(
-            f"latent.n_act: {head.config.n_act}, the model has rows for {len(checkpoint.act_ids)}"
+            f"latent.n_act: {head.config.n_act}, the model has rows for "
+            f"{len(checkpoint.act_ids) - head.config.proprio}"
         )
     head.config.layers_of(checkpoint.layers)
+    if head.config.kind == KV and head.projector.out_features != head.config.numbers(checkpoint):
+        raise CheckpointError(
+            f"latent_projector: made for {head.projector.out_features} keys and values of a token, "
+            f"the model has {head.config.numbers(checkpoint)}"
+        )
 
 
 def with_act(config: LatentConfig | None, **changes: Any) -> LatentConfig | None:

@@ -329,6 +329,7 @@ class Checkpoint:
         n_image: tokens of a picture.
         kind: of the family, as transformers names it; see `openhelix.system2.families`.
         side: pixels of the square that pictures are brought to; 0 leaves them as they come.
+        kv: numbers of a token's keys, and of its values, in one layer.
     """
 
     path: str
@@ -341,6 +342,7 @@ class Checkpoint:
     template: Template
     kind: str = "llava"
     side: int = 0
+    kv: int = 0
 
     @property
     def family(self) -> Family:
@@ -348,11 +350,19 @@ class Checkpoint:
         return FAMILIES[self.kind]
 
     def prompts(
-        self, n_act: int, vision: bool = True, max_instruction_tokens: int = 96
+        self,
+        n_act: int,
+        vision: bool = True,
+        max_instruction_tokens: int = 96,
+        proprio: bool = False,
     ) -> PromptBuilder:
-        """Return the prompt builder of this checkpoint."""
-        if not 1 <= n_act <= len(self.act_ids):
-            raise CheckpointError(f"n_act: {n_act}, this checkpoint has 1 to {len(self.act_ids)}")
+        """Return the prompt builder of this checkpoint.
+
+        With `proprio` the row behind those of `<ACT>` stands for the robot's own state.
+        """
+        most = len(self.act_ids) - proprio
+        if not 1 <= n_act <= most:
+            raise CheckpointError(f"n_act: {n_act}, this checkpoint has 1 to {most}")
         tokenizer, template, family = load_tokenizer(self.path), self.template, self.family
         alone = template.head if template.alone is None else template.alone
         return PromptBuilder(
@@ -367,6 +377,7 @@ class Checkpoint:
             vision=vision,
             image_word="" if family.untold else image_word(tokenizer, self.image_token_id),
             around=family.around(tokenizer),
+            state_id=self.act_ids[n_act] if proprio else None,
         )
 
     def image_processor(self) -> Any:
@@ -634,6 +645,8 @@ def _describe(path: str, prompt: str, image_side: int) -> Checkpoint:
         config, lambda: load_image_processor(path, config.model_type), image_side
     )
     name = manifest.get("model_id") or _folder_id(path)
+    text = config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Checkpoint(
         path=path,
         model_id=f"{name}-{side}px" if family.adjustable else name,
@@ -645,6 +658,7 @@ def _describe(path: str, prompt: str, image_side: int) -> Checkpoint:
         template=_template(path, prompt, manifest, family, image_token_id),
         kind=config.model_type,
         side=side,
+        kv=text.num_key_value_heads * head_dim,
     )
 
 

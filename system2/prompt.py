@@ -10,7 +10,7 @@ out as a plausible, wrong latent, so anything but what is promised is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,7 @@ class PromptBuilder:
             model's own processor reads it (a tokenizer may put a space before the first word of
             what it is given). Empty reads what stands before and after the image apart.
         around: tokens that the model's processor puts around those of the image.
+        state_id: stands before `<ACT>` for the robot's own state; None for a System 2 without.
     """
 
     tokenize: Tokenize
@@ -166,6 +167,7 @@ class PromptBuilder:
     vision: bool = True
     image_word: str = ""
     around: Around = ((), ())
+    state_id: int | None = None
 
     @property
     def max_length(self) -> int:
@@ -182,7 +184,11 @@ class PromptBuilder:
         clean = clean_instruction(instruction, self.special)
         begin = question.index("{x}")
         words = (begin, begin + len(clean))
-        prompt = self.assemble(question.format(x=clean), self.act_ids, words)
+        state = () if self.state_id is None else (self.state_id,)
+        prompt = self.assemble(question.format(x=clean), (*state, *self.act_ids), words)
+        if state:
+            layout = replace(prompt.layout, act=(prompt.layout.act[0] + 1, prompt.layout.act[1]))
+            prompt = replace(prompt, layout=layout)
         n_text = prompt.layout.text[1] - prompt.layout.text[0]
         if n_text > self.max_instruction_tokens:
             raise BadInstruction(

@@ -376,7 +376,8 @@ class GoalScheduler:
         return sum(self._publish(r, z, j, took) for r, z, j in parts)
 
     def _encode(self, batch: Sequence[GoalRequest]) -> F32:
-        latents = self._engine.encode([r.rgb for r in batch], [r.instruction for r in batch])
+        own = ([r.proprio for r in batch],) if self._engine.spec.senses else ()
+        latents = self._engine.encode([r.rgb for r in batch], [r.instruction for r in batch], *own)
         if latents.shape[0] != len(batch) or not np.isfinite(latents).all():
             raise WrongLatents(
                 f"engine: gave {latents.shape} for {len(batch)} requests, or not finite"

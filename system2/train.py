@@ -1,7 +1,8 @@
 """System 2's side of training: what is learned, by which regime, and its own losses.
 
 The paper compares four ways to train the multimodal model (Tables 2 and 3): frozen, prompt
-tuning (its choice), LoRA and full fine-tuning. Here they differ only in which parameters
+tuning (its choice), LoRA and full fine-tuning; its wording of prompt tuning, "only the language
+modeling head", is a fifth. Here they differ only in which parameters
 require gradients. The losses of System 2 are the auxiliary action head (Eq. 1 and 2) and the
 CLIP-style alignment of earlier work, and LCB's answer in words beside `<ACT>`; the policy's loss is
 a callable on the latent, so that this package need not know System 1.
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from openhelix.system2.families import act_scale, embedded, picture_tokens
 from openhelix.system2.latents import (
+    KV,
     NEEDS_VISION,
     LatentConfig,
     LatentHead,
@@ -174,8 +176,13 @@ def states_after(language_model: Any, prefix: Prefix, act: Tensor, shift: int = 
     return output.last_hidden_state
 
 
-Regime = Literal["frozen", "prompt", "lora", "full"]
-REGIMES = ("frozen", "prompt", "lora", "full")
+Regime = Literal["frozen", "prompt", "lora", "full", "vocabulary"]
+REGIMES = ("frozen", "prompt", "lora", "full", "vocabulary")
+CHANGES = (
+    "lora",
+    "full",
+    "vocabulary",
+)  # regimes in which the language model is another afterwards
 
 
 class RegimeError(ValueError):
@@ -320,7 +327,9 @@ class System2Learner(nn.Module):
         head: `<ACT>`, projector and pooling; trained in place.
         regime: "frozen" trains projector (and pooling) alone, "prompt" also `<ACT>`, "lora"
             also low-rank adapters in the language model, "full" also the whole language
-            model and the vision projector; the vision tower is always frozen, as in LLaVA.
+            model and the vision projector, "vocabulary" also the language-modelling head, which
+            is the table of words of a model that ties the two (the paper's Sec. 5.2 by its words);
+            the vision tower is always frozen, as in LLaVA.
         lora_rank: of "lora".
         words: the model's vocabulary layer, with which it can be asked for answers.
 
@@ -351,14 +360,23 @@ class System2Learner(nn.Module):
         self.model = model.requires_grad_(False)
         layers = head.config.layers_of(checkpoint.layers)
         self.family = checkpoint.family
-        stop_after(self.language, layers, checkpoint.layers)
-        self.prompts = checkpoint.prompts(head.config.n_act, head.config.vision)
+        if regime == "lora":
+            self._add_lora(lora_rank)  # before anything listens to the layers that it replaces
+        stop_after(self.language, layers, checkpoint.layers, head.config.kind == KV)
+        self.prompts = checkpoint.prompts(
+            head.config.n_act, head.config.vision, proprio=head.config.proprio
+        )
         self._end = load_tokenizer(checkpoint.path).eos_token_id if self._words else 0
         self._processor: Any = None  # loaded when the first image comes
         if regime == "frozen":
             head.act.requires_grad_(False)
-        elif regime == "lora":
-            self._add_lora(lora_rank)
+        elif regime == "vocabulary":
+            if not getattr(self.model.config, "tie_word_embeddings", False):
+                raise RegimeError(
+                    "regime: 'vocabulary' trains the language-modelling head, which in this model is "
+                    "no table of words: no latent would change"
+                )
+            self.model.get_input_embeddings().requires_grad_(True)
         elif regime == "full":
             self.language.requires_grad_(True)
             self.family.projector(self.model).requires_grad_(True)
@@ -385,7 +403,9 @@ class System2Learner(nn.Module):
     @property
     def cacheable(self) -> bool:
         """Whether samples can go through a cached prefix: nothing before `<ACT>` learns."""
-        return self.regime in ("frozen", "prompt") and self.head.config.kind in CACHEABLE
+        config = self.head.config
+        fixed = self.regime in ("frozen", "prompt") and not config.proprio
+        return fixed and config.kind in CACHEABLE
 
     def learned(self) -> Learned:
         """Return the trainable parameters by group; the paper gives them different rates."""
@@ -461,11 +481,13 @@ class System2Learner(nn.Module):
         texts: Sequence[str],
         question: int = 0,
         answers: Sequence[str] = (),
+        proprio: Tensor | None = None,
     ) -> Sample:
         """Return read-out and latent with gradients to everything that the regime trains.
 
         With `answers`, one a text, the sequence goes on with them behind `<ACT>`, which attends
-        to none of it, and the sample has their loss.
+        to none of it, and the sample has their loss. A read-out with `proprio` needs the robot's
+        states (B, 9).
         """
         prompts = [self.prompts(text, QUESTIONS[question]) for text in texts]
         if answers:
@@ -479,6 +501,12 @@ class System2Learner(nn.Module):
         places = first[:, None] + torch.arange(config.n_act, device=embeddings.device)
         act = self.act().expand(len(texts), -1, -1)
         embeddings = embeddings.index_put((rows, places), act)
+        if self.head.sense is not None:
+            if proprio is None:
+                raise RegimeError("proprio: this read-out also reads the robot's state; none given")
+            state = self.head.sense(proprio.to(embeddings.device)) * act_scale(self.model)
+            at = (rows[:, 0], first - 1)
+            embeddings = embeddings.index_put(at, state.to(embeddings.dtype))
         output = self.language(inputs_embeds=embeddings, use_cache=False, **further)
         states = output.last_hidden_state
         raw, filled = zip(
@@ -557,6 +585,8 @@ class System2Learner(nn.Module):
         weights = weights or LossWeights()
         terms: dict[str, Tensor] = {}
         if target is not None:
+            if self.head.config.kind == KV:
+                raise RegimeError("aux: keys and values hold no state to predict an action from")
             terms |= action_loss(self.aux(sample.state[:, 0]), target, weights)
         if weights.clip > 0:
             if text is None or labels is None:

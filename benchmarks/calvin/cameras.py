@@ -1,9 +1,13 @@
-"""The two cameras, and a renderer that draws them from a plain state vector.
+"""The two cameras, the fingertips' touch, and a renderer that draws them from a state vector.
 
 `SceneRenderer` holds meshes, textures and light, and no physics: give it what
 `PlayTableEnv.visual_state()` returned, in this process or in another, and it returns
 colour, metric depth and segmentation with intrinsics and extrinsics. What never moves
 before the static camera is drawn once and kept.
+
+"tactile" is what the fingertips feel, as calvin_env's tactile camera: an image of each pad, side by
+side. It follows from the same state: where something lies within a soft layer's thickness of the
+pad, the layer is dented, and the image shows its slope and by how much.
 
 `visual_state`, (36,) f64: 0-6 arm joints rad; 7-8 fingers m; 9-12 slide, drawer, button,
 switch m; 13-14 bulb, LED (0 or 1); then per block, in the scene's order, position m and
@@ -15,7 +19,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import cos, pi, radians, sin, tan
+from math import atan, cos, degrees, pi, radians, sin, tan
 from typing import Any
 
 import numpy as np
@@ -31,6 +35,7 @@ from openhelix.benchmarks.calvin.meshes import (
     scene_visuals,
 )
 from openhelix.benchmarks.calvin.scene import Scene, get_scene
+from openhelix.benchmarks.calvin.urdf import PAD_HI, PAD_LO
 from openhelix.runtime.core.interfaces import F32, F64, U8, CameraFrame
 
 I32 = npt.NDArray[np.int32]
@@ -95,6 +100,20 @@ def look(eye: npt.ArrayLike, forward: npt.ArrayLike, up: npt.ArrayLike) -> F64:
 # the hand, turned by rpy (1.3, 0, -1.57), and the TCP is 0.14 m in front of that.
 _c, _s, _a, _b = cos(1.3), sin(1.3), cos(1.57), sin(1.57)
 HAND_CAMERA = look((-0.1, 0.0, -0.14), (_b * _c, _a * _c, _s), (_b * _s, _a * _s, -_c))
+
+TACTILE = "tactile"
+PAD_PIXELS = 24  # of a side of one finger's image; two lie side by side
+PAD_VIEW_M = 0.026  # of that side: the pad is 18.4 mm wide and 25 mm long
+SOFT_M = 0.002  # thickness of the soft layer before the pad
+# Each pad is looked at from behind, so far that the rays are nearly parallel.
+BEHIND_M = 0.2
+PAD_CAMERA = CameraSpec(
+    TACTILE,
+    PAD_PIXELS,
+    2 * degrees(atan(PAD_VIEW_M / 2 / BEHIND_M)),
+    BEHIND_M - 0.008,  # the finger is as thick
+    BEHIND_M + SOFT_M,
+)
 
 Stand = Mapping[str, Any]  # where the static camera stands: "eye", "target", "up", "fov" or None
 
@@ -198,7 +217,7 @@ class SceneRenderer:
 
     Args:
         scene: "A" to "D" or a `Scene`.
-        cameras: which of "static" and "gripper".
+        cameras: which of "static", "gripper" and "tactile".
         appearance: None for the scene's own look.
         arm_cell_m: how coarse the arm is; see `scene_visuals`.
         static_camera: where the static camera stands instead of the scene's own; see `static_pose`.
@@ -215,13 +234,18 @@ class SceneRenderer:
         arm_cell_m: float = ARM_CELL_M,
         static_camera: Stand | None = None,
     ) -> None:
-        wrong = cameras if isinstance(cameras, str) else [c for c in cameras if c not in CAMERAS]
+        known = (*CAMERAS, TACTILE)
+        wrong = cameras if isinstance(cameras, str) else [c for c in cameras if c not in known]
         if wrong:
-            raise CameraError(f"cameras: {wrong!r}; give a list out of {', '.join(CAMERAS)}")
+            raise CameraError(f"cameras: {wrong!r}; give a list out of {', '.join(known)}")
         self.scene = get_scene(scene)
-        self.cameras = tuple(camera_of(self.scene, name, static_camera) for name in cameras)
+        self.feels = TACTILE in cameras
+        self.cameras = tuple(
+            camera_of(self.scene, name, static_camera) for name in cameras if name != TACTILE
+        )
         self._static_pose = static_pose(self.scene, static_camera)
         self._visuals: Visuals = scene_visuals(self.scene, arm_cell_m)
+        self._things = things(self._visuals) if self.feels else None
         self.set_appearance(appearance or Appearance.of(self.scene))
 
     def set_appearance(self, appearance: Appearance) -> None:
@@ -276,10 +300,30 @@ class SceneRenderer:
             raise ValueError(f"visual_state: shape {state.shape}, must be ({VISUAL_STATE_SIZE},)")
         transforms = link_transforms(self._visuals, state)
         colours = self._colours(bool(state[13]), bool(state[14]))
-        return {
+        found = {
             camera.name: self._render_one(camera, transforms, colours, state)
             for camera in self.cameras
         }
+        return found | ({TACTILE: self._felt(transforms, colours)} if self.feels else {})
+
+    def _felt(self, transforms: F64, colours: F32) -> RenderedFrame:
+        """Return what both pads feel, the left finger's first; pose and `K` are its camera's."""
+        v, seen = self._visuals, self._things
+        assert seen is not None
+        depths, masks, poses = [], [], []
+        for link, turn in zip(v.fingers, (0.0, pi), strict=True):
+            rgb, depth, mask = _blank(PAD_CAMERA)
+            poses.append(transforms[link] @ pad_camera(turn))
+            raster.draw(
+                0, len(seen.link), seen.position, seen.normal, seen.uv, seen.link, seen.material,
+                seen.segment, transforms, np.linalg.inv(poses[-1]), PAD_CAMERA.pinhole, colours,
+                v.texture, self._texels, self._texture_m, self._light, rgb, depth, mask,
+            )  # fmt: skip
+            depths.append(depth)
+            masks.append(mask)
+        rgb = np.concatenate([dent_image(depth) for depth in depths], axis=1)
+        depth, mask = np.concatenate(depths, axis=1), np.concatenate(masks, axis=1)
+        return RenderedFrame(rgb, depth, mask, PAD_CAMERA.K, poses[0])
 
     def _colours(self, bulb: bool, led: bool) -> F32:
         look_, names = self.appearance, self._visuals.materials
@@ -371,6 +415,49 @@ class SceneRenderer:
         noisy += rgb
         far = depth + rng.standard_normal(depth.shape, np.float32) * np.float32(look_.depth_noise_m)
         return np.clip(noisy + 0.5, 0, 255).astype(np.uint8), far
+
+
+def pad_camera(turn_rad: float) -> F64:
+    """Pose (4, 4) in a finger's frame of what looks at its pad from behind, fingertip down.
+
+    Args:
+        turn_rad: of the finger about its own length: 0 for the left one, pi for the right.
+    """
+    low, high = PAD_LO, PAD_HI
+    eye = np.array([0.0, low[1] + BEHIND_M, (low[2] + high[2]) / 2])
+    c, s = cos(turn_rad), sin(turn_rad)
+    turn = np.eye(4)
+    turn[:2, :2] = [[c, -s], [s, c]]
+    pose: F64 = turn @ look(eye, (0.0, -1.0, 0.0), (0.0, 0.0, -1.0))
+    return pose
+
+
+def things(visuals: Visuals) -> Visuals:
+    """Return the triangles of all that can be touched: what is no part of the robot."""
+    first = min(min(joint.parent, joint.child) for joint in visuals.arm)
+    chosen = np.flatnonzero(visuals.link < first)
+    return replace(
+        visuals,
+        position=visuals.position[chosen],
+        normal=visuals.normal[chosen],
+        uv=visuals.uv[chosen],
+        link=visuals.link[chosen],
+        material=visuals.material[chosen],
+        segment=visuals.segment[chosen],
+    )
+
+
+def dent_image(depth: F32) -> U8:
+    """Return the image (H, W, 3) of a soft layer that depths (H, W), m, dent.
+
+    Red and green are the slope across and along the finger (128 is flat), blue how deep the dent
+    is: 0 untouched, 255 down to the pad.
+    """
+    dent = np.clip(BEHIND_M + SOFT_M - depth.astype(np.float64), 0.0, SOFT_M)
+    along, across = np.gradient(dent, PAD_VIEW_M / PAD_PIXELS)
+    length = np.sqrt(across**2 + along**2 + 1.0)
+    slope = [128.0 - 127.0 * part / length for part in (across, along)]
+    return np.stack([*slope, 255.0 * dent / SOFT_M], axis=-1).round().astype(np.uint8)
 
 
 def _blank(camera: CameraSpec) -> tuple[U8, F32, I32]:

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from safetensors import safe_open
 from safetensors.torch import save
 
-from openhelix.benchmarks.calvin.cameras import SceneRenderer, camera_matrices
+from openhelix.benchmarks.calvin.cameras import TACTILE, SceneRenderer, camera_matrices
 from openhelix.benchmarks.calvin.dataset import CAMERAS_FILE, DatasetWriter, cameras_bytes
 from openhelix.benchmarks.calvin.demonstrations import Demonstration
 from openhelix.benchmarks.calvin.frames import (
@@ -37,6 +37,7 @@ from openhelix.benchmarks.calvin.frames import (
     FramesConfig,
     cache_index,
     draw_for_system2,
+    draw_touch,
     draw_unit,
     keyposes,
 )
@@ -193,11 +194,12 @@ def draw(config: CollectConfig, report: Report | None = None) -> dict[str, Any]:
     work: list[tuple[Any, ...]] = [(str(unit), text) for unit in todo]
     for done, count in enumerate(pooled(write_unit_frames, work, config.jobs), 1):
         if done % INDEX_EVERY == 0:  # what is there can be trained on meanwhile
-            replace_file(folder / "cache.json", cache_index(_shards(units, settings), notes))
+            index = cache_index(_shards(units, settings), notes, settings.tactile)
+            replace_file(folder / "cache.json", index)
         if report is not None:
             report(done, len(todo), f"{count} frames")
     shards = _shards(units, settings)
-    replace_file(folder / "cache.json", cache_index(shards, notes))
+    replace_file(folder / "cache.json", cache_index(shards, notes, settings.tactile))
     return {
         "frames": sum(int(str(shard["frames"])) for shard in shards),
         "frames_bytes": sum(f.stat().st_size for f in folder.rglob("*.safetensors")),
@@ -226,8 +228,9 @@ def _shards(units: list[Path], settings: FramesConfig) -> list[dict[str, Any]]:
 def drawn(unit: Path, settings: FramesConfig) -> bool:
     """Whether all that is wanted of a unit has been drawn."""
     shard = shard_path(unit)
-    wanted = [shard, shard.parent / SYSTEM2 / shard.name][: 2 if settings.system2_px else 1]
-    return all(path.exists() for path in wanted)
+    wanted = {SYSTEM2: settings.system2_px > 0, TACTILE: settings.tactile}
+    beside = [shard.parent / name / shard.name for name, asked in wanted.items() if asked]
+    return all(path.exists() for path in (shard, *beside))
 
 
 def shard_path(unit: Path) -> Path:
@@ -268,7 +271,7 @@ def check_frames_folder(folder: Path, settings: FramesConfig, more: int) -> None
 
 
 def write_unit_frames(unit: str, settings: str) -> int:
-    """Draw what is missing of one unit's frames and System 2's images; returns how many."""
+    """Draw what is missing of one unit's frames and of what lies beside; returns how many."""
     torch.set_num_threads(1)
     path, config = Path(unit), FramesConfig.model_validate_json(settings)
     shard = shard_path(path)
@@ -281,6 +284,9 @@ def write_unit_frames(unit: str, settings: str) -> int:
             replace_file(images, save({"rgb": torch.stack(seen)}))
     elif wants_images:
         replace_file(images, draw_for_system2(path, config))
+    felt = shard.parent / TACTILE / shard.name
+    if config.tactile and not felt.exists():
+        replace_file(felt, draw_touch(path, config))
     return frames_in(shard)
 
 

@@ -11,7 +11,8 @@ one sent when the push began (later ones answer to something that the picture do
 and are left out when fewer than four remain.
 
 System 2's images are drawn apart, from the same moments in the same looks: `rgb` (N, P, P, 3)
-uint8 of the static camera, in `system2/` under the same file names.
+uint8 of the static camera, in `system2/` under the same file names. So is what the fingertips feel,
+in `tactile/`.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from openhelix.benchmarks.calvin.appearance import Appearance
-from openhelix.benchmarks.calvin.cameras import SceneRenderer
+from openhelix.benchmarks.calvin.cameras import PAD_PIXELS, TACTILE, SceneRenderer
 from openhelix.benchmarks.calvin.demonstrations import Demonstration
 from openhelix.benchmarks.calvin.phrases import training
 from openhelix.benchmarks.calvin.scene import SCENES
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.calvin.units import read_unit
 from openhelix.system1.cache import Columns, chunk_targets, index_bytes, pictures, shard_bytes
-from openhelix.system1.config import PolicyConfig, small
+from openhelix.system1.config import CameraConfig, PolicyConfig, small
 
 # -- Keyposes: the few frames of a demonstration between which a path is mere travel ---
 #
@@ -115,6 +116,7 @@ F32 = npt.NDArray[np.float32]
 
 KEYPOSE_AHEAD = 4
 MIN_ROWS = 4  # a moment with fewer usable targets teaches too little for its picture
+TOUCH = CameraConfig(TACTILE, PAD_PIXELS, 2 * PAD_PIXELS, PAD_PIXELS, 2 * PAD_PIXELS)
 MOST_UNITS, MOST_DEMONSTRATIONS = 100_000, 100  # room in an episode's number
 MOST_RANDOM_UNITS = 100  # of each generated scene
 
@@ -127,6 +129,8 @@ class FramesConfig(BaseModel):
         near_grip: also draw steps this near to a change of the gripper (0 for none).
         plain: share of looks that are the scene's own.
         system2_px: size of System 2's images; 0 draws none.
+        tactile: also draw what the fingertips feel, in `tactile/` under the same file names; can be
+            drawn later for frames that are there.
         seed: decides moments and looks.
         max_gb: refuse to start what would take more disk than this.
     """
@@ -137,6 +141,7 @@ class FramesConfig(BaseModel):
     near_grip: Annotated[int, Field(ge=0)] = 1
     plain: Annotated[float, Field(ge=0, le=1)] = 0.25
     system2_px: Annotated[int, Field(ge=0, le=200)] = 0
+    tactile: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
     max_gb: Annotated[float, Field(gt=0)] = 16.0
 
@@ -147,7 +152,8 @@ class FramesConfig(BaseModel):
     def bytes_per_frame(self) -> int:
         """Disk that one moment takes."""
         pixels = sum(c.work_height * c.work_width for c in small().cameras)
-        return 5 * pixels + 3 * self.system2_px**2 + 1000
+        felt = 5 * TOUCH.work_height * TOUCH.work_width if self.tactile else 0
+        return 5 * pixels + 3 * self.system2_px**2 + felt + 1000
 
 
 @cache
@@ -261,9 +267,27 @@ def draw_for_system2(path: Path, config: FramesConfig) -> bytes:
     return save({"rgb": torch.stack(images)})
 
 
-def cache_index(shards: list[dict[str, Any]], notes: dict[str, Any]) -> bytes:
+def draw_touch(path: Path, config: FramesConfig) -> bytes:
+    """What the fingertips feel in the same moments, row by row."""
+    about, found = read_unit(path)
+    renderer = SceneRenderer(about["scene"], [TACTILE])
+    felt = [
+        renderer.render(demonstration.states[step].astype(np.float64))[TACTILE]
+        for demonstration, (_, _, _, steps) in zip(found, moments_of(path, config), strict=True)
+        for step in steps
+    ]
+    return save({name: part.contiguous() for name, part in pictures(felt, TOUCH).items()})
+
+
+def cache_index(
+    shards: list[dict[str, Any]], notes: dict[str, Any], tactile: bool = False
+) -> bytes:
     """The content of `cache.json` for shards [{"file", "frames"}] of a collection."""
-    return index_bytes(small(), TASK_NAMES, instructions(), shards, notes)
+    policy = small()
+    if tactile:
+        felt = ("rgb", "depth", "tactile", "proprio")
+        policy = small(cameras=(*policy.cameras, TOUCH), sensors=felt)
+    return index_bytes(policy, TASK_NAMES, instructions(), shards, notes)
 
 
 def resized(rgb: Any, size: int) -> Tensor:

@@ -245,7 +245,7 @@ class Visuals:
         position, normal, uv, link, material, segment: per triangle, see `raster.draw`.
         materials, colours, texture: per material.
         n_links: number of link transforms.
-        joints: the table's joints; `arm`: the arm's; `camera_link`: the gripper camera's.
+        joints: the table's joints; `arm`: the arm's; `camera_link`: the gripper camera's; `fingers`: left, right.
     """
 
     position: F32
@@ -263,6 +263,7 @@ class Visuals:
     joints: tuple[geometry.Joint, ...]
     arm: tuple[ArmJoint, ...]
     camera_link: int
+    fingers: tuple[int, int]
 
 
 def segment_id(body: int, link: int = -1) -> int:
@@ -345,7 +346,7 @@ def _add_room(builder: _Builder, scene: Scene) -> None:
 
 def _add_arm(
     builder: _Builder, first: int, arm_cell_m: float
-) -> tuple[tuple[ArmJoint, ...], int, int]:
+) -> tuple[tuple[ArmJoint, ...], int, tuple[int, int], int]:
     root = ET.fromstring(urdf.panda_urdf().read_text())
     names = [link.get("name", "") for link in root.iter("link")]
     number = {name: first + i for i, name in enumerate(names)}
@@ -374,7 +375,8 @@ def _add_arm(
         kind = joint.get("type", "fixed")
         state = -1 if kind == "fixed" else next(moving)
         joints.append(_arm_joint(joint, number, kind, state))
-    return tuple(joints), number["gripper_cam"], first + len(names)
+    fingers_ = (number["panda_leftfinger"], number["panda_rightfinger"])
+    return tuple(joints), number["gripper_cam"], fingers_, first + len(names)
 
 
 def _arm_joint(joint: ET.Element, number: dict[str, int], kind: str, state: int) -> ArmJoint:
@@ -416,7 +418,9 @@ def scene_visuals(scene: Scene, arm_cell_m: float = ARM_CELL_M) -> Visuals:
     builder = _Builder()
     _add_room(builder, scene)
     _add_table(builder, scene)
-    arm, camera_link, n_links = _add_arm(builder, 1 + len(MOVING) + len(scene.blocks), arm_cell_m)
+    arm, camera_link, fingers, n_links = _add_arm(
+        builder, 1 + len(MOVING) + len(scene.blocks), arm_cell_m
+    )
     parts = sorted(builder.parts, key=lambda part: (part[0], part[1] == camera_link))
     meshes = [part[-1] for part in parts]
     sizes = [len(mesh.position) for mesh in meshes]
@@ -440,6 +444,7 @@ def scene_visuals(scene: Scene, arm_cell_m: float = ARM_CELL_M) -> Visuals:
         joints=tuple(j for name in MOVING for j in geometry.joints(scene) if j.link == name),
         arm=arm,
         camera_link=camera_link,
+        fingers=fingers,
     )
 
 

@@ -33,7 +33,9 @@ from openhelix.runtime.core.interfaces import (
     Observation,
     Policy,
     PolicySpec,
+    encode_one,
     judged,
+    proprio_of,
 )
 from openhelix.runtime.core.quaternion import Quat, angle_between, conjugate, multiply
 from openhelix.runtime.observe.collectors import LIMITS
@@ -102,7 +104,8 @@ class DemandGoals(LockstepGoals):
         if self._draw_now:
             frames = {self._camera: frames[self._camera]}
         seq = self._seq
-        self._ask[seq] = lambda: self._encode(frames[self._camera].rgb, text)
+        own = proprio_of(observation)
+        self._ask[seq] = lambda: self._encode(frames[self._camera].rgb, text, own)
         self._forget()
         self._seq += 1
         return LatentGoal(
@@ -212,10 +215,10 @@ class EngineMeter:
     def warm_up(self) -> None:
         self.engine.warm_up()
 
-    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
+    def encode(self, images: Sequence[Any], instructions: Sequence[str], *proprio: Any) -> F32:
         start_s, cpu_s = time.perf_counter(), time.process_time()
         try:
-            return self.engine.encode(images, instructions)
+            return self.engine.encode(images, instructions, *proprio)
         finally:
             self.seconds += time.perf_counter() - start_s
             self.cpu_s += time.process_time() - cpu_s
@@ -436,7 +439,8 @@ class Drift:
         if age_ns <= 0:
             return
         frame = tick.observation.frames[self._camera]
-        fresh = self._engine.encode([frame.rgb], [current.instruction])[0]
+        own = proprio_of(tick.observation)
+        fresh = encode_one(self._engine, frame.rgb, current.instruction, own)
         age = round(age_ns / loop.period_ns)
         self.samples.append([age, round(cosine(used.z, fresh), 6)])
 

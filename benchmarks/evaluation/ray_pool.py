@@ -56,9 +56,9 @@ class EngineActor:
         latents = bool(getattr(self._engine, "judges_latents", False))
         return {"spec": self._engine.spec, "judges_latents": latents}
 
-    def encode(self, image: np.ndarray, instruction: str) -> F32:
+    def encode(self, image: np.ndarray, instruction: str, *proprio: Any) -> F32:
         """Return the latent of one image and instruction; loads after a restart."""
-        return self._loaded().encode([image], [instruction])
+        return self._loaded().encode([image], [instruction], *([own] for own in proprio))
 
     def judge(self, instructions: list[str], latents: F32 | None) -> list[Judgement]:
         """Return what System 2 understands; loads after a restart."""
@@ -94,10 +94,10 @@ class RemoteEngine:
 
     def warm_up(self) -> None: ...
 
-    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
+    def encode(self, images: Sequence[Any], instructions: Sequence[str], *proprio: Any) -> F32:
         rows = [
-            self._ask("encode", np.asarray(image), text)
-            for image, text in zip(images, instructions, strict=True)
+            self._ask("encode", np.asarray(image), text, *own)
+            for image, text, *own in zip(images, instructions, *proprio, strict=True)
         ]
         return cast(F32, np.concatenate(rows))
 

@@ -20,12 +20,14 @@ from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import ConfigError, read_yaml, validate
 from openhelix.runtime.core.plugins import none_of
 from openhelix.system1.config import DIRECT, TACTILE, Encoder, PolicyConfig, Sensor
-from openhelix.system2.latents import KINDS
+from openhelix.system2.latents import KV, LatentConfig
+from openhelix.system2.train import CHANGES
 
 # -- What a file may hold: variants, rows and conditions, the paper's figures, comparisons
 
 SEES: tuple[Sensor, ...] = PolicyConfig().sensors
 SCALED = {"dim": 288, "heads": 12, "layers": 12}
+EXPERT = {"heads": 3, "layers": 30}  # as System 2's: SmolLM2-135M's layers, and its keys' heads
 Count = Annotated[int, Field(ge=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 LENGTH = 5  # tasks in a chain
@@ -41,8 +43,9 @@ class Variant(_Section):
     Attributes:
         says: what it is, in words.
         policy: "pretrained" begins with the policy that was trained alone, "scratch" with an
-            untrained one; "only" is that policy by itself; "shipped" is
-            the project's own pair as it is, and nothing is trained.
+            untrained one; "kept" stays with the former as it is, and all samples are stage 1's;
+            "only" is that policy by itself; "shipped" is the project's own pair as it is, and
+            nothing is trained.
         regime: what of the language model learns; "frozen" trains the projector alone.
         clip, aux, vision: alignment loss, auxiliary action head, image in System 2's prompt.
         clip_to: what the alignment loss draws latents to: the policy's "table" of tasks, or the
@@ -50,9 +53,12 @@ class Variant(_Section):
         answer: System 2 learns to answer in words, too, behind `<ACT>`.
         prealign: stage 1 (projector and `<ACT>` alone) before stage 2; without it stage 2 has
             its samples too.
+        aligned: with the policy "frozen" in stage 1 (Appendix A.4) or with it too "learning"
+            (Sec. 5.4).
         latent: the read-out, a kind of `openhelix.system2.latents`.
         lag: a latent may be up to so many environment steps old in training; 0 is synchronous.
         layer, n_act: of the read-out: after which layer (0: the last), how many `<ACT>`.
+        proprio: System 2 is told the robot's own state, too.
         model: System 2's, as `openhelix train` names it.
         projector: between the systems, "linear" or with a hidden layer.
         head, encoder, sensors, sampler: System 1's; see `openhelix.system1.config`.
@@ -60,21 +66,25 @@ class Variant(_Section):
     """
 
     says: str
-    policy: Literal["pretrained", "scratch", "only", "shipped"] = "pretrained"
-    regime: Literal["frozen", "prompt", "lora", "full"] = "prompt"
+    policy: Literal["pretrained", "scratch", "kept", "only", "shipped"] = "pretrained"
+    regime: Literal["frozen", "prompt", "lora", "full", "vocabulary"] = "prompt"
     clip: bool = False
     clip_to: Literal["table", "sentence"] = "table"
     answer: bool = False
     aux: bool = False
     vision: bool = True
     prealign: bool = True
+    aligned: Literal["frozen", "learning"] = "frozen"
     latent: str = "act_last"
     lag: Annotated[int, Field(ge=0)] = 0
     layer: Annotated[int, Field(ge=0)] = 0
     n_act: Count = 1
+    proprio: bool = False
     model: str = "laptop"
     projector: Literal["linear", "mlp"] = "mlp"
-    head: Literal["trajectory", "dit", "plain", "lstm", "transformer", "map"] = "trajectory"
+    head: Literal["trajectory", "dit", "plain", "lstm", "transformer", "map", "expert"] = (
+        "trajectory"
+    )
     encoder: Encoder = "light"
     sensors: tuple[Sensor, ...] = SEES
     sampler: Literal["diffusion", "flow"] = "diffusion"
@@ -84,6 +94,7 @@ class Variant(_Section):
     def network(self) -> dict[str, Any]:
         """What System 1 has other than the base: options of `openhelix train`."""
         changes: dict[str, Any] = dict(SCALED) if self.scaled else {}
+        changes |= EXPERT if self.head == "expert" else {}
         for name, usual in (("head", "trajectory"), ("encoder", "light"), ("sensors", SEES)):
             if getattr(self, name) != usual:
                 changes[name] = getattr(self, name)
@@ -94,8 +105,19 @@ class Variant(_Section):
     def _can_be_built(self) -> Variant:
         if self.head in DIRECT and self.sampler == "flow":
             raise ValueError(f"sampler: flow, but head {self.head!r} samples nothing")
+        LatentConfig(
+            self.latent, self.n_act, self.layer, vision=self.vision, proprio=self.proprio
+        )  # refuses a read-out that there is not
+        if self.policy == "kept" and (self.regime in CHANGES or not self.prealign):
+            raise ValueError("policy: kept has a stage 1 alone, where the language model is frozen")
+        if self.aligned != "frozen" and (not self.prealign or self.policy == "kept"):
+            raise ValueError("aligned: there is no stage 1 in which the policy could learn")
         if self.answer and self.regime not in ("lora", "full"):
             raise ValueError(f"answer: regime {self.regime!r} leaves the language model as it is")
+        if (self.head == "expert") != (self.latent == KV):
+            raise ValueError(
+                f"head: {self.head!r} on latent {self.latent!r}; expert and {KV} go together"
+            )
         if self.clip_to != "table" and not self.clip:
             raise ValueError("clip_to: there is no alignment loss; say clip: true")
         network = {**self.network.get("policy.changes", {})}
@@ -380,9 +402,6 @@ def load_catalogue(folder: Path = FOLDER) -> Catalogue:
         name: _checked(Variant, data, f"variants.yaml: {name}")
         for name, data in read_yaml(folder / "variants.yaml").items()
     }
-    for name, variant in variants.items():
-        if variant.latent not in KINDS:
-            raise ConfigError(f"variants.yaml: {name}: latent is none of {', '.join(KINDS)}")
     scales = {
         name: _checked(Scale, data, f"scales.yaml: {name}")
         for name, data in read_yaml(folder / "scales.yaml").items()

@@ -4,7 +4,8 @@
     openhelix experiment table2 --scale quick --estimate
     openhelix experiment figure4 figure5 --workers 2
 
-NAME is table1 to table9, figure4, figure5, or `all`. Existing trainings and results are
+NAME is table1 to table9, figure4, figure5, axis_model to axis_async (the seven axes of the paper's
+Appendix A.2), or `all`. Existing trainings and results are
 reused, missing ones are made; the same command resumes after an interruption at any point.
 Overrides are those of a run (`system1.replan_steps=4`) or, prefixed with `train.`, of `openhelix
 train` (`train.stage2.steps=500`).
@@ -183,7 +184,7 @@ def check_sensors(session: Session, frames: Path) -> None:
         if TACTILE in known[name].sensors and TACTILE not in cameras:
             raise ConfigError(
                 f"variants.yaml: {name}: sensors: the data has no camera {TACTILE!r}, only "
-                f"{', '.join(cameras)}"
+                f"{', '.join(cameras)}; `openhelix collect` with frames.tactile=true draws it"
             )
 
 

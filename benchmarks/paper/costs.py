@@ -111,7 +111,7 @@ class Work:
         second = "prefix" if feed == "prefix" else "states"
         if feed == "live":
             first = second = "again" if regime == "frozen" else "live"
-        elif regime in ("lora", "full"):
+        elif regime in ("lora", "full", "vocabulary"):
             second = "live"
         stages = {"stage1": first, "stage2": second}
         return {stage: kind for stage, kind in stages.items() if self.of(f"{stage}.steps")}

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,14 @@ from openhelix.benchmarks.paper.trainings import Say, Training
 from openhelix.benchmarks.training.config import LATENT, TrainingConfig
 from openhelix.benchmarks.training.export import SHIP, SYSTEM1, SYSTEM2
 from openhelix.runtime.core.config import CommandFailed, ConfigError, apply_overrides, validate
+from openhelix.runtime.launch.processes import end_with
 from openhelix.system1.checkpoint import CONFIG, load_policy, save_policy
+from openhelix.system1.config import TACTILE
 from openhelix.system1.model import VisuomotorPolicy
+from openhelix.system2.latents import LatentConfig
 from openhelix.system2.text import FILE as TEXT
 
+PLAIN = "openhelix.system2.engines.transformers:TransformersEngine"
 LOG, PREPARED, POLICY = "train.log", "prepared", "policy"
 Command = Sequence[str]
 
@@ -69,7 +74,13 @@ class TrainCommand:
         say(f"log in {folder / LOG}")
         with (folder / LOG).open("ab") as log:
             done = subprocess.run(
-                words, stdout=subprocess.PIPE, stderr=log, check=False, env=dict(os.environ)
+                words,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                check=False,
+                env=dict(os.environ),
+                # Else it would go on after we were killed, beside the one that resumes it.
+                preexec_fn=partial(end_with, os.getpid()),
             )
         if done.returncode != 0:
             last = ((folder / LOG).read_text(errors="replace").strip() or "no word").splitlines()[
@@ -89,7 +100,7 @@ class TrainCommand:
             alone = folder / POLICY
             path = alone if alone.is_dir() else self._policy_of(training, folder)
             return [f"system1.policy.options.path={path}"]
-        return exported(folder)
+        return exported(folder) + engine_of(training.options) + cameras_of(training.options)
 
     def seconds(self, training: Training) -> float | None:
         """See `Trainer.seconds`."""
@@ -146,6 +157,19 @@ def exported(folder: Path) -> list[str]:
         f"system2.engine.options.latent_projector={latent}",
         *model,
     ]
+
+
+def engine_of(options: Mapping[str, Any]) -> list[str]:
+    """Return what a run is told of System 2's engine, where not every one gives the read-out."""
+    names = ("kind", "n_act", "proprio")
+    given = {n: options[f"latent.{n}"] for n in names if f"latent.{n}" in options}
+    return [f"system2.engine.target={PLAIN}"] if LatentConfig(**given).plain_only else []
+
+
+def cameras_of(options: Mapping[str, Any]) -> list[str]:
+    """Return what a run is told of the world's cameras, where System 1 wants more than usual."""
+    feels = TACTILE in options.get("policy.changes", {}).get("sensors", ())
+    return [f'world.cameras=["static", "gripper", "{TACTILE}"]'] if feels else []
 
 
 def _word(item: tuple[str, Any]) -> str:

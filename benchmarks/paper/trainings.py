@@ -146,20 +146,24 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
         "latent.kind": variant.latent,
         "latent.layer": variant.layer,
         "latent.n_act": variant.n_act,
+        "latent.proprio": variant.proprio,
         "latent.model": variant.model,
         "latent.lag_steps": variant.lag,
         "latent.projector_width": 0 if variant.projector == "linear" else PROJECTOR_WIDTH,
         # No projector is fitted to labels: an arm without pre-alignment could not be, either.
         "stage1.start": "random",
         "stage2.start": "random",
+        "stage1.policy": "learns" if variant.aligned == "learning" else "frozen",
     }
     options |= changes
+    if variant.policy == "kept":
+        options |= {"stage1.steps": _steps_of_both(options, "stage1"), "stage2.steps": 0}
     if not variant.prealign:
         options |= {"stage1.steps": 0, "stage2.steps": _steps_of_both(options)}
         if variant.regime == "prompt" and options.get("latent.feed", "auto") == "auto":
             options["latent.feed"] = "prefix"  # else only stage 1 would train <ACT>
     options |= network
-    if variant.policy == "pretrained":
+    if variant.policy in ("pretrained", "kept"):
         # The policy's own training is the parent's; only what the pair does shapes the pair.
         kept = {k: v for k, v in options.items() if not _of_policy(k)}
         return Training("pair", kept, data, policy)
@@ -167,15 +171,15 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
     return Training("pair", kept | {"policy.pretrained": False}, data)
 
 
-def _steps_of_both(options: Mapping[str, Any]) -> int:
-    """Return the steps in which stage 2 alone sees the samples of both stages."""
+def _steps_of_both(options: Mapping[str, Any], alone: str = "stage2") -> int:
+    """Return the steps in which one stage alone sees the samples of both stages."""
     default = TrainingConfig()
 
     def of(stage: str, name: str) -> int:
         return int(options.get(f"{stage}.{name}", getattr(getattr(default, stage), name)))
 
-    first = of("stage1", "steps") * of("stage1", "batch")
-    return of("stage2", "steps") + first // of("stage2", "batch")
+    other = "stage1" if alone == "stage2" else "stage2"
+    return of(alone, "steps") + of(other, "steps") * of(other, "batch") // of(alone, "batch")
 
 
 def _policy_training(options: Mapping[str, Any], data: str) -> Training:

@@ -20,7 +20,7 @@ from openhelix.runtime.core.files import read_json, replace_file
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system1.checkpoint import CONFIG
 from openhelix.system1.train_loop import OptimizerName
-from openhelix.system2.latents import BadReadOut, LatentConfig
+from openhelix.system2.latents import KV, BadReadOut, LatentConfig
 from openhelix.system2.train import Regime
 from openhelix.system2.vlm_config import VlmSection
 
@@ -35,6 +35,7 @@ REGIMES: dict[str, Regime] = {
     "prompt_tuning": "prompt",
     "lora": "lora",
     "full": "full",
+    "vocabulary": "vocabulary",
 }
 
 
@@ -102,7 +103,8 @@ class LatentSection(_Section):
         model: "laptop", "smollm2", a model's folder, or a hub name, of any family in
             `openhelix.system2.families`.
         prompt, image_side: as in `openhelix.system2.engines.base`.
-        kind, n_act, layer, layers, text_rows, vision: the read-out; see `openhelix.system2.latents`.
+        kind, n_act, layer, layers, text_rows, vision, proprio: the read-out; see
+            `openhelix.system2.latents`.
         regime: what of the language model learns.
         lora_rank: of regime "lora".
         shard: regimes "lora" and "full" with several workers: the language model's weights,
@@ -147,7 +149,8 @@ class LatentSection(_Section):
     layers: tuple[Count, ...] = ()
     text_rows: Count = 32
     vision: bool = True
-    regime: Literal["frozen", "prompt_tuning", "lora", "full"] = "prompt_tuning"
+    proprio: bool = False
+    regime: Literal["frozen", "prompt_tuning", "lora", "full", "vocabulary"] = "prompt_tuning"
     lora_rank: Count = 16
     shard: bool = False
     projector_width: Whole = 256
@@ -175,7 +178,7 @@ class LatentSection(_Section):
         return "prompt_tuning" if value == "prompt" else value
 
     @model_validator(mode="after")
-    def _can_answer(self) -> LatentSection:
+    def _teaches(self) -> LatentSection:
         if self.answer and self.regime not in ("lora", "full"):
             raise ValueError(
                 f"answer: regime {self.regime!r} leaves the language model, and so its answers, as "
@@ -183,6 +186,13 @@ class LatentSection(_Section):
             )
         if self.answer and self.shard:
             raise ValueError("answer: not with shard: the vocabulary is not divided")
+        for name in ("aux", "clip", "answer"):
+            if self.kind == KV and getattr(self, name):
+                raise ValueError(
+                    f"{name}: read-out 'kv' has no state to learn it from; leave it out"
+                )
+        if self.proprio and self.refuse:
+            raise ValueError("refuse: not with proprio: sentences alone have no robot's state")
         return self
 
     def read_out(self) -> LatentConfig:
@@ -193,7 +203,13 @@ class LatentSection(_Section):
         """
         try:
             return LatentConfig(
-                self.kind, self.n_act, self.layer, self.text_rows, self.vision, self.layers
+                self.kind,
+                self.n_act,
+                self.layer,
+                self.text_rows,
+                self.vision,
+                self.layers,
+                self.proprio,
             )
         except BadReadOut as error:
             raise ConfigError(str(error)) from None
@@ -253,9 +269,14 @@ class JointStage(_Section):
 
 
 class Stage1(JointStage):
-    """`<ACT>` and projector learn; policy and language model are frozen."""
+    """`<ACT>` and projector learn; the language model is frozen.
+
+    Attributes:
+        policy: "frozen" (the paper's Appendix A.4), or "learns" beside them (its Sec. 5.4).
+    """
 
     steps: Whole = 1500
+    policy: Literal["frozen", "learns"] = "frozen"
 
 
 class Stage2(JointStage):

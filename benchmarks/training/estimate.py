@@ -37,9 +37,9 @@ from openhelix.system1.data import Cache
 from openhelix.system1.latent_adapter import adapt_to_latent
 from openhelix.system1.train import TrainConfig, fresh_network, policy_config
 from openhelix.system1.train_loop import Optimizers, hidden
-from openhelix.system2.latents import LATENT_DIM
+from openhelix.system2.latents import KV, LATENT_DIM
 from openhelix.system2.model import Checkpoint, open_checkpoint, pick_dtype
-from openhelix.system2.train import ActionHead
+from openhelix.system2.train import CHANGES, ActionHead
 
 ESTIMATED = ("policy", "stage1", "stage2")
 KNOWN = "llava-1.5-7b"  # sizes that need no folder: transformers' own defaults of a LLaVA
@@ -137,6 +137,8 @@ def trained_weights(sizes: Sizes, regime: str, rank: int) -> int:
     h, wide, kv = sizes.hidden, sizes.heads * sizes.head, sizes.kv_heads * sizes.head
     if regime == "lora":
         return sizes.layers * rank * (2 * (h + wide) + 2 * (h + kv))
+    if regime == "vocabulary":
+        return sizes.words * sizes.hidden
     return sizes.language + sizes.projector if regime == "full" else 0
 
 
@@ -153,8 +155,8 @@ def language_memory(
     """
     section = config.latent
     regime, feed = regime_of(section, stage), feed_kind(section, stage, config.device)
-    number = 4 if regime in ("lora", "full") else pick_dtype(section.dtype).itemsize
-    bf16 = config.bf16 and regime in ("lora", "full")
+    number = 4 if regime in CHANGES else pick_dtype(section.dtype).itemsize
+    bf16 = config.bf16 and regime in CHANGES
     learned = trained_weights(sizes, regime, section.lora_rank)
     whole = sizes.language + sizes.vision + sizes.projector
     whole += learned if regime == "lora" else 0
@@ -240,8 +242,16 @@ def process_bytes() -> float:
 
 
 def policy_of(config: TrainingConfig, stage: str, cache: Cache) -> Network:
-    """Return the policy that a stage trains; in a joint stage told by latents."""
+    """Return the policy that a stage trains; in a joint stage told by latents.
+
+    Raises:
+        ConfigError: nothing is known of what its latents take.
+    """
     section = config.policy
+    if config.latent.kind == KV:
+        raise ConfigError(
+            "latent.kind: 'kv' is not estimated; train a few steps and look at the log"
+        )
     folder = section.init if stage == "policy" else None
     if stage != "policy" and section.pretrained:
         with contextlib.suppress(ConfigError):  # not trained yet: one of its shape
@@ -327,7 +337,7 @@ def layer_seconds(
     from transformers import LlamaConfig, LlamaModel
 
     device = torch.device(config.device)
-    dtype = torch.float32 if regime in ("lora", "full") else pick_dtype(config.latent.dtype)
+    dtype = torch.float32 if regime in CHANGES else pick_dtype(config.latent.dtype)
     shape = LlamaConfig(
         hidden_size=sizes.hidden,
         intermediate_size=sizes.ffn,
@@ -345,7 +355,7 @@ def layer_seconds(
 
         names = ["q_proj", "k_proj", "v_proj", "o_proj"]
         inject_adapter_in_model(LoraConfig(r=config.latent.lora_rank, target_modules=names), model)
-    cast = config.bf16 and regime in ("lora", "full")
+    cast = config.bf16 and regime in CHANGES
     clock = Clock(device)
     most = max(16, int(TIMED.get(device.type, 1e11) / (6 * sizes.layer)))  # tokens
     few, short = max(1, min(samples, most // tokens)), min(tokens, most)

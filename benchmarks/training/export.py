@@ -325,12 +325,12 @@ def ship_system2(config: TrainingConfig, file: Path, source: Path, out: Path) ->
         for part in (VISION, LANGUAGE):
             if (model / part).is_file():
                 shutil.copyfile(model / part, out / part)
-        checkpoint = open_checkpoint(str(out), head.config.n_act, *asked)
+        checkpoint = open_checkpoint(str(out), head.config.rows, *asked)
     else:
-        checkpoint = open_checkpoint(config.latent.model, head.config.n_act, *asked)
+        checkpoint = open_checkpoint(config.latent.model, head.config.rows, *asked)
     if (source / LANGUAGE).is_file():
         path = merged(config, source, checkpoint.path, out / "llava")
-        checkpoint = open_checkpoint(str(path), head.config.n_act, *asked)
+        checkpoint = open_checkpoint(str(path), head.config.rows, *asked)
     note = {"stage": source.name, "model": shown(config.latent.model)}
     exact = turned_by_half(head) <= EXACT_TURN
     dtype = torch.float16 if exact else torch.float32

@@ -37,6 +37,7 @@ from openhelix.system1.draws import rand, randint
 from openhelix.system2.latents import digest
 from openhelix.system2.train import (
     CACHEABLE,
+    CHANGES,
     Prefix,
     Regime,
     Sample,
@@ -495,7 +496,10 @@ class LiveFeed:
         texts, answers = self._source.sentences[said], list[str]()
         if self._answers:
             answers = self._source.sentences.answers(self._source.cache.task[frames])
-        sample = self._learner(self._pictures(frames), texts, answers=answers)
+        own = None
+        if self._learner.head.config.proprio:
+            own = self._source.cache.gather("proprio", frames)[:, -1].float()
+        sample = self._learner(self._pictures(frames), texts, answers=answers, proprio=own)
         return Drawn(frames, said, sample)
 
     def _pictures(self, frames: Tensor) -> Any:
@@ -564,7 +568,7 @@ def fitted(kv: Tensor, longest: int) -> Tensor:
 def regime_of(section: LatentSection, stage: str) -> Regime:
     """Return what of System 2 a stage trains: the language model is frozen in the first."""
     regime: Regime = REGIMES[section.regime]
-    return "prompt" if stage == "stage1" and regime in ("lora", "full") else regime
+    return "prompt" if stage == "stage1" and regime in CHANGES else regime
 
 
 def feed_kind(section: LatentSection, stage: str, device: str) -> str:
@@ -574,7 +578,7 @@ def feed_kind(section: LatentSection, stage: str, device: str) -> str:
         ConfigError: the one asked for cannot train what the regime says.
     """
     regime, wanted = regime_of(section, stage), section.feed
-    learns_before_act = regime in ("lora", "full")
+    learns_before_act = regime in CHANGES or section.proprio
     if wanted == "auto":
         if learns_before_act or section.kind == "pool_map":
             return "live"
@@ -585,7 +589,8 @@ def feed_kind(section: LatentSection, stage: str, device: str) -> str:
         return "prefix" if section.kind in CACHEABLE else "states"
     if wanted != "live" and learns_before_act:
         raise ConfigError(
-            f"latent.feed: {wanted!r} keeps what regime {regime!r} trains; use live or auto"
+            f"latent.feed: {wanted!r} keeps what regime {regime!r} "
+            f"{'and latent.proprio train' if section.proprio else 'trains'}; use live or auto"
         )
     if wanted == "prefix" and (section.kind not in CACHEABLE or regime == "frozen"):
         raise ConfigError(
@@ -629,9 +634,7 @@ def states_store(
     }
     if config.kind.startswith(("act", "hidden")):  # the others stand before <ACT>
         identity["act"] = digest({"act": learner.head.act})
-    layout = StoreLayout(
-        frames, said, rows * (2 * checkpoint.hidden * config.width + 1), STATES_PART
-    )
+    layout = StoreLayout(frames, said, rows * (2 * config.numbers(checkpoint) + 1), STATES_PART)
     return Store(root, "states", identity, layout)
 
 

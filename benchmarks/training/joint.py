@@ -35,7 +35,7 @@ from openhelix.system1.train_loop import (
     cosine_rate,
     trained,
 )
-from openhelix.system2.train import ActionTarget, LossWeights, Sample, System2Learner
+from openhelix.system2.train import CHANGES, ActionTarget, LossWeights, Sample, System2Learner
 
 Stage = Literal["stage1", "stage2"]
 
@@ -87,11 +87,11 @@ class Joint:
         workers: Workers = ALONE,
     ) -> None:
         self.workers = workers
-        self.config, self.section = config, getattr(config, stage)
+        self.config, self.stage, self.section = config, stage, getattr(config, stage)
         self.cache, self.feed, self.clip_text = cache, feed, clip_text
         self.parts = workers.parts(self.section.batch, config.accumulate, f"{stage}.batch")
         self.device = torch.device(config.device)
-        self.frozen = stage == "stage1"
+        self.frozen = stage == "stage1" and config.stage1.policy == "frozen"
         if self.frozen:
             policy.requires_grad_(False)
         self.pair = Pair(policy, learner).to(self.device)
@@ -299,7 +299,7 @@ class Joint:
 
     def language_precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return autocast for a language model that learns in float32."""
-        if self.config.bf16 and self.config.latent.regime in ("lora", "full"):
+        if self.config.bf16 and self.config.latent.regime in CHANGES:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 

@@ -52,6 +52,7 @@ from openhelix.runtime.core.files import (
     replace_file,
     save_tensors,
 )
+from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system1.checkpoint import WEIGHTS, Network, load_policy, load_strict, save_policy
 from openhelix.system1.data import Cache
@@ -70,11 +71,11 @@ from openhelix.system1.train_loop import (
     trained,
     whole,
 )
-from openhelix.system2.latents import LatentHead
+from openhelix.system2.latents import KV, LATENT_DIM, LatentHead, plain_name
 from openhelix.system2.model import load_model, open_checkpoint, pick_dtype, sha256_file
 from openhelix.system2.probe import WordSpace
 from openhelix.system2.text import FILE, TextCode, TextError, TextReader, fitted_code
-from openhelix.system2.train import RegimeError, System2Learner
+from openhelix.system2.train import CHANGES, RegimeError, System2Learner
 
 # -- Loss curves of a joint stage ------------------------------------------------------
 
@@ -155,8 +156,8 @@ def policy_settings(
     )
 
 
-def base_policy(config: TrainingConfig, cache: Cache) -> Network:
-    """Return the policy that the two joint stages begin with."""
+def base_policy(config: TrainingConfig, cache: Cache, spec: LatentSpec | None = None) -> Network:
+    """Return the policy that the two joint stages begin with; an untrained one for these latents."""
     folder = base_policy_folder(config)
     if folder is not None:
         model = load_policy(folder)
@@ -166,7 +167,9 @@ def base_policy(config: TrainingConfig, cache: Cache) -> Network:
         return model
     settings = policy_settings(config)
     frames, _ = cache.split(config.validation, config.seed)
-    return fresh_network(policy_config(settings, cache), cache, frames, config.seed)
+    made = policy_config(settings, cache)
+    made = made if spec is None else with_latent(made, spec)
+    return fresh_network(made, cache, frames, config.seed)
 
 
 class JointRun:
@@ -199,9 +202,9 @@ class JointRun:
         self.cache = Cache(config.frames_folders())
         self.before = self._before()
         self._settings(write=False)
-        policy = self._policy()
         self.learner = open_learner(config, stage, self.before)
         spec = self.learner.head.spec(self.learner.checkpoint, raw=False)
+        policy = self._policy(spec)
         policy = adapt_to_latent(policy, spec, config.seed)
         latent = config.latent
         _, held = self.cache.split(config.validation, config.seed)
@@ -249,10 +252,10 @@ class JointRun:
             )
         return folder
 
-    def _policy(self) -> Network:
+    def _policy(self, spec: LatentSpec) -> Network:
         if self.before is not None:
             return load_policy(self.before)
-        return base_policy(self.config, self.cache)
+        return base_policy(self.config, self.cache, spec)
 
     def _settings(self, write: bool) -> None:
         own = {
@@ -328,7 +331,7 @@ class JointRun:
         for name, p in trained(self.learner.model).items():
             all_of_it = whole(p.detach())
             if first:
-                language[name] = all_of_it.cpu()
+                language[plain_name(name)] = all_of_it.cpu()
         if first:
             self._save_average(out, language)
         joint.ema.swap(self.pair)
@@ -398,9 +401,9 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
 
     section, regime = config.latent, regime_of(config.latent, stage)
     read_out = section.read_out()
-    checkpoint = open_checkpoint(section.model, section.n_act, section.prompt, section.image_side)
+    checkpoint = open_checkpoint(section.model, read_out.rows, section.prompt, section.image_side)
     read_out.layers_of(checkpoint.layers)
-    dtype = torch.float32 if regime in ("lora", "full") else pick_dtype(section.dtype)
+    dtype = torch.float32 if regime in CHANGES else pick_dtype(section.dtype)
     whole_model = load_model(checkpoint.path, dtype).eval()
     model = checkpoint.family.core(whole_model)
     asks = section.answer > 0 and regime in ("lora", "full")
@@ -411,7 +414,8 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
         if head.config != read_out:
             raise ConfigError(f"latent.init: was made for {head.config}, not {read_out}")
     elif before is None:
-        head = LatentHead.fresh(read_out, table, seed=config.seed, width=section.projector_width)
+        dim = read_out.numbers(checkpoint) if read_out.kind == KV else LATENT_DIM
+        head = LatentHead.fresh(read_out, table, dim, config.seed, section.projector_width)
     else:
         head = LatentHead.load(before / LATENT)
         if head.config != read_out:

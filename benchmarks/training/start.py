@@ -32,6 +32,7 @@ from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.latent_adapter import adapter_tokens, nearest_task, task_anchors
 from openhelix.system1.model import VisuomotorPolicy
 from openhelix.system2.engines.transformers import TransformersEngine
+from openhelix.system2.latents import KV
 from openhelix.system2.train import encode_states
 
 SAMPLES = 8192
@@ -55,6 +56,9 @@ def start_from_table(joint: Joint, source: Source) -> dict[str, float]:
     anchors = task_anchors(joint.policy)
     if anchors is None:
         return {}
+    if joint.learner.head.config.kind == KV:
+        stage = joint.stage
+        raise ConfigError(f"{stage}.start: read-out 'kv' has no projector to fit; say random")
     states, filled, tasks = gathered(joint, joint.train_rows)
     held = joint.val_rows if len(joint.val_rows) else joint.train_rows
     test = gathered(joint, held)

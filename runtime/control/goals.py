@@ -31,6 +31,7 @@ from openhelix.runtime.core.interfaces import (
     PartFailed,
     encode_one,
     judged,
+    proprio_of,
 )
 from openhelix.runtime.core.safety import Watchdog
 from openhelix.runtime.transport.wire import ReaderStats
@@ -95,10 +96,11 @@ class _Recent:
         self.instruction_id = 0
         self.instruction = ""
         self._spec_id = ""  # no latent carries that one
+        self.senses = False  # whether System 2 is told the robot's own state
 
     def expect(self, spec: LatentSpec) -> None:
         """Accept this model's latents alone: the one that was checked against the policy."""
-        self._spec_id = spec.spec_id
+        self._spec_id, self.senses = spec.spec_id, spec.senses
 
     def begin(self, instruction_id: int, instruction: str) -> None:
         self.instruction_id, self.instruction = instruction_id, instruction
@@ -221,6 +223,7 @@ class WireGoals(_Recent):
                     seq=self._seq,
                     instruction_id=self.instruction_id,
                     t_obs_ns=frame.t_ns,
+                    proprio=proprio_of(observation) if self.senses else None,
                 )
             )
             self._seq += 1
@@ -295,7 +298,7 @@ class LockstepGoals(_Recent):
 
     def _compute(self, observation: Observation) -> LatentGoal:
         frame, start = observation.frames[self._camera], self._timer()
-        z = self._encode(frame.rgb, self.instruction)
+        z = self._encode(frame.rgb, self.instruction, proprio_of(observation))
         took_s, judgement = self._timer() - start, self._judge(z)
         latent = LatentGoal(
             z=z,
@@ -320,10 +323,10 @@ class LockstepGoals(_Recent):
         except Exception as error:
             raise PartFailed("system2", error) from error
 
-    def _encode(self, image: U8, instruction: str) -> F32:
+    def _encode(self, image: U8, instruction: str, proprio: F32) -> F32:
         """Return System 2's latent, checked; raises PartFailed where it gives none."""
         try:
-            return encode_one(self._engine, image, instruction)
+            return encode_one(self._engine, image, instruction, proprio)
         except Exception as error:
             raise PartFailed("system2", error) from error
 

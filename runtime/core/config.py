@@ -237,7 +237,8 @@ class WorldConfig(_Section):
     static_camera: StaticCamera | None = None
     # Its first state, in words: {drawer: open, blocks: {red: drawer}}; docs/talk.md lists them.
     layout: dict[str, Any] | None = None
-    cameras: tuple[Literal["static", "gripper"], ...] = ("static", "gripper")
+    # "tactile" is what PlayTable's fingertips feel, an image like the others.
+    cameras: tuple[Literal["static", "gripper", "tactile"], ...] = ("static", "gripper")
     camera_hz: Rate = 10.0
     # A world that the machine is too busy to step looks like a robot that does not answer.
     placement: Placement = Placement(cpus=0.3, fifo=5)

@@ -91,6 +91,7 @@ class GoalRequest:
     instruction_id: int  # counts this robot's instructions; copied into the latent
     t_obs_ns: int  # capture time of the image
     source: str = ""  # identity of the requesting process, new at every start
+    proprio: F32 | None = None  # (9,), see `proprio_of`; for a System 2 that senses it
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,9 @@ class SpecMismatch(ValueError):
     """Producer and consumer disagree; the message names the field and both values."""
 
 
+SENSES = "+proprio"  # how the `kind` of a latent ends for which the robot's own state is read
+
+
 @dataclass(frozen=True, slots=True)
 class LatentSpec:
     """What System 2 publishes and what System 1 was trained on."""
@@ -160,6 +164,11 @@ class LatentSpec:
     n_tokens: int
     dim: int
     model_id: str = ""  # hash of the weights that shape the latent; "" accepts any
+
+    @property
+    def senses(self) -> bool:
+        """Whether System 2 is given the robot's own state beside the image; see `proprio_of`."""
+        return self.kind.endswith(SENSES)
 
     @property
     def spec_id(self) -> str:
@@ -382,13 +391,30 @@ def _check_verbs(part: object, where: str, kind: str, verbs: Sequence[str]) -> N
         raise SpecMismatch(f"{where}: {type(part).__name__} is no {kind}: no {', '.join(missing)}")
 
 
-def encode_one(engine: Engine, image: Any, instruction: str) -> F32:
+def proprio_of(observation: Observation) -> F32:
+    """Return what a System 2 that senses is given, (9,).
+
+    TCP position in W (m) and quaternion xyzw, the fingers' width (m), and 1 where they were last
+    told to open, else 0.
+    """
+    own = [*observation.tcp_pose, observation.gripper_width, float(observation.gripper_open)]
+    return np.array(own, np.float32)
+
+
+def encode_one(engine: Engine, image: Any, instruction: str, proprio: F32 | None = None) -> F32:
     """Return one latent (n_tokens, d), checked as it would be on the wire.
+
+    Args:
+        engine: System 2.
+        image, instruction: what it is asked.
+        proprio: (9,), used where the engine senses it; see `proprio_of`.
 
     Raises:
         BadLatent: its shape or dtype is not the spec's, or it is not finite.
     """
-    spec, encoded = engine.spec, engine.encode([image], [instruction])
+    spec = engine.spec
+    own = ([proprio],) if spec.senses and proprio is not None else ()
+    encoded = engine.encode([image], [instruction], *own)
     if not isinstance(encoded, np.ndarray):
         raise BadLatent(f"encode returned {type(encoded).__name__}, not an array")
     want = (1, spec.n_tokens, spec.dim)
@@ -454,8 +480,10 @@ class Engine(Protocol):
 
     def warm_up(self) -> None: ...
 
-    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
+    def encode(self, images: Sequence[Any], instructions: Sequence[str], *proprio: Any) -> F32:
         """Return latents (B, n_tokens, d); images are PIL images or (H, W, 3) uint8 arrays.
+
+        An engine whose spec `senses` is given a third list, of `proprio_of` (9,) each; no other is.
 
         Raises:
             ValueError: an image or instruction is unusable; the message names which.

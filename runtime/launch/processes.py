@@ -163,11 +163,11 @@ def pool_of(count: int) -> ProcessPoolExecutor:
     Give it its work from the main thread: the kernel takes the thread for the parent.
     """
     spawned = get_context("spawn")
-    return ProcessPoolExecutor(count, spawned, initializer=_end_with, initargs=(os.getpid(),))
+    return ProcessPoolExecutor(count, spawned, initializer=end_with, initargs=(os.getpid(),))
 
 
-def _end_with(parent: int) -> None:
-    """Be killed when our parent ends: a pool's processes hear of nothing."""
+def end_with(parent: int) -> None:
+    """Be killed when our parent ends: what only works for it hears of nothing else."""
     if not tied(parent, signal.SIGKILL):
         os._exit(1)
 

@@ -34,7 +34,11 @@ from openhelix.runtime.robots.base import NotConnected, Robot, RobotError, World
 log = logging.getLogger(__name__)
 
 CONTROL_HZ = 30.0  # calvin_env's; its step has no other length
-CAMERA_SIZES: Mapping[str, tuple[int, int]] = {"static": (200, 200), "gripper": (84, 84)}
+CAMERA_SIZES: Mapping[str, tuple[int, int]] = {
+    "static": (200, 200),
+    "gripper": (84, 84),
+    "tactile": (24, 48),
+}
 Oracle = Callable[[Any, Any], set[str]]
 
 

@@ -31,7 +31,7 @@ from openhelix.runtime.transport.rpc import RpcClient, RpcError
 from openhelix.runtime.transport.wire import NewestReader, Publisher
 
 # CALVIN's cameras, pixels (height, width).
-CAMERA_SIZES = {"static": (200, 200), "gripper": (84, 84)}
+CAMERA_SIZES = {"static": (200, 200), "gripper": (84, 84), "tactile": (24, 48)}
 
 
 @dataclass(frozen=True, slots=True)

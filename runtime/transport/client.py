@@ -91,12 +91,18 @@ class System2Client:
     def warm_up(self) -> None:
         """The server is warm."""
 
-    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
+    def encode(
+        self,
+        images: Sequence[Any],
+        instructions: Sequence[str],
+        proprio: Sequence[F32] | None = None,
+    ) -> F32:
         """Return latents (B, n_tokens, d) float32, asked for one after the other.
 
         Args:
             images: PIL images, or (H, W, 3) uint8 arrays.
             instructions: one per image.
+            proprio: (9,) each, for a System 2 whose spec `senses`.
 
         Raises:
             System2Error: no answer within `timeout_s`.
@@ -108,7 +114,9 @@ class System2Client:
             raise ValueError("instructions: is one text, must be a list with one per image")
         if len(images) != len(instructions):
             raise ValueError(f"instructions: {len(instructions)} for {len(images)} images")
-        rows = [self.ask(i, text).z for i, text in zip(images, instructions, strict=True)]
+        own = [None] * len(images) if proprio is None else proprio
+        asked = zip(images, instructions, own, strict=True)
+        rows = [self.ask(image, text, state).z for image, text, state in asked]
         if not rows:
             return np.zeros((0, self._spec.n_tokens, self._spec.dim), np.float32)
         return np.stack(rows)
@@ -133,7 +141,7 @@ class System2Client:
                 f"latents: not given by this client for {error.args[0][0]!r}"
             ) from None
 
-    def ask(self, image: Any, instruction: str) -> LatentGoal:
+    def ask(self, image: Any, instruction: str, proprio: F32 | None = None) -> LatentGoal:
         """Return the latent of one image and instruction, with its times; see `encode`."""
         if self._sender is None or self._reader is None:
             raise System2Error(f"{self.address}: the client is closed")
@@ -151,7 +159,7 @@ class System2Client:
                 if next_s:
                     self._raise_refusal()
                 next_s = now_s + RESEND_S
-                self._send(rgb, instruction, t_ns)
+                self._send(rgb, instruction, t_ns, proprio)
             self._reader.wait(min(0.05, max(0.0, deadline_s - now_s)))
             latent = self._reader.poll()
             if latent is not None and latent.instruction_id == self._asked:
@@ -181,7 +189,9 @@ class System2Client:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _send(self, rgb: np.ndarray, instruction: str, t_ns: int) -> None:
+    def _send(
+        self, rgb: np.ndarray, instruction: str, t_ns: int, proprio: F32 | None = None
+    ) -> None:
         assert self._sender is not None
         self._sender.send(
             GoalRequest(
@@ -191,6 +201,7 @@ class System2Client:
                 seq=self._seq,
                 instruction_id=self._asked,
                 t_obs_ns=t_ns,
+                proprio=proprio,
             )
         )
         self._seq += 1

@@ -38,7 +38,7 @@ from openhelix.runtime.core.interfaces import (
     Observation,
 )
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAGIC: Final = b"OH"
 # Magic, version, bytes of padding before packed arrays, bytes of msgpack that follow.
 HEAD: Final = struct.Struct("<2sBBI")
@@ -648,7 +648,12 @@ register(
     shapes={"rgb": ("H", "W", 3), "depth": ("H", "W"), "K": (3, 3), "T_world_cam": (4, 4)},
 )
 register("observation", Observation, shapes={"tcp_pose": (7,), "joints": ("n",)})
-register("goal_request", GoalRequest, shapes={"rgb": ("H", "W", 3)})
+register(
+    "goal_request",
+    GoalRequest,
+    shapes={"rgb": ("H", "W", 3), "proprio": (9,)},
+    finite=("proprio",),
+)
 register("latent", LatentGoal, shapes={"z": ("n", "d")}, finite=("z", "compute_s", "understood"))
 register(
     "chunk", ActionChunk, shapes={"poses": ("H", 7), "gripper": ("H",)}, finite=("poses", "gripper")

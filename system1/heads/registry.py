@@ -6,6 +6,7 @@ from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.config import PolicyConfig
 from openhelix.system1.heads.base import DiffusionHead, DirectHead
 from openhelix.system1.heads.dit import DitHead
+from openhelix.system1.heads.expert import ExpertHead
 from openhelix.system1.heads.lstm import LstmHead
 from openhelix.system1.heads.plain import PlainHead
 from openhelix.system1.heads.trajectory import TrajectoryHead
@@ -18,6 +19,7 @@ HEADS: dict[str, type[DiffusionHead | DirectHead]] = {
     "lstm": LstmHead,
     "transformer": TransformerHead,
     "map": MapHead,
+    "expert": ExpertHead,
 }
 
 

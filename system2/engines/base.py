@@ -20,6 +20,7 @@ from torch import Tensor
 from openhelix.runtime.core.interfaces import F32, U8, Judgement, LatentSpec
 from openhelix.system2.latents import (
     NEEDS_VISION,
+    PROPRIO,
     BadReadOut,
     LatentConfig,
     LatentHead,
@@ -69,6 +70,7 @@ class EngineBase:
         threads: CPU threads; 0 leaves torch's own number.
         max_instruction_tokens: longer instructions are refused.
         seed: of untrained weights.
+        proprio: the robot's own state is read, too; see `latents.LatentConfig`.
         shown: "given", or "none" to leave the image out of the prompt of a read-out that was
             trained with it, or a `.npy` file of other pictures (N, H, W, 3) uint8, one of which is
             shown in the place of each that is given: what System 2 does without seeing.
@@ -112,6 +114,7 @@ class EngineBase:
         shown: str = "given",
         prompt: str = FROM_CHECKPOINT,
         image_side: int = 0,
+        proprio: bool | None = None,
     ) -> None:
         config = with_act(
             None,
@@ -121,6 +124,7 @@ class EngineBase:
             text_rows=text_rows,
             vision=vision,
             layers=None if layers is None else tuple(layers),
+            proprio=proprio,
         )
         if latent_projector is None and not untrained and model == "laptop" and config is None:
             shipped = SHIPPED / "latent.safetensors"
@@ -139,8 +143,14 @@ class EngineBase:
         self._others = _pictures(shown)
         self._leaves_out = shown == "none"
         wanted = latent_projector.config if latent_projector is not None else config
+        if wanted is not None and wanted.plain_only and self.name != "transformers":
+            what = "latent.proprio" if wanted.proprio else f"latent.kind: {wanted.kind!r}"
+            raise CheckpointError(
+                f"{what}: given by openhelix.system2.engines.transformers:TransformersEngine alone, "
+                f"not by {self.name}"
+            )
         self.checkpoint = open_checkpoint(
-            model, wanted.n_act if wanted is not None else 1, prompt, image_side
+            model, wanted.rows if wanted is not None else 1, prompt, image_side
         )
         if self.name not in self.checkpoint.family.engines:
             raise CheckpointError(
@@ -176,8 +186,13 @@ class EngineBase:
         """Write `<ACT>` (n, hidden) into the rows of the embedding table."""
         raise TypeError("an engine says how <ACT> is written")
 
-    def _hidden(self, images: list[Image.Image], prompts: list[Prompt]) -> list[Tensor]:
-        """Return each sequence's states (T, hidden), or only the last (1, hidden) if that is read."""
+    def _hidden(
+        self, images: list[Image.Image], prompts: list[Prompt], sensed: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return each sequence's states (T, hidden), or only the last (1, hidden) if that is read.
+
+        `sensed` (B, hidden) are the tokens of the robots' states, where the read-out has one.
+        """
         raise TypeError("an engine says how hidden states are computed")
 
     def _sentence_states(self, rows: list[list[int]]) -> list[Tensor]:
@@ -224,16 +239,32 @@ class EngineBase:
     def warm_up(self) -> None:
         """Encode one made-up request, so that the first real one is not the slow one."""
         side = np.zeros((64, 64, 3), dtype=np.uint8)
-        self.encode([side], ["move"])
+        self.encode([side], ["move"], *self._still(1))
 
-    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
+    def _still(self, count: int) -> tuple[list[F32], ...]:
+        """Return made-up states of robots, for a read-out that needs some."""
+        still = np.zeros(PROPRIO, np.float32)
+        still[6] = 1.0
+        return ([still] * count,) if self._head.config.proprio else ()
+
+    def encode(
+        self,
+        images: Sequence[Any],
+        instructions: Sequence[str],
+        proprio: Sequence[Any] | None = None,
+    ) -> F32:
         """Return latents (B, n_tokens, dim) float32; see `openhelix.runtime.core.interfaces.Engine`.
 
+        Args:
+            images, instructions: see there.
+            proprio: the robots' states (9,), for a read-out that has them
+                (`openhelix.runtime.core.interfaces.proprio_of`).
+
         Raises:
-            ValueError: an image or instruction is unusable; the message names which.
+            ValueError: an image, instruction or state is unusable; the message names which.
             EncodeError: the model's output is not finite.
         """
-        return self._run(images, instructions, self._raw)
+        return self._run(images, instructions, self._raw, proprio)
 
     def judge(self, instructions: Sequence[str], latents: F32 | None = None) -> list[Judgement]:
         """Return whether instructions name something that can be done.
@@ -282,23 +313,51 @@ class EngineBase:
                 found += self._understanding.judge(states, self._layers)
         return found
 
-    def states(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
+    def states(
+        self,
+        images: Sequence[Any],
+        instructions: Sequence[str],
+        proprio: Sequence[Any] | None = None,
+    ) -> F32:
         """Return the read-out before the projector (B, n_tokens, hidden); as `encode` else."""
-        return self._run(images, instructions, raw=True)
+        return self._run(images, instructions, True, proprio)
 
-    def _run(self, images: Sequence[Any], instructions: Sequence[str], raw: bool) -> F32:
+    def _run(
+        self,
+        images: Sequence[Any],
+        instructions: Sequence[str],
+        raw: bool,
+        proprio: Sequence[Any] | None,
+    ) -> F32:
         if self._closed:
             raise EncodeError("the engine is closed")
         checked, texts = as_batch(images, instructions)
         checked = [self._seen(image) for image in checked]
         with self._lock, torch.inference_mode():
             prompts = self._prompted(texts)
-            hidden = self._hidden(checked, prompts)
+            hidden = self._hidden(checked, prompts, self._sensed(proprio, len(texts)))
             rows = [self._read(states, p, raw) for states, p in zip(hidden, prompts, strict=True)]
             latents = torch.stack(rows).to("cpu", torch.float32).numpy()
         if not np.isfinite(latents).all():
             raise NotFinite("the latent is not finite")
         return latents
+
+    def _sensed(self, proprio: Sequence[Any] | None, count: int) -> Tensor | None:
+        """Return the tokens (B, hidden) of the robots' states; None for a read-out without."""
+        if self._head.sense is None:
+            if proprio is not None:
+                raise ValueError("proprio: this System 2 reads no robot's state")
+            return None
+        if proprio is None:
+            raise ValueError("proprio: this System 2 also reads the robot's state; none was given")
+        rows = np.asarray([np.zeros(0) if p is None else p for p in proprio], np.float32)
+        if rows.shape != (count, PROPRIO) or not np.isfinite(rows).all():
+            raise ValueError(
+                f"proprio: {rows.shape}, want ({count}, {PROPRIO}) finite numbers: TCP xyz, "
+                "quaternion xyzw, width, open"
+            )
+        found: Tensor = self._head.sense(torch.from_numpy(rows))
+        return found
 
     def hidden(self, images: Sequence[Any], instructions: Sequence[str]) -> list[Tensor]:
         """Return what every read-out is made of: each sequence's states (T, width) float32.
@@ -307,7 +366,8 @@ class EngineBase:
         """
         checked, texts = as_batch(images, instructions)
         with self._lock, torch.inference_mode():
-            found = self._hidden([self._seen(image) for image in checked], self._prompted(texts))
+            shown = [self._seen(image) for image in checked]
+            found = self._hidden(shown, self._prompted(texts), self._sensed(None, len(texts)))
             return [states.to("cpu", torch.float32) for states in found]
 
     def layout(self, instruction: str) -> Layout:
@@ -348,7 +408,7 @@ class EngineBase:
         if self._leaves_out and config.kind in NEEDS_VISION:
             raise BadReadOut(f"shown: {config.kind!r} reads the image's states; it needs one")
         self._prompts = self.checkpoint.prompts(
-            config.n_act, self._looks, self._max_instruction_tokens
+            config.n_act, self._looks, self._max_instruction_tokens, config.proprio
         )
         self._write_act(self.checkpoint.act_ids[: config.n_act], head.act.detach())
         self._spec = head.spec(self.checkpoint, self._raw)

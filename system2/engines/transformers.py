@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from openhelix.system2.engines.base import EngineBase
-from openhelix.system2.families import embedded, picture_tokens
-from openhelix.system2.latents import LatentConfig, stop_after
+from openhelix.system2.families import act_scale, embedded, picture_tokens
+from openhelix.system2.latents import KV, LatentConfig, stop_after
 from openhelix.system2.model import load_model
 from openhelix.system2.prompt import Prompt
 
@@ -42,8 +42,9 @@ class TransformersEngine(EngineBase):
         core = family.core(load_model(self.checkpoint.path, self._dtype))
         self._model = core.eval().requires_grad_(False)
         self._language = family.language(core)
-        layers = (config or LatentConfig()).layers_of(self.checkpoint.layers)
-        stop_after(self._language, layers, self.checkpoint.layers)
+        wanted = config or LatentConfig()
+        layers = wanted.layers_of(self.checkpoint.layers)
+        stop_after(self._language, layers, self.checkpoint.layers, wanted.kind == KV)
         self._model.to(self._device)
         self._image_processor = self.checkpoint.image_processor()
 
@@ -56,7 +57,9 @@ class TransformersEngine(EngineBase):
         with torch.no_grad():
             table[list(rows)] = act.to(table)
 
-    def _hidden(self, images: list[Image.Image], prompts: list[Prompt]) -> list[Tensor]:
+    def _hidden(
+        self, images: list[Image.Image], prompts: list[Prompt], sensed: Tensor | None = None
+    ) -> list[Tensor]:
         features = self.image_features(images, prompts) if self._looks else None
         embeddings, _, further = embedded(
             self.checkpoint.family,
@@ -65,6 +68,9 @@ class TransformersEngine(EngineBase):
             self.checkpoint.image_token_id,
             features,
         )
+        if sensed is not None:
+            at = [prompt.layout.act[0] - 1 for prompt in prompts]
+            embeddings[range(len(prompts)), at] = (sensed * act_scale(self._model)).to(embeddings)
         output = self._language(inputs_embeds=embeddings, use_cache=False, **further)
         states = output.last_hidden_state
         return [states[row, : prompt.layout.length] for row, prompt in enumerate(prompts)]

@@ -200,7 +200,9 @@ class VllmEngine(EngineBase):
 
         self._llm.apply_model(write)
 
-    def _hidden(self, images: list[Image.Image], prompts: list[Prompt]) -> list[Tensor]:
+    def _hidden(
+        self, images: list[Image.Image], prompts: list[Prompt], sensed: Tensor | None = None
+    ) -> list[Tensor]:
         requests: list[dict[str, Any]] = []
         for image, prompt in zip(squared(images, self.checkpoint.side), prompts, strict=True):
             request: dict[str, Any] = {"prompt_token_ids": list(prompt.ids)}

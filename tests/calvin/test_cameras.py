@@ -7,18 +7,25 @@ import pybullet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
 
 from openhelix.benchmarks.calvin.appearance import Appearance
+from openhelix.benchmarks.calvin.calvin_env import CalvinEnv
 from openhelix.benchmarks.calvin.cameras import (
+    BEHIND_M,
     CAMERAS,
+    PAD_PIXELS,
+    PAD_VIEW_M,
     STATIC_EYE,
     STATIC_TARGET,
     STATIC_UP,
     SceneRenderer,
+    dent_image,
 )
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.meshes import TABLE_ID, link_transforms, scene_visuals, segment_id
 from openhelix.benchmarks.calvin.scene import SCENES
+from openhelix.benchmarks.calvin.urdf import PAD_HI, PAD_LO
 from tests.calvin.helpers import ROBOT_OBS, scene_obs
 
 BLOCK_IDS = (2, 3, 4)
@@ -241,3 +248,72 @@ def test_bad_input():
         SceneRenderer("D", "static")
     with pytest.raises(ValueError, match=r"visual_state: shape \(3,\), must be \(36,\)"):
         SceneRenderer("D", ("static",)).render(np.zeros(3))
+
+
+def touched(renderer, state, visuals, shift_m, along_m=0.0):
+    """The pads' dents, 0 to 255 (left, right), with the red block between the fingers.
+
+    `shift_m` is how far it is from the middle towards the left finger, `along_m` past the fingertips.
+    """
+    links = link_transforms(visuals, state)
+    left, right = (links[link] for link in visuals.fingers)
+    pad = np.array([0.0, 0.0, (PAD_LO[2] + PAD_HI[2]) / 2, 1.0])
+    middle = (left @ pad + right @ pad)[:3] / 2
+    state = state.copy()
+    state[15:18] = middle + shift_m * left[:3, 1] + along_m * left[:3, 2]
+    state[18:22] = Rotation.from_matrix(left[:3, :3]).as_quat()
+    image = renderer.render(state)["tactile"].rgb
+    return image[:, :PAD_PIXELS], image[:, PAD_PIXELS:]
+
+
+def test_the_fingertips_feel_what_they_touch_and_not_each_other(env):
+    env.reset(ROBOT_OBS, scene_obs())
+    state, visuals = env.visual_state(), scene_visuals(env.scene)
+    renderer = SceneRenderer("D", ("tactile",))
+    free = renderer.render(state)["tactile"]
+    assert free.rgb.shape == (24, 48, 3) and free.depth.shape == (24, 48)
+    assert (free.rgb == (128, 128, 0)).all()
+    shut = state.copy()
+    shut[7:9] = 0.0  # the fingers lie on each other
+    assert (renderer.render(shut)["tactile"].rgb == (128, 128, 0)).all()
+
+    shifts = np.arange(0.0, 0.04, 0.0005)
+    pads = [touched(renderer, state, visuals, shift) for shift in shifts]
+    dents = np.array([[pad[..., 2].mean() for pad in both] for both in pads])
+    assert not dents[:, 1].any()  # the other finger's pad is far from it
+    assert dents[0, 0] == 0 and dents[:, 0].max() > 60
+    deepest = int(dents[:, 0].argmax())
+    assert (np.diff(dents[: deepest + 1, 0]) >= 0).all()  # the nearer, the deeper
+    near = shifts[np.flatnonzero(dents[:, 0])[0]]
+    mirrored = [pad[..., 2].mean() for pad in touched(renderer, state, visuals, -near - 0.001)]
+    assert mirrored[0] == 0 < mirrored[1]
+    whole, _ = touched(renderer, state, visuals, near + 0.002)
+    assert (whole[..., 2] == 255).all()
+    tips = [touched(renderer, state, visuals, near + 0.002, 0.005 * i)[0] for i in range(9)]
+    cover = [float((tip[..., 2] > 0).mean()) for tip in tips]
+    assert cover == sorted(cover, reverse=True) and cover[-1] == 0  # it slips off
+    part = next(tip for tip, share in zip(tips, cover, strict=True) if 0 < share < 1)
+    assert part[-1, :, 2].min() == 255 and part[0, :, 2].max() == 0  # fingertips are below
+    assert len(np.unique(part[..., 1])) > 1 and (part[..., 0] == 128).all()  # an edge across
+
+
+def test_a_dent_has_the_slope_of_what_makes_it():
+    depth = np.full((24, 24), BEHIND_M + 0.01, np.float32)
+    flat = dent_image(depth)
+    assert (flat == (128, 128, 0)).all()
+    rise = 0.05  # m a metre across
+    depth[:] = BEHIND_M + 0.0018 - rise * np.arange(24) * PAD_VIEW_M / PAD_PIXELS
+    image = dent_image(depth)[4:-4, 4:-4]
+    assert np.abs(image[..., 0] - (128 - 127 * rise / np.hypot(rise, 1))).max() <= 1
+    assert (image[..., 1] == 128).all() and (np.diff(image[0, :, 2].astype(int)) >= 0).all()
+    assert (dent_image(np.full((24, 24), BEHIND_M - 0.001, np.float32))[..., 2] == 255).all()
+
+
+def test_observations_have_touch_where_it_is_asked_for():
+    with PlayTableEnv("D", cameras=("static", "tactile")) as feeling:
+        obs = feeling.reset(ROBOT_OBS, scene_obs())
+        assert obs["rgb_obs"]["rgb_tactile"].shape == (24, 48, 3)
+        assert obs["depth_obs"]["depth_tactile"].shape == (24, 48)
+        assert [camera.name for camera in feeling.cameras] == ["static"]  # no eye of its own
+    with pytest.raises(ValueError, match="cameras: 'tactile' is not one of static, gripper"):
+        CalvinEnv("D", cameras=("static", "tactile"))

@@ -169,6 +169,34 @@ def test_system2_sees_the_same_moments(made: tuple[Path, dict]) -> None:
         assert np.abs(coarse - theirs).mean() < 6.0
 
 
+def test_touch_is_drawn_beside_frames_that_are_there(made: tuple[Path, dict]) -> None:
+    folder, card = made
+    settings = config(folder, per_task=2, frames=FramesConfig(every=6, system2_px=25))
+    stamps = {p: p.stat().st_mtime_ns for p in (folder / "frames").glob("*.safetensors")}
+    felt = config(folder, per_task=2, frames=settings.frames.model_copy(update={"tactile": True}))
+    try:
+        assert draw(felt)["frames"] == card["frames"]
+        assert all(p.stat().st_mtime_ns == t for p, t in stamps.items())
+        cache = Cache(folder / "frames")
+        assert cache.cameras == ["static", "gripper", "tactile"]
+        rgb = cache.gather("rgb.tactile", torch.arange(len(cache)))
+        assert rgb.shape == (len(cache), 24, 48, 3)
+        grasps = torch.tensor([cache.meta["tasks"][t] == "place_in_drawer" for t in cache.task])
+        dents = rgb[..., 2].float().mean((1, 2))
+        assert dents[grasps].max() > 100 and dents[~grasps].median() == 0
+        batch = cache.batch(torch.arange(4), torch.Generator().manual_seed(0))
+        assert batch.inputs.rgb[2].shape == (4, 3, 24, 48)
+    finally:
+        draw(settings)  # the index as the other tests know it
+    assert Cache(folder / "frames").cameras == ["static", "gripper"]
+    draw(felt)
+    torn = folder / "frames" / "tactile" / "A_00001.safetensors"
+    torn.write_bytes(torn.read_bytes()[:100])
+    with pytest.raises(BadFile, match="tactile/A_00001"):
+        Cache(folder / "frames")
+    draw(settings)
+
+
 def test_frames_are_not_drawn_twice_nor_beyond_the_limit(made: tuple[Path, dict]) -> None:
     folder, card = made
     settings = config(folder, per_task=2, frames=FramesConfig(every=6, system2_px=25))

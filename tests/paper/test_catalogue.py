@@ -91,7 +91,7 @@ rows:
         (
             "table4.yaml",
             f"{ARMS}contrasts: [{{a: a, b: b, axis: taste, margin: 1, finding: 1, says: x}}]",
-            "axis: 'taste' is none of answer, aux, clip",
+            "axis: 'taste' is none of aligned, answer",
         ),
         (
             "table4.yaml",
@@ -110,7 +110,17 @@ rows:
         ),
         ("table4.yaml", "title: x\nbase: z\nrows: [{id: a, name: a}]", "base names row 'z'"),
         ("variants.yaml", "v: {says: x, regime: hypnosis}", "variants.yaml: v: regime"),
-        ("variants.yaml", "v: {says: x, latent: gossip}", "latent is none of"),
+        ("variants.yaml", "v: {says: x, latent: gossip}", "latent.kind: 'gossip', want one of"),
+        ("variants.yaml", "v: {says: x, latent: lang, proprio: true}", "latent.proprio: 'lang'"),
+        ("variants.yaml", "v: {says: x, policy: kept, regime: lora}", "policy: kept has a stage 1"),
+        (
+            "variants.yaml",
+            "v: {says: x, aligned: learning, prealign: false}",
+            "aligned: there is no stage 1",
+        ),
+        ("variants.yaml", "v: {says: x, head: expert}", "head: 'expert' on latent 'act_last'"),
+        ("variants.yaml", "v: {says: x, answer: true}", "answer: regime 'prompt' leaves"),
+        ("variants.yaml", "v: {says: x, clip_to: sentence}", "clip_to: there is no alignment loss"),
         ("scales.yaml", "laptop: {says: x}", "scales.yaml: laptop: sequences"),
     ],
 )
@@ -148,6 +158,15 @@ def test_what_stage_1_is_spared_stage_2_sees():
     assert options["stage1.steps"] == 0 and options["stage2.steps"] == 1800
     for name in ("stage1.start", "stage2.start", "latent.feed", "latent.lag_steps"):
         assert options[name] == made("lora_clip").options[name]
+
+
+def test_a_policy_that_is_kept_has_all_samples_in_stage_1():
+    kept, aligned = made("prompt_kept"), made("prompt_aligned")
+    assert samples(kept) == samples(aligned) == samples(made("prompt"))
+    assert (kept.options["stage1.steps"], kept.options["stage2.steps"]) == (1800, 0)
+    assert kept.parent == made("prompt").parent
+    assert aligned.options["stage1.policy"] == "learns"
+    assert made("prompt").options["stage1.policy"] == "frozen"
 
 
 def test_arms_with_other_samples_are_refused():

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
@@ -14,6 +18,7 @@ from openhelix.benchmarks.paper.train_command import (
     TrainCommand,
     changed,
     check_options,
+    engine_of,
     exported,
     told_by_name,
 )
@@ -96,7 +101,12 @@ def test_every_variants_policy_can_be_built_and_learns(name):
     changes = dict(network.get("policy.changes", {}))
     if VARIANTS[name].scaled:
         changes |= {"dim": 96, "heads": 4, "layers": 2}
-    base = {"cameras": tiny().cameras, "latent_dim": 12, "horizon": 6, "encoder_width": 8}
+    cameras = tiny().cameras
+    if "tactile" in VARIANTS[name].sensors:
+        cameras = (*cameras, replace(cameras[-1], name="tactile"))
+    base = {"cameras": cameras, "latent_dim": 12, "horizon": 6, "encoder_width": 8}
+    if VARIANTS[name].head == "expert":
+        base |= {"latent_dim": 2 * 30 * 3, "latent_kind": "kv"}
     config = PRESETS[network.get("policy.preset", "small")](**{**base, **changes})
     model, inputs = stirred(config), batch_of(config, [0, 1])
     chunk = model.sample_inputs(inputs, lambda shape: torch.full(shape, 0.3))
@@ -198,10 +208,44 @@ def test_openhelix_train_is_told_all_of_it(tmp_path, command):
     assert words["policy.checkpoint"] == str(trainings.place(wanted.parent) / "policy")
     assert "policy.steps" not in words  # it is trained already
     assert found["overrides"] == exported(folder)
+    plain = "openhelix.system2.engines.transformers:TransformersEngine"
+    assert engine_of(wanted.options) == []
+    assert engine_of(training("helix").options) == [f"system2.engine.target={plain}"]
     # What frozen models make of the data is kept for all.
     assert (folder / "prepared").resolve() == (tmp_path / "root" / "prepared").resolve()
     policy = trainings.done(wanted.parent)
     assert policy["overrides"][0].endswith("/policy")
+
+
+def test_a_training_ends_with_whoever_started_it(tmp_path):
+    note = tmp_path / "pid"
+    script = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    work = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from openhelix.benchmarks.paper.train_command import TrainCommand\n"
+        "from openhelix.benchmarks.paper.trainings import Training\n"
+        f"here = Path({str(tmp_path)!r})\n"
+        f"made = TrainCommand(here, here, (sys.executable, '-c', {script!r}))\n"
+        "made.train(Training('policy'), here, None, print)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.DEVNULL)
+    until(lambda: note.exists() and note.read_text())
+    child = psutil.Process(int(note.read_text()))
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs([child], timeout=20)
+    for left in alive:
+        left.kill()
+    assert not alive
+
+
+def until(done, limit_s=120.0):
+    """Wait for something that takes as long as the machine is busy."""
+    deadline_s = time.monotonic() + limit_s
+    while not done():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
 
 
 def test_a_given_policy_is_not_trained(tmp_path, command):

@@ -101,6 +101,7 @@ MESSAGES = st.one_of(
         instruction_id=INTS,
         t_obs_ns=INTS,
         source=st.text(max_size=8),
+        proprio=st.none() | arrays("f4", 9),
     ),
     st.builds(
         LatentGoal,
@@ -111,7 +112,7 @@ MESSAGES = st.one_of(
         t_pub_ns=INTS,
         spec_id=st.text(max_size=12),
         source=st.text(max_size=8),
-        compute_s=FLOATS,
+        compute_s=FINITE,
     ),
     st.builds(
         Everything,

@@ -20,6 +20,12 @@ ALL = sorted(HEADS)
 DIFFUSION = [name for name in ALL if issubclass(HEADS[name], DiffusionHead)]
 
 
+def sized(head: str, **changes):
+    """A tiny configuration of a head; an expert's latent has two layers' keys and values."""
+    own = {"latent_dim": 32, "latent_kind": "kv"} if head == "expert" else {}
+    return tiny(head=head, **own | changes)
+
+
 def stirred(config) -> VisuomotorPolicy:
     policy = DiffusionPolicy.build(config, 1)
     g = torch.Generator().manual_seed(0)
@@ -44,7 +50,7 @@ def batch_of(config, seeds) -> Inputs:
 @pytest.mark.parametrize("head", DIFFUSION)
 @pytest.mark.parametrize("changes", [{}, {"latent_tokens": 3, "latent_memory": 2}])
 def test_training_and_acting_compute_the_same(head, changes):
-    config = tiny(head=head, **changes)
+    config = sized(head, **changes)
     model, inputs = stirred(config), batch_of(config, [0, 1])
     with torch.inference_mode():
         scene = model.encode(inputs)
@@ -60,7 +66,7 @@ def test_training_and_acting_compute_the_same(head, changes):
 
 @pytest.mark.parametrize("head", ALL)
 def test_a_batch_is_its_samples_side_by_side(head):
-    config = tiny(head=head)
+    config = sized(head)
     model = stirred(config)
     both = model.sample_inputs(batch_of(config, [3, 4]), lambda s: torch.full(s, 0.3))
     for i, seed in enumerate((3, 4)):
@@ -70,7 +76,7 @@ def test_a_batch_is_its_samples_side_by_side(head):
 
 @pytest.mark.parametrize("head", ALL)
 def test_what_a_head_looks_at(head):
-    config = tiny(head=head)
+    config = sized(head)
     model = stirred(config)
     model.set_normalizer(Normalizer(torch.zeros(6, 9), torch.ones(6, 9)))
     inputs = batch_of(config, [0])
@@ -89,7 +95,7 @@ def test_what_a_head_looks_at(head):
 
 @pytest.mark.parametrize("head", ALL)
 def test_plain_tensors_and_the_null_latent(head):
-    config = tiny(head=head, cameras=tiny().cameras[:1])
+    config = sized(head, cameras=tiny().cameras[:1])
     model = stirred(config)
     g = torch.Generator().manual_seed(0)
     rgb, pcd = torch.rand(2, 1, 3, 16, 16, generator=g), torch.rand(2, 1, 3, 16, 16, generator=g)
@@ -106,7 +112,7 @@ def test_plain_tensors_and_the_null_latent(head):
 
 @pytest.mark.parametrize("head", ALL)
 def test_a_blind_policy_knows_the_scene_from_its_latent_alone(head):
-    config = tiny(head=head, sensors=("proprio",))
+    config = sized(head, sensors=("proprio",))
     model, inputs = stirred(config), batch_of(config, [0])
     base = run(model, inputs)
     assert torch.equal(run(model, dark(inputs)), base)
@@ -190,3 +196,29 @@ def test_fewer_scene_tokens():
         scene = model.encode(batch_of(config, [0, 1]))
     assert scene.tokens.shape[:2] == (2, 3 + config.keyposes)
     assert torch.isfinite(model.sample_inputs(batch_of(config, [0, 1]))).all()
+
+
+def test_an_expert_attends_to_each_layers_own_keys_and_values():
+    config = sized("expert", latent_tokens=3, sensors=("proprio",))
+    model, inputs = stirred(config), batch_of(config, [0])
+    head, latent = model.head, inputs.latent.clone()
+    base = run(model, inputs)
+    keys, mask = head.kept(model.encode(inputs))
+    assert len(keys) == 2 and mask.all()
+    for layer, (key, value) in enumerate(keys):
+        given = latent[0, 0].unflatten(-1, (2, 2, 4, 2))[:, layer]  # token, key or value, head
+        torch.testing.assert_close(
+            key[0].transpose(0, 1), given[:, 0] + head.place.unflatten(-1, (4, 2))
+        )
+        torch.testing.assert_close(value[0].transpose(0, 1), given[:, 1])
+    for number in range(4):  # keys and values of either layer matter
+        changed = latent.clone()
+        changed[..., 8 * number : 8 * number + 8] += 1
+        assert not torch.equal(run(model, dataclasses.replace(inputs, latent=changed)), base)
+    latent[:, :, 2] = 0  # a row that the sentence does not fill
+    _, mask = head.kept(model.encode(dataclasses.replace(inputs, latent=latent)))
+    assert mask.tolist() == [[True, True, False]]
+    with pytest.raises(ConfigError, match="head: 'expert' of 2 layers and 4 heads needs as many"):
+        stirred(tiny(head="expert", latent_dim=32))
+    with pytest.raises(ConfigError, match="not kv of 12 numbers"):
+        stirred(tiny(head="expert", latent_kind="kv"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 from openhelix.system2.engines import base
 from openhelix.system2.engines.transformers import TransformersEngine
@@ -28,7 +29,7 @@ def test_every_kind_gives_what_its_spec_says(kind: str, tiny_model: str, images)
     assert z.dtype == np.float32
     alone = np.concatenate([made.encode([i], [t]) for i, t in zip(images, TEXTS, strict=True)])
     assert np.abs(z - alone).max() < 1e-4
-    width = 64 * made.head.config.width  # of the model, and states side by side
+    width = made.head.config.numbers(made.checkpoint)
     assert made.states(images, TEXTS).shape == (3, made.spec.n_tokens, width)
 
 
@@ -203,3 +204,134 @@ def test_untrained_is_random_even_where_weights_are_shipped(
     monkeypatch.setattr(base.LatentHead, "load", lambda path: pytest.fail(f"{path} was read"))
     engine = TransformersEngine("laptop", untrained=True, device="cpu")
     assert engine.untrained and engine.encode(images[:1], ["lift"]).any()
+
+
+STATES = np.array(
+    [[0.1, 0.0, 0.5, 0.0, 0.0, 0.6, 0.8, 0.08, 1.0], [0.1, 0.0, 0.5, 0, 0, 0, 1.0, 0.02, 0.0]],
+    np.float32,
+)
+
+
+def test_the_robots_own_state_is_a_token_before_act(tiny_model: str, images, tmp_path) -> None:
+    made = TransformersEngine(
+        tiny_model, proprio=True, n_act=2, kind="act_lang", dtype="float32", device="cpu"
+    )
+    made.warm_up()
+    assert made.spec.senses and made.spec.kind == "act_lang+proprio"
+    shown, said = [images[0]] * 2, TEXTS[:1] * 2
+    z = made.encode(shown, said, STATES)
+    assert np.abs(z[0, :2] - z[1, :2]).max() > 1e-3
+    assert np.abs(z[0, 2:] - z[1, 2:]).max() < 1e-5  # the words stand before it
+    alone = np.concatenate(
+        [made.encode([i], [t], [s]) for i, t, s in zip(shown, said, STATES, strict=True)]
+    )
+    assert np.abs(z - alone).max() < 1e-4
+    turned = STATES.copy()
+    turned[:, 3:7] *= -1  # the same rotation
+    assert np.abs(made.encode(shown, said, turned) - z).max() < 1e-5
+    made.head.save(tmp_path / "latent.safetensors")
+    again = TransformersEngine(
+        tiny_model, latent_projector=tmp_path / "latent.safetensors", dtype="float32", device="cpu"
+    )
+    assert again.spec == made.spec
+    assert np.abs(again.encode(shown, said, STATES) - z).max() < 1e-6
+
+
+def test_training_gives_what_the_engine_gives(tiny_model: str, images) -> None:
+    from openhelix.system2.prompt import as_pil
+    from openhelix.system2.train import RegimeError, System2Learner
+
+    made = TransformersEngine(tiny_model, proprio=True, dtype="float32", device="cpu")
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32).model
+    learner = System2Learner(model.eval(), made.checkpoint, made.head, "lora")
+    pictures, said = [as_pil(image) for image in images[:2]], TEXTS[:2]
+    sample = learner(pictures, said, proprio=torch.from_numpy(STATES))
+    assert np.abs(sample.z.detach().numpy() - made.encode(images[:2], said, STATES)).max() < 1e-4
+    sample.z.square().sum().backward()
+    assert learner.head.sense is not None
+    assert float(learner.head.sense.project.weight.grad.abs().max()) > 0
+    assert not learner.cacheable
+    with pytest.raises(RegimeError, match="proprio: this read-out also reads the robot's state"):
+        learner(pictures, said)
+
+
+@pytest.mark.parametrize(
+    ("proprio", "message"),
+    [
+        (None, "proprio: this System 2 also reads the robot's state; none was given"),
+        ([None], r"proprio: \(1, 0\), want \(1, 9\)"),
+        ([np.full(9, np.nan)], "finite numbers"),
+        ([STATES[0], STATES[1]], r"proprio: \(2, 9\), want \(1, 9\)"),
+    ],
+)
+def test_states_that_are_none_are_refused(tiny_model: str, images, proprio, message) -> None:
+    made = TransformersEngine(tiny_model, proprio=True, dtype="float32", device="cpu")
+    with pytest.raises(ValueError, match=message):
+        made.encode(images[:1], TEXTS[:1], proprio)
+
+
+def test_a_state_goes_with_a_read_out_that_reads_it(engine, tiny_model: str, images) -> None:
+    with pytest.raises(ValueError, match="proprio: this System 2 reads no robot's state"):
+        engine.encode(images[:1], TEXTS[:1], STATES[:1])
+    with pytest.raises(BadReadOut, match=r"latent.proprio: 'lang' reads nothing behind"):
+        LatentConfig("lang", proprio=True)
+    with pytest.raises(CheckpointError, match=r"n_act: 8, this checkpoint has 1 to 7"):
+        engine.checkpoint.prompts(8, proprio=True)
+
+
+@pytest.mark.parametrize("layers", [None, (1, 3)])
+def test_keys_and_values_are_those_of_every_layer(tiny_model: str, images, layers) -> None:
+    made = TransformersEngine(
+        tiny_model, kind="kv", layers=layers, text_rows=20, dtype="float32", device="cpu"
+    )
+    checkpoint = made.checkpoint
+    n, which = checkpoint.n_image, layers or range(1, checkpoint.layers + 1)
+    z = made.encode(images[:1], TEXTS[:1])[0]
+    assert made.spec.dim == z.shape[1] == 2 * checkpoint.kv * len(which)
+    assert np.array_equal(z, made.states(images[:1], TEXTS[:1])[0])  # no projector between
+
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    prompt = checkpoint.prompts(1)(TEXTS[0])
+    at, words = slice(*prompt.layout.image), slice(*prompt.layout.text)
+    pixels = checkpoint.image_processor()([Image.fromarray(images[0])], return_tensors="pt")
+    ids = torch.tensor([prompt.expanded(checkpoint.image_token_id)])
+    with torch.inference_mode():
+        out = model(input_ids=ids, **pixels, use_cache=True, output_hidden_states=True)
+        for place, number in enumerate(which):
+            values = out.past_key_values.layers[number - 1].values[0].transpose(0, 1).flatten(1)
+            layer = model.model.language_model.layers[number - 1]
+            keys = layer.self_attn.k_proj(layer.input_layernorm(out.hidden_states[number - 1]))[0]
+            for half, wanted in enumerate((keys, values)):
+                start = (2 * place + half) * checkpoint.kv
+                found = torch.from_numpy(z[:, start : start + checkpoint.kv])
+                torch.testing.assert_close(found[:n], wanted[at], atol=1e-4, rtol=1e-4)
+                said = wanted[words]
+                torch.testing.assert_close(found[n : n + len(said)], said, atol=1e-4, rtol=1e-4)
+                assert not found[n + len(said) :].any()
+
+
+def test_keys_and_values_learn_with_low_ranks(tiny_model: str, images, tmp_path) -> None:
+    from openhelix.system2.prompt import as_pil
+    from openhelix.system2.train import System2Learner
+
+    made = TransformersEngine(tiny_model, kind="kv", dtype="float32", device="cpu")
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32).model
+    learner = System2Learner(model.eval(), made.checkpoint, made.head, "lora")
+    shown, said = [as_pil(images[0])], TEXTS[:1]
+    before = learner(shown, said).z.detach()
+    assert np.abs(before.numpy() - made.encode(images[:1], said)).max() < 1e-4
+    with torch.no_grad():
+        for name, parameter in learner.named_parameters():
+            if "layers.0.self_attn.k_proj.lora_B" in name:
+                parameter.add_(0.1)
+    moved = (learner(shown, said).z - before).abs()
+    assert float(moved[..., : made.checkpoint.kv].max()) > 1e-3  # the first layer's own keys
+    made.head.save(tmp_path / "latent.safetensors")
+    assert (
+        LatentHead.load(tmp_path / "latent.safetensors").spec(made.checkpoint, False) == made.spec
+    )
+    short = LatentHead.fresh(LatentConfig("kv"), torch.zeros(9, 64), 8)
+    with pytest.raises(CheckpointError, match="made for 8 keys and values of a token"):
+        TransformersEngine(tiny_model, latent_projector=short)
+    with pytest.raises(BadReadOut, match=r"latent.layer: 'kv' reads several"):
+        LatentConfig("kv", layer=2)

@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openhelix.runtime.core.clock import FakeClock
-from openhelix.runtime.core.interfaces import GoalRequest, Judgement, LatentGoal, LatentSpec
+from openhelix.runtime.core.interfaces import (
+    SENSES,
+    GoalRequest,
+    Judgement,
+    LatentGoal,
+    LatentSpec,
+)
 from openhelix.runtime.transport.codec import WireError
 from openhelix.system2.prompt import BadInstruction
 from openhelix.system2.scheduler import EngineBroken, GoalScheduler, Limits
@@ -386,3 +392,22 @@ def test_whatever_comes_every_latent_is_of_the_robots_epoch_and_newer(
     superseded = sum(r.superseded for r in stack.scheduler.robots.values())
     shed = sum(stack.scheduler.totals.shed.values())
     assert offered == len(stack.out.sent) + pending + superseded + shed
+
+
+def test_robots_states_go_to_an_engine_that_senses(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack, told = ControlStack(), []
+    plain = stack.engine.encode
+
+    def encode(images: Any, instructions: Any, *proprio: Any) -> Any:
+        told.append(proprio)
+        return plain(images, instructions)
+
+    monkeypatch.setattr(stack.engine, "encode", encode)
+    stack.offer()
+    stack.scheduler.serve()
+    monkeypatch.setattr(stack.engine, "spec", LatentSpec("act_last" + SENSES, 1, 4))
+    state = np.arange(9, dtype=np.float32)
+    request = GoalRequest(RGB, "move", "b", 0, 0, stack.clock.now_ns(), "r", state)
+    assert stack.scheduler.offer(request)
+    stack.scheduler.serve()
+    assert told == [(), ([state],)]

@@ -120,6 +120,7 @@ def changed(made: System2Learner, images: Any) -> set[str]:
         ("prompt", {"projector", "aux", "act"}),
         ("lora", {"projector", "aux", "act", "lora"}),
         ("full", {"projector", "aux", "act", "language", "vision projector"}),
+        ("vocabulary", {"projector", "aux", "act", "language"}),
     ],
 )
 def test_a_regime_moves_its_parts_alone(
@@ -257,3 +258,22 @@ def test_answers_that_teach_nothing_are_refused(tiny_model: str) -> None:
         answering(tiny_model, "prompt")
     with pytest.raises(RegimeError, match="answer: words come after layer 4"):
         answering(tiny_model, kind="act_mid")
+
+
+def test_the_language_modelling_head_is_the_table_of_words_or_reaches_nothing(
+    tiny_model: str, images
+) -> None:
+    made = learner(tiny_model, "vocabulary")
+    table = made.model.get_input_embeddings().weight
+    assert [p for p in made.model.parameters() if p.requires_grad] == [table]
+    assert not made.cacheable
+    made([as_pil(images[0])], TEXTS[:1]).z.square().sum().backward()
+    assert table.grad is not None
+    learned = set(table.grad.abs().sum(1).nonzero()[:, 0].tolist())
+    ids = set(made.prompts(TEXTS[0]).ids) - {made.checkpoint.image_token_id}
+    assert learned == ids - set(made.checkpoint.act_ids)  # the words that were said, no others
+    made.model.config.tie_word_embeddings = False
+    with pytest.raises(
+        RegimeError, match="regime: 'vocabulary' trains the language-modelling head"
+    ):
+        System2Learner(made.model, made.checkpoint, made.head, "vocabulary")

@@ -149,3 +149,10 @@ def test_a_base_models_training_is_estimated(frames, llava, tmp_path, capsys) ->
     assert "vlm.see.batch: 8 samples cannot be divided" in capsys.readouterr().err
     assert main([*words, "vlm.model=/nowhere"]) == 2
     assert "vlm.model: no folder" in capsys.readouterr().err
+
+
+def test_keys_and_values_are_not_estimated(frames, llava, tmp_path, capsys) -> None:
+    words = ["train", "stage2", "--estimate", f"data={frames}", f"out={tmp_path}", "stage1.steps=0"]
+    words += [f"latent.model={llava}", "latent.kind=kv", "latent.aux=false"]
+    assert main(words) == 2
+    assert "latent.kind: 'kv' is not estimated" in capsys.readouterr().err

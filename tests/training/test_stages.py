@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from openhelix.benchmarks.training.config import LATENT, NotDone
-from openhelix.benchmarks.training.export import make_card
+from openhelix.benchmarks.training.export import SYSTEM1, SYSTEM2, export, make_card
 from openhelix.benchmarks.training.stages import JointRun, prepare, run_joint, run_policy
 from openhelix.benchmarks.training.start import heard
 from openhelix.runtime.core.config import ConfigError
@@ -18,6 +18,7 @@ from openhelix.system1.checkpoint import load_policy
 from openhelix.system1.latent_adapter import ADAPTER, adapter_tokens
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system1.train import TrainConfig, Trainer
+from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.latents import LatentHead
 from tests.training.conftest import settings
 
@@ -33,6 +34,7 @@ def moved(run: JointRun, steps: int = 2) -> set[str]:
         "learner.head.neck": "projector",
         "learner.head.projector": "projector",
         "learner.head.pool": "pool",
+        "learner.head.sense": "sense",
         "learner.aux": "aux",
         "lora_": "lora",
         "learner.model": "language",
@@ -57,8 +59,20 @@ def moved(run: JointRun, steps: int = 2) -> set[str]:
         ("stage2", ("latent.regime=full",), {"act", "projector", "aux", "policy", "language"}),
         (
             "stage2",
+            ("latent.regime=vocabulary",),
+            {"act", "projector", "aux", "policy", "language"},
+        ),
+        ("stage1", ("latent.regime=vocabulary",), {"act", "projector", "aux"}),
+        ("stage1", ("stage1.policy=learns",), {"act", "projector", "aux", "policy"}),
+        (
+            "stage2",
             ("latent.regime=lora", "latent.answer=1", "latent.clip=1", "latent.aux=false"),
             {"act", "projector", "policy", "lora"},
+        ),
+        (
+            "stage2",
+            ("latent.proprio=true",),
+            {"act", "projector", "aux", "policy", "sense"},
         ),
         ("stage2", ("latent.kind=pool_map",), {"projector", "aux", "policy", "pool"}),
     ],
@@ -183,12 +197,49 @@ def test_latents_are_drawn_to_the_text_encoders_sentences(
         )
 
 
+def test_an_expert_learns_on_the_keys_of_every_layer(frames, llava, tmp_path) -> None:
+    changes = {"dim": 48, "heads": 2, "layers": 4, "head": "expert", "sensors": ["proprio"]}
+    began = (
+        "policy.pretrained=false", "policy.preset=small_flow", "stage1.steps=0", "latent.kind=kv",
+        f"policy.changes={json.dumps(changes)}",
+    )  # fmt: skip
+    own = (*began, "latent.aux=false", "latent.regime=full", "stage2.start=random")
+    run = JointRun(settings(frames, llava, tmp_path, *own), "stage2")
+    assert moved(run) == {"policy", "language"}
+    run = JointRun(settings(frames, llava, tmp_path, *own), "stage2")
+    run.run()
+    policy, head = (
+        DiffusionPolicy.load(tmp_path / "stage2"),
+        LatentHead.load(tmp_path / "stage2" / LATENT),
+    )
+    latent = policy.spec.latent
+    assert latent is not None and latent.kind == "kv" == head.config.kind
+    assert (
+        latent.dim
+        == head.projector.out_features
+        == run.learner.head.config.numbers(run.learner.checkpoint)
+    )
+    folder = Path(export(settings(frames, llava, tmp_path, *own))["folder"])
+    shipped = TransformersEngine(
+        str(folder / SYSTEM2 / "llava"), latent_projector=folder / SYSTEM2 / LATENT, device="cpu"
+    )
+    assert shipped.spec == DiffusionPolicy.load(folder / SYSTEM1).spec.latent
+    with pytest.raises(ConfigError, match="aux: read-out 'kv' has no state"):
+        settings(frames, llava, tmp_path, *began)
+    table = settings(frames, llava, tmp_path / "b", *own[:-1])
+    with pytest.raises(ConfigError, match=r"stage2.start: read-out 'kv' has no projector to fit"):
+        JointRun(table, "stage2")
+    with pytest.raises(ConfigError, match=r"head: 'expert' of 4 layers and 2 heads needs"):
+        JointRun(settings(frames, llava, tmp_path / "c", *own, "latent.kind=act_last"), "stage2")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (("latent.answer=1",), "latent: answer: regime 'prompt_tuning' leaves"),
         (("latent.answer=1", "latent.regime=lora", "latent.shard=true"), "answer: not with shard"),
         (("latent.clip_to=words",), "latent.clip_to"),
+        (("latent.proprio=true", "latent.refuse=10"), "refuse: not with proprio"),
     ],
 )
 def test_what_would_teach_nothing_is_refused(frames, llava, tmp_path, more, message) -> None:

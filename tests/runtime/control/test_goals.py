@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from openhelix.runtime.control.goals import LockstepGoals, WireGoals, refused
-from openhelix.runtime.core.interfaces import CameraFrame, LatentGoal, LatentSpec, Observation
+from openhelix.runtime.core.interfaces import (
+    SENSES,
+    CameraFrame,
+    LatentGoal,
+    LatentSpec,
+    Observation,
+)
 from openhelix.runtime.robots.fake import PointEngine
 from tests.fakes import LATENT, PERIOD_NS
 
@@ -262,3 +268,42 @@ def test_lockstep_latents_on_the_way_are_void_for_the_next_instruction() -> None
     arrived = [tick_of(goals, tick) for tick in range(3, 7)]
     assert [a.instruction_id if a else None for a in arrived] == [None, None, None, 2]
     assert goals.void == 0  # never sent: there is nothing to count
+
+
+SENSING = LatentSpec("act_last" + SENSES, n_tokens=1, dim=8, model_id="m")
+STATE = np.array([0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 1.0, 0.08, 1.0], np.float32)
+
+
+class Sensing:
+    """System 2 that wants the robot's own state."""
+
+    spec = SENSING
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def encode(self, images: Any, instructions: Any, proprio: Any) -> Any:
+        self.told += proprio
+        return np.zeros((len(images), 1, 8), np.float32)
+
+    def close(self) -> None: ...
+
+
+def test_a_system_2_that_senses_is_told_the_robots_state_and_no_other_is() -> None:
+    channel = Channel()
+    goals = wire_goals(channel)
+    goals.begin(1, "lift it")
+    tick_of(goals, 0)
+    assert channel.sent[0].proprio is None
+    goals.expect(SENSING)
+    tick_of(goals, 1)
+    assert np.array_equal(channel.sent[1].proprio, STATE)
+    engine = Sensing()
+    lockstep = LockstepGoals(engine, "static", interval=2, latency=0)
+    lockstep.begin(1, "lift it")
+    for tick in range(3):
+        tick_of(lockstep, tick)
+    assert np.array_equal(engine.told, [STATE, STATE])
+    plain = LockstepGoals(PointEngine(), "static", interval=1, latency=0)
+    plain.begin(1, "reach 0 0 0.5")
+    assert tick_of(plain, 0) is not None  # which takes no third argument

@@ -20,6 +20,7 @@ from openhelix.runtime.core.paths import CONFIGS
 def test_defaults_are_valid_and_the_shipped_file_loads() -> None:
     assert load(None) == RunConfig()
     assert load(CONFIGS / "run.yaml").world.scene == "D"
+    assert load(CONFIGS / "helix.yaml").control.hz == 200.0
 
 
 def test_overrides_reach_nested_fields_with_yaml_types() -> None:

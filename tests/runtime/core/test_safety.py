@@ -446,6 +446,19 @@ def test_two_repeats_and_a_real_motion_make_a_camera_frozen():
     assert str(said[2]) == "camera frozen (static)"
 
 
+def test_fingertips_that_touch_nothing_are_no_frozen_camera():
+    dog = Watchdog(LIMITS, ("tactile",))
+    dog.arm(0)
+    for i, x in enumerate([0.0, 0.1, 0.2, 0.3]):
+        now = i * S // 30
+        dog.saw("proprioception", now, now)
+        dog.saw("latent", now, now)
+        dog.saw_frame("tactile", frame(now), tcp(x), now)
+        assert dog.check(now) is None
+    late = dog.check(now + round(2 * LIMITS.camera_max_age_s * S))
+    assert late is not None and late.source != "latent"  # silent it must not be
+
+
 def test_an_arm_that_stands_away_from_the_origin_has_not_moved():
     dog = watched()
     for i in range(9):
