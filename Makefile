@@ -52,7 +52,8 @@ run-sim: setup ## Run one five-task sequence: HZ2= STEPS= SEQ= SCENE= CLOCK=real
 
 # They start whole systems, one at a time. The others run two at a time with a thread each: with more
 # threads than cores, each waits for the other in busy loops, and all takes three times as long.
-ALONE = tests/integration tests/faults
+TOGETHER = tests/integration/test_docs_commands.py
+ALONE = $(filter-out $(TOGETHER),$(wildcard tests/integration/test_*.py)) tests/faults
 
 test: setup ## Run the tests (under 15 minutes on 2 cores).
 	@mkdir -p build && rm -f build/skipped.txt

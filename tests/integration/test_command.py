@@ -32,7 +32,7 @@ MEASURED = (
         (["world.scene=Q"], "'A', 'B', 'C' or 'D'"),
         (["--frobnicate"], "unknown option"),
         (["robot.name=panda"], "no robot 'panda'; valid: "),
-        (["world.cameras=[static, front]"], "'static' or 'gripper'"),
+        (["world.cameras=[static, front]"], "'static', 'gripper' or 'tactile'"),
         (["--config", "no/such.yaml"], "no file no/such.yaml"),
     ],
 )
