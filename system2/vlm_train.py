@@ -413,10 +413,13 @@ class VlmRun:
 
     def _held(self, name: str) -> Pictures | None:
         try:
-            records = read(self.config.data / name, self.config.measure_pictures)
+            records = read(self.config.data / name)
         except TalkError:
             return None
-        return Pictures(records, self.processor, self.config.max_gb)
+        # A shard is one scene: the first pictures of a folder would show none of the others.
+        mixed = np.random.default_rng(0).permutation(len(records))
+        chosen = [records[row] for row in mixed[: self.config.measure_pictures]]
+        return Pictures(chosen, self.processor, self.config.max_gb)
 
     # -- stages --------------------------------------------------------------------------
 
