@@ -3,7 +3,7 @@
 `PlainSentences` belongs to a base model that learned instructions (`vlm.tune.goals`): one of the
 plain sentences that its latents are pulled towards is "do nothing", said of what is not to be
 done, is not on the table, or means nothing. A latent nearest to it is refused. The judgement is
-the newest latent's, so it sees the picture.
+of that latent, so it sees the picture.
 
 `Understanding` is a small head for a language model that stays as it is.
 The latent says *what* is asked for; of "sing" or "do not open the drawer" it still says something,

@@ -232,7 +232,7 @@ class RpcClient:
         try:
             # IMMEDIATE: without a connection nothing is queued, so wait for one. It goes on
             # coming about after a time-out: on a slow way it takes longer than one call may.
-            self._wait(socket, zmq.POLLOUT, method, deadline_ns, timeout_s)
+            self._await_connection(socket, method, deadline_ns, timeout_s)
             pending = True
             socket.send_multipart([number, *request], zmq.NOBLOCK)
             while True:
@@ -248,11 +248,11 @@ class RpcClient:
             if pending:
                 self._drop()
 
-    def _wait(
-        self, socket: zmq.Socket[bytes], event: int, method: str, deadline_ns: int, timeout_s: float
+    def _await_connection(
+        self, socket: zmq.Socket[bytes], method: str, deadline_ns: int, timeout_s: float
     ) -> None:
         left_ms = -((time.monotonic_ns() - deadline_ns) // 1_000_000)
-        if left_ms <= 0 or not socket.poll(left_ms, event):
+        if left_ms <= 0 or not socket.poll(left_ms, zmq.POLLOUT):
             raise self._timeout(method, timeout_s)
 
     def _await_answer(
