@@ -30,7 +30,7 @@ from openhelix.benchmarks.calvin import goals
 from openhelix.benchmarks.calvin.appearance import Appearance
 from openhelix.benchmarks.calvin.cameras import SceneRenderer
 from openhelix.benchmarks.calvin.captions import StateMaker, facts_of
-from openhelix.benchmarks.calvin.scene import BLOCK_SIDE_M, Scene, get_scene
+from openhelix.benchmarks.calvin.scene import BLOCK_SIDE_M, Scene, get_scene, scene_names
 from openhelix.benchmarks.calvin.table_talk import COLOURS, KINDS, TableView, labels, talk
 from openhelix.system2.prompt import asked_of_robot
 from openhelix.system2.vlm_data import (
@@ -333,8 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make the three folders, or a small copy of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=12000, help="pictures to train on")
-    parser.add_argument("--scenes", default="A,B,C", help="to train on, by name (A,B,C)")
+    parser.add_argument("--train", type=int, default=24000, help="pictures to train on")
+    parser.add_argument("--scenes", default="ABC,R0-R116", help="to train on (ABC,R0-R116)")
     parser.add_argument("--held-out", type=int, default=1200)
     parser.add_argument("--scene-d", type=int, default=600)
     parser.add_argument("--small", type=Path, help="write a small copy of --out there instead")
@@ -350,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.info("%s: %d pictures", options.small, count)
         return 0
     try:
-        fill(options, plans(options.scenes.split(",")))
+        fill(options, plans(scene_names(options.scenes)))
     except ValueError as error:
         parser.error(str(error))
     return 0
