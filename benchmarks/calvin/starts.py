@@ -451,6 +451,41 @@ def begin(
     raise StartError(f"task: no start state for {task} in scene {env.scene.name} in {tries} tries")
 
 
+def lead_to(env: PlayTableEnv, task: str, rng: np.random.Generator, tries: int = 40) -> str:
+    """Put `env` into a random state for another task, after which `task` can be done; return it.
+
+    Where `begin` has an expert do the task before, somebody else may do it here, and ends it in
+    states of its own: a block that is held just above the table, one pushed past the drawer.
+
+    Raises:
+        UnknownTaskError: there is no such task.
+        StartError: none was found in `tries` draws.
+    """
+    family = get_task(task).family
+    for _ in range(tries):
+        before = _task_before(env.scene, rng, task) if family in ("place", "stack") else None
+        layout = layout_for(before or task, env.scene, rng)
+        if task == "place_in_drawer":
+            layout.drawer = DRAWER_TRAVEL_M
+        if not reset_to(env, layout, rng):
+            continue
+        possible = feasible(View(env.scene, env.get_info()))
+        if before is None:
+            possible = [t for t in possible if not _keeps_from(t, task)]
+            before = str(rng.choice(possible)) if possible else ""
+        if before in possible:
+            return before
+    raise StartError(f"task: nothing leads to {task} in scene {env.scene.name} in {tries} tries")
+
+
+def _keeps_from(before: str, task: str) -> bool:
+    """Whether `task` cannot follow `before`: done already, the hand is full, or it is undone."""
+    ends = get_task(before).family
+    # What the hand still touches counts as pushed nowhere, see `pushed_into`.
+    undone = get_task(task).family == "push_into" and (ends == "rotate" or before == "close_drawer")
+    return before == task or undone or ends in ("lift", "unstack")
+
+
 def _task_before(scene: Scene, rng: np.random.Generator, task: str) -> str:
     """A lift, after which a block is in the hand."""
     where = ["table", "table", "slider", "drawer"]

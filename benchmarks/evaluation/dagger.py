@@ -10,6 +10,9 @@ from there, the next keyposes, the steps left. The pair itself continues from wh
 for a share `beta` of the stretches, the expert does, as DAgger mixes its rounds), so that an
 attempt of 60 steps gives about eight labels.
 
+With `led=0.5`, half of the attempts begin where the pair itself has ended another task that leads
+there, as they do in a chain: a block held just above the table, or pushed past the drawer.
+
 The result is a collection like `openhelix collect`'s, in the same files and the same training
 frames: each attempt is one episode, its frames are the visited states. The same command resumes
 it, unit by unit. Overrides of a run's sections (`system1.policy...=`) choose the pair; `openhelix
@@ -24,7 +27,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -49,6 +52,8 @@ from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.experts import Expert
 from openhelix.benchmarks.calvin.phrases import choose, training
 from openhelix.benchmarks.calvin.scene import get_scene, is_held_out, scene_names
+from openhelix.benchmarks.calvin.spaces import State
+from openhelix.benchmarks.calvin.starts import StartError, lead_to
 from openhelix.benchmarks.calvin.units import Unit, unit_bytes
 from openhelix.benchmarks.evaluation.eval import load_config
 from openhelix.benchmarks.evaluation.measurement import AroundPolicy
@@ -87,6 +92,8 @@ class DaggerConfig(CollectConfig):
         every: environment steps between two labels.
         steps: environment steps an attempt.
         interval: System 2 refreshes every so many steps.
+        led: share of the attempts that begin where the student has ended a task before; those
+            for which it fails have no labels.
     """
 
     per_task: Count = 1
@@ -94,6 +101,7 @@ class DaggerConfig(CollectConfig):
     every: Annotated[int, Field(ge=4)] = 8
     steps: Count = 60
     interval: Count = 30
+    led: Share = 0.0
     student: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("scenes")
@@ -112,7 +120,8 @@ class DaggerConfig(CollectConfig):
     def identity(self) -> dict[str, Any]:
         """What must agree for a folder to be continued."""
         own = {key: getattr(self, key) for key in ("beta", "every", "steps", "interval", "student")}
-        return {**super().identity(), "format": "dagger", **own}
+        led = {"led": self.led} if self.led else {}
+        return {**super().identity(), "format": "dagger", **own, **led}
 
 
 class Labeller:
@@ -133,19 +142,48 @@ class Labeller:
         self.failed: Counter[str] = Counter()
         self.found: list[tuple[Demonstration, int]] = []
 
-    def begin(self, env: PlayTableEnv, task: str, rng: np.random.Generator) -> None:
-        """A new attempt at `task`, from the state of `env`."""
+    def begin(
+        self,
+        env: PlayTableEnv,
+        task: str,
+        rng: np.random.Generator,
+        told: Callable[[], str] | None = None,
+    ) -> None:
+        """A new attempt at `task`, from the state of `env`.
+
+        Args:
+            env: the student's world.
+            task: what is labelled.
+            rng: decides who drives.
+            told: what the student is doing; if that is another task, the attempt begins when it
+                comes to this one. None: it begins with it.
+        """
         self._env, self._task, self._rng = env, task, rng
-        self._start = self._now = env.get_info()
+        self._told, self.found = told, []
+        self._begun = False
+        if told is None:
+            self._set_out()
+
+    def _set_out(self) -> None:
+        self._begun = True
+        self._start = self._now = self._env.get_info()
         self._before: Mapping[str, Any] | None = None
         self._steps = self._due = 0
         self._driven: tuple[int, Demonstration] | None = None
-        self.found = []
 
     def step(self, _: object) -> None:
         """After every control tick."""
-        self._steps += 1
-        self._before, self._now = self._now, self._env.get_info()
+        if self._begun:
+            self._steps += 1
+            self._before, self._now = self._now, self._env.get_info()
+
+    def lead(self, task: str, rng: np.random.Generator) -> tuple[str, State]:
+        """Return another task, after which `task` can be done, and a state to begin it in.
+
+        Raises:
+            StartError: none was found.
+        """
+        return lead_to(self._copy, task, rng), self._copy.state()
 
     def close(self) -> None:
         """Release the copy of the world."""
@@ -153,6 +191,10 @@ class Labeller:
 
     def visit(self, chunk: ActionChunk) -> ActionChunk:
         """The student plans `chunk` here: label the state if due; return what is to be done."""
+        if not self._begun:
+            if self._told is None or self._told() != self._task:
+                return chunk
+            self._set_out()
         if self._steps >= self._due:
             self._due = self._steps + self.config.every
             drives = self._rng.uniform() < self.config.beta
@@ -210,9 +252,24 @@ class DaggerRunner(Runner):
             self._student = LabelledPolicy(self._policy)
             self._policy = cast(Policy, self._student)
 
-    def attempt(self, episode: Episode, conditions: Conditions, labeller: Labeller) -> str | None:
-        """Run one attempt; its labels are the labeller's. Returns what went wrong, if it did."""
+    def attempt(
+        self,
+        episode: Episode,
+        conditions: Conditions,
+        labeller: Labeller,
+        state: State | None = None,
+    ) -> str | None:
+        """Run one attempt; its labels are the labeller's. Returns what went wrong, if it did.
+
+        Args:
+            episode: one task, or two, of which the last is labelled.
+            conditions: how it is run.
+            labeller: labels it.
+            state: to begin in; None draws one for the first task.
+        """
         self._student.labeller = labeller
+        if state is not None:
+            self._starts.keep(episode, state)
         result = self.run(episode, conditions).result
         return str(result["error"]) if result["error"] else None
 
@@ -225,7 +282,12 @@ class DaggerRunner(Runner):
         labeller = self._student.labeller
         assert labeller is not None
         rng = np.random.default_rng([episode.seed, 1])
-        robot.prepare_world(lambda env: labeller.begin(env, episode.tasks[0], rng))
+        runner = stack.episode_runner
+
+        def told() -> str:
+            return runner.current.task if runner.current else ""
+
+        robot.prepare_world(lambda env: labeller.begin(env, episode.tasks[-1], rng, told))
         stack.loop.subscribers.append(labeller.step)
         return stack
 
@@ -241,8 +303,20 @@ def label_unit(config: DaggerConfig, scene: str, number: int, runner: DaggerRunn
             said = choose(training(), task, rng)
             seed = zlib.crc32(f"{config.seed} {key}".encode())
             draw_seed = (zlib.crc32(f"dagger {key}".encode()), config.seed)
-            episode = Episode(rollout, key, scene, (task,), (said,), seed, draw=draw_seed)
-            error = runner.attempt(episode, conditions, labeller)
+            tasks: tuple[str, ...] = (task,)
+            words: tuple[str, ...] = (said,)
+            state: State | None = None
+            ahead = np.random.default_rng([*draw_seed, 1])
+            if ahead.uniform() < config.led:
+                try:
+                    before, state = labeller.lead(task, ahead)
+                except StartError:
+                    unit.no_start[task] += 1
+                    continue
+                tasks = (before, task)
+                words = (choose(training(), before, ahead), said)
+            episode = Episode(rollout, key, scene, tasks, words, seed, draw=draw_seed)
+            error = runner.attempt(episode, conditions, labeller, state)
             if error is not None and error.startswith("StartError"):
                 unit.no_start[task] += 1
                 continue

@@ -79,10 +79,18 @@ class Starts:
         self._most = most
         self._kept: dict[tuple[Any, ...], tuple[State, tuple[Any, ...] | None]] = {}
 
+    def keep(self, episode: Episode, state: State) -> None:
+        """Have `episode` begin in a state that somebody else has found."""
+        self._kept[self._key(episode)] = (state, None)
+
+    @staticmethod
+    def _key(episode: Episode) -> tuple[Any, ...]:
+        reference = episode.groups.get("reference")
+        return (episode.scene, episode.draw, episode.tasks[0], reference, episode.changing)
+
     def __call__(self, env: Any, episode: Episode) -> Change | None:
         """As `draw_start`; the world goes on to the same bits."""
-        reference = episode.groups.get("reference")
-        key = (episode.scene, episode.draw, episode.tasks[0], reference, episode.changing)
+        key = self._key(episode)
         if key in self._kept:
             state, about = self._kept[key]
             env.restore(state)

@@ -20,7 +20,14 @@ from openhelix.benchmarks.calvin.starts import begin
 from openhelix.benchmarks.calvin.tasks import is_completed
 from openhelix.benchmarks.calvin.units import read_unit
 from openhelix.benchmarks.evaluation import dagger as module
-from openhelix.benchmarks.evaluation.dagger import DaggerConfig, chunk_of, dagger, main, parse
+from openhelix.benchmarks.evaluation.dagger import (
+    DaggerConfig,
+    Labeller,
+    chunk_of,
+    dagger,
+    main,
+    parse,
+)
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import ActionChunk
 from openhelix.system1.data import Cache
@@ -157,6 +164,44 @@ def test_a_labels_rest_is_a_chunk(made: tuple[Path, dict]) -> None:
     assert (chunk.t_start_ns, chunk.instruction_id, chunk.latent_seq) == (5, 3, 2)
     late = chunk_of(label, len(label.targets) + 9, like)
     np.testing.assert_allclose(late.poses, np.tile(label.targets[-1, :7], (16, 1)))
+
+
+@pytest.mark.parametrize(
+    "task", ["stack_block", "place_in_slider", "push_into_drawer", "unstack_block", "turn_on_led"]
+)
+def test_what_leads_to_a_task_can_be_done_and_leaves_the_task_to_be_done(
+    task: str, tmp_path: Path
+) -> None:
+    """The student's part is played by an expert; then the wanted task alone is labelled."""
+    labeller = Labeller(settings(tmp_path), "R2")
+    doing, labelled = {"task": ""}, 0
+    try:
+        with PlayTableEnv("R2", cameras=()) as env:
+            for seed in range(4):
+                rng = np.random.default_rng(seed)
+                doing["task"], state = labeller.lead(task, rng)
+                assert doing["task"] != task
+                env.restore(state)
+                labeller.begin(env, task, rng, lambda: doing["task"])
+                like = ActionChunk(5, 7, np.zeros((16, 7)), np.zeros(16), 3, 2, 4)
+                assert labeller.visit(like) is like and not labeller.found
+                expert = Expert(doing["task"], "R2", env.get_info())
+                if not perform(env, expert, tail=0).success:
+                    continue
+                labeller.step(None)
+                doing["task"] = task
+                labeller.visit(like)
+                labelled += len(labeller.found)
+                assert all(at == 0 and label.task == task for label, at in labeller.found)
+    finally:
+        labeller.close()
+    assert labelled >= 2
+
+
+def test_without_labels_where_the_student_does_not_get_there(tmp_path: Path) -> None:
+    config = settings(tmp_path / "led", led=1.0, frames=FramesConfig(every=0))
+    card = dagger(config, small_config())
+    assert card["labels"] == 0 and not card["tried"]
 
 
 @pytest.mark.parametrize(
