@@ -213,8 +213,10 @@ def kept_of(model: Model, stage: StageName, shape: Shape) -> float:
 def seconds_of(model: Model, stage: StageName, shape: Shape, samples: int) -> float:
     """Return how long some pictures take in a stage that was entered, there and back."""
     clock = Clock(model.device)
-    most = TIMED.get(model.device.type, 1e11) / (6 * max(1, shape.tokens) * count(model.layer))
-    few = samples if not shape.tokens else max(1, min(samples, int(most)))
+    # No more at once than takes a moment: a whole batch of a large tower fits no memory.
+    tower = count(model.learner.model.model.vision_tower) * shape.n_image
+    most = TIMED.get(model.device.type, 1e11) / (6 * (tower + shape.tokens * count(model.layer)))
+    few = max(1, min(samples, int(most)))
 
     def back(loss: Tensor) -> None:
         loss.backward()
