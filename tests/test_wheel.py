@@ -112,6 +112,7 @@ def test_the_wheel_holds_weights_configurations_and_licence(wheel) -> None:
         "openhelix/checkpoints/system2-laptop/language.safetensors",
         "openhelix/checkpoints/system2-laptop/latent.safetensors",
         "openhelix/checkpoints/system2-laptop/understanding.safetensors",
+        "openhelix/checkpoints/trigger.json",
         "openhelix/configs/run.yaml",
         "openhelix/py.typed",
         "openhelix/benchmarks/calvin/sequences.json",

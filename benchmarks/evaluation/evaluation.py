@@ -18,6 +18,7 @@ from openhelix.benchmarks.evaluation.realtime_pool import RealtimePool
 from openhelix.benchmarks.evaluation.results import ResultsError, Store, summarise
 from openhelix.benchmarks.evaluation.runner import Conditions, Film
 from openhelix.benchmarks.evaluation.suites import Suite, spread
+from openhelix.runtime.control.assembly import gate_file
 from openhelix.runtime.control.episodes import versions
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.clock import duration_text
@@ -94,7 +95,10 @@ def _asked(config: RunConfig) -> dict[str, Any]:
     if system2.trigger == "cadence":
         return {}
     names = ("trigger", "trigger_floor_s", "trigger_ceiling_s", "trigger_base_m")
-    return {name: getattr(system2, name) for name in names}
+    asked = {name: getattr(system2, name) for name in names}
+    if system2.trigger == "learned":
+        asked["trigger_sha256"] = hashlib.sha256(gate_file(config).read_bytes()).hexdigest()[:16]
+    return asked
 
 
 def evaluate(

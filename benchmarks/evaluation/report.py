@@ -102,7 +102,10 @@ def headline(report: Mapping[str, Any]) -> str:
         + (f", {counted(report['latency'], 'step')} late" if report["latency"] else ", at once")
     )
     if "trigger" in report:
-        cadence = "System 2 when somebody changes the scene"
+        cadence = {
+            "change": "System 2 when somebody changes the scene",
+            "learned": "System 2 when a gate expects another answer",
+        }[report["trigger"]]
     if report["system2"] is None:
         cadence = "no System 2"
     return (

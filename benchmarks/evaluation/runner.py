@@ -36,6 +36,7 @@ from openhelix.runtime.control.assembly import (
     ControlStack,
     build_stack,
     check_join,
+    check_trigger,
     make,
     make_policy,
     make_trigger,
@@ -164,6 +165,7 @@ class Runner:
                 self._untrained.append("system2")
             self._engine = EngineMeter(engine)
             check_latent(self._engine.spec, spec.latent)
+            check_trigger(self._config, self._engine.spec)
 
     def about(self) -> dict[str, Any]:
         """What is being evaluated, as plain data."""

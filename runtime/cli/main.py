@@ -20,7 +20,7 @@ from openhelix.runtime.core.paths import CHECKOUT
 # As a person meets them; the metadata of an installed package lists them by the alphabet.
 ORDER = (
     *("run", "say", "status", "view", "film", "record", "replay", "serve"),
-    *("collect", "data", "dagger", "train", "convert"),
+    *("collect", "data", "dagger", "train", "gate", "convert"),
     *("eval", "sweep", "compare", "experiment", "probe"),
     *("keys", "config", "completion", "calibrate", "doctor"),
 )

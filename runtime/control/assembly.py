@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from openhelix.runtime.control.episodes import EpisodeRunner
+from openhelix.runtime.control.gate import SHIPPED, Gate, LearnedTrigger
 from openhelix.runtime.control.goals import Goals, LockstepGoals, WireGoals
 from openhelix.runtime.control.loop import ControlLoop
 from openhelix.runtime.control.plans import (
@@ -134,11 +136,12 @@ def check_parts(config: RunConfig, robot: RobotSpec, policy: PolicySpec) -> None
             f"system2.camera: {config.system2.camera!r}, the robot has "
             f"{', '.join(sorted(names)) or 'none'}"
         )
-    if config.system2.trigger == "change":
+    trigger = config.system2.trigger
+    if trigger != "cadence":
         seen = next((c for c in robot.cameras if c.name == config.system2.camera), None)
         if seen is not None and not seen.depth:
             raise SpecMismatch(
-                f"system2.trigger: change needs depth, which camera {seen.name!r} does not give"
+                f"system2.trigger: {trigger} needs depth, which camera {seen.name!r} does not give"
             )
 
 
@@ -176,6 +179,9 @@ def build_stack(
     # A frame that is drawn when it is looked at is never stale, and looking would draw it.
     lively = not getattr(robot, "frames_on_demand", False)
     names = watched(config, spec) if lively else ()
+    trigger = getattr(goals, "trigger", None)
+    if isinstance(trigger, LearnedTrigger):
+        trigger.follow(chunks)
     loop = ControlLoop(
         robot=robot,
         goals=goals,
@@ -223,16 +229,37 @@ def wire_goals(config: RunConfig, requests: str, latents: str) -> WireGoals:
 
 
 def make_trigger(config: RunConfig) -> Trigger | None:
-    """Return what decides when System 2 is asked; None for its cadence."""
+    """Return what decides when System 2 is asked; None for its cadence.
+
+    Raises:
+        ConfigError: the gate that it names cannot be used.
+    """
     system2 = config.system2
     if system2.trigger == "cadence":
         return None
-    return ChangeTrigger(
+    when = (
         system2.camera,
         system2.trigger_floor_s,
         system2.trigger_ceiling_s,
         system2.trigger_base_m,
     )
+    if system2.trigger == "change":
+        return ChangeTrigger(*when)
+    file = gate_file(config)
+    return LearnedTrigger(*when, Gate.load(file), file)
+
+
+def check_trigger(config: RunConfig, given: LatentSpec) -> None:
+    """Raise SpecMismatch where what decides when to ask was fitted to another System 2."""
+    trigger = make_trigger(config)
+    if isinstance(trigger, LearnedTrigger):
+        trigger.expect(given)
+
+
+def gate_file(config: RunConfig) -> Path:
+    """Return where the gate of `system2.trigger=learned` is."""
+    named = config.system2.trigger_weights
+    return SHIPPED if named is None else named.expanduser()
 
 
 def remote_planner(config: RunConfig, plans: str, chunks: str) -> RemotePlanner:

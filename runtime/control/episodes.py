@@ -273,7 +273,7 @@ class EpisodeRunner:
         if self.steps + (self._holds if self._count_holds else 0) >= self._steps_limit:
             return "step limit"
         if self._holds >= self._hold_limit:
-            return f"held still too long: {self._loop.explained(tick.reason) or 'no latent'}"
+            return f"held still too long: {tick.reason or 'no latent'}"
         return ""
 
     def _result(self, assignment: Assignment, success: bool | None, reason: str) -> TaskResult:
@@ -532,7 +532,7 @@ class LoopStatistics:
     @property
     def reason(self) -> str:
         """Why the robot does not move, with what a person can do about it; empty if it does."""
-        return self._loop.explained(self._newest.reason) if self._newest else ""
+        return self._newest.reason if self._newest else ""
 
     @property
     def control_hz(self) -> float | None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from math import inf
 from typing import Final, Protocol
 
+from openhelix.runtime.control.gate import LearnedTrigger
 from openhelix.runtime.control.trigger import Cadence, Trigger
 from openhelix.runtime.core.interfaces import (
     F32,
@@ -79,9 +80,11 @@ class _Recent:
     Args:
         memory: how many to keep.
         max_age_s: the oldest image, in seconds, that a latent may be of when it arrives.
+        trigger: says when System 2 is asked; None: whenever the image is new enough.
     """
 
-    def __init__(self, memory: int, max_age_s: float) -> None:
+    def __init__(self, memory: int, max_age_s: float, trigger: Trigger | None) -> None:
+        self.trigger = trigger
         self._max_age_ns = max_age_s * 1e9
         self._stopped_ns: int | None = None  # when the robot was last stopped
         self.mistimed: Counter[str] = Counter()
@@ -99,7 +102,13 @@ class _Recent:
         self.senses = False  # whether System 2 is told the robot's own state
 
     def expect(self, spec: LatentSpec) -> None:
-        """Accept this model's latents alone: the one that was checked against the policy."""
+        """Accept this model's latents alone: the one that was checked against the policy.
+
+        Raises:
+            SpecMismatch: what decides when to ask was fitted to another model.
+        """
+        if isinstance(self.trigger, LearnedTrigger):
+            self.trigger.expect(spec)
         self._spec_id, self.senses = spec.spec_id, spec.senses
 
     def begin(self, instruction_id: int, instruction: str) -> None:
@@ -188,8 +197,7 @@ class WireGoals(_Recent):
         max_age_s: float,
         trigger: Trigger | None = None,
     ) -> None:
-        super().__init__(memory, max_age_s)
-        self._trigger = trigger
+        super().__init__(memory, max_age_s, trigger)
         self.sender, self.reader = sender, reader
         self._robot, self._camera = robot, camera
         self._min_interval_ns = min_interval_ns
@@ -203,13 +211,13 @@ class WireGoals(_Recent):
     def begin(self, instruction_id: int, instruction: str) -> None:
         super().begin(instruction_id, instruction)
         self._sent_ns = -self._min_interval_ns  # the next image goes out at once
-        if self._trigger is not None:
-            self._trigger.begin()
+        if self.trigger is not None:
+            self.trigger.begin()
 
     def forget(self, now_ns: int) -> None:
         super().forget(now_ns)
-        if self._trigger is not None:
-            self._trigger.begin()
+        if self.trigger is not None:
+            self.trigger.begin()
 
     def update(self, observation: Observation, now_ns: int) -> LatentGoal | None:
         frame = observation.frames.get(self._camera)
@@ -231,9 +239,9 @@ class WireGoals(_Recent):
         return latent if latent is not None and self.accept(latent, now_ns) else None
 
     def _is_due(self, frame: CameraFrame, observation: Observation) -> bool:
-        if self._trigger is not None:
+        if self.trigger is not None:
             # The same picture again shows nothing new, and must not be taken for one that does.
-            return frame.t_ns > self._sent_ns and self._trigger.due(observation)
+            return frame.t_ns > self._sent_ns and self.trigger.due(observation)
         return frame.t_ns - self._sent_ns >= self._min_interval_ns
 
     def close(self) -> None:
@@ -247,12 +255,10 @@ class LockstepGoals(_Recent):
     A latent is computed from the image of every `interval`-th tick after an instruction
     began, or when `trigger` says so, and arrives `latency` ticks later. An engine that raises, or whose latent is not finite
     or not of its spec, ends the run (`PartFailed`): no plan may be made from it.
-
-    Attributes:
-        trigger: says when System 2 is asked.
     """
 
     missed = 0
+    trigger: Trigger
 
     def __init__(
         self,
@@ -264,10 +270,10 @@ class LockstepGoals(_Recent):
         timer: Callable[[], float] = time.perf_counter,
         trigger: Trigger | None = None,
     ) -> None:
-        super().__init__(memory, inf)  # how old a latent gets is the schedule's to say
+        # How old a latent gets is the schedule's to say.
+        super().__init__(memory, inf, Cadence(interval) if trigger is None else trigger)
         self._engine, self._camera = engine, camera
         self._latency = latency
-        self.trigger: Trigger = Cadence(interval) if trigger is None else trigger
         self.expect(engine.spec)
         self._timer = timer
         self._tick = 0

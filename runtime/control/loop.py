@@ -103,9 +103,10 @@ class ControlLoop:
         newest = None if self.goals is None else self.goals.newest
         return None if newest is None or newest.understood >= 1.0 else newest.understood
 
-    def explained(self, reason: str) -> str:
-        """Return a tick's reason, and beside it what a person can do about it."""
-        late_s = self.chunks.late_s
+    @property
+    def reason(self) -> str:
+        """Why the robot does not move, with what a person can do about it; empty if it does."""
+        reason, late_s = self.safety.reason, self.chunks.late_s
         if late_s is None or reason != "plan too late":
             return reason
         return (
@@ -152,7 +153,7 @@ class ControlLoop:
             t_ns=now_ns,
             observation=observation,
             state=state,
-            reason=self.safety.reason,
+            reason=self.reason,
             sent=sent,
             new_latent=latent,
             new_chunk=chunk,

@@ -19,6 +19,15 @@ from openhelix.runtime.core.interfaces import F32, CameraFrame, Observation
 
 Mask = np.ndarray[tuple[int, int], np.dtype[np.bool_]]
 
+LOOK_S: Final = 0.09  # between two looks: every third tick at 30 Hz
+CELL_PX: Final = 4  # side of a cell of a picture 200 pixels high; others in proportion
+LEVEL: Final = 0.10  # of full scale, by which some colour of a cell must differ
+STILL: Final = 0.04  # a cell that differs less between two looks stands still
+HAND_M: Final = 0.10  # around the tool centre point: fingers and what they hold and push
+ARM_M: Final = 0.12  # from the upright plane through hand and base
+ABOVE_M: Final = 0.06  # the hand's points lie so far above its tool centre point
+BASE_M: Final = 0.25  # so near the base the arm is at any height
+
 
 class Trigger(Protocol):
     """Decides at every observation whether System 2 is asked."""
@@ -57,15 +66,6 @@ class ChangeTrigger:
         changes: how often a change was the reason for asking.
     """
 
-    LOOK_S: Final = 0.09  # between two looks: every third tick at 30 Hz
-    CELL_PX: Final = 4  # side of a cell of a picture 200 pixels high; others in proportion
-    LEVEL: Final = 0.10  # of full scale, by which some colour of a cell must differ
-    STILL: Final = 0.04  # a cell that differs less between two looks stands still
-    HAND_M: Final = 0.10  # around the tool centre point: fingers and what they hold and push
-    ARM_M: Final = 0.12  # from the upright plane through hand and base
-    ABOVE_M: Final = 0.06  # the hand's points lie so far above its tool centre point
-    BASE_M: Final = 0.25  # so near the base the arm is at any height
-
     def __init__(
         self,
         camera: str,
@@ -75,7 +75,7 @@ class ChangeTrigger:
     ) -> None:
         self._camera = camera
         self._floor_ns, self._ceiling_ns = round(floor_s * 1e9), round(ceiling_s * 1e9)
-        self._base = np.asarray(base_m)
+        self._base = base_m
         self._asked_ns: int | None = None
         self._looked_ns = 0
         self._known: F32 | None = None  # (h, w, 3); NaN where nothing is known
@@ -91,7 +91,7 @@ class ChangeTrigger:
         now_ns = observation.t_ns
         if self._asked_ns is None or now_ns - self._asked_ns >= self._ceiling_ns:
             return self._ask(observation)
-        if now_ns - self._looked_ns < self.LOOK_S * 1e9:
+        if now_ns - self._looked_ns < LOOK_S * 1e9:
             return False
         changed = self._look(observation)
         if changed and now_ns - self._asked_ns >= self._floor_ns:
@@ -111,19 +111,17 @@ class ChangeTrigger:
         if frame is None:
             return False
         self._looked_ns = observation.t_ns
-        step = max(1, round(self.CELL_PX * frame.rgb.shape[0] / 200))
-        seen = cells(frame.rgb, step)
-        robot = self._robot(frame, observation, step)
+        seen, robot = sight(frame, observation, self._base)
         if self._known is None or self._before is None or self._known.shape != seen.shape:
             self._known = np.where(robot[..., None], np.nan, seen)
             self._before, self._robot_before = seen, robot
             return False
-        still = np.abs(seen - self._before).max(-1) < self.STILL
+        still = np.abs(seen - self._before).max(-1) < STILL
         self._before = seen
         self._known[robot] = np.nan
         gap = np.abs(seen - self._known).max(-1)  # NaN where nothing is known
         unknown = np.isnan(gap)
-        changed = ~unknown & (gap > self.LEVEL)
+        changed = ~unknown & (gap > LEVEL)
         own = spread(robot | self._robot_before, changed)
         self._robot_before = robot
         self._known[own & changed] = np.nan
@@ -132,25 +130,38 @@ class ChangeTrigger:
         self._streak = self._streak + 1 if squares(changed & ~own & still).any() else 0
         return self._streak >= 2
 
-    def _robot(self, frame: CameraFrame, observation: Observation, step: int) -> Mask:
-        """Return the cells (h, w) that may show the robot."""
-        if frame.depth is None:
-            raise ValueError("system2.trigger: change: System 2's camera has no depth")
-        height, width = (side // step * step for side in frame.depth.shape)
-        middles = slice(step // 2, height, step), slice(step // 2, width, step)
-        points = frame.points(*middles)
-        hand = observation.tcp_pose[:3]
-        near = np.linalg.norm(points - hand, axis=-1) < self.HAND_M
-        along = self._base[:2] - hand[:2]
-        length = float(np.linalg.norm(along)) or 1.0
-        along = along / length
-        flat = points[..., :2] - hand[:2]
-        ahead = flat @ along
-        aside = np.abs(flat @ np.array((-along[1], along[0])))
-        behind = (ahead > -self.ABOVE_M) & (ahead < length + self.ARM_M) & (aside < self.ARM_M)
-        high = (points[..., 2] > hand[2] + self.ABOVE_M) | (ahead > length - self.BASE_M)
-        # A cell at its edge shows some of the robot, wherever the middle of the cell lies.
-        return wider(near | (behind & high) | ~np.isfinite(points[..., 0]))
+
+def sight(
+    frame: CameraFrame, observation: Observation, base_m: tuple[float, float, float]
+) -> tuple[F32, Mask]:
+    """Return a picture's `cells` (h, w, 3), and which of them (h, w) may show the robot.
+
+    Args:
+        frame: System 2's picture, with depth.
+        observation: where the hand is.
+        base_m: where the arm stands, in W.
+
+    Raises:
+        ValueError: the frame has no depth.
+    """
+    if frame.depth is None:
+        raise ValueError("system2.trigger: System 2's camera has no depth, which it needs")
+    step = max(1, round(CELL_PX * frame.rgb.shape[0] / 200))
+    height, width = (side // step * step for side in frame.depth.shape)
+    points = frame.points(slice(step // 2, height, step), slice(step // 2, width, step))
+    hand = observation.tcp_pose[:3]
+    near = np.linalg.norm(points - hand, axis=-1) < HAND_M
+    along = np.asarray(base_m)[:2] - hand[:2]
+    length = float(np.linalg.norm(along)) or 1.0
+    along = along / length
+    flat = points[..., :2] - hand[:2]
+    ahead = flat @ along
+    aside = np.abs(flat @ np.array((-along[1], along[0])))
+    behind = (ahead > -ABOVE_M) & (ahead < length + ARM_M) & (aside < ARM_M)
+    high = (points[..., 2] > hand[2] + ABOVE_M) | (ahead > length - BASE_M)
+    # A cell at its edge shows some of the robot, wherever the middle of the cell lies.
+    robot = wider(near | (behind & high) | ~np.isfinite(points[..., 0]))
+    return cells(frame.rgb, step), robot
 
 
 def cells(rgb: np.ndarray, step: int) -> F32:

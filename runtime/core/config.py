@@ -116,11 +116,13 @@ class System2Config(_Section):
     engine: EnginePart = EnginePart()
     hz: Rate = 1.0
     camera: str = "static"
-    # When a new latent is asked for: `hz` times per second, or when somebody changes the scene.
-    trigger: Literal["cadence", "change"] = "cadence"
-    trigger_floor_s: Positive = 0.2  # of "change": least time between two latents
-    trigger_ceiling_s: Positive = 10.0  # of "change": longest time between two latents
-    trigger_base_m: Vec3 = (-0.34, -0.46, 0.24)  # of "change": where the arm stands, in W
+    # When a new latent is asked for: `hz` times per second, when somebody changes the scene, or when
+    # a gate that was fitted to this System 2 expects another answer. The rest is of the latter two.
+    trigger: Literal["cadence", "change", "learned"] = "cadence"
+    trigger_floor_s: Positive = 0.2  # least time between two latents
+    trigger_ceiling_s: Positive = 10.0  # longest time between two latents
+    trigger_base_m: Vec3 = (-0.34, -0.46, 0.24)  # where the arm stands, in W
+    trigger_weights: Path | None = None  # of "learned": the gate; None takes the shipped one
     connect: str | None = None  # a System 2 that `openhelix serve` runs; None starts one
     connect_timeout_s: Positive = 60.0  # how long to wait for it to be up
     placement: Placement = Placement(cpus=0.5, threads=1, nice=10)
@@ -129,20 +131,22 @@ class System2Config(_Section):
     @property
     def shortest_s(self) -> float:
         """Least time between two latents."""
-        return self.trigger_floor_s if self.trigger == "change" else 1.0 / self.hz
+        return 1.0 / self.hz if self.trigger == "cadence" else self.trigger_floor_s
 
     @property
     def longest_s(self) -> float:
         """Longest time between two latents, as long as System 2 keeps up."""
-        return self.trigger_ceiling_s if self.trigger == "change" else 1.0 / self.hz
+        return 1.0 / self.hz if self.trigger == "cadence" else self.trigger_ceiling_s
 
     @model_validator(mode="after")
-    def _floor_below_ceiling(self) -> Self:
+    def _check_trigger(self) -> Self:
         if self.trigger_floor_s >= self.trigger_ceiling_s:
             raise ValueError(
                 f"trigger_floor_s: {self.trigger_floor_s:g}, must be less than "
                 f"trigger_ceiling_s={self.trigger_ceiling_s:g}"
             )
+        if self.trigger_weights is not None and self.trigger != "learned":
+            raise ValueError(f"trigger_weights: belongs to trigger=learned, not to {self.trigger}")
         return self
 
     @model_validator(mode="after")

@@ -34,7 +34,7 @@ from typing import Any, Final
 
 import psutil
 
-from openhelix.runtime.control.assembly import check_parts
+from openhelix.runtime.control.assembly import check_parts, make_trigger
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import (
     METRICS_PARTS,
@@ -362,6 +362,8 @@ def require_parts(config: RunConfig) -> None:
             check_parts(config, RobotSpec(cameras, ActionSpec(hz=config.control.hz)), spec)
     if config.system2.connect is None and (here or stays(config, "system2")):
         check_part("system2.engine", config.system2.engine)
+    if here or stays(config, "control"):
+        make_trigger(config)  # the gate that it names is there
 
 
 def with_free_ports(config: RunConfig) -> tuple[RunConfig, str]:

@@ -22,6 +22,7 @@ from openhelix.runtime.control.assembly import (
     ControlStack,
     build_stack,
     check_parts,
+    check_trigger,
     lockstep_goals,
     make,
     make_clock,
@@ -42,6 +43,7 @@ from openhelix.runtime.core.clock import Clock
 from openhelix.runtime.core.config import CommandFailed, RunConfig
 from openhelix.runtime.core.interfaces import (
     Engine,
+    LatentSpec,
     PartFailed,
     Policy,
     PolicySpec,
@@ -282,6 +284,7 @@ def run_realtime(
                     system2=SimpleNamespace(**graph.health("system2")),
                 )
                 spec = graph.latent_spec()
+                check_trigger(config, LatentSpec(**spec))
             stages.reach("all_ready")
             graph.ask("control", "start", timeout_s=30.0, latent_spec=spec)
             ready_s = time.monotonic() - started_s

@@ -82,6 +82,8 @@ def _systems(config: RunConfig) -> Iterator[str]:
         yield line.partition(" (")[0].partition(", ")[0]
     if config.system2.trigger == "change":
         yield "a latent when the scene changes"
+    elif config.system2.trigger == "learned":
+        yield "a latent when a gate expects another"
     elif config.control.clock == "lockstep":
         every = "step" if config.interval_steps == 1 else f"{config.interval_steps} steps"
         yield f"a latent every {every}"

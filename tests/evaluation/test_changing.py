@@ -28,8 +28,9 @@ from openhelix.runtime.core.config import ConfigError, System2Config
 from openhelix.runtime.core.interfaces import Observation
 from openhelix.runtime.robots.base import INSTEAD
 from openhelix.system1.policy import DiffusionPolicy
-from tests.evaluation.small import TaskReach, small_config
+from tests.evaluation.small import TaskReach, WordEngine, small_config
 from tests.fakes import PERIOD_NS
+from tests.runtime.control.test_gate import ELSEWHERE, gate_of
 from tests.runtime.control.test_goals import observation
 from tests.system1.test_policy import tiny
 
@@ -189,24 +190,28 @@ def test_what_was_missed_is_counted_by_kind() -> None:
     assert changes([]) == {}
 
 
-@pytest.mark.parametrize("trigger", ["change", "cadence"])
+@pytest.mark.parametrize("trigger", ["change", "learned", "cadence"])
 def test_when_system_2_was_asked_after_a_change_is_reported(trigger: str, tmp_path) -> None:
     suite = Suite("calvin-r", count=1, seed=3, changing=True, tasks=("turn_off_led",))
-    config = small_config(f"system2.trigger={trigger}")
+    gate_of(ELSEWHERE, -1.5, WordEngine().spec.spec_id).save(tmp_path / "gate.json")
+    weights = f"system2.trigger_weights={tmp_path / 'gate.json'}"
+    more = [weights] if trigger == "learned" else []
+    config = small_config(f"system2.trigger={trigger}", *more)
     pool = LocalPool(config)
     try:
         plan = Evaluation(suite, Conditions(steps_limit=90, interval=40), config)
-        report = evaluate(plan, pool, tmp_path)
+        report = evaluate(plan, pool, tmp_path / "results")
     finally:
         pool.close()
-    [row] = read_results(tmp_path)[0]["tasks"]
+    [row] = read_results(tmp_path / "results")[0]["tasks"]
     assert row["change"] == "led" and row["looked_steps"] <= row["reaction_steps"]
     came, text = report["work"]["changes"], to_markdown(report)
     assert came["by_kind"] == {"led": {"n": 1, "seen": 1}} and came["p90"] == row["looked_steps"]
     assert "| changes shown to System 2 | 1 of 1 (led 1 of 1) |" in text
-    if trigger == "change":
+    if trigger != "cadence":
         assert row["looked_steps"] <= 12 and row["alarms"] == report["work"]["alarms"] == 0
-        assert "System 2 when somebody changes the scene" in text
+        said = {"change": "somebody changes the scene", "learned": "a gate expects another answer"}
+        assert f"System 2 when {said[trigger]}" in text
         assert "| asked though nothing had changed, per task | 0.00 |" in text
     else:
         assert "alarms" not in row and "alarms" not in report["work"]

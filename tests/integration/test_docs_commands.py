@@ -75,7 +75,7 @@ RULES = (
         None,
         "weights of the reader's own",
     ),
-    Rule(r"openhelix run --config configs/run.yaml( system2.trigger=change)?$", LOCKSTEP),
+    Rule(r"openhelix run --config configs/run.yaml( system2.trigger=(change|learned))?$", LOCKSTEP),
     Rule(
         r"openhelix run .*--interactive",
         None,
@@ -131,6 +131,7 @@ RULES = (
     Rule(r"openhelix experiment --list", ""),
     Rule(r"openhelix experiment", None, "trains; tests/paper runs a session on stand-ins"),
     Rule(r"openhelix probe ", None, "a 7B checkpoint; tests/system2/test_probe.py has a tiny one"),
+    Rule(r"openhelix gate", None, "half an hour; tests/evaluation/test_gating.py fits one"),
     Rule(r"openhelix collect format=calvin", "jobs=1 per_task=1"),
     Rule(r"openhelix data ", "jobs=1"),
     Rule(r"openhelix convert ", None, "weights of the reader's own; tests/system1/test_convert.py"),

@@ -203,7 +203,9 @@ def test_in_lockstep_the_loop_has_the_world_s_rate(tmp_path, capsys) -> None:
             "system2.trigger_floor_s=20",
             "trigger_floor_s: 20, must be less than trigger_ceiling_s=10",
         ),
-        ("system2.trigger=learned", "system2.trigger"),
+        ("system2.trigger=learnt", "system2.trigger: input should be 'cadence', 'change' or 'le"),
+        ("system2.trigger_weights=gate.json", "trigger_weights: belongs to trigger=learned"),
+        ("system2.trigger_floor_s=0", "system2.trigger_floor_s: input should be greater than 0"),
         (
             "tasks.task=open_drawr",
             "tasks.task: 'open_drawr' is unknown; did you mean 'open_drawer'",

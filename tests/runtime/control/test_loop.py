@@ -425,12 +425,16 @@ def test_plans_that_come_after_their_end_are_told_with_what_to_do() -> None:
     policy = slow(20)
     planner = SyncPlanner(policy, 4 * 33_333_333, delay_ns=24 * 33_333_333)
     stack = make("control.hold_limit_s=3", policy=policy, planner=planner)
+    said: list[str] = []  # what whoever looks on is told, as `openhelix status` shows it
+    stack.loop.subscribers.append(lambda tick: said.append(tick.reason))
     (result,) = stack.episode_runner.run([TASKS[1]], lambda: False)
     assert result.env_steps == 0
-    assert result.reason == (
-        "held still too long: plan too late: the newest plan came 0.13 s after its own end; the "
-        "policy needs a longer horizon, or less time for a plan"
+    assert said[0] == "first plan due"
+    assert said[-1] == (
+        "plan too late: the newest plan came 0.13 s after its own end; the policy needs a longer "
+        "horizon, or less time for a plan"
     )
+    assert result.reason == f"held still too long: {said[-1]}"
     assert stack.loop.chunks.counters.chunks_late > 0
 
 

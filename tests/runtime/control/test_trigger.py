@@ -109,9 +109,7 @@ def test_a_camera_without_depth_is_refused() -> None:
     flat = seen(0)
     frame = flat.frames["static"]
     frames = {"static": CameraFrame(0, frame.rgb, None, K, DOWN)}
-    with pytest.raises(
-        ValueError, match=r"system2\.trigger: change: System 2's camera has no depth"
-    ):
+    with pytest.raises(ValueError, match=r"system2\.trigger: System 2's camera has no depth"):
         trigger().due(Observation(0, frames, flat.tcp_pose, 0.08, True, np.zeros(7)))
 
 
