@@ -35,7 +35,7 @@ from openhelix.runtime.core.files import (
 )
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system2.latents import LATENT_DIM, digest
-from openhelix.system2.model import Checkpoint, load_llava, load_tokenizer, open_checkpoint
+from openhelix.system2.model import BUILTIN, Checkpoint, load_llava, load_tokenizer, open_checkpoint
 from openhelix.system2.prompt import BadInstruction, clean_instruction
 
 KIND = "text"  # how the `kind` of such a latent begins
@@ -110,11 +110,12 @@ class TextCode:
     def _tensors(self) -> dict[str, Tensor]:
         return {"mean": self.mean, "spread": self.spread, "basis": self.basis}
 
-    def save(self, path: Path) -> None:
-        """Write the code, first under another name."""
+    def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write the code, first under another name; in half precision it is another code."""
         about = {"layers": list(self.layers), "words": self.words, "model": self.model}
         read = {} if self.reading is None else {"reading": self.reading.contiguous()}
-        save_tensors(path, self._tensors() | read, {"text": json.dumps(about)})
+        tensors = {k: v.to(dtype) for k, v in (self._tensors() | read).items()}
+        save_tensors(path, tensors, {"text": json.dumps(about)})
 
     @staticmethod
     def load(path: Path | str) -> TextCode:
@@ -138,7 +139,8 @@ class TextCode:
                 or (reading is not None and reading.shape[1:] != tensors["basis"].shape[:1])
             ):
                 raise TextError(f"{path}: its tensors and its account do not fit each other")
-        return TextCode(about.layers, about.words, about.model, **tensors)
+        single = {name: tensor.float() for name, tensor in tensors.items()}  # some are kept in half
+        return TextCode(about.layers, about.words, about.model, **single)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +263,20 @@ class TextReader:
                 tokens = code(torch.cat((states.mean(0, keepdim=True), states[: code.words])))
                 found.append(pad(tokens, (0, 0, 0, 1 + code.words - len(tokens))))
         return torch.stack(found)
+
+
+def builtin_of(code: TextCode) -> str:
+    """Return which of the project's own models a code was fitted to.
+
+    Raises:
+        TextError: to neither.
+    """
+    for name in reversed(BUILTIN):  # most are fitted to the model as its package delivers it
+        if open_checkpoint(name).model_id == code.model:
+            return name
+    raise TextError(
+        f"text: the code is for {code.model}, which is none of {', '.join(BUILTIN)}; name its model"
+    )
 
 
 def fitted_code(

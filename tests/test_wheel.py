@@ -113,6 +113,7 @@ def test_the_wheel_holds_weights_configurations_and_licence(wheel) -> None:
         "openhelix/checkpoints/system2-laptop/latent.safetensors",
         "openhelix/checkpoints/system2-laptop/understanding.safetensors",
         "openhelix/checkpoints/trigger.json",
+        "openhelix/checkpoints/text-laptop/text.safetensors",
         "openhelix/configs/run.yaml",
         "openhelix/py.typed",
         "openhelix/benchmarks/calvin/sequences.json",

@@ -280,9 +280,9 @@ def summarise(suite: Suite, results: Sequence[Result]) -> dict[str, Any]:
     `success_rate` and `n_episodes`, or `avg_len`, `success_in_a_row` and `n_sequences`, each
     with `ci95`; `per_task` (of chains: of the attempts at it), `per_scene` and the groups.
     """
-    found = _chains(results) if suite.is_chain else _rates(results)
+    found = chains(results) if suite.is_chain else rates(results)
     found["per_task"] = _per_task(results)
-    score = _chains if suite.is_chain else _rates
+    score = chains if suite.is_chain else rates
     found["per_scene"] = _grouped(results, lambda r: r["scene"], score)
     for group in sorted({name for r in results for name in r["groups"]}):
         found[f"per_{group}"] = _grouped(results, _place_in(group), score)
@@ -299,11 +299,13 @@ def _place_in(group: str) -> Callable[[Result], str]:
     return lambda result: str(result["groups"][group])
 
 
-def _rates(results: Sequence[Result]) -> dict[str, Any]:
+def rates(results: Sequence[Result]) -> dict[str, Any]:
+    """Return the score of episodes of single tasks, with its interval by start."""
     return rate([r["success"] for r in results], [start_of(r) for r in results])
 
 
-def _chains(results: Sequence[Result]) -> dict[str, Any]:
+def chains(results: Sequence[Result]) -> dict[str, Any]:
+    """Return the score of chains, with its intervals by start."""
     lengths, starts = [int(r["in_a_row"]) for r in results], [start_of(r) for r in results]
     reached = [rate([n > k for n in lengths], starts) for k in range(LENGTH)]
     interval = list(chain_interval(lengths, LENGTH, starts)) if lengths else None

@@ -263,6 +263,7 @@ class Scale(_Section):
         episodes_per_task: of calvin-d, for each task and motion.
         max_steps: cuts every row's step limit; None leaves it.
         threads: of torch, for each worker of an evaluation.
+        videos: episodes of each evaluation that are filmed; none of them is another for it.
         train: overrides of `openhelix train`, for every training.
         train_regime: further ones for a regime.
         run: overrides of the runs that are measured.
@@ -276,6 +277,7 @@ class Scale(_Section):
     episodes_per_task: Count
     max_steps: Count | None = None
     threads: Count = 1
+    videos: Annotated[int, Field(ge=0)] = 8
     train: dict[str, Any] = {}
     train_regime: dict[str, dict[str, Any]] = {}
     run: tuple[str, ...] = ()
@@ -353,6 +355,11 @@ NAMES = (
     *("figure4", "figure5"),
     *(f"axis_{name}" for name in AXES_OF_A2),
 )
+# `all`: what the findings need first, and what shares trainings together; the zoo last.
+ORDER = (
+    *("table2", "table3", "table5", "table6", "table4", "table1", "figure4", "table9"),
+    *("table7", "figure5", *(f"axis_{name}" for name in AXES_OF_A2), "table8"),
+)
 BESIDE = ("variants", "scales")
 FINDINGS = {
     1: "A dual system is needed: pseudo dual systems fail in dynamic scenes.",
@@ -380,6 +387,10 @@ class Catalogue:
         if name not in self.experiments:
             raise ConfigError(f"no experiment {name!r}; {plugins.nearest(name, self.experiments)}")
         return self.experiments[name]
+
+    def in_order(self) -> list[str]:
+        """Return the names of all experiments in the order in which `all` works through them."""
+        return sorted(self.experiments, key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER))
 
     def scale(self, name: str) -> Scale:
         """Return a scale.

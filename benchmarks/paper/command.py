@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +26,13 @@ from pydantic import Field
 from openhelix.benchmarks.evaluation.evaluation import Console
 from openhelix.benchmarks.paper import overview, tables
 from openhelix.benchmarks.paper.catalogue import Catalogue, Experiment, catalogue
-from openhelix.benchmarks.paper.costs import todo, told
+from openhelix.benchmarks.paper.costs import by_experiment, left, told
+from openhelix.benchmarks.paper.episodes import check, write_episodes
 from openhelix.benchmarks.paper.leaderboard import named_folders, write_leaderboard
 from openhelix.benchmarks.paper.other_kinds import Probes, zoo_outcome
-from openhelix.benchmarks.paper.session import OutOfTime, Request, Session
+from openhelix.benchmarks.paper.session import EVALUATIONS, Request, Session
 from openhelix.benchmarks.paper.train_command import TrainCommand, changed, check_options, data_id
-from openhelix.benchmarks.paper.trainings import Trainer, Trainings
+from openhelix.benchmarks.paper.trainings import OutOfTime, Trainer, Trainings
 from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.runtime.cli.arguments import Options, Positional, Words, option, parse
 from openhelix.runtime.core.config import CommandFailed, ConfigError, Count, RunConfig
@@ -58,6 +60,9 @@ def main(argv: Sequence[str]) -> int:
     if options.list_:
         answer(listing(known))
         return 0
+    if options.recompute:
+        answer("\n".join(recompute(options, known)))
+        return 0
     session = make_session(options, overrides, known)
     console = Console("experiment")
     own = named_folders(options.systems)
@@ -65,12 +70,18 @@ def main(argv: Sequence[str]) -> int:
     _refuse_mixture(session, folder)
     console.say(f"work in {session.request.root}, results in {folder}")
     if not options.report:
-        console.say(told(todo(session)))
+        parts = left(session)
+        console.say(told([item for part in parts for item in part.items]))
         if options.estimate:
+            answer(by_experiment(parts) + "\n")
             return 0
+        if options.idle:
+            _give_way()
         _run(session, folder, console, options.no_training)
     outcomes = write_all(session, folder)
-    board = write_leaderboard(folder, known_outcomes(session, folder), own)
+    board = write_leaderboard(
+        folder, known_outcomes(session, folder), own, session.request.root / EVALUATIONS
+    )
     if board is not None:
         console.say(f"leaderboard in {board}")
     if options.as_json:
@@ -81,6 +92,14 @@ def main(argv: Sequence[str]) -> int:
     if session.failed:
         raise CommandFailed(f"{len(session.failed)} trainings failed: {'; '.join(session.failed)}")
     return 0
+
+
+def _give_way() -> None:
+    """Take no processor time, nor do any children, that another process asks for."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except (AttributeError, OSError):  # not Linux, or not allowed
+        os.nice(19)
 
 
 def _run(session: Session, folder: Path, console: Console, no_training: bool) -> None:
@@ -111,10 +130,12 @@ class ExperimentOptions(Options):
     workers: Count = option(1, "processes of an evaluation (1)", "N")
     seed: Annotated[int, Field(ge=0)] = option(0, "of everything (0)", "N")
     hours: Annotated[float, Field(gt=0)] | None = option(
-        None, "start nothing new after H hours", "H"
+        None, "stop after H hours; the same command goes on", "H"
     )
-    estimate: bool = option(False, "only estimate the duration")
+    idle: bool = option(False, "use only processor time that nothing else asks for")
+    estimate: bool = option(False, "only estimate what is left, by experiment")
     report: bool = option(False, "only write the reports")
+    recompute: bool = option(False, "recompute the pages' figures from the episodes beside them")
     no_training: bool = option(False, "measure what is trained, train nothing")
     systems: Words = option((), "evaluations of one's own for the leaderboard", "NAME=DIR,...")
     trainer: str | None = option(None, "used instead of `openhelix train`", "MODULE:CLASS")
@@ -137,17 +158,16 @@ def make_session(options: ExperimentOptions, overrides: Sequence[str], known: Ca
     Raises:
         ConfigError: in one line, the option and what is valid.
     """
-    names = list(known.experiments) if options.names == ("all",) else list(options.names)
-    if not names:
-        raise ConfigError(f"NAME: say all, or one of {', '.join(known.experiments)}")
-    for name in names:
-        known.experiment(name)
+    names = asked(options, known)
     known.scale(options.scale)
     train, run = changed(overrides)
     check_options(train)
     root = (options.root or cache_folder() / "experiments" / options.scale).resolve()
     data, frames, refusal = _data(options)
-    trainer: Trainer = resolve(options.trainer)() if options.trainer else TrainCommand(data, root)
+    until_s = None if options.hours is None else time.monotonic() + 3600 * options.hours
+    trainer: Trainer = (
+        resolve(options.trainer)() if options.trainer else TrainCommand(data, root, until_s=until_s)
+    )
     request = Request(
         known,
         names,
@@ -158,7 +178,7 @@ def make_session(options: ExperimentOptions, overrides: Sequence[str], known: Ca
         train,
         tuple(run),
         options.workers,
-        None if options.hours is None else time.monotonic() + 3600 * options.hours,
+        until_s,
         None if options.data is None else str(options.data),
     )
     session = Session(request, Trainings(root / "trainings", trainer), Console("experiment"))
@@ -229,10 +249,38 @@ def write_all(session: Session, folder: Path) -> list[dict[str, Any]]:
         outcome = outcome_of(session, experiment)
         outcomes.append(outcome)
         drawn = Probes(session, experiment).pictures() if experiment.kind == "probe" else None
-        tables.write(outcome, folder, drawn)
+        if tables.write(outcome, folder, drawn):
+            write_episodes(session, experiment, folder)
     names = list(session.request.catalogue.experiments)
     overview.write_overview(folder, names)
     return outcomes
+
+
+def recompute(options: ExperimentOptions, known: Catalogue) -> list[str]:
+    """Recompute pages from the episodes beside them; return a line for each.
+
+    Raises:
+        ConfigError: a figure differs, or a file cannot be read.
+    """
+    folder = options.out or RESULTS
+    return [
+        check(known.experiment(name), tables.read(folder, name), folder)
+        for name in asked(options, known)
+    ]
+
+
+def asked(options: ExperimentOptions, known: Catalogue) -> list[str]:
+    """Return the experiments that are asked for, in the order in which they are worked through.
+
+    Raises:
+        ConfigError: none is, or there is none of that name.
+    """
+    names = known.in_order() if options.names == ("all",) else list(options.names)
+    if not names:
+        raise ConfigError(f"NAME: say all, or one of {', '.join(known.experiments)}")
+    for name in names:
+        known.experiment(name)
+    return names
 
 
 def known_outcomes(session: Session, folder: Path) -> list[tables.Outcome]:

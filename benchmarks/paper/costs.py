@@ -24,12 +24,14 @@ from openhelix.benchmarks.paper.session import Session
 from openhelix.benchmarks.paper.trainings import Training
 from openhelix.benchmarks.training.config import TrainingConfig
 from openhelix.runtime.core.config import RunConfig
+from openhelix.system2.train import CACHEABLE, CHANGES
 
 COSTS = Path(__file__).with_name("costs.json")
 MEASURED = {
     *(f"{kind}_sample_s" for kind in ("policy", "prefix", "states", "live")),
     *("prefix_frame_s", "states_frame_s", "open_s", "thread_gain"),
 }
+AGAIN = " again"
 FRAMES_AN_EPISODE = 8.0  # of those that are drawn
 
 
@@ -98,9 +100,13 @@ class Work:
         return samples * self.sample_s(kind)
 
     def sample_s(self, kind: str) -> float:
-        """Return what a sample of a kind costs; "again" makes a frozen model's state each time."""
-        if kind == "again":
-            return self._found["states_sample_s"] + self._found["states_frame_s"]
+        """Return what a sample of a kind costs.
+
+        "states again" and "prefix again" make what a frozen model says of it each time.
+        """
+        if kind.endswith(AGAIN):
+            kept = kind.removesuffix(AGAIN)
+            return self._found[f"{kept}_sample_s"] + self._found[f"{kept}_frame_s"]
         return self._found[f"{kind}_sample_s"]
 
     def kinds(self) -> dict[str, str]:
@@ -110,8 +116,10 @@ class Work:
         first = "prefix" if learns_act and feed != "states" else "states"
         second = "prefix" if feed == "prefix" else "states"
         if feed == "live":
-            first = second = "again" if regime == "frozen" else "live"
-        elif regime in ("lora", "full", "vocabulary"):
+            cached = self.of("latent.kind") in CACHEABLE and not self.of("latent.proprio")
+            first = "prefix" + AGAIN if cached else "live"
+            first = second = "states" + AGAIN if regime == "frozen" else first
+        if regime in CHANGES:
             second = "live"
         stages = {"stage1": first, "stage2": second}
         return {stage: kind for stage, kind in stages.items() if self.of(f"{stage}.steps")}
@@ -161,27 +169,76 @@ def correction(session: Session, measures: Sequence[Measure]) -> float:
     return statistics.median(ratios) if ratios else 1.0
 
 
+@dataclass(frozen=True)
+class Left:
+    """What an experiment needs that no earlier one of the session does.
+
+    Attributes:
+        name: the experiment's.
+        trainings, evaluations: finished, and in all; shared ones too.
+        items: still to be done, in order; what an earlier experiment does is not among them.
+    """
+
+    name: str
+    trainings: tuple[int, int]
+    evaluations: tuple[int, int]
+    items: tuple[Item, ...]
+
+
+def left(session: Session) -> list[Left]:
+    """Return what is still to be done, by experiment, in order; shared work counts once."""
+    every = list({m.key: m for m in map(session.measure, session.rows())}.values())
+    factor = correction(session, every)
+    seen: set[str] = set()
+    found = []
+    for experiment in session.request.experiments:
+        trainings = session.needs(experiment)
+        rows = [row for row in experiment.rows if row.variant]
+        measures = list({m.key: m for m in map(session.measure, rows)}.values())
+        untrained = [t for t in trainings if session.trainings.done(t) is None]
+        unmeasured = [m for m in measures if session.report(m) is None]
+        items = [Item(t.key, session.trainings.seconds(t)) for t in untrained if t.key not in seen]
+        items += [_evaluation(session, m, factor) for m in unmeasured if m.key not in seen]
+        seen |= {item.what for item in items}
+        found.append(
+            Left(
+                experiment.name,
+                (len(trainings) - len(untrained), len(trainings)),
+                (len(measures) - len(unmeasured), len(measures)),
+                tuple(items),
+            )
+        )
+    return found
+
+
 def todo(session: Session) -> list[Item]:
-    """Return what is still to be done, in order."""
-    items = [
-        Item(t.key, session.trainings.seconds(t))
-        for t in session.wanted()
-        if session.trainings.done(t) is None
-    ]
-    measures = list({m.key: m for m in map(session.measure, session.rows())}.values())
-    factor = correction(session, measures)
-    for measure in measures:
-        if session.report(measure) is None:
-            step = step_s(measure, session.request.workers)
-            if step is None:
-                items.append(Item(measure.key, None, 0.0))
-                continue
-            each, load = factor * step, float(costs()["evaluation"]["start_s"])
-            most = measure.steps_at_most() * each
-            tasks = 5 if measure.suite.is_chain else 1
-            expected = most * tasks_expected(measure) / tasks
-            items.append(Item(measure.key, load + expected, load + most))
-    return items
+    """Return what is still to be done, in order, each once."""
+    return [item for part in left(session) for item in part.items]
+
+
+def _evaluation(session: Session, measure: Measure, factor: float) -> Item:
+    """Return an evaluation's episodes that are still to be done, at `factor` times the costs."""
+    step = step_s(measure, session.request.workers)
+    if step is None:
+        return Item(measure.key, None, 0.0)
+    share = 1.0 - len(session.results(measure)) / len(measure.suite.episodes())
+    load = float(costs()["evaluation"]["start_s"])
+    most = measure.steps_at_most() * factor * step * share
+    tasks = 5 if measure.suite.is_chain else 1
+    return Item(measure.key, load + most * tasks_expected(measure) / tasks, load + most)
+
+
+def by_experiment(parts: Sequence[Left]) -> str:
+    """Return the estimate in words, a line an experiment."""
+    lines = []
+    for part in parts:
+        done = [f"{d} of {n} {what}" for (d, n), what in _counts(part)]
+        lines.append(f"{part.name}: {' and '.join(done)} done, {_sum(part.items)} left")
+    return "\n".join(lines)
+
+
+def _counts(part: Left) -> list[tuple[tuple[int, int], str]]:
+    return [(part.trainings, "trainings"), (part.evaluations, "evaluations")]
 
 
 def told(items: Sequence[Item]) -> str:

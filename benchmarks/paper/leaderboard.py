@@ -1,31 +1,45 @@
 """The leaderboard: every system that has been scored, on every suite, in one sortable page.
 
 It is made of the results of the experiments, as far as they are by today's rules, and of evaluations
-of one's own (`openhelix eval`), which have the same format. The page needs nothing from elsewhere.
+of one's own (`openhelix eval`), which have the same format. The page needs nothing from elsewhere but
+the films that it links to, which lie beside it: of each evaluation one success and one failure, as
+far as some were filmed, small.
 """
 
 from __future__ import annotations
 
+import hashlib
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openhelix.benchmarks.evaluation.report import interval, markdown_table, page, percent
-from openhelix.benchmarks.evaluation.results import REPORT, read_run
+from openhelix.benchmarks.evaluation.report import (
+    film_of,
+    interval,
+    markdown_table,
+    page,
+    percent,
+    succeeded,
+)
+from openhelix.benchmarks.evaluation.results import REPORT, VIDEOS, read_results, read_run
 from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.benchmarks.paper.measures import score_of
 from openhelix.benchmarks.paper.tables import Outcome, outdated
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import read_json, replace_file
+from openhelix.runtime.observe.film import Mp4
 
 PAGE, TEXT = "leaderboard.html", "leaderboard.md"
 HEADER = (
-    *("system", "suite", "score", "95 % interval", "starts", "trials", "clock", "steps a task"),
-    *("System 2 every", "late", "held still", "ms a plan", "ms a latent", "latents a task"),
-    *("weights", "from"),
+    *("system", "suite", "score", "95 % interval", "films", "starts", "trials", "clock"),
+    *("steps a task", "System 2 every", "late", "held still", "ms a plan", "ms a latent"),
+    *("latents a task", "weights", "from"),
 )
-WORDS = frozenset({0, 1, 3, 6, 14, 15})  # columns that are sorted as text
+WORDS = frozenset({0, 1, 3, 4, 7, 15, 16})  # columns that are sorted as text
+AT = HEADER.index("films")
+FILMS = "films"
+FILM_SIZE, FILM_EVERY, FILM_CRF = (384, 216), 3, 30  # of films with 30 pictures per second
 HOW = (
     "Scores of chains are tasks in a row, of 5; of all else, successes in percent. The unit is the "
     "start. Click a column to sort by it. Scores compare within a suite, on one clock, at one step "
@@ -35,7 +49,10 @@ STYLE = """<style>
 body { max-width: 96rem; } th { cursor: pointer; white-space: nowrap; }
 th[aria-sort=ascending]::after { content: " ↑"; } th[aria-sort=descending]::after { content: " ↓"; }
 table { display: block; overflow-x: auto; } td:nth-child(2) { text-align: left; }
-label { margin-right: 1rem; }
+td { white-space: nowrap; }
+label { margin-right: 1rem; } td a { margin-right: 0.4rem; }
+dialog { border: none; padding: 0.6rem; } dialog video { display: block; width: min(48rem, 90vw); }
+dialog p { margin: 0 0 0.4rem; } dialog::backdrop { background: #0009; }
 </style>"""
 SCRIPT = """
 const table = document.querySelector("table"), body = table.tBodies[0];
@@ -60,13 +77,25 @@ heads.forEach((head, i) => head.addEventListener("click", () =>
 suite.addEventListener("input", () => {
   for (const row of body.rows) row.hidden = !!suite.value && row.cells[1].textContent !== suite.value;
 });
+const player = document.querySelector("dialog");
+body.addEventListener("click", (event) => {
+  const link = event.target.closest("a.film");
+  if (!link) return;
+  event.preventDefault();
+  player.querySelector("p").textContent = link.title;
+  player.querySelector("video").src = link.getAttribute("href");
+  player.showModal();
+});
+player.addEventListener("click", () => player.close());
+player.addEventListener("close", () => player.querySelector("video").pause());
 sort(2, true);
 """
 Entry = Mapping[str, Any]
+Films = Mapping[str, Mapping[str, str]]
 
 
 def entries(outcomes: Iterable[Outcome], own: Mapping[str, Path]) -> list[Entry]:
-    """Return one entry for each evaluation: `system`, `source`, `name` of its weights, `score`.
+    """Return one entry for each evaluation: `system`, `source`, `score` and its `key`.
 
     Args:
         outcomes: of experiments; what was measured by older rules is left out.
@@ -81,15 +110,17 @@ def entries(outcomes: Iterable[Outcome], own: Mapping[str, Path]) -> list[Entry]
             continue
         for row in outcome["rows"]:
             if row["score"] is not None:
+                key = str(row["evaluation"])
                 entry = {"system": row["name"], "source": outcome["name"], "score": row["score"]}
-                found.setdefault(str(row["evaluation"]), entry)
+                found.setdefault(key, {**entry, "key": key})
     for name, folder in own.items():
         read_run(folder)  # refuses what is no evaluation, or one of another format
         report = folder / REPORT
         if not report.is_file():
             raise ConfigError(f"--systems: {name}: {folder} is not finished: no {REPORT}")
         score = score_of(read_json(report))
-        found[f"{name} {folder}"] = {"system": name, "source": str(folder), "score": score}
+        key = f"own-{hashlib.sha256(f'{name} {folder}'.encode()).hexdigest()[:12]}"
+        found[key] = {"system": name, "source": str(folder), "score": score, "key": key}
     return sorted(found.values(), key=lambda e: (e["score"]["suite"], -_value(e["score"])))
 
 
@@ -98,7 +129,7 @@ def _value(score: Outcome) -> float:
 
 
 def cells(entry: Entry) -> list[str]:
-    """Return an entry as the cells of a line."""
+    """Return an entry as the cells of a line, but for the films."""
     score = entry["score"]
     chain = score["suite"] in CHAINS
     trials = score["n_sequences"] if chain else score["n_episodes"]
@@ -118,8 +149,66 @@ def _ms(seconds: float | None) -> str:
     return "" if seconds is None else f"{1e3 * seconds:.0f}"
 
 
-def to_html(found: Sequence[Entry]) -> str:
-    """Return the page."""
+def films_of(found: Sequence[Entry], folder: Path, places: Mapping[str, Path]) -> Films:
+    """Return the films of entries by key and what they show, relative to a folder of results.
+
+    What was filmed is made small and put there; films that are there already stay.
+
+    Args:
+        found: the entries.
+        folder: of the page.
+        places: folders of evaluations by key, as far as they are on this machine.
+    """
+    made: dict[str, dict[str, str]] = {}
+    for key in (entry["key"] for entry in found):
+        filmed = {} if key not in places else _filmed(places[key])
+        for what in ("success", "failure"):
+            name = f"{FILMS}/{key}-{what}.mp4"
+            if what in filmed and not (folder / name).is_file():
+                (folder / FILMS).mkdir(parents=True, exist_ok=True)
+                small_film(filmed[what], folder / name)
+            if (folder / name).is_file():
+                made.setdefault(key, {})[what] = name
+    return made
+
+
+def _filmed(place: Path) -> dict[str, Path]:
+    """Return an evaluation's first film of a success and of a failure, as far as there are any."""
+    found: dict[str, Path] = {}
+    if (place / VIDEOS).is_dir():
+        for result in read_results(place):
+            path = place / VIDEOS / f"{film_of(result)}.mp4"
+            if path.is_file():
+                found.setdefault("success" if succeeded(result) else "failure", path)
+    return found
+
+
+def small_film(source: Path, out: Path) -> None:
+    """Write a film with fewer and smaller pictures, first under another name."""
+    import av  # see `openhelix.runtime.observe.film`
+
+    width, height = FILM_SIZE
+    part = out.with_name(f".{out.name}.part")
+    film = Mp4(part, width, height, 30 / FILM_EVERY, FILM_CRF)
+    with av.open(str(source)) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number % FILM_EVERY == 0:
+                shown = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
+                film.write(shown, round(1e9 * float(frame.time or 0.0)))
+    film.close()
+    part.replace(out)
+
+
+def _links(entry: Entry, films: Films) -> str:
+    told = f"{entry['system']}, {entry['score']['suite']}"
+    return "".join(
+        f'<a class="film" href="{html.escape(name)}" title="{html.escape(f"{told}: {what}")}">{what}</a>'
+        for what, name in films.get(entry["key"], {}).items()
+    )
+
+
+def to_html(found: Sequence[Entry], films: Films | None = None) -> str:
+    """Return the page; `films` are links by an entry's key and what they show."""
     suites = list(dict.fromkeys(entry["score"]["suite"] for entry in found))
     options = "".join(f"<option>{html.escape(name)}</option>" for name in suites)
     heads = "".join(
@@ -128,36 +217,52 @@ def to_html(found: Sequence[Entry]) -> str:
     )
     lines = []
     for entry in found:
-        line = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(entry))
-        lines.append(f"<tr>{line}</tr>")
+        line = [html.escape(cell) for cell in cells(entry)]
+        line.insert(AT, _links(entry, films or {}))
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>")
     body = [
         STYLE,
         f'<p class="note">{html.escape(HOW)}</p>',
         f'<label>suite <select id="suite"><option value="">all</option>{options}</select></label>',
         f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>",
+        "<dialog><p></p><video controls autoplay muted></video></dialog>",
         f"<script>{SCRIPT}</script>",
     ]
     return page("Leaderboard: systems, suites, clocks", body)
 
 
-def to_markdown(found: Sequence[Entry]) -> str:
+def to_markdown(found: Sequence[Entry], films: Films | None = None) -> str:
     """Return the same as Markdown, suite by suite."""
     parts = ["# Leaderboard\n", HOW.replace(" Click a column to sort by it.", "") + "\n"]
     for suite in dict.fromkeys(entry["score"]["suite"] for entry in found):
-        rows = [cells(entry) for entry in found if entry["score"]["suite"] == suite]
+        rows = []
+        for entry in (e for e in found if e["score"]["suite"] == suite):
+            of = (films or {}).get(entry["key"], {})
+            row = cells(entry)
+            row.insert(AT, " ".join(f"[{what}]({at})" for what, at in of.items()))
+            rows.append(row)
         parts += [f"## {suite.upper()}\n", markdown_table((list(HEADER), rows))]
     return "\n".join(parts)
 
 
 def write_leaderboard(
-    folder: Path, outcomes: Iterable[Outcome], own: Mapping[str, Path]
+    folder: Path, outcomes: Iterable[Outcome], own: Mapping[str, Path], evaluations: Path
 ) -> Path | None:
-    """Write page and text into a folder of results; None where nothing has been scored."""
+    """Write page, text and films into a folder of results; None where nothing has been scored.
+
+    Args:
+        folder: of results.
+        outcomes, own: see `entries`.
+        evaluations: holds the folders of the experiments' evaluations, by key.
+    """
     found = entries(outcomes, own)
     if not found:
         return None
-    replace_file(folder / TEXT, to_markdown(found).encode())
-    replace_file(folder / PAGE, to_html(found).encode())
+    places = {e["key"]: evaluations / e["key"] for e in found}
+    places |= {e["key"]: Path(e["source"]) for e in found if e["key"].startswith("own-")}
+    films = films_of(found, folder, places)
+    replace_file(folder / TEXT, to_markdown(found, films).encode())
+    replace_file(folder / PAGE, to_html(found, films).encode())
     return folder / PAGE
 
 

@@ -53,14 +53,14 @@ class Measure:
         text = json.dumps(data, sort_keys=True)
         return f"{self.suite.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
-    def plan(self, overrides: Sequence[str]) -> Evaluation:
-        """Return the evaluation of these weights.
+    def plan(self, overrides: Sequence[str], videos: int = 0) -> Evaluation:
+        """Return the evaluation of these weights, of which some episodes are filmed.
 
         Raises:
             ConfigError: the overrides do not make a configuration.
         """
         config = load_config([*overrides, *self.run], scene=SCENE)
-        return Evaluation(self.suite, self.conditions, config, self.threads)
+        return Evaluation(self.suite, self.conditions, config, self.threads, videos=videos)
 
     def steps_at_most(self) -> int:
         """Return how many environment steps it can take."""

@@ -15,7 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openhelix.benchmarks.evaluation.evaluation import Console, Evaluation, evaluate, open_pool
+from openhelix.benchmarks.evaluation.evaluation import (
+    Console,
+    Evaluation,
+    Progress,
+    evaluate,
+    open_pool,
+)
 from openhelix.benchmarks.evaluation.metrics import served
 from openhelix.benchmarks.evaluation.pool import Pool
 from openhelix.benchmarks.evaluation.report import write_reports
@@ -30,6 +36,7 @@ from openhelix.benchmarks.paper.judge import (
 )
 from openhelix.benchmarks.paper.measures import Measure, measure_of, score_of
 from openhelix.benchmarks.paper.trainings import (
+    OutOfTime,
     Training,
     Trainings,
     check_samples,
@@ -38,11 +45,8 @@ from openhelix.benchmarks.paper.trainings import (
 )
 from openhelix.runtime.core.config import CommandFailed
 
+EVALUATIONS = "evaluations"
 PoolFor = Callable[[Evaluation], Pool]
-
-
-class OutOfTime(Exception):
-    """The time that was given is over; all that is finished is kept."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Request:
         train: options of the training that the user changed.
         run: overrides of the run's configuration.
         workers: of an evaluation.
-        until_s: on `time.monotonic`; nothing is begun after it.
+        until_s: on `time.monotonic`; what runs then is left where it is, to be gone on with.
         data_name: the collection as the user named it; None is the default one.
     """
 
@@ -162,7 +166,7 @@ class Session:
 
     def place(self, measure: Measure) -> Path:
         """Return the folder of an evaluation's results."""
-        return self.request.root / "evaluations" / measure.key
+        return self.request.root / EVALUATIONS / measure.key
 
     def say(self, text: str) -> None:
         """Tell a person."""
@@ -219,15 +223,28 @@ class Session:
         if until_s is not None and time.monotonic() >= until_s:
             raise OutOfTime
 
+    def _while_in_time(self, progress: Progress) -> Progress:
+        """Return a progress that ends an evaluation, after an episode that is kept."""
+
+        def told(done: int, total: int, result: Mapping[str, Any]) -> None:
+            progress(done, total, result)
+            if done < total:
+                self._in_time()
+
+        return told
+
     def _evaluate(self, measure: Measure) -> None:
         done = self.trainings.done(measure.training)
         assert done is not None
-        plan, folder = measure.plan(done["overrides"]), self.place(measure)
+        plan, folder = (
+            measure.plan(done["overrides"], self.request.scale.videos),
+            self.place(measure),
+        )
         pool = self._pool_for(plan)
         try:
             with served(plan.config, self.say) as metrics:
                 progress = metrics.watch(plan, Console("experiment"))
-                report = evaluate(plan, pool, folder, progress)
+                report = evaluate(plan, pool, folder, self._while_in_time(progress))
         finally:
             pool.close()
         write_reports(report, folder)

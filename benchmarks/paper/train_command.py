@@ -13,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,18 +26,27 @@ from typing import Any
 import yaml
 
 from openhelix.benchmarks.paper.costs import training_s
-from openhelix.benchmarks.paper.trainings import Say, Training
+from openhelix.benchmarks.paper.trainings import (
+    SHIPPED_POLICY,
+    SHIPPED_TEXT,
+    OutOfTime,
+    Say,
+    Training,
+)
 from openhelix.benchmarks.training.config import LATENT, TrainingConfig
 from openhelix.benchmarks.training.export import SHIP, SYSTEM1, SYSTEM2
 from openhelix.runtime.core.config import CommandFailed, ConfigError, apply_overrides, validate
 from openhelix.runtime.launch.processes import end_with
 from openhelix.system1.checkpoint import CONFIG, load_policy, save_policy
 from openhelix.system1.config import TACTILE
+from openhelix.system1.latent_adapter import with_latent
 from openhelix.system1.model import VisuomotorPolicy
 from openhelix.system2.latents import LatentConfig
-from openhelix.system2.text import FILE as TEXT
+from openhelix.system2.text import FILE as TEXT_CODE
+from openhelix.system2.text import TextCode
 
 PLAIN = "openhelix.system2.engines.transformers:TransformersEngine"
+LEAST_S = 60.0  # in which a training that loads its models gets anywhere
 LOG, PREPARED, POLICY = "train.log", "prepared", "policy"
 Command = Sequence[str]
 
@@ -47,6 +58,7 @@ class TrainCommand:
         data: the collection, or its frames.
         root: holds what trainings share.
         command: the program's first words.
+        until_s: on `time.monotonic`; a training stops before it, to be gone on with.
     """
 
     def __init__(
@@ -54,21 +66,31 @@ class TrainCommand:
         data: Path,
         root: Path,
         command: Command = (sys.executable, "-m", "openhelix.runtime.cli.main", "train"),
+        until_s: float | None = None,
     ) -> None:
         self._data, self._root, self._command = data, root, tuple(command)
+        self._until_s = until_s
 
     def train(self, training: Training, folder: Path, parent: Path | None, say: Say) -> None:
         """See `Trainer.train`."""
         if training.stage == "shipped":
             return
         if training.given is not None:
-            told_by_name(training.given, folder / POLICY)
+            if training.given == SHIPPED_POLICY:
+                told_by_sentence(training.given, SHIPPED_TEXT / TEXT_CODE, folder / POLICY)
+            else:
+                told_by_name(training.given, folder / POLICY)
             return
         options = dict(training.options) | {"data": str(self._data), "out": str(folder)}
         if training.stage == "pair":
             self._share(folder)
             if parent is not None:
                 options["policy.checkpoint"] = str(self._policy_of(training.parent, parent))
+        if self._until_s is not None:
+            left_s = self._until_s - time.monotonic()
+            if left_s < LEAST_S:
+                raise OutOfTime
+            options["time_limit_s"] = round(left_s, 1)
         stage = "policy" if training.stage == "policy" else "all"
         words = [*self._command, stage, *map(_word, options.items()), "--json"]
         say(f"log in {folder / LOG}")
@@ -90,6 +112,8 @@ class TrainCommand:
                 f"{training.key}: openhelix train ended with {done.returncode}: {last}"
             )
         if not json.loads(done.stdout.decode().strip().splitlines()[-1])["finished"]:
+            if self._until_s is not None:
+                raise OutOfTime
             raise CommandFailed(f"{training.key}: not finished within its time limit")
 
     def overrides(self, training: Training, folder: Path) -> list[str]:
@@ -115,8 +139,11 @@ class TrainCommand:
         return sum(int(shard["frames"]) for shard in json.loads(index.read_text())["shards"])
 
     def _policy_of(self, training: Training | None, folder: Path) -> Path:
+        """Return the policy that pairs begin with: as it was given, unless its text encoder lay apart."""
         assert training is not None
-        return training.given if training.given is not None else folder / POLICY
+        if training.given is None or training.given == SHIPPED_POLICY:
+            return folder / POLICY
+        return training.given
 
     def _share(self, folder: Path) -> None:
         shared = (self._root / PREPARED).resolve()
@@ -126,13 +153,24 @@ class TrainCommand:
             link.symlink_to(shared, target_is_directory=True)
 
 
+def told_by_sentence(given: Path, code: Path, out: Path) -> None:
+    """Write a policy with its text encoder beside it, which tells it sentences in System 2's place.
+
+    The shipped one was trained so, and shipped with a System 2 that speaks in this code.
+    """
+    policy = load_policy(given)
+    policy.config = with_latent(policy.config, TextCode.load(code).spec)
+    save_policy(out, policy.config, policy.state_dict(), policy.normalizer)
+    shutil.copyfile(code, out / TEXT_CODE)
+
+
 def told_by_name(given: Path, out: Path) -> None:
     """Write a policy that takes latents as one that is told its task's number instead.
 
     Its table of tasks is still there: in a tenth of the samples of its training the latent was
     left out. A policy that takes none, or that is told sentences, is used where it is.
     """
-    if not (given / CONFIG).is_file() or (given / TEXT).is_file():
+    if not (given / CONFIG).is_file() or (given / TEXT_CODE).is_file():
         return
     policy = load_policy(given)
     if isinstance(policy, VisuomotorPolicy) and policy.config.use_latent:

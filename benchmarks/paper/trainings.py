@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 from openhelix.benchmarks.evaluation.evaluation import content
 from openhelix.benchmarks.paper.catalogue import Experiment, Scale, Variant, named
 from openhelix.benchmarks.training.config import LatentSection, TrainingConfig
+from openhelix.benchmarks.training.export import SYSTEM1, TEXT
 from openhelix.runtime.core.config import CommandFailed, ConfigError
 from openhelix.runtime.core.files import replace_file
 from openhelix.runtime.core.paths import ROOT
@@ -30,8 +31,13 @@ TRAINED, FAILED, CLOCK = "trained.json", "failed.json", "clock.json"
 GIVEN = "policy.checkpoint"
 PROJECTOR_WIDTH = LatentSection().projector_width
 SHIPPED = ROOT / "checkpoints"
-SHIPPED_POLICY = SHIPPED / "system1-laptop"
+SHIPPED_POLICY = SHIPPED / SYSTEM1
+SHIPPED_TEXT = SHIPPED / TEXT  # the frozen text encoder that told it sentences
 Say = Callable[[str], None]
+
+
+class OutOfTime(Exception):
+    """The time that was given is over; all that is finished is kept."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ class Trainer(Protocol):
         Raises:
             ValueError: the training is refused; one line.
             CommandFailed: it failed.
+            OutOfTime: it is not finished; called again, it goes on.
         """
 
     def overrides(self, training: Training, folder: Path) -> list[str]:
@@ -189,7 +196,8 @@ def _policy_training(options: Mapping[str, Any], data: str) -> Training:
     if given is None:
         return Training("policy", common, data)
     path = SHIPPED_POLICY if given == "shipped" else Path(given).expanduser()
-    return Training("policy", {GIVEN: str(path)}, weights=_digest(path))
+    weights = _digest(path) + (_digest(SHIPPED_TEXT) if path == SHIPPED_POLICY else "")
+    return Training("policy", {GIVEN: str(path)}, weights=weights)
 
 
 def _digest(folder: Path) -> str:

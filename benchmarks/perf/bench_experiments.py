@@ -44,6 +44,7 @@ EVAL = COSTS.with_name("eval.json")
 SHARDS, FRAMES = 4, 16
 COMMON: Mapping[str, Any] = {
     "eval_frames": 8,
+    "bf16": True,  # as all scales have it
     "stage1": {"steps": 0},
     "policy": {"checkpoint": str(SHIPPED_POLICY), "batch": 16},
 }
@@ -157,7 +158,12 @@ def thread_gain(run: JointRun) -> float:
 
 def policy(data: Path, out: Path) -> dict[str, float]:
     """Return what a sample of the policy's own training costs."""
-    given = {"data": str(data), "out": str(out), "policy": {"batch": 16, "steps": 1000}}
+    given = {
+        "data": str(data),
+        "out": str(out),
+        "bf16": True,
+        "policy": {"batch": 16, "steps": 1000},
+    }
     config = validate(TrainingConfig, given)
     trainer = Trainer(policy_settings(config))
     trainer.train_step()

@@ -6,6 +6,8 @@
                            its model (half precision where that turns no latent); the base
                            model's own few megabytes where `latent.model` is a folder of them; a
                            whole LLaVA folder where the regime trained the language model itself
+    ship/text-laptop/      text.safetensors, half precision: what told the policy sentences before
+                           System 2 did, where it was trained so; studies begin with it
     ship/README.md, ship/card.json
 
 The policy of the last finished stage is taken: stage 2's pair, else stage 1's, else the policy
@@ -49,7 +51,7 @@ from openhelix.system1.sentences import Sentences
 from openhelix.system1.train_loop import LOG
 from openhelix.system2.latents import LatentHead
 from openhelix.system2.model import VISION, is_small, open_checkpoint
-from openhelix.system2.text import FILE
+from openhelix.system2.text import FILE, TextCode
 from openhelix.system2.understanding import FILE as UNDERSTANDING
 from openhelix.system2.understanding import PlainSentences, beside
 
@@ -228,6 +230,7 @@ def markdown(card: dict[str, Any]) -> str:
 
 
 SHIP, SYSTEM1, SYSTEM2, CARD = "ship", "system1-laptop", "system2-laptop", "card.json"
+TEXT = "text-laptop"
 # A rounded policy may move a trajectory by this much and no more: a tenth of the error that a
 # trained small policy makes (`val_position_m` of its card is several millimetres).
 EXACT_M, EXACT_FRAMES = 5e-4, 32
@@ -267,6 +270,9 @@ def export(config: TrainingConfig) -> dict[str, Any]:
     dtype, moved = ship_policy(policy, Cache(config.frames_folders()), out / SYSTEM1)
     if stage == "policy" and (source / FILE).is_file():
         shutil.copyfile(source / FILE, out / SYSTEM1 / FILE)
+    elif stage == "vlm" and (source / FILE).is_file():
+        (out / TEXT).mkdir()
+        TextCode.load(source / FILE).save(out / TEXT / FILE, torch.float16)
     card = make_card(config, stage, source) | {
         "precision": {"dtype": dtype, "moves_a_trajectory_by_m": moved},
         "bytes": {

@@ -471,6 +471,8 @@ class Source:
 class LiveFeed:
     """The language model runs in every step, with gradients to whatever its regime trains.
 
+    Where that is `<ACT>` alone, they are exact through `<ACT>`'s own tokens: what stands before it is
+    computed without any (`openhelix.system2.train`), which takes half the time.
     Tower and vision projector learn in regime "full" alone; else a picture's tokens are kept
     from the first time it is seen, where all pictures' fit into `max_bytes` and are the same
     whatever is asked of them. With `answers` the model is asked for words, too.
@@ -482,6 +484,7 @@ class LiveFeed:
         self._learner, self._source, self._answers = learner, source, answers
         self.frames = torch.arange(len(source.cache))
         shape = (len(self.frames), learner.checkpoint.n_image, learner.checkpoint.hidden)
+        self._act_alone = learner.regime == "prompt" and learner.cacheable and learner.family.causal
         small = shape[0] * shape[1] * shape[2] * learner.model.dtype.itemsize <= max_bytes
         self._kept: Tensor | None = None
         same = learner.regime != "full" and not learner.family.reads_words
@@ -494,6 +497,9 @@ class LiveFeed:
         frames = self.frames[rows]
         said = self._source.sentences.drawn(frames, generator)
         texts, answers = self._source.sentences[said], list[str]()
+        if self._act_alone:
+            prefix = self._learner.prefix(self._pictures(frames), texts)
+            return Drawn(frames, said, self._learner.from_prefix(prefix))
         if self._answers:
             answers = self._source.sentences.answers(self._source.cache.task[frames])
         own = None

@@ -72,7 +72,7 @@ from openhelix.system1.train_loop import (
     whole,
 )
 from openhelix.system2.latents import KV, LATENT_DIM, LatentHead, plain_name
-from openhelix.system2.model import load_model, open_checkpoint, pick_dtype, sha256_file
+from openhelix.system2.model import Checkpoint, load_model, open_checkpoint, pick_dtype, sha256_file
 from openhelix.system2.probe import WordSpace
 from openhelix.system2.text import FILE, TextCode, TextError, TextReader, fitted_code
 from openhelix.system2.train import CHANGES, RegimeError, System2Learner
@@ -414,8 +414,7 @@ def open_learner(config: TrainingConfig, stage: Stage, before: Path | None) -> S
         if head.config != read_out:
             raise ConfigError(f"latent.init: was made for {head.config}, not {read_out}")
     elif before is None:
-        dim = read_out.numbers(checkpoint) if read_out.kind == KV else LATENT_DIM
-        head = LatentHead.fresh(read_out, table, dim, config.seed, section.projector_width)
+        head = fresh_head(config, checkpoint, table)
     else:
         head = LatentHead.load(before / LATENT)
         if head.config != read_out:
@@ -443,7 +442,14 @@ def seed_of(config: TrainingConfig, learner: System2Learner) -> Tensor:
     if section.init is not None:
         return LatentHead.load(section.init.expanduser()).act.detach().float()
     table = learner.model.get_input_embeddings().weight[: learner.checkpoint.act_ids[0]]
-    return LatentHead.fresh(section.read_out(), table, seed=config.seed).act.detach().float()
+    return fresh_head(config, learner.checkpoint, table).act.detach().float()
+
+
+def fresh_head(config: TrainingConfig, checkpoint: Checkpoint, table: Tensor) -> LatentHead:
+    """Return the untrained head of a model with the embedding table `table` (V, hidden)."""
+    section, read_out = config.latent, config.latent.read_out()
+    dim = read_out.numbers(checkpoint) if read_out.kind == KV else LATENT_DIM
+    return LatentHead.fresh(read_out, table, dim, config.seed, section.projector_width)
 
 
 def alignment_text(joint: Joint, source: Source) -> Tensor:

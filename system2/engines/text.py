@@ -17,7 +17,7 @@ import torch
 from openhelix.runtime.core.interfaces import F32, Judgement, LatentSpec
 from openhelix.system2.model import CheckpointError
 from openhelix.system2.prompt import BadInstruction, as_batch
-from openhelix.system2.text import FILE, TextCode, TextReader
+from openhelix.system2.text import FILE, TextCode, TextReader, builtin_of
 from openhelix.system2.understanding import KEPT, PlainSentences, beside
 
 
@@ -26,7 +26,8 @@ class TextEngine:
 
     Args:
         path: a policy's folder with `text.safetensors`, or that file.
-        model: "laptop", a LLaVA's folder, or a hub name; the one that the code was fitted to.
+        model: a LLaVA's folder, or a hub name; the one that the code was fitted to. None: the
+            one of the project's own that it was fitted to.
         device: any torch device.
         understanding: as of `openhelix.system2.engines.base.EngineBase`.
 
@@ -38,14 +39,14 @@ class TextEngine:
     def __init__(
         self,
         path: str | Path,
-        model: str = "laptop",
+        model: str | None = None,
         device: str = "cpu",
         understanding: Path | str | bool | None = None,
     ) -> None:
         file = Path(path).expanduser()
         file = file / FILE if file.is_dir() else file
         self._code = TextCode.load(file)
-        self._reader = TextReader(model, self._code.layers, device)
+        self._reader = TextReader(model or builtin_of(self._code), self._code.layers, device)
         judge = beside(file, understanding)
         if isinstance(judge, PlainSentences):
             raise CheckpointError(

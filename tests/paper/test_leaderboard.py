@@ -6,9 +6,11 @@ import json
 import re
 from html.parser import HTMLParser
 
+import av
+import numpy as np
 import pytest
 
-from openhelix.benchmarks.evaluation.results import FORMAT
+from openhelix.benchmarks.evaluation.results import FIELDS, FORMAT, line_of
 from openhelix.benchmarks.paper.judge import STATISTICS
 from openhelix.benchmarks.paper.leaderboard import (
     HEADER,
@@ -19,6 +21,7 @@ from openhelix.benchmarks.paper.leaderboard import (
     write_leaderboard,
 )
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.observe.film import Mp4
 
 COMMON = {
     **{"clock": "lockstep", "steps_limit": 60, "interval": 10, "latency": 2, "hold_steps": 7},
@@ -63,7 +66,7 @@ def test_each_evaluation_is_listed_once_best_first_and_none_by_older_rules():
     assert told == [("strong", "calvin"), ("<b>weak</b>", "calvin"), ("strong", "calvin-d")]
     assert cells(found[0])[2:6] == ["3.50", "3.00 to 4.00", "78", "100"]
     assert cells(found[2])[2:4] == ["80.0", "10.0 to 90.0"]
-    assert all(len(cells(e)) == len(HEADER) for e in found)
+    assert all(len(cells(e)) + 1 == len(HEADER) for e in found)
 
 
 class Rows(HTMLParser):
@@ -89,7 +92,7 @@ class Rows(HTMLParser):
 
 
 def test_the_page_needs_nothing_else_and_shows_names_as_text(tmp_path):
-    place = write_leaderboard(tmp_path, TABLES, {})
+    place = write_leaderboard(tmp_path, TABLES, {}, tmp_path)
     text = place.read_text()
     reader = Rows()
     reader.feed(text)
@@ -101,7 +104,44 @@ def test_the_page_needs_nothing_else_and_shows_names_as_text(tmp_path):
         *("text", "number", "number")
     ]
     assert "## CALVIN-D" in (tmp_path / "leaderboard.md").read_text()
-    assert write_leaderboard(tmp_path / "none", [], {}) is None
+    assert write_leaderboard(tmp_path / "none", [], {}, tmp_path) is None
+
+
+def filmed(folder, *successes):
+    """Write an evaluation of one task an episode, each with a film of a second."""
+    (folder / "shards").mkdir(parents=True)
+    (folder / "videos").mkdir()
+    run = {"format": FORMAT, "identity": {}, "code": ["x"]}
+    (folder / "run.json").write_text(json.dumps(run))
+    lines = []
+    for index, success in enumerate(successes):
+        result = dict.fromkeys(FIELDS) | {"index": index, "key": f"D/{index}"}
+        lines.append(line_of(result | {"tasks": [{"task": "open_drawer", "success": success}]}))
+        film = Mp4(folder / "videos" / f"D-{index}.mp4", 640, 360)
+        for tick in range(30):
+            shade = 200 if success else 20
+            film.write(np.full((360, 640, 3), shade, np.uint8), round(tick * 1e9 / 30))
+        film.close()
+    (folder / "shards" / "0000.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_a_success_and_a_failure_of_each_evaluation_can_be_watched(tmp_path):
+    filmed(tmp_path / "evaluations" / "k2", True, False, True)
+    filmed(tmp_path / "evaluations" / "k1", False)
+    place = write_leaderboard(tmp_path / "out", TABLES, {}, tmp_path / "evaluations")
+    reader = Rows()
+    reader.feed(place.read_text())
+    films = [f"films/{name}.mp4" for name in ("k2-success", "k2-failure", "k1-failure")]
+    assert reader.loads == films
+    for name in films:
+        with av.open(str(tmp_path / "out" / name)) as container:
+            shots = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            assert len(shots) == 10 and shots[0].shape == (216, 384, 3)
+            assert abs(int(shots[5].mean()) - (200 if "success" in name else 20)) < 4
+    assert "[success](films/k2-success.mp4)" in (tmp_path / "out" / "leaderboard.md").read_text()
+    # Where only the results are, their films still are.
+    place = write_leaderboard(tmp_path / "out", TABLES, {}, tmp_path / "elsewhere")
+    assert all(name in place.read_text() for name in films)
 
 
 def test_a_system_of_ones_own_is_named_by_its_evaluation(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 
@@ -10,7 +11,9 @@ import pytest
 from openhelix.benchmarks.paper import command, session
 from openhelix.benchmarks.paper.catalogue import catalogue
 from openhelix.benchmarks.paper.command import RESULTS, make_session, read
-from openhelix.benchmarks.paper.costs import hours, todo, told
+from openhelix.benchmarks.paper.costs import by_experiment, hours, left, todo, told
+from openhelix.benchmarks.paper.episodes import read_episodes
+from openhelix.benchmarks.paper.trainings import OutOfTime
 from openhelix.runtime.cli.main import main
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.cache import FORMAT
@@ -74,6 +77,31 @@ def test_a_table_is_trained_measured_and_written(table4):
     assert len(list((table4 / "root" / "evaluations").iterdir())) == 3
 
 
+def test_a_page_can_be_recomputed_from_the_episodes_beside_it(table4, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(table4 / "out", out)
+    assert main(["experiment", "table4", "--recompute", "--out", str(out)]) == 0
+    assert "table4: 3 rows and 1 claims as 3 episodes give them" in capsys.readouterr().out
+    file = out / "table4.episodes.jsonl.gz"
+    text = gzip.decompress(file.read_bytes())
+    assert str(tmp_path.parent).encode() not in text and b"wall_s" not in text
+    kept = read_episodes(file)
+    page = json.loads((out / "table4.json").read_text())
+    for row in page["rows"]:
+        results = kept[row["evaluation"]].results
+        assert sum(t["env_steps"] for r in results for t in r["tasks"]) == row["score"]["env_steps"]
+        assert (
+            sum(t["hold_steps"] for r in results for t in r["tasks"]) == row["score"]["hold_steps"]
+        )
+    page["rows"][0]["score"]["avg_len"] += 1.0
+    (out / "table4.json").write_text(json.dumps(page))
+    assert main(["experiment", "table4", "--recompute", "--out", str(out)]) == 2
+    assert "table4: pretrained: avg_len is" in capsys.readouterr().err
+    file.write_bytes(gzip.compress(text[: len(text) // 2]))
+    assert main(["experiment", "table4", "--recompute", "--out", str(out)]) == 2
+    assert "no episodes can be read" in capsys.readouterr().err
+
+
 def test_nothing_is_done_twice(table4, monkeypatch, capsys):
     def forbidden(*_):
         raise AssertionError("it was there")
@@ -96,6 +124,12 @@ def test_tables_share_what_they_have_in_common(tmp_path):
     items = todo(whole)
     assert len(items) == len(whole.wanted()) + len(measures)
     assert f"{len(measures)} evaluations" in told(items)
+    parts = left(whole)
+    assert [part.name for part in parts][:3] == ["table2", "table3", "table5"]
+    assert parts[-1].name == "table8" and len(parts) == len(catalogue().experiments)
+    assert len({item.what for item in items}) == len(items)
+    lines = by_experiment(parts).splitlines()
+    assert lines[0].startswith("table2: 0 of 6 trainings and 0 of 6 evaluations done, ")
 
 
 def test_what_is_cut_short_is_told_and_continued(tmp_path, capsys):
@@ -112,6 +146,30 @@ def test_what_is_cut_short_is_told_and_continued(tmp_path, capsys):
     outcome = json.loads((tmp_path / "out" / "table4.json").read_text())
     assert outcome["state"] == "partial: 2 of 3 rows"
     assert outcome["contrasts"][0]["verdict"] == "not run"
+
+
+def test_an_evaluation_stops_between_episodes_and_goes_on(tmp_path, monkeypatch):
+    options, overrides = read(words(tmp_path, "figure4")[1:])
+    asked = make_session(options, overrides, catalogue())
+    row = asked.rows()[0]
+    calls = iter(range(100))
+
+    def over(self):
+        if next(calls) == 3:  # a training, an evaluation, and two of its episodes
+            raise OutOfTime
+
+    monkeypatch.setattr(session.Session, "_in_time", over)
+    with pytest.raises(OutOfTime):
+        asked.run(lambda: None)
+    monkeypatch.undo()
+    done = asked.results(asked.measure(row))
+    assert len(done) == 2 and asked.report(asked.measure(row)) is None
+    part = left(asked)[0]
+    assert (part.trainings, part.evaluations) == ((1, 1), (0, len(part.items)))
+    assert part.items[0].seconds < part.items[1].seconds  # two of its five are there
+    asked.run(lambda: None)
+    assert asked.results(asked.measure(row))[:2] == done
+    assert left(asked)[0].items == ()
 
 
 def test_a_training_that_fails_leaves_its_row_out_and_no_other(tmp_path, monkeypatch, capsys):

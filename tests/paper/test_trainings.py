@@ -8,10 +8,14 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
+from openhelix.benchmarks.calvin.phrases import validation
+from openhelix.benchmarks.calvin.tasks import TASK_NAMES
+from openhelix.benchmarks.evaluation.eval import load_config
 from openhelix.benchmarks.paper import costs
 from openhelix.benchmarks.paper.catalogue import Variant, catalogue
 from openhelix.benchmarks.paper.train_command import (
@@ -24,13 +28,16 @@ from openhelix.benchmarks.paper.train_command import (
 )
 from openhelix.benchmarks.paper.trainings import (
     SHIPPED_POLICY,
+    OutOfTime,
     Trainings,
     in_order,
     trainings_of,
 )
+from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.config import CommandFailed, ConfigError, validate
 from openhelix.system1.checkpoint import build_model, load_policy, save_policy
 from openhelix.system1.config import PRESETS, small
+from openhelix.system1.latent_adapter import nearest_task
 from tests.paper.fakes import FakeTrainer
 from tests.system1.test_heads import batch_of, stirred
 from tests.system1.test_policy import tiny
@@ -83,7 +90,8 @@ def test_the_variants_are_what_the_paper_says():
     assert training("linear").options["latent.projector_width"] == 0
     assert training("lag_40").options["latent.lag_steps"] == 40
     assert training("prompt").options["latent.lag_steps"] == 0
-    assert training("prompt").parent.options["policy.told"] == "sentence"
+    own = training("prompt", {"policy.steps": 7}).parent
+    assert own.options["policy.told"] == "sentence" and own.reads_data
 
 
 def test_another_network_has_a_base_of_its_own():
@@ -267,6 +275,43 @@ def test_a_training_that_fails_says_why_and_is_not_finished(tmp_path, command):
         assert trainings.done(wanted) is None
 
 
+def test_a_training_stops_when_the_time_given_is_over(tmp_path, command):
+    def ensure(seed, left_s):
+        command._until_s = time.monotonic() + left_s
+        wanted = training("base", {"seed": seed, "policy.steps": 7})
+        place = Trainings(tmp_path / "trainings", command)
+        with pytest.raises(OutOfTime):
+            place.ensure(wanted, lambda text: None)
+        assert place.done(wanted) is None and place.failure(wanted) is None  # it goes on later
+        return place.place(wanted) / "words.json"
+
+    assert not ensure(14, 1.0).exists()
+    words = json.loads(ensure(14, 7200.0).read_text())
+    assert 7000 < float(words["time_limit_s"]) <= 7200
+
+
+def test_the_base_is_told_by_the_text_encoder_that_it_was_trained_with(tmp_path, command):
+    base = training("base")
+    found = Trainings(tmp_path / "trainings", command).ensure(base, lambda text: None)
+    folder = tmp_path / "trainings" / base.key / "policy"
+    assert found["overrides"] == [f"system1.policy.options.path={folder}"]
+    config = load_config(found["overrides"])  # as evaluations read it
+    engine = make(config.system2.engine)
+    alone = load_policy(folder)
+    assert engine.spec == alone.config.spec().latent
+    tasks = list(TASK_NAMES)
+    sentences = [
+        (tasks.index(task), text) for task, texts in validation().items() for text in texts
+    ]
+    latent = engine.encode(
+        [np.zeros((16, 16, 3), np.uint8)] * len(sentences), [t for _, t in sentences]
+    )
+    named = nearest_task(alone, torch.from_numpy(latent))
+    assert [int(n) for n in named] == [task for task, _ in sentences]
+    # Pairs begin with this very policy.
+    assert command._policy_of(base, folder.parent) == folder
+
+
 def test_overrides_are_sorted_out():
     assert changed(["train.stage2.steps=5", "system1.replan_steps=4"]) == (
         {"stage2.steps": 5},
@@ -296,7 +341,10 @@ def test_what_is_measured_says_how_long_it_takes(monkeypatch):
     assert seconds("lora") == 2 * 2 + 20 + prefixes + 60
     assert seconds("frozen") == 2 * 2 + states + 20 + 60
     assert seconds("frozen", **{"latent.feed": "live"}) == 2 * 2 + (20 + 60) * 1.25
-    assert seconds("prompt", **{"latent.feed": "live"}) == 2 * 2 + 20 + 60
+    live = {"latent.feed": "live"}
+    assert seconds("prompt", **live) == 2 * 2 + (20 + 60) * 1.5  # what is before <ACT> each time
+    assert seconds("pool_max", **live) == seconds("act_proprio", **live) == 2 * 2 + 20 + 60
+    assert seconds("lora", **live) == 2 * 2 + 20 * 1.5 + 60
     assert seconds("e2e_prompt") == 2 + prefixes + 26 * 3  # with stage 1's samples
     assert seconds("prompt", device="cuda") is None
     assert seconds("shipped") == 0.0

@@ -103,6 +103,18 @@ def test_kept_pictures_change_nothing(llava, source) -> None:
         assert torch.allclose(a.sample.z, b.sample.z, atol=1e-5)
 
 
+def test_act_alone_learns_as_through_the_whole_sequence(llava, source) -> None:
+    made = learner(llava)
+    feed = LiveFeed(made, source, 1e9)
+    drawn = feed.draw(torch.tensor([3, 40]), torch.Generator().manual_seed(1))
+    direct = made(source.pictures(drawn.frames), source.sentences[drawn.instruction])
+    assert torch.allclose(drawn.sample.z, direct.z, atol=1e-5)
+    found = [
+        torch.autograd.grad(s.z.square().sum(), made.head.act)[0] for s in (drawn.sample, direct)
+    ]
+    assert found[0].abs().max() > 1e-6 and torch.allclose(*found, rtol=1e-3, atol=1e-6)
+
+
 def layout(n: int = 10) -> StoreLayout:
     return StoreLayout(torch.arange(n), torch.zeros(n, 1, dtype=torch.long), 64, 4)
 
