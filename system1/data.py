@@ -106,19 +106,27 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def joined_index(folders: Sequence[Path | str], metas: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return one index for several folders; that of a single one as it is.
+    """Return one index for several folders, of the cameras that all have; of one folder its own.
 
     Raises:
-        CacheError: they were made for different policies.
+        CacheError: they were made for different policies, or show no camera alike.
     """
     first = metas[0]
     if len(metas) == 1:
         return first
+    known = {camera["name"]: camera for camera in first["cameras"]}
     for folder, meta in zip(folders, metas, strict=True):
-        for name in ("cameras", "horizon", "hz", "nhist", "tasks"):
+        for name in ("horizon", "hz", "nhist", "tasks"):
             if meta[name] != first[name]:
                 raise CacheError(f"{folder}: its {name} are not those of {folders[0]}")
+        theirs = {camera["name"]: camera for camera in meta["cameras"]}
+        if any(camera != theirs.get(name, camera) for name, camera in known.items()):
+            raise CacheError(f"{folder}: its cameras are not those of {folders[0]}")
+        known = {name: camera for name, camera in known.items() if name in theirs}
+        if not known:
+            raise CacheError(f"{folder}: has none of the cameras of {folders[0]}")
     return first | {
+        "cameras": [*known.values()],
         "instructions": [text for meta in metas for text in meta["instructions"]],
         "shards": [shard for meta in metas for shard in meta["shards"]],
         "notes": {"folders": [meta.get("notes", {}) for meta in metas]},

@@ -14,7 +14,7 @@ from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import BadFile
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.cache import CacheError
-from openhelix.system1.data import Augment, Cache
+from openhelix.system1.data import Augment, Cache, joined_index, read_index
 from openhelix.system1.latent_adapter import adapt_to_latent, nearest_task, start_adapter
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system1.sentences import OLDEST_S, SentenceError, Sentences, told
@@ -282,3 +282,18 @@ def test_collections_of_different_policies_do_not_mix(two, tmp_path):
     index.write_text(json.dumps(meta))
     with pytest.raises(CacheError, match="its cameras are not those of"):
         Cache([two[0], tmp_path / "c"])
+
+
+def test_of_collections_that_mix_the_cameras_count_that_all_have(two, tmp_path):
+    make_cache(tmp_path / "c", tiny(n_tasks=2), episodes=2)
+    index = tmp_path / "c" / "cache.json"
+    meta = json.loads(index.read_text())
+    all_of_them = [camera["name"] for camera in meta["cameras"]]
+    meta["cameras"] = meta["cameras"][:1]
+    index.write_text(json.dumps(meta))
+    for order in ([two[0], tmp_path / "c"], [tmp_path / "c", two[0]]):
+        assert Cache(order).cameras == all_of_them[:1]
+    meta["cameras"][0]["name"] = "elsewhere"
+    index.write_text(json.dumps(meta))
+    with pytest.raises(CacheError, match="none of the cameras of"):
+        joined_index([two[0], tmp_path / "c"], [read_index(two[0]), read_index(tmp_path / "c")])
