@@ -35,8 +35,8 @@ MAX_TEXT_BYTES = (
     256 * 1024 * 1024
 )  # of a shard's questions, unpacked; a thousand pictures have 1 MB
 # Instructions to a robot, answered by the plain sentence that is meant: only the picture tells
-# which, or the words do.
-GOAL_KINDS = ("goal look", "goal told")
+# which, or the words do; or nothing is meant that the robot can do.
+GOAL_KINDS = ("goal look", "goal told", "goal nothing")
 
 
 class TalkError(ValueError):

@@ -638,7 +638,7 @@ class VlmRun:
             told, other = parted(self.train.records[r].questions)
             asked.append(
                 self._draw(other, section.questions, draws, section.often)
-                + self._draw(told, goals, draws)
+                + self._draw(told, goals, draws, section.often)
             )
         asked = asked[part]
         plain = [q.answer for each in asked for q in each if q.kind in GOAL_KINDS]

@@ -191,10 +191,16 @@ def asked(
     ]
     rng = np.random.default_rng([plan.seed, index, row, 1])
     told = [
-        Question(GOAL_KINDS[0 if g.looks else 1], asked_of_robot(g.said), g.plain)
+        Question(_goal_kind(g), asked_of_robot(g.said), g.plain)
         for g in goals.goals(record.labels, rng)
     ]
     return (*questions, *told)
+
+
+def _goal_kind(goal: goals.Goal) -> str:
+    """Whether it takes a look, names its task, or names nothing that the robot can do."""
+    look, told, nothing = GOAL_KINDS
+    return nothing if goal.plain == goals.NOTHING else look if goal.looks else told
 
 
 def make_shard(folder: Path, plan: TalkPlan, index: int, size: int = SHARD) -> None:
