@@ -147,7 +147,7 @@ class Labeller:
         env: PlayTableEnv,
         task: str,
         rng: np.random.Generator,
-        told: Callable[[], str] | None = None,
+        told: Callable[[], str],
     ) -> None:
         """A new attempt at `task`, from the state of `env`.
 
@@ -155,14 +155,11 @@ class Labeller:
             env: the student's world.
             task: what is labelled.
             rng: decides who drives.
-            told: what the student is doing; if that is another task, the attempt begins when it
-                comes to this one. None: it begins with it.
+            told: what the student is doing; the attempt begins when it comes to this task.
         """
         self._env, self._task, self._rng = env, task, rng
         self._told, self.found = told, []
         self._begun = False
-        if told is None:
-            self._set_out()
 
     def _set_out(self) -> None:
         self._begun = True
@@ -192,7 +189,7 @@ class Labeller:
     def visit(self, chunk: ActionChunk) -> ActionChunk:
         """The student plans `chunk` here: label the state if due; return what is to be done."""
         if not self._begun:
-            if self._told is None or self._told() != self._task:
+            if self._told() != self._task:
                 return chunk
             self._set_out()
         if self._steps >= self._due:
