@@ -62,10 +62,13 @@ def join(raw: Raw, reader: NewestReader[LatentGoal]) -> None:
     reader.stats.received = 0
 
 
-def settle(raw: Raw, reader: NewestReader[LatentGoal]) -> list[LatentGoal]:
-    """Poll until all that was sent has been read; return what was delivered."""
+def settle(raw: Raw, reader: NewestReader[LatentGoal], truncated: int = 0) -> list[LatentGoal]:
+    """Poll until all that was sent, `truncated` cut messages among it, has been read.
+
+    Returns what was delivered. A last cut message of its own marks the end.
+    """
     got: list[LatentGoal] = []
-    mark = reader.stats.dropped["truncated"]
+    mark = reader.stats.dropped["truncated"] + truncated
     raw.socket.send(b"t\0")
 
     def done() -> bool:

@@ -124,7 +124,7 @@ def test_a_source_that_was_silent_is_believed_whatever_its_number(
     clock.advance(3 * 10**9)  # and the genuine ones follow
     raw.message(3, value=3)
     raw.message(4, value=4)
-    assert [m.seq for m in settle(raw, reader)] == [4]
+    assert settle(raw, reader)[-1].seq == 4  # one poll may find both, or each its own
     raw.message(4)  # the very same again is never new
     clock.advance(3 * 10**9)
     assert settle(raw, reader) == []
@@ -158,7 +158,7 @@ def test_bad_messages_are_counted_and_the_last_good_one_wins(
     raw.socket.send_multipart(encode(Action(np.zeros(7), 0.0), stamp))
     raw.socket.send(b"t\0short")
     raw.socket.send(bytes(encode(latent(), stamp)[0])[:-8])
-    assert [message.seq for message in settle(raw, reader)] == [4]
+    assert [message.seq for message in settle(raw, reader, truncated=2)] == [4]
     dropped = reader.stats.dropped
     assert (dropped["version"], dropped["kind"]) == (1, 1)
     assert dropped["truncated"] == 1 + 1 + 1  # the short one, the cut one, and `settle`'s
