@@ -96,6 +96,7 @@ class SuiteOptions(Options):
     speeds: Words = option(("paper",), "of calvin-d: paper, x2, m/s", "SPEED,...")
     phrases: str = option("unseen", "of calvin-e", "seen|unseen|all|FILE")
     changing: bool = option(False, "of calvin-r: what is meant changes on the way")
+    plain: bool = option(False, "of calvin-r: its tasks in plain words instead")
     workers: Count = option(1, "processes (1: this one)", "N")
     threads: Count = option(1, "torch threads of each (1)", "N")
     out: Path | None = option(None, "results; an unfinished evaluation is continued", "DIR")
@@ -225,6 +226,7 @@ USED_BY: Mapping[str, tuple[str, ...]] = {
     "speeds": ("calvin-d",),
     "phrases": ("calvin-e",),
     "changing": ("calvin-r",),
+    "plain": ("calvin-r",),
 }
 
 
@@ -310,6 +312,7 @@ def make_suite(options: SuiteOptions, name: str) -> Suite:
         speeds=options.speeds,
         phrases=options.phrases,
         changing=options.changing and name == "calvin-r",
+        plain=options.plain and name == "calvin-r",
     )
 
 

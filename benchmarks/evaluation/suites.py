@@ -151,6 +151,8 @@ class Suite:
         patterns, speeds: of calvin-d; speeds are names of `motions.PRESETS` or m/s.
         phrases: of calvin-e: "seen", "unseen", "all", or a file `{task: [sentence]}`.
         changing: of calvin-r: what a sentence means changes on the way; see `changing.py`.
+        plain: of calvin-r: each start's task is told by its own plain sentence, which leaves
+            nothing to be looked for. The same keys, starts and noise, so the two are paired.
     """
 
     name: str
@@ -163,6 +165,7 @@ class Suite:
     speeds: tuple[str, ...] = ("paper",)
     phrases: str = "unseen"
     changing: bool = False
+    plain: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in SUITES:
@@ -176,6 +179,8 @@ class Suite:
             raise SuiteError("--world: calvin-d needs playtable; calvin_env's blocks cannot move")
         if self.changing and self.world != "playtable":
             raise SuiteError("--world: --changing needs playtable; nobody can meddle in calvin_env")
+        if self.changing and self.plain:
+            raise SuiteError("--plain: not with --changing, which soon makes plain words wrong")
         if not self.scenes or len(set(self.scenes)) < len(self.scenes):
             raise SuiteError(
                 f"--scene: {''.join(self.scenes)!r} is not one or more scenes, each once"
@@ -219,6 +224,7 @@ class Suite:
             ("speeds", "calvin-d"),
             ("phrases", "calvin-e"),
             ("changing", "calvin-r"),
+            ("plain", "calvin-r"),
         ):
             if self.name != suite:
                 del data[name]
@@ -265,7 +271,7 @@ class Suite:
                 key=r.key,
                 scene=r.scene,
                 tasks=(r.task,),
-                instructions=(r.sentence,),
+                instructions=(get_task(r.task).sentence if self.plain else r.sentence,),
                 seed=_seed(self.seed, r.key),
                 draw=r.draw,
                 changing=self.changing,

@@ -501,6 +501,7 @@ def name_of(plan: Evaluation) -> str:
     latency += f"-p{plan.conditions.delay:02d}" if plan.conditions.delay else ""
     wall = plan.config.control.clock == "realtime"
     name = plan.suite.name + ("-changing" if plan.suite.changing else "")
+    name += "-plain" if plan.suite.plain else ""
     row = "" if plan.sees == "image" else f"-{plan.sees}"
     join = plan.config.system1.join
     row += "" if join == "blend" else f"-{join}"

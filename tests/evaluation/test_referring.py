@@ -12,7 +12,7 @@ import pytest
 from openhelix.benchmarks.calvin.env import PlayTableEnv
 from openhelix.benchmarks.calvin.expert_control import View
 from openhelix.benchmarks.calvin.starts import StartError, feasible
-from openhelix.benchmarks.calvin.tasks import TASK_NAMES
+from openhelix.benchmarks.calvin.tasks import TASK_NAMES, get_task
 from openhelix.benchmarks.evaluation.referring import (
     REFERENCES,
     NoSuchReference,
@@ -123,6 +123,14 @@ def test_the_suite_is_the_balanced_list() -> None:
         assert not env.led
         stage(env, episodes[1])
         assert env.led
+
+
+def test_plain_words_for_the_same_starts_are_paired_with_them() -> None:
+    look, plain = (Suite("calvin-r", count=1, plain=said).episodes() for said in (False, True))
+    starts, same = ([replace(e, instructions=()) for e in made] for made in (look, plain))
+    assert starts == same
+    assert all(e.instructions == (get_task(e.tasks[0]).sentence,) for e in plain)
+    assert not {e.instructions for e in look} & {e.instructions for e in plain}
 
 
 def test_pictures_show_what_the_sentence_is_about() -> None:

@@ -125,6 +125,7 @@ def test_episodes_to_film_are_spread_over_the_list():
         ({"name": "tasks", "scenes": ("E",)}, "E"),
         ({"name": "tasks", "scenes": ()}, "--scene"),
         ({"name": "tasks", "seed": -1}, "--seed: -1"),
+        ({"name": "calvin-r", "changing": True, "plain": True}, "--plain: not with --changing"),
         ({"name": "calvin-e", "phrases": "/nowhere.json"}, "nowhere"),
     ],
 )
