@@ -181,11 +181,9 @@ class System2Process:
                 scheduler.serve()
                 continue
             wait_s = IDLE_S if due is None else min(IDLE_S, (due - clock.now_ns()) * 1e-9)
-            if due is None:
-                reader.wait(wait_s)
-            else:
-                # Until its deadline a robot's request may still be replaced by a newer one.
-                stop.wait(wait_s)
+            # Until its deadline a robot's request may still be replaced by a newer one; another
+            # instruction is due at once.
+            reader.wait(wait_s)
 
     def health(self) -> dict[str, Any]:
         """Return counters, times, and what the latents are."""

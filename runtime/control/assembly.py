@@ -217,7 +217,7 @@ def wire_goals(config: RunConfig, requests: str, latents: str) -> WireGoals:
     keys = str(config.transport.keys) if config.transport.keys else None
     robot = config.robot.id
     return WireGoals(
-        sender=Publisher(requests, robot, bind=False, keys=keys),
+        sender=Publisher(requests, robot, bind=False, keys=keys, awaited=True),
         reader=NewestReader(latents, f"latents/{robot}", LatentGoal, keys=keys),
         robot=robot,
         camera=config.system2.camera,

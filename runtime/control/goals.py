@@ -163,6 +163,8 @@ class GoalSender(Protocol):
     @property
     def dropped(self) -> int: ...
     def send(self, message: GoalRequest) -> object: ...
+    def reconnect(self) -> None: ...
+    def await_reader(self, timeout_s: float) -> bool: ...
     def close(self) -> None: ...
 
 
@@ -174,6 +176,7 @@ class GoalReader(Protocol):
     @property
     def gaps(self) -> int: ...
     def poll(self) -> LatentGoal | None: ...
+    def reconnect(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -207,6 +210,20 @@ class WireGoals(_Recent):
     @property
     def missed(self) -> int:
         return self.reader.gaps
+
+    def reconnect(self) -> None:
+        """Connect anew to System 2, which is bound by now.
+
+        Attempts fail while it loads, and the next may be some time off. What is sent before a connection
+        stands is lost: with an image the time to the next one, with a latent a whole period.
+        """
+        self.reader.reconnect()
+        if not self.heard(0.0):
+            self.sender.reconnect()
+
+    def heard(self, timeout_s: float) -> bool:
+        """Wait until System 2 listens; False where it did not within `timeout_s`."""
+        return self.sender.await_reader(timeout_s)
 
     def begin(self, instruction_id: int, instruction: str) -> None:
         super().begin(instruction_id, instruction)

@@ -62,7 +62,7 @@ from openhelix.runtime.transport.wire import NewestReader, Publisher
 
 log = logging.getLogger(__name__)
 SYSTEM1_TIMEOUT_S = 240.0
-JOIN_S = 5.0  # how long the first tick waits for the process that looks on
+JOIN_S = 5.0  # how long the first tick waits for each process that is to hear it
 OFFSET_ROUNDS = 8  # questions to System 2's clock; the quickest answer counts
 
 
@@ -136,6 +136,7 @@ class ControlProcess:
                 return
             self._robot.get_observation()  # keeps its queues empty while System 2 starts
         self._await_observer(self._robot, stop)
+        self._await_system2(self._robot, stop)
         control = self._config.control
         self._realtime = enter(
             priority=control.fifo_priority or None,
@@ -167,6 +168,18 @@ class ControlProcess:
             robot.get_observation()
             if time.monotonic() > give_up_s or stop.is_set():
                 log.warning("nobody hears the ticks yet; what is missed is counted")
+                return
+
+    def _await_system2(self, robot: Robot, stop: threading.Event) -> None:
+        """Let System 2 hear us before the first tick; not for ever."""
+        if self._goals is None:
+            return
+        self._goals.reconnect()
+        give_up_s = time.monotonic() + JOIN_S
+        while not self._goals.heard(0.05):
+            robot.get_observation()
+            if time.monotonic() > give_up_s or stop.is_set():
+                log.warning("System 2 does not hear us yet; it is asked again and again")
                 return
 
     def health(self) -> dict[str, Any]:

@@ -525,6 +525,15 @@ class Port:
             except zmq.ZMQError as error:
                 raise ValueError(f"endpoint {endpoint!r}: cannot connect: {error}") from None
 
+    def reconnect(self) -> None:
+        """Connect anew, at once: an attempt that failed is repeated only after a while.
+
+        For a side that connects, once the other is known to be bound.
+        """
+        for endpoint in self.endpoints:
+            self.socket.disconnect(endpoint)
+        self._attach(bind=False)
+
     def _bind(self, endpoint: str) -> None:
         """Bind, and give a predecessor that is just closing a moment to do so."""
         give_up_ns = time.monotonic_ns() + IN_USE_WAIT_NS

@@ -148,6 +148,10 @@ class Publisher:
             self._heard = wanted[:1] == b"\1" and self._prefix.startswith(wanted[1:])
         return True
 
+    def reconnect(self) -> None:
+        """Connect anew, at once, to readers that bind; see `Port.reconnect`."""
+        self._port.reconnect()
+
     def _put(self, frames: list[Buffer]) -> bool:
         if self._try(frames):
             return True
@@ -446,6 +450,10 @@ class NewestReader(Generic[T]):
     def wait(self, timeout_s: float) -> bool:
         """Sleep until something arrives, at most `timeout_s`; for threads without deadlines."""
         return bool(self._inlet.port.socket.poll(max(0, round(timeout_s * 1e3))))
+
+    def reconnect(self) -> None:
+        """Connect anew, at once, to publishers that bind; see `Port.reconnect`."""
+        self._inlet.port.reconnect()
 
     def _find(self, topic: bytes) -> Track[T] | None:
         return self._track

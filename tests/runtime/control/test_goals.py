@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,16 @@ from openhelix.runtime.control.goals import LockstepGoals, WireGoals, refused
 from openhelix.runtime.core.interfaces import (
     SENSES,
     CameraFrame,
+    GoalRequest,
     LatentGoal,
     LatentSpec,
     Observation,
 )
 from openhelix.runtime.robots.fake import PointEngine
+from openhelix.runtime.transport.wire import NewestPerTopic, NewestReader, Publisher
+from openhelix.system2.publisher import LatentOutlet
 from tests.fakes import LATENT, PERIOD_NS
+from tests.runtime.wire_ports import until
 
 
 def observation(tick: int) -> Observation:
@@ -307,3 +312,31 @@ def test_a_system_2_that_senses_is_told_the_robots_state_and_no_other_is() -> No
     plain = LockstepGoals(PointEngine(), "static", interval=1, latency=0)
     plain.begin(1, "reach 0 0 0.5")
     assert tick_of(plain, 0) is not None  # which takes no third argument
+
+
+@pytest.mark.parametrize("again", range(5))
+def test_the_first_image_and_its_latent_arrive_where_system2_was_long_in_coming(
+    tmp_path: Path, again: int
+) -> None:
+    requests, latents = (f"ipc://{tmp_path}/{name}" for name in ("requests", "latents"))
+    goals = WireGoals(
+        Publisher(requests, "arm1", bind=False, awaited=True),
+        NewestReader(latents, "latents/arm1", LatentGoal),
+        "arm1",
+        "static",
+        min_interval_ns=10**12,
+        max_age_s=1.0,
+    )
+    goals.expect(LATENT)
+    assert not goals.heard(0.05 + again / 40)
+    system2 = NewestPerTopic(requests, GoalRequest, bind=True, max_topics=1, first_stays=True)
+    outlet = LatentOutlet(latents)
+    goals.reconnect()
+    until(lambda: system2.poll() or goals.heard(0.01))  # it answers while it listens
+    goals.begin(1, "first")
+    assert tick_of(goals, 0) is None
+    until(lambda: system2.poll())
+    outlet.send("arm1", latent(1))
+    until(lambda: tick_of(goals, 1))
+    for part in (goals, system2, outlet):
+        part.close()
