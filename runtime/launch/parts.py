@@ -135,8 +135,7 @@ class ControlProcess:
             if stop.is_set():
                 return
             self._robot.get_observation()  # keeps its queues empty while System 2 starts
-        self._await_observer(self._robot, stop)
-        self._await_system2(self._robot, stop)
+        self._await_hearers(self._robot, stop)
         control = self._config.control
         self._realtime = enter(
             priority=control.fifo_priority or None,
@@ -160,27 +159,22 @@ class ControlProcess:
             self._finished.set()
         stop.wait()  # stay until the report has been fetched
 
-    def _await_observer(self, robot: Robot, stop: threading.Event) -> None:
-        """Let the process that looks on hear us before the first tick; not for ever."""
+    def _await_hearers(self, robot: Robot, stop: threading.Event) -> None:
+        """Let the process that looks on, and System 2, hear us before the first tick; not for ever."""
         assert self._subscribers is not None
-        give_up_s = time.monotonic() + JOIN_S
-        while not self._subscribers.heard(0.05):
-            robot.get_observation()
-            if time.monotonic() > give_up_s or stop.is_set():
-                log.warning("nobody hears the ticks yet; what is missed is counted")
-                return
-
-    def _await_system2(self, robot: Robot, stop: threading.Event) -> None:
-        """Let System 2 hear us before the first tick; not for ever."""
-        if self._goals is None:
-            return
-        self._goals.reconnect()
-        give_up_s = time.monotonic() + JOIN_S
-        while not self._goals.heard(0.05):
-            robot.get_observation()
-            if time.monotonic() > give_up_s or stop.is_set():
-                log.warning("System 2 does not hear us yet; it is asked again and again")
-                return
+        hearers = [
+            (self._subscribers.heard, "nobody hears the ticks yet; what is missed is counted")
+        ]
+        if self._goals is not None:
+            self._goals.reconnect()
+            hearers.append((self._goals.heard, "System 2 does not hear us yet; it is asked again"))
+        for heard, otherwise in hearers:
+            give_up_s = time.monotonic() + JOIN_S
+            while not heard(0.05):
+                robot.get_observation()
+                if time.monotonic() > give_up_s or stop.is_set():
+                    log.warning(otherwise)
+                    break
 
     def health(self) -> dict[str, Any]:
         runner = self._stack.episode_runner if self._stack else None
