@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from openhelix.runtime.core.files import (
     BadFile,
@@ -1085,10 +1085,20 @@ def pick_dtype(name: str) -> torch.dtype:
         if name not in dtypes:
             raise ValueError(f"dtype: {name!r}, want auto, {', '.join(dtypes)}")
         return dtypes[name]
-    if torch.cuda.is_available():
-        return torch.bfloat16
+    native = computes_bf16("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    return torch.bfloat16 if native else torch.float32
+
+
+def computes_bf16(wanted: bool | Literal["auto"], device: str) -> bool:
+    """Whether to compute in bfloat16; "auto" where the device does so natively."""
+    import torch
+
+    if isinstance(wanted, bool):
+        return wanted
+    if device.startswith("cuda"):
+        return bool(torch.cuda.is_bf16_supported())
     capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if capable.get("avx512_bf16") else torch.float32
+    return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
 
 
 # ------------------------------------------------------------------------------------------------

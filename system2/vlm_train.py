@@ -48,6 +48,7 @@ from openhelix.system2.model import (
     VisionShape,
     build,
     builtin,
+    computes_bf16,
     load_llava,
     load_processor,
     load_tokenizer,
@@ -231,16 +232,6 @@ def shape_of(tower: Tower) -> VisionShape:
     return VisionShape(tower.image_size, tower.patch_size, tower.width, tower.layers, tower.heads)
 
 
-def computes_bf16(wanted: bool | Literal["auto"], device: torch.device) -> bool:
-    """Whether to compute in bfloat16; "auto" where the machine does so natively."""
-    if isinstance(wanted, bool):
-        return wanted
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
-
-
 def goals_of(config: VlmSection, records: Sequence[Record], table: Tensor, seed: int) -> Goals:
     """Return what instructions' latents are to become.
 
@@ -325,7 +316,7 @@ class VlmRun:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
-        self.bf16 = computes_bf16(config.bf16, self.device)
+        self.bf16 = computes_bf16(config.bf16, self.device.type)
         self._check_settings()
         self.base = workers.once(lambda: base_folder(config, seed))
         self.checkpoint: Checkpoint = workers.once(lambda: open_checkpoint(self.base))

@@ -301,6 +301,7 @@ class TrainingConfig(_Section):
         time_limit_s: end the command after this long, saved; 0 for no limit.
         threads: torch threads; 0 leaves torch's own number.
         device: "cpu", "cuda", or "auto": CUDA where there is one.
+        bf16: autocast to bfloat16; "auto" where the device computes it natively.
         tracker: "wandb" or "mlflow" gets the figures too, beside TensorBoard's files in each
             stage's folder; needs the extra of that name.
         workers: processes that train together, on a cluster of Ray's; 1 trains in this process, or
@@ -318,7 +319,7 @@ class TrainingConfig(_Section):
     out: Path | None = None
     seed: Whole = 0
     device: str = "cpu"
-    bf16: bool = False
+    bf16: bool | Literal["auto"] = False
     threads: Whole = 0
     validation: Share = 0.05
     eval_frames: Count = 128
@@ -340,6 +341,13 @@ class TrainingConfig(_Section):
     @classmethod
     def _joined(cls, value: Any) -> Any:
         return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+    @property
+    def computes_bf16(self) -> bool:
+        """Whether autocast is used on this machine."""
+        from openhelix.system2.model import computes_bf16
+
+        return computes_bf16(self.bf16, self.device)
 
     def frames_folder(self) -> Path:
         """Return the training cache, the first where several are named.
@@ -407,7 +415,7 @@ SETTINGS, BEGAN, LATENT, AUX, LANGUAGE = (
     "language.safetensors",
 )
 # What may differ between a run and the one that continues it.
-FREE = ("eval_every", "save_every", "max_gb", "encode_batch", "checkpoint", "shard")
+FREE = ("bf16", "eval_every", "save_every", "max_gb", "encode_batch", "checkpoint", "shard")
 
 
 class NotDone(Exception):

@@ -156,7 +156,7 @@ def language_memory(
     section = config.latent
     regime, feed = regime_of(section, stage), feed_kind(section, stage, config.device)
     number = 4 if regime in CHANGES else pick_dtype(section.dtype).itemsize
-    bf16 = config.bf16 and regime in CHANGES
+    bf16 = config.computes_bf16 and regime in CHANGES
     learned = trained_weights(sizes, regime, section.lora_rank)
     whole = sizes.language + sizes.vision + sizes.projector
     whole += learned if regime == "lora" else 0
@@ -287,7 +287,7 @@ def run_policy_once(
         z = torch.zeros(shape, device=device, requires_grad=True)
         none = torch.zeros(samples)
         inputs = with_latent(inputs, z, none, none.bool())
-    cast = torch.autocast(device.type, torch.bfloat16, enabled=config.bf16)
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=config.computes_bf16)
     with cast:
         parts = model.loss(
             inputs, batch.rows, batch.openness, batch.mask, draws, generator, batch.keyposes
@@ -355,7 +355,7 @@ def layer_seconds(
 
         names = ["q_proj", "k_proj", "v_proj", "o_proj"]
         inject_adapter_in_model(LoraConfig(r=config.latent.lora_rank, target_modules=names), model)
-    cast = config.bf16 and regime in CHANGES
+    cast = config.computes_bf16 and regime in CHANGES
     clock = Clock(device)
     most = max(16, int(TIMED.get(device.type, 1e11) / (6 * sizes.layer)))  # tokens
     few, short = max(1, min(samples, most // tokens)), min(tokens, most)

@@ -30,10 +30,11 @@ from openhelix.benchmarks.training.estimate import (
 )
 from openhelix.benchmarks.training.vlm import data_folder
 from openhelix.system2.latents import LATENT_DIM, LatentConfig, LatentHead
+from openhelix.system2.model import computes_bf16
 from openhelix.system2.vlm import IGNORED, Learner, Packed, Sight, adapt
 from openhelix.system2.vlm_config import VlmSection
 from openhelix.system2.vlm_data import Record, read, shards
-from openhelix.system2.vlm_train import STAGES, Labels, StageName, base_folder, computes_bf16
+from openhelix.system2.vlm_train import STAGES, Labels, StageName, base_folder
 
 # Of the pictures that the simulator makes, in the laptop model's tokens.
 QUESTION, ANSWER = 20, 4  # tokens of a question with its answer, and of the answer
@@ -102,7 +103,7 @@ class Model:
 
         self.config, self.vlm, self.n_image = config, config.vlm, n_image
         self.device = torch.device(config.device)
-        self.bf16 = computes_bf16(config.vlm.bf16, self.device)
+        self.bf16 = computes_bf16(config.vlm.bf16, self.device.type)
         self.layers = made.text_config.num_hidden_layers
         one = copy.deepcopy(made)
         one.text_config.num_hidden_layers = 1

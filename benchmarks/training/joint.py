@@ -148,7 +148,7 @@ class Joint:
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return the autocast context that the run asks for."""
-        if not self.config.bf16:
+        if not self.config.computes_bf16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
@@ -299,7 +299,7 @@ class Joint:
 
     def language_precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return autocast for a language model that learns in float32."""
-        if self.config.bf16 and self.config.latent.regime in CHANGES:
+        if self.config.computes_bf16 and self.config.latent.regime in CHANGES:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 

@@ -144,7 +144,7 @@ def policy_settings(
         weight_decay=p.weight_decay,
         warmup=p.warmup,
         ema=p.ema,
-        bf16=config.bf16,
+        bf16=config.computes_bf16,
         device=config.device,
         seed=config.seed,
         validation=config.validation,
