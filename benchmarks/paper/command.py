@@ -27,9 +27,9 @@ from openhelix.benchmarks.evaluation.evaluation import Console
 from openhelix.benchmarks.paper import overview, tables
 from openhelix.benchmarks.paper.catalogue import Catalogue, Experiment, catalogue
 from openhelix.benchmarks.paper.costs import by_experiment, left, told
-from openhelix.benchmarks.paper.episodes import check, write_episodes
+from openhelix.benchmarks.paper.episodes import check, kept_in, write_episodes
 from openhelix.benchmarks.paper.leaderboard import named_folders, write_leaderboard
-from openhelix.benchmarks.paper.other_kinds import Probes, zoo_outcome
+from openhelix.benchmarks.paper.other_kinds import Probes, probed_in, zoo_outcome
 from openhelix.benchmarks.paper.session import EVALUATIONS, Request, Session
 from openhelix.benchmarks.paper.train_command import TrainCommand, changed, check_options, data_id
 from openhelix.benchmarks.paper.trainings import OutOfTime, Trainer, Trainings
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     session = make_session(options, overrides, known)
     console = Console("experiment")
     own = named_folders(options.systems)
-    folder = options.out or default_out(session)
+    folder = options.out or default_out(session.request)
     _refuse_mixture(session, folder)
     console.say(f"work in {session.request.root}, results in {folder}")
     if not options.report:
@@ -104,12 +104,19 @@ def _give_way() -> None:
 
 def _run(session: Session, folder: Path, console: Console, no_training: bool) -> None:
     try:
-        session.run(lambda: _quietly(session, folder), train=not no_training)
-        for experiment in session.request.experiments:
-            if experiment.kind == "probe":
-                Probes(session, experiment).run()
+        session.run(
+            lambda: _quietly(session, folder), not no_training, lambda: _probe(session, folder)
+        )
+        _probe(session, folder)
     except OutOfTime:
         console.say("the time given is over; the same command goes on")
+
+
+def _probe(session: Session, folder: Path) -> None:
+    """Probe every System 2 that is there and was not."""
+    for experiment in session.request.experiments:
+        if experiment.kind == "probe" and Probes(session, experiment).run():
+            _quietly(session, folder)
 
 
 def _quietly(session: Session, folder: Path) -> None:
@@ -181,12 +188,20 @@ def make_session(options: ExperimentOptions, overrides: Sequence[str], known: Ca
         until_s,
         None if options.data is None else str(options.data),
     )
-    session = Session(request, Trainings(root / "trainings", trainer), Console("experiment"))
+    folder = options.out or default_out(request)
+    experiments = list(known.experiments)
+    session = Session(
+        request,
+        Trainings(root / "trainings", trainer),
+        Console("experiment"),
+        kept=kept_in(folder, experiments),
+        probed=probed_in(folder, experiments),
+    )
     session.check_fair()
     if frames is not None:
         check_sensors(session, frames)
     trains = not (options.no_training or options.report or options.estimate or options.trainer)
-    if refusal is not None and trains and any(t.reads_data for t in session.wanted()):
+    if refusal is not None and trains and any(t.reads_data for t in session.missing()):
         raise refusal
     return session
 
@@ -219,11 +234,11 @@ def _data(options: ExperimentOptions) -> tuple[Path, Path | None, ConfigError | 
         return config.data, None, refusal
 
 
-def default_out(session: Session) -> Path:
+def default_out(request: Request) -> Path:
     """Return where results go if nothing else is said."""
-    if session.request.scale.official and RESULTS.is_dir():
+    if request.scale.official and RESULTS.is_dir():
         return RESULTS
-    return Path("outputs") / f"experiments-{session.request.scale_name}"
+    return Path("outputs") / f"experiments-{request.scale_name}"
 
 
 def _refuse_mixture(session: Session, folder: Path) -> None:
@@ -248,7 +263,7 @@ def write_all(session: Session, folder: Path) -> list[dict[str, Any]]:
     for experiment in session.request.experiments:
         outcome = outcome_of(session, experiment)
         outcomes.append(outcome)
-        drawn = Probes(session, experiment).pictures() if experiment.kind == "probe" else None
+        drawn = Probes(session, experiment).pictures(folder) if experiment.kind == "probe" else None
         if tables.write(outcome, folder, drawn):
             write_episodes(session, experiment, folder)
     names = list(session.request.catalogue.experiments)

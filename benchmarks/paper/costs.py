@@ -189,13 +189,14 @@ def left(session: Session) -> list[Left]:
     """Return what is still to be done, by experiment, in order; shared work counts once."""
     every = list({m.key: m for m in map(session.measure, session.rows())}.values())
     factor = correction(session, every)
+    missing = {t.key for t in session.missing()}
     seen: set[str] = set()
     found = []
     for experiment in session.request.experiments:
         trainings = session.needs(experiment)
         rows = [row for row in experiment.rows if row.variant]
         measures = list({m.key: m for m in map(session.measure, rows)}.values())
-        untrained = [t for t in trainings if session.trainings.done(t) is None]
+        untrained = [t for t in trainings if t.key in missing]
         unmeasured = [m for m in measures if session.report(m) is None]
         items = [Item(t.key, session.trainings.seconds(t)) for t in untrained if t.key not in seen]
         items += [_evaluation(session, m, factor) for m in unmeasured if m.key not in seen]

@@ -13,15 +13,16 @@ import gzip
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.evaluation.results import chains, rates
 from openhelix.benchmarks.evaluation.suites import CHAINS
+from openhelix.benchmarks.paper import tables
 from openhelix.benchmarks.paper.catalogue import Experiment
 from openhelix.benchmarks.paper.judge import decide, judge
-from openhelix.benchmarks.paper.session import Session
+from openhelix.benchmarks.paper.session import Kept, Session
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import replace_file
 
@@ -36,19 +37,6 @@ TESTED = (
     *("p_same", "p", "shows", "verdict", "not_testable"),
 )
 Result = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """One evaluation, as it is kept.
-
-    Attributes:
-        about: the suite, its conditions and hashes of the weights and the program.
-        results: its episodes, with the fields that scores and tests are made of.
-    """
-
-    about: Mapping[str, Any]
-    results: tuple[Result, ...]
 
 
 def write_episodes(session: Session, experiment: Experiment, folder: Path) -> Path | None:
@@ -96,6 +84,26 @@ def read_episodes(path: Path) -> dict[str, Kept]:
             rows = rows[n:]
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise ConfigError(f"{path}: no episodes can be read: {error}") from None
+    return found
+
+
+def kept_in(folder: Path, names: Sequence[str]) -> dict[str, Kept]:
+    """Return the evaluations that pages of a folder show and whose episodes it holds, by key.
+
+    What was measured by older rules is not among them.
+
+    Raises:
+        ConfigError: episodes cannot be read; one line.
+    """
+    found: dict[str, Kept] = {}
+    for name in names:
+        page, path = tables.read(folder, name), folder / f"{name}{SUFFIX}"
+        if page is None or tables.outdated(page) or not path.is_file():
+            continue
+        kept = read_episodes(path)
+        for row in page["rows"]:
+            if row["score"] is not None and row["evaluation"] in kept:
+                found[row["evaluation"]] = replace(kept[row["evaluation"]], row=row)
     return found
 
 

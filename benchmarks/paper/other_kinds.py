@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from openhelix.benchmarks.evaluation.eval import load_config
 from openhelix.benchmarks.evaluation.evaluation import fingerprint
+from openhelix.benchmarks.paper import tables
 from openhelix.benchmarks.paper.catalogue import Experiment
 from openhelix.benchmarks.paper.figure5 import (
     Pictures,
@@ -25,15 +25,14 @@ from openhelix.benchmarks.paper.figure5 import (
 from openhelix.benchmarks.paper.judge import decide
 from openhelix.benchmarks.paper.measures import SCENE
 from openhelix.benchmarks.paper.session import Session
-from openhelix.benchmarks.paper.trainings import SHIPPED_POLICY
 from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.config import ConfigError, EnginePart
-from openhelix.runtime.core.files import replace_file, tensor_header
-from openhelix.system1.checkpoint import WEIGHTS
+from openhelix.runtime.core.files import replace_file
 from openhelix.system2.model import SHIPPED
 
 UNTRAINED = "as shipped, <ACT> untrained"
 SMOKE = {"starts": 1, "steps": 10}
+PROBE = "probe.json"
 
 
 class Probes:
@@ -56,18 +55,40 @@ class Probes:
         self.options = ProbeOptions(**options)
         self._pictures: list[Pictures] | None = None
 
-    def engines(self) -> dict[str, EnginePart]:
-        """Return the System 2s to look at, by what they are called; trained ones if they are."""
-        request, found = self._session.request, {}
-        base = load_config(request.run, scene=SCENE)
+    def wanted(self) -> dict[str, str]:
+        """Return the System 2s to look at: the keys of their trainings, by what they are called."""
+        request = self._session.request
         shipped = (SHIPPED / "latent.safetensors").is_file()
-        found["as shipped" if shipped else UNTRAINED] = base.system2.engine
+        found = {"as shipped" if shipped else UNTRAINED: self._session.training("shipped").key}
         for name in self._experiment.options.get("variants", ()):
+            found[request.catalogue.variants[name].says] = self._session.training(name).key
+        return found
+
+    def engines(self) -> dict[str, EnginePart]:
+        """Return the System 2s that are there, by what they are called."""
+        request, (first, *others) = self._session.request, self.wanted()
+        found = {first: load_config(request.run, scene=SCENE).system2.engine}
+        names = self._experiment.options.get("variants", ())
+        for who, name in zip(others, names, strict=True):
             done = self._session.trainings.done(self._session.training(name))
             if done is not None:
                 words = [*done["overrides"], *request.run]
-                config = load_config(words, scene=SCENE)
-                found[request.catalogue.variants[name].says] = config.system2.engine
+                found[who] = load_config(words, scene=SCENE).system2.engine
+        return found
+
+    def made(self) -> dict[str, dict[str, Any]]:
+        """Return the probes that are there, by what their System 2s are called.
+
+        Those made on this machine come first; others are read off the page that shows them.
+        """
+        engines, found = self.engines(), dict[str, dict[str, Any]]()
+        for who, key in self.wanted().items():
+            path = self.place(who, engines[who]) / PROBE if who in engines else None
+            kept = self._session.probed.get(key, {})
+            if path is not None and path.exists():
+                found[who] = {**json.loads(path.read_text(encoding="utf-8")), "training": key}
+            elif kept.get("options") == asdict(self.options):
+                found[who] = dict(kept)
         return found
 
     def place(self, who: str, part: EnginePart) -> Path:
@@ -78,43 +99,41 @@ class Probes:
             digest.update(path.read_bytes())
         return self._session.request.root / "probes" / digest.hexdigest()[:12]
 
-    def run(self) -> None:
-        """Probe what has not been probed."""
+    def run(self) -> bool:
+        """Probe what has not been probed; return whether there was anything."""
+        there, new = self.made(), False
         for who, part in self.engines().items():
-            folder = self.place(who, part)
-            if (folder / "probe.json").exists():
+            if who in there:
                 continue
+            folder, new = self.place(who, part), True
             self._session.say(f"probe of {who}")
             if self._pictures is None:
                 self._pictures = take_pictures(self.options)
             engine = make(part)
             try:
                 made = probe(self._pictures, engine, self.options)
+                made |= {"options": asdict(self.options)}
             finally:
                 engine.close()
             folder.mkdir(parents=True, exist_ok=True)
             picture = draw(made, self._pictures[0].moved, self.options.shift_at, who)
             for name, data in picture.files("probe").items():
                 replace_file(folder / name, data)
-            replace_file(folder / "probe.json", json.dumps(made).encode())
+            replace_file(folder / PROBE, json.dumps(made).encode())
+        return new
 
     def outcome(self) -> dict[str, Any]:
         """Return the experiment as plain data."""
         found = self._session.outcome(self._experiment)
-        probes, contrasts, tables = {}, [], []
-        wanted = 1 + len(self._experiment.options.get("variants", ()))
-        for who, part in self.engines().items():
-            path = self.place(who, part) / "probe.json"
-            if path.exists():
-                made = json.loads(path.read_text(encoding="utf-8"))
-                probes[who] = made
-                # Before training, <ACT> means nothing: its figures are shown, no claim is made.
-                contrasts += claims(made, who) if who != UNTRAINED else []
-                tables.append([f"What moves the latent ({who})", *distance_table(made)])
-                tables.append([f"The words nearest to it ({who})", *_words(made)])
+        probes, contrasts, tables = self.made(), [], []
+        for who, made in probes.items():
+            # Before training, <ACT> means nothing: its figures are shown, no claim is made.
+            contrasts += claims(made, who) if who != UNTRAINED else []
+            tables.append([f"What moves the latent ({who})", *distance_table(made)])
+            tables.append([f"The words nearest to it ({who})", *_words(made)])
         state = "not run" if not probes else "complete"
-        if probes and len(probes) < wanted:
-            state = f"partial: {len(probes)} of {wanted} models"
+        if probes and len(probes) < len(self.wanted()):
+            state = f"partial: {len(probes)} of {len(self.wanted())} models"
         decide(contrasts)
         o = self.options
         note = (
@@ -130,16 +149,25 @@ class Probes:
             "notes": [note, *found["notes"]],
         }
 
-    def pictures(self) -> dict[str, bytes]:
-        """Return the drawings by file name."""
-        found = {}
-        for number, (who, part) in enumerate(self.engines().items()):
+    def pictures(self, folder: Path) -> dict[str, bytes]:
+        """Return the drawings by file name; of a probe made elsewhere, those of the results."""
+        found, engines = {}, self.engines()
+        for number, who in enumerate(self.wanted()):
             suffix = f"-{number}" if number else ""
-            for path in sorted(self.place(who, part).glob("probe.[ps][ndv]*")):
-                if path.suffix in (".png", ".svg", ".pdf"):
-                    name = f"{self._experiment.name}{suffix}{path.suffix}"
-                    found[name] = path.read_bytes()
+            place = self.place(who, engines[who]) if who in engines else None
+            for kind in ("png", "svg", "pdf"):
+                name = f"{self._experiment.name}{suffix}.{kind}"
+                drawn = folder / name if place is None else place / f"probe.{kind}"
+                if drawn.exists() and who in self.made():
+                    found[name] = drawn.read_bytes()
         return found
+
+
+def probed_in(folder: Path, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """Return the probes that the pages of a folder show, by the key of what was probed."""
+    pages = (tables.read(folder, name) for name in names)
+    made = [p for page in pages if page is not None for p in page.get("probes", {}).values()]
+    return {p["training"]: p for p in made if "training" in p}
 
 
 def _words(made: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -164,9 +192,10 @@ def zoo_outcome(session: Session, experiment: Experiment) -> dict[str, Any]:
     ]
     costs = []
     for name in names:
-        scores = [r["score"] for r in found["rows"] if r["variant"] == name and r["score"]]
-        weights = million_weights(session, name)
-        costs.append([designs[name]["method"], weights, *cost_of(scores)])
+        measured = [r for r in found["rows"] if r["variant"] == name and r["score"]]
+        weights = next((r["system1_weights"] for r in measured if r["system1_weights"]), None)
+        million = "" if weights is None else f"{weights / 1e6:.1f}"
+        costs.append([designs[name]["method"], million, *cost_of([r["score"] for r in measured])])
     header = ["method", "the paper's design", "here", "what is different here"]
     cost_header = ["method", "System 1, million weights", "ms a plan", "plans per second"]
     cost_header += ["System 2, ms a latent", "latents a task", "System 2, s a task"]
@@ -176,20 +205,6 @@ def zoo_outcome(session: Session, experiment: Experiment) -> dict[str, Any]:
             ["How each is built", header, built],
         ]
     }
-
-
-def million_weights(session: Session, variant: str) -> str:
-    """Return how many weights a variant's policy has, in millions; "" before it is trained."""
-    done = session.trainings.done(session.training(variant))
-    prefix = "system1.policy.options.path="
-    paths = [w.removeprefix(prefix) for w in (done or {}).get("overrides", ()) if prefix in w]
-    place = Path(paths[0]) if paths else SHIPPED_POLICY
-    if done is None or not (place / WEIGHTS).is_file():
-        return ""
-    shapes = (
-        tensor_header(place / WEIGHTS)[0][name][1] for name in tensor_header(place / WEIGHTS)[0]
-    )
-    return f"{sum(math.prod(shape) for shape in shapes) / 1e6:.1f}"
 
 
 def cost_of(scores: Sequence[Mapping[str, Any]]) -> list[str]:

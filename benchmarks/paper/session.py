@@ -1,14 +1,16 @@
 """Runs experiments: trains and measures what is missing, reuses what is finished.
 
 Every folder records whether it is finished, so an experiment interrupted at any point resumes
-when it is started again, and tables share common trainings and evaluations. Each table runs its
-trainings first, then its evaluations; reports are rewritten after every evaluation, so that an
-interrupted run leaves complete reports of what it measured.
+when it is started again, and tables share common trainings and evaluations. Each training is
+followed by all evaluations of it; reports are rewritten after every evaluation, so that an
+interrupted run leaves complete reports of what it measured. An evaluation whose episodes are kept
+beside its page of results is finished, too, wherever it was made: then its weights are not needed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +38,7 @@ from openhelix.benchmarks.paper.judge import (
 )
 from openhelix.benchmarks.paper.measures import Measure, measure_of, score_of
 from openhelix.benchmarks.paper.trainings import (
+    SHIPPED_POLICY,
     OutOfTime,
     Training,
     Trainings,
@@ -44,6 +47,8 @@ from openhelix.benchmarks.paper.trainings import (
     trainings_of,
 )
 from openhelix.runtime.core.config import CommandFailed
+from openhelix.runtime.core.files import tensor_header
+from openhelix.system1.checkpoint import WEIGHTS
 
 EVALUATIONS = "evaluations"
 PoolFor = Callable[[Evaluation], Pool]
@@ -99,6 +104,21 @@ class Request:
         return [self.catalogue.experiment(name) for name in self.names]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A finished evaluation, as a folder of results keeps it.
+
+    Attributes:
+        about: the suite, its conditions and hashes of the weights and the program.
+        results: its episodes, with the fields that scores and tests are made of.
+        row: of the page that shows it; empty where none does.
+    """
+
+    about: Mapping[str, Any]
+    results: tuple[Mapping[str, Any], ...]
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Session:
     """Experiments over one folder of trainings and evaluations.
 
@@ -107,6 +127,8 @@ class Session:
         trainings: those of `request.root`.
         console: told of the progress.
         pool_for: returns a pool that has not started, for an evaluation.
+        kept: evaluations that need not be made, by key.
+        probed: probes of latents that need not be made, by the training's key.
 
     Attributes:
         failed: why, of the trainings that failed in this session, by key.
@@ -118,8 +140,11 @@ class Session:
         trainings: Trainings,
         console: Console,
         pool_for: PoolFor | None = None,
+        kept: Mapping[str, Kept] | None = None,
+        probed: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.request, self.trainings = request, trainings
+        self._kept, self.probed = kept or {}, probed or {}
         self._console = console
         self.failed: dict[str, str] = {}
         self._pool_for = pool_for or self._open
@@ -145,8 +170,26 @@ class Session:
         return [row for e in self.request.experiments for row in e.rows if row.variant]
 
     def wanted(self) -> list[Training]:
-        """Return all trainings that are needed, each once, parents first."""
+        """Return all trainings that the experiments are of, each once, parents first."""
         return in_order(t for e in self.request.experiments for t in self.needs(e))
+
+    def unmeasured(self, training: Training) -> list[Measure]:
+        """Return the evaluations of a training that are still to be made."""
+        found = {m.key: m for m in map(self.measure, self.rows())}
+        same = (m for m in found.values() if m.training.key == training.key)
+        return [m for m in same if self.report(m) is None]
+
+    def missing(self) -> list[Training]:
+        """Return the trainings that are not there and are still needed, parents first."""
+        probed = [
+            self.training(name)
+            for e in self.request.experiments
+            for name in e.options.get("variants", ())
+        ]
+        probed = [t for t in probed if t.key not in self.probed]
+        measures = {m.key: m for m in map(self.measure, self.rows())}.values()
+        needed = [m.training for m in measures if self.report(m) is None]
+        return [t for t in in_order([*needed, *probed]) if self.trainings.done(t) is None]
 
     def needs(self, experiment: Experiment) -> list[Training]:
         """Return the trainings of one experiment, parents first."""
@@ -172,11 +215,17 @@ class Session:
         """Tell a person."""
         self._console.say(text)
 
-    def run(self, after: Callable[[], None], train: bool = True) -> None:
+    def run(
+        self,
+        after: Callable[[], None],
+        train: bool = True,
+        trained: Callable[[], None] = lambda: None,
+    ) -> None:
         """Train and measure what is missing.
 
         Args:
             after: called when an evaluation is finished.
+            trained: called when a training is finished.
             train: False trains nothing: what is not trained is left out.
 
         Raises:
@@ -184,39 +233,29 @@ class Session:
             ValueError, CommandFailed: an evaluation was refused or failed. A training that
                 failed is in `failed`, and its rows are left out.
         """
-        for experiment in self.request.experiments:
-            self._train(experiment, train)
-            self._measure(experiment, after)
-
-    def _train(self, experiment: Experiment, train: bool) -> None:
-        """Train what an experiment needs; one that fails leaves its rows out and no others.
-
-        Weights that are given need no training, so they are there even if nothing is trained.
-        """
-        wanted = [t for t in self.needs(experiment) if train or not t.reads_data]
-        for number, training in enumerate(wanted, 1):
-            if self.trainings.done(training) is not None:
+        missing = [t for t in self.missing() if train or not t.reads_data]
+        for training in self.wanted():
+            if training.key in {t.key for t in missing}:
+                self._train(training, f"training {missing.index(training) + 1} of {len(missing)}")
+            if self.trainings.done(training) is None:
                 continue
-            self._in_time()
-            place = f"{experiment.name}: training {number} of {len(wanted)}"
-            self.say(f"{place}: {training.key}")
-            try:
-                self.trainings.ensure(training, self.say)
-            except CommandFailed as error:
-                self.failed[training.key] = str(error)
-                self.say(f"{place} failed: {error}")
-
-    def _measure(self, experiment: Experiment, after: Callable[[], None]) -> None:
-        rows = [row for row in experiment.rows if row.variant]
-        measures = list({m.key: m for m in map(self.measure, rows)}.values())
-        for number, measure in enumerate(measures, 1):
-            trained = self.trainings.done(measure.training) is not None
-            if trained and self.report(measure) is None:
+            trained()
+            measures = self.unmeasured(training)
+            for number, measure in enumerate(measures, 1):
                 self._in_time()
-                place = f"{experiment.name}: evaluation {number} of {len(measures)}"
-                self.say(f"{place}: {measure.key}")
+                self.say(f"evaluation {number} of {len(measures)} of it: {measure.key}")
                 self._evaluate(measure)
                 after()
+
+    def _train(self, training: Training, place: str) -> None:
+        """Train; one that fails leaves its rows out and no others."""
+        self._in_time()
+        self.say(f"{place}: {training.key}")
+        try:
+            self.trainings.ensure(training, self.say)
+        except CommandFailed as error:
+            self.failed[training.key] = str(error)
+            self.say(f"{place} failed: {error}")
 
     def _in_time(self) -> None:
         until_s = self.request.until_s
@@ -252,13 +291,16 @@ class Session:
     def report(self, measure: Measure) -> dict[str, Any] | None:
         """Return a finished evaluation's score, or None."""
         path = self.place(measure) / REPORT
-        if not path.exists():
-            return None
-        return score_of(json.loads(path.read_text(encoding="utf-8")))
+        if path.exists():
+            return score_of(json.loads(path.read_text(encoding="utf-8")))
+        kept = self._kept.get(measure.key)
+        return None if kept is None else dict(kept.row["score"])
 
     def results(self, measure: Measure) -> list[dict[str, Any]]:
         """Return the episodes that an evaluation has finished so far."""
         folder = self.place(measure)
+        if measure.key in self._kept and not (folder / REPORT).exists():
+            return [dict(result) for result in self._kept[measure.key].results]
         return read_results(folder) if (folder / RUN).exists() else []
 
     def outcome(self, experiment: Experiment) -> dict[str, Any]:
@@ -301,6 +343,8 @@ class Session:
             return found
         measure = self.measure(row)
         done = self.trainings.done(measure.training)
+        kept = self._kept.get(measure.key)
+        trained = {} if kept is None else kept.row
         found |= {
             "says": self.request.catalogue.variants[row.variant].says,
             "steps_limit": measure.conditions.steps_limit,
@@ -312,7 +356,8 @@ class Session:
             "training": measure.training.key,
             "training_options": measure.training.shown_options,
             "training_failed": self.trainings.failure(measure.training),
-            "training_s": None if done is None else done["seconds"],
+            "training_s": trained.get("training_s") if done is None else done["seconds"],
+            "system1_weights": trained.get("system1_weights") if done is None else weights(done),
             "score": self.report(measure),
         }
         if found["score"] is None:
@@ -332,3 +377,13 @@ class Session:
                 base = float(score["avg_len"] if measure.suite.is_chain else score["success_rate"])
             found = judge(contrast, first, second, measures[0].suite.is_chain, base)
         return found | {"paper_difference": published_difference(experiment, contrast)}
+
+
+def weights(done: Mapping[str, Any]) -> int | None:
+    """Return how many weights the policy of a finished training has, or None if it names none."""
+    prefix = "system1.policy.options.path="
+    paths = [w.removeprefix(prefix) for w in done["overrides"] if prefix in w]
+    place = Path(paths[0]) if paths else SHIPPED_POLICY
+    if not (place / WEIGHTS).is_file():
+        return None
+    return sum(math.prod(shape) for _, shape in tensor_header(place / WEIGHTS)[0].values())

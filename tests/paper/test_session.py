@@ -114,6 +114,45 @@ def test_nothing_is_done_twice(table4, monkeypatch, capsys):
     assert "0 trainings" in err and "0 evaluations" in err
 
 
+def test_what_a_folder_of_results_keeps_is_not_made_again(table4, tmp_path, monkeypatch, capsys):
+    out, root = tmp_path / "out", tmp_path / "root"
+    shutil.copytree(table4 / "out", out)
+    before = {p.name: p.read_bytes() for p in out.glob("table4.*") if p.suffix != ".pdf"}
+
+    def forbidden(*_):
+        raise AssertionError("it was there")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "evaluate", forbidden)
+        patched.setattr("tests.paper.fakes.FakeTrainer.train", forbidden)
+        assert main(words(tmp_path, "table4")) == 0
+    assert "0 trainings" in capsys.readouterr().err
+    assert not root.exists() or not list(root.glob("trainings/*"))
+    assert before == {p.name: p.read_bytes() for p in out.glob("table4.*") if p.suffix != ".pdf"}
+    # A row that is not kept is made, and nothing but it.
+    page = json.loads((out / "table4.json").read_text())
+    lost = next(row for row in page["rows"] if row["id"] == "scratch")
+    kept, lost["score"] = lost["score"], None
+    (out / "table4.json").write_text(json.dumps(page))
+    asked = make_session(*read(words(tmp_path, "table4")[1:]), catalogue())
+    assert [m.key for t in asked.wanted() for m in asked.unmeasured(t)] == [lost["evaluation"]]
+    assert [t.key for t in asked.missing()] == [lost["training"]]
+    assert main(words(tmp_path, "table4")) == 0
+    assert [p.name for p in (root / "evaluations").iterdir()] == [lost["evaluation"]]
+    page = json.loads((out / "table4.json").read_text())
+    again = next(row for row in page["rows"] if row["id"] == "scratch")["score"]
+    assert again["avg_len"] == kept["avg_len"] and page["state"] == "complete"
+    assert main(["experiment", "table4", "--recompute", "--out", str(out)]) == 0
+
+
+def test_each_training_is_followed_by_its_evaluations(tmp_path, capsys):
+    assert main(words(tmp_path, "table4", "table6")) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "experiment: " in line]
+    order = [s.split("experiment: ")[1].split(" ")[0] for s in said]
+    firsts = "".join(w[0] for w in order if w in ("training", "evaluation"))
+    assert "te" in firsts and "tttt" not in firsts and firsts.endswith("e")
+
+
 def test_tables_share_what_they_have_in_common(tmp_path):
     options, overrides = read(words(tmp_path, "all")[1:])
     whole = make_session(options, overrides, catalogue())
@@ -308,7 +347,10 @@ def test_the_estimate_alone_starts_nothing(tmp_path, capsys):
 
 def test_smoke_results_have_a_place_of_their_own(tmp_path):
     options, overrides = read(words(tmp_path, "table4")[1:])
-    assert command.default_out(make_session(options, overrides, catalogue())).parts[0] == "outputs"
+    assert (
+        command.default_out(make_session(options, overrides, catalogue()).request).parts[0]
+        == "outputs"
+    )
 
 
 def test_what_the_shipped_pair_is_measured_for_needs_no_data(tmp_path):

@@ -17,16 +17,15 @@ def test_figures_of_an_installed_package_go_to_the_working_directory(monkeypatch
 
 
 def test_results_of_experiments_do_too(monkeypatch, tmp_path):
-    class Session:
-        class request:
-            scale_name = "laptop"
+    class Request:
+        scale_name = "laptop"
 
-            class scale:
-                official = True
+        class scale:
+            official = True
 
-    assert command.default_out(Session()) == command.RESULTS
+    assert command.default_out(Request()) == command.RESULTS
     monkeypatch.setattr(command, "RESULTS", tmp_path / "nowhere")
-    assert command.default_out(Session()) == Path("outputs/experiments-laptop")
+    assert command.default_out(Request()) == Path("outputs/experiments-laptop")
 
 
 def test_measured_costs_lie_beside_the_code_that_reads_them():
