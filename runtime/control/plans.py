@@ -30,6 +30,15 @@ moved so that this row is due next.
                            ^ now
     joined                 x====o----o----o----o----o----o
 
+The later chunks come, the farther from its observation a plan is carried out, where it knows least.
+So where they come later than `slow_after_s`, plans are carried out slower, in proportion: the arm
+moves only as many rows on while a chunk is made as it would at that delay, and the same rows of each
+chunk are used.
+
+    chunk        o----o----o----o----o----o
+                           ^ arrives: two rows past where one may be
+    slowed       o---------o---------o---------o---------o---------o
+
 Planners and buffer belong to one thread, the control loop's: no locks.
 """
 
@@ -78,6 +87,7 @@ log = logging.getLogger(__name__)
 LATENCIES_KEPT = 4096
 METRES_PER_RADIAN = 0.1  # a turn of the hand, compared with a way: about its fingers' length
 DELAYS_KEPT = 10  # chunks whose delays say how late the next one will be
+SLOWEST = 4.0  # times as long as planned; what is later yet is late
 EARLY_NS = 500_000  # a tick may come a little early; half a millisecond is still due
 LOST_AFTER_NS = 1_000_000_000  # an answer this late is not waited for: System 1 may have died
 
@@ -134,12 +144,12 @@ class Following:
             request: for the new chunk.
             delay_ns: until it arrives; None: as long as the longest of the newest ones took.
         """
-        start_ns = request.observation.t_ns + self._dt_ns
-        rows = self._chunks.ahead(start_ns, self._dt_ns, self._horizon)
+        dt_ns = round(self._dt_ns * self._chunks.slowed)  # what is a row to the policy lasts so long
+        rows = self._chunks.ahead(request.observation.t_ns + dt_ns, dt_ns, self._horizon)
         if rows is None:
             return request
         late_ns = max(self._took_ns, default=0) if delay_ns is None else delay_ns
-        given = min(len(rows.poses), -(-(late_ns - EARLY_NS) // self._dt_ns))
+        given = min(len(rows.poses), -(-(late_ns - EARLY_NS) // dt_ns))
         return replace(request, plan=rows, given=given, join=self._join)
 
 
@@ -355,6 +365,7 @@ class ChunkCounters:
     chunks_accepted: int = 0
     chunks_used: int = 0  # of the accepted: at least one action was sampled from it
     chunks_void: int = 0  # refused: for another instruction, or of before the plan was voided
+    chunks_slowed: int = 0  # of the accepted: they came late and are carried out slower
     chunks_moved: int = 0  # of the accepted: the arm stood still, and the plan began from there
     chunks_late: int = 0  # refused: every row had expired
     chunks_stale: int = 0  # refused: older observation than the plan's
@@ -369,13 +380,22 @@ class ChunkBuffer:
         blend_s: seconds over which a new chunk takes over from what is being executed; 0 for
             at once.
         instruction_id: of the instruction whose chunks are accepted.
+        slow_after_s: chunks that come later after their observation are carried out slower, in
+            proportion to how late the newest ones came; None: never.
     """
 
-    def __init__(self, blend_s: float = 0.1, instruction_id: int = 0) -> None:
+    def __init__(
+        self,
+        blend_s: float = 0.1,
+        instruction_id: int = 0,
+        slow_after_s: float | None = None,
+    ) -> None:
         if not 0.0 <= blend_s < 10.0:
             raise ValueError(f"blend_s: {blend_s} is not a time between 0 and 10 s")
         self._blend_ns = round(blend_s * 1e9)
         self._instruction_id = instruction_id
+        self._slow_after_ns = None if slow_after_s is None else slow_after_s * 1e9
+        self._came_ns: deque[int] = deque(maxlen=DELAYS_KEPT)  # after their observations
         self.counters = ChunkCounters()
         # One plan as parallel lists: row i is due at _times[i]. _joins[i] False: there is a
         # hole in time before row i that must not be interpolated across. _mine[i] False: a
@@ -401,6 +421,14 @@ class ChunkBuffer:
     def latent_seq(self) -> int:
         """The latent that the newest accepted chunk was conditioned on; -1 for none."""
         return self._latent_seq
+
+    @property
+    def slowed(self) -> float:
+        """How many times as long as planned plans take, because chunks come late; 1 if not."""
+        if self._slow_after_ns is None or not self._came_ns:
+            return 1.0
+        mean_ns = sum(self._came_ns) / len(self._came_ns)
+        return min(SLOWEST, max(1.0, mean_ns / self._slow_after_ns))
 
     def void(self, instruction_id: int, from_ns: int = 0) -> None:
         """Drop the whole plan; from now on accept chunks of `instruction_id` only.
@@ -445,25 +473,29 @@ class ChunkBuffer:
         if self._t_obs_ns is not None and chunk.t_obs_ns < self._t_obs_ns:
             count.chunks_stale += 1
             return False
+        seen_ns = chunk.t_start_ns - chunk.dt_ns  # row 0 is due a row after what was seen
+        self._came_ns.append(max(0, now_ns - seen_ns))
+        dt_ns = round(chunk.dt_ns * self.slowed)
+        start_ns, standing = seen_ns + dt_ns, None
         # Rows up to now are past; the last of them still anchors the interpolation at now.
-        first = max(0, -((chunk.t_start_ns - now_ns) // chunk.dt_ns))
+        first = max(0, -((start_ns - now_ns) // dt_ns))
         if first >= len(rows):
             count.chunks_late += 1
             count.rows_expired += len(rows)
-            self.late_s = (now_ns - chunk.t_start_ns - (len(rows) - 1) * chunk.dt_ns) * 1e-9
+            self.late_s = (now_ns - start_ns - (len(rows) - 1) * dt_ns) * 1e-9
             return False
-        start_ns, standing = chunk.t_start_ns, None
         if first and held is not None and self._at(now_ns) is None:
             x, y, z, *turn = held.tolist()
             standing = (x, y, z, normalise(turn), rows[0][4])
             first = _nearest(rows[: first + 2], standing)
-            start_ns = now_ns + (1 - first) * chunk.dt_ns
+            start_ns = now_ns + (1 - first) * dt_ns
             count.chunks_moved += 1
         count.rows_expired += first
         count.chunks_accepted += 1
         self.late_s = None
-        times = [start_ns + i * chunk.dt_ns for i in range(len(rows))]
-        self._join(times, rows, first, chunk.dt_ns, now_ns, standing)
+        count.chunks_slowed += dt_ns > chunk.dt_ns
+        times = [start_ns + i * dt_ns for i in range(len(rows))]
+        self._join(times, rows, first, dt_ns, now_ns, standing)
         self._fresh, self._fresh_from_ns = True, max(now_ns, times[0])
         self._t_obs_ns, self._latent_seq = chunk.t_obs_ns, chunk.latent_seq
         return True
@@ -567,11 +599,12 @@ class ChunkBuffer:
         `standing` is where the arm is held at `now`; None where it follows a plan, or the chunk
         is not to begin from there.
         """
+        blend_ns = self._blend_ns * self.slowed
         start_ns = now_ns if standing is not None else max(now_ns, times[0])
         at_start = standing or self._at(start_ns)
         old_rows: list[_Row | None] = [None] * (len(rows) - first)
         if at_start is not None:
-            overlap = bisect_left(times, start_ns + self._blend_ns, first) - first
+            overlap = bisect_left(times, start_ns + blend_ns, first) - first
             fresh = range(first, first + overlap)
             if standing is not None:
                 old_rows[:overlap] = [standing] * overlap
@@ -600,7 +633,7 @@ class ChunkBuffer:
             self._append(start_ns, anchor, at_start is not None, mine=False)
         for t, row, old in zip(times[first:], rows[first:], old_rows, strict=True):
             if old is not None:
-                row = (*_mix(old, row, (t - start_ns) / self._blend_ns)[:4], row[4])
+                row = (*_mix(old, row, (t - start_ns) / blend_ns)[:4], row[4])
                 self.counters.rows_blended += 1
             joins = t > start_ns or self._close(t, dt_ns)
             self._append(t, row, joins, mine=True)

@@ -169,6 +169,8 @@ class System1Config(_Section):
     # Blending lost least where chunks came late: docs/evaluation.md, "Late plans".
     join: Literal["blend", "inpaint", "prefix"] = "blend"
     blend_s: NonNegative = 0.1  # overlap of two chunks over which they are blended
+    # Chunks that come later than this after their observation are carried out slower, in proportion.
+    slow_after_s: Positive | None = None
     latent_memory: Count = 1  # recent latents handed to the policy
     placement: Placement = Placement(cpus=0.5, threads=1, nice=5)
 

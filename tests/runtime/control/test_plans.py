@@ -488,6 +488,58 @@ def test_what_an_arm_at_rest_is_sent_goes_from_its_place_towards_the_end(
     assert rows_accounted(buffer) == rows
 
 
+def test_plans_that_come_late_are_carried_out_slower_in_proportion():
+    buffer = ChunkBuffer(blend_s=0.0, slow_after_s=0.02)
+    line = range(1, 9)
+    assert buffer.slowed == 1.0
+    assert buffer.put(chunk(start_ms=10, x=line), now_ns=20 * MS)  # as late as it may be
+    assert buffer.slowed == 1.0 and x_at(buffer, 20) == 2
+    buffer = ChunkBuffer(blend_s=0.0, slow_after_s=0.02)
+    assert buffer.put(chunk(start_ms=10, x=line), now_ns=60 * MS)
+    assert buffer.slowed == 3.0 and buffer.counters.chunks_slowed == 1
+    assert [x_at(buffer, t) for t in (60, 75, 90, 240)] == [2, 2.5, 3, 8]
+    assert x_at(buffer, 241) is None
+    going = buffer.ahead(90 * MS, 30 * MS, 3)
+    assert going is None  # it has run out
+    buffer.put(chunk(start_ms=210, x=line, t_obs_ms=200), now_ns=400 * MS)
+    assert buffer.slowed == 4.0  # (60 + 200) / 2 / 20 = 6.5, which is more than there is
+
+
+def test_without_a_limit_plans_keep_their_pace_however_late():
+    buffer = ChunkBuffer(blend_s=0.0)
+    assert buffer.put(chunk(start_ms=10, x=range(1, 9)), now_ns=60 * MS)
+    assert buffer.slowed == 1.0 and x_at(buffer, 60) == 6 and buffer.counters.chunks_slowed == 0
+
+
+@given(st.integers(0, 14), st.integers(1, 6), st.sampled_from(["blend", "prefix"]))
+def test_a_slowed_arm_goes_evenly_whatever_the_delay(delay, trusted, join):
+    """A policy that always plans to go on at one speed, from where the arm was."""
+    ms, rows = 10, 16
+    buffer = ChunkBuffer(blend_s=0.03, slow_after_s=trusted * ms / 1000)
+    following = Following(buffer, join, rows, 1000 / ms)
+    where, passed, pending = 0.0, [], None
+    for tick in range(200):
+        now = tick * ms
+        if pending is not None and tick >= pending[1]:
+            buffer.put(pending[0], now_ns=now * MS, held=np.array([where, 0, 0, 0, 0, 0, 1.0]))
+            pending = None
+        action = buffer.sample(now * MS)
+        if action is not None:
+            passed.append(float(action.pose[0]) - where)
+            where = float(action.pose[0])
+        if pending is None:
+            line = [where + i for i in range(1, rows + 1)]
+            pending = (chunk(start_ms=now + ms, x=line, t_obs_ms=now), tick + max(1, delay))
+    settled = passed[60:]
+    slowed = max(1.0, min(4.0, max(1, delay) / trusted))
+    assert buffer.slowed == pytest.approx(slowed)
+    if max(1, delay) / slowed < rows - 4:
+        assert settled and max(settled) <= 1.0 / slowed + 0.01
+        assert min(settled) >= 1.0 / slowed - 0.01
+    asked = following.joined(PlanRequest(observation(0), (), 0), delay * ms * MS)
+    assert asked.plan is None or asked.plan.dt_ns == round(ms * MS * slowed)
+
+
 @pytest.mark.parametrize("blend_s", [-0.001, 10.0, float("nan")])
 def test_a_blend_time_out_of_bounds_is_named(blend_s):
     with pytest.raises(ValueError, match=r"blend_s: \S+ is not a time between 0 and 10 s"):
