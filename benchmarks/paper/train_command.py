@@ -100,7 +100,8 @@ class TrainCommand:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 check=False,
-                env=dict(os.environ),
+                # Beside other work, threads that wait by spinning cost as much again as the work.
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
                 # Else it would go on after we were killed, beside the one that resumes it.
                 preexec_fn=partial(end_with, os.getpid()),
             )
