@@ -151,6 +151,7 @@ class LoopMetrics:
         yield counter("chunk_rows_blended", count["rows_blended"])
         yield counter("chunk_run_outs", count["runs_out"])
         yield gauge("chunk_remaining_seconds", chunks.remaining_s(self._loop.clock.now_ns()))
+        yield gauge("chunk_slowdown", chunks.slowed)
 
     def _latents(self) -> Iterable[Metric]:
         goals = self._loop.goals

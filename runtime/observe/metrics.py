@@ -117,6 +117,7 @@ _CHUNKS = (
     _counter("chunk_rows_blended", "Rows blended with the previous trajectory."),
     _counter("chunk_run_outs", "Times the plan ran out before a new trajectory arrived."),
     _gauge("chunk_remaining_seconds", "Plan left to execute."),
+    _gauge("chunk_slowdown", "Times as long as planned that plans take, because they come late."),
 )
 _LATENTS = (
     _counter("latents_received", "Latents of the current instruction that arrived."),

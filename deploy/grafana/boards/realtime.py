@@ -185,6 +185,12 @@ def _systems() -> list[Any]:
             (rate("chunk_rows_total", "fate"), "{{fate}}"),
             stack=True,
         ),
+        lines(
+            "Slowdown of plans",
+            "Times as long as planned; above 1, trajectories arrive later than system1.slow_after_s.",
+            "none",
+            (f"openhelix_chunk_slowdown{HERE}", NAME),
+        ),
     ]
 
 
