@@ -173,7 +173,7 @@ def build_stack(
     check_parts(config, robot.spec, spec)
     check_join(config, spec)
     period = period_ns(config)
-    chunks = ChunkBuffer(config.system1.blend_s, slow_after_s=config.system1.slow_after_s)
+    chunks = ChunkBuffer(config.system1.blend_s, slow_after=config.system1.slow_after)
     if config.system1.join != "blend":
         planner.follow(Following(chunks, config.system1.join, spec.horizon, spec.action.hz))
     # A frame that is drawn when it is looked at is never stale, and looking would draw it.

@@ -31,9 +31,8 @@ moved so that this row is due next.
     joined                 x====o----o----o----o----o----o
 
 The later chunks come, the farther from its observation a plan is carried out, where it knows least.
-So where they come later than `slow_after_s`, plans are carried out slower, in proportion: the arm
-moves only as many rows on while a chunk is made as it would at that delay, and the same rows of each
-chunk are used.
+So where more than a share `slow_after` of a plan has passed when it arrives, plans are carried out
+slower, in proportion: then only that share has.
 
     chunk        o----o----o----o----o----o
                            ^ arrives: two rows past where one may be
@@ -87,7 +86,6 @@ log = logging.getLogger(__name__)
 LATENCIES_KEPT = 4096
 METRES_PER_RADIAN = 0.1  # a turn of the hand, compared with a way: about its fingers' length
 DELAYS_KEPT = 10  # chunks whose delays say how late the next one will be
-SLOWEST = 4.0  # times as long as planned; what is later yet is late
 EARLY_NS = 500_000  # a tick may come a little early; half a millisecond is still due
 LOST_AFTER_NS = 1_000_000_000  # an answer this late is not waited for: System 1 may have died
 
@@ -144,7 +142,9 @@ class Following:
             request: for the new chunk.
             delay_ns: until it arrives; None: as long as the longest of the newest ones took.
         """
-        dt_ns = round(self._dt_ns * self._chunks.slowed)  # what is a row to the policy lasts so long
+        dt_ns = round(
+            self._dt_ns * self._chunks.slowed
+        )  # what is a row to the policy lasts so long
         rows = self._chunks.ahead(request.observation.t_ns + dt_ns, dt_ns, self._horizon)
         if rows is None:
             return request
@@ -380,22 +380,24 @@ class ChunkBuffer:
         blend_s: seconds over which a new chunk takes over from what is being executed; 0 for
             at once.
         instruction_id: of the instruction whose chunks are accepted.
-        slow_after_s: chunks that come later after their observation are carried out slower, in
-            proportion to how late the newest ones came; None: never.
+        slow_after: where more than this share of chunks has passed when they arrive, on average
+            over the newest ones, they are carried out slower, in proportion; 1: never.
     """
 
     def __init__(
         self,
         blend_s: float = 0.1,
         instruction_id: int = 0,
-        slow_after_s: float | None = None,
+        slow_after: float = 1.0,
     ) -> None:
         if not 0.0 <= blend_s < 10.0:
             raise ValueError(f"blend_s: {blend_s} is not a time between 0 and 10 s")
         self._blend_ns = round(blend_s * 1e9)
         self._instruction_id = instruction_id
-        self._slow_after_ns = None if slow_after_s is None else slow_after_s * 1e9
-        self._came_ns: deque[int] = deque(maxlen=DELAYS_KEPT)  # after their observations
+        if not 0.0 < slow_after <= 1.0:
+            raise ValueError(f"slow_after: {slow_after} is no share above 0 and up to 1")
+        self._slow_after = slow_after
+        self._passed: deque[float] = deque(maxlen=DELAYS_KEPT)  # shares, when chunks arrived
         self.counters = ChunkCounters()
         # One plan as parallel lists: row i is due at _times[i]. _joins[i] False: there is a
         # hole in time before row i that must not be interpolated across. _mine[i] False: a
@@ -425,10 +427,9 @@ class ChunkBuffer:
     @property
     def slowed(self) -> float:
         """How many times as long as planned plans take, because chunks come late; 1 if not."""
-        if self._slow_after_ns is None or not self._came_ns:
+        if not self._passed:
             return 1.0
-        mean_ns = sum(self._came_ns) / len(self._came_ns)
-        return min(SLOWEST, max(1.0, mean_ns / self._slow_after_ns))
+        return max(1.0, sum(self._passed) / len(self._passed) / self._slow_after)
 
     def void(self, instruction_id: int, from_ns: int = 0) -> None:
         """Drop the whole plan; from now on accept chunks of `instruction_id` only.
@@ -473,17 +474,18 @@ class ChunkBuffer:
         if self._t_obs_ns is not None and chunk.t_obs_ns < self._t_obs_ns:
             count.chunks_stale += 1
             return False
+        late_ns = now_ns - chunk.t_start_ns - (len(rows) - 1) * chunk.dt_ns
+        if late_ns > 0:
+            count.chunks_late += 1
+            count.rows_expired += len(rows)
+            self.late_s = late_ns * 1e-9
+            return False
         seen_ns = chunk.t_start_ns - chunk.dt_ns  # row 0 is due a row after what was seen
-        self._came_ns.append(max(0, now_ns - seen_ns))
+        self._passed.append(max(0, now_ns - seen_ns) / (len(rows) * chunk.dt_ns))
         dt_ns = round(chunk.dt_ns * self.slowed)
         start_ns, standing = seen_ns + dt_ns, None
         # Rows up to now are past; the last of them still anchors the interpolation at now.
         first = max(0, -((start_ns - now_ns) // dt_ns))
-        if first >= len(rows):
-            count.chunks_late += 1
-            count.rows_expired += len(rows)
-            self.late_s = (now_ns - start_ns - (len(rows) - 1) * dt_ns) * 1e-9
-            return False
         if first and held is not None and self._at(now_ns) is None:
             x, y, z, *turn = held.tolist()
             standing = (x, y, z, normalise(turn), rows[0][4])

@@ -169,8 +169,9 @@ class System1Config(_Section):
     # Blending lost least where chunks came late: docs/evaluation.md, "Late plans".
     join: Literal["blend", "inpaint", "prefix"] = "blend"
     blend_s: NonNegative = 0.1  # overlap of two chunks over which they are blended
-    # Chunks that come later than this after their observation are carried out slower, in proportion.
-    slow_after_s: Positive | None = None
+    # Where more of a plan than this share has passed when it arrives, plans are carried out slower,
+    # in proportion; 1: never.
+    slow_after: Annotated[float, Field(gt=0, le=1)] = 0.25
     latent_memory: Count = 1  # recent latents handed to the policy
     placement: Placement = Placement(cpus=0.5, threads=1, nice=5)
 

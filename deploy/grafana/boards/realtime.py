@@ -187,7 +187,7 @@ def _systems() -> list[Any]:
         ),
         lines(
             "Slowdown of plans",
-            "Times as long as planned; above 1, trajectories arrive later than system1.slow_after_s.",
+            "Times as long as planned; above 1, trajectories arrive later than system1.slow_after says.",
             "none",
             (f"openhelix_chunk_slowdown{HERE}", NAME),
         ),
