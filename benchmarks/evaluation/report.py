@@ -142,6 +142,7 @@ def _demand(work: Mapping[str, Any]) -> list[list[str]]:
         came = work["changes"]
         kinds = ", ".join(f"{k} {v['seen']} of {v['n']}" for k, v in came["by_kind"].items())
         rows.append(["changes shown to System 2", f"{came['seen']} of {came['n']} ({kinds})"])
+        rows.append(["done after a change", f"{came['succeeded']} of {came['n']}"])
         rows.append(["steps until it was asked, p50 and p90", f"{came['p50']}, {came['p90']}"])
     if "reaction_steps" in work:
         known = work["reaction_steps"]

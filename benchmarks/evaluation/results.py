@@ -393,7 +393,7 @@ def reaction(steps: Sequence[int | None]) -> dict[str, Any]:
 def changes(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How many changes of what is meant System 2 was shown, and after how many steps.
 
-    Nothing where none came. A change is missed when System 2 was not asked again before the
+    `succeeded` counts the episodes in which one came and what was meant from then on was done. Nothing where none came. A change is missed when System 2 was not asked again before the
     episode was over.
     """
     if not rows:
@@ -408,6 +408,7 @@ def changes(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "missed": spread["never"],
             "p50": spread["p50"],
             "p90": spread["p90"],
+            "succeeded": sum(bool(row["success"]) for row in rows),
             "by_kind": {
                 kind: {"n": len(own), "seen": sum(r["looked_steps"] is not None for r in own)}
                 for kind, own in sorted(kinds.items())

@@ -137,6 +137,30 @@ def motion_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def _tables(cells: Sequence[Cell]) -> list[tuple[list[str], list[list[str]]]]:
+    changed = change_table(cells)
+    return [table_of(cells), motion_table(cells), *([changed] if changed else [])]
+
+
+def change_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]] | None:
+    """Return what became of changes of what is meant, as a table; None where none came."""
+    header = [
+        *("sees", "interval", "latency", "changes", "done after them", "%"),
+        *("plan that knew: steps later, p50", "p90", "never"),
+    ]
+    rows = []
+    for c in cells:
+        if (came := c.get("changes")) is None:
+            continue
+        knew = c["reaction_steps"]
+        steps = ["" if knew[k] is None else str(knew[k]) for k in ("p50", "p90")]
+        latency = "its own" if c["latency"] is None else str(c["latency"])
+        share = 100.0 * came["succeeded"] / came["n"]
+        done = [str(came["n"]), str(came["succeeded"]), f"{share:.0f}"]
+        rows.append([c["sees"], str(c["interval"]), latency, *done, *steps, str(knew["never"])])
+    return (header, rows) if rows else None
+
+
 def _score(c: Cell) -> float:
     return float(c["avg_len"] if "avg_len" in c else c["success_rate"])
 
@@ -179,7 +203,7 @@ def to_markdown(report: Mapping[str, Any], pictures: bool = False) -> str:
         parts += [f"## {name}\n", note(report, cells) + "\n"]
         stems = _stems(name, cells) if pictures else []
         parts += [f"![{stem}]({stem}.png)\n" for stem in stems]
-        parts += [markdown_table(table_of(cells)), markdown_table(motion_table(cells))]
+        parts += map(markdown_table, _tables(cells))
     return "\n".join(parts)
 
 
@@ -302,7 +326,7 @@ def write(report: Mapping[str, Any], folder: Path, kept: bool = False) -> None:
             for file, data in picture.files(stem).items():
                 replace_file(folder / file, data)
             body.append(image(picture.svg, "svg+xml"))
-        body += [html_table(table_of(cells)), html_table(motion_table(cells))]
+        body += map(html_table, _tables(cells))
     replace_file(folder / "sweep.json", json.dumps(report, indent=1).encode() + b"\n")
     replace_file(folder / "sweep.md", to_markdown(report, pictures=True).encode())
     if not kept:
@@ -528,6 +552,7 @@ def cell(report: Mapping[str, Any], interval: int) -> Cell:
         "hold_steps_per_task": report["work"]["hold_steps"] / report["work"]["tasks_attempted"],
         "steps_to_success": report["work"]["steps_to_success"],
         "motion": report["work"]["motion"],
+        **{k: report["work"][k] for k in ("changes", "reaction_steps") if k in report["work"]},
         "s2_s_per_task": report["timing"]["s2_s_per_task"],
         "s2_cpu_s_per_task": report["timing"].get("s2_cpu_s_per_task"),
         "folder": report["folder"],

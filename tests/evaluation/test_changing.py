@@ -180,11 +180,11 @@ def test_how_soon_a_change_is_known_is_in_the_results() -> None:
 
 def test_what_was_missed_is_counted_by_kind() -> None:
     rows = [
-        {"change": kind, "looked_steps": steps}
+        {"change": kind, "looked_steps": steps, "success": steps == 4}
         for kind, steps in (("swap", 4), ("led", None), ("swap", 9), ("led", 5))
     ]
     assert changes(rows)["changes"] == {
-        **{"n": 4, "seen": 3, "missed": 1, "p50": 5, "p90": 9},
+        **{"n": 4, "seen": 3, "missed": 1, "p50": 5, "p90": 9, "succeeded": 1},
         "by_kind": {"led": {"n": 2, "seen": 1}, "swap": {"n": 2, "seen": 2}},
     }
     assert changes([]) == {}
