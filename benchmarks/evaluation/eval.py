@@ -339,7 +339,7 @@ def load_config(
         data = on_transformers(data, overrides)
     if not any(map(_names_engine, overrides)):
         data = told_in_words(data)
-    data = shown(data, sees, scene_names(scene), clock)
+    data = in_one_precision(shown(data, sees, scene_names(scene), clock))
     fixed = [f"control.clock={clock}", f"world.scene={scene_names(scene)[0]}"]
     fixed += [f"world.name={world}", f"robot.name={'calvin' if world == 'calvin' else 'sim'}"]
     return validate(RunConfig, apply_overrides(data, fixed, RunConfig))
@@ -356,6 +356,20 @@ def on_transformers(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     options = system2.get("engine", {}).get("options", {})
     kept = {k: v for k, v in options.items() if k in taken}
     return data | {"system2": system2 | {"engine": {"target": ENGINE, "options": kept}}}
+
+
+def in_one_precision(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with the precision that "auto" is on this machine.
+
+    So results say in what System 2 computed, and an evaluation goes on in the same.
+    """
+    options = data.get("system2", {}).get("engine", {}).get("options", {})
+    if options.get("dtype") != "auto":
+        return data
+    from openhelix.system2.model import pick_dtype
+
+    named = [f"system2.engine.options.dtype={str(pick_dtype('auto')).removeprefix('torch.')}"]
+    return apply_overrides(data, named, RunConfig)
 
 
 def shown(data: dict[str, Any], sees: str, scenes: Sequence[str], clock: str) -> dict[str, Any]:

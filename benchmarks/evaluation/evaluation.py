@@ -75,6 +75,7 @@ class Evaluation:
             "replan_steps": config.system1.replan_steps,
             "blend_s": config.system1.blend_s,
             "join": config.system1.join,
+            "slow_after": config.system1.slow_after,
             "latent_memory": config.system1.latent_memory,
             "control_hz": config.control.hz,
             "safety": _plain(config.model_dump(mode="json")["safety"]),

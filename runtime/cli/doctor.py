@@ -109,7 +109,7 @@ def cpu() -> Check:
         return Check("cpu", False, detail, remedy)
     remedy = ""
     if "avx512_bf16" not in flags and "amx_bf16" not in flags:
-        remedy = "no bf16 instructions: prefer float32 for System 2"
+        remedy = "no bf16 instructions: leave System 2's dtype auto, or float32"
     return Check("cpu", True, detail, remedy)
 
 
