@@ -339,7 +339,7 @@ def load_config(
         data = on_transformers(data, overrides)
     if not any(map(_names_engine, overrides)):
         data = told_in_words(data)
-    data = in_one_precision(shown(data, sees, scene_names(scene), clock))
+    data = shown(in_one_precision(data), sees, scene_names(scene), clock)
     fixed = [f"control.clock={clock}", f"world.scene={scene_names(scene)[0]}"]
     fixed += [f"world.name={world}", f"robot.name={'calvin' if world == 'calvin' else 'sim'}"]
     return validate(RunConfig, apply_overrides(data, fixed, RunConfig))
@@ -388,7 +388,8 @@ def shown(data: dict[str, Any], sees: str, scenes: Sequence[str], clock: str) ->
     if sees == "oracle":
         if clock != "lockstep":
             raise ConfigError("--sees: oracle looks into the world, on the lockstep clock alone")
-        return data | {"system2": system2 | {"engine": {"target": TELLER, "options": {}}}}
+        told = {"target": TELLER, "options": {"engine": engine}}
+        return data | {"system2": system2 | {"engine": told}}
     if sees == "black":
         options["blind"] = True
     else:

@@ -2,25 +2,24 @@
 
 `--sees image` shows System 2 what the camera sees; `black` a black picture, `none` none at all,
 `shuffled` one of other states: then the sentence alone decides. `oracle` is the upper bound:
-`OracleEngine` tells a policy the task that is right, read from the world itself, as a latent: the one
-that the policy's door turns into that task's row of its table. It is asked when System 2 would
-be, so it knows no more of what has changed since than a System 2 at that interval that is
-never wrong.
+System 2 is told, in CALVIN's own plain words, which task is right, read from the world itself. It is asked when it
+would be anyway, so it knows no more of what has changed since than a System 2 at that interval that
+is never wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from openhelix.benchmarks.calvin.tasks import TASK_NAMES
+from openhelix.benchmarks.calvin.tasks import get_task
 from openhelix.benchmarks.evaluation.measurement import DemandGoals
-from openhelix.runtime.control.trigger import Trigger
-from openhelix.runtime.core.config import ConfigError
-from openhelix.runtime.core.interfaces import F32, Engine, LatentGoal, LatentSpec, Observation
+from openhelix.runtime.control.assembly import make
+from openhelix.runtime.core.config import EnginePart
+from openhelix.runtime.core.interfaces import F32, LatentGoal, LatentSpec, Observation
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system2.model import build_once
 
@@ -52,79 +51,56 @@ def _draw(out: Path, scenes: Sequence[str]) -> None:
 
 
 class OracleEngine:
-    """An engine whose latents name a task; see `openhelix.runtime.core.interfaces.Engine`.
+    """System 2 as it is, beside somebody who knows which task is right; see `ToldGoals`.
+
+    Args:
+        engine: the target and options of System 2's own.
 
     Attributes:
         task: returns the task that is right now; set for each episode.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Mapping[str, Any]) -> None:
         self.task: Callable[[], str] = lambda: ""
-        self._spec: LatentSpec | None = None
-        self._anchors: F32 = np.zeros((0, 1, 1), np.float32)
-
-    def bind(self, policy: Any) -> None:
-        """Speak to this policy.
-
-        Raises:
-            ConfigError: it takes no latent, or has no table of tasks.
-        """
-        from openhelix.system1.latent_adapter import task_anchors
-
-        spec = policy.spec.latent
-        anchors = task_anchors(policy.model) if hasattr(policy, "model") else None
-        if spec is None or anchors is None:
-            raise ConfigError("--sees: oracle: this policy has no table of tasks behind its latent")
-        self._spec, self._anchors = spec, anchors.numpy()
+        self._engine = make(EnginePart(**engine))
 
     @property
     def spec(self) -> LatentSpec:
-        """The policy's own."""
-        if self._spec is None:
-            raise ConfigError(
-                "--sees: oracle belongs to the lockstep clock, where it sees the world"
-            )
-        return self._spec
+        """System 2's own."""
+        spec: LatentSpec = self._engine.spec
+        return spec
 
     def warm_up(self) -> None:
-        """Nothing to warm up."""
+        self._engine.warm_up()
 
-    def encode(self, images: Sequence[Any], instructions: Sequence[str]) -> F32:
-        """Return the latent of the task that is right now, for each; no image is looked at."""
-        return np.stack([self.latent(self.task())] * len(images))
-
-    def latent(self, task: str) -> F32:
-        """Return a task's latent (n_tokens, dim)."""
-        found: F32 = self._anchors[TASK_NAMES.index(task)]
+    def encode(self, images: Sequence[Any], instructions: Sequence[str], *proprio: Any) -> F32:
+        """Return the latents of what is said."""
+        found: F32 = self._engine.encode(images, instructions, *proprio)
         return found
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        self._engine.close()
+
+    def __getattr__(self, name: str) -> Any:
+        """What else it can do: judge, be untrained."""
+        return getattr(self.__dict__["_engine"], name)
 
 
 class ToldGoals(DemandGoals):
-    """`DemandGoals` of a `OracleEngine`: what is right is read when the latent is scheduled.
+    """`DemandGoals` of an `OracleEngine`: what is right is read when a latent is scheduled.
 
     Args:
         teller: the oracle.
-        engine, camera, interval, latency, memory, trigger: see `LockstepGoals`.
+        args, options: of `DemandGoals`.
     """
 
-    def __init__(
-        self,
-        teller: OracleEngine,
-        engine: Engine,
-        camera: str,
-        interval: int,
-        latency: int,
-        memory: int = 1,
-        trigger: Trigger | None = None,
-    ) -> None:
-        super().__init__(engine, camera, interval, latency, memory, trigger=trigger)
+    def __init__(self, teller: OracleEngine, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._teller = teller
 
     def _compute(self, observation: Observation) -> LatentGoal:
-        task = self._teller.task()
-        latent = super()._compute(observation)
-        self._ask[latent.seq] = lambda: self._teller.latent(task)
-        return latent
+        said, self.instruction = self.instruction, get_task(self._teller.task()).sentence
+        try:
+            return super()._compute(observation)
+        finally:
+            self.instruction = said

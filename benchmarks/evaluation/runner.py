@@ -158,8 +158,6 @@ class Runner:
             self._policy = TaskPolicy(self._policy)
         else:
             engine = engine or make(self._config.system2.engine)
-            if isinstance(engine, OracleEngine):
-                engine.bind(self._policy)
             check_engine(engine)
             if getattr(engine, "untrained", False):
                 self._untrained.append("system2")
@@ -282,10 +280,12 @@ class Runner:
             camera, memory = config.system2.camera, config.system1.latent_memory
             when = (conditions.interval, conditions.latency, memory)
             teller, trigger = self._engine.engine, make_trigger(config)
+            draw_now = not isinstance(robot, PlayTableRobot)
             if isinstance(teller, OracleEngine):
-                goals = ToldGoals(teller, self._engine, camera, *when, trigger=trigger)
+                goals = ToldGoals(
+                    teller, self._engine, camera, *when, draw_now=draw_now, trigger=trigger
+                )
             else:
-                draw_now = not isinstance(robot, PlayTableRobot)
                 goals = DemandGoals(self._engine, camera, *when, draw_now=draw_now, trigger=trigger)
             policy = DemandPolicy(policy, goals)
         planner = sync_planner(config, policy)
