@@ -151,11 +151,11 @@ def test_arms_that_are_compared_learn_from_as_many_samples(scale):
 
 
 def test_what_stage_1_is_spared_stage_2_sees():
-    assert samples(made("prompt")) == samples(made("e2e_prompt")) == 600 * 8 + 1200 * 8
+    assert samples(made("prompt")) == samples(made("e2e_prompt")) == 400 * 8 + 600 * 8
     assert samples(made("lora_clip")) == samples(made("scratch_lora_clip"))
     assert samples(made("base")) == samples(made("shipped")) == 0
     options = made("e2e_lora_clip").options
-    assert options["stage1.steps"] == 0 and options["stage2.steps"] == 1800
+    assert options["stage1.steps"] == 0 and options["stage2.steps"] == 1000
     for name in ("stage1.start", "stage2.start", "latent.feed", "latent.lag_steps"):
         assert options[name] == made("lora_clip").options[name]
 
@@ -163,7 +163,7 @@ def test_what_stage_1_is_spared_stage_2_sees():
 def test_a_policy_that_is_kept_has_all_samples_in_stage_1():
     kept, aligned = made("prompt_kept"), made("prompt_aligned")
     assert samples(kept) == samples(aligned) == samples(made("prompt"))
-    assert (kept.options["stage1.steps"], kept.options["stage2.steps"]) == (1800, 0)
+    assert (kept.options["stage1.steps"], kept.options["stage2.steps"]) == (1000, 0)
     assert kept.parent == made("prompt").parent
     assert aligned.options["stage1.policy"] == "learns"
     assert made("prompt").options["stage1.policy"] == "frozen"
@@ -174,7 +174,7 @@ def test_arms_with_other_samples_are_refused():
     trainings = {name: made(name) for name in ("prompt", "prompt_aux", "prompt_novision", "base")}
     fewer = {**trainings["prompt_aux"].options, "stage2.steps": 5}
     trainings["prompt_aux"] = replace(trainings["prompt_aux"], options=fewer)
-    with pytest.raises(ConfigError, match=r"table6.yaml: pt and aux: 14400 and 4840 samples"):
+    with pytest.raises(ConfigError, match=r"table6.yaml: pt and aux: 8000 and 3240 samples"):
         check_samples(table, trainings)
 
 

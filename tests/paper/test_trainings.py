@@ -73,7 +73,7 @@ def test_the_variants_are_what_the_paper_says():
     assert training("scratch_lora_clip").parent is None
     ends = training("e2e_prompt").options
     assert ends["stage1.steps"] == 0 and ends["stage2.start"] == "random"
-    assert ends["stage2.steps"] == 1800 and ends["latent.feed"] == "live"  # <ACT> learns there too
+    assert ends["stage2.steps"] == 1000 and ends["latent.feed"] == "live"  # <ACT> learns there too
     assert training("prompt").options["stage1.steps"] > 0
     assert training("prompt_novision").options["latent.vision"] is False
     assert training("prompt_aux").options["latent.aux"] is True
