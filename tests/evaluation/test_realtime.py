@@ -22,7 +22,10 @@ def test_drawn_starts_and_moving_blocks_run_on_the_wall_clock():
         "calvin-d", count=1, tasks=("lift_red_block_table",), patterns=("circular",)
     ).episodes()
     conditions = Conditions(steps_limit=90, interval=6)
-    jobs = [Job(episode, conditions, film="yes" if episode is press else "no") for episode in (held, press, moving)]
+    jobs = [
+        Job(episode, conditions, film="yes" if episode is press else "no")
+        for episode in (held, press, moving)
+    ]
     found = dict(zip(("held", "press", "moving"), pool.run(jobs), strict=True))
     for _, outcome in found.values():
         assert outcome.result["error"] is None
