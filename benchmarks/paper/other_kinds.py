@@ -151,14 +151,14 @@ class Probes:
 
     def pictures(self, folder: Path) -> dict[str, bytes]:
         """Return the drawings by file name; of a probe made elsewhere, those of the results."""
-        found, engines = {}, self.engines()
+        found, engines, made = {}, self.engines(), self.made()
         for number, who in enumerate(self.wanted()):
             suffix = f"-{number}" if number else ""
             place = self.place(who, engines[who]) if who in engines else None
             for kind in ("png", "svg", "pdf"):
                 name = f"{self._experiment.name}{suffix}.{kind}"
                 drawn = folder / name if place is None else place / f"probe.{kind}"
-                if drawn.exists() and who in self.made():
+                if drawn.exists() and who in made:
                     found[name] = drawn.read_bytes()
         return found
 

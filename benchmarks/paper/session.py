@@ -225,7 +225,7 @@ class Session:
 
         Args:
             after: called when an evaluation is finished.
-            trained: called when a training is finished.
+            trained: called after each training.
             train: False trains nothing: what is not trained is left out.
 
         Raises:
@@ -233,13 +233,14 @@ class Session:
             ValueError, CommandFailed: an evaluation was refused or failed. A training that
                 failed is in `failed`, and its rows are left out.
         """
-        missing = [t for t in self.missing() if train or not t.reads_data]
+        # Weights that are given need no training, so they are there even if nothing is trained.
+        keys = [t.key for t in self.missing() if train or not t.reads_data]
         for training in self.wanted():
-            if training.key in {t.key for t in missing}:
-                self._train(training, f"training {missing.index(training) + 1} of {len(missing)}")
+            if training.key in keys:
+                self._train(training, f"training {keys.index(training.key) + 1} of {len(keys)}")
+                trained()
             if self.trainings.done(training) is None:
                 continue
-            trained()
             measures = self.unmeasured(training)
             for number, measure in enumerate(measures, 1):
                 self._in_time()

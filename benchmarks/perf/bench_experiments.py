@@ -44,7 +44,7 @@ EVAL = COSTS.with_name("eval.json")
 SHARDS, FRAMES = 4, 16
 COMMON: Mapping[str, Any] = {
     "eval_frames": 8,
-    "bf16": True,  # as all scales have it
+    "bf16": "auto",  # as all scales have it
     "stage1": {"steps": 0},
     "policy": {"checkpoint": str(SHIPPED_POLICY), "batch": 16},
 }
@@ -161,7 +161,7 @@ def policy(data: Path, out: Path) -> dict[str, float]:
     given = {
         "data": str(data),
         "out": str(out),
-        "bf16": True,
+        "bf16": "auto",
         "policy": {"batch": 16, "steps": 1000},
     }
     config = validate(TrainingConfig, given)
