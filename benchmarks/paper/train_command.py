@@ -46,6 +46,7 @@ from openhelix.system2.text import FILE as TEXT_CODE
 from openhelix.system2.text import TextCode
 
 PLAIN = "openhelix.system2.engines.transformers:TransformersEngine"
+PREFIX_GB = 24.0  # arms with one seed draw the same: 4,800 samples at laptop scale
 LEAST_S = 60.0  # in which a training that loads its models gets anywhere
 LOG, PREPARED, POLICY = "train.log", "prepared", "policy"
 Command = Sequence[str]
@@ -84,6 +85,7 @@ class TrainCommand:
         options = dict(training.options) | {"data": str(self._data), "out": str(folder)}
         if training.stage == "pair":
             self._share(folder)
+            options.setdefault("latent.prefix_gb", PREFIX_GB)
             if parent is not None:
                 options["policy.checkpoint"] = str(self._policy_of(training.parent, parent))
         if self._until_s is not None:

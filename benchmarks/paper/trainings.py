@@ -29,6 +29,7 @@ from openhelix.runtime.core.paths import ROOT
 
 TRAINED, FAILED, CLOCK = "trained.json", "failed.json", "clock.json"
 GIVEN = "policy.checkpoint"
+UNSHAPING = ("latent.prefix_gb",)  # options that make a training faster, not another
 PROJECTOR_WIDTH = LatentSection().projector_width
 SHIPPED = ROOT / "checkpoints"
 SHIPPED_POLICY = SHIPPED / SYSTEM1
@@ -86,7 +87,8 @@ class Training:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
-        options = {k: v for k, v in self.options.items() if k != GIVEN or not self.weights}
+        shaping = {k: v for k, v in self.options.items() if k not in UNSHAPING}
+        options = {k: v for k, v in shaping.items() if k != GIVEN or not self.weights}
         return {
             "stage": self.stage,
             "options": options,

@@ -136,6 +136,8 @@ class LatentSection(_Section):
         like: the `latent.safetensors` that the policy was trained with: the projector's start
             then says of each task what that one says, in place of the policy's table.
         max_gb: refuse to write more than this; feed "live" keeps no more in memory.
+        prefix_gb: feed "live" where only `<ACT>` learns, or nothing: most that lies in `prepared/`
+            of prefixes that were drawn, for trainings that draw them again; 0 keeps none.
         encode_batch: frames encoded together.
         dtype: of the language model, as in `openhelix.system2.engines.base`.
     """
@@ -169,6 +171,7 @@ class LatentSection(_Section):
     init: Path | None = None
     like: Path | None = None
     max_gb: Positive = 12.0
+    prefix_gb: Annotated[float, Field(ge=0)] = 0.0
     encode_batch: Count = 8
     dtype: str = "auto"
 
@@ -415,7 +418,16 @@ SETTINGS, BEGAN, LATENT, AUX, LANGUAGE = (
     "language.safetensors",
 )
 # What may differ between a run and the one that continues it.
-FREE = ("bf16", "eval_every", "save_every", "max_gb", "encode_batch", "checkpoint", "shard")
+FREE = (
+    "bf16",
+    "eval_every",
+    "save_every",
+    "max_gb",
+    "prefix_gb",
+    "encode_batch",
+    "checkpoint",
+    "shard",
+)
 
 
 class NotDone(Exception):

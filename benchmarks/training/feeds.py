@@ -425,6 +425,75 @@ class Store:
 
 
 PREFIX_PART, STATES_PART = 64, 512  # frames a file
+SPARE_BYTES = 2_000_000_000  # of the disk, which kept prefixes leave alone
+
+
+class KeptPrefixes:
+    """Prefixes of drawn frames and sentences on disk, a file each.
+
+    Trainings with the same model and the same seed draw the same ones, so that the second takes
+    from here what the first computed, in less time than a forward pass. A prefix is computed by
+    itself, never in a batch: its bits do not depend on what was kept before. What
+    `max_bytes` or the disk has no room for is computed every time.
+
+    Args:
+        root: holds a folder for each model, read-out and set of data.
+        learner: whose prefixes.
+        source: frames and sentences.
+        section: what else they depend on.
+        max_bytes: most that may lie in the folder.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        learner: System2Learner,
+        source: Source,
+        section: LatentSection,
+        max_bytes: float,
+    ) -> None:
+        self._learner, self._source = learner, source
+        identity = about(learner, source, section) | {
+            "kind": "drawn",
+            "read_out": asdict(learner.head.config),
+            "sentences": source.sentences.digest,
+        }
+        text = json.dumps(identity, sort_keys=True)
+        self.folder = root / f"drawn-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(self.folder / ABOUT, (json.dumps(identity, indent=1) + "\n").encode())
+        there = sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
+        self._room = max_bytes - there
+
+    def of(self, frames: Tensor, said: Tensor, pictures: Callable[[Tensor], Any]) -> Prefix:
+        """Return the prefixes of frames (B,) and sentences (B,).
+
+        Args:
+            frames: of the cache.
+            said: rows of the source's sentences.
+            pictures: of frames (B,), as `System2Learner.prefix` takes them.
+        """
+        rows = [self._one(*pair, pictures) for pair in zip(frames, said, strict=True)]
+        return joined(rows).at(self._learner.model.device)
+
+    def _one(
+        self, frame: Tensor, said: Tensor, pictures: Callable[[Tensor], Any]
+    ) -> dict[str, Tensor]:
+        path = self.folder / f"{int(frame):07d}-{int(said):06d}.safetensors"
+        if path.is_file():
+            return load_tensors(path)[0]
+        texts = self._source.sentences[said[None]]
+        prefix = self._learner.prefix(pictures(frame[None]), texts).at("cpu")
+        rows = prefix_rows(prefix, self._learner.model.dtype)
+        row = {name: tensor[0] for name, tensor in rows.items()}
+        size = sum(tensor.nbytes for tensor in row.values())
+        if size <= self._room and shutil.disk_usage(self.folder).free - size > SPARE_BYTES:
+            save_tensors(path, row)
+            self._room -= size
+        elif self._room > 0:
+            self._room = 0
+            log.info("%s: full; further prefixes are computed each time", self.folder)
+        return row
 
 
 # -- Feeds -----------------------------------------------------------------------------
@@ -472,24 +541,33 @@ class LiveFeed:
     """The language model runs in every step, with gradients to whatever its regime trains.
 
     Where that is `<ACT>` alone, they are exact through `<ACT>`'s own tokens: what stands before it is
-    computed without any (`openhelix.system2.train`), which takes half the time.
+    computed without any (`openhelix.system2.train`), which takes half the time, and with `kept`
+    is computed once for each frame and sentence.
     Tower and vision projector learn in regime "full" alone; else a picture's tokens are kept
     from the first time it is seen, where all pictures' fit into `max_bytes` and are the same
     whatever is asked of them. With `answers` the model is asked for words, too.
     """
 
     def __init__(
-        self, learner: System2Learner, source: Source, max_bytes: float, answers: bool = False
+        self,
+        learner: System2Learner,
+        source: Source,
+        max_bytes: float,
+        answers: bool = False,
+        kept: KeptPrefixes | None = None,
     ) -> None:
         self._learner, self._source, self._answers = learner, source, answers
+        self._prefixes = kept if learner.cacheable else None
         self.frames = torch.arange(len(source.cache))
         shape = (len(self.frames), learner.checkpoint.n_image, learner.checkpoint.hidden)
         self._act_alone = learner.regime == "prompt" and learner.cacheable and learner.family.causal
         small = shape[0] * shape[1] * shape[2] * learner.model.dtype.itemsize <= max_bytes
-        self._kept: Tensor | None = None
+        self._tokens: Tensor | None = None
         same = learner.regime != "full" and not learner.family.reads_words
         if small and learner.head.config.vision and same:
-            self._kept = torch.empty(shape, dtype=learner.model.dtype, device=learner.model.device)
+            self._tokens = torch.empty(
+                shape, dtype=learner.model.dtype, device=learner.model.device
+            )
         self._seen = torch.zeros(len(self.frames), dtype=torch.bool)
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Drawn:
@@ -497,6 +575,9 @@ class LiveFeed:
         frames = self.frames[rows]
         said = self._source.sentences.drawn(frames, generator)
         texts, answers = self._source.sentences[said], list[str]()
+        if self._prefixes is not None:
+            prefix = self._prefixes.of(frames, said, self._pictures)
+            return Drawn(frames, said, self._learner.from_prefix(prefix))
         if self._act_alone:
             prefix = self._learner.prefix(self._pictures(frames), texts)
             return Drawn(frames, said, self._learner.from_prefix(prefix))
@@ -511,15 +592,15 @@ class LiveFeed:
     def _pictures(self, frames: Tensor) -> Any:
         if not self._learner.head.config.vision:
             return []
-        if self._kept is None:
+        if self._tokens is None:
             return self._source.pictures(frames)
         new = frames[~self._seen[frames]].unique()
         if len(new):
             with torch.no_grad():
                 tokens = self._learner.image_tokens(self._source.pictures(new))
-            self._kept[new] = tokens.to(self._kept.dtype)
+            self._tokens[new] = tokens.to(self._tokens.dtype)
             self._seen[new] = True
-        return self._kept[frames]
+        return self._tokens[frames]
 
 
 class PrefixFeed:
@@ -666,11 +747,15 @@ def encode_prefix(
         rows = slice(start, start + batch)
         pictures = source.pictures(frames[rows]) if learner.head.config.vision else []
         parts.append(learner.prefix(pictures, source.sentences[said[rows, 0]]).at("cpu"))
-    whole = Prefix.join(parts)
-    kv = torch.stack((whole.keys, whole.values)).permute(2, 0, 1, 3, 4, 5)
-    found = {"kv": kv.to(learner.model.dtype), "length": whole.lengths}
-    if whole.rest is not None and whole.filled is not None:
-        found |= {"rest": whole.rest.to(learner.model.dtype), "filled": whole.filled}
+    return prefix_rows(Prefix.join(parts), learner.model.dtype)
+
+
+def prefix_rows(prefix: Prefix, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a batch of prefixes as stores keep them, a row each."""
+    kv = torch.stack((prefix.keys, prefix.values)).permute(2, 0, 1, 3, 4, 5)
+    found = {"kv": kv.to(dtype), "length": prefix.lengths}
+    if prefix.rest is not None and prefix.filled is not None:
+        found |= {"rest": prefix.rest.to(dtype), "filled": prefix.filled}
     return found
 
 

@@ -28,6 +28,7 @@ from openhelix.benchmarks.training.config import (
 )
 from openhelix.benchmarks.training.feeds import (
     Feed,
+    KeptPrefixes,
     LiveFeed,
     PrefixFeed,
     Source,
@@ -277,18 +278,25 @@ class JointRun:
         if kind == "live":
             learner.to(self.config.device)
             asks = section.answer > 0 and learner.regime in ("lora", "full")
-            return LiveFeed(learner, self.source, section.max_gb * 1e9, asks)
+            kept = None
+            if section.prefix_gb and learner.cacheable:
+                room = section.prefix_gb * 1e9
+                kept = KeptPrefixes(self._prepared, learner, self.source, section, room)
+            return LiveFeed(learner, self.source, section.max_gb * 1e9, asks, kept)
         store = self.prepare(kind)
         return PrefixFeed(learner, store) if kind == "prefix" else StateFeed(learner, store)
+
+    @property
+    def _prepared(self) -> Path:
+        return self.config.folder / "prepared"
 
     def prepare(self, kind: str) -> Store:
         """Make the store of a kind, or what is missing of it."""
         section, learner, source = self.config.latent, self.learner, self.source
         learner.to(self.config.device)
-        root = self.config.folder / "prepared"
         make = prefix_store if kind == "prefix" else states_store
         encode = encode_prefix if kind == "prefix" else encode_read_outs
-        store = make(root, learner, source, section)
+        store = make(self._prepared, learner, source, section)
         learner.eval()
 
         def of_frames(frames: Tensor, said: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from transformers import LlavaForConditionalGeneration
 
 from openhelix.benchmarks.training.config import LatentSection
 from openhelix.benchmarks.training.feeds import (
+    Drawn,
+    KeptPrefixes,
     LiveFeed,
     PrefixFeed,
     Sentences,
@@ -113,6 +115,43 @@ def test_act_alone_learns_as_through_the_whole_sequence(llava, source) -> None:
         torch.autograd.grad(s.z.square().sum(), made.head.act)[0] for s in (drawn.sample, direct)
     ]
     assert found[0].abs().max() > 1e-6 and torch.allclose(*found, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [{}, {"n_act": 2}, {"kind": "act_lang"}, {"kind": "act_words"}])
+def test_a_prefix_kept_on_disk_gives_what_was_computed(llava, source, tmp_path, config) -> None:
+    made, rows = learner(llava, **config), torch.tensor([3, 40])
+    section = LatentSection(model=llava, **config)
+
+    def drawn(kept: KeptPrefixes | None) -> Drawn:
+        feed = LiveFeed(made, source, 1e9, kept=kept)
+        return feed.draw(rows, torch.Generator().manual_seed(1))
+
+    plain = drawn(None)
+    first = drawn(KeptPrefixes(tmp_path, made, source, section, 1e9))
+    (folder,) = tmp_path.iterdir()
+    assert len(list(folder.glob("*.safetensors"))) == 2
+    made.prefix = None  # what is kept is not computed again
+    again = drawn(KeptPrefixes(tmp_path, made, source, section, 1e9))
+    assert torch.equal(first.sample.z, again.sample.z)
+    assert torch.equal(plain.instruction, first.instruction)
+    assert torch.allclose(plain.sample.z, first.sample.z, atol=1e-5)
+    grads = [
+        torch.autograd.grad(d.sample.z.square().sum(), made.head.act)[0] for d in (plain, again)
+    ]
+    assert grads[0].abs().max() > 1e-6 and torch.allclose(*grads, rtol=1e-3, atol=1e-6)
+
+
+def test_no_more_prefixes_are_kept_than_there_is_room_for(llava, source, tmp_path) -> None:
+    made, section = learner(llava), LatentSection(model=llava)
+    kept = KeptPrefixes(tmp_path, made, source, section, 1e9)
+    LiveFeed(made, source, 1e9, kept=kept).draw(torch.tensor([3]), torch.Generator().manual_seed(1))
+    (one,) = kept.folder.glob("*.safetensors")
+    full = KeptPrefixes(tmp_path, made, source, section, 1.5 * one.stat().st_size)
+    feed = LiveFeed(made, source, 1e9, kept=full)
+    plain = LiveFeed(made, source, 1e9)
+    a, b = (f.draw(torch.tensor([3, 40]), torch.Generator().manual_seed(1)) for f in (feed, plain))
+    assert torch.allclose(a.sample.z, b.sample.z, atol=1e-5)
+    assert list(kept.folder.glob("*.safetensors")) == [one]
 
 
 def layout(n: int = 10) -> StoreLayout:
