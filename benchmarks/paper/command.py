@@ -114,9 +114,10 @@ def _run(session: Session, folder: Path, console: Console, no_training: bool) ->
 
 def _probe(session: Session, folder: Path) -> None:
     """Probe every System 2 that is there and was not."""
-    for experiment in session.request.experiments:
-        if experiment.kind == "probe" and Probes(session, experiment).run():
-            _quietly(session, folder)
+    with session.claims.of("probes") as mine:
+        for experiment in session.request.experiments if mine else ():
+            if experiment.kind == "probe" and Probes(session, experiment).run():
+                _quietly(session, folder)
 
 
 def _quietly(session: Session, folder: Path) -> None:

@@ -5,14 +5,17 @@ when it is started again, and tables share common trainings and evaluations. Eac
 followed by all evaluations of it; reports are rewritten after every evaluation, so that an
 interrupted run leaves complete reports of what it measured. An evaluation whose episodes are kept
 beside its page of results is finished, too, wherever it was made: then its weights are not needed.
+Several processes share one folder's work: each takes what none of the others is at.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +53,8 @@ from openhelix.runtime.core.config import CommandFailed
 from openhelix.runtime.core.files import tensor_header
 from openhelix.system1.checkpoint import WEIGHTS
 
-EVALUATIONS = "evaluations"
+EVALUATIONS, CLAIMS = "evaluations", "claims"
+WAIT_S = 5.0  # between looks at what other processes are at
 PoolFor = Callable[[Evaluation], Pool]
 
 
@@ -119,6 +123,31 @@ class Kept:
     row: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Claims:
+    """Which trainings and evaluations a process is at, so that others leave them to it.
+
+    A claim ends with its process, however that ends.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @contextmanager
+    def of(self, key: str) -> Iterator[bool]:
+        """Claim what has this key; gives False where another process is at it."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / f"{key}.lock").open("wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)  # a worker that was forked has the file, too
+
+
 class Session:
     """Experiments over one folder of trainings and evaluations.
 
@@ -131,6 +160,7 @@ class Session:
         probed: probes of latents that need not be made, by the training's key.
 
     Attributes:
+        claims: on what this process does.
         failed: why, of the trainings that failed in this session, by key.
     """
 
@@ -146,6 +176,7 @@ class Session:
         self.request, self.trainings = request, trainings
         self._kept, self.probed = kept or {}, probed or {}
         self._console = console
+        self.claims = Claims(request.root / CLAIMS)
         self.failed: dict[str, str] = {}
         self._pool_for = pool_for or self._open
 
@@ -235,18 +266,50 @@ class Session:
         """
         # Weights that are given need no training, so they are there even if nothing is trained.
         keys = [t.key for t in self.missing() if train or not t.reads_data]
+        others: set[str] = set()
+        while busy := self._pass(keys, after, trained):
+            for key in sorted(busy - others):
+                self.say(f"another process is at {key}")
+            others |= busy
+            self._in_time()
+            time.sleep(WAIT_S)
+
+    def _pass(
+        self, keys: Sequence[str], after: Callable[[], None], trained: Callable[[], None]
+    ) -> set[str]:
+        """Do all that no other process is at; return what others are at."""
+        busy: set[str] = set()
         for training in self.wanted():
-            if training.key in keys:
-                self._train(training, f"training {keys.index(training.key) + 1} of {len(keys)}")
-                trained()
+            if training.key in keys and not self._trained(training, keys, trained):
+                busy.add(training.key)
             if self.trainings.done(training) is None:
                 continue
             measures = self.unmeasured(training)
             for number, measure in enumerate(measures, 1):
                 self._in_time()
-                self.say(f"evaluation {number} of {len(measures)} of it: {measure.key}")
-                self._evaluate(measure)
-                after()
+                with self.claims.of(measure.key) as mine:
+                    if not mine:
+                        busy.add(measure.key)
+                    elif self.report(measure) is None:
+                        self.say(f"evaluation {number} of {len(measures)} of it: {measure.key}")
+                        self._evaluate(measure)
+                        after()
+        return busy
+
+    def _trained(
+        self, training: Training, keys: Sequence[str], trained: Callable[[], None]
+    ) -> bool:
+        """Train, unless that is done or failed; return False where another process is at it."""
+        parent = training.parent
+        if self.trainings.done(training) is not None or training.key in self.failed:
+            return True
+        if parent is not None and self.trainings.done(parent) is None:
+            return parent.key in self.failed
+        with self.claims.of(training.key) as mine:
+            if mine and self.trainings.done(training) is None:
+                self._train(training, f"training {keys.index(training.key) + 1} of {len(keys)}")
+                trained()
+        return mine
 
     def _train(self, training: Training, place: str) -> None:
         """Train; one that fails leaves its rows out and no others."""

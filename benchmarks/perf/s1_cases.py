@@ -271,6 +271,23 @@ def official_modes(args: argparse.Namespace) -> Record:
     return with_deviation(runs, args.repeats, args.device)
 
 
+def official_steps(args: argparse.Namespace) -> Record:
+    """The official network in few steps beside its own 25, both precisions; ratios to those."""
+    runs: dict[str, Run] = {}
+    for name in ("exact", "ddim1", "ddim2", "ddim4", "ddim5"):
+        for precision in ("", "bf16_"):
+            model, given = official(args.device, args.nhist, args.tokens)
+            if name != "exact":
+                model.use_sampler("ddim", int(name.removeprefix("ddim")))
+            if precision:
+                to_bf16(model)
+            runs[precision + name] = run_of(model, given, args.device)
+    out: Record = alternate(runs, args.repeats, args.device)
+    for row in out.values():
+        row["ratio"] = round(row["median_ms"] / out["exact"]["median_ms"], 3)
+    return out
+
+
 def official_compiled(args: argparse.Namespace) -> Record:
     """The compiled denoiser beside the eager one, in both precisions; minutes to compile."""
     if not args.compile:
@@ -367,6 +384,7 @@ CASES: dict[str, Callable[[argparse.Namespace], Record]] = {
     "official_exact": official_exact,
     "official_naive": official_naive,
     "official_modes": official_modes,
+    "official_steps": official_steps,
     "official_compiled": official_compiled,
     "official_bf16": official_bf16,
     "small": small_exact,

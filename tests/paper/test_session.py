@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import subprocess
+import sys
+from contextlib import ExitStack
 
 import pytest
 
@@ -151,6 +154,44 @@ def test_each_training_is_followed_by_its_evaluations(tmp_path, capsys):
     order = [s.split("experiment: ")[1].split(" ")[0] for s in said]
     firsts = "".join(w[0] for w in order if w in ("training", "evaluation"))
     assert "te" in firsts and "tttt" not in firsts and firsts.endswith("e")
+
+
+def test_what_another_process_is_at_is_left_to_it_and_waited_for(tmp_path, monkeypatch, capsys):
+    options, overrides = read(words(tmp_path, "table4")[1:])
+    one, other = (make_session(options, overrides, catalogue()) for _ in range(2))
+    row = one.rows()[-1]
+    training, measure = one.training(row.variant), one.measure(row)
+    waited = []
+
+    def wait(seconds):
+        held.close()
+        waited.append((one.trainings.done(training), len(one.unmeasured(training))))
+        if len(waited) == 1:
+            assert held.enter_context(other.claims.of(measure.key))
+
+    monkeypatch.setattr(session.time, "sleep", wait)
+    with ExitStack() as held:
+        assert held.enter_context(other.claims.of(training.key))
+        one.run(lambda: None)
+    assert [done is None for done, _ in waited] == [True, False]
+    assert [count for _, count in waited] == [1, 1]
+    assert not one.missing() and all(one.report(one.measure(row)) for row in one.rows())
+    assert f"another process is at {training.key}" in capsys.readouterr().err
+
+
+def test_two_processes_share_the_work(tmp_path):
+    begun = [
+        subprocess.Popen([sys.executable, "-m", "openhelix.runtime.cli.main", *command],
+                         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        for command in [words(tmp_path, "table4")] * 2
+    ]  # fmt: skip
+    said = [process.communicate()[1] for process in begun]
+    assert [process.returncode for process in begun] == [0, 0], said
+    did = [line for text in said for line in text.splitlines() if "of it: " in line]
+    measured = [line.split(": ")[-1] for line in did]
+    assert len(measured) == len(set(measured)) == 3
+    outcome = json.loads((tmp_path / "out" / "table4.json").read_text())
+    assert outcome["state"] == "complete"
 
 
 def test_tables_share_what_they_have_in_common(tmp_path):
