@@ -15,12 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,15 +52,18 @@ class Way:
         words: of the configuration.
         hz: of the control loop; System 1 plans as often as at 30 Hz.
         stress: whether every core has other work.
+        cluster: whether Ray runs already.
     """
 
     words: tuple[str, ...] = ()
     hz: float = 30.0
     stress: bool = False
+    cluster: bool = False
 
 
 WAYS = {
     "ray_fifo": Way(),
+    "ray_running": Way(cluster=True),
     "processes_fifo": Way(("ray=false",)),
     "processes_no_fifo": Way(("ray=false", *NO_FIFO)),
     "processes_200_hz": Way(("ray=false", "system1.replan_steps=27"), hz=200.0),
@@ -159,6 +164,32 @@ def loaded() -> Iterator[str]:
             process.wait(10.0)
 
 
+@contextmanager
+def cluster(token: Mapping[str, str]) -> Iterator[str]:
+    """Have a Ray of one host run while the block does; gives its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    words = f"start --head --port={address.split(':')[1]} --num-cpus=8 --include-dashboard=false"
+    ray = [str(Path(sys.executable).with_name("ray")), *words.split(), "--disable-usage-stats"]
+    running = subprocess.Popen(
+        [*ray, "--node-ip-address=127.0.0.1", "--block"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **token},
+    )
+    try:
+        assert running.stdout is not None
+        for line in running.stdout:
+            if "--block" in line:  # it is up
+                break
+        else:
+            raise SystemExit("bench_run: `ray start` ended before Ray was up")
+        yield address
+    finally:
+        running.terminate()
+        running.wait(30.0)
+
+
 def await_loop(folder: Path, process: subprocess.Popen[str]) -> None:
     """Return when the control loop of a run in `folder` has started, or its process has ended."""
     while process.poll() is None:
@@ -172,7 +203,10 @@ def run(seconds: float, config: Path, way: Way) -> dict[str, Any]:
     steps = round(seconds * way.hz)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        beside = None
+        beside, words, token = None, list(way.words), dict[str, str]()
+        if way.cluster:
+            token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            words.append(f"ray_address={stack.enter_context(cluster(token))}")
         process = subprocess.Popen(
             [
                 *(
@@ -188,10 +222,11 @@ def run(seconds: float, config: Path, way: Way) -> dict[str, Any]:
                 *(f"tasks.steps_limit={steps}", f"output.folder={folder}"),
                 # Its film would be drawn afterwards, for as long again.
                 *("output.metrics_port=0", "output.video=false", "system2.hz=1"),
-                *(f"control.hz={way.hz:g}", *way.words),
+                *(f"control.hz={way.hz:g}", *words),
             ],
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, **token},
         )
         usage = Usage(process.pid)
         usage.start()
