@@ -277,7 +277,7 @@ class Scale(_Section):
     episodes_per_task: Count
     max_steps: Count | None = None
     threads: Count = 1
-    videos: Annotated[int, Field(ge=0)] = 8
+    videos: Annotated[int, Field(ge=0)] = 2
     train: dict[str, Any] = {}
     train_regime: dict[str, dict[str, Any]] = {}
     run: tuple[str, ...] = ()
