@@ -47,7 +47,7 @@ class Measure:
             "suite": self.suite.identity(),
             "conditions": asdict(self.conditions),
             "training": self.training.key,
-            "run": self.run,
+            "run": [word for word in self.run if not word.startswith("output.")],
             "threads": self.threads,
         }
         text = json.dumps(data, sort_keys=True)

@@ -156,6 +156,15 @@ def test_each_training_is_followed_by_its_evaluations(tmp_path, capsys):
     assert "te" in firsts and "tttt" not in firsts and firsts.endswith("e")
 
 
+def test_where_a_run_writes_makes_no_other_evaluation(tmp_path):
+    keys = []
+    for more in ([], ["output.metrics_port=0"], ["system1.replan_steps=8"]):
+        options, overrides = read([*words(tmp_path, "table4")[1:], *more])
+        asked = make_session(options, overrides, catalogue())
+        keys.append([asked.measure(row).key for row in asked.rows()])
+    assert keys[0] == keys[1] and not set(keys[0]) & set(keys[2])
+
+
 def test_what_another_process_is_at_is_left_to_it_and_waited_for(tmp_path, monkeypatch, capsys):
     options, overrides = read(words(tmp_path, "table4")[1:])
     one, other = (make_session(options, overrides, catalogue()) for _ in range(2))
