@@ -557,10 +557,11 @@ class LiveFeed:
         kept: KeptPrefixes | None = None,
     ) -> None:
         self._learner, self._source, self._answers = learner, source, answers
-        self._prefixes = kept if learner.cacheable else None
         self.frames = torch.arange(len(source.cache))
         shape = (len(self.frames), learner.checkpoint.n_image, learner.checkpoint.hidden)
-        self._act_alone = learner.regime == "prompt" and learner.cacheable and learner.family.causal
+        fixed = learner.cacheable and learner.family.causal
+        self._act_alone = fixed and learner.regime == "prompt"
+        self._prefixes = kept if fixed else None
         small = shape[0] * shape[1] * shape[2] * learner.model.dtype.itemsize <= max_bytes
         self._tokens: Tensor | None = None
         same = learner.regime != "full" and not learner.family.reads_words
