@@ -27,7 +27,7 @@ from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.benchmarks.paper.measures import score_of
 from openhelix.benchmarks.paper.tables import Outcome, outdated
 from openhelix.runtime.core.config import ConfigError
-from openhelix.runtime.core.files import read_json, replace_file
+from openhelix.runtime.core.files import read_json, replace_file, written
 from openhelix.runtime.observe.film import Mp4
 
 PAGE, TEXT = "leaderboard.html", "leaderboard.md"
@@ -184,19 +184,17 @@ def _filmed(place: Path) -> dict[str, Path]:
 
 
 def small_film(source: Path, out: Path) -> None:
-    """Write a film with fewer and smaller pictures, first under another name."""
+    """Write a film with fewer and smaller pictures, whole or not at all."""
     import av  # see `openhelix.runtime.observe.film`
 
     width, height = FILM_SIZE
-    part = out.with_name(f".{out.name}.part")
-    film = Mp4(part, width, height, 30 / FILM_EVERY, FILM_CRF)
-    with av.open(str(source)) as container:
+    with written(out) as part, av.open(str(source)) as container:
+        film = Mp4(part, width, height, 30 / FILM_EVERY, FILM_CRF)
         for number, frame in enumerate(container.decode(video=0)):
             if number % FILM_EVERY == 0:
                 shown = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
                 film.write(shown, round(1e9 * float(frame.time or 0.0)))
-    film.close()
-    part.replace(out)
+        film.close()
 
 
 def _links(entry: Entry, films: Films) -> str:

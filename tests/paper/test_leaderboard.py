@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from openhelix.benchmarks.evaluation.results import FIELDS, FORMAT, line_of
+from openhelix.benchmarks.paper import leaderboard
 from openhelix.benchmarks.paper.judge import STATISTICS
 from openhelix.benchmarks.paper.leaderboard import (
     HEADER,
@@ -142,6 +143,25 @@ def test_a_success_and_a_failure_of_each_evaluation_can_be_watched(tmp_path):
     # Where only the results are, their films still are.
     place = write_leaderboard(tmp_path / "out", TABLES, {}, tmp_path / "elsewhere")
     assert all(name in place.read_text() for name in films)
+
+
+def test_two_processes_may_make_one_film_at_once(tmp_path, monkeypatch):
+    filmed(tmp_path / "k1", True)
+    source, out = tmp_path / "k1" / "videos" / "D-0.mp4", tmp_path / "small.mp4"
+
+    class Slow(Mp4):
+        def close(self):
+            with monkeypatch.context() as other:  # another process begins and ends meanwhile
+                other.setattr(leaderboard, "Mp4", Mp4)
+                other.setattr("os.getpid", lambda: 1)
+                leaderboard.small_film(source, out)
+            super().close()
+
+    monkeypatch.setattr(leaderboard, "Mp4", Slow)
+    leaderboard.small_film(source, out)
+    with av.open(str(out)) as container:
+        assert len(list(container.decode(video=0))) == 10
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["small.mp4"]
 
 
 def test_a_system_of_ones_own_is_named_by_its_evaluation(tmp_path):

@@ -195,7 +195,7 @@ def test_two_processes_share_the_work(tmp_path):
         for command in [words(tmp_path, "table4")] * 2
     ]  # fmt: skip
     said = [process.communicate()[1] for process in begun]
-    assert [process.returncode for process in begun] == [0, 0], said
+    assert [process.returncode for process in begun] == [0, 0], "\n".join(said)
     did = [line for text in said for line in text.splitlines() if "of it: " in line]
     measured = [line.split(": ")[-1] for line in did]
     assert len(measured) == len(set(measured)) == 3
