@@ -106,7 +106,8 @@ bench-s2: setup ## System 2 figures as JSON.
 	$(PY) -m openhelix.benchmarks.perf.bench_s2
 
 data: setup ## Demonstrations and frames for training, in the cache (resumable): SCENES=ABC PER_TASK=20 ARGS=
-	$(VENV)/bin/openhelix collect scenes=$(SCENES) per_task=$(PER_TASK) frames.system2_px=200 $(ARGS)
+	$(VENV)/bin/openhelix collect scenes=$(SCENES) per_task=$(PER_TASK) frames.system2_px=200 frames.tactile=true \
+	  $(ARGS)
 
 train: setup ## Both systems, from the data to checkpoints (resumable; docs/training.md): SCENES=ABC ARGS=
 	$(VENV)/bin/openhelix train all data=demonstrations_$(SCENES) $(ARGS)

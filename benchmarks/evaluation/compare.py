@@ -116,7 +116,7 @@ def _both(rows: Sequence[tuple[float, float, str]], most: float) -> dict[str, An
     test = paired_by_start(a, b, starts, most)
     kept = ("n", "starts", "difference", "p", "test", "better", "worse")
     found = {name: getattr(test, name) for name in kept}
-    found |= {"ci95": list(test.ci95), "shows": test.shows}
+    found |= {"ci95": list(test.ci95), "shows": test.shows()}
     return {"a": sum(a) / len(a), "b": sum(b) / len(b)} | found
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from openhelix.benchmarks.calvin.sequences import LENGTH
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
-from openhelix.benchmarks.evaluation.stats import chain_interval, clustered_rate, wilson
+from openhelix.benchmarks.evaluation.stats import chain_interval, clustered_rate
 from openhelix.benchmarks.evaluation.suites import Episode, Suite
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import NO_ROOM, replace_file
@@ -102,9 +102,7 @@ class Store:
         run = self.folder / RUN
         if run.exists():
             self._check_run(read_run(self.folder), code)
-        elif self.folder.exists() and (
-            not self.folder.is_dir() or any(path.name != LOCK for path in self.folder.iterdir())
-        ):
+        elif self.folder.exists() and not _empty(self.folder):
             raise ResultsError(f"--out: {self.folder} holds other files; choose another folder")
         try:
             (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
@@ -187,6 +185,14 @@ class Store:
         self._lock = None
 
 
+def _empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what an evaluation that was killed at once leaves."""
+    if not folder.is_dir():
+        return False
+    left = [path for path in folder.rglob("*") if path.name not in (LOCK, SHARDS)]
+    return all(path.name.startswith(f".{RUN}.") and path.suffix == ".part" for path in left)
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """Return what `run.json` holds.
 
@@ -256,21 +262,20 @@ def start_of(result: Result) -> str:
     return str(result["start"])
 
 
-def rate(successes: Sequence[bool], starts: Sequence[str] | None = None) -> dict[str, Any]:
+def rate(successes: Sequence[bool], starts: Sequence[str]) -> dict[str, Any]:
     """Return a success rate with its 95 % interval by start; null without trials.
 
     Args:
         successes: of the episodes.
-        starts: of the episodes; None: each has its own, and the interval is Wilson's.
+        starts: of the episodes, by name.
     """
     n, good = len(successes), sum(successes)
-    by_start = {} if starts is None else {"n_starts": len(set(starts))}
     return {
         "success_rate": good / n if n else None,
         "n_episodes": n,
-        **by_start,
+        "n_starts": len(set(starts)),
         "n_success": good,
-        "ci95": list(wilson(good, n) if starts is None else clustered_rate(successes, starts)),
+        "ci95": list(clustered_rate(successes, starts)),
     }
 
 
@@ -320,19 +325,18 @@ def chains(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _per_task(results: Sequence[Result]) -> dict[str, Any]:
-    rows: dict[str, list[Mapping[str, Any]]] = {}
+    rows: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for result in results:
         for row in result["tasks"]:
-            rows.setdefault(row["task"], []).append(row)
+            rows.setdefault(row["task"], []).append((start_of(result), row))
     order = [name for name in TASK_NAMES if name in rows]
     return {name: _task(rows[name]) for name in order}
 
 
-def _task(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    steps = [row["env_steps"] for row in rows if row["success"]]
-    return rate([row["success"] for row in rows]) | {
-        "median_steps": float(np.median(steps)) if steps else None
-    }
+def _task(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    steps = [row["env_steps"] for _, row in rows if row["success"]]
+    found = rate([row["success"] for _, row in rows], [start for start, _ in rows])
+    return found | {"median_steps": float(np.median(steps)) if steps else None}
 
 
 def _grouped(

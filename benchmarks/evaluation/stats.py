@@ -8,7 +8,7 @@ has a start of its own, that is the ordinary thing.
 Rates get Wilson intervals on as many trials as the starts are worth, means of chains a bootstrap.
 Two runs on the same episodes are compared in pairs, which takes the luck of the starts out of the
 difference: an exact permutation by start for p, a t interval over starts for the difference, two
-one-sided tests for "the same", and the smallest difference that so many starts would show.
+one-sided score tests for "the same", and the smallest difference that so many starts would show.
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ def chain_interval(
 ) -> Interval:
     """Return the 95 % interval of the mean number of tasks in a row, 0 to `length`.
 
-    Where all chains are equally long, it is the sum of the Wilson limits of the `length`
-    rates of which the mean is the sum.
+    Where all chains are equally long, it is the sum of the limits of the `length` rates of which
+    the mean is the sum, each on one trial a start.
     """
     if len(set(in_a_row)) > 1:
         return mean_interval(in_a_row, starts, seed)
-    rates = [sum(n > k for n in in_a_row) for k in range(length)]
-    limits = [wilson(count, len(in_a_row)) for count in rates]
+    names = range(len(in_a_row)) if starts is None else starts
+    limits = [clustered_rate([n > k for n in in_a_row], names) for k in range(length)]
     return sum(low for low, _ in limits), sum(high for _, high in limits)
 
 
@@ -115,8 +115,7 @@ class Paired:
         ci95: of the difference.
         p: two-sided; how likely a difference this large is by chance.
         error: standard error of the difference, by start.
-        unseen: 0, or, where the pairs never differ in anything, how large a difference could
-            still have gone unseen in so many starts with a probability of 5 %.
+        most: the largest difference there can be; 0 where there is no bound.
         better, worse: pairs in which the second run did better, worse.
         test: which one gave p.
     """
@@ -127,46 +126,54 @@ class Paired:
     ci95: Interval
     p: float
     error: float
-    unseen: float
+    most: float
     better: int
     worse: int
     test: str = "permutation by start"
 
     @property
-    def shows(self) -> float | None:
-        """The smallest true difference that is found in four of five such comparisons.
+    def alike(self) -> bool:
+        """Whether no start differs from any other, so that the error says nothing."""
+        return self.starts < 2 or self.error < WHOLE
 
-        None with a single start, which shows nothing.
+    def shows(self, alpha: float = 1 - LEVEL) -> float | None:
+        """Return the smallest true difference that four of five such comparisons find at `alpha`.
+
+        None with a single start, which shows nothing. Where the pairs never differ, it is how
+        large a difference could still have gone unseen, with that probability.
         """
         if self.starts < 2:
             return None
-        if self.unseen:
-            return self.unseen
+        if self.alike and self.most:
+            return float(self.most * (1 - alpha ** (1 / self.starts)))
         freedom = self.starts - 1
-        return float(self.error * (student.ppf(0.975, freedom) + student.ppf(POWER, freedom)))
+        quantiles = student.ppf(1 - alpha / 2, freedom) + student.ppf(POWER, freedom)
+        return float(self.error * quantiles)
 
     def same(self, margin: float) -> float:
         """Return the p of two one-sided tests (TOST): small if |difference| is below `margin`.
 
-        1 with a single start. Where the pairs never differ, it is how probably a difference of
-        `margin` would have stayed unseen.
+        Each is a score test: its error is the one there would be if the margin were the truth,
+        with what the difference lacks of it carried by as few starts as can (the largest
+        difference in each). The error of the starts seen is too small where few of them differ.
+        Where the pairs never differ, p is how probably a difference of `margin` would have stayed
+        unseen. 1 with a single start.
         """
-        if self.starts < 2:
+        if self.starts < 2 or abs(self.difference) >= margin:
             return 1.0
-        if self.unseen:
-            if abs(self.difference) >= margin:
-                return 1.0
+        if self.alike:
+            if not self.most:
+                return 0.0
             share = min(1.0, (margin - abs(self.difference)) / self.most)
             return float((1 - share) ** self.starts)
-        if self.error == 0:  # of values without bounds that all differ by the same
-            return 0.0 if abs(self.difference) < margin else 1.0
-        sides = (margin - self.difference, margin + self.difference)
-        return float(max(student.sf(side / self.error, self.starts - 1) for side in sides))
-
-    @property
-    def most(self) -> float:
-        """The largest difference there can be, as `unseen` knows it."""
-        return float(self.unseen / (1 - 0.05 ** (1 / self.starts)))
+        found = []
+        for difference in (self.difference, -self.difference):
+            variance, lacks = self.error**2 * self.starts, margin - difference
+            if self.most > margin:
+                share = lacks / (self.most - difference)
+                variance = (1 - share) * (variance + lacks**2) + share * (self.most - margin) ** 2
+            found.append(student.sf(lacks / math.sqrt(variance / self.starts), self.starts - 1))
+        return float(max(found))
 
 
 def paired_by_start(
@@ -199,11 +206,11 @@ def paired_by_start(
     count, mean = int(group.max()) + 1, float(delta.mean())
     error = _error(delta - mean, group) if count > 1 else math.inf
     sums = np.bincount(group, delta)
-    # Pairs that never differ give an error of 0, however few they are.
-    unseen = most * (1 - 0.05 ** (1 / count)) if error < WHOLE or count == 1 else 0.0
     if count == 1:
         limits = (-most, most) if most else (-math.inf, math.inf)
     else:
+        # Pairs that never differ give an error of 0, however few they are.
+        unseen = most * (1 - (1 - LEVEL) ** (1 / count)) if error < WHOLE else 0.0
         half = error * float(student.ppf((1 + LEVEL) / 2, count - 1)) + unseen
         limits = (mean - half, mean + half)
     return Paired(
@@ -213,18 +220,26 @@ def paired_by_start(
         ci95=limits,
         p=_exchanged(sums, seed),
         error=error,
-        unseen=unseen,
+        most=most,
         better=int((delta > 0).sum()),
         worse=int((delta < 0).sum()),
     )
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Return p values corrected for how many there are (Holm 1979), in their own order."""
+def holm(p: Sequence[float], excluding: Sequence[Hashable] | None = None) -> list[float]:
+    """Return p values corrected for how many there are (Holm 1979), in their own order.
+
+    Args:
+        p: one for each hypothesis.
+        excluding: a name for each: of those that share one, at most one can be true, so that as
+            many errors are possible as names are left (Shaffer 1986). None: they share none.
+    """
+    names = list(range(len(p))) if excluding is None else list(excluding)
     found = [0.0] * len(p)
-    largest = 0.0
-    for rank, place in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[place]))
+    order, largest = sorted(range(len(p)), key=lambda i: p[i]), 0.0
+    for rank, place in enumerate(order):
+        possible = len({names[i] for i in order[rank:]})
+        largest = max(largest, min(1.0, possible * p[place]))
         found[place] = largest
     return found
 

@@ -577,5 +577,5 @@ def _compare(cells: Sequence[Cell]) -> None:
         "p": test.p,
         "test": test.test,
         "starts": test.starts,
-        "shows": test.shows,
+        "shows": test.shows(),
     }

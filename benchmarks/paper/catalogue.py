@@ -43,7 +43,7 @@ class Variant(_Section):
     Attributes:
         says: what it is, in words.
         policy: "pretrained" begins with the policy that was trained alone, "scratch" with an
-            untrained one; "kept" stays with the former as it is, and all samples are stage 1's;
+            untrained one, "untrained" with that policy's own network before its training; "kept" stays with the former as it is, and all samples are stage 1's;
             "only" is that policy by itself; "shipped" is the project's own pair as it is, and
             nothing is trained.
         regime: what of the language model learns; "frozen" trains the projector alone.
@@ -66,7 +66,7 @@ class Variant(_Section):
     """
 
     says: str
-    policy: Literal["pretrained", "scratch", "kept", "only", "shipped"] = "pretrained"
+    policy: Literal["pretrained", "scratch", "untrained", "kept", "only", "shipped"] = "pretrained"
     regime: Literal["frozen", "prompt", "lora", "full", "vocabulary"] = "prompt"
     clip: bool = False
     clip_to: Literal["table", "sentence"] = "table"
@@ -265,9 +265,9 @@ class Scale(_Section):
         threads: of torch, for each worker of an evaluation.
         videos: episodes of each evaluation that are filmed; none of them is another for it.
         train: overrides of `openhelix train`, for every training.
-        train_regime: further ones for a regime.
         run: overrides of the runs that are measured.
         official: whether results may be kept as the project's own.
+        decides: whether its verdicts count for the findings.
         notes: what must be known to read any table measured at it.
     """
 
@@ -279,9 +279,9 @@ class Scale(_Section):
     threads: Count = 1
     videos: Annotated[int, Field(ge=0)] = 2
     train: dict[str, Any] = {}
-    train_regime: dict[str, dict[str, Any]] = {}
     run: tuple[str, ...] = ()
     official: bool = True
+    decides: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -349,16 +349,17 @@ def named(contrast: Contrast) -> str:
 
 M = TypeVar("M", bound=BaseModel)
 FOLDER = Path(__file__).parent / "experiments"
+AXIS = "axis_"
 AXES_OF_A2 = ("model", "head", "latent", "regime", "policy", "integration", "async")
 NAMES = (
     *(f"table{n}" for n in range(1, 10)),
     *("figure4", "figure5"),
-    *(f"axis_{name}" for name in AXES_OF_A2),
+    *(f"{AXIS}{name}" for name in AXES_OF_A2),
 )
 # `all`: what the findings need first, and what shares trainings together; the zoo last.
 ORDER = (
     *("table2", "table3", "table5", "table6", "table4", "table1", "figure4", "table9"),
-    *("table7", "figure5", *(f"axis_{name}" for name in AXES_OF_A2), "table8"),
+    *("table7", "figure5", *(f"{AXIS}{name}" for name in AXES_OF_A2), "table8"),
 )
 BESIDE = ("variants", "scales")
 FINDINGS = {

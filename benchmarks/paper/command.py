@@ -23,11 +23,13 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from openhelix.benchmarks.evaluation.eval import SETTINGS
 from openhelix.benchmarks.evaluation.evaluation import Console
 from openhelix.benchmarks.paper import overview, tables
 from openhelix.benchmarks.paper.catalogue import Catalogue, Experiment, catalogue
 from openhelix.benchmarks.paper.costs import by_experiment, left, told
 from openhelix.benchmarks.paper.episodes import check, kept_in, write_episodes
+from openhelix.benchmarks.paper.judge import missing
 from openhelix.benchmarks.paper.leaderboard import named_folders, write_leaderboard
 from openhelix.benchmarks.paper.other_kinds import Probes, probed_in, zoo_outcome
 from openhelix.benchmarks.paper.session import EVALUATIONS, Request, Session
@@ -38,7 +40,7 @@ from openhelix.runtime.cli.arguments import Options, Positional, Words, option, 
 from openhelix.runtime.core.config import CommandFailed, ConfigError, Count, RunConfig
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import ROOT, cache_folder
-from openhelix.runtime.core.plugins import resolve
+from openhelix.runtime.core.plugins import none_of, resolve
 from openhelix.system1.config import TACTILE
 from openhelix.system1.data import read_index
 
@@ -85,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
     if board is not None:
         console.say(f"leaderboard in {board}")
     if options.as_json:
-        found = {"findings": overview.findings(outcomes), "experiments": outcomes}
+        found = {"findings": overview.findings(outcomes, planned(session)), "experiments": outcomes}
         answer(json.dumps(found, default=str))
     else:
         answer("\n".join(f"{o['name']}: {o['state']}" for o in outcomes))
@@ -145,6 +147,7 @@ class ExperimentOptions(Options):
     report: bool = option(False, "only write the reports")
     recompute: bool = option(False, "recompute the pages' figures from the episodes beside them")
     no_training: bool = option(False, "measure what is trained, train nothing")
+    variants: Words = option((), "these variants' rows alone (all)", "NAME,...")
     systems: Words = option((), "evaluations of one's own for the leaderboard", "NAME=DIR,...")
     trainer: str | None = option(None, "used instead of `openhelix train`", "MODULE:CLASS")
 
@@ -167,9 +170,11 @@ def make_session(options: ExperimentOptions, overrides: Sequence[str], known: Ca
         ConfigError: in one line, the option and what is valid.
     """
     names = asked(options, known)
+    alone = alone_of(options, known, names)
     known.scale(options.scale)
     train, run = changed(overrides)
     check_options(train)
+    check_run(run)
     root = (options.root or cache_folder() / "experiments" / options.scale).resolve()
     data, frames, refusal = _data(options)
     until_s = None if options.hours is None else time.monotonic() + 3600 * options.hours
@@ -188,6 +193,7 @@ def make_session(options: ExperimentOptions, overrides: Sequence[str], known: Ca
         options.workers,
         until_s,
         None if options.data is None else str(options.data),
+        alone,
     )
     folder = options.out or default_out(request)
     experiments = list(known.experiments)
@@ -199,25 +205,78 @@ def make_session(options: ExperimentOptions, overrides: Sequence[str], known: Ca
         probed=probed_in(folder, experiments),
     )
     session.check_fair()
-    if frames is not None:
-        check_sensors(session, frames)
-    trains = not (options.no_training or options.report or options.estimate or options.trainer)
-    if refusal is not None and trains and any(t.reads_data for t in session.missing()):
-        raise refusal
+    if not (options.no_training or options.report or options.trainer):
+        check_buildable(session)
+        if frames is not None:
+            check_sensors(session, frames)
+        elif refusal is not None and not options.estimate and needs_data(session):
+            raise refusal
     return session
 
 
+def needs_data(session: Session) -> bool:
+    """Whether something that is not there is trained on a collection."""
+    return any(training.reads_data for training in session.missing())
+
+
+def alone_of(options: ExperimentOptions, known: Catalogue, names: Sequence[str]) -> frozenset[str]:
+    """Return the variants whose rows alone are asked for; none means all.
+
+    Raises:
+        ConfigError: an experiment that is asked for has no row of one.
+    """
+    rows = [row for name in names for row in known.experiment(name).rows]
+    there = dict.fromkeys(row.variant for row in rows if row.variant)
+    for name in options.variants:
+        if name not in there:
+            raise ConfigError(f"--variants: {none_of(name, there)}")
+    return frozenset(options.variants)
+
+
+def check_run(run: Sequence[str]) -> None:
+    """Refuse overrides of what every row says itself: suite, scene, steps, clock, interval.
+
+    Raises:
+        ConfigError: one line names the first.
+    """
+    taken = [name for name in SETTINGS if not name.startswith("lockstep")]
+    for word in run:
+        key = word.removeprefix("--").partition("=")[0]
+        if not any(key == name or key.startswith(f"{name}.") for name in taken):
+            raise ConfigError(
+                f"{key}: the rows of an experiment say it themselves; overrides are of "
+                f"{', '.join(taken)}, and, for trainings, train.KEY"
+            )
+
+
+def check_buildable(session: Session) -> None:
+    """Refuse a variant that `openhelix train` would refuse, before any other is trained.
+
+    Raises:
+        ConfigError: one line names variant and option.
+    """
+    missing = {training.key for training in session.missing()}
+    for name in session.variants():
+        training = session.training(name)
+        if training.key in missing and training.reads_data:
+            try:
+                check_options(training.options)
+            except ConfigError as error:
+                raise ConfigError(f"variants.yaml: {name}: {error}") from None
+
+
 def check_sensors(session: Session, frames: Path) -> None:
-    """Refuse a variant with a sensor of which the collection has no pictures.
+    """Refuse a variant that is to be trained on a sensor of which the collection has no pictures.
 
     Raises:
         ConfigError: one line names variant, sensor, and the cameras that there are.
     """
     cameras = [str(camera["name"]) for camera in read_index(frames)["cameras"]]
     known = session.request.catalogue.variants
-    names = {row.variant for row in session.rows() if row.variant}
-    for name in sorted(names):
-        if TACTILE in known[name].sensors and TACTILE not in cameras:
+    missing = {training.key for training in session.missing()}
+    for name in session.variants():
+        needs = TACTILE in known[name].sensors and session.training(name).key in missing
+        if needs and TACTILE not in cameras:
             raise ConfigError(
                 f"variants.yaml: {name}: sensors: the data has no camera {TACTILE!r}, only "
                 f"{', '.join(cameras)}; `openhelix collect` with frames.tactile=true draws it"
@@ -267,9 +326,18 @@ def write_all(session: Session, folder: Path) -> list[dict[str, Any]]:
         drawn = Probes(session, experiment).pictures(folder) if experiment.kind == "probe" else None
         if tables.write(outcome, folder, drawn):
             write_episodes(session, experiment, folder)
-    names = list(session.request.catalogue.experiments)
-    overview.write_overview(folder, names)
+    overview.write_overview(folder, planned(session))
     return outcomes
+
+
+def planned(session: Session) -> dict[str, list[dict[str, Any]]]:
+    """Return the claims of every experiment there is, as they stand before anything is run."""
+    return {
+        name: Probes(session, experiment).planned()
+        if experiment.kind == "probe"
+        else [missing(contrast) for contrast in experiment.contrasts]
+        for name, experiment in session.request.catalogue.experiments.items()
+    }
 
 
 def recompute(options: ExperimentOptions, known: Catalogue) -> list[str]:

@@ -18,12 +18,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from openhelix.benchmarks.evaluation.eval import load_config
 from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.benchmarks.paper.measures import Measure
 from openhelix.benchmarks.paper.session import Session
 from openhelix.benchmarks.paper.trainings import Training
 from openhelix.benchmarks.training.config import TrainingConfig
-from openhelix.runtime.core.config import RunConfig
 from openhelix.system2.train import CACHEABLE, CHANGES
 
 COSTS = Path(__file__).with_name("costs.json")
@@ -46,10 +46,15 @@ def step_s(measure: Measure, workers: int) -> float | None:
     found = costs().get("evaluation")
     if found is None:
         return None
-    refresh = max(RunConfig().system1.replan_steps, measure.conditions.interval)
+    refresh = max(_replan_steps(measure.run), measure.conditions.interval)
     one = float(found["env_step_s"])
     one += float(found["latent_s"]) / refresh if measure.training.stage != "policy" else 0.0
     return one / (1.0 + (workers - 1) * float(costs()["worker_gain"]))
+
+
+@cache
+def _replan_steps(run: tuple[str, ...]) -> int:
+    return load_config(list(run)).system1.replan_steps
 
 
 def tasks_expected(measure: Measure) -> float:
@@ -194,7 +199,7 @@ def left(session: Session) -> list[Left]:
     found = []
     for experiment in session.request.experiments:
         trainings = session.needs(experiment)
-        rows = [row for row in experiment.rows if row.variant]
+        rows = [row for row in experiment.rows if session.request.asks(row.variant)]
         measures = list({m.key: m for m in map(session.measure, rows)}.values())
         untrained = [t for t in trainings if t.key in missing]
         unmeasured = [m for m in measures if session.report(m) is None]

@@ -39,7 +39,7 @@ from openhelix.benchmarks.evaluation.plots import (
     drawing,
 )
 from openhelix.benchmarks.evaluation.stats import mean_interval, paired_by_start
-from openhelix.benchmarks.paper.judge import measured
+from openhelix.benchmarks.paper.judge import MISSING, measured
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import F32, U8
 from openhelix.system2.engines.base import EngineBase
@@ -239,7 +239,7 @@ class ProbeOptions:
     shift_m: float = 0.10
     steps: int = 40
     every: int = 2
-    starts: int = 8
+    starts: int = 16
     seed: int = 0
 
 
@@ -414,60 +414,66 @@ def _of_space(similar: F32) -> dict[str, float]:
     return {word: round(float(similar[WORDS.index(word)]), 6) for word in SPATIAL_WORDS}
 
 
-def claims(made: Mapping[str, Any], who: str) -> list[dict[str, Any]]:
-    """Return the verdicts that a probe gives, in the form of `judge`'s.
+MOVE_SAYS = "the block's move changes the latent less than {name} does"
+CLAIMS = (
+    (
+        *("block moved", "other side said"),
+        "the block's move changes the cosines to words of space less than saying the other side "
+        "does",
+    ),
+    (
+        *("left", "right"),
+        "the latent is nearer to 'right' than to 'left' throughout, though the sentence names no "
+        "side",
+    ),
+    (
+        *("under other instructions", "under its own"),
+        "an instruction's target, relation and action are among the ten words nearest to its "
+        "latent, more than under other instructions",
+    ),
+    *(("block moved", name, MOVE_SAYS.format(name=name)) for name in OTHERS),
+)
+
+
+def planned(who: str) -> list[dict[str, Any]]:
+    """Return the claims about a System 2 that has not been probed, in the form of `judge`'s.
 
     The paper's first observation (words of space are static, "right" always before "left") and its
     second (the latent mirrors the instruction, not what changes in the scene).
     """
-    moved, spatial, own = made["distances"]["block moved"], made["spatial"], made["own_words"]
-    tests = [
-        (
-            ("block moved", spatial["block moved"]),
-            ("other side said", spatial["other side said"]),
-            "the block's move changes the cosines to words of space less than saying the other "
-            "side does",
-        ),
-        (
-            ("left", spatial["left"]),
-            ("right", spatial["right"]),
-            "the latent is nearer to 'right' than to 'left' throughout, though the sentence "
-            "names no side",
-        ),
-        (
-            ("under other instructions", own["others"]),
-            ("under its own", own["own"]),
-            "an instruction's target, relation and action are among the ten words nearest to its "
-            "latent, more than under other instructions",
-        ),
-        *(
-            (
-                ("block moved", moved),
-                (name, made["distances"][name]),
-                f"the block's move changes the latent less than {name} does",
-            )
-            for name in OTHERS
-        ),
+    return [
+        {
+            "a": a,
+            "b": b,
+            "axis": "what changes",
+            "says": f"{who}: {says}",
+            "finding": 5,
+            "expect": "b_better",
+            "margin": None,
+            "not_testable": "",
+            "n_pairs": 0,
+            "verdict": MISSING,
+            "paper_difference": None,
+        }
+        for a, b, says in CLAIMS
     ]
-    return [_judged(a, b, f"{who}: {says}") for a, b, says in tests]
 
 
-def _judged(
-    first: tuple[str, Sequence[float]], second: tuple[str, Sequence[float]], says: str
-) -> dict[str, Any]:
-    return {
-        "a": first[0],
-        "b": second[0],
-        "axis": "what changes",
-        "says": says,
-        "finding": 5,
-        "expect": "b_better",
-        "margin": None,
-        "not_testable": "",
-        **measured(paired_by_start(first[1], second[1]), 0.0),
-        "unit": "cosine, or share of words",
-        "paper_difference": None,
-    }
+def claims(made: Mapping[str, Any], who: str) -> list[dict[str, Any]]:
+    """Return what a probe says of the same claims; `decide` gives the verdicts."""
+    moved, spatial, own = made["distances"]["block moved"], made["spatial"], made["own_words"]
+    pairs = [
+        (spatial["block moved"], spatial["other side said"]),
+        (spatial["left"], spatial["right"]),
+        (own["others"], own["own"]),
+        *((moved, made["distances"][name]) for name in OTHERS),
+    ]
+    found = []
+    for claim, (first, second) in zip(planned(who), pairs, strict=True):
+        del claim["verdict"]
+        test = measured(paired_by_start(first, second), 0.0)
+        found.append({**claim, **test, "unit": "cosine, or share of words"})
+    return found
 
 
 def distance_table(made: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -8,7 +8,9 @@ Everything else is undecided: too few starts, not no effect; the smallest differ
 starts show stands beside it.
 
 p is corrected after Holm, over the contrasts of a table for the table's page and over those of all
-tables for the five findings.
+tables and figures for the five findings; contrasts that have not been run yet count among them. Each
+has two hypotheses that a verdict can reject, no difference and one of the margin or more, of which
+at most one is true.
 
 A contrast is *not testable* where a score that it presupposes is missing: an arm of CALVIN-D that
 cannot grasp a block at rest says nothing about moving ones, nothing can be learned from arms whose
@@ -30,8 +32,9 @@ from openhelix.benchmarks.paper.catalogue import LENGTH, Contrast, Experiment
 ALPHA = 0.05
 HOLDS, NOT, OPEN, MISSING = "holds", "contradicted", "undecided", "not run"
 UNTESTABLE, WITHDRAWN = "not testable", "withdrawn"
-STATISTICS = 2  # of this page's rules; verdicts by older ones do not stand
+STATISTICS = 3  # of this page's rules; verdicts by older ones do not stand
 STANDING = 0.7  # of blocks at rest that an arm must grasp before moving ones say anything
+FLOOR_CHAIN, FLOOR_RATE = 1.0, 0.2  # below these both rows fail, whatever lies between them
 Result = Mapping[str, Any]
 
 
@@ -63,7 +66,7 @@ def judge(
     means = [float(np.mean(values)) for values in scores]
     return {
         **_stated(contrast),
-        "not_testable": untestable(contrast, every, means, base),
+        "not_testable": untestable(contrast, every, means, base, chain),
         "score_a": means[0],
         "score_b": means[1],
         **measured(test, contrast.margin),
@@ -80,7 +83,7 @@ def measured(test: Paired, margin: float) -> dict[str, Any]:
         "ci95": list(test.ci95),
         "p_difference": test.p,
         "p_same": test.same(margin) if margin else 1.0,
-        "shows": test.shows,
+        "shows": test.shows(),
         "test": test.test,
         "b_better": test.better,
         "a_better": test.worse,
@@ -92,6 +95,7 @@ def untestable(
     pairs: Sequence[tuple[Result, Result]],
     means: Sequence[float],
     base: float | None,
+    chain: bool,
 ) -> str:
     """Return why a contrast cannot be tested by these episodes; "" if it can.
 
@@ -100,6 +104,7 @@ def untestable(
         pairs: all episodes of both rows, of every motion.
         means: scores of the episodes that count.
         base: the score of the row that both arms begin from.
+        chain: whether the score is tasks in a row.
     """
     if base is not None and base < contrast.base_needs:
         return f"the base itself scores {base:.2f}, less than {contrast.base_needs:g}"
@@ -111,52 +116,47 @@ def untestable(
                 f"{name} grasps {100 * rate:.0f} % of the blocks that stand still, less than "
                 f"{100 * STANDING:.0f} %"
             )
-    if contrast.expect == "same" and max(means) < contrast.margin:
-        return "both rows fail"
+    if max(means) < (FLOOR_CHAIN if chain else FLOOR_RATE):
+        return f"both rows fail ({means[0]:.2f} and {means[1]:.2f})"
     return ""
 
 
 def decide(found: Sequence[dict[str, Any]], name: str = "") -> None:
-    """Give contrasts their verdicts, corrected for how many of them are tested.
+    """Give contrasts their verdicts, corrected for how many of them there are.
 
     Args:
-        found: contrasts as `judge` returns them; `p` and `verdict` are added to each.
+        found: contrasts as `judge` or `missing` return them; `p`, of what the verdict says, and
+            `verdict` are added to those that have been tested.
         name: of another family that they are corrected over; its verdicts stand beside, as
             `p_<name>` and `verdict_<name>`.
     """
     p_key, verdict_key = (f"p_{name}", f"verdict_{name}") if name else ("p", "verdict")
-    tested = [c for c in found if "p_difference" in c and not c["not_testable"]]
-    claims = [_claimed(c) for c in tested]
-    corrected = holm(claims)
-    for contrast, p, raw in zip(tested, corrected, claims, strict=True):
-        factor = p / raw if raw > 0 else float(len(tested))
-        contrast[p_key] = p
-        contrast[verdict_key] = _verdict(contrast, factor)
+    family = [c for c in found if not c["not_testable"]]
+    # What has not been run yet has its place in the family from the beginning.
+    pairs = [(c.get("p_difference", 1.0), c.get("p_same", 1.0)) for c in family]
+    corrected = holm(
+        [p for pair in pairs for p in pair], [n for n in range(len(pairs)) for _ in "ds"]
+    )
+    for contrast, differs, same in zip(family, corrected[::2], corrected[1::2], strict=True):
+        if "p_difference" in contrast:
+            contrast[verdict_key], contrast[p_key] = _verdict(contrast, differs, same)
     for contrast in found:
         if verdict_key not in contrast:
             contrast[verdict_key] = contrast.get("verdict", UNTESTABLE)
 
 
-def _claimed(contrast: Mapping[str, Any]) -> float:
-    """Return the p that the claim rests on."""
-    return float(contrast["p_same" if contrast["expect"] == "same" else "p_difference"])
-
-
-def _verdict(contrast: Mapping[str, Any], factor: float) -> str:
-    """Return `HOLDS`, `NOT` or `OPEN`, with p values `factor` times as large."""
-    same, differs = (
-        min(1.0, factor * float(contrast[name])) < ALPHA for name in ("p_same", "p_difference")
-    )
+def _verdict(contrast: Mapping[str, Any], differs: float, same: float) -> tuple[str, float]:
+    """Return `HOLDS`, `NOT` or `OPEN` by corrected p, and the p that this rests on."""
     difference = contrast["difference"]
     if contrast["expect"] == "same":
-        if same:
-            return HOLDS
+        if same < ALPHA:
+            return HOLDS, same
         low, high = contrast["ci95"]
         beyond = low > contrast["margin"] or high < -contrast["margin"]
-        return NOT if differs and beyond else OPEN
-    if differs and difference != 0:
-        return HOLDS if difference > 0 else NOT
-    return NOT if same else OPEN
+        return (NOT, differs) if differs < ALPHA and beyond else (OPEN, same)
+    if differs < ALPHA and difference != 0:
+        return (HOLDS if difference > 0 else NOT), differs
+    return (NOT, same) if same < ALPHA else (OPEN, differs)
 
 
 def missing(contrast: Contrast) -> dict[str, Any]:

@@ -34,16 +34,17 @@ PAGE, TEXT = "leaderboard.html", "leaderboard.md"
 HEADER = (
     *("system", "suite", "score", "95 % interval", "films", "starts", "trials", "clock"),
     *("steps a task", "System 2 every", "late", "held still", "ms a plan", "ms a latent"),
-    *("latents a task", "weights", "from"),
+    *("latents a task", "weights", "where", "from"),
 )
-WORDS = frozenset({0, 1, 3, 4, 7, 15, 16})  # columns that are sorted as text
+TEXT_COLUMNS = ("system", "suite", "95 % interval", "films", "clock", "weights", "where", "from")
+WORDS = frozenset(map(HEADER.index, TEXT_COLUMNS))  # sorted as text
 AT = HEADER.index("films")
 FILMS = "films"
 FILM_SIZE, FILM_EVERY, FILM_CRF = (384, 216), 3, 30  # of films with 30 pictures per second
 HOW = (
     "Scores of chains are tasks in a row, of 5; of all else, successes in percent. The unit is the "
-    "start. Click a column to sort by it. Scores compare within a suite, on one clock, at one step "
-    "limit. Steps held still count to the limit."
+    "start. Click a column to sort by it. Scores compare within a suite in one scene, on one "
+    "clock, at one step limit. Steps held still count to the limit."
 )
 STYLE = """<style>
 body { max-width: 96rem; } th { cursor: pointer; white-space: nowrap; }
@@ -111,7 +112,8 @@ def entries(outcomes: Iterable[Outcome], own: Mapping[str, Path]) -> list[Entry]
         for row in outcome["rows"]:
             if row["score"] is not None:
                 key = str(row["evaluation"])
-                entry = {"system": row["name"], "source": outcome["name"], "score": row["score"]}
+                source = f"{outcome['name']} ({outcome['scale']['name']})"
+                entry = {"system": row["name"], "source": source, "score": row["score"]}
                 found.setdefault(key, {**entry, "key": key})
     for name, folder in own.items():
         read_run(folder)  # refuses what is no evaluation, or one of another format
@@ -140,9 +142,14 @@ def cells(entry: Entry) -> list[str]:
     return [
         *(entry["system"], score["suite"], shown, limits),
         *(str(score["n_starts"]), str(trials), score["clock"], str(score["steps_limit"])),
-        *(str(score["interval"]), str(score["latency"]), str(score["hold_steps"]), *times),
-        *("" if work is None else f"{work:.1f}", str(score["policy_sha256"]), entry["source"]),
+        *(_plain(score["interval"]), _plain(score["latency"]), _plain(score["hold_steps"]), *times),
+        *("" if work is None else f"{work:.1f}", str(score["policy_sha256"])),
+        *(f"{score.get('world', 'playtable')} {score['scene']}", entry["source"]),
     ]
+
+
+def _plain(value: int | None) -> str:
+    return "" if value is None else str(value)  # on the wall clock neither is chosen
 
 
 def _ms(seconds: float | None) -> str:

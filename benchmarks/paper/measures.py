@@ -104,7 +104,17 @@ def measure_of(
 
 def score_of(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of an evaluation's report that a table shows."""
-    kept = ["suite", "scene", "seed", "clock", "steps_limit", "interval", "latency", "n_errors"]
+    kept = [
+        "suite",
+        "world",
+        "scene",
+        "seed",
+        "clock",
+        "steps_limit",
+        "interval",
+        "latency",
+        "n_errors",
+    ]
     kept += ["replan_steps", "code"]
     if "avg_len" in report:
         kept += [

@@ -19,6 +19,7 @@ from openhelix.benchmarks.paper.figure5 import (
     claims,
     distance_table,
     draw,
+    planned,
     probe,
     take_pictures,
 )
@@ -63,6 +64,13 @@ class Probes:
         for name in self._experiment.options.get("variants", ()):
             found[request.catalogue.variants[name].says] = self._session.training(name).key
         return found
+
+    def planned(self) -> list[dict[str, Any]]:
+        """Return the claims about all of them, as they stand before anything is probed.
+
+        Before training, <ACT> means nothing: its figures are shown, no claim is made.
+        """
+        return [claim for who in self.wanted() if who != UNTRAINED for claim in planned(who)]
 
     def engines(self) -> dict[str, EnginePart]:
         """Return the System 2s that are there, by what they are called."""
@@ -126,9 +134,11 @@ class Probes:
         """Return the experiment as plain data."""
         found = self._session.outcome(self._experiment)
         probes, contrasts, tables = self.made(), [], []
-        for who, made in probes.items():
+        for who in self.wanted():
             # Before training, <ACT> means nothing: its figures are shown, no claim is made.
-            contrasts += claims(made, who) if who != UNTRAINED else []
+            if who != UNTRAINED:
+                contrasts += claims(probes[who], who) if who in probes else planned(who)
+        for who, made in probes.items():
             tables.append([f"What moves the latent ({who})", *distance_table(made)])
             tables.append([f"The words nearest to it ({who})", *_words(made)])
         state = "not run" if not probes else "complete"

@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.evaluation.report import markdown_table
-from openhelix.benchmarks.paper.catalogue import FINDINGS
-from openhelix.benchmarks.paper.judge import HOLDS, MISSING, NOT, decide, finding_verdict
+from openhelix.benchmarks.paper.catalogue import AXIS, FINDINGS
+from openhelix.benchmarks.paper.judge import HOLDS, MISSING, NOT, WITHDRAWN, decide, finding_verdict
 from openhelix.benchmarks.paper.tables import Outcome, label, read, withdraw
 from openhelix.runtime.core.files import replace_file
 
+Planned = Mapping[str, Sequence[Mapping[str, Any]]]
 
-def write_overview(folder: Path, names: Sequence[str]) -> None:
-    """Write the overview of all experiments that a folder holds."""
-    for name in names:
+
+def write_overview(folder: Path, planned: Planned) -> None:
+    """Write the overview of all experiments that a folder holds.
+
+    Args:
+        folder: of results.
+        planned: the claims of every experiment there is, as `judge.missing` returns them.
+    """
+    for name in planned:
         withdraw(folder, name)
-    outcomes = [found for name in names if (found := read(folder, name)) is not None]
+    outcomes = [found for name in planned if (found := read(folder, name)) is not None]
     if not outcomes:
         return
-    replace_file(folder / "README.md", summary(outcomes).encode())
-    text = json.dumps(findings(outcomes), indent=1)
+    replace_file(folder / "README.md", summary(outcomes, planned).encode())
+    text = json.dumps(findings(outcomes, planned), indent=1)
     replace_file(folder / "findings.json", text.encode() + b"\n")
 
 
-def findings(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+def findings(outcomes: Sequence[Outcome], planned: Planned) -> list[dict[str, Any]]:
     """Return the five findings with what the experiments say of each.
 
-    The verdicts on their claims are corrected over all claims of all experiments.
+    The verdicts are corrected over all claims of the paper's tables and figures, those that have
+    not been run yet too; the axes of Appendix A.2 bear on no finding.
     """
-    claims = [{**c, "experiment": o["name"]} for o in outcomes for c in o["contrasts"]]
+    pages = {o["name"]: o for o in outcomes}
+    claims = [
+        {**_found(claim, pages.get(name)), "experiment": name}
+        for name, stated in planned.items()
+        if not name.startswith(AXIS)
+        for claim in stated
+    ]
     decide(claims, "paper")
     found = []
     kept = ("experiment", "says", "verdict", "verdict_paper", "p_paper", "n_starts", "shows")
@@ -45,14 +59,28 @@ def findings(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     return found
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
+def _found(claim: Mapping[str, Any], page: Outcome | None) -> Mapping[str, Any]:
+    """Return a claim as a page has it; as planned where none does, or none that decides."""
+    if page is None:
+        return claim
+    if page["state"].startswith(WITHDRAWN):
+        return {**claim, "verdict": WITHDRAWN}
+    if not page["scale"].get("decides", True):
+        return claim
+    names = ("a", "b", "says", "expect", "margin")
+    same = (c for c in page["contrasts"] if all(c[n] == claim[n] for n in names))
+    measured = next(same, None)
+    return claim if measured is None else {**measured, "finding": claim["finding"]}
+
+
+def summary(outcomes: Sequence[Outcome], planned: Planned) -> str:
     """Return the overview of all experiments as Markdown."""
     states = [
         [f"[{label(o['name'])}]({o['name']}.md)", o["title"], o["state"], o["scale"]["name"]]
         for o in outcomes
     ]
     rows = []
-    for f in findings(outcomes):
+    for f in findings(outcomes, planned):
         counts = [sum(c["verdict_paper"] == v for c in f["claims"]) for v in (HOLDS, NOT)]
         rows.append([f"{f['finding']}. {f['text']}", f["verdict"], f["reason"], *map(str, counts)])
     header = ["finding", "verdict", "why", "claims that hold", "contradicted"]
@@ -63,7 +91,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
             "weights' hashes, trials and intervals.\n",
             *scales_used(outcomes),
             "## The five findings\n",
-            "p is corrected over all claims of all pages (Holm).\n",
+            "p is corrected over all claims of the tables and figures, those not run yet included (Holm).\n",
             markdown_table((header, rows)),
             "## Tables and figures\n",
             markdown_table((["", "about", "state", "scale"], states)),

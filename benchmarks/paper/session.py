@@ -74,6 +74,7 @@ class Request:
         workers: of an evaluation.
         until_s: on `time.monotonic`; what runs then is left where it is, to be gone on with.
         data_name: the collection as the user named it; None is the default one.
+        alone: variants whose rows are trained and measured; empty for all.
     """
 
     catalogue: Catalogue
@@ -87,6 +88,11 @@ class Request:
     workers: int = 1
     until_s: float | None = None
     data_name: str | None = None
+    alone: frozenset[str] = frozenset()
+
+    def asks(self, variant: str | None) -> bool:
+        """Whether rows of a variant are asked for."""
+        return variant is not None and (not self.alone or variant in self.alone)
 
     @property
     def scale(self) -> Scale:
@@ -198,7 +204,18 @@ class Session:
 
     def rows(self) -> list[Row]:
         """Return all rows that are measured, in order; several may share a measure."""
-        return [row for e in self.request.experiments for row in e.rows if row.variant]
+        asks = self.request.asks
+        return [row for e in self.request.experiments for row in e.rows if asks(row.variant)]
+
+    def variants(self) -> list[str]:
+        """Return the variants that are trained and measured, or probed, each once."""
+        rows = [row.variant for row in self.rows() if row.variant is not None]
+        return list(
+            dict.fromkeys([*rows, *(n for e in self.request.experiments for n in self._probed(e))])
+        )
+
+    def _probed(self, experiment: Experiment) -> list[str]:
+        return [n for n in experiment.options.get("variants", ()) if self.request.asks(n)]
 
     def wanted(self) -> list[Training]:
         """Return all trainings that the experiments are of, each once, parents first."""
@@ -212,11 +229,7 @@ class Session:
 
     def missing(self) -> list[Training]:
         """Return the trainings that are not there and are still needed, parents first."""
-        probed = [
-            self.training(name)
-            for e in self.request.experiments
-            for name in e.options.get("variants", ())
-        ]
+        probed = [self.training(n) for e in self.request.experiments for n in self._probed(e)]
         probed = [t for t in probed if t.key not in self.probed]
         measures = {m.key: m for m in map(self.measure, self.rows())}.values()
         needed = [m.training for m in measures if self.report(m) is None]
@@ -224,9 +237,8 @@ class Session:
 
     def needs(self, experiment: Experiment) -> list[Training]:
         """Return the trainings of one experiment, parents first."""
-        names = [row.variant for row in experiment.rows if row.variant]
-        names += experiment.options.get("variants", ())
-        return in_order(map(self.training, names))
+        names = [r.variant for r in experiment.rows if r.variant and self.request.asks(r.variant)]
+        return in_order(map(self.training, [*names, *self._probed(experiment)]))
 
     def check_fair(self) -> None:
         """Refuse contrasts whose arms learn from different numbers of samples.

@@ -28,10 +28,8 @@ from openhelix.runtime.core.files import replace_file
 Outcome = Mapping[str, Any]
 DISAGREES = "†"
 WHY_WITHDRAWN = (
-    "Withdrawn: measured by older rules. Several episodes of one start counted as independent, "
-    "nothing was corrected for the number of claims, arms differed in more than one thing or in "
-    "samples, and holding still before the first latent cost no steps. The figures are kept as a "
-    "record; no verdict rests on them."
+    "Withdrawn: measured or judged by older rules than today's (docs/experiments.md). The figures "
+    "are kept as a record; no verdict rests on them."
 )
 
 
@@ -52,11 +50,11 @@ def to_markdown(outcome: Outcome, pictures: Sequence[str] = ()) -> str:
     if outcome["contrasts"]:
         parts += ["## Does it hold here?\n", markdown_table(contrast_table(outcome))]
         parts.append(
-            "Pairs are the same episodes, the unit is the start. p is that of the claim (an exact "
-            "permutation by start of no difference, or for *the same* two one-sided tests against "
-            "the margin, which was stated beforehand), after Holm over this page's claims; "
-            "*shows* is the smallest true difference that so many starts find in four of five "
-            "comparisons. Two arms differ in the axis alone. *Not testable*: a score is missing "
+            "Pairs are the same episodes, the unit is the start. p is that of what the verdict says "
+            "(an exact permutation by start against no difference, or for *the same* two one-sided "
+            "tests against the margin, which was stated beforehand), after Holm over this page's "
+            "claims, those not run yet included; *shows* is the smallest true difference that so "
+            "many starts find in four of five comparisons, before that correction. Two arms differ in the axis alone. *Not testable*: a score is missing "
             "that the claim presupposes.\n"
         )
     for title, header, rows in outcome.get("tables", ()):
@@ -70,7 +68,10 @@ def to_markdown(outcome: Outcome, pictures: Sequence[str] = ()) -> str:
 
 
 def label(name: str) -> str:
-    """Return "Table 2" for "table2"."""
+    """Return "Table 2" for "table2", "Axis: latent" for "axis_latent"."""
+    kind, _, rest = name.partition("_")
+    if rest:
+        return f"{kind.capitalize()}: {rest.replace('_', ' ')}"
     head = name.rstrip("0123456789")
     return f"{head.capitalize()} {name[len(head) :]}".strip()
 
@@ -186,9 +187,9 @@ def contrast_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
         theirs = c["paper_difference"]
         cells = [""] * 7
         if c["n_pairs"]:
-            same = c["margin"] if c["expect"] == "same" else None
             cells = [f"{c['difference']:+.2f}", interval(c["ci95"], 1, 2)]
-            cells += ["" if same is None else f"{same:g}", "" if "p" not in c else f"{c['p']:.3g}"]
+            margin = "" if c["margin"] is None else f"{c['margin']:g}"
+            cells += [margin, "" if "p" not in c else f"{c['p']:.3g}"]
             cells += ["" if c["shows"] is None else f"{c['shows']:.2f}"]
             cells += [str(c["n_starts"]), str(c["n_pairs"])]
         paper = "" if theirs is None else f"{theirs:+.2f}"
@@ -289,7 +290,8 @@ def _score(row: Outcome) -> float:
 def write(outcome: Outcome, folder: Path, drawn: Mapping[str, bytes] | None = None) -> bool:
     """Write an experiment as JSON, Markdown and a plot, unless better is there.
 
-    A folder of results that was made elsewhere, with more rows measured, is left as it is.
+    A folder of results that was made elsewhere, with more measured or at a scale that decides
+    where this one does not, is left as it is.
 
     Args:
         outcome: what to write.
@@ -298,8 +300,8 @@ def write(outcome: Outcome, folder: Path, drawn: Mapping[str, bytes] | None = No
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = read(folder, str(outcome["name"]))
-    now, then = _measured(outcome), _measured(before)
-    if now < then and (now == 0 or not outdated(before)):
+    now, then = _worth(outcome), _worth(before)
+    if now < then and (now <= NOTHING or not outdated(before)):
         return False
     if drawn is None:
         found = picture(outcome)
@@ -354,6 +356,17 @@ def read(folder: Path, name: str) -> Outcome | None:
         return dict(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
+
+
+NOTHING = (False, 0)
+
+
+def _worth(outcome: Outcome | None) -> tuple[bool, int]:
+    """Return by what an outcome is better than another: whether it decides, what it rests on."""
+    count = _measured(outcome)
+    if outcome is None or count == 0:
+        return False, count
+    return bool(outcome["scale"].get("decides", True)), count
 
 
 def _measured(outcome: Outcome | None) -> int:

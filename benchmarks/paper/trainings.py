@@ -21,11 +21,14 @@ from typing import Any, Literal, Protocol
 
 from openhelix.benchmarks.evaluation.evaluation import content
 from openhelix.benchmarks.paper.catalogue import Experiment, Scale, Variant, named
-from openhelix.benchmarks.training.config import LatentSection, TrainingConfig
+from openhelix.benchmarks.training.config import LatentSection, PolicyStage, TrainingConfig
 from openhelix.benchmarks.training.export import SYSTEM1, TEXT
 from openhelix.runtime.core.config import CommandFailed, ConfigError
-from openhelix.runtime.core.files import replace_file
+from openhelix.runtime.core.files import read_json, replace_file
 from openhelix.runtime.core.paths import ROOT
+from openhelix.system1.checkpoint import CONFIG
+from openhelix.system1.config import PRESETS, PolicyConfig
+from openhelix.system2.model import LANGUAGE, VISION
 
 TRAINED, FAILED, CLOCK = "trained.json", "failed.json", "clock.json"
 GIVEN = "policy.checkpoint"
@@ -34,6 +37,13 @@ PROJECTOR_WIDTH = LatentSection().projector_width
 SHIPPED = ROOT / "checkpoints"
 SHIPPED_POLICY = SHIPPED / SYSTEM1
 SHIPPED_TEXT = SHIPPED / TEXT  # the frozen text encoder that told it sentences
+SHIPPED_MODEL = [SHIPPED / "system2-laptop" / name for name in (VISION, LANGUAGE)]
+# What a policy's own config.json may say other than its preset; the rest is the data's or the pair's.
+OWN = (
+    *("head", "encoder", "dim", "heads", "encoder_width", "context_layers", "layers", "ffn_mult"),
+    *("scene_tokens", "keyposes", "dropout", "given_rows", "train_steps", "position_schedule"),
+    *("rotation_schedule", "prediction", "sampler", "sample_steps", "clip_sample"),
+)
 Say = Callable[[str], None]
 
 
@@ -138,13 +148,18 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
     network = variant.network
     if GIVEN not in changes and any(map(_of_policy, changes)):
         base.pop(GIVEN, None)  # who says how the policy is trained wants it trained
+    if variant.policy == "untrained":
+        network = _network_of({**base, **changes}, network)
     given = {**base, **changes}
     if network:
         given.pop(GIVEN, None)  # what is given is another network
     policy = _policy_training({**given, **network}, data)
+    model = ""
+    if variant.model == Variant.model_fields["model"].default:
+        model = "".join(content(path).hex()[:8] for path in SHIPPED_MODEL if path.is_file())
     if variant.policy == "only":
         return policy
-    options: dict[str, Any] = {**base, **scale.train_regime.get(variant.regime, {})}
+    options: dict[str, Any] = dict(base)
     options |= {
         "latent.regime": variant.regime,
         "latent.clip": 1.0 if variant.clip else 0.0,
@@ -175,9 +190,21 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
     if variant.policy in ("pretrained", "kept"):
         # The policy's own training is the parent's; only what the pair does shapes the pair.
         kept = {k: v for k, v in options.items() if not _of_policy(k)}
-        return Training("pair", kept, data, policy)
+        return Training("pair", kept, data, policy, model)
     kept = {k: v for k, v in options.items() if k not in (GIVEN, "policy.told", "policy.steps")}
-    return Training("pair", kept | {"policy.pretrained": False}, data)
+    return Training("pair", kept | {"policy.pretrained": False}, data, weights=model)
+
+
+def _network_of(options: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `network` with what the policy that arms begin from has other than its preset."""
+    given = options.get(GIVEN)
+    if given is None:
+        return dict(network)  # it is trained by that very preset
+    config = PolicyConfig.from_json(read_json(_folder(given) / CONFIG), str(given))
+    usual = PRESETS[str(options.get("policy.preset", PolicyStage().preset))]()
+    own = {n: getattr(config, n) for n in OWN if getattr(config, n) != getattr(usual, n)}
+    own |= network.get("policy.changes", {})
+    return {**network, **({"policy.changes": own} if own else {})}
 
 
 def _steps_of_both(options: Mapping[str, Any], alone: str = "stage2") -> int:
@@ -197,9 +224,13 @@ def _policy_training(options: Mapping[str, Any], data: str) -> Training:
     given = common.pop(GIVEN, None)
     if given is None:
         return Training("policy", common, data)
-    path = SHIPPED_POLICY if given == "shipped" else Path(given).expanduser()
+    path = _folder(given)
     weights = _digest(path) + (_digest(SHIPPED_TEXT) if path == SHIPPED_POLICY else "")
     return Training("policy", {GIVEN: str(path)}, weights=weights)
+
+
+def _folder(given: str) -> Path:
+    return SHIPPED_POLICY if given == "shipped" else Path(given).expanduser()
 
 
 def _digest(folder: Path) -> str:

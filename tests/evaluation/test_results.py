@@ -33,6 +33,21 @@ def store(folder, identity=IDENTITY, code="c"):
     return Store(folder, identity, EPISODES, code)
 
 
+@pytest.mark.parametrize("left", [(), (".lock",), (".lock", ".run.json.7.part")])
+def test_an_evaluation_that_was_killed_before_it_began_can_begin(tmp_path, left):
+    (tmp_path / "run" / "shards").mkdir(parents=True)
+    for name in left:
+        (tmp_path / "run" / name).write_bytes(b"x")
+    box = store(tmp_path / "run")
+    box.add(result(EPISODES[0]))
+    box.close()
+    assert len(read_results(tmp_path / "run")) == 1
+    (tmp_path / "other" / "shards").mkdir(parents=True)
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(ResultsError, match="holds other files"):
+        store(tmp_path / "other")
+
+
 @pytest.fixture
 def filled(tmp_path):
     folder = tmp_path / "run"

@@ -166,20 +166,35 @@ def test_tost_finds_the_same_where_it_is_and_errs_at_most_as_often_as_said():
     assert wrong <= 0.08 * 150
 
 
+def test_tost_errs_at_most_as_often_as_said_where_few_starts_differ():
+    rng = np.random.default_rng(8)
+    for most, margin, share, n in ((1, 0.1, 0.1, 63), (5, 0.3, 0.06, 100)):
+        edge = most * (rng.random((600, n)) < share)  # the margin is the truth
+        found = np.array([paired_by_start(np.zeros(n), e, most=most).same(margin) for e in edge])
+        assert (found < 0.05).mean() <= 0.09 and (found < 0.005).mean() <= 0.012
+
+
+def test_one_start_that_differs_shows_no_more_than_none():
+    none = paired_by_start([1] * 63, [1] * 63, most=1).same(0.1)
+    one = paired_by_start([1] * 63, [1] * 62 + [0], most=1).same(0.1)
+    more = paired_by_start([1] * 63, [1] * 60 + [0] * 3, most=1).same(0.1)
+    assert none < one < more < 0.2
+
+
 def test_pairs_that_never_differ_show_as_much_as_could_have_gone_unseen():
     few = paired_by_start([1] * 5, [1] * 5, most=1)
-    assert few.same(0.1) == pytest.approx(0.9**5) and few.ci95 == (-few.unseen, few.unseen)
+    assert few.same(0.1) == pytest.approx(0.9**5) and few.ci95 == (-few.shows(), few.shows())
     many = paired_by_start([1] * 60, [1] * 60, most=1)
     assert many.same(0.1) == pytest.approx(0.9**60) and many.same(0.1) < 0.05
-    assert many.shows == many.unseen == pytest.approx(1 - 0.05 ** (1 / 60))
+    assert many.shows() == pytest.approx(1 - 0.05 ** (1 / 60))
     assert paired_by_start([0] * 9, [1] * 9, ["x"] * 9, most=1).ci95 == (-1, 1)
     one = paired_by_start([0] * 9, [1] * 9, ["x"] * 9, most=1)
-    assert (one.starts, one.p, one.same(0.5), one.shows) == (1, 1.0, 1.0, None)
+    assert (one.starts, one.p, one.same(0.5), one.shows()) == (1, 1.0, 1.0, None)
 
 
 def test_the_smallest_difference_shown_is_found_four_times_in_five():
     rng = np.random.default_rng(6)
-    shows = paired_by_start(np.zeros(400), rng.normal(0, 1, 400)).shows * 20 / 50**0.5
+    shows = paired_by_start(np.zeros(400), rng.normal(0, 1, 400)).shows() * 20 / 50**0.5
     found = sum(
         paired_by_start(np.zeros(50), rng.normal(shows, 1, 50)).p < 0.05 for _ in range(150)
     )
@@ -190,6 +205,9 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.2, 0.001]) == pytest.approx([0.2, 0.002])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+    # Two pairs of hypotheses that exclude each other: at most two can be true at once.
+    assert holm([0.01, 0.9, 0.02, 0.8], "aabb") == pytest.approx([0.02, 1.0, 0.04, 1.0])
+    assert holm([0.01, 0.015, 0.02, 0.8], "aabb") == pytest.approx([0.02, 0.03, 0.03, 0.8])
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))

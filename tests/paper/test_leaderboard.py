@@ -27,7 +27,7 @@ from openhelix.runtime.observe.film import Mp4
 COMMON = {
     **{"clock": "lockstep", "steps_limit": 60, "interval": 10, "latency": 2, "hold_steps": 7},
     **{"s1_s_per_plan": 0.05, "s2_s_per_latent": None, "latents_per_task": 3.25},
-    **{"policy_sha256": "abc", "n_starts": 78},
+    **{"policy_sha256": "abc", "n_starts": 78, "scene": "D"},
 }
 
 
@@ -50,7 +50,7 @@ def outcome(name, *rows, statistics=STATISTICS):
         {"name": who, "score": score, "evaluation": key, "suite": "calvin"}
         for who, score, key in rows
     ]
-    return {"name": name, "rows": made, "statistics": statistics}
+    return {"name": name, "scale": {"name": "laptop"}, "rows": made, "statistics": statistics}
 
 
 TABLES = [

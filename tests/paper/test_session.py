@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gzip
 import json
 import shutil
@@ -11,11 +13,13 @@ from contextlib import ExitStack
 
 import pytest
 
-from openhelix.benchmarks.paper import command, session
+from openhelix.benchmarks.paper import command, session, tables
 from openhelix.benchmarks.paper.catalogue import catalogue
-from openhelix.benchmarks.paper.command import RESULTS, make_session, read
+from openhelix.benchmarks.paper.command import RESULTS, make_session, planned, read
 from openhelix.benchmarks.paper.costs import by_experiment, hours, left, todo, told
 from openhelix.benchmarks.paper.episodes import read_episodes
+from openhelix.benchmarks.paper.judge import STATISTICS
+from openhelix.benchmarks.paper.overview import findings
 from openhelix.benchmarks.paper.trainings import OutOfTime
 from openhelix.runtime.cli.main import main
 from openhelix.runtime.core.config import ConfigError
@@ -58,7 +62,7 @@ def test_a_table_is_trained_measured_and_written(table4):
         assert score["clock"] == "lockstep" and score["interval"] == 1
     (found,) = outcome["contrasts"]
     assert found["n_pairs"] == found["n_starts"] == 1 and found["verdict"] == "not testable"
-    assert "the base itself scores" in found["not_testable"] and outcome["statistics"] == 2
+    assert "the base itself scores" in found["not_testable"] and outcome["statistics"] == STATISTICS
     assert found["paper_difference"] == pytest.approx(0.68)
     assert outcome["command"] == "openhelix experiment table4 --scale smoke"
     text = (table4 / "out" / "table4.md").read_text()
@@ -294,13 +298,73 @@ def test_what_was_measured_by_older_rules_is_withdrawn_until_it_is_measured_agai
     assert marked["state"] == "withdrawn (complete)" and marked["rows"][0]["score"] is not None
     assert marked["contrasts"][0]["verdict"] == "withdrawn"
     text = (out / "table4.md").read_text()
-    assert "Withdrawn: measured by older rules" in text and "| holds |" not in text
+    assert "Withdrawn: measured or judged by older rules" in text and "| holds |" not in text
     found = json.loads((out / "findings.json").read_text())
     assert found[2]["verdict"] == "not run" and "withdrawn" in found[2]["reason"]
     again = words(table4, "table4", report=True)
     again[again.index("--out") + 1] = str(out)
     assert main(again) == 0
     assert json.loads((out / "table4.json").read_text())["state"] == "complete"
+
+
+def test_a_finding_waits_for_all_of_its_claims_and_is_corrected_for_them(table4, tmp_path):
+    asked = make_session(*read(words(tmp_path, "table4")[1:]), catalogue())
+    claims = planned(asked)
+    assert set(claims) == set(catalogue().experiments)
+    assert len(claims["figure5"]) % 5 == 0 and claims["figure5"]  # whether probed or not
+    assert {c["verdict"] for stated in claims.values() for c in stated} == {"not run"}
+    page = json.loads((table4 / "out" / "table4.json").read_text())
+    page["scale"]["decides"] = True
+    page["contrasts"][0] |= {"not_testable": "", "p_difference": 1e-6, "difference": 1.0}
+    page["contrasts"][0] |= {"p_same": 1.0, "ci95": [0.5, 1.5]}
+    found = {f["finding"]: f for f in findings([page], claims)}
+    beside = sum(len(c) for name, c in claims.items() if not name.startswith("axis_"))
+    assert found[3]["verdict"] == "holds" and beside > 25
+    assert found[3]["claims"][0]["p_paper"] == pytest.approx(beside * 1e-6)
+    assert found[4]["verdict"] == "not run" and len(found[4]["claims"]) > 3
+    page["scale"]["decides"] = False  # measured to try the study
+    assert findings([page], claims)[2]["verdict"] == "not run"
+
+
+def test_a_scale_that_tries_the_study_replaces_none_that_decides(table4, tmp_path):
+    outcome = json.loads((table4 / "out" / "table4.json").read_text())
+    many = copy.deepcopy(outcome)
+    outcome["scale"]["decides"], many["scale"]["decides"] = True, False
+    for row in many["rows"]:
+        row["score"]["n_sequences"] = 20
+    assert tables.write(outcome, tmp_path, {}) and not tables.write(many, tmp_path, {})
+    assert json.loads((tmp_path / "table4.json").read_text())["scale"]["decides"]
+    assert tables.write(many, tmp_path / "empty", {})
+    assert tables.write(outcome, tmp_path / "empty", {})
+
+
+@pytest.mark.parametrize(
+    "word", ["control.clock=realtime", "world.scene=A", "tasks.steps_limit=5", "lockstep={}"]
+)
+def test_what_rows_say_themselves_is_no_override(tmp_path, word, capsys):
+    assert main([*words(tmp_path, "table4"), word]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"openhelix experiment: {word.partition('=')[0]}: the rows")
+    assert not (tmp_path / "root").exists()
+
+
+def test_one_variants_rows_can_be_asked_for_alone(tmp_path, capsys):
+    asked = [*words(tmp_path, "table4"), "--variants", "lora_clip"]
+    assert main(asked) == 0
+    page = json.loads((tmp_path / "out" / "table4.json").read_text())
+    scored = [row["id"] for row in page["rows"] if row["score"]]
+    assert scored == ["pretrained"] and page["state"] == "partial: 1 of 3 rows"
+    assert main([*words(tmp_path, "table4"), "--variants", "lora_clop"]) == 2
+    assert "--variants: 'lora_clop' is none of lora_clip" in capsys.readouterr().err
+
+
+def test_a_variant_that_cannot_be_trained_is_refused_before_any_other_is(tmp_path, monkeypatch):
+    known = catalogue()
+    mad = known.variants["pi0"].model_copy(update={"aux": True})
+    other = dataclasses.replace(known, variants={**known.variants, "pi0": mad})
+    given = [w for w in words(tmp_path, "table8")[1:] if w not in ("--trainer", TRAINER)]
+    with pytest.raises(ConfigError, match=r"^variants.yaml: pi0: .*aux: read-out 'kv'"):
+        make_session(*read(given), other)
 
 
 def test_arms_that_saw_other_samples_are_refused_before_anything_starts(tmp_path, capsys):

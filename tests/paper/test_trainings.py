@@ -27,6 +27,7 @@ from openhelix.benchmarks.paper.train_command import (
     told_by_name,
 )
 from openhelix.benchmarks.paper.trainings import (
+    OWN,
     SHIPPED_POLICY,
     OutOfTime,
     Trainings,
@@ -353,6 +354,26 @@ def test_what_is_measured_says_how_long_it_takes(monkeypatch):
     assert costs.training_s(alone, 800) is None
     monkeypatch.setattr(costs, "costs", dict)
     assert costs.training_s(alone, 800) is None
+
+
+def test_another_language_model_of_the_project_is_another_training(tmp_path, monkeypatch):
+    before, blank = training("prompt").key, training("smollm2").key
+    for name in ("vision", "language"):
+        (tmp_path / name).write_bytes(b"other")
+    files = [tmp_path / "vision", tmp_path / "language"]
+    monkeypatch.setattr("openhelix.benchmarks.paper.trainings.SHIPPED_MODEL", files)
+    assert training("prompt").key != before and training("smollm2").key == blank
+
+
+def test_from_scratch_is_the_bases_own_network():
+    own = training("scratch_lora_clip").options["policy.changes"]
+    config = json.loads((SHIPPED_POLICY / "config.json").read_text())
+    assert own and all(config[name] == value for name, value in own.items())
+    usual = small()
+    assert all(getattr(usual, name) == config[name] for name in set(OWN) - set(own))
+    trained = {"policy.preset": "small"}  # the base itself is made of the preset
+    assert "policy.changes" not in training("scratch_lora_clip", trained).options
+    assert "policy.changes" not in training("head_trajectory").options
 
 
 def test_other_weights_at_the_same_place_are_another_training(tmp_path):
