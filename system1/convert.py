@@ -6,12 +6,11 @@
 Reads weights of 3D Diffuser Actor or OpenHelix in CALVIN's shape, without running any code that a
 file may hold, names every parameter that does not fit, and writes safetensors. What the weights
 tell is taken from them (the length of the gripper history); the rest is asked for, and written
-into the folder's `config.json`:
-
-    --tokens      of the instruction: 16 for 3D Diffuser Actor, 1 for OpenHelix
-    --quaternion  the order in which training *read* rotations, which CALVIN's data write w, x, y,
-                  z: `--quaternion_format` of the training script. Weights trained with the other
-                  order run right too, once it is known.
+into the folder's `config.json`. `--tokens`
+is the number of the instruction's: 16 for 3D Diffuser Actor, 1 for OpenHelix. `--quaternion` is the
+order in which training *read* rotations, which CALVIN's data write w, x, y, z
+(`--quaternion_format` of the training script); weights trained with the other order run right too,
+once it is known.
 
 `openhelix run system1.policy.options.path=checkpoints/mine` then acts with it, and `openhelix train
 policy policy.init=checkpoints/mine` begins from it.

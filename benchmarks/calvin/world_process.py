@@ -57,7 +57,7 @@ class WorldProcess:
     ) -> None:
         if hz > PHYSICS_HZ:
             raise ValueError(
-                f"control.hz: {hz:g}; the world's physics has {PHYSICS_HZ} steps a second"
+                f"control.hz: {hz:g}; the world's physics has {PHYSICS_HZ} steps per second"
             )
         self._hz, self._owed = hz, 0.0  # steps of physics that are due and have not been taken
         self._scene, self._keys, self._seed = scene, keys, seed

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from openhelix.benchmarks.calvin.motions import PATTERNS
-from openhelix.benchmarks.calvin.scene import scene_names, written
+from openhelix.benchmarks.calvin.scene import SceneError, scene_names, written
 from openhelix.benchmarks.evaluation.evaluation import (
     Console,
     Evaluation,
@@ -41,6 +41,7 @@ from openhelix.benchmarks.evaluation.results import (
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES, SWITCH_STEPS, Suite
 from openhelix.runtime.cli.arguments import Options, Words, option, parse
+from openhelix.runtime.control.assembly import check_delays
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import (
     CommandFailed,
@@ -54,6 +55,7 @@ from openhelix.runtime.core.config import (
 from openhelix.runtime.core.files import NO_ROOM
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.paths import CONFIGS
+from openhelix.runtime.core.targets import written_spec
 from openhelix.runtime.launch.graph import require_parts
 from openhelix.system1.config import SHIPPED
 
@@ -109,7 +111,7 @@ class EvalOptions(SuiteOptions):
     sees: str = option("image", "what System 2 is shown (image)", "|".join(SEES))
     clock: str = option("lockstep", "lockstep or realtime (lockstep)", "lockstep|realtime")
     interval: int | None = option(None, "System 2 every N steps (30)", "N")
-    latency: int = option(0, "its delay in steps (0)", "N")
+    latency: int = option(0, "latency of its latents in steps (0)", "N")
     delay: int = option(0, "System 1's own delay in steps (0)", "N")
     drift: bool = option(False, "compare latents with fresh ones")
     videos: Words = option(
@@ -213,6 +215,7 @@ def make_plan(options: EvalOptions, overrides: Sequence[str]) -> Evaluation:
         raise ConfigError(
             f"--interval: belongs to system2.trigger=cadence, not to {config.system2.trigger}"
         )
+    check_delays("--delay", (options.delay,), config, written_spec(config.system1.policy))
     conditions = Conditions(options.steps, interval, options.latency, options.drift, options.delay)
     films = _films(options.videos, suite)
     return Evaluation(suite, conditions, config, options.threads, options.sees, *films)
@@ -301,10 +304,14 @@ def make_suite(options: SuiteOptions, name: str) -> Suite:
         ValueError: in one line, the option and what is valid.
     """
     count = options.sequences if name in CHAINS else options.episodes_per_task
+    try:
+        scenes = scene_names(options.scene)
+    except SceneError as error:
+        raise SceneError(f"--scene: {error}") from None
     return Suite(
         name=name,
         world=options.world,
-        scenes=scene_names(options.scene),
+        scenes=scenes,
         count=10 if count is None else count,
         seed=options.seed,
         tasks=options.tasks,
@@ -335,6 +342,8 @@ def load_config(
     """
     data = read_yaml(path if path is not None else DEFAULT_CONFIG)
     data = apply_overrides(data, overrides, RunConfig)
+    # What is looked into below has the form of its section, or is refused by its name.
+    validate(RunConfig, {name: data[name] for name in ("system1", "system2") if name in data})
     if path is None and clock == "lockstep" and not any(map(_names_engine, overrides)):
         data = on_transformers(data, overrides)
     if not any(map(_names_engine, overrides)):

@@ -21,7 +21,6 @@ from openhelix.runtime.control.assembly import make
 from openhelix.runtime.core.config import EnginePart
 from openhelix.runtime.core.interfaces import F32, LatentGoal, LatentSpec, Observation
 from openhelix.runtime.core.paths import cache_folder
-from openhelix.system2.model import build_once
 
 TARGET = f"{__name__}:OracleEngine"
 FILE = "pictures.npy"
@@ -32,6 +31,8 @@ OTHERS, OTHERS_FORMAT = 24, 1  # pictures a scene; raise the other when they com
 def other_pictures(scenes: Sequence[str]) -> Path:
     """Return a file of pictures of random states of the scenes (N, H, W, 3), drawn the first time."""
     name = f"others-{OTHERS_FORMAT}-{'-'.join(scenes)}-{OTHERS}"
+    from openhelix.system2.model import build_once  # torch, which a refusal is not to wait for
+
     return build_once(cache_folder() / "evaluation" / name, lambda out: _draw(out, scenes)) / FILE
 
 

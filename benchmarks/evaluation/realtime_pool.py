@@ -24,6 +24,7 @@ from openhelix.runtime.core.config import CommandFailed, ConfigError, RunConfig
 from openhelix.runtime.core.files import NO_ROOM, refusal_of
 from openhelix.runtime.core.interfaces import PolicySpec
 from openhelix.runtime.launch.graph import ScratchFolder
+from openhelix.runtime.launch.node import interruptible
 from openhelix.runtime.launch.run import run_realtime
 from openhelix.runtime.observe.display import Display
 
@@ -62,7 +63,8 @@ class RealtimePool:
         episode, started_s = job.episode, time.perf_counter()
         report: dict[str, Any] = {}
         error, video = None, None
-        with ScratchFolder() as folder:
+        # A signal that comes while the processes end is none that may be forgotten.
+        with interruptible() as interrupted, ScratchFolder() as folder:
             try:
                 report = run_realtime(
                     self._config_of(job),
@@ -71,7 +73,7 @@ class RealtimePool:
                     folder,
                     Display(live=False),
                 )
-                if report["interrupted"]:
+                if report["interrupted"] or interrupted.is_set():
                     raise KeyboardInterrupt
             except (CommandFailed, RuntimeError) as failure:
                 if refusal_of(failure) in NO_ROOM:  # no failure of the policy

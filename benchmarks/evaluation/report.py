@@ -11,11 +11,13 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from openhelix.benchmarks.evaluation import plots
 from openhelix.benchmarks.evaluation.results import VIDEOS
 from openhelix.runtime.core.files import replace_file
+
+if TYPE_CHECKING:
+    from openhelix.benchmarks.evaluation.plots import Drawing
 
 PLOTS = "plots"  # folder of the plots, as PNG, SVG and PDF
 Table = tuple[list[str], list[list[str]]]  # header, rows
@@ -299,8 +301,10 @@ def to_html(
     return page(title_of(report), body)
 
 
-def drawings(report: Mapping[str, Any]) -> dict[str, plots.Drawing]:
+def drawings(report: Mapping[str, Any]) -> dict[str, Drawing]:
     """Return the plots of a report by name."""
+    from openhelix.benchmarks.evaluation import plots  # matplotlib takes a second
+
     made = {}
     if "avg_len" in report:
         rates = report["success_in_a_row"], report["success_in_a_row_ci95"]

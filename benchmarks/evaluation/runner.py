@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from openhelix.benchmarks.calvin.tasks import TASK_NAMES
 from openhelix.benchmarks.evaluation.measurement import (
     AroundPolicy,
@@ -143,6 +141,8 @@ class Runner:
         except BaseException:
             self.close()
             raise
+        import torch  # three seconds, which a refusal is not to wait for
+
         torch.set_num_threads(threads)
 
     def _load(self, engine: Engine | None) -> None:

@@ -16,10 +16,9 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
-from scipy.stats import t as student
 
 Interval = tuple[float, float]
 RESAMPLES = 10_000
@@ -36,6 +35,8 @@ def wilson(successes: int, trials: int) -> Interval:
     """
     if trials == 0 and successes == 0:
         return 0.0, 1.0
+    from scipy.stats import binomtest
+
     found = binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
     return float(found.low), float(found.high)
 
@@ -61,8 +62,8 @@ def clustered_rate(successes: Sequence[bool], starts: Sequence[Hashable]) -> Int
     else:
         variance = _error(data - share, group) ** 2
         worth = n if variance == 0 else min(n, share * (1 - share) / variance)
-        worth *= (student.ppf(0.975, n - 1) / student.ppf(0.975, count - 1)) ** 2
-    z = float(student.ppf((1 + LEVEL) / 2, np.inf))
+        worth *= (_student().ppf(0.975, n - 1) / _student().ppf(0.975, count - 1)) ** 2
+    z = float(_student().ppf((1 + LEVEL) / 2, np.inf))
     worth = max(worth, 1.0)
     middle = (share + z * z / (2 * worth)) / (1 + z * z / worth)
     half = z / (1 + z * z / worth) * math.sqrt(share * (1 - share) / worth + (z / (2 * worth)) ** 2)
@@ -147,7 +148,7 @@ class Paired:
         if self.alike and self.most:
             return float(self.most * (1 - alpha ** (1 / self.starts)))
         freedom = self.starts - 1
-        quantiles = student.ppf(1 - alpha / 2, freedom) + student.ppf(POWER, freedom)
+        quantiles = _student().ppf(1 - alpha / 2, freedom) + _student().ppf(POWER, freedom)
         return float(self.error * quantiles)
 
     def same(self, margin: float) -> float:
@@ -172,7 +173,7 @@ class Paired:
             if self.most > margin:
                 share = lacks / (self.most - difference)
                 variance = (1 - share) * (variance + lacks**2) + share * (self.most - margin) ** 2
-            found.append(student.sf(lacks / math.sqrt(variance / self.starts), self.starts - 1))
+            found.append(_student().sf(lacks / math.sqrt(variance / self.starts), self.starts - 1))
         return float(max(found))
 
 
@@ -211,7 +212,7 @@ def paired_by_start(
     else:
         # Pairs that never differ give an error of 0, however few they are.
         unseen = most * (1 - (1 - LEVEL) ** (1 / count)) if error < WHOLE else 0.0
-        half = error * float(student.ppf((1 + LEVEL) / 2, count - 1)) + unseen
+        half = error * float(_student().ppf((1 + LEVEL) / 2, count - 1)) + unseen
         limits = (mean - half, mean + half)
     return Paired(
         n=len(a),
@@ -242,6 +243,13 @@ def holm(p: Sequence[float], excluding: Sequence[Hashable] | None = None) -> lis
         largest = max(largest, min(1.0, possible * p[place]))
         found[place] = largest
     return found
+
+
+def _student() -> Any:
+    """Return Student's t; the library takes a second that whoever mistypes is not to wait for."""
+    from scipy.stats import t
+
+    return t
 
 
 def _numbered(starts: Sequence[Hashable], n: int) -> np.ndarray:

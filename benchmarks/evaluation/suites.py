@@ -238,15 +238,17 @@ class Suite:
         """Return the wordings that this suite draws from, by task.
 
         Raises:
-            PhraseError: a file that cannot be used.
-            SuiteError: it lacks a task.
+            SuiteError: a file that cannot be used, or that lacks a task.
         """
         if self.name != "calvin-e":
             return phrases.validation()
         if self.phrases in phrases.SPLITS:
             found = phrases.calvin_e(self.phrases)
         else:
-            found = phrases.load(self.phrases)
+            try:
+                found = phrases.load(self.phrases)
+            except phrases.PhraseError as error:
+                raise SuiteError(f"--phrases: {error}") from None
         missing = [name for name in TASK_NAMES if name not in found]
         if missing:
             raise SuiteError(f"--phrases: {self.phrases} has no sentence for {missing[0]}")

@@ -55,10 +55,12 @@ from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.stats import paired_by_start
 from openhelix.benchmarks.evaluation.suites import CHAINS, SUITES
 from openhelix.runtime.cli.arguments import Numbers, Words, option, parse
+from openhelix.runtime.control.assembly import check_delays
 from openhelix.runtime.core.config import ConfigError, RunConfig
 from openhelix.runtime.core.files import replace_file
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import none_of
+from openhelix.runtime.core.targets import written_spec
 from openhelix.runtime.launch.graph import require_parts
 
 # -- The report: tables, and for each suite a plot of success against the latent's age -
@@ -433,6 +435,11 @@ def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Evaluati
     if options.clock not in CLOCKS:
         raise ConfigError(f"--clock: {none_of(options.clock, CLOCKS)}")
     check_options(options, options.suites)
+    for name in {"latencies", "delays"} & options.model_fields_set:
+        if options.clock == "realtime" and any(getattr(options, name)):
+            raise ConfigError(
+                f"--{name}: belong to the lockstep clock; on the wall clock they are the systems' own"
+            )
     clocks = CLOCKS[:2] if options.clock == "both" else (options.clock,)
     refuse_ignored(overrides, options, options.clock)
     plans: list[Evaluation] = []
@@ -452,6 +459,7 @@ def make_plans(options: SweepOptions, overrides: Sequence[str]) -> list[Evaluati
             system1 = config.system1.model_copy(update={"join": join})
             config = config.model_copy(update={"system1": system1})
         require_parts(config)
+        check_delays("--delays", options.delays, config, written_spec(config.system1.policy))
         for name in options.suites:
             # Chains are CALVIN's own: a choice of tasks is for the other suites swept.
             chosen = {"tasks": ()} if name in CHAINS and len(options.suites) > 1 else {}

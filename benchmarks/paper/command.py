@@ -30,7 +30,7 @@ from openhelix.benchmarks.paper.catalogue import Catalogue, Experiment, catalogu
 from openhelix.benchmarks.paper.costs import by_experiment, left, told
 from openhelix.benchmarks.paper.episodes import check, kept_in, write_episodes
 from openhelix.benchmarks.paper.judge import missing
-from openhelix.benchmarks.paper.leaderboard import named_folders, write_leaderboard
+from openhelix.benchmarks.paper.leaderboard import finished, named_folders, write_leaderboard
 from openhelix.benchmarks.paper.other_kinds import Probes, probed_in, zoo_outcome
 from openhelix.benchmarks.paper.session import EVALUATIONS, Request, Session
 from openhelix.benchmarks.paper.train_command import TrainCommand, changed, check_options, data_id
@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
     session = make_session(options, overrides, known)
     console = Console("experiment")
     own = named_folders(options.systems)
+    for name, place in own.items():
+        finished(name, place)
     folder = options.out or default_out(session.request)
     _refuse_mixture(session, folder)
     console.say(f"work in {session.request.root}, results in {folder}")
@@ -160,7 +162,10 @@ class Changes(RunConfig):
 
 def read(argv: Sequence[str]) -> tuple[ExperimentOptions, list[str]]:
     """Return the options and overrides of a command line."""
-    return parse("experiment", ExperimentOptions, argv, __doc__ or "", Changes)
+    options, overrides = parse("experiment", ExperimentOptions, argv, __doc__ or "", Changes)
+    if options.config is not None:
+        raise ConfigError("--config: an experiment takes no file; say system1.FIELD=VALUE")
+    return options, overrides
 
 
 def make_session(options: ExperimentOptions, overrides: Sequence[str], known: Catalogue) -> Session:

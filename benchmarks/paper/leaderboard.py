@@ -22,7 +22,13 @@ from openhelix.benchmarks.evaluation.report import (
     percent,
     succeeded,
 )
-from openhelix.benchmarks.evaluation.results import REPORT, VIDEOS, read_results, read_run
+from openhelix.benchmarks.evaluation.results import (
+    REPORT,
+    VIDEOS,
+    ResultsError,
+    read_results,
+    read_run,
+)
 from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.benchmarks.paper.measures import score_of
 from openhelix.benchmarks.paper.tables import Outcome, outdated
@@ -33,8 +39,8 @@ from openhelix.runtime.observe.film import Mp4
 PAGE, TEXT = "leaderboard.html", "leaderboard.md"
 HEADER = (
     *("system", "suite", "score", "95 % interval", "films", "starts", "trials", "clock"),
-    *("steps a task", "System 2 every", "late", "held still", "ms a plan", "ms a latent"),
-    *("latents a task", "weights", "where", "from"),
+    *("steps per task", "System 2 every", "late", "held still", "ms per plan", "ms per latent"),
+    *("latents per task", "weights", "where", "from"),
 )
 TEXT_COLUMNS = ("system", "suite", "95 % interval", "films", "clock", "weights", "where", "from")
 WORDS = frozenset(map(HEADER.index, TEXT_COLUMNS))  # sorted as text
@@ -116,11 +122,7 @@ def entries(outcomes: Iterable[Outcome], own: Mapping[str, Path]) -> list[Entry]
                 entry = {"system": row["name"], "source": source, "score": row["score"]}
                 found.setdefault(key, {**entry, "key": key})
     for name, folder in own.items():
-        read_run(folder)  # refuses what is no evaluation, or one of another format
-        report = folder / REPORT
-        if not report.is_file():
-            raise ConfigError(f"--systems: {name}: {folder} is not finished: no {REPORT}")
-        score = score_of(read_json(report))
+        score = score_of(read_json(finished(name, folder)))
         key = f"own-{hashlib.sha256(f'{name} {folder}'.encode()).hexdigest()[:12]}"
         found[key] = {"system": name, "source": str(folder), "score": score, "key": key}
     return sorted(found.values(), key=lambda e: (e["score"]["suite"], -_value(e["score"])))
@@ -248,6 +250,21 @@ def to_markdown(found: Sequence[Entry], films: Films | None = None) -> str:
             rows.append(row)
         parts += [f"## {suite.upper()}\n", markdown_table((list(HEADER), rows))]
     return "\n".join(parts)
+
+
+def finished(name: str, folder: Path) -> Path:
+    """Return the report of a finished evaluation.
+
+    Raises:
+        ConfigError: the folder holds none, or one of another format; one line.
+    """
+    try:
+        read_run(folder)
+    except ResultsError as error:
+        raise ConfigError(f"--systems: {name}: {error}") from None
+    if not (folder / REPORT).is_file():
+        raise ConfigError(f"--systems: {name}: {folder} is not finished: no {REPORT}")
+    return folder / REPORT
 
 
 def write_leaderboard(

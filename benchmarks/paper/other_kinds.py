@@ -207,8 +207,8 @@ def zoo_outcome(session: Session, experiment: Experiment) -> dict[str, Any]:
         million = "" if weights is None else f"{weights / 1e6:.1f}"
         costs.append([designs[name]["method"], million, *cost_of([r["score"] for r in measured])])
     header = ["method", "the paper's design", "here", "what is different here"]
-    cost_header = ["method", "System 1, million weights", "ms a plan", "plans per second"]
-    cost_header += ["System 2, ms a latent", "latents a task", "System 2, s a task"]
+    cost_header = ["method", "System 1, million weights", "ms per plan", "plans per second"]
+    cost_header += ["System 2, ms per latent", "latents per task", "System 2, s per task"]
     return found | {
         "tables": [
             ["What each costs here", cost_header, costs],

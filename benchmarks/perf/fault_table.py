@@ -209,11 +209,6 @@ def fills_disk(stage: Stage) -> None:
             file.flush()
 
 
-def frees_disk(stage: Stage) -> None:
-    """And there is room again."""
-    (stage.system.folder / "out" / "filler").unlink()
-
-
 def guesses(stage: Stage) -> None:
     """A stranger tries tokens at the status page's stop button, and requests that are none."""
     (record,) = (stage.system.folder / "out").glob("run-*/status.json")

@@ -284,7 +284,7 @@ def main(argv: Sequence[str]) -> int:
     if options.pictures is None:
         raise ConfigError("pictures: name a folder with pictures of the board, or --print FILE")
     if (options.board_at is None) == (options.poses is None):
-        raise ConfigError("calibrate: give one of --board-at (a camera that stands) and --poses")
+        raise ConfigError("--board-at (a camera that stands), --poses: give one of them")
     report = calibrated(options)
     if options.as_json:
         answer(json.dumps(report))

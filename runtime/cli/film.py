@@ -1,6 +1,6 @@
 """`openhelix film [RUN]`: the film of a run, or a moving picture for a page, from its track.
 
-    openhelix film                                            outputs/latest/video.mp4
+    openhelix film    # the newest run, to outputs/latest/video.mp4
     openhelix film outputs/run-0007 --speed 2 --out demo.mp4
     openhelix film --seconds 10 --height 360 --out docs/images/run.webp
 

@@ -7,6 +7,7 @@ the goals (other processes, or inside the tick), and the robot.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,11 @@ def freshness(config: RunConfig) -> SafetyLimits:
 
 def check_parts(config: RunConfig, robot: RobotSpec, policy: PolicySpec) -> None:
     """Raise SpecMismatch unless the robot gives what System 1 and System 2 look at."""
+    if robot.action.hz == config.control.hz < policy.action.hz:
+        raise SpecMismatch(
+            f"control.hz: {config.control.hz:g}, must be at least {policy.action.hz:g}, the rate of "
+            "this policy's plans"
+        )
     check_robot(robot, policy)
     if config.control.clock == "lockstep" and robot.action.hz != config.control.hz:
         raise SpecMismatch(
@@ -278,14 +284,33 @@ def sync_planner(config: RunConfig, policy: Policy) -> SyncPlanner:
     Raises:
         ConfigError: no chunk of this policy lasts as long as the delay.
     """
-    delay, period = config.lockstep.plan_delay_steps, period_ns(config)
-    lasts = int(policy.spec.horizon * 1e9 / (policy.spec.action.hz * period))
-    if delay >= lasts:
-        raise ConfigError(
-            f"lockstep.plan_delay_steps: {delay}, must be less than {lasts}, the steps that a "
-            "chunk of this policy lasts"
-        )
-    return SyncPlanner(policy, replan_ns(config), delay * period)
+    delay = config.lockstep.plan_delay_steps
+    check_delays("lockstep.plan_delay_steps", (delay,), config, policy.spec)
+    return SyncPlanner(policy, replan_ns(config), delay * period_ns(config))
+
+
+def check_delays(
+    name: str, delays: Sequence[int], config: RunConfig, spec: PolicySpec | None
+) -> None:
+    """Refuse delays of plans, in control ticks, that no plan of a policy lasts for.
+
+    Args:
+        name: of the setting or option that says them.
+        delays: of plans.
+        config: its control rate counts.
+        spec: the policy's; None, where no file says it, refuses none.
+
+    Raises:
+        ConfigError: one is as long as a plan, or longer.
+    """
+    if spec is None:
+        return
+    lasts = int(spec.horizon * 1e9 / (spec.action.hz * period_ns(config)))
+    for delay in delays:
+        if delay >= lasts:
+            raise ConfigError(
+                f"{name}: {delay}, must be 0 to {lasts - 1}; a plan of this policy lasts {lasts} steps"
+            )
 
 
 def lockstep_goals(config: RunConfig, engine: Engine, expected: LatentSpec) -> LockstepGoals:

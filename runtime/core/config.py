@@ -315,7 +315,7 @@ class TasksConfig(_Section):
     def _one_of_them(self) -> Self:
         given = [name for name in ("instruction", "instructions", "task") if getattr(self, name)]
         if len(given) > 1:
-            raise ValueError(f"{given[1]}: beside {given[0]}; give one of the two")
+            raise ValueError(f"{given[0]} and {given[1]} are both given; give one")
         if self.instruction is not None:
             checked_sentence(self.instruction, "tasks.instruction")
         for number, text in enumerate(self.instructions, 1):

@@ -164,7 +164,8 @@ def find(group: str, name: str) -> Any:
     found = entries(group)
     if name not in found:
         kind = group.rpartition(".")[2].removesuffix("s")
-        raise ResolveError(f"no {kind} {name!r}; {nearest(name, found)}")
+        field = f"{kind}.name: " if group in (ROBOTS, WORLDS) else ""
+        raise ResolveError(f"{field}no {kind} {name!r}; {nearest(name, found)}")
     return resolve(found[name])
 
 

@@ -244,7 +244,7 @@ class Display:
     def summary(self, report: Mapping[str, Any], folder: Path) -> None:
         """What became of the run, on standard output."""
         console = Console(file=cast(IO[str], Outlet("stdout")), highlight=False)
-        limit = f"at most {report['steps_limit']} steps an instruction"
+        limit = f"at most {report['steps_limit']} steps per instruction"
         console.print(f"[bold]{report['clock']} clock, {limit}[/bold]")
         console.print(_result_table(report) if report["tasks"] else "it was told to do nothing")
         rows = figures(report)

@@ -491,5 +491,5 @@ def require() -> Any:
     except ModuleNotFoundError:
         raise ViewerMissing(
             "output.viewer: Rerun is not installed; `.venv/bin/python -m pip install "
-            "'rerun-sdk>=0.41'` (about 490 MB), or run without --viewer"
+            "'rerun-sdk>=0.41'` installs it (about 490 MB)"
         ) from None

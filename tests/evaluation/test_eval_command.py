@@ -101,7 +101,11 @@ def test_the_command_prints_one_json_object_and_writes_reports(tmp_path, capsys)
     [
         (["--suite", "calvn"], "--suite: 'calvn' is none of tasks, calvin, calvin-e, calvin-d"),
         (["--suite", "tasks", "--tasks", "fly"], "--tasks: 'fly' is none of"),
-        (["--suite", "tasks", "--scene", "Q"], "scene"),
+        (["--suite", "tasks", "--scene", "Q"], "eval: --scene: 'Q' is no choice"),
+        (["--suite", "calvin-e", "--phrases", "none.json"], "eval: --phrases: none.json: cannot"),
+        (["--suite", "tasks", "--delay", "99"], "eval: --delay: 99, must be 0 to 15; a plan"),
+        (["--suite", "tasks", "--config", "empty.yaml"], "eval: system2: "),
+        (["--suite", "tasks", "--config", "odd.yaml"], "eval: system2.engine: "),
         (["--suite", "tasks", "--steps", "0"], "--steps: input should be greater"),
         (["--suite", "tasks", "--workers", "0"], "--workers: input should be"),
         (["--suite", "tasks", "--interval", "0"], "--interval"),
@@ -132,6 +136,9 @@ def test_the_command_prints_one_json_object_and_writes_reports(tmp_path, capsys)
 )
 def test_bad_input_is_one_line_and_exit_code_2(words, message, tmp_path, capsys):
     out = tmp_path / "run"
+    for name, text in (("empty", "system2:\n"), ("odd", "system2: {engine: 3}\n")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    words = [str(tmp_path / w) if w in ("empty.yaml", "odd.yaml") else w for w in words]
     quiet = "output.metrics_port=null"  # another evaluation may have the port, and that is said
     assert main(["eval", *words, quiet, "--out", str(out)]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "results in" not in line]
@@ -254,6 +261,10 @@ def test_a_sweep_over_delays_of_plans_is_plotted_along_them_with_how_the_arm_was
     ]
     with pytest.raises(ConfigError, match=r"--joins: 'inpant' is none of .*mean 'inpaint'"):
         make_plans(*read_sweep(["--joins", "inpant", *rows[2:]]))
+    with pytest.raises(ConfigError, match=r"^--delays: 99, must be 0 to 15; a plan of this policy"):
+        make_plans(*read_sweep(["--suites", "calvin", "--delays", "0,99"]))  # before any cell
+    with pytest.raises(ConfigError, match=r"^--delays: belong to the lockstep clock"):
+        make_plans(*read_sweep(["--clock", "realtime", "--delays", "4", *PARTS]))
     with pytest.raises(ConfigError, match="--latencies and --delays at least 0"):
         make_plans(*read_sweep([*words[:4], "--delays", "-1", *PARTS]))
     plans = [

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 
+from openhelix.benchmarks.evaluation import realtime_pool
 from openhelix.benchmarks.evaluation.evaluation import open_pool
 from openhelix.benchmarks.evaluation.pool import Job
 from openhelix.benchmarks.evaluation.runner import Conditions
 from openhelix.benchmarks.evaluation.suites import Suite
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.launch.node import interruptible
 from tests.evaluation.small import small_config
 
 
@@ -34,6 +39,20 @@ def test_drawn_starts_and_moving_blocks_run_on_the_wall_clock():
     assert pressed.result["success"] and pressed.result["tasks"][0]["reason"] == "success"
     assert pressed.video is not None and b"ftyp" in pressed.video[:16]
     assert found["held"][1].result["tasks"][0]["reason"] == "step limit"
+    pool.close()
+
+
+def test_a_signal_while_the_processes_of_an_episode_end_is_not_forgotten(monkeypatch):
+    def run(*_):
+        with interruptible():  # as the run's own, whose report was made before the signal
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"interrupted": False, "tasks": []}
+
+    monkeypatch.setattr(realtime_pool, "run_realtime", run)
+    pool = open_pool(small_config("control.clock=realtime"), workers=1)
+    (episode,) = Suite("tasks", count=1, tasks=("turn_on_led",), seed=0).episodes()
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(pool.run([Job(episode, Conditions(steps_limit=9, interval=6), film="no")])))
     pool.close()
 
 

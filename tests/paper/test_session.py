@@ -348,6 +348,16 @@ def test_what_rows_say_themselves_is_no_override(tmp_path, word, capsys):
     assert not (tmp_path / "root").exists()
 
 
+def test_what_cannot_be_used_is_refused_before_anything_is_written(tmp_path, capsys):
+    for more, said in (
+        (["--systems", "mine=nofolder"], "--systems: mine: nofolder: no run.json here"),
+        (["--config", "mine.yaml"], "--config: an experiment takes no file"),
+    ):
+        assert main([*words(tmp_path, "table4"), *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line and not list(tmp_path.iterdir())
+
+
 def test_one_variants_rows_can_be_asked_for_alone(tmp_path, capsys):
     asked = [*words(tmp_path, "table4"), "--variants", "lora_clip"]
     assert main(asked) == 0

@@ -189,7 +189,7 @@ def test_the_printed_board_is_the_one_that_is_found(capsys, tmp_path) -> None:
     ("words", "said"),
     [
         ([], "pictures: name a folder"),
-        (["DIR"], "one of --board-at .* and --poses"),
+        (["DIR"], "--board-at .*, --poses: give one"),
         (["DIR", "--board-at", "1,2,3"], "board_at: '1,2,3', want 4 numbers"),
         (["/nowhere", "--board-at", "1,2,3,4"], "no folder /nowhere"),
         (["EMPTY", "--board-at", "1,2,3,4"], "pictures: none in"),

@@ -439,7 +439,7 @@ def test_plans_that_come_after_their_end_are_told_with_what_to_do() -> None:
 
 
 def test_a_delay_that_no_chunk_outlasts_is_refused() -> None:
-    said = r"lockstep\.plan_delay_steps: 20, must be less than 20, the steps that a chunk of this "
+    said = r"lockstep\.plan_delay_steps: 20, must be 0 to 19; a plan of this policy lasts 20 steps"
     with pytest.raises(ConfigError, match=said):
         make("lockstep.plan_delay_steps=20", policy=slow(20))
 

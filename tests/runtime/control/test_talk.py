@@ -393,8 +393,11 @@ def test_a_long_conversation_does_not_grow_for_ever() -> None:
     [
         (["tasks.instruction=open\x07"], "control character"),
         (["tasks.instructions=[open the drawer, '']"], r"instructions\[2\]: is empty"),
-        (["tasks.instruction=a", "tasks.instructions=[b]"], "beside instruction"),
-        (["tasks.instruction=a", "tasks.task=open_drawer"], "beside instruction"),
+        (
+            ["tasks.instruction=a", "tasks.instructions=[b]"],
+            "instruction and instructions are both",
+        ),
+        (["tasks.instruction=a", "tasks.task=open_drawer"], "instruction and task are both given"),
     ],
 )
 def test_sentences_of_a_configuration_are_checked_alike(words: list[str], why: str) -> None:
