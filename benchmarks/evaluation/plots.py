@@ -8,6 +8,7 @@ plot says how many trials it rests on and what its bars are.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X")
 WILSON = "95 % Wilson intervals"
 BOOTSTRAP = "95 % bootstrap intervals"
 DPI = 150
+CHARACTERS_PER_INCH = 11.5  # of a title, beside a legend
 # Without a date, so that the same numbers give the same file; text stays text in a PDF.
 _SAVED: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 _STYLE: Any = {"svg.hashsalt": "openhelix", "pdf.fonttype": 42, "svg.fonttype": "path"}
@@ -76,7 +78,8 @@ def axes_of(width: float, height: float, title: str, note: str) -> tuple[Figure,
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.tick_params(colors=INK, labelsize=8)
-    axes.set_title(title, fontsize=9.5, color=INK, loc="left")
+    wrapped = textwrap.fill(title, round(CHARACTERS_PER_INCH * width))
+    figure.suptitle(wrapped, fontsize=9.5, color=INK, x=0.01, ha="left")
     figure.supxlabel(note, fontsize=7.5, color=DIM, x=0.01, ha="left")
     return figure, axes
 

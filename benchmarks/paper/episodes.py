@@ -21,7 +21,7 @@ from openhelix.benchmarks.evaluation.results import chains, rates
 from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.benchmarks.paper import tables
 from openhelix.benchmarks.paper.catalogue import Experiment
-from openhelix.benchmarks.paper.judge import decide, judge
+from openhelix.benchmarks.paper.judge import decide, judge, missing
 from openhelix.benchmarks.paper.session import Kept, Session
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import replace_file
@@ -142,6 +142,8 @@ def recomputed(
             a, b = (kept[place[name]] for name in (contrast.a, contrast.b))
             chain = a.about["suite"] in CHAINS
             contrasts.append(judge(contrast, a.results, b.results, chain, base))
+        else:
+            contrasts.append(missing(contrast))
     decide(contrasts)
     return {"rows": scores, "contrasts": contrasts}
 
@@ -190,9 +192,9 @@ def check(experiment: Experiment, outcome: Mapping[str, Any] | None, folder: Pat
     if outcome is None or not path.is_file():
         return f"{experiment.name}: no episodes in {folder}"
     kept = read_episodes(path)
-    missing = {r["evaluation"] for r in outcome["rows"] if r["score"] is not None} - set(kept)
-    if missing:
-        raise ConfigError(f"{path}: lacks the evaluation {min(missing)}, which the page shows")
+    lacks = {r["evaluation"] for r in outcome["rows"] if r["score"] is not None} - set(kept)
+    if lacks:
+        raise ConfigError(f"{path}: lacks the evaluation {min(lacks)}, which the page shows")
     tested = tuple(c for c in experiment.contrasts if _on(outcome, c.a, c.b))
     unlike = differences(experiment.model_copy(update={"contrasts": tested}), outcome, kept)
     if unlike:

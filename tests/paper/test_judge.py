@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openhelix.benchmarks.paper.catalogue import Contrast, catalogue
+from openhelix.benchmarks.paper.episodes import recomputed
 from openhelix.benchmarks.paper.judge import (
     HOLDS,
     MISSING,
@@ -21,6 +22,7 @@ from openhelix.benchmarks.paper.judge import (
     missing,
     published_difference,
 )
+from openhelix.benchmarks.paper.session import Kept
 
 
 def contrast(expect="b_better", margin=0.3, **changes):
@@ -122,6 +124,16 @@ def test_a_contradiction_is_corrected_as_much_as_a_claim():
     assert differs[0]["p"] == 2 / 64 and differs[0]["verdict"] == NOT
     decide([*differs, missing(contrast())])
     assert differs[0]["verdict"] == OPEN  # 4 / 64 is not below 0.05
+
+
+def test_a_page_in_parts_is_recomputed_with_all_of_its_claims():
+    table = catalogue().experiment("table5").model_copy(update={"base": None})
+    a, b = table.contrasts[0].a, table.contrasts[0].b
+    outcome = {"rows": [{"id": n, "evaluation": n, "score": {}} for n in (a, b)]}
+    kept = {n: Kept({"suite": "calvin"}, chains(x)) for n, x in ((a, LOW), (b, HIGH))}
+    first, *others = recomputed(table, outcome, kept)["contrasts"]
+    assert first["p"] == pytest.approx(len(table.contrasts) * first["p_difference"])
+    assert [c["verdict"] for c in others] == [MISSING] * (len(table.contrasts) - 1)
 
 
 def test_only_the_patterns_asked_for_count():
