@@ -130,7 +130,8 @@ def test_a_page_in_parts_is_recomputed_with_all_of_its_claims():
     table = catalogue().experiment("table5").model_copy(update={"base": None})
     a, b = table.contrasts[0].a, table.contrasts[0].b
     outcome = {"rows": [{"id": n, "evaluation": n, "score": {}} for n in (a, b)]}
-    kept = {n: Kept({"suite": "calvin"}, chains(x)) for n, x in ((a, LOW), (b, HIGH))}
+    arms = ((a, LOW), (b, HIGH))
+    kept = {n: Kept({"suite": "calvin"}, [r | {"error": None} for r in chains(x)]) for n, x in arms}
     first, *others = recomputed(table, outcome, kept)["contrasts"]
     assert first["p"] == pytest.approx(len(table.contrasts) * first["p_difference"])
     assert [c["verdict"] for c in others] == [MISSING] * (len(table.contrasts) - 1)
