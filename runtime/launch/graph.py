@@ -51,6 +51,7 @@ from openhelix.runtime.launch.processes import ProcessHost
 from openhelix.runtime.observe.observer import ObserverProcess
 from openhelix.runtime.transport.rpc import RpcClient, RpcError, RpcRefused
 from openhelix.runtime.transport.sockets import (
+    EndpointRefused,
     check_bind,
     check_connect,
     check_keys,
@@ -360,7 +361,12 @@ def require_parts(config: RunConfig) -> None:
             sizes = plugins.resolve("openhelix.runtime.robots.sim:CAMERA_SIZES")
             cameras = tuple(CameraSpec(name, *sizes[name]) for name in config.world.cameras)
             check_parts(config, RobotSpec(cameras, ActionSpec(hz=config.control.hz)), spec)
-    if config.system2.connect is None and (here or stays(config, "system2")):
+    if config.system2.connect is not None:
+        try:
+            is_local(config.system2.connect)
+        except EndpointRefused as error:
+            raise ConfigError(f"system2.connect: {error}") from None
+    elif here or stays(config, "system2"):
         check_part("system2.engine", config.system2.engine)
     if here or stays(config, "control"):
         make_trigger(config)  # the gate that it names is there

@@ -197,6 +197,7 @@ def test_in_lockstep_the_loop_has_the_world_s_rate(tmp_path, capsys) -> None:
         ("transport.keys=/nope", "transport.keys: no folder /nope"),
         ("system1.policy.options.path=docs", "docs holds no checkpoint"),
         ("world.cameras=[static]", "camera 'gripper': the robot has static"),
+        ("system2.connect=foo", "system2.connect: endpoint 'foo': expected ipc://PATH, tcp://"),
         ("control.hz=20", "control.hz: 20, must be at least 30, the rate of this policy"),
         ("system2.camera=wrist", "system2.camera: 'wrist', the robot has gripper, static"),
         (
