@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from openhelix.benchmarks.evaluation.eval import load_config
+from openhelix.benchmarks.evaluation.report import counted
 from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.benchmarks.paper.measures import Measure
 from openhelix.benchmarks.paper.session import Session
@@ -254,7 +255,8 @@ def told(items: Sequence[Item]) -> str:
     most = sum(i.at_most or 0.0 for i in rest)
     total = sum(i.seconds or 0.0 for i in items)
     return (
-        f"{len(trainings)} trainings {_sum(trainings)}; {len(rest)} evaluations {_sum(rest)}, "
+        f"{counted(len(trainings), 'training')} {_sum(trainings)}; "
+        f"{counted(len(rest), 'evaluation')} {_sum(rest)}, "
         f"at most {hours(most)}; together about {hours(total)}"
     )
 
