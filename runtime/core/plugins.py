@@ -51,6 +51,7 @@ EXTRAS: Final[Mapping[str, str]] = {
     "accelerate": "cpu",
     "scipy": "sim",
     "pybullet": "sim",
+    "pybullet_data": "sim",
     "numba": "sim",
     "av": "sim",
     "matplotlib": "sim",
