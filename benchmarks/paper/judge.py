@@ -14,7 +14,7 @@ at most one is true.
 
 A contrast is *not testable* where a score that it presupposes is missing: an arm of CALVIN-D that
 cannot grasp a block at rest says nothing about moving ones, nothing can be learned from arms whose
-common base cannot do the tasks, and two rows that both fail are alike in nothing of interest.
+common base cannot do the tasks, and what lies between two rows that both fail says nothing.
 """
 
 from __future__ import annotations
