@@ -408,6 +408,20 @@ def read_settings(model: type[M], path: Path | None, overrides: Iterable[str] = 
     return validate(model, apply_overrides(read_yaml(path), overrides, model))
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that is there twice is an error: the last would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    where = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"line {where}: {key.value!r} is there twice")
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path | None) -> dict[str, Any]:
     """Return the mapping in a YAML file; an empty one without a file."""
     if path is None:
@@ -417,7 +431,7 @@ def read_yaml(path: Path | None) -> dict[str, Any]:
             text = file.read(MAX_YAML_BYTES + 1)
         if len(text) > MAX_YAML_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES >> 20} MiB: no settings")
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _StrictLoader)
     except FileNotFoundError:
         raise ConfigError(f"--config: no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -82,7 +82,7 @@ class LoopMetrics:
         self._lateness = Histogram("loop_tick_lateness_seconds")
         self._duration = Histogram("loop_tick_duration_seconds")
         self._age = Histogram("latent_age_seconds")
-        self._delay = Histogram("latent_delay_seconds")
+        self._latency = Histogram("latent_latency_seconds")
         self._system1 = Histogram("system1_latency_seconds")
         self._steps = Histogram("task_env_steps")
         self._chains = Histogram("chain_successes")
@@ -107,10 +107,10 @@ class LoopMetrics:
         if tick.latent_age_s is not None and tick.state == "run":
             self._age.observe(tick.latent_age_s)
         if tick.new_latent is not None:
-            delay_ns = tick.t_ns - tick.new_latent.t_obs_ns
-            self._delay.observe(delay_ns * 1e-9)
+            latency_ns = tick.t_ns - tick.new_latent.t_obs_ns
+            self._latency.observe(latency_ns * 1e-9)
             if self._latent_period_s is not None:
-                self._late += delay_ns * 1e-9 > self._latent_period_s
+                self._late += latency_ns * 1e-9 > self._latent_period_s
         for name in tick.sent.info:
             if name in self._limited:
                 self._limited[name] += 1
@@ -169,7 +169,7 @@ class LoopMetrics:
             yield counter("latents_late", self._late)
             yield gauge("latent_period_seconds", self._latent_period_s)
         yield self._age.family()
-        yield self._delay.family()
+        yield self._latency.family()
 
     def _safety(self) -> Iterable[Metric]:
         safety, watchdog = self._loop.safety, self._loop.watchdog

@@ -142,7 +142,7 @@ _LATENTS = (
         AGES,
     ),
     _histogram(
-        "latent_delay_seconds",
+        "latent_latency_seconds",
         "From the capture of an image to the arrival of its latent.",
         AGES,
     ),

@@ -129,10 +129,10 @@ def _latents() -> list[Any]:
     return [
         heat("Latent age", about, "s", buckets(AGE)),
         heat(
-            "Latent delay",
+            "Latent latency",
             "From image capture to arrival of its latent.",
             "s",
-            buckets("latent_delay_seconds"),
+            buckets("latent_latency_seconds"),
         ),
         lines(
             "Latent age",

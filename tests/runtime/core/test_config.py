@@ -64,6 +64,8 @@ def test_wrong_values_get_one_clear_line(override: str, words: list[str]) -> Non
     [
         ("- a\n- b\n", "mapping"),
         ("a: [", "not YAML"),
+        ("seed: 1\nseed: 2\n", "line 2: 'seed' is there twice"),
+        ("tasks:\n  count: 1\n  sequence: 2\n  count: 3\n", "line 4: 'count' is there twice"),
         ("a: " + "[" * 5000, "nested too deep"),
         ("# " + "x" * MAX_YAML_BYTES, "larger than 4 MiB"),
         ("sead: 1\n", "did you mean 'seed'"),

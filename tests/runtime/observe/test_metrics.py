@@ -184,7 +184,7 @@ def test_the_loop_on_a_scrape(served):
     assert value("loop_ticks_total", state="stop") == 1
     assert value("loop_tick_lateness_seconds_count") == 4
     assert value("latent_age_seconds_count") == 3  # only while running
-    assert value("latent_delay_seconds_sum") == pytest.approx(0.4, abs=0.05)
+    assert value("latent_latency_seconds_sum") == pytest.approx(0.4, abs=0.05)
     assert value("latents_missed_total") == 3
     assert value("latents_mismatched_total") == 4
     assert value("latents_refused_total") == 6
