@@ -30,11 +30,6 @@ never spans two shards.
 work_height, work_width}], "tasks": [...], "instructions": [...], "shards": [{"file",
 "frames"}], "notes": {...}}.
 
-Latents of one System 2 lie beside, in `latents-<name>/` with the same shard names and rows,
-so another System 2 needs no new images: `latent` (N, P, n, d) float16, for P instructions a
-frame, `instruction` (N, P) int32 which ones, and `latents.json` {"kind", "n_tokens", "dim",
-"model_id"}.
-
 Whoever makes a cache, from rendered demonstrations or from a dataset, writes it with what is
 here: `pictures` and `chunk_targets` make columns, `shard_bytes` a file of them, `index_bytes` the
 index. Shards may be made in any order, by any number of processes.
@@ -52,12 +47,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.numpy import save_file
 from safetensors.torch import save
 from torch import Tensor
 
-from openhelix.runtime.core.files import BadFile, replace_file, written
-from openhelix.runtime.core.interfaces import F32, F64, U8, LatentSpec
+from openhelix.runtime.core.files import BadFile
+from openhelix.runtime.core.interfaces import F32, F64, U8
 from openhelix.system1.config import KEYPOSES, CameraConfig, PolicyConfig
 from openhelix.system1.geometry import shrink
 
@@ -262,37 +256,3 @@ def frames_digest(folder: Path, shards: Sequence[Mapping[str, Any]]) -> str:
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def write_latents(
-    folder: Path | str,
-    name: str,
-    shard: str,
-    latent: npt.NDArray[Any],
-    instruction: npt.NDArray[Any],
-    spec: LatentSpec,
-) -> None:
-    """Write the latents of one shard.
-
-    Args:
-        folder: the cache.
-        name: of this System 2.
-        shard: the shard's file name.
-        latent: (N, P, n, d).
-        instruction: (N, P) which instruction each is for.
-        spec: of the latents; the same for all shards.
-    """
-    if latent.shape[2:] != (spec.n_tokens, spec.dim) or latent.shape[:2] != instruction.shape:
-        raise CacheError(
-            f"latent: shape {latent.shape} does not fit {spec.n_tokens} tokens of {spec.dim} "
-            f"and instructions {instruction.shape}"
-        )
-    place = Path(folder) / f"latents-{name}"
-    place.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, npt.NDArray[Any]] = {
-        "latent": latent.astype(np.float16),
-        "instruction": instruction.astype(np.int32),
-    }
-    with written(place / shard) as part:
-        save_file(tensors, part)
-    replace_file(place / "latents.json", (json.dumps(asdict(spec), indent=1) + "\n").encode())

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import (
-    BadFile,
+    CheckpointError,
     check_finite,
     check_kinds,
     load_tensors,
@@ -44,10 +44,6 @@ CONFIG, WEIGHTS, NORMALIZER, SPEC = (
     "normalizer.safetensors",
     "spec.json",
 )
-
-
-class CheckpointError(BadFile):
-    """A checkpoint that cannot be read; the message names the file or the parameters."""
 
 
 Network = VisuomotorPolicy | DiffuserActor

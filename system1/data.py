@@ -1,4 +1,4 @@
-"""Batches from a training cache: random access, stale latents, augmentation.
+"""Batches from a training cache: random access, augmentation.
 
 Everything random in a batch comes from one generator that the trainer seeds with the step
 number, so a run that was stopped and resumed sees the same batches as one that was not.
@@ -16,7 +16,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from openhelix.runtime.core.files import as_record, read_json, tensor_header
-from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.cache import (
     DEPTH_UNIT_M,
     FORMAT,
@@ -57,8 +56,7 @@ class Augment:
     shift: int = 4  # pixels; image, points and mask move together, so geometry stays true
     brightness: float = 0.2  # relative
     channel: float = 0.1  # relative, a channel
-    latent_lag_steps: int = 0  # a latent may be this many environment steps old
-    null_latent: float = 0.1  # share of samples without latent, with their task named
+    null_latent: float = 0.1  # share of samples told the number of their task, not a sentence
 
 
 def relative_rows(poses: Tensor, now: Tensor, rotation: str = "so3") -> Tensor:
@@ -143,9 +141,7 @@ class Cache:
         CacheError: a folder holds no frames, or two were made for different policies.
     """
 
-    def __init__(
-        self, folder: Path | str | Sequence[Path | str], latents: str | None = None
-    ) -> None:
+    def __init__(self, folder: Path | str | Sequence[Path | str]) -> None:
         folders = [folder] if isinstance(folder, Path | str) else list(folder)
         if not folders:
             raise CacheError("cache: no folder is named")
@@ -154,12 +150,11 @@ class Cache:
         self.meta: dict[str, Any] = joined_index(folders, metas)
         self.cameras = [c["name"] for c in self.meta["cameras"]]
         self.hz = float(self.meta["hz"])
-        self.latent_spec: LatentSpec | None = None
         self.places: list[Path] = []
         self._shards: list[dict[str, Tensor]] = []
         parts, episodes, first_said = [], 0, 0
         for part, (root, meta) in enumerate(zip(map(Path, folders), metas, strict=True)):
-            shards = self._open(root, meta, latents)
+            shards = self._open(root, meta)
             for shard in shards:
                 parts.append(torch.full((len(shard["task"]),), part))
                 shard.setdefault("group", shard["episode"])
@@ -178,10 +173,8 @@ class Cache:
         self.step = torch.cat([s["step"].long() for s in self._shards])
         self.task = torch.cat([s["task"].long() for s in self._shards])
 
-    def _open(
-        self, root: Path, meta: dict[str, Any], latents: str | None
-    ) -> list[dict[str, Tensor]]:
-        """Return the shards of one folder, with the latents that lie beside them."""
+    def _open(self, root: Path, meta: dict[str, Any]) -> list[dict[str, Tensor]]:
+        """Return the shards of one folder."""
         about = as_record(Index, meta, str(root / "cache.json"))
         shapes = row_shapes(about.cameras, about.horizon, about.nhist) | {"episode": ((), "int32")}
         names = [shard.file for shard in about.shards]
@@ -198,23 +191,6 @@ class Cache:
                 if not 0 <= int(shard[column].min()) <= int(shard[column].max()) < top:
                     raise CacheError(f"{root / name}: {column}: outside 0..{top - 1}")
         self.places += [root / name for name in names]
-        if latents is None:
-            return shards
-        place = root / f"latents-{latents}"
-        if not (place / "latents.json").is_file():
-            raise CacheError(f"{place}: no latents.json")
-        spec = as_record(LatentSpec, read_json(place / "latents.json"), f"{place}/latents.json")
-        if self.latent_spec not in (None, spec):
-            raise CacheError(f"{place}: latents of another System 2 than {self.folder}")
-        self.latent_spec = spec
-        for shard, name in zip(shards, names, strict=True):
-            extra = read_shard(place / name)
-            for column in ("latent", "instruction"):
-                if column not in extra or extra[column].ndim < 2:
-                    raise CacheError(f"{place / name}: no {column}")
-                if len(extra[column]) != len(shard["task"]):
-                    raise CacheError(f"{place / name}: other frames than {name}")
-            shard["latent"], shard["latent_instruction"] = extra["latent"], extra["instruction"]
         return shards
 
     def __len__(self) -> int:
@@ -254,27 +230,19 @@ class Cache:
         rotation: str = "so3",
         device: torch.device | str = "cpu",
     ) -> Batch:
-        """Assemble one batch; without `augment` nothing is varied and no latent is stale."""
+        """Assemble one batch, told by the tasks' numbers; without `augment` nothing is varied."""
         images = [self._camera(name, frames, device) for name in self.cameras]
         rgb, xyz, valid = zip(*images, strict=True)
-        latent, age, mask = self._latents(frames, generator, augment)
         proprio = self.gather("proprio", frames)
-        task = torch.full((len(frames),), -1)
-        if latent is None or mask is None:
-            task = self.task[frames]
-        elif augment is not None:
-            null = rand(len(frames), generator=generator) < augment.null_latent
-            mask = mask & ~null[:, None]
-            task = torch.where(null, self.task[frames], task)
         inputs = Inputs(
             rgb=rgb,
             xyz=xyz,
             valid=valid,
             proprio=proprio.to(device),
-            latent=None if latent is None else latent.to(device),
-            latent_age_s=None if age is None else age.to(device),
-            latent_mask=None if mask is None else mask.to(device),
-            task=task.to(device),
+            latent=None,
+            latent_age_s=None,
+            latent_mask=None,
+            task=self.task[frames].to(device),
         )
         if augment is not None:
             inputs = vary(inputs, augment, generator)
@@ -302,39 +270,6 @@ class Cache:
         k, t_world_cam = (self.gather(f"{x}.{name}", frames).to(device) for x in ("K", "T"))
         xyz, valid = deproject(depth, k, t_world_cam)
         return rgb.permute(0, 3, 1, 2).float() / 255, xyz, valid
-
-    def _latents(
-        self, frames: Tensor, generator: torch.Generator, augment: Augment | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return latents (B, 1, n, d), ages (B, 1) and mask (B, 1), or Nones."""
-        if self.latent_spec is None:
-            return None, None, None
-        source = frames
-        if augment is not None and augment.latent_lag_steps:
-            source = self._earlier(frames, augment.latent_lag_steps, generator)
-        stack = self.gather("latent", source)
-        which = torch.zeros(len(frames), dtype=torch.long)
-        if augment is not None:
-            which = randint(0, stack.shape[1], len(frames), generator=generator)
-        latent = stack[torch.arange(len(frames)), which].float().unsqueeze(1)
-        age = (self.step[frames] - self.step[source]).float().unsqueeze(1) / self.hz
-        return latent, age, torch.ones(len(frames), 1, dtype=torch.bool)
-
-    def _earlier(self, frames: Tensor, lag: int, generator: torch.Generator) -> Tensor:
-        """Return for each frame one of its episode, at most `lag` environment steps older."""
-        wanted = self.step[frames] - randint(0, lag + 1, len(frames), generator=generator)
-        source = frames.clone()
-        for i, frame in enumerate(frames.tolist()):
-            at = frame
-            while (
-                at > 0
-                and self.step[at] > wanted[i]
-                and self.episode[at - 1] == self.episode[frame]
-                and self.step[at - 1] >= self.step[frame] - lag
-            ):
-                at -= 1
-            source[i] = at
-        return source
 
 
 _KINDS = {"float32": "F32", "bool": "BOOL", "int32": "I32", "uint8": "U8", "uint16": "U16"}

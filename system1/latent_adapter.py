@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
+from openhelix.runtime.core.files import CheckpointError
 from openhelix.runtime.core.interfaces import LatentSpec
-from openhelix.system1.checkpoint import CheckpointError, Network, rebuilt
+from openhelix.system1.checkpoint import Network, rebuilt
 from openhelix.system1.config import PolicyConfig
 from openhelix.system1.model import VisuomotorPolicy
 

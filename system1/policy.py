@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openhelix.runtime.core.files import CheckpointError
 from openhelix.runtime.core.interfaces import (
     ActionChunk,
     CameraFrame,
@@ -28,7 +29,7 @@ from openhelix.runtime.core.interfaces import (
     SpecMismatch,
     check_frame,
 )
-from openhelix.system1.checkpoint import CheckpointError, Network, load_policy, seeded_model
+from openhelix.system1.checkpoint import Network, load_policy, seeded_model
 from openhelix.system1.config import SHIPPED, CameraConfig, PolicyConfig, small
 from openhelix.system1.data import relative_rows
 from openhelix.system1.diffusion import ROW, Known

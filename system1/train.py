@@ -72,7 +72,6 @@ class TrainConfig:
     cache: Path | tuple[Path, ...]  # several folders are one
     out: Path
     mix: tuple[float, ...] = ()  # shares of the samples, one a folder; (): by their frames
-    latents: str | None = None  # name of a latents folder of the cache; None: policy only
     sentences: Path | None = None  # what tasks are told by, see `sentences`; None: by number
     held_sentences: Path | None = None  # ... what the held-out frames are told by
     sentence_noise: float = 0.0  # see `sentences.told`
@@ -113,7 +112,7 @@ def policy_config(
     Args:
         config: of the run.
         cache: the data.
-        told_by: spec of the sentences that tasks are told by; None for the cache's latents.
+        told_by: spec of the sentences that tasks are told by; None: by their numbers.
 
     Raises:
         ConfigError: the preset is unknown or a change contradicts the cache.
@@ -127,14 +126,14 @@ def policy_config(
         "hz": meta["hz"],
         "nhist": meta["nhist"],
         "n_tasks": len(meta["tasks"]),
-        "use_latent": (spec := told_by or cache.latent_spec) is not None,
+        "use_latent": told_by is not None,
     }
-    if spec is not None:
+    if told_by is not None:
         taken |= {
-            "latent_kind": spec.kind,
-            "latent_tokens": spec.n_tokens,
-            "latent_dim": spec.dim,
-            "latent_model_id": spec.model_id,
+            "latent_kind": told_by.kind,
+            "latent_tokens": told_by.n_tokens,
+            "latent_dim": told_by.dim,
+            "latent_model_id": told_by.model_id,
         }
     for name, value in config.changes.items():
         if name in taken and taken[name] != value:
@@ -196,8 +195,6 @@ def opened_sentences(
     """
     if config.sentences is None:
         return None, None
-    if config.latents is not None:
-        raise ConfigError("sentences: a policy is told by sentences or by latents, not by both")
     said = Sentences.load(config.sentences)
     held = said if config.held_sentences is None else Sentences.load(config.held_sentences)
     for name, found in (("sentences", said), ("held_sentences", held)):
@@ -254,9 +251,9 @@ class Trainer:
         self.parts = workers.parts(config.batch, config.accumulate, "policy.batch")
         if config.device == "cpu":
             keep_freed_memory()
-        self.cache = Cache(config.cache, config.latents)
+        self.cache = Cache(config.cache)
         self.sentences, self.held_sentences = opened_sentences(config, self.cache)
-        spec = self.cache.latent_spec if self.sentences is None else self.sentences.spec
+        spec = None if self.sentences is None else self.sentences.spec
         self.told_by = spec
         self.policy_config = policy_config(config, self.cache, spec)
         self.train_frames, self.val_frames = self.cache.split(config.validation, config.seed)

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import torch
 
+from openhelix.runtime.core.files import CheckpointError
 from openhelix.system2.latents import LatentHead, check_fit
 from openhelix.system2.model import (
     Checkpoint,
-    CheckpointError,
     load_llava,
     load_processor,
     load_tokenizer,

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from openhelix.runtime.core.files import (
+    CheckpointError,
     as_record,
     check_kinds,
     load_tensors,
@@ -43,7 +44,7 @@ from openhelix.runtime.core.files import (
     told_as,
 )
 from openhelix.runtime.core.interfaces import SENSES, LatentSpec
-from openhelix.system2.model import Checkpoint, CheckpointError
+from openhelix.system2.model import Checkpoint
 from openhelix.system2.prompt import Layout
 
 # ------------------------------------------------------------------------------------------------

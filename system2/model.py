@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from openhelix.runtime.core.files import (
-    BadFile,
+    CheckpointError,
     as_record,
     check_finite,
     check_kinds,
@@ -117,10 +117,6 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 MANIFEST = "openhelix.json"
 IMAGE_TOKEN = "<image>"
 MAX_ACT = 8  # rows that a checkpoint made here keeps for <ACT> tokens
-
-
-class CheckpointError(BadFile):
-    """A checkpoint folder that cannot serve; the message says what is missing."""
 
 
 def act_token(index: int) -> str:

@@ -31,9 +31,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openhelix.runtime.core.files import CheckpointError
 from openhelix.system2.model import (
     Checkpoint,
-    CheckpointError,
     VisionShape,
     build,
     load_llava,

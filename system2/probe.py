@@ -24,11 +24,11 @@ from torch import Tensor
 
 from openhelix.runtime.cli.arguments import Many, Options, Words, option, parse
 from openhelix.runtime.core.config import ConfigError, RunConfig, load
-from openhelix.runtime.core.files import read_json
+from openhelix.runtime.core.files import CheckpointError, read_json
 from openhelix.runtime.core.output import answer
 from openhelix.runtime.core.plugins import resolve
 from openhelix.system2.engines.base import EngineBase
-from openhelix.system2.model import Checkpoint, CheckpointError, load_tokenizer
+from openhelix.system2.model import Checkpoint, load_tokenizer
 from openhelix.system2.prompt import BadImage
 
 SPATIAL_WORDS = ("left", "right", "up", "down", "front", "back", "above", "below", "in", "on")

@@ -26,7 +26,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from openhelix.runtime.core.clock import Clock
+from openhelix.runtime.core.clock import Clock, percentiles
 from openhelix.runtime.core.interfaces import (
     F32,
     Engine,
@@ -474,11 +474,3 @@ def health_of(totals: Totals, robots: Mapping[str, RobotState]) -> dict[str, Any
             for name, robot in list(robots.items())
         },
     }
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Return p50, p99 and max; empty without values."""
-    if not values:
-        return {}
-    p50, p99 = np.percentile(values, (50, 99), method="higher")
-    return {"p50": float(p50), "p99": float(p99), "max": float(max(values))}

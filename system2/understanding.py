@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from openhelix.runtime.core.files import (
+    CheckpointError,
     as_record,
     check_kinds,
     load_tensors,
@@ -40,7 +41,7 @@ from openhelix.runtime.core.files import (
 )
 from openhelix.runtime.core.interfaces import Judgement
 from openhelix.system2.latents import load_strictly
-from openhelix.system2.model import Checkpoint, CheckpointError
+from openhelix.system2.model import Checkpoint
 
 FILE = "understanding.safetensors"  # beside `latent.safetensors`, or in a policy's folder
 OFF = "off"

@@ -46,7 +46,7 @@ class CameraError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class CameraSpec:
+class Pinhole:
     """A pinhole camera with square pixels.
 
     Attributes:
@@ -79,8 +79,8 @@ STATIC_EYE = (2.871459009488717, -2.166602199425597, 2.555159848480571)
 STATIC_TARGET = (-0.026242351159453392, -0.0302329882979393, 0.3920000493526459)
 STATIC_UP = (0.4041403970338857, 0.22629790978217404, 0.8862616969685161)
 CAMERAS = {
-    "static": CameraSpec("static", 200, 10.0, 0.01, 10.0),
-    "gripper": CameraSpec("gripper", 84, 75.0, 0.01, 2.0),
+    "static": Pinhole("static", 200, 10.0, 0.01, 10.0),
+    "gripper": Pinhole("gripper", 84, 75.0, 0.01, 2.0),
 }
 
 
@@ -107,7 +107,7 @@ PAD_VIEW_M = 0.026  # of that side: the pad is 18.4 mm wide and 25 mm long
 SOFT_M = 0.002  # thickness of the soft layer before the pad
 # Each pad is looked at from behind, so far that the rays are nearly parallel.
 BEHIND_M = 0.2
-PAD_CAMERA = CameraSpec(
+PAD_CAMERA = Pinhole(
     TACTILE,
     PAD_PIXELS,
     2 * degrees(atan(PAD_VIEW_M / 2 / BEHIND_M)),
@@ -118,7 +118,7 @@ PAD_CAMERA = CameraSpec(
 Stand = Mapping[str, Any]  # where the static camera stands: "eye", "target", "up", "fov" or None
 
 
-def camera_of(scene: Scene, name: str, stand: Stand | None = None) -> CameraSpec:
+def camera_of(scene: Scene, name: str, stand: Stand | None = None) -> Pinhole:
     """A camera as it is in a scene."""
     spec, own = CAMERAS[name], scene.variant
     if name == "static" and stand is not None and stand.get("fov") is not None:
@@ -343,7 +343,7 @@ class SceneRenderer:
         return out
 
     def _render_one(
-        self, camera: CameraSpec, transforms: F64, colours: F32, state: F64
+        self, camera: Pinhole, transforms: F64, colours: F32, state: F64
     ) -> RenderedFrame:
         T_world_cam = self.camera_pose(camera.name, transforms)
         v = self._visuals
@@ -460,7 +460,7 @@ def dent_image(depth: F32) -> U8:
     return np.stack([*slope, 255.0 * dent / SOFT_M], axis=-1).round().astype(np.uint8)
 
 
-def _blank(camera: CameraSpec) -> tuple[U8, F32, I32]:
+def _blank(camera: Pinhole) -> tuple[U8, F32, I32]:
     shape = (camera.size, camera.size)
     return (
         np.full((*shape, 3), 255, np.uint8),

@@ -41,7 +41,7 @@ def content_folder(kind: str, files: Mapping[str, bytes]) -> Path:
         files: contents by relative file name.
 
     Raises:
-        CacheError: the cache cannot be written.
+        CacheFolderError: the cache cannot be written.
         OSError: the disk refuses; `filename` is the folder's.
     """
     digest = hashlib.sha256()

@@ -28,9 +28,10 @@ from openhelix.benchmarks.calvin.refusals import Said
 from openhelix.benchmarks.calvin.tasks import TASKS
 from openhelix.benchmarks.training.config import TrainingConfig, UnderstandingSection
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.files import CheckpointError
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system2.latents import BadReadOut, LatentHead
-from openhelix.system2.model import SHIPPED, CheckpointError, open_checkpoint
+from openhelix.system2.model import SHIPPED, open_checkpoint
 from openhelix.system2.text import TextError, TextReader
 from openhelix.system2.understanding import FILE, Understanding, joined
 

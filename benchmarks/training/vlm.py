@@ -12,10 +12,10 @@ from typing import Any
 from openhelix.benchmarks.training.config import NotDone, TrainingConfig
 from openhelix.benchmarks.training.progress import Showing
 from openhelix.runtime.core.config import CommandFailed, ConfigError
+from openhelix.runtime.core.files import CheckpointError
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system1.train_loop import Pace
-from openhelix.system2.model import CheckpointError
 from openhelix.system2.prompt import BadInstruction
 from openhelix.system2.vlm_config import VlmSection
 from openhelix.system2.vlm_data import shards

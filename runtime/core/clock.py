@@ -13,11 +13,12 @@ from __future__ import annotations
 import gc
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 PREFETCH_NS = 1_000_000  # before a deadline: what a prefetch takes on cold caches, twice
 
@@ -107,6 +108,18 @@ class LatenessSummary:
             "p99": self.p99_ns * 1e-9,
             "max": self.max_ns * 1e-9,
         }
+
+
+def percentiles(
+    values: Sequence[float] | npt.NDArray[np.float64],
+    names: Sequence[str] = ("p50", "p99", "max"),
+) -> dict[str, float | None]:
+    """Return the percentiles asked for, each a value that occurred; null without values."""
+    if len(values) == 0:
+        return dict.fromkeys(names)
+    data = np.asarray(values, np.float64)
+    at = [100.0 if name == "max" else float(name[1:]) for name in names]
+    return dict(zip(names, np.percentile(data, at, method="higher").tolist(), strict=True))
 
 
 class LatenessStats:

@@ -53,6 +53,10 @@ class BadFile(ValueError):
     """A file that is not what it should be; one line names it and says what is wrong."""
 
 
+class CheckpointError(BadFile):
+    """A folder of weights that cannot serve; one line names what is wrong or missing."""
+
+
 @contextmanager
 def told_as(kind: type[BadFile], name: str) -> Iterator[None]:
     """Put the name of the setting in front that a bad file was given as.

@@ -23,7 +23,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("OPENHELIX_CACHE") or Path.home() / ".cache" / "openhelix")
 
 
-class CacheError(ValueError):
+class CacheFolderError(ValueError):
     """The cache cannot be written; the one line names OPENHELIX_CACHE, which says where it is."""
 
 
@@ -31,14 +31,14 @@ def make_in_cache(folder: Path) -> Path:
     """Return a folder of the cache, made if it is not there yet.
 
     Raises:
-        CacheError: it cannot be made or written.
+        CacheFolderError: it cannot be made or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise CacheError(
+        raise CacheFolderError(
             f"OPENHELIX_CACHE: cannot write to {cache_folder()}: {error.strerror}; "
             "name a folder that can be written"
         ) from None

@@ -29,10 +29,11 @@ from openhelix.runtime.control.assembly import (
     remote_planner,
     wire_goals,
 )
-from openhelix.runtime.control.episodes import Assignment, live, percentiles, task_rows
+from openhelix.runtime.control.episodes import Assignment, live, task_rows
 from openhelix.runtime.control.goals import WireGoals
 from openhelix.runtime.control.plans import PlanReply, PlanRequest, planned
 from openhelix.runtime.control.realtime import RealtimeStatus, enter, leave, one_heap
+from openhelix.runtime.core.clock import percentiles
 from openhelix.runtime.core.config import Part, RunConfig, validate
 from openhelix.runtime.core.interfaces import (
     ActionChunk,

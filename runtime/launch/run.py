@@ -34,12 +34,11 @@ from openhelix.runtime.control.episodes import (
     LoopStatistics,
     live,
     parts_of,
-    percentiles,
     task_rows,
     versions,
 )
 from openhelix.runtime.control.loop import Tick
-from openhelix.runtime.core.clock import Clock
+from openhelix.runtime.core.clock import Clock, percentiles
 from openhelix.runtime.core.config import CommandFailed, RunConfig
 from openhelix.runtime.core.interfaces import (
     Engine,

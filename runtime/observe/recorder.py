@@ -54,6 +54,7 @@ from mcap_protobuf.schema import build_file_descriptor_set
 from openhelix.runtime.control.loop import Tick
 from openhelix.runtime.control.plans import checked_chunk
 from openhelix.runtime.control.talk import Entry
+from openhelix.runtime.core.clock import percentiles
 from openhelix.runtime.core.config import RunConfig, apply_overrides, validate
 from openhelix.runtime.core.files import CalmFile
 from openhelix.runtime.core.interfaces import (
@@ -935,8 +936,5 @@ def _distances(a: ActionChunk, b: ActionChunk) -> np.ndarray[Any, Any]:
     return np.stack([away, np.array(turned), opened], axis=1)
 
 
-def _spread(values: np.ndarray[Any, Any]) -> dict[str, float] | None:
-    if len(values) == 0:
-        return None
-    p50, p99 = np.percentile(values, (50, 99))
-    return {"p50": float(p50), "p99": float(p99), "max": float(values.max())}
+def _spread(values: np.ndarray[Any, Any]) -> dict[str, float | None] | None:
+    return percentiles(values) if len(values) else None

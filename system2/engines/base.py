@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from openhelix.runtime.core.files import CheckpointError
 from openhelix.runtime.core.interfaces import F32, U8, Judgement, LatentSpec
 from openhelix.system2.latents import (
     NEEDS_VISION,
@@ -31,7 +32,6 @@ from openhelix.system2.latents import (
 from openhelix.system2.model import (
     FROM_CHECKPOINT,
     SHIPPED,
-    CheckpointError,
     load_tokenizer,
     open_checkpoint,
     pick_dtype,

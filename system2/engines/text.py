@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from openhelix.runtime.core.files import CheckpointError
 from openhelix.runtime.core.interfaces import F32, Judgement, LatentSpec
-from openhelix.system2.model import CheckpointError
 from openhelix.system2.prompt import BadInstruction, as_batch
 from openhelix.system2.text import FILE, TextCode, TextReader, builtin_of
 from openhelix.system2.understanding import KEPT, PlainSentences, beside

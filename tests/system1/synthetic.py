@@ -19,32 +19,33 @@ from openhelix.system1.cache import (
     index_bytes,
     pictures,
     shard_bytes,
-    write_latents,
 )
 from openhelix.system1.config import KEYPOSES, PolicyConfig
+from openhelix.system1.sentences import Sentences
 
 SPEED_M = 0.01  # a step
 
 
 TASKS, SAID = ["open it", "close it"], ["open", "close"]
+SENTENCES = "said.safetensors"
 
 
 def make_cache(
     folder: Path, config: PolicyConfig, episodes: int = 12, frames: int = 8, shards: int = 1
 ) -> None:
-    """Write a cache as production does, with latents of a System 2 called "fake"."""
+    """Write a cache as production does, and beside it (`SENTENCES`) what its tasks are told by."""
     rng = np.random.default_rng(0)
     parts = [make_episode(config, number, frames, rng) for number in range(episodes)]
-    codes = rng.normal(size=(2, 1, config.latent_dim))
+    folder.mkdir(parents=True, exist_ok=True)
+    codes = torch.tensor(rng.normal(size=(2, 1, config.latent_dim)), dtype=torch.float32)
     spec = LatentSpec("act_last", 1, config.latent_dim, "fake0")
+    Sentences(codes, torch.tensor([0, 1]), SAID, spec, len(TASKS)).save(folder / SENTENCES)
     listed = []
     for number, some in enumerate(np.array_split(np.arange(episodes), shards)):
         name = f"shard-{number:05d}.safetensors"
         own = [parts[i] for i in some]
         replace_file(folder / name, shard_bytes(own, config, len(TASKS), len(SAID)))
-        rows = torch.cat([part["task"] for part in own]).numpy()
-        listed.append({"file": name, "frames": len(rows)})
-        write_latents(folder, "fake", name, codes[rows][:, None], rows[:, None], spec)
+        listed.append({"file": name, "frames": sum(len(part["task"]) for part in own)})
     replace_file(folder / "cache.json", index_bytes(config, TASKS, SAID, listed))
 
 

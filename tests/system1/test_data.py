@@ -15,16 +15,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from openhelix.runtime.core.files import BadFile
-from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1.cache import (
     FARTHEST_M,
     CacheError,
     chunk_targets,
     pictures,
     shard_bytes,
-    write_latents,
 )
-from openhelix.system1.data import Augment, Cache, relative_rows, shift
+from openhelix.system1.data import Cache, relative_rows, shift
 from openhelix.system1.geometry import (
     matrix_from_6d,
     matrix_to_euler,
@@ -50,7 +48,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def test_frames_come_back(folder):
-    cache = Cache(folder, "fake")
+    cache = Cache(folder)
     raw = load_file(folder / "shard-00000.safetensors")
     frames = torch.tensor([17, 3])
     batch = cache.batch(frames, generator())
@@ -65,8 +63,6 @@ def test_frames_come_back(folder):
     torch.testing.assert_close(
         batch.inputs.xyz[0][:, 2][seen], torch.zeros(int(seen.sum())), atol=1e-4, rtol=0
     )
-    assert batch.inputs.latent.shape == (2, 1, 1, 12)
-    assert (batch.inputs.latent_age_s == 0).all()
 
 
 def test_training_sees_the_pixels_that_acting_sees():
@@ -127,27 +123,7 @@ def test_targets_end_with_the_episode():
     assert fewer.tolist() == [[True, False, False, False], [True, True, False, False]]
 
 
-def test_stale_latents_are_of_the_same_episode_and_carry_their_age(folder):
-    cache = Cache(folder, "fake")
-    frames = torch.arange(96)
-    ages = []
-    for seed in range(5):
-        source = cache._earlier(frames, 5, generator(seed))
-        assert torch.equal(cache.episode[source], cache.episode)
-        lag = cache.step - cache.step[source]
-        assert lag.min() >= 0
-        assert lag.max() <= 5
-        ages.append(lag.max())
-    assert max(ages) == 5
-    batch = cache.batch(frames, generator(), Augment(latent_lag_steps=5, null_latent=0.5))
-    assert batch.inputs.latent_age_s.max() <= 5 / 30 + 1e-6
-    null = ~batch.inputs.latent_mask[:, 0]
-    assert 20 < null.sum() < 76
-    assert torch.equal(batch.inputs.task[null], cache.task[null])
-    assert (batch.inputs.task[~null] == -1).all()
-
-
-def test_without_latents_the_task_is_named(folder):
+def test_the_task_is_named(folder):
     batch = Cache(folder).batch(torch.tensor([0, 8]), generator())
     assert batch.inputs.latent is None
     assert batch.inputs.task.tolist() == [0, 1]
@@ -180,11 +156,6 @@ def test_shards_are_one_cache(tmp_path):
     assert len(cache) == sum(s["frames"] for s in shards) == 96
     frames = torch.randperm(96, generator=generator())
     assert torch.equal(cache.gather("step", frames).long(), cache.step[frames])
-    (tmp_path / "latents-fake" / shards[1]["file"]).write_bytes(
-        (tmp_path / "latents-fake" / shards[4]["file"]).read_bytes()
-    )
-    with pytest.raises(CacheError, match="other frames than"):
-        Cache(tmp_path, "fake")
 
 
 @pytest.mark.parametrize(
@@ -207,15 +178,9 @@ def test_bad_columns_are_named(change, message):
         shard_bytes([bad], CONFIG, 2, 2)
 
 
-def test_bad_folders_are_named(folder, tmp_path):
+def test_a_folder_without_an_index_is_named(tmp_path):
     with pytest.raises(CacheError, match=r"no cache\.json"):
         Cache(tmp_path)
-    with pytest.raises(CacheError, match=r"no latents\.json"):
-        Cache(folder, "other")
-    with pytest.raises(CacheError, match="latent: shape"):
-        write_latents(
-            tmp_path, "x", "s", np.zeros((4, 1, 1, 3)), np.zeros((4, 1)), LatentSpec("k", 1, 5)
-        )
 
 
 def changed(name, **fields):
@@ -252,10 +217,6 @@ def content(name, data):
         content("cache.json", b"{}"),
         content("shard-00000.safetensors", b""),
         content("shard-00000.safetensors", bytes(2000)),
-        content("latents-fake/latents.json", b"{"),
-        content("latents-fake/latents.json", b"{}"),
-        content("latents-fake/latents.json", b'{"kind": 1, "n_tokens": 1, "dim": 12}'),
-        content("latents-fake/shard-00000.safetensors", b"no"),
         changed("hz", hz="30"),
         changed("horizon", horizon=None),
         changed("cameras.0.", cameras=[{"lens": 1}]),
@@ -275,8 +236,8 @@ def content(name, data):
 def test_a_damaged_file_is_named(folder, tmp_path, said, change):
     place = tmp_path / "frames"
     shutil.copytree(folder, place)
-    Cache(place, "fake")
+    Cache(place)
     change(place)
     with pytest.raises(BadFile, match=re.escape(f"{place}/{said}")) as caught:
-        Cache(place, "fake")
+        Cache(place)
     assert "\n" not in str(caught.value)

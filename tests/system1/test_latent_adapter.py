@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from openhelix.runtime.core.files import CheckpointError
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.system1 import policy as policy_module
-from openhelix.system1.checkpoint import CheckpointError, build_model, save_policy
+from openhelix.system1.checkpoint import build_model, save_policy
 from openhelix.system1.config import official_calvin
 from openhelix.system1.latent_adapter import (
     ADAPTER,

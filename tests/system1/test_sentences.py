@@ -52,9 +52,7 @@ def lists(tmp_path):
 
 
 def told_config(folder, out, lists, **changes):
-    return run_config(
-        folder, out, latents=None, sentences=lists[0], held_sentences=lists[1], **changes
-    )
+    return run_config(folder, out, sentences=lists[0], held_sentences=lists[1], **changes)
 
 
 def test_a_task_is_told_all_of_its_sentences_and_no_others():
@@ -197,7 +195,7 @@ def test_a_policy_learns_from_sentences_and_says_so(folder, tmp_path, lists):
 
 
 def test_a_policy_that_knew_numbers_understands_sentences_at_once(folder, tmp_path, lists):
-    first = Trainer(run_config(folder, tmp_path / "numbers", latents=None, steps=6))
+    first = Trainer(run_config(folder, tmp_path / "numbers", sentences=None, steps=6))
     first.run()
     config = told_config(folder, tmp_path / "words", lists, init=tmp_path / "numbers")
     config = replace(config, changes={}, freeze=("encoder.condition.project",))
@@ -224,12 +222,10 @@ def test_a_told_run_goes_on_as_if_it_had_not_stopped(folder, tmp_path, lists):
         assert torch.equal(tensor, second.model.state_dict()[name]), name
 
 
-def test_sentences_of_another_code_or_beside_latents_are_refused(folder, tmp_path, lists):
+def test_sentences_of_another_code_are_refused(folder, tmp_path, lists):
     sentences(spec=replace(SPEC, model_id="other")).save(lists[1])
     with pytest.raises(ConfigError, match="held_sentences"):
         Trainer(told_config(folder, tmp_path, lists))
-    with pytest.raises(ConfigError, match="not by both"):
-        Trainer(replace(told_config(folder, tmp_path, lists), latents="fake"))
 
 
 @pytest.fixture(scope="module")
@@ -252,11 +248,10 @@ def test_two_collections_are_one_cache(two):
     said = both.gather("instruction", at).long()
     texts = [both.meta["instructions"][i] for i in said.tolist()]
     assert texts == [("open", "close")[int(t)] for t in both.task[at]]
-    assert Cache(two, "fake").latent_spec == Cache(two[0], "fake").latent_spec
 
 
 def test_shares_decide_how_often_a_collection_is_seen(two, tmp_path):
-    config = run_config(two[0], tmp_path, latents=None)
+    config = run_config(two[0], tmp_path, sentences=None)
     config = replace(config, cache=tuple(two), mix=(1.0, 3.0), batch=400)
     run = Trainer(config)
     picked = run._picked(torch.Generator().manual_seed(0))
@@ -269,7 +264,7 @@ def test_shares_decide_how_often_a_collection_is_seen(two, tmp_path):
 
 @pytest.mark.parametrize("mix", [(1.0,), (1.0, -1.0), (0.0, 0.0)])
 def test_shares_that_make_no_sense_are_refused(two, tmp_path, mix):
-    config = run_config(two[0], tmp_path, latents=None)
+    config = run_config(two[0], tmp_path, sentences=None)
     with pytest.raises(ConfigError, match="mix"):
         Trainer(replace(config, cache=tuple(two), mix=mix))
 

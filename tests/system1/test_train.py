@@ -17,7 +17,7 @@ from openhelix.system1.losses import LossParts, diffusion_loss, trajectory_loss
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system1.train import TrainConfig, Trainer, policy_config, train
 from openhelix.system1.train_loop import OPTIMIZERS
-from tests.system1.synthetic import make_cache
+from tests.system1.synthetic import SENTENCES, make_cache
 from tests.system1.test_policy import tiny
 
 SMALL = {"dim": 48, "heads": 4, "encoder_width": 8, "layers": 2}
@@ -34,7 +34,7 @@ def run_config(folder, out, **changes) -> TrainConfig:
     base = TrainConfig(
         cache=folder,
         out=out,
-        latents="fake",
+        sentences=folder / SENTENCES,
         changes=SMALL,
         steps=6,
         batch=8,
@@ -117,13 +117,13 @@ def test_frozen_parts_stay(folder, tmp_path):
 
 
 def test_a_run_can_start_from_a_checkpoint(folder, tmp_path):
-    first = Trainer(run_config(folder, tmp_path / "a", latents=None))
+    first = Trainer(run_config(folder, tmp_path / "a", sentences=None))
     first.train_step()
     first.save()
     second = Trainer(run_config(folder, tmp_path / "b", init=tmp_path / "a"))
     weights = DiffusionPolicy.load(tmp_path / "a").model.state_dict()
     for name, tensor in second.model.state_dict().items():
-        if not name.startswith(ADAPTER):  # the cache's latents have another width
+        if not name.startswith(ADAPTER):  # the sentences' latents have another width
             assert torch.equal(tensor, weights[name]), name
     assert second.policy_config.use_latent
     assert second.policy_config.latent_model_id == "fake0"
@@ -132,11 +132,11 @@ def test_a_run_can_start_from_a_checkpoint(folder, tmp_path):
 
 def test_a_run_can_start_from_a_checkpoint_and_add_to_it(folder, tmp_path):
     plain = {**SMALL, "keyposes": 0}
-    first = Trainer(run_config(folder, tmp_path / "a", latents=None, changes=plain))
+    first = Trainer(run_config(folder, tmp_path / "a", sentences=None, changes=plain))
     first.train_step()
     first.save()
     weights = DiffusionPolicy.load(tmp_path / "a").model.state_dict()
-    config = run_config(folder, tmp_path / "b", latents=None, init=tmp_path / "a")
+    config = run_config(folder, tmp_path / "b", sentences=None, init=tmp_path / "a")
     second = Trainer(replace(config, changes={"keyposes": 2}))
     state = second.model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
@@ -173,7 +173,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
 
 
 def test_contradictions_are_named(folder, tmp_path):
-    cache = Cache(folder, "fake")
+    cache = Cache(folder)
     with pytest.raises(ConfigError, match="horizon: 9 contradicts the cache, which has 6"):
         policy_config(run_config(folder, tmp_path, changes={"horizon": 9}), cache)
     with pytest.raises(ConfigError, match="preset: 'big' is not one of"):

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
+from openhelix.runtime.core.files import CheckpointError
 from openhelix.system2.engines import base
 from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.latents import KINDS, BadReadOut, LatentConfig, LatentHead
-from openhelix.system2.model import CheckpointError
 from openhelix.system2.prompt import BadImage, BadInstruction
 from tests.system2.conftest import TEXTS
 

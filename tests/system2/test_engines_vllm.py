@@ -14,13 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
-from openhelix.runtime.core.files import BadFile
+from openhelix.runtime.core.files import BadFile, CheckpointError
 from openhelix.runtime.observe.metrics import Library
 from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.engines.vllm import VllmEngine, serving_folder
 from openhelix.system2.engines.vllm_plugin import real_hasattr, real_vars
 from openhelix.system2.latents import BadReadOut, LatentHead
-from openhelix.system2.model import CheckpointError, open_checkpoint
+from openhelix.system2.model import open_checkpoint
 from openhelix.system2.prompt import BadImage, BadInstruction
 from tests.system2 import tiny
 from tests.system2.conftest import TEXTS

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from openhelix.runtime.core.files import CheckpointError
 from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.families import FAMILIES, squared
 from openhelix.system2.latents import KINDS, LatentConfig, LatentHead
 from openhelix.system2.model import (
     Checkpoint,
-    CheckpointError,
     load_llava,
     load_model,
     load_tokenizer,

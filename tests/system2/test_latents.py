@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from openhelix.runtime.core.files import CheckpointError
 from openhelix.system2.latents import (
     KINDS,
     NEEDS_VISION,
@@ -18,7 +19,6 @@ from openhelix.system2.latents import (
     MapPool,
     read_out,
 )
-from openhelix.system2.model import CheckpointError
 from openhelix.system2.prompt import Layout
 
 LAYOUT = Layout(length=20, image=(2, 10), text=(11, 16), act=(18, 20), words=(13, 15))

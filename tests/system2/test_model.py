@@ -14,13 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from openhelix.runtime.core.files import BadFile
+from openhelix.runtime.core.files import BadFile, CheckpointError
 from openhelix.system2 import model
 from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.engines.vllm import VllmEngine
 from openhelix.system2.model import (
     MANIFEST,
-    CheckpointError,
     act_token,
     load_tokenizer,
     load_vision,

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from openhelix.system2.model import CheckpointError, open_checkpoint
+from openhelix.runtime.core.files import CheckpointError
+from openhelix.system2.model import open_checkpoint
 from openhelix.system2.pretrain import (
     Captions,
     PretrainConfig,

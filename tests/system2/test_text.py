@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from openhelix.runtime.core.files import CheckpointError
 from openhelix.system2.engines.text import TextEngine
-from openhelix.system2.model import CheckpointError
 from openhelix.system2.prompt import BadInstruction
 from openhelix.system2.text import FILE, TextCode, TextError, TextReader, fitted_code
 from openhelix.system2.understanding import Understanding

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from openhelix.runtime.core.config import load
+from openhelix.runtime.core.files import CheckpointError
 from openhelix.runtime.core.interfaces import Judgement, judged
 from openhelix.system2.engines.text import TextEngine
 from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.latents import LatentConfig, LatentHead
-from openhelix.system2.model import CheckpointError, open_checkpoint
+from openhelix.system2.model import open_checkpoint
 from openhelix.system2.prompt import BadInstruction
 from openhelix.system2.text import TextReader, fitted_code
 from openhelix.system2.understanding import FILE, PlainSentences, Understanding, beside

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from openhelix.runtime.core.paths import CacheError, cache_folder, make_in_cache
+from openhelix.runtime.core.paths import CacheFolderError, cache_folder, make_in_cache
 
 
 def test_a_folder_of_the_cache_is_made_once(tmp_path: Path, monkeypatch) -> None:
@@ -22,5 +22,7 @@ def test_a_cache_that_cannot_be_written_is_one_line_that_names_the_variable(
     (tmp_path / "file").touch()
     for place in ("/proc/nope", str(tmp_path / "file")):
         monkeypatch.setenv("OPENHELIX_CACHE", place)
-        with pytest.raises(CacheError, match=rf"^OPENHELIX_CACHE: cannot write to {place}: .+$"):
+        with pytest.raises(
+            CacheFolderError, match=rf"^OPENHELIX_CACHE: cannot write to {place}: .+$"
+        ):
             make_in_cache(cache_folder() / "playtable")
