@@ -25,6 +25,7 @@ from openhelix.runtime.core.files import (
     replace_file,
     save_tensors,
 )
+from openhelix.runtime.core.precision import computes_bf16
 from openhelix.runtime.core.workers import ALONE, Workers
 
 # ------------------------------------------------------------------------------------------------
@@ -87,10 +88,10 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """Return the nearest orthogonal matrices of x (N, rows, columns), near enough, in bfloat16."""
+    """Return the nearest orthogonal matrices of x (N, rows, columns), near enough for bfloat16."""
     a, b, c = coefficients
     flip = x.shape[1] > x.shape[2]
-    x = x.bfloat16()
+    x = x.bfloat16() if computes_bf16("auto", x.device.type) else x.float()
     x = x.mT if flip else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(steps):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from openhelix.runtime.core.files import CheckpointError
+from openhelix.runtime.core.precision import pick_dtype
 from openhelix.system2.latents import LatentHead, check_fit
 from openhelix.system2.model import (
     Checkpoint,
@@ -21,7 +22,6 @@ from openhelix.system2.model import (
     load_processor,
     load_tokenizer,
     open_checkpoint,
-    pick_dtype,
 )
 from openhelix.system2.prompt import BadInstruction, Prompt, as_batch, clean_instruction
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from openhelix.runtime.core.files import (
     CheckpointError,
@@ -54,7 +54,7 @@ from openhelix.system2.prompt import (
 )
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 # ------------------------------------------------------------------------------------------------
 # Folders made once and named by their content, safe when several processes start together.
@@ -1066,35 +1066,6 @@ def _with_adapter(folder: Path) -> Path:
         write_manifest(out, {"model_id": key, **kept})
 
     return build_once(cache_folder() / "system2" / f"merged-{key}", make)
-
-
-def pick_dtype(name: str) -> torch.dtype:
-    """Return the named dtype; "auto" is bfloat16 where the machine computes it natively.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    import torch
-
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name != "auto":
-        if name not in dtypes:
-            raise ValueError(f"dtype: {name!r}, want auto, {', '.join(dtypes)}")
-        return dtypes[name]
-    native = computes_bf16("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    return torch.bfloat16 if native else torch.float32
-
-
-def computes_bf16(wanted: bool | Literal["auto"], device: str) -> bool:
-    """Whether to compute in bfloat16; "auto" where the device does so natively."""
-    import torch
-
-    if isinstance(wanted, bool):
-        return wanted
-    if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported())
-    capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
 
 
 # ------------------------------------------------------------------------------------------------

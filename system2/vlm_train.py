@@ -38,6 +38,7 @@ from openhelix.runtime.core.files import (
     replace_file,
 )
 from openhelix.runtime.core.plugins import none_of
+from openhelix.runtime.core.precision import computes_bf16
 from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system2.model import (
     BUILTIN,
@@ -48,7 +49,6 @@ from openhelix.system2.model import (
     VisionShape,
     build,
     builtin,
-    computes_bf16,
     load_llava,
     load_processor,
     load_tokenizer,

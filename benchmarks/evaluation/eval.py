@@ -375,7 +375,7 @@ def in_one_precision(data: dict[str, Any]) -> dict[str, Any]:
     options = data.get("system2", {}).get("engine", {}).get("options", {})
     if options.get("dtype") != "auto":
         return data
-    from openhelix.system2.model import pick_dtype
+    from openhelix.runtime.core.precision import pick_dtype
 
     named = [f"system2.engine.options.dtype={str(pick_dtype('auto')).removeprefix('torch.')}"]
     return apply_overrides(data, named, RunConfig)

@@ -348,7 +348,7 @@ class TrainingConfig(_Section):
     @property
     def computes_bf16(self) -> bool:
         """Whether autocast is used on this machine."""
-        from openhelix.system2.model import computes_bf16
+        from openhelix.runtime.core.precision import computes_bf16
 
         return computes_bf16(self.bf16, self.device)
 

@@ -32,13 +32,14 @@ from openhelix.benchmarks.training.feeds import feed_kind, regime_of
 from openhelix.runtime.core.clock import duration_text
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.runtime.core.precision import pick_dtype
 from openhelix.system1.checkpoint import Network, load_policy
 from openhelix.system1.data import Cache
 from openhelix.system1.latent_adapter import adapt_to_latent
 from openhelix.system1.train import TrainConfig, fresh_network, policy_config
 from openhelix.system1.train_loop import Optimizers, hidden
 from openhelix.system2.latents import KV, LATENT_DIM
-from openhelix.system2.model import Checkpoint, open_checkpoint, pick_dtype
+from openhelix.system2.model import Checkpoint, open_checkpoint
 from openhelix.system2.train import CHANGES, ActionHead
 
 ESTIMATED = ("policy", "stage1", "stage2")

@@ -29,8 +29,8 @@ from openhelix.benchmarks.training.estimate import (
     step_seconds,
 )
 from openhelix.benchmarks.training.vlm import data_folder
+from openhelix.runtime.core.precision import computes_bf16
 from openhelix.system2.latents import LATENT_DIM, LatentConfig, LatentHead
-from openhelix.system2.model import computes_bf16
 from openhelix.system2.vlm import IGNORED, Learner, Packed, Sight, adapt
 from openhelix.system2.vlm_config import VlmSection
 from openhelix.system2.vlm_data import Record, read, shards

@@ -54,6 +54,7 @@ from openhelix.runtime.core.files import (
     save_tensors,
 )
 from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.runtime.core.precision import pick_dtype
 from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system1.checkpoint import WEIGHTS, Network, load_policy, load_strict, save_policy
 from openhelix.system1.data import Cache
@@ -73,7 +74,7 @@ from openhelix.system1.train_loop import (
     whole,
 )
 from openhelix.system2.latents import KV, LATENT_DIM, LatentHead, plain_name
-from openhelix.system2.model import Checkpoint, load_model, open_checkpoint, pick_dtype, sha256_file
+from openhelix.system2.model import Checkpoint, load_model, open_checkpoint, sha256_file
 from openhelix.system2.probe import WordSpace
 from openhelix.system2.text import FILE, TextCode, TextError, TextReader, fitted_code
 from openhelix.system2.train import CHANGES, RegimeError, System2Learner

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from openhelix.runtime.core.files import CheckpointError
 from openhelix.runtime.core.interfaces import F32, U8, Judgement, LatentSpec
+from openhelix.runtime.core.precision import pick_dtype
 from openhelix.system2.latents import (
     NEEDS_VISION,
     PROPRIO,
@@ -34,7 +35,6 @@ from openhelix.system2.model import (
     SHIPPED,
     load_tokenizer,
     open_checkpoint,
-    pick_dtype,
 )
 from openhelix.system2.prompt import BadInstruction, Layout, Prompt, as_batch
 from openhelix.system2.text import sentence_ids

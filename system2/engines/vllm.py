@@ -25,12 +25,13 @@ from torch import Tensor
 
 from openhelix.runtime.core.files import BadFile, CheckpointError, check_finite, read_json
 from openhelix.runtime.core.paths import cache_folder
+from openhelix.runtime.core.precision import pick_dtype
 from openhelix.system2.answering import MAX_WORDS, AnswerPrompts
 from openhelix.system2.engines.base import EncodeError, EngineBase
 from openhelix.system2.engines.vllm_plugin import register
 from openhelix.system2.families import squared
 from openhelix.system2.latents import LatentConfig, stop_vllm_after
-from openhelix.system2.model import Checkpoint, build_once, pick_dtype
+from openhelix.system2.model import Checkpoint, build_once
 from openhelix.system2.prompt import Prompt, as_batch
 from openhelix.system2.understanding import OFF
 
