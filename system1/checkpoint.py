@@ -81,6 +81,16 @@ def rebuilt(model: Network, config: PolicyConfig, seed: int) -> tuple[Network, l
     return made, unfit
 
 
+def take_encoder(model: Network, source: Network) -> int:
+    """Give a network the weights of another's encoder where they fit; return how many numbers do."""
+    own, taken = model.state_dict(), 0
+    for name, tensor in source.state_dict().items():
+        if name.startswith("encoder.") and name in own and own[name].shape == tensor.shape:
+            own[name].copy_(tensor)
+            taken += tensor.numel()
+    return taken
+
+
 def load_strict(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load a state dict whose names and shapes must be exactly the model's.
 

@@ -43,9 +43,11 @@ class Variant(_Section):
     Attributes:
         says: what it is, in words.
         policy: "pretrained" begins with the policy that was trained alone, "scratch" with an
-            untrained one, "untrained" with that policy's own network before its training; "kept" stays with the former as it is, and all samples are stage 1's;
-            "only" is that policy by itself; "shipped" is the project's own pair as it is, and
-            nothing is trained.
+            untrained one, "untrained" with that policy's own network before its training,
+            "encoder" with an untrained one that has the pretrained policy's encoder, where the
+            weights fit; "kept" stays with the pretrained one as it is, and all samples are stage
+            1's; "only" is that policy by itself; "shipped" is the project's own pair as it is,
+            and nothing is trained.
         regime: what of the language model learns; "frozen" trains the projector alone.
         clip, aux, vision: alignment loss, auxiliary action head, image in System 2's prompt.
         clip_to: what the alignment loss draws latents to: the policy's "table" of tasks, or the
@@ -66,7 +68,9 @@ class Variant(_Section):
     """
 
     says: str
-    policy: Literal["pretrained", "scratch", "untrained", "kept", "only", "shipped"] = "pretrained"
+    policy: Literal["pretrained", "scratch", "untrained", "encoder", "kept", "only", "shipped"] = (
+        "pretrained"
+    )
     regime: Literal["frozen", "prompt", "lora", "full", "vocabulary"] = "prompt"
     clip: bool = False
     clip_to: Literal["table", "sentence"] = "table"

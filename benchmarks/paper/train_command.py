@@ -87,7 +87,9 @@ class TrainCommand:
             self._share(folder)
             options.setdefault("latent.prefix_gb", PREFIX_GB)
             if parent is not None:
-                options["policy.checkpoint"] = str(self._policy_of(training.parent, parent))
+                untrained = options.get("policy.pretrained") is False
+                name = "policy.encoder_from" if untrained else "policy.checkpoint"
+                options[name] = str(self._policy_of(training.parent, parent))
         if self._until_s is not None:
             left_s = self._until_s - time.monotonic()
             if left_s < LEAST_S:

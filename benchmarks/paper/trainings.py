@@ -193,7 +193,10 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
         kept = {k: v for k, v in options.items() if not _of_policy(k)}
         return Training("pair", kept, data, policy, model)
     kept = {k: v for k, v in options.items() if k not in (GIVEN, "policy.told", "policy.steps")}
-    return Training("pair", kept | {"policy.pretrained": False}, data, weights=model)
+    parent = None
+    if variant.policy == "encoder":
+        parent = _policy_training({**base, **changes}, data)
+    return Training("pair", kept | {"policy.pretrained": False}, data, parent, model)
 
 
 def _network_of(options: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,8 @@ class PolicyStage(_Section):
             of a sentence's tokens is read, and how many of its tokens follow one by one.
         checkpoint: a trained policy's folder, taken instead of training one.
         pretrained: False: the stages after begin with an untrained policy (Table 4's contrast).
+        encoder_from: a policy's folder whose encoder an untrained policy begins with, where the
+            weights fit its own.
         init: a policy's folder whose weights the training begins with; what `changes` adds to
             the network is fresh.
         plan_s: seconds of training after which the rate has fallen and the stage is finished,
@@ -80,6 +82,7 @@ class PolicyStage(_Section):
     text_words: Whole = 0
     checkpoint: Path | None = None
     pretrained: bool = True
+    encoder_from: Path | None = None
     init: Path | None = None
     preset: str = "small"
     changes: dict[str, Any] = {}
@@ -94,6 +97,12 @@ class PolicyStage(_Section):
     ema: Share = 0.998
     eval_every: Count = 500
     save_every: Count = 100
+
+    @model_validator(mode="after")
+    def _begins_once(self) -> PolicyStage:
+        if self.encoder_from is not None and self.pretrained:
+            raise ValueError("encoder_from: for an untrained policy; say policy.pretrained=false")
+        return self
 
 
 class LatentSection(_Section):
