@@ -25,10 +25,18 @@ import torch
 from torch import Tensor
 
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.files import BadFile, told_as
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system1.cache import CacheError
-from openhelix.system1.checkpoint import Network, load_policy, rebuilt, save_policy, seeded_model
+from openhelix.system1.checkpoint import (
+    Network,
+    load_policy,
+    rebuilt,
+    save_policy,
+    seeded_model,
+    take_encoder,
+)
 from openhelix.system1.config import PRESETS, TACTILE, CameraConfig, PolicyConfig
 from openhelix.system1.data import Augment, Batch, Cache
 from openhelix.system1.diffusion import Normalizer
@@ -79,6 +87,7 @@ class TrainConfig:
     preset: str = "small"
     changes: dict[str, Any] = field(default_factory=dict)  # fields of PolicyConfig
     init: Path | None = None  # a checkpoint folder to start from
+    encoder_from: Path | None = None  # ... to take the encoder from, where its weights fit
     freeze: tuple[str, ...] = ()  # prefixes of parameters that stay as they are
     steps: int = 20_000
     batch: int = 32  # of all workers together
@@ -173,8 +182,19 @@ def grown(model: Network, changes: Mapping[str, Any], seed: int) -> Network:
     return made
 
 
-def fresh_network(config: PolicyConfig, cache: Cache, frames: Tensor, seed: int) -> Network:
-    """Return an untrained network whose normaliser is fitted to some frames of a cache."""
+def fresh_network(
+    config: PolicyConfig,
+    cache: Cache,
+    frames: Tensor,
+    seed: int,
+    encoder_from: Path | None = None,
+) -> Network:
+    """Return an untrained network whose normaliser is fitted to some frames of a cache.
+
+    Raises:
+        ConfigError: of the policy in `encoder_from` no weight fits this encoder.
+        BadFile: it cannot be read.
+    """
     model = seeded_model(config, seed)
     if config.encoder == "efficientnet":
         for module in model.modules():
@@ -182,6 +202,11 @@ def fresh_network(config: PolicyConfig, cache: Cache, frames: Tensor, seed: int)
                 load_imagenet(module)
     if config.head != "diffuser_actor":
         model.set_normalizer(Normalizer.fit(*cache.all_rows(frames, config.rotation)))
+    if encoder_from is not None:
+        with told_as(BadFile, "policy.encoder_from"):
+            source = load_policy(encoder_from)
+        if not take_encoder(model, source):
+            raise ConfigError(f"policy.encoder_from: nothing of {encoder_from} fits this encoder")
     return model
 
 
@@ -289,17 +314,25 @@ class Trainer:
             model = grown(load_policy(config.init), config.changes, config.seed)
             spec = self.told_by
             if spec is not None:
-                known = model.config.latent_model_id == spec.model_id
+                known = model.config.latent_model_id
                 model = adapt_to_latent(model, spec, config.seed)
-                if self.sentences is not None and not known:
-                    start_adapter(
-                        model, self.sentences.latent, self.sentences.task, config.door_penalty
-                    )
+                self._begin_adapter(model, known)
             elif model.config.use_latent:
                 model.config = replace(model.config, use_latent=False)
             self.policy_config = model.config
             return model
-        return fresh_network(self.policy_config, self.cache, self.train_frames, config.seed)
+        model = fresh_network(
+            self.policy_config, self.cache, self.train_frames, config.seed, config.encoder_from
+        )
+        if config.encoder_from is not None:
+            self._begin_adapter(model, load_policy(config.encoder_from).config.latent_model_id)
+        return model
+
+    def _begin_adapter(self, model: Network, known: str) -> None:
+        """Begin the map of sentences of a network that knew those of the code `known`."""
+        said = self.sentences
+        if said is not None and said.spec.model_id != known:
+            start_adapter(model, said.latent, said.task, self.config.door_penalty)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step: linear warm-up, then a cosine.

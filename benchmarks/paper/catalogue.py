@@ -44,10 +44,10 @@ class Variant(_Section):
         says: what it is, in words.
         policy: "pretrained" begins with the policy that was trained alone, "scratch" with an
             untrained one, "untrained" with that policy's own network before its training,
-            "encoder" with an untrained one that has the pretrained policy's encoder, where the
-            weights fit; "kept" stays with the pretrained one as it is, and all samples are stage
-            1's; "only" is that policy by itself; "shipped" is the project's own pair as it is,
-            and nothing is trained.
+            "encoder" with one of its own make that began with the pretrained policy's encoder,
+            where the weights fit, and then learned alone as that one did; "kept" stays with the
+            pretrained one as it is, and all samples are stage 1's; "only" is that policy by
+            itself; "shipped" is the project's own pair as it is, and nothing is trained.
         regime: what of the language model learns; "frozen" trains the projector alone.
         clip, aux, vision: alignment loss, auxiliary action head, image in System 2's prompt.
         clip_to: what the alignment loss draws latents to: the policy's "table" of tasks, or the
@@ -265,6 +265,8 @@ class Scale(_Section):
         says: in words.
         sequences, final_sequences: chains of a row, and of a row that is `final`.
         episodes_per_task: of calvin-d, for each task and motion.
+        own_steps: for which a policy of another make than the base's learns alone, behind the
+            base's encoder.
         max_steps: cuts every row's step limit; None leaves it.
         threads: of torch, for each worker of an evaluation.
         videos: episodes of each evaluation that are filmed; none of them is another for it.
@@ -279,6 +281,7 @@ class Scale(_Section):
     sequences: Count
     final_sequences: Count
     episodes_per_task: Count
+    own_steps: Count = 20_000
     max_steps: Count | None = None
     threads: Count = 1
     videos: Annotated[int, Field(ge=0)] = 2

@@ -86,10 +86,9 @@ class TrainCommand:
         if training.stage == "pair":
             self._share(folder)
             options.setdefault("latent.prefix_gb", PREFIX_GB)
-            if parent is not None:
-                untrained = options.get("policy.pretrained") is False
-                name = "policy.encoder_from" if untrained else "policy.checkpoint"
-                options[name] = str(self._policy_of(training.parent, parent))
+        if parent is not None:
+            name = "policy.checkpoint" if training.stage == "pair" else "policy.encoder_from"
+            options[name] = str(self._policy_of(training.parent, parent))
         if self._until_s is not None:
             left_s = self._until_s - time.monotonic()
             if left_s < LEAST_S:
@@ -129,7 +128,9 @@ class TrainCommand:
             alone = folder / POLICY
             path = alone if alone.is_dir() else self._policy_of(training, folder)
             return [f"system1.policy.options.path={path}"]
-        return exported(folder) + engine_of(training.options) + cameras_of(training.options)
+        before = {} if training.parent is None else training.parent.options
+        made_of = {**before, **training.options}
+        return exported(folder) + engine_of(training.options) + cameras_of(made_of)
 
     def seconds(self, training: Training) -> float | None:
         """See `Trainer.seconds`."""

@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -61,7 +61,7 @@ class Training:
             own pair, which is there.
         options: of `openhelix train`, by their dotted names.
         data: what identifies the data: a hash, or the path of data that cannot be hashed.
-        parent: the policy that a pair begins with.
+        parent: the policy that a pair begins with, or a policy's encoder.
         weights: a hash of the weights that it is given, and that may be others tomorrow.
     """
 
@@ -155,6 +155,13 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
     if network:
         given.pop(GIVEN, None)  # what is given is another network
     policy = _policy_training({**given, **network}, data)
+    if variant.policy == "encoder":
+        own = {**base, "policy.told": "sentence", "policy.steps": scale.own_steps}
+        own |= {**changes, **network}
+        own.pop(GIVEN, None)
+        policy = replace(
+            _policy_training(own, data), parent=_policy_training({**base, **changes}, data)
+        )
     model = ""
     if variant.model == Variant.model_fields["model"].default:
         model = "".join(_hash(p, _state(p))[:8] for p in SHIPPED_MODEL if p.is_file())
@@ -188,15 +195,12 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
         if variant.regime == "prompt" and options.get("latent.feed", "auto") == "auto":
             options["latent.feed"] = "prefix"  # else only stage 1 would train <ACT>
     options |= network
-    if variant.policy in ("pretrained", "kept"):
+    if variant.policy in ("pretrained", "encoder", "kept"):
         # The policy's own training is the parent's; only what the pair does shapes the pair.
         kept = {k: v for k, v in options.items() if not _of_policy(k)}
         return Training("pair", kept, data, policy, model)
     kept = {k: v for k, v in options.items() if k not in (GIVEN, "policy.told", "policy.steps")}
-    parent = None
-    if variant.policy == "encoder":
-        parent = _policy_training({**base, **changes}, data)
-    return Training("pair", kept | {"policy.pretrained": False}, data, parent, model)
+    return Training("pair", kept | {"policy.pretrained": False}, data, weights=model)
 
 
 def _network_of(options: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:

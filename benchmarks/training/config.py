@@ -61,7 +61,7 @@ class PolicyStage(_Section):
             of a sentence's tokens is read, and how many of its tokens follow one by one.
         checkpoint: a trained policy's folder, taken instead of training one.
         pretrained: False: the stages after begin with an untrained policy (Table 4's contrast).
-        encoder_from: a policy's folder whose encoder an untrained policy begins with, where the
+        encoder_from: a policy's folder whose encoder a fresh policy begins with, where the
             weights fit its own.
         init: a policy's folder whose weights the training begins with; what `changes` adds to
             the network is fresh.
@@ -100,8 +100,8 @@ class PolicyStage(_Section):
 
     @model_validator(mode="after")
     def _begins_once(self) -> PolicyStage:
-        if self.encoder_from is not None and self.pretrained:
-            raise ValueError("encoder_from: for an untrained policy; say policy.pretrained=false")
+        if self.encoder_from is not None and self.init is not None:
+            raise ValueError("encoder_from: init begins with a whole policy; say one of the two")
         return self
 
 

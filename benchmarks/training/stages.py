@@ -52,19 +52,11 @@ from openhelix.runtime.core.files import (
     load_tensors,
     replace_file,
     save_tensors,
-    told_as,
 )
 from openhelix.runtime.core.interfaces import LatentSpec
 from openhelix.runtime.core.precision import pick_dtype
 from openhelix.runtime.core.workers import ALONE, Workers
-from openhelix.system1.checkpoint import (
-    WEIGHTS,
-    Network,
-    load_policy,
-    load_strict,
-    save_policy,
-    take_encoder,
-)
+from openhelix.system1.checkpoint import WEIGHTS, Network, load_policy, load_strict, save_policy
 from openhelix.system1.data import Cache
 from openhelix.system1.latent_adapter import adapt_to_latent, task_anchors, with_latent
 from openhelix.system1.model import VisuomotorPolicy
@@ -143,6 +135,7 @@ def policy_settings(
         preset=p.preset,
         changes=p.changes,
         init=p.init,
+        encoder_from=p.encoder_from.expanduser() if p.encoder_from else None,
         freeze=p.freeze,
         optimizer=p.optimizer,
         plan_s=p.plan_s,
@@ -179,14 +172,7 @@ def base_policy(config: TrainingConfig, cache: Cache, spec: LatentSpec | None = 
     frames, _ = cache.split(config.validation, config.seed)
     made = policy_config(settings, cache)
     made = made if spec is None else with_latent(made, spec)
-    model = fresh_network(made, cache, frames, config.seed)
-    origin = config.policy.encoder_from
-    if origin is not None:
-        with told_as(BadFile, "policy.encoder_from"):
-            source = load_policy(origin.expanduser())
-        if not take_encoder(model, source):
-            raise ConfigError(f"policy.encoder_from: nothing of {origin} fits this encoder")
-    return model
+    return fresh_network(made, cache, frames, config.seed, settings.encoder_from)
 
 
 class JointRun:

@@ -58,8 +58,28 @@ def test_what_is_alike_is_shared_and_what_differs_is_not():
     assert training("prompt", data="other").key != keys["prompt"]
     assert training("prompt", {"stage2.steps": 7}).key != keys["prompt"]
     # All that begin with the pretrained policy begin with the same one.
-    parents = {t.parent.key for n in VARIANTS if (t := training(n)).parent is not None}
-    assert parents == {keys["base"]}
+    policies = [t.parent for n in VARIANTS if (t := training(n)).parent is not None]
+    assert {p.key for p in policies if p.parent is None} == {keys["base"]}
+
+
+def test_a_policy_of_another_make_learns_alone_behind_the_bases_encoder(tmp_path, command):
+    base = training("prompt").parent
+    for name in ("head_trajectory", "head_dit", "helix", "pseudo"):
+        own = training(name).parent
+        assert own.stage == "policy" and own.given is None, name
+        assert own.parent.key == base.key, name
+        assert own.options["policy.steps"] == LAPTOP.own_steps, name
+        assert own.options["policy.told"] == "sentence", name
+        assert "policy.pretrained" not in training(name).options, name
+    assert training("pi0").parent is None  # it can't be told sentences
+    trainings = Trainings(tmp_path / "root" / "trainings", command)
+    own = training("head_dit").parent
+    trainings.ensure(own, lambda text: None)
+    words = json.loads((trainings.place(own) / "words.json").read_text())
+    assert words["policy.encoder_from"] == str(trainings.place(base) / "policy")
+    assert "policy.checkpoint" not in words and words["stage"] == "policy"
+    feels = trainings.ensure(training("feels_touch"), lambda text: None)["overrides"]
+    assert feels[-1] == 'world.cameras=["static", "gripper", "tactile"]'
 
 
 def test_only_the_policys_own_settings_shape_the_policy():
@@ -84,9 +104,9 @@ def test_the_variants_are_what_the_paper_says():
         == training("frozen").options["latent.clip"]
     )
     blind = {"head": "lstm", "sensors": ("proprio",)}
-    assert training("pseudo").options["policy.changes"] == blind
-    assert training("live").options["policy.changes"] == {"head": "lstm"}
-    assert training("groot").options["policy.preset"] == "small_flow"
+    assert training("pseudo").parent.options["policy.changes"] == blind
+    assert training("live").parent.options["policy.changes"] == {"head": "lstm"}
+    assert training("groot").parent.options["policy.preset"] == "small_flow"
     assert training("groot").options["latent.layer"] == 15
     assert training("linear").options["latent.projector_width"] == 0
     assert training("lag_40").options["latent.lag_steps"] == 40
@@ -216,6 +236,7 @@ def test_openhelix_train_is_told_all_of_it(tmp_path, command):
     assert words["latent.aux"] == "true" and words["data"] == str(tmp_path / "data")
     assert words["policy.checkpoint"] == str(trainings.place(wanted.parent) / "policy")
     assert "policy.steps" not in words  # it is trained already
+    assert "policy.encoder_from" not in words
     assert found["overrides"] == exported(folder)
     plain = "openhelix.system2.engines.transformers:TransformersEngine"
     assert engine_of(wanted.options) == []

@@ -11,16 +11,24 @@ from safetensors.torch import load_file
 
 from openhelix.benchmarks.training.config import LATENT, NotDone
 from openhelix.benchmarks.training.export import SYSTEM1, SYSTEM2, export, make_card
-from openhelix.benchmarks.training.stages import JointRun, prepare, run_joint, run_policy
+from openhelix.benchmarks.training.stages import (
+    JointRun,
+    base_policy,
+    prepare,
+    run_joint,
+    run_policy,
+)
 from openhelix.benchmarks.training.start import heard
 from openhelix.runtime.core.config import ConfigError
+from openhelix.runtime.core.files import BadFile
 from openhelix.system1.checkpoint import load_policy
+from openhelix.system1.data import Cache
 from openhelix.system1.latent_adapter import ADAPTER, adapter_tokens
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system1.train import TrainConfig, Trainer
 from openhelix.system2.engines.transformers import TransformersEngine
 from openhelix.system2.latents import LatentHead
-from tests.training.conftest import settings
+from tests.training.conftest import CHANGES, settings
 
 
 def moved(run: JointRun, steps: int = 2) -> set[str]:
@@ -345,6 +353,45 @@ def test_an_untrained_policy_may_be_wanted(frames, llava, tmp_path) -> None:
     assert run_policy(config, 0)["skipped"]
     assert run_joint(config, "stage1", 0)["skipped"]
     assert run_joint(config, "stage2", 0)["step"] == 2
+
+
+def test_an_untrained_policy_may_begin_with_a_trained_encoder(
+    frames, trained_policy, llava, tmp_path
+) -> None:
+    changes = json.dumps({**CHANGES, "head": "lstm"})
+    begin = ("policy.pretrained=false", f"policy.changes={changes}")
+    config = settings(
+        frames, llava, tmp_path, *begin, f"policy.encoder_from={trained_policy}", "stage1.steps=0",
+        "stage2.steps=2",
+    )  # fmt: skip
+    made = base_policy(config, Cache(frames)).state_dict()
+    fresh = base_policy(settings(frames, llava, tmp_path, *begin), Cache(frames)).state_dict()
+    before = load_file(trained_policy / "model.safetensors")
+    for name, tensor in made.items():
+        own = before if name.startswith("encoder.") else fresh
+        assert torch.equal(tensor, own[name]), name
+    assert any(not torch.equal(made[name], fresh[name]) for name in made)
+    assert run_joint(config, "stage2", 0)["step"] == 2
+    nowhere = settings(frames, llava, tmp_path, *begin, f"policy.encoder_from={tmp_path}/none")
+    with pytest.raises(BadFile, match=r"^policy\.encoder_from: .*none"):
+        base_policy(nowhere, Cache(frames))
+    both = (f"policy.{name}={trained_policy}" for name in ("encoder_from", "init"))
+    with pytest.raises(ConfigError, match="encoder_from: init begins with a whole policy"):
+        settings(frames, llava, tmp_path, *both)
+
+
+def test_a_policy_alone_may_begin_with_a_trained_encoder(
+    frames, trained_policy, llava, tmp_path
+) -> None:
+    more = (f"policy.encoder_from={trained_policy}", "policy.steps=1", "policy.lr=1e-9")
+    changes = json.dumps({**CHANGES, "head": "lstm"})
+    run_policy(settings(frames, llava, tmp_path, f"policy.changes={changes}", *more), 0)
+    made = load_policy(tmp_path / "policy")
+    assert made.config.head == "lstm"
+    before = load_file(trained_policy / "model.safetensors")
+    for name, tensor in made.state_dict().items():
+        if name.startswith("encoder."):
+            torch.testing.assert_close(tensor, before[name], atol=1e-6, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(
