@@ -316,7 +316,7 @@ class Session:
         if self.trainings.done(training) is not None or training.key in self.failed:
             return True
         if parent is not None and self.trainings.done(parent) is None:
-            return parent.key in self.failed
+            return any(one.key in self.failed for one in training.ancestors)
         with self.claims.of(training.key) as mine:
             if mine and self.trainings.done(training) is None:
                 self._train(training, f"training {keys.index(training.key) + 1} of {len(keys)}")

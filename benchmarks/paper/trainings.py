@@ -72,6 +72,11 @@ class Training:
     weights: str = ""
 
     @property
+    def ancestors(self) -> list[Training]:
+        """What it begins with, and what that began with, the nearest first."""
+        return [] if self.parent is None else [self.parent, *self.parent.ancestors]
+
+    @property
     def given(self) -> Path | None:
         """The trained policy that it is given."""
         path = self.options.get(GIVEN) if self.stage == "policy" else None
@@ -311,9 +316,8 @@ def in_order(trainings: Iterable[Training]) -> list[Training]:
     """Return all that must be trained, each once, parents first."""
     found: dict[str, Training] = {}
     for training in trainings:
-        if training.parent is not None:
-            found.setdefault(training.parent.key, training.parent)
-        found.setdefault(training.key, training)
+        for one in (*reversed(training.ancestors), training):
+            found.setdefault(one.key, one)
     return list(found.values())
 
 

@@ -17,9 +17,10 @@ class FakeTrainer:
         trained: keys, in order.
         dies_at: it raises once at the training of this number.
         scratch_fails: trainings of a policy from scratch fail.
+        own_fails: trainings of a policy of another make than the base's fail.
     """
 
-    scratch_fails = False
+    scratch_fails = own_fails = False
 
     def __init__(self, dies_at: int | None = None) -> None:
         self.trained: list[str] = []
@@ -33,6 +34,8 @@ class FakeTrainer:
             self.dies_at = None
             raise KeyboardInterrupt
         if training.options.get("policy.pretrained") is False and self.scratch_fails:
+            raise CommandFailed(f"{training.key}: the loss is nan")
+        if training.stage == "policy" and training.parent is not None and self.own_fails:
             raise CommandFailed(f"{training.key}: the loss is nan")
         self.trained.append(training.key)
         say(f"trained {training.key}")

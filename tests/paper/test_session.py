@@ -213,7 +213,8 @@ def test_tables_share_what_they_have_in_common(tmp_path):
     rows = whole.rows()
     measures = {m.key for m in map(whole.measure, rows)}
     assert len(measures) < len(rows)
-    assert len(whole.wanted()) < len({row.variant for row in rows}) + 2
+    pairs = [t for t in whole.wanted() if t.stage == "pair"]
+    assert len(pairs) < len({row.variant for row in rows})
     items = todo(whole)
     assert len(items) == len(whole.wanted()) + len(measures)
     assert f"{len(measures)} evaluations" in told(items)
@@ -276,6 +277,19 @@ def test_a_training_that_fails_leaves_its_row_out_and_no_other(tmp_path, monkeyp
     monkeypatch.setattr("tests.paper.fakes.FakeTrainer.scratch_fails", False)
     assert main(words(tmp_path, "table4")) == 0
     assert "failed" not in (tmp_path / "out" / "table4.md").read_text()
+
+
+def test_what_begins_with_a_training_that_failed_is_left_out(tmp_path, monkeypatch, capsys):
+    whole = catalogue().experiment("axis_head")
+    few = whole.model_copy(update={"rows": (whole.row("dit"),), "contrasts": ()})
+    monkeypatch.setitem(catalogue().experiments, "axis_head", few)
+    monkeypatch.setattr("tests.paper.fakes.FakeTrainer.own_fails", True)
+    assert main(words(tmp_path, "axis_head")) == 1
+    assert "1 trainings failed: policy-" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr("tests.paper.fakes.FakeTrainer.own_fails", False)
+    assert main(words(tmp_path, "axis_head")) == 0
+    outcome = json.loads((tmp_path / "out" / "axis_head.json").read_text())
+    assert outcome["state"] == "complete"
 
 
 def test_worse_results_do_not_replace_better_ones(table4, tmp_path):

@@ -173,6 +173,10 @@ def test_who_says_how_the_policy_is_trained_gets_it_trained():
 def test_parents_come_first_and_once():
     order = in_order([training(n) for n in ("prompt", "lora", "base", "prompt")])
     assert [t.stage for t in order] == ["policy", "pair", "pair"]
+    base = order[0].key
+    order = in_order([training(n) for n in ("head_dit", "prompt")])
+    assert [t.stage for t in order] == ["policy", "policy", "pair", "pair"]
+    assert order[0].key == base and order[1].parent.key == base
 
 
 def test_a_killed_training_is_continued_and_a_finished_one_is_not_done_again(tmp_path):
