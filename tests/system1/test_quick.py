@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from openhelix.system1 import train_loop
 from openhelix.system1.attention import Attention, written_to_learn
 from openhelix.system1.encoder_light import normed
-from openhelix.system1.train_loop import Muon, Optimizers, keep_freed_memory
+from openhelix.system1.train_loop import Muon, Optimizers, keep_freed_memory, orthogonal
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -76,6 +77,16 @@ def test_muon_of_many_matrices_is_muon_of_each(nesterov):
         assert float((p - q).norm() / q.norm()) < 0.02 * moved, shape
         state = both[0].state[p]["momentum_buffer"], both[1].state[q]["momentum_buffer"]
         assert torch.allclose(*state, atol=1e-6)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_muon_multiplies_in_bfloat16_only_where_that_is_native(native, monkeypatch):
+    monkeypatch.setattr(train_loop, "computes_bf16", lambda wanted, device: native)
+    torch.manual_seed(0)
+    turned = orthogonal(torch.randn(3, 40, 64), (3.4445, -4.775, 2.0315), 5)
+    assert turned.dtype == (torch.bfloat16 if native else torch.float32)
+    squares = torch.linalg.svdvals(turned.float())
+    assert float(squares.min()) > 0.6 and float(squares.max()) < 1.3
 
 
 def test_a_matrix_without_a_gradient_stays():
