@@ -187,13 +187,18 @@ def fresh_network(
     cache: Cache,
     frames: Tensor,
     seed: int,
-    encoder_from: Path | None = None,
+    encoder_of: Network | None = None,
 ) -> Network:
     """Return an untrained network whose normaliser is fitted to some frames of a cache.
 
+    Args:
+        config: of the network.
+        cache, frames: what the normaliser is fitted to.
+        seed: of the weights.
+        encoder_of: its encoder's weights are taken where they fit.
+
     Raises:
-        ConfigError: of the policy in `encoder_from` no weight fits this encoder.
-        BadFile: it cannot be read.
+        ConfigError: none of them fits.
     """
     model = seeded_model(config, seed)
     if config.encoder == "efficientnet":
@@ -202,12 +207,21 @@ def fresh_network(
                 load_imagenet(module)
     if config.head != "diffuser_actor":
         model.set_normalizer(Normalizer.fit(*cache.all_rows(frames, config.rotation)))
-    if encoder_from is not None:
-        with told_as(BadFile, "policy.encoder_from"):
-            source = load_policy(encoder_from)
-        if not take_encoder(model, source):
-            raise ConfigError(f"policy.encoder_from: nothing of {encoder_from} fits this encoder")
+    if encoder_of is not None and not take_encoder(model, encoder_of):
+        raise ConfigError("policy.encoder_from: no weight of that policy fits this encoder")
     return model
+
+
+def opened_encoder(folder: Path | None) -> Network | None:
+    """Return the policy whose encoder a fresh one begins with.
+
+    Raises:
+        BadFile: it cannot be read.
+    """
+    if folder is None:
+        return None
+    with told_as(BadFile, "policy.encoder_from"):
+        return load_policy(folder)
 
 
 def opened_sentences(
@@ -278,9 +292,8 @@ class Trainer:
             keep_freed_memory()
         self.cache = Cache(config.cache)
         self.sentences, self.held_sentences = opened_sentences(config, self.cache)
-        spec = None if self.sentences is None else self.sentences.spec
-        self.told_by = spec
-        self.policy_config = policy_config(config, self.cache, spec)
+        self.told_by = None if self.sentences is None else self.sentences.spec
+        self.policy_config = policy_config(config, self.cache, self.told_by)
         self.train_frames, self.val_frames = self.cache.split(config.validation, config.seed)
         if len(self.train_frames) == 0:
             raise CacheError(f"{self.cache.folder}: no episode is left to train on")
@@ -321,11 +334,12 @@ class Trainer:
                 model.config = replace(model.config, use_latent=False)
             self.policy_config = model.config
             return model
+        source = opened_encoder(config.encoder_from)
         model = fresh_network(
-            self.policy_config, self.cache, self.train_frames, config.seed, config.encoder_from
+            self.policy_config, self.cache, self.train_frames, config.seed, source
         )
-        if config.encoder_from is not None:
-            self._begin_adapter(model, load_policy(config.encoder_from).config.latent_model_id)
+        if source is not None:
+            self._begin_adapter(model, source.config.latent_model_id)
         return model
 
     def _begin_adapter(self, model: Network, known: str) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openhelix.runtime.core.files import (
     CheckpointError,
@@ -52,9 +52,6 @@ from openhelix.system2.prompt import (
     Template,
     with_offsets,
 )
-
-if TYPE_CHECKING:
-    pass
 
 # ------------------------------------------------------------------------------------------------
 # Folders made once and named by their content, safe when several processes start together.

@@ -157,16 +157,14 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
     if variant.policy == "untrained":
         network = _network_of({**base, **changes}, network)
     given = {**base, **changes}
-    if network:
-        given.pop(GIVEN, None)  # what is given is another network
-    policy = _policy_training({**given, **network}, data)
+    own = dict(given)
     if variant.policy == "encoder":
-        own = {**base, "policy.told": "sentence", "policy.steps": scale.own_steps}
-        own |= {**changes, **network}
-        own.pop(GIVEN, None)
-        policy = replace(
-            _policy_training(own, data), parent=_policy_training({**base, **changes}, data)
-        )
+        own = {**base, "policy.told": "sentence", "policy.steps": scale.own_steps, **changes}
+    if network or variant.policy == "encoder":
+        own.pop(GIVEN, None)  # what is given is another network
+    policy = _policy_training({**own, **network}, data)
+    if variant.policy == "encoder":
+        policy = replace(policy, parent=_policy_training(given, data))
     model = ""
     if variant.model == Variant.model_fields["model"].default:
         model = "".join(_hash(p, _state(p))[:8] for p in SHIPPED_MODEL if p.is_file())

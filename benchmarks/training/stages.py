@@ -60,7 +60,13 @@ from openhelix.system1.checkpoint import WEIGHTS, Network, load_policy, load_str
 from openhelix.system1.data import Cache
 from openhelix.system1.latent_adapter import adapt_to_latent, task_anchors, with_latent
 from openhelix.system1.model import VisuomotorPolicy
-from openhelix.system1.train import TrainConfig, Trainer, fresh_network, policy_config
+from openhelix.system1.train import (
+    TrainConfig,
+    Trainer,
+    fresh_network,
+    opened_encoder,
+    policy_config,
+)
 from openhelix.system1.train_loop import (
     STATE,
     Curves,
@@ -172,7 +178,8 @@ def base_policy(config: TrainingConfig, cache: Cache, spec: LatentSpec | None = 
     frames, _ = cache.split(config.validation, config.seed)
     made = policy_config(settings, cache)
     made = made if spec is None else with_latent(made, spec)
-    return fresh_network(made, cache, frames, config.seed, settings.encoder_from)
+    source = opened_encoder(settings.encoder_from)
+    return fresh_network(made, cache, frames, config.seed, source)
 
 
 class JointRun:

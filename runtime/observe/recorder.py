@@ -170,7 +170,7 @@ _RECORDS: Final[Mapping[str, type[Any]]] = {
 def _to_plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
-    raise NotImplementedError(f"a {type(value).__name__} cannot be recorded")
+    raise TypeError(f"a {type(value).__name__} cannot be recorded")
 
 
 def _to_array(hint: Any, value: Any) -> Any:
@@ -342,7 +342,7 @@ class RecordingWriter:
             self._register(topic, MessageEncoding.JSON, schema)
         try:
             data = msgspec.json.encode(message, enc_hook=_to_plain)
-        except (msgspec.MsgspecError, NotImplementedError, TypeError) as error:
+        except (msgspec.MsgspecError, TypeError) as error:
             raise WireError("field", f"{topic}: {error}") from None
         self._append(topic, t_ns, data)
 
