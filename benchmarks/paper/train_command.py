@@ -45,6 +45,9 @@ from openhelix.system2.latents import LatentConfig
 from openhelix.system2.text import FILE as TEXT_CODE
 from openhelix.system2.text import TextCode
 
+# No trained arm refuses a sentence, so the shipped pair does not either. A judge by latents also
+# has every step's latent computed, whether a plan reads it or not.
+UNJUDGED = "system2.engine.options.understanding=off"
 PLAIN = "openhelix.system2.engines.transformers:TransformersEngine"
 PREFIX_GB = 24.0  # arms with one seed draw the same: 4,800 samples at laptop scale
 LEAST_S = 60.0  # in which a training that loads its models gets anywhere
@@ -123,7 +126,7 @@ class TrainCommand:
     def overrides(self, training: Training, folder: Path) -> list[str]:
         """See `Trainer.overrides`."""
         if training.stage == "shipped":
-            return []
+            return [UNJUDGED]
         if training.stage == "policy":
             alone = folder / POLICY
             path = alone if alone.is_dir() else self._policy_of(training, folder)

