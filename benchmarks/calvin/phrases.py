@@ -85,12 +85,13 @@ def checked(content: Any, where: str, repeated: list[str] | None = None) -> Phra
                 raise PhraseError(
                     f"{where}: {task}: {sentence!r} is no sentence of 1 to {MAX_CHARS} characters"
                 )
-            if normalised(sentence) in known:
+            plain = normalised(sentence)
+            if plain in known:
                 if repeated is None:
                     raise PhraseError(f"{where}: {task}: {sentence!r} occurs twice")
                 repeated.append(sentence)
                 continue
-            known.add(normalised(sentence))
+            known.add(plain)
             kept.append(sentence.strip())
         phrases[task] = tuple(kept)
     return phrases
@@ -162,6 +163,11 @@ def calvin_e(split: str = "all") -> Phrases:
     """
     if split not in SPLITS:
         raise PhraseError(f"split: {none_of(split, SPLITS)}")
+    return dict(_calvin_e(split))
+
+
+@functools.cache
+def _calvin_e(split: str) -> Phrases:
     parts = SPLITS[:2] if split == "all" else (split,)
     content = {
         task: [sentence for part in parts for sentence in lists[part]]

@@ -16,7 +16,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -167,7 +166,7 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
         policy = replace(policy, parent=_policy_training(given, data))
     model = ""
     if variant.model == Variant.model_fields["model"].default:
-        model = "".join(_hash(p, _state(p))[:8] for p in SHIPPED_MODEL if p.is_file())
+        model = "".join(content(p).hex()[:8] for p in SHIPPED_MODEL if p.is_file())
     if variant.policy == "only":
         return policy
     options: dict[str, Any] = dict(base)
@@ -242,18 +241,6 @@ def _policy_training(options: Mapping[str, Any], data: str) -> Training:
 
 def _folder(given: str) -> Path:
     return SHIPPED_POLICY if given == "shipped" else Path(given).expanduser()
-
-
-def _state(path: Path) -> tuple[int, int]:
-    """Return what changes when a file is written anew."""
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size
-
-
-@cache
-def _hash(path: Path, state: tuple[int, int]) -> str:
-    """Return a hash of a file; every variant asks for those of the language model."""
-    return content(path).hex()
 
 
 def _digest(folder: Path) -> str:

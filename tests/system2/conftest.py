@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,8 @@ from tests.system2 import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What these tests write to the cache goes to a folder that is thrown away."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPENHELIX_CACHE", str(folder))
-        yield folder
+def thrown_away(own_cache: Path) -> None:
+    """What these tests write to the cache is thrown away."""
 
 
 @pytest.fixture(scope="session")

@@ -18,19 +18,16 @@ CHANGES = {"dim": 48, "heads": 4, "encoder_width": 8, "layers": 2, "context_laye
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPENHELIX_CACHE", str(folder))
-        yield folder
+def thrown_away(own_cache: Path) -> None:
+    """What these tests write to the cache is thrown away."""
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_start() -> Iterator[None]:
     """Two tasks are told apart in few steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("openhelix.benchmarks.training.start.FIT_STEPS", 120)
-        patch.setattr("openhelix.benchmarks.training.start.WHOLE_STEPS", 120)
+        patch.setattr("openhelix.benchmarks.training.start.FIT_STEPS", 30)
+        patch.setattr("openhelix.benchmarks.training.start.WHOLE_STEPS", 30)
         yield
 
 
