@@ -192,6 +192,15 @@ def published_difference(experiment: Experiment, contrast: Contrast) -> float | 
     return values[1] - values[0] if len(values) == 2 else None
 
 
+def rules_out(contrast: Mapping[str, Any]) -> bool:
+    """Whether the paper's difference lies outside the 95 % interval of ours, not corrected."""
+    theirs = contrast.get("paper_difference")
+    if theirs is None or "ci95" not in contrast:
+        return False
+    low, high = contrast["ci95"]
+    return not low <= theirs <= high
+
+
 def finding_verdict(contrasts: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """Return the verdict on a finding from its contrasts, and the reason in a sentence.
 
@@ -215,6 +224,8 @@ def finding_verdict(contrasts: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         told.append(f"{len(by[UNTESTABLE])} cannot be tested ({by[UNTESTABLE][0]['not_testable']})")
     if by[OPEN]:
         told.append(f"{len(by[OPEN])} had too few starts to tell a difference from chance")
+        if smaller := sum(map(rules_out, by[OPEN])):
+            told[-1] += f" (in {smaller} one as large as the paper's is outside our interval)"
     unrun = len(by[MISSING]) + len(by[WITHDRAWN])
     if unrun:
         told.append(f"{unrun} have not been run")

@@ -22,7 +22,7 @@ from openhelix.benchmarks.evaluation.plots import (
 from openhelix.benchmarks.evaluation.report import interval, markdown_table, percent
 from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.benchmarks.evaluation.sweep import STEP_S
-from openhelix.benchmarks.paper.judge import STATISTICS, WITHDRAWN
+from openhelix.benchmarks.paper.judge import STATISTICS, WITHDRAWN, rules_out
 from openhelix.runtime.core.files import replace_file
 
 Outcome = Mapping[str, Any]
@@ -54,8 +54,9 @@ def to_markdown(outcome: Outcome, pictures: Sequence[str] = ()) -> str:
             "(an exact permutation by start against no difference, or for *the same* two one-sided "
             "tests against the margin, which was stated beforehand), after Holm over this page's "
             "claims, those not run yet included; *shows* is the smallest true difference that so "
-            "many starts find in four of five comparisons, before that correction. Two arms differ in the axis alone. *Not testable*: a score is missing "
-            "that the claim presupposes.\n"
+            "many starts find in four of five comparisons, before that correction; *paper* is the "
+            "paper's difference, *outside* if not in our interval. Two arms differ in the axis "
+            "alone. *Not testable*: a score is missing that the claim presupposes.\n"
         )
     for title, header, rows in outcome.get("tables", ()):
         parts += [f"## {title}\n", markdown_table((header, rows))]
@@ -192,7 +193,7 @@ def contrast_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
             cells += [margin, "" if "p" not in c else f"{c['p']:.3g}"]
             cells += ["" if c["shows"] is None else f"{c['shows']:.2f}"]
             cells += [str(c["n_starts"]), str(c["n_pairs"])]
-        paper = "" if theirs is None else f"{theirs:+.2f}"
+        paper = "" if theirs is None else f"{theirs:+.2f}{', outside' * rules_out(c)}"
         why = f" ({c['not_testable']})" if c["not_testable"] else ""
         finding = str(c["finding"] or "-")
         rows.append([c["says"], c["axis"], finding, c["verdict"] + why, *cells, paper])

@@ -21,6 +21,7 @@ from openhelix.benchmarks.paper.judge import (
     judge,
     missing,
     published_difference,
+    rules_out,
 )
 from openhelix.benchmarks.paper.session import Kept
 
@@ -215,6 +216,17 @@ def claim(verdict):
 def test_findings_are_as_sure_as_their_claims(verdicts, verdict, reason):
     found, why = finding_verdict([claim(v) for v in verdicts])
     assert found == verdict and reason in why
+
+
+def test_a_difference_as_large_as_the_papers_may_be_ruled_out_where_none_is_shown():
+    found = judge(contrast(), chains(LOW), chains([*LOW[1:], LOW[0]]), chain=True)
+    low, high = found["ci95"]
+    for theirs, outside in ((high + 0.1, True), (low, False), (None, False)):
+        assert rules_out({**found, "paper_difference": theirs}) == outside
+    assert not rules_out({**missing(contrast()), "paper_difference": 3.0})
+    open_ = claim(OPEN) | {"paper_difference": 3.0, "ci95": [-0.2, 0.4]}
+    _, why = finding_verdict([open_, claim(OPEN)])
+    assert why.endswith("chance (in 1 one as large as the paper's is outside our interval).")
 
 
 def test_the_papers_own_difference_stands_beside():
