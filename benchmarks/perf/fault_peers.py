@@ -45,7 +45,6 @@ class Peer:
     BESIDE = ("jump", "garbage", "replay", "shape", "nan_beside", "future_beside")
     FLOODING = ("flood", "huge")
     INSTEAD = ("silent", "future", "int64", "old", "nan", "inf")
-    FATAL = ("other_model",)
 
     def __init__(self, address: str, keys: str | Path, hz: float = 5.0) -> None:
         self.mode = "good"

@@ -103,7 +103,7 @@ class Robot:
             entries = self._source.journal(seen)
             for entry in entries:
                 seen = entry["number"]
-                self._note(entry, taken, found, time.monotonic() - begun_s)
+                self._note(entry, taken, found)
             ended = found["came"] or found["replaced"] or found["refused"]
             if ended or found["first"] is not None:
                 break
@@ -191,9 +191,7 @@ class Robot:
         entries = self._source.snapshot()["entries"]
         return int(entries[-1]["number"]) if entries else 0
 
-    def _note(
-        self, entry: dict[str, Any], taken: dict[str, Any], found: dict[str, Any], after_s: float
-    ) -> None:
+    def _note(self, entry: dict[str, Any], taken: dict[str, Any], found: dict[str, Any]) -> None:
         own = entry["said"] == taken["said"]
         if own and entry["kind"] == "acting":
             found["first"] = entry["seconds"]
