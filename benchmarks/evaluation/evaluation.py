@@ -294,12 +294,15 @@ def checkpoint_of(policy: Part) -> str | None:
 
 
 def fingerprint(part: Part) -> str:
-    """Return a hash of a part: its target and options, files and folders by their content.
+    """Return a hash of a part: its target, with its code if that is not OpenHelix's, and its options,
+    files and folders by their content.
 
     Raises:
         ConfigError: `options.path` names nothing.
     """
     digest = hashlib.sha256(part.target.encode())
+    for code in _code_of(part.target):
+        digest.update(content(code))
     options = dict(part.options)
     if part.target == PolicyPart().target and not options.get("untrained"):
         options.setdefault("path", "shipped")
@@ -315,6 +318,20 @@ def fingerprint(part: Part) -> str:
         else:
             digest.update(json.dumps(_plain(value), sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def _code_of(target: str) -> list[Path]:
+    """Return the files of a target's package or module; none for OpenHelix's own, see `code_hash`."""
+    name = target.partition(":")[0].partition(".")[0]
+    found = None if name == "openhelix" else plugins.find_module(name)
+    if found is None:
+        return []
+    places = found.submodule_search_locations or [found.origin or ""]
+    return [
+        file
+        for place in map(Path, places)
+        for file in ([place] if place.is_file() else sorted(place.rglob("*.py")))
+    ]
 
 
 def content(path: Path) -> bytes:

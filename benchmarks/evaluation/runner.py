@@ -154,7 +154,11 @@ class Runner:
         self._open_world()
         if spec.latent is None:
             if not hasattr(self._policy, "set_task"):
-                raise SpecMismatch("policy: it takes no latent and cannot be told its task either")
+                target = self._config.system1.policy.target
+                raise SpecMismatch(
+                    f"system1.policy.target: {target} takes no latent (spec.latent is None), and "
+                    "cannot be told its task either: it has no set_task(number)"
+                )
             self._policy = TaskPolicy(self._policy)
         else:
             engine = engine or make(self._config.system2.engine)

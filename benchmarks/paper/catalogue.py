@@ -129,6 +129,11 @@ class Variant(_Section):
         if TACTILE in self.sensors:
             cameras = (*cameras, replace(cameras[-1], name=TACTILE))
         PolicyConfig(cameras=cameras, **network)  # refuses what does not go together
+        if self.policy in ("pretrained", "kept") and self.network:
+            raise ValueError(
+                f"policy: {self.policy!r} is the base, which has another head, encoder, sampler, "
+                "size or other sensors; say encoder (the base's encoder, a fresh head) or scratch"
+            )
         return self
 
 

@@ -30,7 +30,12 @@ from openhelix.benchmarks.paper.catalogue import Catalogue, Experiment, catalogu
 from openhelix.benchmarks.paper.costs import by_experiment, left, told
 from openhelix.benchmarks.paper.episodes import check, kept_in, write_episodes
 from openhelix.benchmarks.paper.judge import missing
-from openhelix.benchmarks.paper.leaderboard import finished, named_folders, write_leaderboard
+from openhelix.benchmarks.paper.leaderboard import (
+    copy_films,
+    named_folders,
+    own_entries,
+    write_leaderboard,
+)
 from openhelix.benchmarks.paper.other_kinds import Probes, probed_in, zoo_outcome
 from openhelix.benchmarks.paper.session import EVALUATIONS, Request, Session
 from openhelix.benchmarks.paper.train_command import TrainCommand, changed, check_options, data_id
@@ -67,9 +72,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     session = make_session(options, overrides, known)
     console = Console("experiment")
-    own = named_folders(options.systems)
-    for name, place in own.items():
-        finished(name, place)
+    own = own_entries(named_folders(options.systems))
     folder = options.out or default_out(session.request)
     _refuse_mixture(session, folder)
     console.say(f"work in {session.request.root}, results in {folder}")
@@ -83,11 +86,13 @@ def main(argv: Sequence[str]) -> int:
             _give_way()
         _run(session, folder, console, options.no_training)
     outcomes = write_all(session, folder)
-    board = write_leaderboard(
-        folder, known_outcomes(session, folder), own, session.request.root / EVALUATIONS
-    )
-    if board is not None:
-        console.say(f"leaderboard in {board}")
+    scored = known_outcomes(known, folder)
+    if own and folder.resolve() != RESULTS:  # one's own systems beside those measured here
+        scored += known_outcomes(known, RESULTS)
+        copy_films(RESULTS, folder)
+    board = write_leaderboard(folder, scored, own, session.request.root / EVALUATIONS)
+    console.say("no leaderboard: nothing is scored" if board is None else f"leaderboard in {board}")
+    overview.write_overview(folder, planned(session))  # which links to it
     if options.as_json:
         found = {"findings": overview.findings(outcomes, planned(session)), "experiments": outcomes}
         answer(json.dumps(found, default=str))
@@ -132,13 +137,17 @@ class ExperimentOptions(Options):
     """Options of `experiment`."""
 
     names: Annotated[tuple[str, ...], Positional(many=True)] = option(
-        (), "table1 ... table9, figure4, figure5, all", "NAME"
+        (), "as --list names them, or all", "NAME"
     )
     list_: bool = Field(False, alias="list", description="list the experiments")
-    scale: str = option("laptop", "how much is trained and measured", "smoke|quick|laptop|gpu|full")
-    data: Path | None = option(None, "a collection (train's default)", "DIR")
+    scale: str = option(
+        "laptop", "how much is trained and measured (laptop)", "smoke|quick|laptop|gpu|full"
+    )
+    data: Path | None = option(
+        None, "a collection, or its name in the cache (train's default)", "DIR"
+    )
     root: Path | None = option(None, "trainings and evaluations (in the cache)", "DIR")
-    out: Path | None = option(None, "results (benchmarks/results)", "DIR")
+    out: Path | None = option(None, "results (benchmarks/results; of smoke, outputs)", "DIR")
     workers: Count = option(1, "processes of an evaluation (1)", "N")
     seed: Annotated[int, Field(ge=0)] = option(0, "of everything (0)", "N")
     hours: Annotated[float, Field(gt=0)] | None = option(
@@ -309,6 +318,8 @@ def default_out(request: Request) -> Path:
 def _refuse_mixture(session: Session, folder: Path) -> None:
     """Keep figures that mean nothing away from the project's results."""
     official = session.request.scale.official
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out: {folder} is a file; name a folder")
     if not official and folder.resolve().is_relative_to(RESULTS):
         raise ConfigError(f"--out: {folder} is for results; a smoke test's go elsewhere")
 
@@ -352,6 +363,8 @@ def recompute(options: ExperimentOptions, known: Catalogue) -> list[str]:
         ConfigError: a figure differs, or a file cannot be read.
     """
     folder = options.out or RESULTS
+    if not folder.is_dir():
+        raise ConfigError(f"--out: no folder {folder}")
     return [
         check(known.experiment(name), tables.read(folder, name), folder)
         for name in asked(options, known)
@@ -372,14 +385,15 @@ def asked(options: ExperimentOptions, known: Catalogue) -> list[str]:
     return names
 
 
-def known_outcomes(session: Session, folder: Path) -> list[tables.Outcome]:
+def known_outcomes(known: Catalogue, folder: Path) -> list[tables.Outcome]:
     """Return the outcomes of all experiments that a folder of results holds."""
-    names = session.request.catalogue.experiments
+    names = known.experiments
     return [found for name in names if (found := tables.read(folder, name)) is not None]
 
 
 def listing(known: Catalogue) -> str:
     """Return what there is to run."""
-    rows = [f"{name:<9} {e.title}" for name, e in known.experiments.items()]
-    scales = [f"{name:<9} {s.says}" for name, s in known.scales.items()]
+    width = max(map(len, (*known.experiments, *known.scales))) + 1
+    rows = [f"{name:<{width}} {e.title}" for name, e in known.experiments.items()]
+    scales = [f"{name:<{width}} {s.says}" for name, s in known.scales.items()]
     return "\n".join([*rows, "", "scales:", *scales]) + "\n"

@@ -33,14 +33,14 @@ from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.benchmarks.paper.measures import score_of
 from openhelix.benchmarks.paper.tables import Outcome, outdated
 from openhelix.runtime.core.config import ConfigError
-from openhelix.runtime.core.files import read_json, replace_file, written
+from openhelix.runtime.core.files import BadFile, read_json, replace_file, written
 from openhelix.runtime.observe.film import Mp4
 
 PAGE, TEXT = "leaderboard.html", "leaderboard.md"
 HEADER = (
     *("system", "suite", "score", "95 % interval", "films", "starts", "trials", "clock"),
-    *("steps per task", "System 2 every", "late", "held still", "ms per plan", "ms per latent"),
-    *("latents per task", "weights", "where", "from"),
+    *("steps per task", "a plan every", "System 2 every", "late", "held still", "errors"),
+    *("ms per plan", "ms per latent", "latents per task", "weights", "where", "from"),
 )
 TEXT_COLUMNS = ("system", "suite", "95 % interval", "films", "clock", "weights", "where", "from")
 WORDS = frozenset(map(HEADER.index, TEXT_COLUMNS))  # sorted as text
@@ -50,7 +50,8 @@ FILM_SIZE, FILM_EVERY, FILM_CRF = (384, 216), 3, 30  # of films with 30 pictures
 HOW = (
     "Scores of chains are tasks in a row, of 5; of all else, successes in percent. The unit is the "
     "start. Click a column to sort by it. Scores compare within a suite in one scene, on one "
-    "clock, at one step limit. Steps held still count to the limit."
+    "clock, at one step limit, with a plan as often and over the same trials. Steps held still count "
+    "to the limit."
 )
 STYLE = """<style>
 body { max-width: 96rem; } th { cursor: pointer; white-space: nowrap; }
@@ -69,11 +70,10 @@ function sort(column, down) {
   const number = heads[column].dataset.kind === "number";
   const rows = [...body.rows].sort((a, b) => {
     const [x, y] = [value(a), value(b)];
-    if (!number) return x.localeCompare(y);
-    if (x === "" || y === "") return (x === "") - (y === "") || 0;
-    return Number(x) - Number(y);
+    if (!number) return (down ? -1 : 1) * x.localeCompare(y);
+    if (x === "" || y === "") return (x === "") - (y === "");  // what is not known comes last
+    return (down ? -1 : 1) * (Number(x) - Number(y));
   });
-  if (down) rows.reverse();
   heads.forEach((head, i) => head.setAttribute("aria-sort",
     i !== column ? "none" : down ? "descending" : "ascending"));
   body.append(...rows);
@@ -95,21 +95,17 @@ body.addEventListener("click", (event) => {
 });
 player.addEventListener("click", () => player.close());
 player.addEventListener("close", () => player.querySelector("video").pause());
-sort(2, true);
 """
 Entry = Mapping[str, Any]
 Films = Mapping[str, Mapping[str, str]]
 
 
-def entries(outcomes: Iterable[Outcome], own: Mapping[str, Path]) -> list[Entry]:
+def entries(outcomes: Iterable[Outcome], own: Iterable[Entry] = ()) -> list[Entry]:
     """Return one entry for each evaluation: `system`, `source`, `score` and its `key`.
 
     Args:
         outcomes: of experiments; what was measured by older rules is left out.
-        own: folders of evaluations, by the name of their system.
-
-    Raises:
-        ConfigError: a folder holds no finished evaluation; one line.
+        own: evaluations of one's own, as `own_entries` returns them.
     """
     found: dict[str, Entry] = {}
     for outcome in outcomes:
@@ -121,30 +117,71 @@ def entries(outcomes: Iterable[Outcome], own: Mapping[str, Path]) -> list[Entry]
                 source = f"{outcome['name']} ({outcome['scale']['name']})"
                 entry = {"system": row["name"], "source": source, "score": row["score"]}
                 found.setdefault(key, {**entry, "key": key})
-    for name, folder in own.items():
-        score = score_of(read_json(finished(name, folder)))
-        key = f"own-{hashlib.sha256(f'{name} {folder}'.encode()).hexdigest()[:12]}"
-        found[key] = {"system": name, "source": str(folder), "score": score, "key": key}
+    found |= {str(entry["key"]): entry for entry in own}
     return sorted(found.values(), key=lambda e: (e["score"]["suite"], -_value(e["score"])))
+
+
+def own_entries(own: Mapping[str, Path]) -> list[Entry]:
+    """Return the entries of finished evaluations in folders, by the name of their system.
+
+    Raises:
+        ConfigError: a folder holds none, or a report that its episodes do not show; one line.
+    """
+    found: list[Entry] = []
+    for name, folder in own.items():
+        key = f"own-{hashlib.sha256(f'{name} {folder}'.encode()).hexdigest()[:12]}"
+        entry = {"system": name, "source": str(folder), "score": _finished(name, folder)}
+        found.append({**entry, "key": key})
+    return found
+
+
+def _finished(name: str, folder: Path) -> Outcome:
+    """Return the score of a finished evaluation, which its episodes must show."""
+    path = folder / REPORT
+    try:
+        read_run(folder)
+        results = read_results(folder)
+        report = read_json(path) if path.is_file() else None
+    except (ResultsError, BadFile) as error:
+        raise ConfigError(f"--systems: {name}: {error}") from None
+    if report is None:
+        raise ConfigError(f"--systems: {name}: {folder} is not finished: no {REPORT}")
+    try:
+        score = score_of(report)
+        shown, trials = _value(score), _trials(score)
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(f"--systems: {name}: {path} is no report of an evaluation") from None
+    chain = score["suite"] in CHAINS
+    got = [r["in_a_row"] if chain else 100 * r["success"] for r in results]
+    if len(got) != trials or abs(sum(got) / max(len(got), 1) - shown) > 0.01:
+        raise ConfigError(
+            f"--systems: {name}: {path} does not say what the episodes beside it show"
+        )
+    return score
 
 
 def _value(score: Outcome) -> float:
     return float(score["avg_len"] if score["suite"] in CHAINS else 100 * score["success_rate"])
 
 
+def _trials(score: Outcome) -> int:
+    return int(score["n_sequences"] if score["suite"] in CHAINS else score["n_episodes"])
+
+
 def cells(entry: Entry) -> list[str]:
     """Return an entry as the cells of a line, but for the films."""
     score = entry["score"]
     chain = score["suite"] in CHAINS
-    trials = score["n_sequences"] if chain else score["n_episodes"]
     limits = interval(score["ci95"], 1, 2) if chain else interval(score["ci95"])
     shown = f"{score['avg_len']:.2f}" if chain else percent(score["success_rate"])
     times = [_ms(score.get(name)) for name in ("s1_s_per_plan", "s2_s_per_latent")]
     work = score["latents_per_task"]
     return [
         *(entry["system"], score["suite"], shown, limits),
-        *(str(score["n_starts"]), str(trials), score["clock"], str(score["steps_limit"])),
-        *(_plain(score["interval"]), _plain(score["latency"]), _plain(score["hold_steps"]), *times),
+        *(str(score["n_starts"]), str(_trials(score)), score["clock"], str(score["steps_limit"])),
+        _plain(score.get("replan_steps")),
+        *("" if score["latents"] is None else _plain(score[n]) for n in ("interval", "latency")),
+        *(_plain(score["hold_steps"]), str(score["n_errors"]), *times),
         *("" if work is None else f"{work:.1f}", str(score["policy_sha256"])),
         *(f"{score.get('world', 'playtable')} {score['scene']}", entry["source"]),
     ]
@@ -179,6 +216,14 @@ def films_of(found: Sequence[Entry], folder: Path, places: Mapping[str, Path]) -
             if (folder / name).is_file():
                 made.setdefault(key, {})[what] = name
     return made
+
+
+def copy_films(source: Path, folder: Path) -> None:
+    """Put the films that lie beside a leaderboard beside another one, as far as they are not there."""
+    for film in sorted((source / FILMS).glob("*.mp4")):
+        if not (folder / FILMS / film.name).exists():
+            (folder / FILMS).mkdir(parents=True, exist_ok=True)
+            replace_file(folder / FILMS / film.name, film.read_bytes())
 
 
 def _filmed(place: Path) -> dict[str, Path]:
@@ -252,23 +297,8 @@ def to_markdown(found: Sequence[Entry], films: Films | None = None) -> str:
     return "\n".join(parts)
 
 
-def finished(name: str, folder: Path) -> Path:
-    """Return the report of a finished evaluation.
-
-    Raises:
-        ConfigError: the folder holds none, or one of another format; one line.
-    """
-    try:
-        read_run(folder)
-    except ResultsError as error:
-        raise ConfigError(f"--systems: {name}: {error}") from None
-    if not (folder / REPORT).is_file():
-        raise ConfigError(f"--systems: {name}: {folder} is not finished: no {REPORT}")
-    return folder / REPORT
-
-
 def write_leaderboard(
-    folder: Path, outcomes: Iterable[Outcome], own: Mapping[str, Path], evaluations: Path
+    folder: Path, outcomes: Iterable[Outcome], own: Iterable[Entry], evaluations: Path
 ) -> Path | None:
     """Write page, text and films into a folder of results; None where nothing has been scored.
 

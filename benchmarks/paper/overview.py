@@ -10,6 +10,7 @@ from typing import Any
 from openhelix.benchmarks.evaluation.report import markdown_table
 from openhelix.benchmarks.paper.catalogue import AXIS, FINDINGS
 from openhelix.benchmarks.paper.judge import HOLDS, MISSING, NOT, WITHDRAWN, decide, finding_verdict
+from openhelix.benchmarks.paper.leaderboard import TEXT as BOARD
 from openhelix.benchmarks.paper.tables import Outcome, label, read, withdraw
 from openhelix.runtime.core.files import replace_file
 
@@ -28,7 +29,10 @@ def write_overview(folder: Path, planned: Planned) -> None:
     outcomes = [found for name in planned if (found := read(folder, name)) is not None]
     if not outcomes:
         return
-    replace_file(folder / "README.md", summary(outcomes, planned).encode())
+    text = summary(outcomes, planned)
+    if (folder / BOARD).is_file():
+        text += f"\nAll systems, suite by suite: [leaderboard]({BOARD}), or sortable `leaderboard.html`.\n"
+    replace_file(folder / "README.md", text.encode())
     text = json.dumps(findings(outcomes, planned), indent=1)
     replace_file(folder / "findings.json", text.encode() + b"\n")
 

@@ -240,6 +240,15 @@ class Session:
         names = [r.variant for r in experiment.rows if r.variant and self.request.asks(r.variant)]
         return in_order(map(self.training, [*names, *self._probed(experiment)]))
 
+    def called(self, training: Training) -> str:
+        """Return the variants that a training is of, or that begin with it."""
+        names = []
+        for name in self.variants():
+            of = self.training(name)
+            if training.key in (of.key, *(one.key for one in of.ancestors)):
+                names.append(name)
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
     def check_fair(self) -> None:
         """Refuse contrasts whose arms learn from different numbers of samples.
 
@@ -303,7 +312,10 @@ class Session:
                     if not mine:
                         busy.add(measure.key)
                     elif self.report(measure) is None:
-                        self.say(f"evaluation {number} of {len(measures)} of it: {measure.key}")
+                        self.say(
+                            f"evaluation {number} of {len(measures)} of "
+                            f"{self.called(training)}: {measure.key}"
+                        )
                         self._evaluate(measure)
                         after()
         return busy
@@ -326,7 +338,7 @@ class Session:
     def _train(self, training: Training, place: str) -> None:
         """Train; one that fails leaves its rows out and no others."""
         self._in_time()
-        self.say(f"{place}: {training.key}")
+        self.say(f"{place}, of {self.called(training)}: {training.key}")
         try:
             self.trainings.ensure(training, self.say)
         except CommandFailed as error:

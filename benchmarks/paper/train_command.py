@@ -250,9 +250,10 @@ def changed(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse training options that `openhelix train` does not have.
+    """Refuse training options that `openhelix train` does not have, or a read-out that there is not.
 
     Raises:
         ConfigError: one line names the option.
     """
-    validate(TrainingConfig, apply_overrides({}, [_word(item) for item in options.items()]))
+    words = [_word(item) for item in options.items()]
+    validate(TrainingConfig, apply_overrides({}, words)).latent.read_out()

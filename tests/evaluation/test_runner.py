@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -141,6 +142,15 @@ def test_frames_are_drawn_only_for_plans(runner):
     (row,) = result["tasks"]
     assert row["plans"] == row["encoded"] == result["renders"] == 6
     assert row["latents"] == 24
+
+
+def test_the_time_of_a_latent_is_system_2s_alone(runner, monkeypatch):
+    engine = runner._engine.engine
+    encode = engine.encode
+    monkeypatch.setattr(engine, "encode", lambda *given: time.sleep(0.3) or encode(*given))
+    timing = run(runner, chain("open_drawer"), steps_limit=24, interval=1).result["timing"]
+    assert timing["s2_s"] >= 6 * 0.3
+    assert 0 <= timing["s1_s"] < timing["s2_s"]
 
 
 @pytest.mark.parametrize(("interval", "latency"), [(1, 0), (3, 0), (10, 4), (7, 15)])

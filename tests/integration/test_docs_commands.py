@@ -133,6 +133,7 @@ RULES = (
     Rule(r"openhelix probe ", None, "a 7B checkpoint; tests/system2/test_probe.py has a tiny one"),
     Rule(r"openhelix gate", None, "half an hour; tests/evaluation/test_gating.py fits one"),
     Rule(r"openhelix collect format=calvin", "jobs=1 per_task=1"),
+    Rule(r"openhelix collect scenes=ABC", None, "minutes; tests/calvin/test_collect.py"),
     Rule(r"openhelix data ", "jobs=1"),
     Rule(r"openhelix convert ", None, "weights of the reader's own; tests/system1/test_convert.py"),
     Rule(r"pytest -m slow|perf\.bench_two_hosts", None, "slow, needs root; run by make test-slow"),

@@ -18,6 +18,7 @@ from openhelix.benchmarks.paper.leaderboard import (
     cells,
     entries,
     named_folders,
+    own_entries,
     to_html,
     write_leaderboard,
 )
@@ -27,7 +28,7 @@ from openhelix.runtime.observe.film import Mp4
 COMMON = {
     **{"clock": "lockstep", "steps_limit": 60, "interval": 10, "latency": 2, "hold_steps": 7},
     **{"s1_s_per_plan": 0.05, "s2_s_per_latent": None, "latents_per_task": 3.25},
-    **{"policy_sha256": "abc", "n_starts": 78, "scene": "D"},
+    **{"policy_sha256": "abc", "n_starts": 78, "scene": "D", "latents": "l", "n_errors": 0},
 }
 
 
@@ -62,7 +63,7 @@ TABLES = [
 
 
 def test_each_evaluation_is_listed_once_best_first_and_none_by_older_rules():
-    found = entries(TABLES, {})
+    found = entries(TABLES)
     told = [(e["system"], e["score"]["suite"]) for e in found]
     assert told == [("strong", "calvin"), ("<b>weak</b>", "calvin"), ("strong", "calvin-d")]
     assert cells(found[0])[2:6] == ["3.50", "3.00 to 4.00", "78", "100"]
@@ -93,7 +94,7 @@ class Rows(HTMLParser):
 
 
 def test_the_page_needs_nothing_else_and_shows_names_as_text(tmp_path):
-    place = write_leaderboard(tmp_path, TABLES, {}, tmp_path)
+    place = write_leaderboard(tmp_path, TABLES, (), tmp_path)
     text = place.read_text()
     reader = Rows()
     reader.feed(text)
@@ -105,7 +106,7 @@ def test_the_page_needs_nothing_else_and_shows_names_as_text(tmp_path):
         *("text", "number", "number")
     ]
     assert "## CALVIN-D" in (tmp_path / "leaderboard.md").read_text()
-    assert write_leaderboard(tmp_path / "none", [], {}, tmp_path) is None
+    assert write_leaderboard(tmp_path / "none", [], (), tmp_path) is None
 
 
 def filmed(folder, *successes):
@@ -129,7 +130,7 @@ def filmed(folder, *successes):
 def test_a_success_and_a_failure_of_each_evaluation_can_be_watched(tmp_path):
     filmed(tmp_path / "evaluations" / "k2", True, False, True)
     filmed(tmp_path / "evaluations" / "k1", False)
-    place = write_leaderboard(tmp_path / "out", TABLES, {}, tmp_path / "evaluations")
+    place = write_leaderboard(tmp_path / "out", TABLES, (), tmp_path / "evaluations")
     reader = Rows()
     reader.feed(place.read_text())
     films = [f"films/{name}.mp4" for name in ("k2-success", "k2-failure", "k1-failure")]
@@ -141,7 +142,7 @@ def test_a_success_and_a_failure_of_each_evaluation_can_be_watched(tmp_path):
             assert abs(int(shots[5].mean()) - (200 if "success" in name else 20)) < 4
     assert "[success](films/k2-success.mp4)" in (tmp_path / "out" / "leaderboard.md").read_text()
     # Where only the results are, their films still are.
-    place = write_leaderboard(tmp_path / "out", TABLES, {}, tmp_path / "elsewhere")
+    place = write_leaderboard(tmp_path / "out", TABLES, (), tmp_path / "elsewhere")
     assert all(name in place.read_text() for name in films)
 
 
@@ -182,14 +183,31 @@ def test_a_system_of_ones_own_is_named_by_its_evaluation(tmp_path):
     (tmp_path / "run.json").write_text(
         json.dumps({"format": FORMAT, "identity": {}, "code": ["x"]})
     )
-    with pytest.raises(ConfigError, match=r"mine: .* is not finished: no report.json"):
-        entries([], {"mine": tmp_path})
+    (tmp_path / "shards").mkdir()
+    results = [
+        dict.fromkeys(FIELDS) | {"index": i, "in_a_row": 3 + 2 * (i % 2)} for i in range(100)
+    ]
+    shard = tmp_path / "shards" / "0000.jsonl"
+    shard.write_text("".join(f"{line_of(r)}\n" for r in results))
+
+    def refused(match, folder=tmp_path):
+        with pytest.raises(ConfigError, match=rf"^--systems: mine: .*{match}"):
+            own_entries({"mine": folder})
+
+    refused("is not finished: no report.json")
+    (tmp_path / "report.json").write_text("{}")
+    refused("report.json is no report of an evaluation")
+    (tmp_path / "report.json").write_text(json.dumps(report | {"avg_len": 4.99}))
+    refused("does not say what the episodes beside it show")
     (tmp_path / "report.json").write_text(json.dumps(report))
-    best = entries(TABLES, {"mine": tmp_path})[0]
-    assert best["system"] == "mine" and cells(best)[11:13] == ["50", "200"]
+    best = entries(TABLES, own_entries({"mine": tmp_path}))[0]
+    line = dict(zip([h for h in HEADER if h != "films"], cells(best), strict=True))
+    assert (line["system"], line["ms per plan"], line["ms per latent"]) == ("mine", "50", "200")
+    assert (line["a plan every"], line["System 2 every"]) == ("4", "")  # it has no System 2
     assert "mine" in to_html([best])
-    with pytest.raises(ConfigError, match="no evaluation"):
-        entries([], {"x": tmp_path / "nothing"})
+    shard.write_text("spoilt")
+    refused("")
+    refused("no evaluation", tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("words", [["mine"], ["=x"], ["mine="], ["a=x", "a=y"]])

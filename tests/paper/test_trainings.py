@@ -156,6 +156,7 @@ def test_every_variants_policy_can_be_built_and_learns(name):
         ({"head": "crystal ball"}, "head"),
         ({"head": "lstm", "sampler": "flow"}, "samples nothing"),
         ({"encoder": "efficientnet", "sensors": ["depth"]}, "efficientnet sees colours alone"),
+        ({"head": "dit"}, "policy: 'pretrained' is the base, which has another head"),
     ],
 )
 def test_a_variant_that_cannot_be_built_is_refused(fields, message):
@@ -345,6 +346,8 @@ def test_overrides_are_sorted_out():
     )
     with pytest.raises(ConfigError, match=r"stage2\.stepz"):
         check_options({"stage2.stepz": 5})
+    with pytest.raises(ConfigError, match="kind"):
+        check_options({"latent.kind": "crystal ball"})
 
 
 def test_what_is_measured_says_how_long_it_takes(monkeypatch):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from openhelix.benchmarks.paper.catalogue import Experiment, Variant
 from openhelix.runtime.cli.main import main
 from openhelix.runtime.core import plugins
 from openhelix.runtime.core.config import RunConfig, load, validate
@@ -53,7 +54,14 @@ def test_every_field_that_is_named_is_one_of_the_configuration(page: str) -> Non
 @pytest.mark.parametrize("page", PAGES)
 def test_every_configuration_that_is_shown_is_valid(page: str) -> None:
     for block in blocks(page, "yaml"):
-        validate(RunConfig, yaml.safe_load(block))
+        shown = yaml.safe_load(block)
+        if page != "experiments.md":
+            validate(RunConfig, shown)
+        elif "rows" in shown:
+            validate(Experiment, {"name": "mine", **shown})
+        else:
+            for variant in shown.values():
+                validate(Variant, variant)
 
 
 @functools.cache
