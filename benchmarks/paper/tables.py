@@ -275,7 +275,9 @@ def _rests_on(rows: Sequence[Outcome]) -> str:
     chains = all("avg_len" in score for score in scores)
     counts = [int(s.get("n_sequences") or s.get("n_episodes") or 0) for s in scores]
     what, bars = ("chains", BOOTSTRAP) if chains else ("episodes", WILSON)
-    return f"{trials(counts, what)}; bars: {bars}"
+    starts = {int(s["n_starts"]) for s in scores if "n_starts" in s}
+    over = f", the unit is the start ({', '.join(map(str, sorted(starts)))})" if starts else ""
+    return f"{trials(counts, what)}; bars: {bars}{over}"
 
 
 def _percent_of(row: Outcome) -> float | None:
