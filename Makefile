@@ -50,18 +50,16 @@ run-sim: setup ## Run one five-task sequence: HZ2= STEPS= SEQ= SCENE= CLOCK=real
 	$(VENV)/bin/openhelix run --config $(CONFIG) system2.hz=$(HZ2) tasks.steps_limit=$(STEPS) \
 	  tasks.sequence=$(SEQ) world.scene=$(SCENE) control.clock=$(CLOCK) $(ARGS)
 
-# They start whole systems, whose processes choose their threads themselves. The others run first, with
-# a thread each: with more threads than cores, each waits for the other in busy loops, and all takes three
-# times as long.
+# They start whole systems, one at a time. The others run two at a time with a thread each: with more
+# threads than cores, each waits for the other in busy loops, and all takes three times as long.
 TOGETHER = tests/integration/test_docs_commands.py
-WHOLE = $(filter-out $(TOGETHER),$(wildcard tests/integration/test_*.py)) tests/faults
+ALONE = $(filter-out $(TOGETHER),$(wildcard tests/integration/test_*.py)) tests/faults
 
 test: setup ## Run the tests (under 15 minutes on 2 cores).
 	@mkdir -p build && rm -f build/skipped.txt
 	OPENHELIX_SKIPPED=$(CURDIR)/build/skipped.txt OMP_NUM_THREADS=1 \
-	  $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" tests $(foreach t,$(WHOLE),--ignore $(t))
-	OPENHELIX_SKIPPED=$(CURDIR)/build/skipped.txt \
-	  $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" $(WHOLE)
+	  $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" tests $(foreach t,$(ALONE),--ignore $(t))
+	OPENHELIX_SKIPPED=$(CURDIR)/build/skipped.txt $(PY) -m pytest -q -m "not slow and not gpu" $(ALONE)
 	@if [ -s build/skipped.txt ]; then echo "skipped, and what would enable it:"; \
 	  sort build/skipped.txt | uniq -c | sort -rn; else echo "skipped: nothing"; fi
 

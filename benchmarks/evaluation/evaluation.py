@@ -323,13 +323,17 @@ def fingerprint(part: Part) -> str:
 def _code_of(target: str) -> list[Path]:
     """Return the files of a target's package or module; none for OpenHelix's own, see `code_hash`."""
     name = target.partition(":")[0].partition(".")[0]
-    found = None if name == "openhelix" else plugins.find_module(name)
-    if found is None:
+    if name == "openhelix":
         return []
-    places = found.submodule_search_locations or [found.origin or ""]
+    if (module := sys.modules.get(name)) is not None:  # a script's own has no spec
+        places = list(getattr(module, "__path__", ())) or [getattr(module, "__file__", None) or ""]
+    elif (found := plugins.find_module(name)) is not None:
+        places = list(found.submodule_search_locations or [found.origin or ""])
+    else:
+        return []
     return [
         file
-        for place in map(Path, places)
+        for place in map(Path, filter(None, places))
         for file in ([place] if place.is_file() else sorted(place.rglob("*.py")))
     ]
 

@@ -306,6 +306,24 @@ def test_a_checkpoint_is_known_by_its_content(tmp_path):
         fingerprint(Part(target="a.b:C", options={"path": "/nowhere"}))
 
 
+def test_code_of_ones_own_is_part_of_what_is_evaluated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "lab_arm").mkdir()
+    found = []
+    for code in ("x = 1\n", "x = 12\n"):
+        for file in ("lab_policy.py", "lab_arm/helper.py"):
+            (tmp_path / file).write_text(code)
+            targets = ("lab_policy:Mine", "lab_arm.policy:Mine")
+            found.append([fingerprint(Part(target=target)) for target in targets])
+    assert len(set(found[0] + found[3])) == 4
+    assert found[0][1] != found[1][1] == found[2][1] and found[0][0] == found[1][0]
+    (tmp_path / "beside.py").write_text("other = 1\n")
+    assert [fingerprint(Part(target=target)) for target in targets] == found[3]
+    for target in ("json:Mine", "sys:Mine", "__main__:Mine", "nowhere:Mine"):
+        assert fingerprint(Part(target=target)) == fingerprint(Part(target=target))
+
+
 def test_progress_is_told_with_the_time_to_go():
     stream = io.StringIO()
     console = Console("eval", stream, every_s=0.0)

@@ -200,7 +200,7 @@ def test_two_processes_share_the_work(tmp_path):
     ]  # fmt: skip
     said = [process.communicate()[1] for process in begun]
     assert [process.returncode for process in begun] == [0, 0], "\n".join(said)
-    did = [line for text in said for line in text.splitlines() if "of it: " in line]
+    did = [line for text in said for line in text.splitlines() if ": evaluation " in line]
     measured = [line.split(": ")[-1] for line in did]
     assert len(measured) == len(set(measured)) == 3
     outcome = json.loads((tmp_path / "out" / "table4.json").read_text())
