@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,17 @@ def test_what_another_process_is_at_is_left_to_it_and_waited_for(tmp_path, monke
     assert [count for _, count in waited] == [1, 1]
     assert not one.missing() and all(one.report(one.measure(row)) for row in one.rows())
     assert f"another process is at {training.key}" in capsys.readouterr().err
+
+
+def test_a_system_of_ones_own_stands_beside_those_measured_here(table4, tmp_path):
+    folder = next((table4 / "root" / "evaluations").iterdir())
+    given = words(tmp_path, "table4", report=True, systems=f"mine={folder}")
+    assert main(given) == 0
+    text = (tmp_path / "out" / "leaderboard.md").read_text()
+    assert "| mine |" in text and "(laptop) |" in text
+    films = re.findall(r"\((films/[^)]+)\)", text)
+    assert films and all((tmp_path / "out" / film).is_file() for film in films)
+    assert "(leaderboard.md)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_two_processes_share_the_work(tmp_path):
