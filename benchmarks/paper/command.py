@@ -187,7 +187,10 @@ def make_session(options: ExperimentOptions, overrides: Sequence[str], known: Ca
     alone = alone_of(options, known, names)
     known.scale(options.scale)
     train, run = changed(overrides)
-    check_options(train)
+    try:
+        check_options(train)
+    except ConfigError as error:
+        raise ConfigError(f"train.{error}") from None
     check_run(run)
     root = (options.root or cache_folder() / "experiments" / options.scale).resolve()
     data, frames, refusal = _data(options)

@@ -470,7 +470,7 @@ def test_intervals_are_drawn_as_a_line(tmp_path, monkeypatch):
         (["table2", "--scale", "huge"], "--scale: 'huge'"),
         (["table2", "--workers", "0"], "--workers"),
         (["table2", "--hours", "0"], "--hours"),
-        (["table2", "train.stage2.stepz=3"], "stage2.stepz"),
+        (["table2", "train.stage2.stepz=3"], "train.stage2.stepz: "),
         (["table2", "--data", "/none"], "data: no folder /none"),
         (["table2", "--scale", "smoke", "--out", str(RESULTS), "--report"], "for results"),
     ],
