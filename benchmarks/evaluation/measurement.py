@@ -514,9 +514,8 @@ class Attempt:
         in_a_row = next((i for i, row in enumerate(rows) if not row["success"]), len(rows))
         planner = self._stack.loop.planner if self._stack else None
         goals = self._stack.loop.goals if self._stack else None
-        filled_s = (
-            goals.filled_s if isinstance(goals, DemandGoals) else 0.0
-        )  # it counts as System 2's
+        # Latents that a plan waited for are System 2's time.
+        filled_s = goals.filled_s if isinstance(goals, DemandGoals) else 0.0
         result = {
             "index": self.episode.index,
             "key": self.episode.key,
