@@ -401,15 +401,19 @@ class GoalScheduler:
             understood=judgement.understood,
             refused=judgement.refused,
         )
+        # Counted first: who has the latent and asks for the counts must find it among them.
+        robot.seq += 1
+        self.totals.published += 1
+        self.totals.not_understood += judgement.refused
         try:
             self._sink.send(request.robot, goal)
         except Exception as error:  # what cannot travel is this latent's fault, not the robots'
+            robot.seq -= 1
+            self.totals.published -= 1
+            self.totals.not_understood -= judgement.refused
             self._note(request, error)
             return False
-        robot.seq += 1
         robot.last_error = ""
-        self.totals.published += 1
-        self.totals.not_understood += judgement.refused
         return True
 
     def _refuse(self, request: GoalRequest, reason: str) -> None:

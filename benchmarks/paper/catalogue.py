@@ -31,6 +31,7 @@ EXPERT = {"heads": 3, "layers": 30}  # as System 2's: SmolLM2-135M's layers, and
 Count = Annotated[int, Field(ge=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 LENGTH = 5  # tasks in a chain
+BATCHES = 4  # in one of a `longer` training
 
 
 class _Section(BaseModel):
@@ -63,6 +64,10 @@ class Variant(_Section):
         proprio: System 2 is told the robot's own state, too.
         model: System 2's, as `openhelix train` names it.
         projector: between the systems, "linear" or with a hidden layer.
+        fitted: the projector begins as what best sends the states of the first steps' own samples
+            to the policy's tasks (`openhelix.benchmarks.training.start`), not at random.
+        longer: so many times the samples of the scale, in larger batches and with the optimiser
+            that the policy learned alone with; System 2's states, which are frozen, are kept.
         head, encoder, sensors, sampler: System 1's; see `openhelix.system1.config`.
         scaled: System 1 has twice the width and three times the blocks.
     """
@@ -86,6 +91,8 @@ class Variant(_Section):
     proprio: bool = False
     model: str = "laptop"
     projector: Literal["linear", "mlp"] = "mlp"
+    fitted: bool = False
+    longer: Count = 1
     head: Literal["trajectory", "dit", "plain", "lstm", "transformer", "map", "expert"] = (
         "trajectory"
     )
@@ -124,6 +131,14 @@ class Variant(_Section):
             )
         if self.clip_to != "table" and not self.clip:
             raise ValueError("clip_to: there is no alignment loss; say clip: true")
+        if self.fitted and self.latent == KV:
+            raise ValueError(f"fitted: read-out {KV!r} has no projector to fit")
+        if self.fitted and self.policy not in ("pretrained", "encoder", "kept"):
+            raise ValueError(f"fitted: policy {self.policy!r} has no tasks to fit a projector to")
+        if self.longer % BATCHES and self.longer > 1:
+            raise ValueError(f"longer: {self.longer}, want 1 or a multiple of {BATCHES}")
+        if self.longer > 1 and self.regime != "frozen":
+            raise ValueError(f"longer: regime {self.regime!r}, but only a frozen model's are kept")
         network = {**self.network.get("policy.changes", {})}
         cameras = PolicyConfig().cameras
         if TACTILE in self.sensors:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from openhelix.benchmarks.evaluation.evaluation import content
-from openhelix.benchmarks.paper.catalogue import Experiment, Scale, Variant, named
+from openhelix.benchmarks.paper.catalogue import BATCHES, Experiment, Scale, Variant, named
 from openhelix.benchmarks.training.config import LatentSection, PolicyStage, TrainingConfig
 from openhelix.benchmarks.training.export import SYSTEM1, TEXT
 from openhelix.runtime.core.config import CommandFailed, ConfigError
@@ -29,9 +29,12 @@ from openhelix.runtime.core.paths import ROOT
 from openhelix.system1.checkpoint import CONFIG
 from openhelix.system1.config import PRESETS, PolicyConfig
 from openhelix.system2.model import LANGUAGE, VISION
+from openhelix.system2.text import FILE as TEXT_CODE
 
 TRAINED, FAILED, CLOCK = "trained.json", "failed.json", "clock.json"
 GIVEN = "policy.checkpoint"
+FIT_SAMPLES = 2048  # that a fitted projector begins with
+STRIDE = 4  # of the frames whose states a `longer` training keeps
 UNSHAPING = ("latent.prefix_gb",)  # options that make a training faster, not another
 PROJECTOR_WIDTH = LatentSection().projector_width
 SHIPPED = ROOT / "checkpoints"
@@ -158,7 +161,10 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
     given = {**base, **changes}
     own = dict(given)
     if variant.policy == "encoder":
-        own = {**base, "policy.told": "sentence", "policy.steps": scale.own_steps, **changes}
+        told = {"policy.told": "sentence", "policy.steps": scale.own_steps}
+        if _told_sentences(given):  # and so does System 2 speak to the base's encoder
+            told |= {"policy.text_code": "encoder"}
+        own = {**base, **told, **changes}
     if network or variant.policy == "encoder":
         own.pop(GIVEN, None)  # what is given is another network
     policy = _policy_training({**own, **network}, data)
@@ -184,12 +190,16 @@ def trainings_of(variant: Variant, scale: Scale, data: str, changes: Mapping[str
         "latent.model": variant.model,
         "latent.lag_steps": variant.lag,
         "latent.projector_width": 0 if variant.projector == "linear" else PROJECTOR_WIDTH,
-        # No projector is fitted to labels: an arm without pre-alignment could not be, either.
         "stage1.start": "random",
         "stage2.start": "random",
         "stage1.policy": "learns" if variant.aligned == "learning" else "frozen",
     }
+    if variant.fitted:
+        first = "stage1" if variant.prealign else "stage2"
+        options |= {f"{first}.start": "table", f"{first}.start_samples": FIT_SAMPLES}
     options |= changes
+    if variant.longer > 1:
+        options |= _longer(options, variant.longer)
     if variant.policy == "kept":
         options |= {"stage1.steps": _steps_of_both(options, "stage1"), "stage2.steps": 0}
     if not variant.prealign:
@@ -215,6 +225,26 @@ def _network_of(options: Mapping[str, Any], network: Mapping[str, Any]) -> dict[
     own = {n: getattr(config, n) for n in OWN if getattr(config, n) != getattr(usual, n)}
     own |= network.get("policy.changes", {})
     return {**network, **({"policy.changes": own} if own else {})}
+
+
+def _told_sentences(options: Mapping[str, Any]) -> bool:
+    """Whether the policy that arms begin from was told sentences."""
+    given = options.get(GIVEN)
+    if given is None:
+        return options.get("policy.told") == "sentence"
+    return given == "shipped" or (_folder(given) / TEXT_CODE).is_file()
+
+
+def _longer(options: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """Return both stages at so many times the samples, as a policy learns alone."""
+    default, alone = TrainingConfig(), PolicyStage()
+    found: dict[str, Any] = {"latent.feed": "states", "latent.stride": STRIDE}
+    for stage in ("stage1", "stage2"):
+        for name, by in (("batch", BATCHES), ("steps", times // BATCHES)):
+            usual = getattr(getattr(default, stage), name)
+            found[f"{stage}.{name}"] = by * int(options.get(f"{stage}.{name}", usual))
+    found |= {"stage2.optimizer": alone.optimizer, "stage2.lr_policy": alone.lr}
+    return found | {"stage2.warmup": alone.warmup, "stage2.ema": alone.ema}
 
 
 def _steps_of_both(options: Mapping[str, Any], alone: str = "stage2") -> int:

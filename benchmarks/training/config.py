@@ -21,6 +21,7 @@ from openhelix.runtime.core.paths import cache_folder
 from openhelix.system1.checkpoint import CONFIG
 from openhelix.system1.train_loop import OptimizerName
 from openhelix.system2.latents import KV, BadReadOut, LatentConfig
+from openhelix.system2.text import FILE as TEXT_CODE
 from openhelix.system2.train import Regime
 from openhelix.system2.vlm_config import VlmSection
 
@@ -59,6 +60,8 @@ class PolicyStage(_Section):
             keeps the map of sentences as it was fitted.
         text_model, text_layers, text_words: the language model, the layers after which the mean
             of a sentence's tokens is read, and how many of its tokens follow one by one.
+        text_code: "fitted" to the sentences, or the "encoder"'s: the very code in which the policy
+            of `encoder_from` was told sentences, so that its encoder reads them from the first step.
         checkpoint: a trained policy's folder, taken instead of training one.
         pretrained: False: the stages after begin with an untrained policy (Table 4's contrast).
         encoder_from: a policy's folder whose encoder a fresh policy begins with, where the
@@ -80,6 +83,7 @@ class PolicyStage(_Section):
     text_model: str = "smollm2"
     text_layers: tuple[Whole, ...] = (1, 8)
     text_words: Whole = 0
+    text_code: Literal["fitted", "encoder"] = "fitted"
     checkpoint: Path | None = None
     pretrained: bool = True
     encoder_from: Path | None = None
@@ -103,6 +107,24 @@ class PolicyStage(_Section):
         if self.encoder_from is not None and self.init is not None:
             raise ValueError("encoder_from: init begins with a whole policy; say one of the two")
         return self
+
+    def encoder_code(self) -> Path | None:
+        """Return the file of the code that the encoder's policy was told in, where it is wanted.
+
+        Raises:
+            ConfigError: there is no such policy, or it was told no sentences.
+        """
+        if self.text_code == "fitted":
+            return None
+        if self.encoder_from is None:
+            raise ConfigError("policy.text_code: encoder is that of policy.encoder_from=FOLDER")
+        file = self.encoder_from.expanduser() / TEXT_CODE
+        if not file.is_file():
+            raise ConfigError(
+                f"policy.text_code: no {TEXT_CODE} in {file.parent}: that policy was told no "
+                "sentences; say fitted"
+            )
+        return file
 
 
 class LatentSection(_Section):
@@ -261,6 +283,9 @@ class JointStage(_Section):
             language model's own weights (regimes "lora" and "full").
         start: "table": the projector starts by saying what the policy's task table says,
             see `start.py`; "random": it starts untrained. Read where no stage came before.
+        start_samples: with start "table", only those that the first steps draw, so many of them,
+            and no others: an arm so begun has seen as much as one begun at random. 0: as many as
+            help, drawn for the start alone.
     """
 
     steps: Whole
@@ -278,6 +303,7 @@ class JointStage(_Section):
     eval_every: Count = 250
     save_every: Count = 100
     start: Literal["table", "random"] = "table"
+    start_samples: Whole = 0
 
 
 class Stage1(JointStage):
@@ -461,7 +487,7 @@ def keep_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
     for section, values in settings.items():
         old = before.get(section)
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-            was = old.get(key) if isinstance(old, dict) else old
+            was = old.get(key, _usual(section, key)) if isinstance(old, dict) else old
             if was != value:
                 where = f"{section}.{key}".rstrip(".")
                 raise ConfigError(
@@ -471,6 +497,12 @@ def keep_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
     if not write:
         return
     replace_file(file, (json.dumps(settings, indent=1) + "\n").encode())
+
+
+def _usual(section: str, key: str) -> Any:
+    """Return what a setting was in a stage begun before there was such a setting."""
+    made = TrainingConfig.model_fields[section].default if key else None
+    return None if made is None else made.model_dump(mode="json").get(key)
 
 
 def section_settings(section: Any) -> dict[str, Any]:

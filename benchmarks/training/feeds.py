@@ -269,6 +269,11 @@ class Sentences:
         have = self._of[task]
         return self.texts[int(have[0])] if len(have) else f"task {task}"
 
+    def of_tasks(self) -> tuple[Tensor, list[str]]:
+        """Return each task's number (S,) and its sentences, one after the other."""
+        pairs = [(task, self.texts[int(i)]) for task, of in self._of.items() for i in of]
+        return torch.tensor([task for task, _ in pairs]), [text for _, text in pairs]
+
     def answers(self, tasks: Tensor) -> list[str]:
         """Return what System 2 is to say of tasks (B,): the plain sentence of each.
 

@@ -185,12 +185,23 @@ class Joint:
         self.ema.update(self.pair, number)
         return {"step": number + 1, "loss": loss, **values, **act, "grad_norm": float(norm)}
 
+    def _frames_of(self, number: int, rows: slice) -> tuple[Tensor, torch.Generator]:
+        """Return the frames (batch,) of a step, and the generator of what some rows draw next."""
+        batch = self.section.batch
+        generator = Part.of(rows, batch, seed_of(self.config.seed, number))
+        picks = torch.randint(len(self.train_frames), (batch,), generator=generator)
+        return self.train_frames[picks], generator
+
+    def drawn(self, number: int) -> tuple[Sample, Tensor]:
+        """Return what step `number` draws of System 2, without gradients, and its tasks (batch,)."""
+        frames, generator = self._frames_of(number, slice(0, self.section.batch))
+        rows, _ = self.ages.draw(frames, generator)
+        return sample_of(self, rows, generator)
+
     def _learned_from(self, number: int, rows: slice, count: int) -> dict[str, float]:
         """Collect the gradients of one of a step's `count` parts; return its terms."""
         s = self.section
-        generator = Part.of(rows, s.batch, seed_of(self.config.seed, number))
-        picks = torch.randint(len(self.train_frames), (s.batch,), generator=generator)
-        frames = self.train_frames[picks]
+        frames, generator = self._frames_of(number, rows)
         terms, _ = self.terms(frames[rows], generator, Augment(), s.draws, whole=(frames, count))
         loss = torch.stack([value for name, value in terms.items() if name in COUNTED]).sum()
         (loss / count).backward()

@@ -58,7 +58,12 @@ from openhelix.runtime.core.precision import pick_dtype
 from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system1.checkpoint import WEIGHTS, Network, load_policy, load_strict, save_policy
 from openhelix.system1.data import Cache
-from openhelix.system1.latent_adapter import adapt_to_latent, task_anchors, with_latent
+from openhelix.system1.latent_adapter import (
+    adapt_to_latent,
+    name_by_sentences,
+    task_anchors,
+    with_latent,
+)
 from openhelix.system1.model import VisuomotorPolicy
 from openhelix.system1.train import (
     TrainConfig,
@@ -213,12 +218,14 @@ class JointRun:
         self.before = self._before()
         self._settings(write=False)
         self.learner = open_learner(config, stage, self.before)
-        spec = self.learner.head.spec(self.learner.checkpoint, raw=False)
-        policy = self._policy(spec)
-        policy = adapt_to_latent(policy, spec, config.seed)
         latent = config.latent
         _, held = self.cache.split(config.validation, config.seed)
         self.source = Source.open(self.cache, config.seed, latent.vision, latent.wordings, held)
+        spec = self.learner.head.spec(self.learner.checkpoint, raw=False)
+        policy = self._policy(spec)
+        if begin and self._starts_from_table and not (self.folder / STATE).is_file():
+            name_by_data(config, self.source, policy)
+        policy = adapt_to_latent(policy, spec, config.seed)
         if begin:
             self._settings(write=True)
         feed = self._feed()
@@ -237,13 +244,14 @@ class JointRun:
                 self.folder, self.pair, self.joint.ema, self.joint.optimizers, self.pair.kept
             )
             log.info("%s: going on at step %d", stage, self.step)
-        elif begin and self.before is None and self._starts_from_table:
+        elif begin and self._starts_from_table:
             self._start()
         workers.same([*trained(self.pair).values(), *self.joint.ema.values.values()])
 
     @property
     def _starts_from_table(self) -> bool:
-        return self.section.start == "table" and self.config.latent.init is None
+        fresh = self.before is None and self.config.latent.init is None
+        return fresh and self.section.start == "table"
 
     @property
     def pair(self) -> Any:
@@ -515,6 +523,29 @@ def sentence_codes(config: TrainingConfig, source: Source, dim: int) -> Tensor:
             f"has {dim}"
         )
     return found.to(config.device)
+
+
+def name_by_data(config: TrainingConfig, source: Source, policy: Network) -> None:
+    """Make the rows of a told policy's table what it makes of the data's sentences.
+
+    What it was told sentences for, it has hardly learned by number (`name_by_sentences`), and a
+    projector is fitted to the rows.
+
+    Raises:
+        ConfigError: its code is of another language model than `policy.text_model`.
+    """
+    folder = base_policy_folder(config)
+    if folder is None or not (folder / FILE).is_file():
+        return
+    number, texts = source.sentences.of_tasks()
+    try:
+        code = TextCode.load(folder / FILE)
+        reader = TextReader(config.policy.text_model, code.layers, config.device)
+        latent = reader.encode(code, texts)
+    except TextError as error:
+        raise ConfigError(f"policy.checkpoint: {error}") from None
+    if len(number.unique()) == len(source.cache.meta["tasks"]):
+        name_by_sentences(policy, latent, number)
 
 
 def keep_reading(folder: Path) -> None:

@@ -59,9 +59,13 @@ def start_from_table(joint: Joint, source: Source) -> dict[str, float]:
     if joint.learner.head.config.kind == KV:
         stage = joint.stage
         raise ConfigError(f"{stage}.start: read-out 'kv' has no projector to fit; say random")
-    states, filled, tasks = gathered(joint, joint.train_rows)
     held = joint.val_rows if len(joint.val_rows) else joint.train_rows
-    test = gathered(joint, held)
+    if joint.section.start_samples:
+        states, filled, tasks = first_drawn(joint, joint.section.start_samples)
+        test = gathered(joint, held, joint.config.eval_frames)
+    else:
+        states, filled, tasks = gathered(joint, joint.train_rows)
+        test = gathered(joint, held)
     head = joint.learner.head
     refuse = joint.config.latent.refuse
     for name in ("refuse", "like"):
@@ -156,15 +160,24 @@ def accuracy(joint: Joint, states: Tensor, filled: Tensor, tasks: Tensor) -> flo
     return 0.0 if guess is None else float((guess == tasks).float().mean())
 
 
-def gathered(joint: Joint, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return states (N, n, hidden), filled rows (N, n) and tasks (N,) of at most `SAMPLES` samples.
+def first_drawn(joint: Joint, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return states, filled rows and tasks, as `gathered`, of the samples of the first steps."""
+    steps = min(max(1, most // joint.section.batch), joint.section.steps)
+    drawn = [joint.drawn(number) for number in range(steps)]
+    parts = zip(*((s.state, s.filled, task) for s, task in drawn), strict=True)
+    states, filled, tasks = (torch.cat(part) for part in parts)
+    return states, filled, tasks
+
+
+def gathered(joint: Joint, rows: Tensor, most: int = SAMPLES) -> tuple[Tensor, Tensor, Tensor]:
+    """Return states (N, n, hidden), filled rows (N, n) and tasks (N,) of at most `most` samples.
 
     A row that has several sentences is drawn as often.
     """
     generator = joint.generator(0, 3)
     often = joint.config.latent.phrasings if isinstance(joint.feed, StateFeed) else 1
     order = torch.cat([rows[torch.randperm(len(rows), generator=generator)] for _ in range(often)])
-    order = order[:SAMPLES]
+    order = order[:most]
     states, filled, tasks = [], [], []
     for chosen in order.split(joint.section.batch):
         sample, task = sample_of(joint, chosen, generator)

@@ -9,6 +9,7 @@ if one is named, otherwise a fifth of the sentences, which are then not trained 
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.paths import cache_folder
 from openhelix.system1.data import read_index
 from openhelix.system1.sentences import Sentences
+from openhelix.system2.model import sha256_file
 from openhelix.system2.text import FILE, TextCode, TextError, TextReader, fitted_code, text_id
 
 log = logging.getLogger(__name__)
@@ -70,7 +72,10 @@ def prepare_told(config: TrainingConfig) -> Told:
         missing = [task for task in tasks if task not in phrases]
         if missing:
             raise ConfigError(f"{name}: no sentence for {missing[0]}")
+    given = section.encoder_code()
     about = (section.text_model, section.text_layers, section.text_words)
+    if given is not None:
+        about = (*about, sha256_file(given))
     flat = [f"{task}: {text}" for task in tasks for text in said[task]]
     rest = [f"{task}: {text}" for task in tasks for text in held[task]]
     folder = cache_folder() / "text" / text_id([*flat, "held", *rest], *about, "1")
@@ -80,10 +85,15 @@ def prepare_told(config: TrainingConfig) -> Told:
     log.info("encoding %d sentences", len(flat) + len(rest))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        reader = TextReader(section.text_model, section.text_layers, config.device)
-        texts = [text for task in tasks for text in said[task]]
-        code = fitted_code(reader, texts, section.text_words)
-        code.save(files.code)
+        if given is not None:
+            code = TextCode.load(given)
+            reader = TextReader(section.text_model, code.layers, config.device)
+            shutil.copyfile(given, files.code)
+        else:
+            reader = TextReader(section.text_model, section.text_layers, config.device)
+            texts = [text for task in tasks for text in said[task]]
+            code = fitted_code(reader, texts, section.text_words)
+            code.save(files.code)
         for path, phrases in ((files.sentences, said), (files.held, held)):
             encode(reader, code, tasks, phrases).save(path)
     except TextError as error:

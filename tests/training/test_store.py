@@ -25,6 +25,7 @@ from openhelix.benchmarks.training.feeds import (
     prefix_store,
     states_store,
 )
+from openhelix.benchmarks.training import feeds
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.data import Cache
 from openhelix.system2.latents import LatentConfig, LatentHead
@@ -38,6 +39,12 @@ def learner(llava: str, **config) -> System2Learner:
     table = model.get_input_embeddings().weight[: checkpoint.act_ids[0]]
     head = LatentHead.fresh(LatentConfig(**config), table, seed=3)
     return System2Learner(model.eval(), checkpoint, head, "prompt")
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch) -> None:
+    """What is kept here is small, whatever the machine's disk has left."""
+    monkeypatch.setattr(feeds, "SPARE_BYTES", 0)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +159,15 @@ def test_no_more_prefixes_are_kept_than_there_is_room_for(llava, source, tmp_pat
     a, b = (f.draw(torch.tensor([3, 40]), torch.Generator().manual_seed(1)) for f in (feed, plain))
     assert torch.allclose(a.sample.z, b.sample.z, atol=1e-5)
     assert list(kept.folder.glob("*.safetensors")) == [one]
+
+
+def test_a_disk_that_is_nearly_full_is_left_alone(llava, source, tmp_path, monkeypatch) -> None:
+    made, section = learner(llava), LatentSection(model=llava)
+    monkeypatch.setattr(feeds, "SPARE_BYTES", 10**18)
+    kept = KeptPrefixes(tmp_path, made, source, section, 1e9)
+    feed = LiveFeed(made, source, 1e9, kept=kept)
+    feed.draw(torch.tensor([3]), torch.Generator().manual_seed(1))
+    assert not list(kept.folder.glob("*.safetensors"))
 
 
 def layout(n: int = 10) -> StoreLayout:
