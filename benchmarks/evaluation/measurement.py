@@ -531,8 +531,8 @@ class Attempt:
             "timing": {
                 "wall_s": round(wall_s, 3),
                 "task_s": [round(r.duration_s, 3) for r in results],
-                "s1_s": round(max(0.0, sum(planner.latencies_s) - filled_s), 3) if planner else 0.0,
-                "s2_s": round(self._watch.seconds, 3) if self._watch else 0.0,
+                "s1_s": round(max(0.0, sum(planner.latencies_s) - filled_s), 6) if planner else 0.0,
+                "s2_s": round(self._watch.seconds, 6) if self._watch else 0.0,
                 "cpu_s": round(cpu_s, 3),
                 "s2_cpu_s": round(self._watch.cpu_s, 3) if self._watch else 0.0,
             },

@@ -32,6 +32,7 @@ from openhelix.benchmarks.paper.trainings import (
     OutOfTime,
     Trainings,
     in_order,
+    samples,
     trainings_of,
 )
 from openhelix.runtime.control.assembly import make
@@ -113,6 +114,38 @@ def test_the_variants_are_what_the_paper_says():
     assert training("prompt").options["latent.lag_steps"] == 0
     own = training("prompt", {"policy.steps": 7}).parent
     assert own.options["policy.told"] == "sentence" and own.reads_data
+
+
+def test_a_fitted_projector_sees_the_samples_of_its_first_stage():
+    plain, e2e, random = (training(n).options for n in ("plain", "plain_e2e", "prompt"))
+    assert plain["stage1.start"] == e2e["stage2.start"] == "table" != random["stage1.start"]
+    assert plain["stage1.start_samples"] == e2e["stage2.start_samples"] == 2048
+    assert "stage2.start_samples" not in plain and "stage1.start_samples" not in random
+    assert samples(training("plain")) == samples(training("plain_e2e")) == samples(training("lora"))
+
+
+def test_a_longer_training_sees_so_many_times_the_samples_as_the_base_learned():
+    long, scratch = training("long"), training("long_scratch")
+    assert samples(long) == samples(scratch) == 12 * samples(training("frozen")) == 96_000
+    assert long.options["stage1.steps"] == 1200 and scratch.options["stage1.steps"] == 0
+    for options in (long.options, scratch.options):
+        assert options["stage2.optimizer"] == "muon" and options["stage2.batch"] == 32
+        assert options["latent.feed"] == "states"
+    quick = trainings_of(VARIANTS["long"], catalogue().scale("smoke"), "d", {})
+    plain = trainings_of(VARIANTS["frozen"], catalogue().scale("smoke"), "d", {})
+    assert samples(quick) == 12 * samples(plain)
+
+
+def test_a_policy_is_told_in_the_code_of_its_encoder_where_there_is_one(tmp_path):
+    assert training("head_dit").parent.options["policy.text_code"] == "encoder"
+    trained = training("head_dit", {"policy.steps": 7}).parent  # a base that is trained first
+    assert trained.options["policy.text_code"] == "encoder"
+    by_number = {"policy.told": "number", "policy.steps": 7}
+    assert "policy.text_code" not in training("head_dit", by_number).parent.options
+    given = {"policy.checkpoint": str(tmp_path)}
+    assert "policy.text_code" not in training("head_dit", given).parent.options
+    (tmp_path / "text.safetensors").write_bytes(b"")
+    assert training("head_dit", given).parent.options["policy.text_code"] == "encoder"
 
 
 def test_another_network_has_a_base_of_its_own():

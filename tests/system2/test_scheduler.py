@@ -232,6 +232,20 @@ def test_a_bad_request_is_refused_and_the_others_are_served() -> None:
     assert stack.scheduler.health()["robots"]["b"]["error"] == ""
 
 
+def test_who_has_a_latent_finds_it_counted() -> None:
+    stack, seen = ControlStack(), list[int]()
+    send = stack.out.send
+
+    def sent(robot: str, goal: LatentGoal) -> None:
+        seen.append(stack.scheduler.health()["published"])
+        send(robot, goal)
+
+    stack.out.send = sent  # type: ignore[method-assign]
+    stack.offer("a")
+    stack.offer("b")
+    assert stack.scheduler.serve() == 2 and seen == [1, 2]
+
+
 def test_a_latent_that_cannot_travel_is_counted_and_the_next_goes_out() -> None:
     stack = ControlStack()
     stack.out.refuses = True

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from openhelix.benchmarks.training.config import LATENT, NotDone
+from openhelix.benchmarks.training.config import LATENT, SETTINGS, NotDone
 from openhelix.benchmarks.training.export import SYSTEM1, SYSTEM2, export, make_card
+from openhelix.benchmarks.training.feeds import LiveFeed
 from openhelix.benchmarks.training.stages import (
     JointRun,
     base_policy,
@@ -163,6 +164,45 @@ def test_the_projector_starts_by_naming_the_task(frames, llava, trained_policy, 
         frames, llava, tmp_path / "b", f"policy.checkpoint={trained_policy}", "stage1.start=random"
     ), "stage1")  # fmt: skip
     assert plain.history == []
+
+
+def test_a_fit_sees_no_samples_but_those_of_the_first_steps(
+    frames, llava, trained_policy, tmp_path, monkeypatch
+) -> None:
+    seen: list[list[int]] = []
+    draw = LiveFeed.draw
+
+    def watched(self, rows, generator):
+        drawn = draw(self, rows, generator)
+        seen.append(list(zip(drawn.frames.tolist(), drawn.instruction.tolist(), strict=True)))
+        return drawn
+
+    monkeypatch.setattr(LiveFeed, "draw", watched)
+    begin = (f"policy.checkpoint={trained_policy}", "latent.feed=live", "stage1.start_samples=24")
+    run = JointRun(settings(frames, llava, tmp_path, *begin), "stage1")
+    assert run.history[0]["start_samples"] == 24  # three steps of eight
+    fitted, _ = seen[:3], seen.clear()
+    for number in range(3):
+        run.train_step()
+        assert seen[-1] == fitted[number]
+    few = JointRun(settings(frames, llava, tmp_path / "few", *begin, "stage1.steps=2"), "stage1")
+    assert few.history[0]["start_samples"] == 16  # there are no more steps
+
+
+def test_a_setting_that_a_stage_was_begun_without_was_as_usual(
+    frames, llava, trained_policy, tmp_path
+) -> None:
+    begin = (f"policy.checkpoint={trained_policy}", "stage1.steps=1")
+    run_joint(settings(frames, llava, tmp_path, *begin), "stage1", 0)
+    file = tmp_path / "stage1" / SETTINGS
+    kept = json.loads(file.read_text())
+    del kept["stage1"]["start_samples"]
+    for _ in range(2):
+        file.write_text(json.dumps(kept))
+        JointRun(settings(frames, llava, tmp_path, *begin), "stage1")
+    file.write_text(json.dumps(kept))
+    with pytest.raises(ConfigError, match=r"stage1\.start_samples: .* was begun with 0, not 8"):
+        JointRun(settings(frames, llava, tmp_path, *begin, "stage1.start_samples=8"), "stage1")
 
 
 def test_system_2_still_answers_in_words(frames, llava, trained_policy, tmp_path) -> None:

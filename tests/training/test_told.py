@@ -20,7 +20,7 @@ from openhelix.system1.latent_adapter import adapter_tokens
 from openhelix.system1.policy import DiffusionPolicy
 from openhelix.system1.sentences import Sentences
 from openhelix.system2.engines.text import TextEngine
-from openhelix.system2.text import FILE, TextCode
+from openhelix.system2.text import FILE, TextCode, TextReader
 from tests.system1.synthetic import make_cache
 from tests.system1.test_policy import tiny
 from tests.training.conftest import settings
@@ -119,6 +119,50 @@ def test_an_evaluation_finds_that_engine_by_itself(told_policy) -> None:
 def test_an_experiment_uses_it_as_it_is(told_policy, tmp_path) -> None:
     told_by_name(told_policy, tmp_path / "alone")
     assert not (tmp_path / "alone").exists()
+
+
+def test_a_policy_may_be_told_in_the_code_of_the_encoder_it_begins_with(
+    named, llava, lists, told_policy, tmp_path
+) -> None:
+    other = {t: [*texts[1:], f"now {texts[0]}", f"{texts[2]} now"] for t, texts in LISTS.items()}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    begin = (named, llava, tmp_path / "other.json")
+    behind = (f"policy.encoder_from={told_policy}", "policy.text_layers=[2]")
+    own = prepare_told(configured(*begin, tmp_path / "own", *behind))
+    assert TextCode.load(own.code).spec != TextCode.load(told_policy / TEXT_CODE).spec
+    config = configured(*begin, tmp_path / "same", *behind, "policy.text_code=encoder")
+    told = prepare_told(config)
+    spec = TextCode.load(told_policy / TEXT_CODE).spec
+    assert Sentences.load(told.sentences).spec == Sentences.load(told.held).spec == spec
+    run_policy(config, 0)
+    assert load_policy(tmp_path / "same" / "policy").config.latent_model_id == spec.model_id
+    assert TextCode.load(tmp_path / "same" / "policy" / TEXT_CODE).spec == spec
+    with pytest.raises(ConfigError, match=r"policy\.text_code: encoder is that of policy\.encoder"):
+        prepare_told(configured(*begin, tmp_path / "c", "policy.text_code=encoder"))
+    (tmp_path / "untold").mkdir()
+    nothing = (f"policy.encoder_from={tmp_path / 'untold'}", "policy.text_code=encoder")
+    with pytest.raises(ConfigError, match=r"policy\.text_code: no text\.safetensors in .*untold"):
+        prepare_told(configured(*begin, tmp_path / "d", *nothing))
+
+
+def test_a_start_fits_to_what_a_told_policy_makes_of_the_datas_sentences(
+    named, llava, lists, told_policy, tmp_path
+) -> None:
+    more = (f"policy.checkpoint={told_policy}", "stage1.steps=2")
+    run = JointRun(configured(named, llava, lists, tmp_path, *more), "stage1")
+    number, texts = run.source.sentences.of_tasks()
+    assert set(texts) == set(run.source.cache.meta["instructions"])
+    base = load_policy(told_policy)
+    code = TextCode.load(told_policy / TEXT_CODE)
+    said = TextReader(llava, code.layers).encode(code, texts)
+    wanted = adapter_tokens(base, said).mean(1)
+    table = run.joint.policy.encoder.condition.table.weight
+    for task in range(len(TASKS)):
+        assert torch.allclose(table[1 + task], wanted[number == task].mean(0), atol=1e-5)
+    assert torch.equal(table[0], base.encoder.condition.table.weight[0])
+    plain = configured(named, llava, lists, tmp_path / "b", *more, "stage1.start=random")
+    kept = JointRun(plain, "stage1").joint.policy.encoder.condition.table.weight
+    assert torch.equal(kept, base.encoder.condition.table.weight)
 
 
 @pytest.mark.parametrize("start", ["table", "random"])
