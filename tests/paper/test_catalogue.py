@@ -126,7 +126,11 @@ rows:
             "v: {says: x, fitted: true, latent: kv, head: expert}",
             "fitted: read-out 'kv' has no projector",
         ),
-        ("variants.yaml", "v: {says: x, fitted: true, policy: scratch}", "fitted: policy 'scratch'"),
+        (
+            "variants.yaml",
+            "v: {says: x, fitted: true, policy: scratch}",
+            "fitted: policy 'scratch'",
+        ),
         ("variants.yaml", "v: {says: x, longer: 6, regime: frozen}", "longer: 6, want 1 or"),
         ("variants.yaml", "v: {says: x, longer: 8}", "longer: regime 'prompt'"),
         ("scales.yaml", "laptop: {says: x}", "scales.yaml: laptop: sequences"),

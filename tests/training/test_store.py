@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from openhelix.benchmarks.training import feeds
 from openhelix.benchmarks.training.config import LatentSection
 from openhelix.benchmarks.training.feeds import (
     Drawn,
@@ -25,7 +26,6 @@ from openhelix.benchmarks.training.feeds import (
     prefix_store,
     states_store,
 )
-from openhelix.benchmarks.training import feeds
 from openhelix.runtime.core.config import ConfigError
 from openhelix.system1.data import Cache
 from openhelix.system2.latents import LatentConfig, LatentHead
