@@ -12,6 +12,7 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,9 +74,9 @@ def prepare_told(config: TrainingConfig) -> Told:
         if missing:
             raise ConfigError(f"{name}: no sentence for {missing[0]}")
     given = section.encoder_code()
-    about = (section.text_model, section.text_layers, section.text_words)
+    about: list[Any] = [section.text_model, section.text_layers, section.text_words]
     if given is not None:
-        about = (*about, sha256_file(given))
+        about.append(sha256_file(given))
     flat = [f"{task}: {text}" for task in tasks for text in said[task]]
     rest = [f"{task}: {text}" for task in tasks for text in held[task]]
     folder = cache_folder() / "text" / text_id([*flat, "held", *rest], *about, "1")
