@@ -35,6 +35,7 @@ TRAINED, FAILED, CLOCK = "trained.json", "failed.json", "clock.json"
 GIVEN = "policy.checkpoint"
 FIT_SAMPLES = 2048  # that a fitted projector begins with
 STRIDE = 4  # of the frames whose states a `longer` training keeps
+LIVE_SAMPLES = 20_000  # so few are sooner computed than the states of a whole collection
 UNSHAPING = ("latent.prefix_gb",)  # options that make a training faster, not another
 PROJECTOR_WIDTH = LatentSection().projector_width
 SHIPPED = ROOT / "checkpoints"
@@ -238,11 +239,14 @@ def _told_sentences(options: Mapping[str, Any]) -> bool:
 def _longer(options: Mapping[str, Any], times: int) -> dict[str, Any]:
     """Return both stages at so many times the samples, as a policy learns alone."""
     default, alone = TrainingConfig(), PolicyStage()
-    found: dict[str, Any] = {"latent.feed": "states", "latent.stride": STRIDE}
+    found: dict[str, Any] = {}
     for stage in ("stage1", "stage2"):
         for name, by in (("batch", BATCHES), ("steps", times // BATCHES)):
             usual = getattr(getattr(default, stage), name)
             found[f"{stage}.{name}"] = by * int(options.get(f"{stage}.{name}", usual))
+    total = sum(found[f"{stage}.batch"] * found[f"{stage}.steps"] for stage in ("stage1", "stage2"))
+    if total > LIVE_SAMPLES:
+        found |= {"latent.feed": "states", "latent.stride": STRIDE}
     found |= {"stage2.optimizer": alone.optimizer, "stage2.lr_policy": alone.lr}
     return found | {"stage2.warmup": alone.warmup, "stage2.ema": alone.ema}
 

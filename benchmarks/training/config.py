@@ -168,7 +168,8 @@ class LatentSection(_Section):
             then says of each task what that one says, in place of the policy's table.
         max_gb: refuse to write more than this; feed "live" keeps no more in memory.
         prefix_gb: feed "live" where only `<ACT>` learns, or nothing: most that lies in `prepared/`
-            of prefixes that were drawn, for trainings that draw them again; 0 keeps none.
+            of what was computed for samples that were drawn, for trainings that draw them again;
+            0 keeps none.
         encode_batch: frames encoded together.
         dtype: of the language model, as in `openhelix.system2.engines.base`.
     """

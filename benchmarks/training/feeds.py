@@ -34,7 +34,7 @@ from openhelix.runtime.core.files import load_tensors, replace_file, save_tensor
 from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system1.data import Cache
 from openhelix.system1.draws import rand, randint
-from openhelix.system2.latents import digest
+from openhelix.system2.latents import KV, digest
 from openhelix.system2.train import (
     CACHEABLE,
     CHANGES,
@@ -433,21 +433,23 @@ PREFIX_PART, STATES_PART = 64, 512  # frames a file
 SPARE_BYTES = 2_000_000_000  # of the disk, which kept prefixes leave alone
 
 
-class KeptPrefixes:
-    """Prefixes of drawn frames and sentences on disk, a file each.
+class Kept:
+    """What a frozen language model says of drawn frames and sentences, on disk, a file each.
 
     Trainings with the same model and the same seed draw the same ones, so that the second takes
-    from here what the first computed, in less time than a forward pass. A prefix is computed by
+    from here what the first computed, in less time than a forward pass. Each is computed by
     itself, never in a batch: its bits do not depend on what was kept before. What
     `max_bytes` or the disk has no room for is computed every time.
 
     Args:
         root: holds a folder for each model, read-out and set of data.
-        learner: whose prefixes.
+        learner: whose language model.
         source: frames and sentences.
         section: what else they depend on.
         max_bytes: most that may lie in the folder.
     """
+
+    kind = "drawn"
 
     def __init__(
         self,
@@ -459,27 +461,35 @@ class KeptPrefixes:
     ) -> None:
         self._learner, self._source = learner, source
         identity = about(learner, source, section) | {
-            "kind": "drawn",
+            "kind": self.kind,
             "read_out": asdict(learner.head.config),
             "sentences": source.sentences.digest,
         }
         text = json.dumps(identity, sort_keys=True)
-        self.folder = root / f"drawn-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self.folder = root / f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(self.folder / ABOUT, (json.dumps(identity, indent=1) + "\n").encode())
         there = sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
         self._room = max_bytes - there
 
-    def of(self, frames: Tensor, said: Tensor, pictures: Callable[[Tensor], Any]) -> Prefix:
-        """Return the prefixes of frames (B,) and sentences (B,).
+    def sample(self, frames: Tensor, said: Tensor, pictures: Callable[[Tensor], Any]) -> Sample:
+        """Return the samples of frames (B,) and sentences (B,).
 
         Args:
             frames: of the cache.
             said: rows of the source's sentences.
-            pictures: of frames (B,), as `System2Learner.prefix` takes them.
+            pictures: of frames (B,), as `System2Learner` takes them.
         """
         rows = [self._one(*pair, pictures) for pair in zip(frames, said, strict=True)]
-        return joined(rows).at(self._learner.model.device)
+        return self._from(rows)
+
+    def _encoded(self, pictures: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return what is kept of one frame and sentence, a batch of one."""
+        raise NotImplementedError
+
+    def _from(self, rows: list[dict[str, Tensor]]) -> Sample:
+        """Return the samples of rows that were kept."""
+        raise NotImplementedError
 
     def _one(
         self, frame: Tensor, said: Tensor, pictures: Callable[[Tensor], Any]
@@ -488,8 +498,7 @@ class KeptPrefixes:
         if path.is_file():
             return load_tensors(path)[0]
         texts = self._source.sentences[said[None]]
-        prefix = self._learner.prefix(pictures(frame[None]), texts).at("cpu")
-        rows = prefix_rows(prefix, self._learner.model.dtype)
+        rows = self._encoded(pictures(frame[None]), texts)
         row = {name: tensor[0] for name, tensor in rows.items()}
         size = sum(tensor.nbytes for tensor in row.values())
         if size <= self._room and shutil.disk_usage(self.folder).free - size > SPARE_BYTES:
@@ -497,8 +506,51 @@ class KeptPrefixes:
             self._room -= size
         elif self._room > 0:
             self._room = 0
-            log.info("%s: full; further prefixes are computed each time", self.folder)
+            log.info("%s: full; all further ones are computed each time", self.folder)
         return row
+
+
+class KeptPrefixes(Kept):
+    """Keys and values before `<ACT>`, for read-outs of `<ACT>`, which may learn."""
+
+    def _encoded(self, pictures: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+        return prefix_rows(
+            self._learner.prefix(pictures, texts).at("cpu"), self._learner.model.dtype
+        )
+
+    def _from(self, rows: list[dict[str, Tensor]]) -> Sample:
+        return self._learner.from_prefix(joined(rows).at(self._learner.model.device))
+
+
+class KeptStates(Kept):
+    """Read-outs themselves, where nothing before the projector learns."""
+
+    kind = "drawn-states"
+
+    def _encoded(self, pictures: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            sample = self._learner(pictures, texts)
+        return {"state": sample.state.cpu(), "filled": sample.filled.cpu()}
+
+    def _from(self, rows: list[dict[str, Tensor]]) -> Sample:
+        device = self._learner.model.device
+        state, filled = (torch.stack([r[n] for r in rows]).to(device) for n in ("state", "filled"))
+        return self._learner.from_states(state.float(), filled)
+
+
+def kept_of(
+    root: Path, learner: System2Learner, source: Source, section: LatentSection
+) -> Kept | None:
+    """Return where a live feed's samples are kept; None where they change, or none are wanted."""
+    if not section.prefix_gb:
+        return None
+    room = section.prefix_gb * 1e9
+    if learner.cacheable and learner.family.causal:
+        return KeptPrefixes(root, learner, source, section, room)
+    learns = section.kind in ("pool_map", KV) or section.proprio  # before the projector
+    if learner.regime == "frozen" and not learns:
+        return KeptStates(root, learner, source, section, room)
+    return None
 
 
 # -- Feeds -----------------------------------------------------------------------------
@@ -559,14 +611,14 @@ class LiveFeed:
         source: Source,
         max_bytes: float,
         answers: bool = False,
-        kept: KeptPrefixes | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self._learner, self._source, self._answers = learner, source, answers
         self.frames = torch.arange(len(source.cache))
         shape = (len(self.frames), learner.checkpoint.n_image, learner.checkpoint.hidden)
         fixed = learner.cacheable and learner.family.causal
         self._act_alone = fixed and learner.regime == "prompt"
-        self._prefixes = kept if fixed else None
+        self._kept = kept
         small = shape[0] * shape[1] * shape[2] * learner.model.dtype.itemsize <= max_bytes
         self._tokens: Tensor | None = None
         same = learner.regime != "full" and not learner.family.reads_words
@@ -581,9 +633,8 @@ class LiveFeed:
         frames = self.frames[rows]
         said = self._source.sentences.drawn(frames, generator)
         texts, answers = self._source.sentences[said], list[str]()
-        if self._prefixes is not None:
-            prefix = self._prefixes.of(frames, said, self._pictures)
-            return Drawn(frames, said, self._learner.from_prefix(prefix))
+        if self._kept is not None:
+            return Drawn(frames, said, self._kept.sample(frames, said, self._pictures))
         if self._act_alone:
             prefix = self._learner.prefix(self._pictures(frames), texts)
             return Drawn(frames, said, self._learner.from_prefix(prefix))

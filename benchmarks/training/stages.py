@@ -28,7 +28,6 @@ from openhelix.benchmarks.training.config import (
 )
 from openhelix.benchmarks.training.feeds import (
     Feed,
-    KeptPrefixes,
     LiveFeed,
     PrefixFeed,
     Source,
@@ -37,6 +36,7 @@ from openhelix.benchmarks.training.feeds import (
     encode_prefix,
     encode_read_outs,
     feed_kind,
+    kept_of,
     prefix_store,
     regime_of,
     states_store,
@@ -295,10 +295,7 @@ class JointRun:
         if kind == "live":
             learner.to(self.config.device)
             asks = section.answer > 0 and learner.regime in ("lora", "full")
-            kept = None
-            if section.prefix_gb and learner.cacheable:
-                room = section.prefix_gb * 1e9
-                kept = KeptPrefixes(self._prepared, learner, self.source, section, room)
+            kept = kept_of(self._prepared, learner, self.source, section)
             return LiveFeed(learner, self.source, section.max_gb * 1e9, asks, kept)
         store = self.prepare(kind)
         return PrefixFeed(learner, store) if kind == "prefix" else StateFeed(learner, store)

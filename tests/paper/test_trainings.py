@@ -134,6 +134,7 @@ def test_a_longer_training_sees_so_many_times_the_samples_as_the_base_learned():
     quick = trainings_of(VARIANTS["long"], catalogue().scale("smoke"), "d", {})
     plain = trainings_of(VARIANTS["frozen"], catalogue().scale("smoke"), "d", {})
     assert samples(quick) == 12 * samples(plain)
+    assert quick.options["latent.feed"] == "live"  # a collection's states would take longer
 
 
 def test_a_policy_is_told_in_the_code_of_its_encoder_where_there_is_one(tmp_path):

@@ -12,7 +12,9 @@ from openhelix.benchmarks.training import feeds
 from openhelix.benchmarks.training.config import LatentSection
 from openhelix.benchmarks.training.feeds import (
     Drawn,
+    Kept,
     KeptPrefixes,
+    KeptStates,
     LiveFeed,
     PrefixFeed,
     Sentences,
@@ -23,6 +25,7 @@ from openhelix.benchmarks.training.feeds import (
     encode_prefix,
     encode_read_outs,
     feed_kind,
+    kept_of,
     prefix_store,
     states_store,
 )
@@ -33,12 +36,12 @@ from openhelix.system2.model import open_checkpoint
 from openhelix.system2.train import System2Learner, encode_states
 
 
-def learner(llava: str, **config) -> System2Learner:
+def learner(llava: str, regime: str = "prompt", **config) -> System2Learner:
     checkpoint = open_checkpoint(llava)
     model = LlavaForConditionalGeneration.from_pretrained(llava, dtype=torch.float32).model
     table = model.get_input_embeddings().weight[: checkpoint.act_ids[0]]
     head = LatentHead.fresh(LatentConfig(**config), table, seed=3)
-    return System2Learner(model.eval(), checkpoint, head, "prompt")
+    return System2Learner(model.eval(), checkpoint, head, regime)
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +132,7 @@ def test_a_prefix_kept_on_disk_gives_what_was_computed(llava, source, tmp_path, 
     made, rows = learner(llava, **config), torch.tensor([3, 40])
     section = LatentSection(model=llava, **config)
 
-    def drawn(kept: KeptPrefixes | None) -> Drawn:
+    def drawn(kept: Kept | None) -> Drawn:
         feed = LiveFeed(made, source, 1e9, kept=kept)
         return feed.draw(rows, torch.Generator().manual_seed(1))
 
@@ -146,6 +149,47 @@ def test_a_prefix_kept_on_disk_gives_what_was_computed(llava, source, tmp_path, 
         torch.autograd.grad(d.sample.z.square().sum(), made.head.act)[0] for d in (plain, again)
     ]
     assert grads[0].abs().max() > 1e-6 and torch.allclose(*grads, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lang", "hidden_all", "pool_max", "act_lang"])
+def test_read_outs_of_a_frozen_model_are_kept_as_they_were_computed(
+    llava, source, tmp_path, kind
+) -> None:
+    section = LatentSection(model=llava, kind=kind, regime="frozen", prefix_gb=1)
+    made, rows = learner(llava, regime="frozen", kind=kind), torch.tensor([3, 40])
+
+    def drawn() -> Drawn:
+        feed = LiveFeed(made, source, 1e9, kept=kept_of(tmp_path, made, source, section))
+        return feed.draw(rows, torch.Generator().manual_seed(1))
+
+    plain = LiveFeed(made, source, 1e9).draw(rows, torch.Generator().manual_seed(1))
+    first = drawn()
+    made.prefix = made._embed = None  # what is kept is not computed again
+    again = drawn()
+    assert torch.equal(first.sample.z, again.sample.z)
+    assert torch.equal(first.sample.filled, plain.sample.filled)
+    assert torch.allclose(plain.sample.z, first.sample.z, atol=1e-5)
+    weight = made.head.projector.weight
+    grads = [torch.autograd.grad(d.sample.z.square().sum(), weight)[0] for d in (plain, again)]
+    assert torch.allclose(*grads, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "regime", "kept"),
+    [
+        ({}, "prompt", KeptPrefixes),
+        ({"kind": "lang"}, "prompt", type(None)),
+        ({"kind": "lang"}, "frozen", KeptStates),
+        ({"kind": "pool_map"}, "frozen", type(None)),
+        ({"proprio": True}, "frozen", type(None)),
+    ],
+)
+def test_what_may_be_kept(llava, source, tmp_path, config, regime, kept) -> None:
+    section = LatentSection(model=llava, regime=regime, prefix_gb=1, **config)
+    made = learner(llava, regime=regime, **config)
+    assert type(kept_of(tmp_path, made, source, section)) is kept
+    none = section.model_copy(update={"prefix_gb": 0})
+    assert kept_of(tmp_path, made, source, none) is None
 
 
 def test_no_more_prefixes_are_kept_than_there_is_room_for(llava, source, tmp_path) -> None:
