@@ -79,7 +79,7 @@ def test_a_policy_of_another_make_learns_alone_behind_the_bases_encoder(tmp_path
     words = json.loads((trainings.place(own) / "words.json").read_text())
     assert words["policy.encoder_from"] == str(trainings.place(base) / "policy")
     assert "policy.checkpoint" not in words and words["stage"] == "policy"
-    feels = trainings.ensure(training("feels_touch"), lambda text: None)["overrides"]
+    feels = trainings.ensure(training("robodual"), lambda text: None)["overrides"]
     assert feels[-1] == 'world.cameras=["static", "gripper", "tactile"]'
 
 
@@ -406,7 +406,7 @@ def test_what_is_measured_says_how_long_it_takes(monkeypatch):
     assert seconds("frozen", **{"latent.feed": "live"}) == 2 * 2 + (20 + 60) * 1.25
     live = {"latent.feed": "live"}
     assert seconds("prompt", **live) == 2 * 2 + (20 + 60) * 1.5  # what is before <ACT> each time
-    assert seconds("act_proprio", **live) == 2 * 2 + 20 + 60
+    assert seconds("helix", **live) == 2 * 2 + 20 + 60
     assert seconds("pool_max", **live) == 2 * 2 + (20 + 60) * 1.25
     assert seconds("lora", **live) == 2 * 2 + 20 * 1.5 + 60
     assert seconds("e2e_prompt") == 2 + prefixes + 26 * 3  # with stage 1's samples
