@@ -7,6 +7,8 @@ what needs no torch and no simulator, and says which extra is missing for the re
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,6 +74,32 @@ __all__ = [  # noqa: RUF022 - in the order of the page
     "LatentGoal",
     "ActionChunk",
 ]
+
+
+def _sum_alike() -> None:
+    """Have NumPy's OpenBLAS add in one order on all x86 CPUs with AVX2, so that worlds are the same.
+
+    It picks its kernels by the CPU, and they round differently: of one collection of 120 units,
+    made on a CPU with AVX-512 and on one without, no two were equal. Nothing here multiplies
+    matrices in NumPy that are large enough for the faster kernels to matter. A process that has
+    imported NumPy before has its own kernels, and so have those that it starts.
+    """
+    if "OPENBLAS_CORETYPE" in os.environ or _AS_IT_IS in os.environ:
+        return
+    if "numpy" in sys.modules:
+        os.environ[_AS_IT_IS] = "1"
+        return
+    try:
+        with open("/proc/cpuinfo", "rb") as file:
+            has_avx2 = b" avx2 " in file.read(8192)
+    except OSError:
+        return
+    if has_avx2:
+        os.environ["OPENBLAS_CORETYPE"] = "Haswell"
+
+
+_AS_IT_IS = "OPENHELIX_OPENBLAS_AS_IT_IS"
+_sum_alike()
 
 
 def __getattr__(name: str) -> Any:

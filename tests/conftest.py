@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+import openhelix  # noqa: F401  before NumPy: tests and the processes that they start add alike
+
 _QUIET = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
 settings.register_profile("repeat", _QUIET, derandomize=True)
 settings.register_profile("search", _QUIET, print_blob=True)

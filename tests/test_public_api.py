@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -35,6 +36,26 @@ def test_importing_costs_nothing_and_every_name_leads_somewhere() -> None:
         assert getattr(openhelix, name) is getattr(importlib.import_module(module), name)
     with pytest.raises(AttributeError, match="no attribute 'load_pairs'"):
         _ = openhelix.load_pairs
+
+
+@pytest.mark.parametrize(
+    ("code", "given", "kernels"),
+    [
+        ("import openhelix, numpy", {}, "Haswell"),
+        ("import openhelix, numpy", {"OPENBLAS_CORETYPE": "Sandybridge"}, "Sandybridge"),
+        ("import numpy, openhelix", {}, None),  # its own; and so have processes that this starts
+    ],
+)
+def test_numpy_adds_alike_on_every_cpu(code, given, kernels) -> None:
+    if " avx2 " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU has no AVX2, for which those kernels are")
+    names = ("OPENBLAS_CORETYPE", "OPENHELIX_OPENBLAS_AS_IT_IS")
+    clean = {k: v for k, v in os.environ.items() if k not in names} | given
+    child = "import openhelix, os; print(os.environ.get('OPENBLAS_CORETYPE'))"
+    started = f"{code}, subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    run = [sys.executable, "-c", started]
+    said = subprocess.run(run, env=clean, check=True, capture_output=True, text=True, timeout=60)
+    assert said.stdout.split() == [str(kernels)]
 
 
 def test_the_readme_shows_the_first_block_of_the_page() -> None:
