@@ -79,8 +79,8 @@ __all__ = [  # noqa: RUF022 - in the order of the page
 def _sum_alike() -> None:
     """Have NumPy's OpenBLAS add in one order on all x86 CPUs with AVX2, so that worlds are the same.
 
-    It picks its kernels by the CPU, and they round differently: of one collection of 120 units,
-    made on a CPU with AVX-512 and on one without, no two were equal. Nothing here multiplies
+    It picks its kernels by the CPU, and they round differently: of 27 units of demonstrations, made
+    by one command with the kernels for AVX-512 and for AVX2, no two were equal. Nothing here multiplies
     matrices in NumPy that are large enough for the faster kernels to matter. A process that has
     imported NumPy before has its own kernels, and so have those that it starts.
     """
