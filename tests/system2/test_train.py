@@ -236,7 +236,7 @@ def test_answers_are_learned_beside_the_latent(tiny_model: str, images, regime: 
     made = answering(tiny_model, regime)
     tokens = made.image_tokens([as_pil(image) for image in images]).detach()
     said = ["lift it", "open", "turn on the light bulb"]
-    optimiser = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
+    optimiser = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(60):
         sample = made(tokens, TEXTS, answers=said)
