@@ -13,6 +13,7 @@ import json
 import logging
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -433,7 +434,7 @@ PREFIX_PART, STATES_PART = 64, 512  # frames a file
 SPARE_BYTES = 2_000_000_000  # of the disk, which kept prefixes leave alone
 
 
-class Kept:
+class Kept(ABC):
     """What a frozen language model says of drawn frames and sentences, on disk, a file each.
 
     Trainings with the same model and the same seed draw the same ones, so that the second takes
@@ -483,13 +484,13 @@ class Kept:
         rows = [self._one(*pair, pictures) for pair in zip(frames, said, strict=True)]
         return self._from(rows)
 
+    @abstractmethod
     def _encoded(self, pictures: Any, texts: Sequence[str]) -> dict[str, Tensor]:
         """Return what is kept of one frame and sentence, a batch of one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _from(self, rows: list[dict[str, Tensor]]) -> Sample:
         """Return the samples of rows that were kept."""
-        raise NotImplementedError
 
     def _one(
         self, frame: Tensor, said: Tensor, pictures: Callable[[Tensor], Any]
@@ -598,8 +599,8 @@ class LiveFeed:
     """The language model runs in every step, with gradients to whatever its regime trains.
 
     Where that is `<ACT>` alone, they are exact through `<ACT>`'s own tokens: what stands before it is
-    computed without any (`openhelix.system2.train`), which takes half the time, and with `kept`
-    is computed once for each frame and sentence.
+    computed without any (`openhelix.system2.train`), which takes half the time. With `kept`, what
+    does not change (`kept_of`) is computed once for each frame and sentence.
     Tower and vision projector learn in regime "full" alone; else a picture's tokens are kept
     from the first time it is seen, where all pictures' fit into `max_bytes` and are the same
     whatever is asked of them. With `answers` the model is asked for words, too.
