@@ -3,10 +3,12 @@
     openhelix probe --image scene.png --text "open the drawer"
     openhelix probe --ask "Is the drawer open?" --scene D
     openhelix probe --sentences sentences.json --scene D --json
+    openhelix probe --places 1500 --scene ABC
     openhelix probe --recording outputs/latest --out outputs/explained
 
 With `--ask QUESTION` it answers in words (`asking`), with `--sentences FILE` it names every
-sentence of a list by its task (`naming`), with `--recording` or `--run` it explains the latents of a
+sentence of a list by its task (`naming`), with `--places N` it says how precisely its states tell where a
+block is (`placing`), with `--recording` or `--run` it explains the latents of a
 recording or of a robot that runs (`explaining`), otherwise it lists the words nearest to its latent
 (`openhelix.system2.probe`). Each has its own `--help`.
 """
@@ -15,14 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from openhelix.benchmarks.evaluation import asking, explaining, naming
+from openhelix.benchmarks.evaluation import asking, explaining, naming, placing
 from openhelix.runtime.cli.arguments import fitted
 from openhelix.runtime.core.output import answer
 from openhelix.system2 import probe
 
 
 def main(argv: Sequence[str]) -> int:
-    """Inspect System 2: its nearest words, its answers, what it names.
+    """Inspect System 2: its nearest words, its answers, what it names, what it knows of places.
 
     Raises:
         ValueError: bad input, in one line.
@@ -36,4 +38,6 @@ def main(argv: Sequence[str]) -> int:
         return asking.main(argv)
     if "--sentences" in given:
         return naming.main(argv)
+    if "--places" in given:
+        return placing.main(argv)
     return probe.main(argv)

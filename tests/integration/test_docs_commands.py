@@ -130,6 +130,7 @@ RULES = (
     ),
     Rule(r"openhelix experiment --list", ""),
     Rule(r"openhelix experiment", None, "trains; tests/paper runs a session on stand-ins"),
+    Rule(r"openhelix probe --places", "--places 24"),
     Rule(r"openhelix probe ", None, "a 7B checkpoint; tests/system2/test_probe.py has a tiny one"),
     Rule(r"openhelix gate", None, "half an hour; tests/evaluation/test_gating.py fits one"),
     Rule(r"openhelix collect format=calvin", "jobs=1 per_task=1"),
