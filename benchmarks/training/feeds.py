@@ -352,7 +352,7 @@ class Store:
         return [part for part in range(self.layout.parts) if not self.path(part).is_file()]
 
     def check_disk(self, max_gb: float) -> None:
-        """Refuse what does not fit.
+        """Refuse what does not fit beside the other stores.
 
         Raises:
             ConfigError: more is needed than allowed or free.
@@ -361,7 +361,8 @@ class Store:
         need = todo * self.layout.bytes_each
         root = self.folder.parent
         root.mkdir(parents=True, exist_ok=True)
-        there = sum(f.stat().st_size for f in root.rglob("*.safetensors"))
+        files = [f for f in root.rglob("*.safetensors") if not f.parent.name.startswith(KEPT)]
+        there = sum(f.stat().st_size for f in files)
         if there + need > max_gb * 1e9:
             raise ConfigError(
                 f"latent.max_gb: {(there + need) / 1e9:.2f} GB would lie in {root}, {max_gb:g} are "
@@ -378,7 +379,7 @@ class Store:
 
         Args:
             encode: frames (B,) and instructions (B, P) to tensors with a row a frame.
-            max_gb: most that may lie in the folder above.
+            max_gb: most that may lie in the folder above, beside what is `Kept`.
             deadline_ns: monotonic time after which no further part is begun; 0 for none.
         """
         todo = self.missing()
@@ -431,6 +432,7 @@ class Store:
 
 
 PREFIX_PART, STATES_PART = 64, 512  # frames a file
+KEPT = "drawn"  # so begin the names of folders of what was kept, which has a limit of its own
 SPARE_BYTES = 2_000_000_000  # of the disk, which kept prefixes leave alone
 
 
@@ -450,7 +452,7 @@ class Kept(ABC):
         max_bytes: most that may lie in the folder.
     """
 
-    kind = "drawn"
+    kind = KEPT
 
     def __init__(
         self,
@@ -526,7 +528,7 @@ class KeptPrefixes(Kept):
 class KeptStates(Kept):
     """Read-outs themselves, where nothing before the projector learns."""
 
-    kind = "drawn-states"
+    kind = f"{KEPT}-states"
 
     def _encoded(self, pictures: Any, texts: Sequence[str]) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -247,6 +247,18 @@ def test_what_does_not_fit_is_refused_before_it_begins(tmp_path) -> None:
     assert not list(Path(tmp_path).rglob("*.safetensors"))
 
 
+def test_what_is_kept_of_drawn_samples_leaves_a_store_its_own_room(llava, source, tmp_path) -> None:
+    made, section = learner(llava), LatentSection(model=llava, stride=7, phrasings=2)
+    kept = KeptPrefixes(tmp_path, made, source, section, 1e9)
+    LiveFeed(made, source, 1e9, kept=kept).draw(torch.tensor([3, 40]), torch.Generator())
+    lies = sum(f.stat().st_size for f in kept.folder.glob("*.safetensors"))
+    store = states_store(tmp_path, made, source, section)
+    need = len(store.layout.frames) * store.layout.bytes_each
+    store.check_disk((need + lies / 2) / 1e9)
+    with pytest.raises(ConfigError, match=r"latent\.max_gb"):
+        store.check_disk(need / 2e9)
+
+
 @pytest.mark.parametrize(
     ("section", "stage", "device", "kind"),
     [
