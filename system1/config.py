@@ -190,6 +190,8 @@ class PolicyConfig:
 
     def _check_sensors(self) -> None:
         """Refuse sensors that there are not, and those that head, encoder or cameras lack."""
+        if isinstance(self.sensors, str):
+            raise ConfigError(f"sensors: {self.sensors!r}; want a list, [{self.sensors}]")
         object.__setattr__(self, "sensors", tuple(self.sensors))  # a file's list
         given = set(self.sensors)
         for name, value, valid in (

@@ -27,6 +27,7 @@ from torch import Tensor
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import BadFile, told_as
 from openhelix.runtime.core.interfaces import LatentSpec
+from openhelix.runtime.core.plugins import none_of
 from openhelix.runtime.core.workers import ALONE, Workers
 from openhelix.system1.cache import CacheError
 from openhelix.system1.checkpoint import (
@@ -127,7 +128,7 @@ def policy_config(
         ConfigError: the preset is unknown or a change contradicts the cache.
     """
     if config.preset not in PRESETS:
-        raise ConfigError(f"preset: {config.preset!r} is not one of {', '.join(sorted(PRESETS))}")
+        raise ConfigError(f"policy.preset: {none_of(config.preset, PRESETS)}")
     meta = cache.meta
     taken: dict[str, Any] = {
         "cameras": cameras_for(config.changes.get("sensors", ()), meta["cameras"]),
@@ -146,7 +147,9 @@ def policy_config(
         }
     for name, value in config.changes.items():
         if name in taken and taken[name] != value:
-            raise ConfigError(f"{name}: {value!r} contradicts the cache, which has {taken[name]!r}")
+            raise ConfigError(
+                f"policy.changes.{name}: {value!r} contradicts the cache, which has {taken[name]!r}"
+            )
     return PRESETS[config.preset](**{**taken, **config.changes})
 
 
@@ -161,7 +164,9 @@ def cameras_for(
     found = tuple(CameraConfig(**c) for c in cameras if c["name"] != TACTILE or TACTILE in sensors)
     if TACTILE in sensors and all(camera.name != TACTILE for camera in found):
         names = ", ".join(c["name"] for c in cameras)
-        raise ConfigError(f"sensors: the data has no camera {TACTILE!r}, only {names}")
+        raise ConfigError(
+            f"policy.changes.sensors: the data has no camera {TACTILE!r}, only {names}"
+        )
     return found
 
 
@@ -178,7 +183,7 @@ def grown(model: Network, changes: Mapping[str, Any], seed: int) -> Network:
         return model
     made, lost = rebuilt(model, config, seed)
     if lost:
-        raise ConfigError(f"changes: {', '.join(sorted(changes))} would lose {lost[0]}")
+        raise ConfigError(f"policy.changes: {', '.join(sorted(changes))} would lose {lost[0]}")
     return made
 
 

@@ -584,6 +584,26 @@ def open_checkpoint(
     return described
 
 
+def layers_at_hand(model: str) -> int | None:
+    """Return how many layers a model's language model has; None where that is not yet known here.
+
+    Nothing is made, fetched or loaded.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    if model in BUILTIN:
+        return BUILTIN_LAYERS
+    if _looks_local(model) and not Path(model).is_dir():
+        raise CheckpointError(
+            f"model: no folder {model!r}; valid: {', '.join(BUILTIN)}, a folder, or a hub name"
+        )
+    file = Path(model) / "config.json"
+    text = read_json(file).get("text_config") if file.is_file() else None
+    found = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    return found if isinstance(found, int) else None
+
+
 def _made_whole(path: str) -> str:
     """Return the folder of a whole model with safetensors that a folder stands for."""
     folder = Path(path)
@@ -1073,6 +1093,7 @@ def _with_adapter(folder: Path) -> Path:
 # it with the language model's package, once, in the cache.
 
 BUILTIN = ("laptop", "smollm2")
+BUILTIN_LAYERS = 30  # of SmolLM2-135M, which both have
 VISION, LANGUAGE, ABOUT = "vision.safetensors", "language.safetensors", "tower"
 _SMALL_FORMAT = 1  # raise it when the same files would give another folder
 

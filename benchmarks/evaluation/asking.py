@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from openhelix.runtime.cli.arguments import Many, Options, option, parse
 from openhelix.runtime.core.config import ConfigError, Part, RunConfig, load
@@ -38,7 +39,7 @@ class AskOptions(Options):
     ask: Annotated[tuple[str, ...], Many()] = option(..., "one or more", "QUESTION")
     scene: str | None = option(None, "show a state of this scene", "SCENE")
     image: Path | None = option(None, "show this picture", "FILE")
-    seed: int = option(0, "of the state shown (0)", "N")
+    seed: Annotated[int, Field(ge=0)] = option(0, "of the state shown (0)", "N")
     save: Path | None = option(None, "write the picture that was shown", "PNG")
     blind: bool = option(False, "show a black picture")
     engine: str | None = option(None, f"{' or '.join(ANSWERERS)} (the settings')")

@@ -218,8 +218,15 @@ class CompareOptions(Options):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compare two evaluations on the same episodes."""
+    """Compare two evaluations on the same episodes.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
     options, _ = parse("compare", CompareOptions, argv, __doc__ or "")
+    for place in () if options.out is None else (options.out, *options.out.parents):
+        if place.exists() and not place.is_dir():
+            raise ConfigError(f"--out: {place} is a file; name a folder")
     found = compare(options.a, options.b)
     if options.out is not None:
         files = drawing_of(found).files("compare")

@@ -14,9 +14,10 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
+from pydantic import Field
 
 from openhelix.benchmarks.calvin import phrases, refusals
 from openhelix.benchmarks.calvin.phrases import Phrases
@@ -57,7 +58,7 @@ class NamingOptions(Options):
     blind: bool = option(False, "show black pictures")
     shuffled: bool = option(False, "show every sentence the picture of another one")
     starts: int = option(1, "of calvin-r: pictures for each reference and task (1)", "N")
-    seed: int = option(0, "of the states shown (0)", "N")
+    seed: Annotated[int, Field(ge=0)] = option(0, "of the states shown (0)", "N")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from openhelix.benchmarks.calvin.scene import SceneError, scene_names, written
@@ -47,12 +48,12 @@ class Reader(Protocol):
 
 
 class PlacingOptions(Options):
-    """Options of `probe --places`; all else is `RunConfig`."""
+    """Options of `probe --places`; all else is `RunConfig.system2`."""
 
     places: int = option(..., f"starts to look at, at least {FEWEST}", "N")
     scene: str = option("ABC", "one or more: D, ABC, R17, random:0-9 (ABC)", "SCENES")
     blind: bool = option(False, "show black pictures")
-    seed: int = option(0, "of the states shown (0)", "N")
+    seed: Annotated[int, Field(ge=0)] = option(0, "of the states shown (0)", "N")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,6 +65,9 @@ def main(argv: Sequence[str]) -> int:
     options, overrides = parse(
         "probe", PlacingOptions, argv, __doc__ or "", RunConfig, ("system2",)
     )
+    for key in (word.partition("=")[0] for word in overrides):
+        if key.partition(".")[0] != "system2":
+            raise ConfigError(f"{key}: --places looks at System 2 alone; say system2.FIELD=VALUE")
     if options.places < FEWEST:
         raise ConfigError(f"--places: {options.places}, want {FEWEST} or more")
     try:

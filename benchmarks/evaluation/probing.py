@@ -19,8 +19,11 @@ from collections.abc import Sequence
 
 from openhelix.benchmarks.evaluation import asking, explaining, naming, placing
 from openhelix.runtime.cli.arguments import fitted
+from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.output import answer
 from openhelix.system2 import probe
+
+WAYS = ("--recording", "--run", "--ask", "--sentences", "--places")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,6 +35,11 @@ def main(argv: Sequence[str]) -> int:
     given = {word.partition("=")[0] for word in argv}
     if given & {"-h", "--help"}:
         answer(f"{fitted(__doc__ or '')}\n")  # the ways, before the help of the one asked for
+    ways = [way for way in WAYS if way in given]
+    if given & {"--recording", "--run"} and "--ask" in ways:
+        ways.remove("--ask")  # of its latents
+    if len(ways) > 1:
+        raise ConfigError(f"{ways[0]} and {ways[1]} exclude each other; say one of them")
     if given & {"--recording", "--run"}:
         return explaining.main(argv)
     if "--ask" in given:

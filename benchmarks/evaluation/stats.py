@@ -8,7 +8,7 @@ has a start of its own, that is the ordinary thing.
 Rates get Wilson intervals on as many trials as the starts are worth, means of chains a bootstrap.
 Two runs on the same episodes are compared in pairs, which takes the luck of the starts out of the
 difference: an exact permutation by start for p, a t interval over starts for the difference, two
-one-sided score tests for "the same", and the smallest difference that so many starts would show.
+one-sided score tests for "the same", one for "further apart than the margin", and the smallest difference that so many starts would show.
 """
 
 from __future__ import annotations
@@ -176,6 +176,19 @@ class Paired:
             found.append(_student().sf(lacks / math.sqrt(variance / self.starts), self.starts - 1))
         return float(max(found))
 
+    def larger(self, margin: float) -> float:
+        """Return the p of |difference| being at most `margin`: small if it is beyond.
+
+        One-sided, by the error of the starts seen, and never below `p`, which is exact where few of
+        them differ.
+        """
+        if self.starts < 2 or abs(self.difference) <= margin:
+            return 1.0
+        if self.alike:
+            return self.p
+        beyond = (abs(self.difference) - margin) / self.error
+        return max(self.p, float(_student().sf(beyond, self.starts - 1)))
+
 
 def paired_by_start(
     first: Sequence[float],
@@ -227,20 +240,12 @@ def paired_by_start(
     )
 
 
-def holm(p: Sequence[float], excluding: Sequence[Hashable] | None = None) -> list[float]:
-    """Return p values corrected for how many there are (Holm 1979), in their own order.
-
-    Args:
-        p: one for each hypothesis.
-        excluding: a name for each: of those that share one, at most one can be true, so that as
-            many errors are possible as names are left (Shaffer 1986). None: they share none.
-    """
-    names = list(range(len(p))) if excluding is None else list(excluding)
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p values corrected for how many there are (Holm 1979), in their own order."""
     found = [0.0] * len(p)
-    order, largest = sorted(range(len(p)), key=lambda i: p[i]), 0.0
-    for rank, place in enumerate(order):
-        possible = len({names[i] for i in order[rank:]})
-        largest = max(largest, min(1.0, possible * p[place]))
+    largest = 0.0
+    for rank, place in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[place]))
         found[place] = largest
     return found
 

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from openhelix.benchmarks.evaluation.eval import SETTINGS
+from openhelix.benchmarks.evaluation.eval import SETTINGS, load_config
 from openhelix.benchmarks.evaluation.evaluation import Console
 from openhelix.benchmarks.paper import overview, tables
 from openhelix.benchmarks.paper.catalogue import Catalogue, Experiment, catalogue
@@ -226,7 +226,8 @@ def make_session(options: ExperimentOptions, overrides: Sequence[str], known: Ca
         check_buildable(session)
         if frames is not None:
             check_sensors(session, frames)
-        elif refusal is not None and not options.estimate and needs_data(session):
+        # An estimate of the default collection can be had before there is one.
+        elif refusal and (options.data or not options.estimate) and needs_data(session):
             raise refusal
     return session
 
@@ -251,7 +252,9 @@ def alone_of(options: ExperimentOptions, known: Catalogue, names: Sequence[str])
 
 
 def check_run(run: Sequence[str]) -> None:
-    """Refuse overrides of what every row says itself: suite, scene, steps, clock, interval.
+    """Refuse overrides that a run does not have, and of what every row says itself.
+
+    Those are suite, scene, steps, clock and interval.
 
     Raises:
         ConfigError: one line names the first.
@@ -264,6 +267,7 @@ def check_run(run: Sequence[str]) -> None:
                 f"{key}: the rows of an experiment say it themselves; overrides are of "
                 f"{', '.join(taken)}, and, for trainings, train.KEY"
             )
+    load_config(run)
 
 
 def check_buildable(session: Session) -> None:
@@ -378,8 +382,10 @@ def asked(options: ExperimentOptions, known: Catalogue) -> list[str]:
     """Return the experiments that are asked for, in the order in which they are worked through.
 
     Raises:
-        ConfigError: none is, or there is none of that name.
+        ConfigError: none is, there is none of that name, or `all` is one of several.
     """
+    if "all" in options.names and len(options.names) > 1:
+        raise ConfigError("NAME: all stands alone; leave the other names out")
     names = known.in_order() if options.names == ("all",) else list(options.names)
     if not names:
         raise ConfigError(f"NAME: say all, or one of {', '.join(known.experiments)}")

@@ -21,7 +21,7 @@ from openhelix.benchmarks.evaluation.results import chains, rates
 from openhelix.benchmarks.evaluation.suites import CHAINS
 from openhelix.benchmarks.paper import tables
 from openhelix.benchmarks.paper.catalogue import Experiment
-from openhelix.benchmarks.paper.judge import decide, judge, missing
+from openhelix.benchmarks.paper.judge import decide, judge, missing, of_two_trainings
 from openhelix.benchmarks.paper.session import Kept, Session
 from openhelix.runtime.core.config import ConfigError
 from openhelix.runtime.core.files import replace_file
@@ -34,7 +34,7 @@ RECOMPUTED = ("avg_len", "success_rate", "ci95", "success_in_a_row", "success_in
 COUNTED = ("n_sequences", "n_episodes", "n_starts", "n_errors")
 TESTED = (
     *("score_a", "score_b", "n_pairs", "n_starts", "difference", "ci95", "p_difference"),
-    *("p_same", "p", "shows", "verdict", "not_testable"),
+    *("p_same", "p_larger", "p", "shows", "verdict", "not_testable"),
 )
 Result = Mapping[str, Any]
 
@@ -126,7 +126,8 @@ def recomputed(
         outcome: the page as data, which says what evaluation each row shows.
         kept: from `read_episodes`.
     """
-    place = {r["id"]: r["evaluation"] for r in outcome["rows"] if r["score"] is not None}
+    rows = {r["id"]: r for r in outcome["rows"] if r["score"] is not None}
+    place = {name: row["evaluation"] for name, row in rows.items()}
     scores = {}
     for name, key in place.items():
         results, chain = kept[key].results, kept[key].about["suite"] in CHAINS
@@ -141,7 +142,8 @@ def recomputed(
         if {contrast.a, contrast.b, experiment.base or contrast.a} <= set(place):
             a, b = (kept[place[name]] for name in (contrast.a, contrast.b))
             chain = a.about["suite"] in CHAINS
-            contrasts.append(judge(contrast, a.results, b.results, chain, base))
+            twice = of_two_trainings(*(rows[name] for name in (contrast.a, contrast.b)))
+            contrasts.append(judge(contrast, a.results, b.results, chain, base, twice))
         else:
             contrasts.append(missing(contrast))
     decide(contrasts)

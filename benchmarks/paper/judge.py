@@ -3,18 +3,19 @@
 The unit is the start (`openhelix.benchmarks.evaluation.stats`). "b is better" holds if b scores
 higher and the difference is significant, and is contradicted if a does or if the two are shown to
 be the same. "The same" holds if two one-sided tests place the difference within the margin that
-the experiment's file states, and is contradicted by a significant difference that is larger.
+the experiment's file states, and is contradicted if it is shown to be larger than the margin.
 Everything else is undecided: too few starts, not no effect; the smallest difference that so many
 starts show stands beside it.
 
 p is corrected after Holm, over the contrasts of a table for the table's page and over those of all
-tables and figures for the five findings; contrasts that have not been run yet count among them. Each
-has two hypotheses that a verdict can reject, no difference and one of the margin or more, of which
-at most one is true.
+tables and figures for the five findings; contrasts that have not been run yet count among them. What
+holds and what is contradicted are two families: each has at most one chance in twenty of a single
+verdict that is wrong.
 
-A contrast is *not testable* where a score that it presupposes is missing: an arm of CALVIN-D that
+A contrast is *not testable* where what it presupposes is missing: an arm of CALVIN-D that
 cannot grasp a block at rest says nothing about moving ones, nothing can be learned from arms whose
-common base cannot do the tasks, and what lies between two rows that both fail says nothing.
+common base cannot do the tasks, what lies between two rows that both fail says nothing, and rows that
+are to differ in how one pair is run must be of that very pair, not of two trainings of its arm.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ ALPHA = 0.05
 HOLDS, NOT, OPEN, MISSING = "holds", "contradicted", "undecided", "not run"
 UNTESTABLE, WITHDRAWN = "not testable", "withdrawn"
 STATISTICS = 3  # of this page's rules; verdicts by older ones do not stand
+WEIGHTS = ("policy_sha256", "latents")  # of a score: what the pair was
+RETRAINED = "its rows are of two trainings of the same arm; one of them is to be measured again"
 STANDING = 0.7  # of blocks at rest that an arm must grasp before moving ones say anything
 FLOOR_CHAIN, FLOOR_RATE = 1.0, 0.2  # below these both rows fail, whatever lies between them
 Result = Mapping[str, Any]
@@ -44,6 +47,7 @@ def judge(
     second: Sequence[Result],
     chain: bool,
     base: float | None = None,
+    retrained: bool = False,
 ) -> dict[str, Any]:
     """Return what a contrast rests on; `decide` gives the verdict.
 
@@ -53,6 +57,7 @@ def judge(
         chain: whether the score is tasks in a row.
         base: the score of the row that both arms begin from; None: they have none, or it has
             not been measured.
+        retrained: whether the rows are of one arm that was trained twice (`of_two_trainings`).
     """
     every = paired(first, second)
     pairs = every
@@ -66,7 +71,7 @@ def judge(
     means = [float(np.mean(values)) for values in scores]
     return {
         **_stated(contrast),
-        "not_testable": untestable(contrast, every, means, base, chain),
+        "not_testable": RETRAINED if retrained else untestable(contrast, every, means, base, chain),
         "score_a": means[0],
         "score_b": means[1],
         **measured(test, contrast.margin),
@@ -75,7 +80,7 @@ def judge(
 
 
 def measured(test: Paired, margin: float) -> dict[str, Any]:
-    """Return a paired test as plain data, with the p of "no difference" and of "the same"."""
+    """Return a paired test as plain data, with each p that a verdict can rest on."""
     return {
         "n_pairs": test.n,
         "n_starts": test.starts,
@@ -83,6 +88,7 @@ def measured(test: Paired, margin: float) -> dict[str, Any]:
         "ci95": list(test.ci95),
         "p_difference": test.p,
         "p_same": test.same(margin) if margin else 1.0,
+        "p_larger": test.larger(margin) if margin else test.p,
         "shows": test.shows(),
         "test": test.test,
         "b_better": test.better,
@@ -109,16 +115,27 @@ def untestable(
     if base is not None and base < contrast.base_needs:
         return f"the base itself scores {base:.2f}, less than {contrast.base_needs:g}"
     standing = [p for p in pairs if p[0]["groups"].get("pattern") == "static"]
+    fails = []
     for name, side in ((contrast.a, 0), (contrast.b, 1)):
         rate = float(np.mean([p[side]["success"] for p in standing])) if standing else 1.0
         if rate < STANDING:
-            return (
-                f"{name} grasps {100 * rate:.0f} % of the blocks that stand still, less than "
-                f"{100 * STANDING:.0f} %"
-            )
+            fails.append(f"{name} grasps {100 * rate:.0f} %")
+    if fails:
+        return f"{' and '.join(fails)} of the blocks that stand still, less than {100 * STANDING:.0f} %"
     if max(means) < (FLOOR_CHAIN if chain else FLOOR_RATE):
         return f"both rows fail ({means[0]:.2f} and {means[1]:.2f})"
     return ""
+
+
+def of_two_trainings(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two rows as data are of one arm that was trained anew between their evaluations.
+
+    A training that is repeated on another kind of CPU gives other weights.
+    """
+    if first["training"] != second["training"]:
+        return False
+    scores = [row["score"] or {} for row in (first, second)]
+    return any(scores[0].get(name) != scores[1].get(name) for name in WEIGHTS)
 
 
 def decide(found: Sequence[dict[str, Any]], name: str = "") -> None:
@@ -132,31 +149,33 @@ def decide(found: Sequence[dict[str, Any]], name: str = "") -> None:
     """
     p_key, verdict_key = (f"p_{name}", f"verdict_{name}") if name else ("p", "verdict")
     family = [c for c in found if not c["not_testable"]]
-    # What has not been run yet has its place in the family from the beginning.
-    pairs = [(c.get("p_difference", 1.0), c.get("p_same", 1.0)) for c in family]
-    corrected = holm(
-        [p for pair in pairs for p in pair], [n for n in range(len(pairs)) for _ in "ds"]
-    )
-    for contrast, differs, same in zip(family, corrected[::2], corrected[1::2], strict=True):
+    # What has not been run yet has its place in the families from the beginning.
+    sides = [_sides(c) for c in family]
+    holds, against = (holm([p[side] for p in sides]) for side in (0, 1))
+    for contrast, yes, no in zip(family, holds, against, strict=True):
         if "p_difference" in contrast:
-            contrast[verdict_key], contrast[p_key] = _verdict(contrast, differs, same)
+            contrast[verdict_key], contrast[p_key] = _verdict(contrast, yes, no)
     for contrast in found:
         if verdict_key not in contrast:
             contrast[verdict_key] = contrast.get("verdict", UNTESTABLE)
 
 
-def _verdict(contrast: Mapping[str, Any], differs: float, same: float) -> tuple[str, float]:
-    """Return `HOLDS`, `NOT` or `OPEN` by corrected p, and the p that this rests on."""
-    difference = contrast["difference"]
+def _sides(contrast: Mapping[str, Any]) -> tuple[float, float]:
+    """Return p, not corrected, of a contrast that holds and of one that is contradicted."""
+    if "p_difference" not in contrast:
+        return 1.0, 1.0
     if contrast["expect"] == "same":
-        if same < ALPHA:
-            return HOLDS, same
-        low, high = contrast["ci95"]
-        beyond = low > contrast["margin"] or high < -contrast["margin"]
-        return (NOT, differs) if differs < ALPHA and beyond else (OPEN, same)
-    if differs < ALPHA and difference != 0:
-        return (HOLDS if difference > 0 else NOT), differs
-    return (NOT, same) if same < ALPHA else (OPEN, differs)
+        return contrast["p_same"], contrast.get("p_larger", 1.0)  # which older pages lack
+    differs = contrast["p_difference"]
+    return differs, differs if contrast["difference"] < 0 else contrast["p_same"]
+
+
+def _verdict(contrast: Mapping[str, Any], holds: float, against: float) -> tuple[str, float]:
+    """Return `HOLDS`, `NOT` or `OPEN` by corrected p, and the p that this rests on."""
+    as_said = contrast["expect"] == "same" or contrast["difference"] > 0
+    if holds < ALPHA and as_said:
+        return HOLDS, holds
+    return (NOT, against) if against < ALPHA else (OPEN, holds)
 
 
 def missing(contrast: Contrast) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from openhelix.benchmarks.paper.judge import (
     decide,
     judge,
     missing,
+    of_two_trainings,
     published_difference,
 )
 from openhelix.benchmarks.paper.measures import Measure, measure_of, score_of
@@ -463,7 +464,9 @@ class Session:
             for measure in based:
                 score = self.report(measure) or {}
                 base = float(score["avg_len"] if measure.suite.is_chain else score["success_rate"])
-            found = judge(contrast, first, second, measures[0].suite.is_chain, base)
+            rows = [{"training": m.training.key, "score": self.report(m)} for m in measures]
+            chain, twice = measures[0].suite.is_chain, of_two_trainings(*rows)
+            found = judge(contrast, first, second, chain, base, twice)
         return found | {"paper_difference": published_difference(experiment, contrast)}
 
 

@@ -27,13 +27,19 @@ import yaml
 
 from openhelix.benchmarks.paper.costs import training_s
 from openhelix.benchmarks.paper.trainings import (
+    GIVEN,
     SHIPPED_POLICY,
     SHIPPED_TEXT,
     OutOfTime,
     Say,
     Training,
 )
-from openhelix.benchmarks.training.config import LATENT, TrainingConfig
+from openhelix.benchmarks.training.config import (
+    LATENT,
+    TrainingConfig,
+    check_model,
+    check_policy,
+)
 from openhelix.benchmarks.training.export import SHIP, SYSTEM1, SYSTEM2
 from openhelix.runtime.core.config import CommandFailed, ConfigError, apply_overrides, validate
 from openhelix.runtime.launch.processes import end_with
@@ -221,7 +227,7 @@ def cameras_of(options: Mapping[str, Any]) -> list[str]:
 
 def _word(item: tuple[str, Any]) -> str:
     key, value = item
-    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+    return f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
 
 
 def data_id(frames: Path) -> str:
@@ -243,17 +249,27 @@ def changed(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     for text in overrides:
         key, _, value = text.partition("=")
         if key.startswith("train."):
-            train[key.removeprefix("train.")] = yaml.safe_load(value)
+            train[key.removeprefix("train.")] = _read(value)
         else:
             run.append(text)
     return train, run
 
 
+def _read(value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value  # for the field to refuse
+
+
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse training options that `openhelix train` does not have, or a read-out that there is not.
+    """Refuse training options that `openhelix train` does not have, and what they name in vain.
 
     Raises:
         ConfigError: one line names the option.
     """
-    words = [_word(item) for item in options.items()]
-    validate(TrainingConfig, apply_overrides({}, words)).latent.read_out()
+    named = {k: v for k, v in options.items() if (k, v) != (GIVEN, "shipped")}
+    words = [_word(item) for item in named.items()]
+    config = validate(TrainingConfig, apply_overrides({}, words))
+    check_model(config.latent)
+    check_policy(config.policy)

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from openhelix.benchmarks.training.config import STAGES, TrainingConfig
+from openhelix.benchmarks.training.config import STAGES, TrainingConfig, check_policy
 from openhelix.runtime.cli.arguments import Options, Positional, option, parse
 from openhelix.runtime.core.config import CommandFailed, ConfigError, read_settings
 from openhelix.runtime.core.files import NO_ROOM
@@ -70,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
         with only_first_complains():
             config = with_device(read_settings(TrainingConfig, options.config, overrides))
             check_tracker(config.tracker)
+            check_policy(config.policy)
         if options.estimate:
             from openhelix.benchmarks.training.estimate import estimate, told
             from openhelix.benchmarks.training.estimate_vlm import estimate_vlm

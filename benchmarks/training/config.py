@@ -16,11 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from openhelix.benchmarks.training.curves import Tracker
 from openhelix.runtime.core.config import ConfigError
-from openhelix.runtime.core.files import read_json, replace_file
+from openhelix.runtime.core.files import BadFile, CheckpointError, read_json, replace_file
 from openhelix.runtime.core.paths import cache_folder
+from openhelix.runtime.core.plugins import none_of
 from openhelix.system1.checkpoint import CONFIG
+from openhelix.system1.config import DIRECT, PRESETS, TACTILE, PolicyConfig
 from openhelix.system1.train_loop import OptimizerName
 from openhelix.system2.latents import KV, BadReadOut, LatentConfig
+from openhelix.system2.model import layers_at_hand
 from openhelix.system2.text import FILE as TEXT_CODE
 from openhelix.system2.train import Regime
 from openhelix.system2.vlm_config import VlmSection
@@ -226,6 +229,8 @@ class LatentSection(_Section):
                 raise ValueError(
                     f"{name}: read-out 'kv' has no state to learn it from; leave it out"
                 )
+        if self.clip_to != "table" and not self.clip:
+            raise ValueError("latent.clip_to: there is no alignment loss; say latent.clip=1")
         if self.proprio and self.refuse:
             raise ValueError("refuse: not with proprio: sentences alone have no robot's state")
         return self
@@ -541,3 +546,64 @@ def base_policy_folder(config: TrainingConfig) -> Path | None:
             "a folder, or say policy.pretrained=false"
         )
     return folder
+
+
+# -- What a configuration names: told of before anything is opened ---------------------
+
+
+def check_policy(section: PolicyStage) -> None:
+    """Refuse a network that there is not, and a folder without a policy.
+
+    Raises:
+        ConfigError: one line names the field and what is valid.
+        BadFile: what the policy in `init` says of itself cannot be read.
+    """
+    if section.preset not in PRESETS:
+        raise ConfigError(f"policy.preset: {none_of(section.preset, PRESETS)}")
+    for name in ("checkpoint", "init", "encoder_from"):
+        folder = getattr(section, name)
+        if folder is not None and not (folder.expanduser() / CONFIG).is_file():
+            raise ConfigError(
+                f"policy.{name}: no policy in {folder}; name a folder that `openhelix train policy` "
+                "wrote"
+            )
+    changes = json.loads(json.dumps(section.changes, default=str))
+    base = _before_changes(section)
+    try:
+        made = PolicyConfig.from_json({**base, **changes}, "policy.changes")
+    except BadFile as error:
+        raise ConfigError(str(error).replace(": ", ".", 1)) from None
+    if made.flow and made.head in DIRECT:
+        raise ConfigError(
+            f"policy.changes.head: {made.head!r} samples nothing, so that no flow is learned; say "
+            "policy.preset=small"
+        )
+
+
+def _before_changes(section: PolicyStage) -> dict[str, Any]:
+    """Return the network that `changes` are made to, with a camera for the sense that they add."""
+    if section.init is not None:
+        file = section.init.expanduser() / CONFIG
+        return PolicyConfig.from_json(read_json(file), str(file)).to_json()
+    base = PRESETS[section.preset]().to_json()
+    sensors = section.changes.get("sensors")
+    if isinstance(sensors, list | tuple) and TACTILE in sensors:
+        base["cameras"] = [*base["cameras"], {**base["cameras"][-1], "name": TACTILE}]
+    return base
+
+
+def check_model(section: LatentSection) -> None:
+    """Refuse a model that is nowhere, and a read-out of layers that it lacks, where that is known.
+
+    Raises:
+        ConfigError: one line names the field and what is valid.
+    """
+    read_out = section.read_out()
+    try:
+        layers = layers_at_hand(section.model)
+        if layers is not None:
+            read_out.layers_of(layers)
+    except CheckpointError as error:
+        raise ConfigError(f"latent.{error}") from None
+    except BadReadOut as error:
+        raise ConfigError(str(error)) from None

@@ -537,8 +537,8 @@ def _explain(model: type[BaseModel], error: Any) -> str:
 def explain(where: str, error: Any) -> str:
     """Return pydantic's account of one error as a line that begins with `where`."""
     value = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
-    text = error["msg"].removeprefix("Value error, ")
-    if text != error["msg"]:  # our own words say what was given
+    text = re.sub("a valid (tuple|array)", "a list", error["msg"].removeprefix("Value error, "))
+    if error["msg"].startswith("Value error, "):  # our own words say what was given
         if where and text.startswith(f"{where}."):
             return text  # and which field of the section it is
         name = where.removeprefix("--").rpartition(".")[2]

@@ -250,7 +250,8 @@ def as_record(cls: type[T], data: Mapping[str, Any], where: str) -> T:
         name = ".".join(map(str, first["loc"]))
         said = explain(name, first)
         if first["type"] == "unexpected_keyword_argument":
-            valid = ", ".join(sorted(getattr(cls, "__dataclass_fields__", ())))
+            names = getattr(cls, "__dataclass_fields__", ())
+            valid = ", ".join(sorted(name for name in names if not name.startswith("_")))
             said = f"{name}: no such field" + (f"; valid are {valid}" if "." not in name else "")
         raise BadFile(f"{where}: {said}") from None
 

@@ -194,6 +194,15 @@ def test_a_comparison_is_written_as_a_page_with_its_plot(two, tmp_path, capsys):
     assert (tmp_path / "c" / "compare.md").read_text() in capsys.readouterr().out
 
 
+def test_a_comparison_is_not_written_into_a_file(two, tmp_path, capsys):
+    (tmp_path / "c").write_text("mine")
+    for out in (tmp_path / "c", tmp_path / "c" / "d"):
+        assert main(["compare", str(two / "long"), str(two / "short"), "--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--out: {tmp_path / 'c'} is a file; name a folder" in line
+    assert (tmp_path / "c").read_text() == "mine"
+
+
 def test_chains_are_compared_by_their_length(pool, tmp_path):
     suite = Suite("calvin", count=2)
     for name, interval in (("a", 5), ("b", 10)):

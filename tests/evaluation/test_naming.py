@@ -120,6 +120,7 @@ def test_pictures_of_the_scene_or_one_for_all(tmp_path: Path) -> None:
         (["--sentences", "nowhere.json"], "nowhere.json: cannot be read"),
         (["--sentences", "validation", "--scene", "X"], "scene: 'X' is not one of A, B, C, D"),
         (["--sentences", "validation", "--picture"], "unknown option"),
+        (["--sentences", "validation", "--seed", "-1"], "--seed: input should be greater than or"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -99,6 +99,9 @@ def test_starts_take_turns_and_can_be_drawn_again() -> None:
         (["--places", "5"], "--places: 5, want 24 or more"),
         (["--places", "many"], "--places: input should be a valid integer"),
         (["--places", "100", "--scene", "X"], "--scene: 'X' is no choice of scenes"),
+        (["--places", "24", "--seed", "-1"], "--seed: input should be greater than or equal to 0"),
+        (["--places", "24", "system1.replan_steps=4"], "system1.replan_steps: --places looks at"),
+        (["--places", "24", "--sentences", "seen"], "--sentences and --places exclude each other"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -20,6 +20,7 @@ from openhelix.benchmarks.paper.judge import (
     finding_verdict,
     judge,
     missing,
+    of_two_trainings,
     published_difference,
     rules_out,
 )
@@ -127,10 +128,44 @@ def test_a_contradiction_is_corrected_as_much_as_a_claim():
     assert differs[0]["verdict"] == OPEN  # 4 / 64 is not below 0.05
 
 
+def test_what_holds_and_what_is_contradicted_are_families_of_their_own():
+    """Five sure claims leave the sixth, an even one, the whole level; a contradiction takes none."""
+    sure = [judge(contrast(), singles([0] * 30), singles([1] * 30), chain=False) for _ in range(5)]
+    found = judge(contrast(), singles([0] * 6), singles([1] * 6), chain=False)
+    against = judge(contrast(), singles([1] * 30), singles([0] * 30), chain=False)
+    decide([*sure, found, against])
+    assert [c["verdict"] for c in sure] == [HOLDS] * 5 and against["verdict"] == NOT
+    assert found["p"] == 2 / 64 and found["verdict"] == HOLDS
+    decide([found, missing(contrast())], "paper")
+    assert found["p_paper"] == 4 / 64 and found["verdict_paper"] == OPEN
+
+
+def test_the_same_is_contradicted_only_beyond_the_margin():
+    """A difference that is sure and not surely larger than the margin leaves it open."""
+    small, large = contrast("same", margin=0.4), contrast("same", margin=0.05)
+    a, b = singles([0] * 60), singles([1] * 30 + [0] * 30)
+    found = judge(small, a, b, chain=False)
+    decide([found])
+    assert found["p_difference"] < 1e-6 and found["verdict"] == OPEN
+    assert 0.05 < found["p_larger"] < 0.2
+    assert decided(large, a, b, chain=False)["verdict"] == NOT
+
+
+def test_rows_of_two_trainings_of_one_arm_are_not_compared():
+    one = {"training": "pair-1", "score": {"policy_sha256": "a", "latents": "x"}}
+    for name in ("policy_sha256", "latents"):
+        other = {**one, "score": {**one["score"], name: "b"}}
+        assert of_two_trainings(one, other)
+        assert not of_two_trainings(one, {**other, "training": "pair-2"})
+    assert not of_two_trainings(one, dict(one))
+    found = decided(contrast(), chains(LOW), chains(HIGH), chain=True, retrained=True)
+    assert found["verdict"] == UNTESTABLE and "two trainings" in found["not_testable"]
+
+
 def test_a_page_in_parts_is_recomputed_with_all_of_its_claims():
     table = catalogue().experiment("table5").model_copy(update={"base": None})
     a, b = table.contrasts[0].a, table.contrasts[0].b
-    outcome = {"rows": [{"id": n, "evaluation": n, "score": {}} for n in (a, b)]}
+    outcome = {"rows": [{"id": n, "evaluation": n, "training": n, "score": {}} for n in (a, b)]}
     arms = ((a, LOW), (b, HIGH))
     kept = {n: Kept({"suite": "calvin"}, [r | {"error": None} for r in chains(x)]) for n, x in arms}
     first, *others = recomputed(table, outcome, kept)["contrasts"]
@@ -153,6 +188,8 @@ def test_an_arm_that_cannot_grasp_what_stands_still_is_not_testable():
     for first, second, name in ((a, b, "a grasps 0 %"), (b, a, "b grasps 0 %")):
         found = decided(contrast(patterns=("left",)), first, second, chain=False)
         assert found["verdict"] == UNTESTABLE and name in found["not_testable"]
+    both = decided(contrast(patterns=("left",)), a, a, chain=False)["not_testable"]
+    assert both.startswith("a grasps 0 % and b grasps 0 % of the blocks that stand still")
     enough = singles([1] * 14 + [0] * 6, "static") + singles([0] * 20)
     assert decided(contrast(patterns=("left",)), enough, b, chain=False)["verdict"] == HOLDS
 

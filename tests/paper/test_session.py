@@ -21,6 +21,7 @@ from openhelix.benchmarks.paper.costs import by_experiment, hours, left, todo, t
 from openhelix.benchmarks.paper.episodes import read_episodes
 from openhelix.benchmarks.paper.judge import STATISTICS
 from openhelix.benchmarks.paper.overview import findings
+from openhelix.benchmarks.paper.train_command import check_options
 from openhelix.benchmarks.paper.trainings import OutOfTime
 from openhelix.runtime.cli.main import main
 from openhelix.runtime.core.config import ConfigError
@@ -472,15 +473,52 @@ def test_intervals_are_drawn_as_a_line(tmp_path, monkeypatch):
         (["table2", "--workers", "0"], "--workers"),
         (["table2", "--hours", "0"], "--hours"),
         (["table2", "train.stage2.stepz=3"], "train.stage2.stepz: "),
+        (["table2", "train.policy.changes={hed: dit}"], "train.policy.changes.hed: no such field"),
+        (
+            ["table2", "train.policy.changes={head: nosuch}"],
+            "train.policy.changes.head: input should be",
+        ),
+        (
+            ["table2", "train.policy.changes={sensors: rgb}"],
+            "changes.sensors: input should be a list",
+        ),
+        (["table2", "train.policy.changes={hed: "], "train.policy.changes: input should be"),
+        (["table2", "train.policy.preset=huge"], "train.policy.preset: 'huge' is none of small"),
+        (
+            ["table2", "train.policy.checkpoint=nosuch"],
+            "train.policy.checkpoint: no policy in nosuch;",
+        ),
+        (["table2", "train.latent.model=nosuch"], "train.latent.model: no folder 'nosuch'; valid"),
+        (
+            ["table2", "train.latent.layer=99"],
+            "train.latent.layer: 99, this model has middle layers",
+        ),
+        (["table2", "system1.replan_step=5"], "system1.replan_step: unknown key; did you mean"),
+        (["all", "table2"], "NAME: all stands alone"),
         (["table2", "--data", "/none"], "data: no folder /none"),
         (["table2", "--scale", "smoke", "--out", str(RESULTS), "--report"], "for results"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(given, message, tmp_path, capsys):
-    assert main(["experiment", *given, "--root", str(tmp_path / "root")]) == 2
+@pytest.mark.parametrize("only", [[], ["--estimate"]])
+def test_bad_input_is_one_line_and_exit_code_2(given, message, only, tmp_path, capsys):
+    assert main(["experiment", *given, *only, "--root", str(tmp_path / "root")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0]
     assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["train.policy.changes={head: nosuch}", "train.policy.changes={sensors: rgb}", "system1.hz=5"],
+)
+def test_a_report_of_what_cannot_be_is_refused(word, tmp_path, capsys):
+    assert main([*words(tmp_path, "table2", report=True), word]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"experiment: {word.partition('=')[0]}" in line and not list(tmp_path.iterdir())
+
+
+def test_a_given_policy_may_be_the_shipped_one():
+    check_options({"policy.checkpoint": "shipped"})
 
 
 def test_the_list_needs_nothing(capsys):

@@ -179,6 +179,7 @@ def test_other_encoders_learn_and_a_sample_does_not_depend_on_the_batch(encoder)
     [
         ({"sensors": ("smell",)}, "sensors: 'smell' is none of rgb, depth, tactile, proprio"),
         ({"sensors": ()}, "sensors: .*; want one or more"),
+        ({"sensors": "rgb"}, r"sensors: 'rgb'; want a list, \[rgb\]"),
         ({"sensors": ("rgb", "rgb")}, "each once"),
         ({"sensors": ("rgb", "tactile")}, "beside no camera 'tactile'"),
         ({"encoder": "eagle"}, "encoder: 'eagle' is none of light, vit, efficientnet"),

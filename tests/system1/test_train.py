@@ -174,9 +174,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
 
 def test_contradictions_are_named(folder, tmp_path):
     cache = Cache(folder)
-    with pytest.raises(ConfigError, match="horizon: 9 contradicts the cache, which has 6"):
+    with pytest.raises(
+        ConfigError, match=r"^policy\.changes\.horizon: 9 contradicts the cache, which has 6"
+    ):
         policy_config(run_config(folder, tmp_path, changes={"horizon": 9}), cache)
-    with pytest.raises(ConfigError, match="preset: 'big' is not one of"):
+    with pytest.raises(ConfigError, match=r"^policy\.preset: 'big' is none of"):
         policy_config(run_config(folder, tmp_path, preset="big"), cache)
 
 

@@ -138,6 +138,7 @@ def test_probe_ask_shows_a_scene(tiny_model: str, tmp_path: Path, capsys) -> Non
         (["--ask", "where?", "--scene", "D", "--image", "x.png"], "name one picture"),
         (["--ask", "where?", "--scene", "Z"], "scene: 'Z' is not one of A, B, C, D"),
         (["--ask", "where?", "--scene", "D", "--engine", "magic"], "engine: 'magic'"),
+        (["--ask", "where?", "--scene", "D", "--seed", "-1"], "--seed: input should be greater"),
         (
             ["--ask", "lift it", "--scene", "D", "--engine", "vllm", "--latent", "x.safetensors"],
             "latent: vllm answers without <ACT>; say --engine transformers",

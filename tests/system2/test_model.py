@@ -21,6 +21,7 @@ from openhelix.system2.engines.vllm import VllmEngine
 from openhelix.system2.model import (
     MANIFEST,
     act_token,
+    layers_at_hand,
     load_tokenizer,
     load_vision,
     open_checkpoint,
@@ -129,6 +130,7 @@ def test_the_laptop_model_is_assembled_and_found_again() -> None:
     first = open_checkpoint("laptop")
     assert (first.n_image, first.hidden, first.layers) == (64, 576, 30)
     assert open_checkpoint("laptop") == first
+    assert layers_at_hand("laptop") == layers_at_hand("smollm2") == first.layers
 
 
 # ------------------------------------------------------------------------------------------------
@@ -298,3 +300,12 @@ def test_a_small_base_model_with_a_false_account_is_named(tmp_path: Path, about:
     save_file({"a": torch.zeros(1)}, tmp_path / "vision.safetensors", metadata={"tower": about})
     with pytest.raises(BadFile, match=r"vision\.safetensors: its account of the tower"):
         open_checkpoint(str(tmp_path))
+
+
+def test_layers_are_known_without_weights_where_a_file_says_them(
+    tiny_model: str, tmp_path: Path
+) -> None:
+    assert layers_at_hand(tiny_model) == open_checkpoint(tiny_model).layers
+    assert layers_at_hand(str(tmp_path)) is None and layers_at_hand("owner/name") is None
+    with pytest.raises(CheckpointError, match="model: no folder 'nosuch'; valid: laptop, smollm2"):
+        layers_at_hand("nosuch")

@@ -193,7 +193,38 @@ def test_half_precision_turns_no_latent() -> None:
         (["stage1", "latent.regime=half"], "latent.regime: input should be 'frozen'"),
         (["stage1", "latent.kinds=lang"], "latent.kinds: unknown key; did you mean 'kind'?"),
         (["stage1", "device=cuda:9"], "device: 'cuda:9', but torch sees no CUDA"),
-        (["policy", "policy.changes={dim: 50}"], "dim: 50 is not a multiple of heads"),
+        (
+            ["policy", "policy.changes={dim: 50}"],
+            "policy.changes.dim: 50 is not a multiple of heads",
+        ),
+        (
+            ["policy", "policy.changes={hed: dit}"],
+            "policy.changes.hed: no such field; valid are cam",
+        ),
+        (["policy", "policy.changes={head: best}"], "policy.changes.head: input should be 'diff"),
+        (
+            ["policy", "policy.changes={sensors: rgb}"],
+            "policy.changes.sensors: input should be a list",
+        ),
+        (
+            ["policy", "policy.changes={horizon: 9}"],
+            "policy.changes.horizon: 9 contradicts the cache",
+        ),
+        (
+            ["policy", "policy.changes={sensors: [rgb, tactile]}"],
+            "policy.changes.sensors: the data has no camera 'tactile'",
+        ),
+        (["policy", "policy.preset=huge"], "policy.preset: 'huge' is none of small, small_flow"),
+        (
+            ["policy", "policy.changes={head: lstm}", "policy.preset=small_flow"],
+            "policy.changes.head: 'lstm' samples nothing",
+        ),
+        (
+            ["policy", "policy.checkpoint=nosuch", "--estimate"],
+            "policy.checkpoint: no policy in nosuch",
+        ),
+        (["policy", "policy.init=nosuch"], "policy.init: no policy in nosuch"),
+        (["policy", "latent.clip_to=sentence"], "latent.clip_to: there is no alignment loss; say"),
         (["stage1", "stage1.steps=-1"], "stage1.steps: input should be greater"),
         (["export"], "policy.checkpoint: no policy in"),
     ],

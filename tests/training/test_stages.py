@@ -287,6 +287,7 @@ def test_an_expert_learns_on_the_keys_of_every_layer(frames, llava, tmp_path) ->
         (("latent.answer=1",), "latent: answer: regime 'prompt_tuning' leaves"),
         (("latent.answer=1", "latent.regime=lora", "latent.shard=true"), "answer: not with shard"),
         (("latent.clip_to=words",), "latent.clip_to"),
+        (("latent.clip_to=sentence",), r"^latent\.clip_to: there is no alignment loss"),
         (("latent.proprio=true", "latent.refuse=10"), "refuse: not with proprio"),
     ],
 )
