@@ -27,7 +27,7 @@ WAYS = ("--recording", "--run", "--ask", "--sentences", "--places")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Inspect System 2: its nearest words, its answers, what it names, what it knows of places.
+    """Inspect System 2: its nearest words, answers, tasks, places.
 
     Raises:
         ValueError: bad input, in one line.
