@@ -129,7 +129,7 @@ def test_a_contradiction_is_corrected_as_much_as_a_claim():
 
 
 def test_what_holds_and_what_is_contradicted_are_families_of_their_own():
-    """Five sure claims leave the sixth, an even one, the whole level; a contradiction takes none."""
+    """Five sure claims leave the sixth all of the level, and so does a contradiction."""
     sure = [judge(contrast(), singles([0] * 30), singles([1] * 30), chain=False) for _ in range(5)]
     found = judge(contrast(), singles([0] * 6), singles([1] * 6), chain=False)
     against = judge(contrast(), singles([1] * 30), singles([0] * 30), chain=False)
